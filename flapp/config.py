@@ -1,0 +1,199 @@
+"""Settings: from conf/ by Hydra, through Flower's run_config and node_config, to one checked, read-only Config.
+
+settings.py names every setting with its type and range; the values live in conf/ only. Front doors compose once
+and ship the result as `config-json`, which the apps read without importing Hydra.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+import threading
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from flapp.settings import Config, ConfigError, Site, build, hint, setting_names
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+_compose_lock = threading.Lock()  # GlobalHydra is one per process and not thread-safe
+
+
+def load(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> tuple[Config, Site]:
+    """Return the checked config of a run and the facts of this node; raises ConfigError.
+
+    run_config holds `config-json`, which wins, or `overrides`, words of Hydra's grammar separated by spaces.
+    """
+    if text := str(run_config.get("config-json", "")):
+        config = _from_json(text)
+    else:
+        home = os.environ.get("FLAPP_HOME", "")  # in the cache key, because conf/ reads it
+        config = _compose_cached(str(run_config.get("overrides", "")), home)
+    return config, read_site(node_config)
+
+
+def read_site(node_config: Mapping[str, Any]) -> Site:
+    """Read a node's own facts from Flower's node_config; raises ConfigError for a key that nothing reads."""
+    known = {"client-id": str, "partition-id": int, "num-partitions": int}
+    for key in node_config:
+        if key not in known:
+            raise ConfigError(f"node-config has {key}, which is not a setting{hint(key, known)}")
+    return Site(**{key.replace("-", "_"): known[key](value) for key, value in node_config.items()})
+
+
+def compose(overrides: Sequence[str], base: Path | None = None) -> Config:
+    """Compose conf/ with Hydra overrides and check it; a relative home is taken from `base`, or refused without."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    with _compose_lock:
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(str(CONF), version_base="1.3"):
+                tree = hydra_compose("config", overrides=list(overrides))
+            return from_tree(tree, base)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise explain(error) from error
+
+
+def from_tree(tree: Any, base: Path | None = None) -> Config:
+    """Check a composed DictConfig and turn it into a Config with an absolute home."""
+    from omegaconf import OmegaConf
+
+    values = typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
+    home = Path(str(values.get("home", ""))).expanduser()
+    if not home.is_absolute() and base is not None:
+        home = base / home
+    return from_dict(values | {"home": str(home)})
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Check plain nested values against the settings above and return them as a Config; raises ConfigError."""
+    config = build(Config, values)
+    _check_together(config)
+    return config
+
+
+def to_json(config: Config) -> str:
+    """Return the whole config as JSON, the text that `config-json` carries."""
+    return json.dumps(asdict(config))
+
+
+def to_yaml(config: Config) -> str:
+    """Return the whole config as YAML, for people."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(json.loads(to_json(config))))
+
+
+def with_run_name(config: Config, name: str) -> Config:
+    """Return the config with its run named; names are folders, so they stay below home/runs."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ConfigError(f"run_name={name} leaves home/runs: give a plain name")
+    return replace(config, run_name=name)
+
+
+def derive_seed(*parts: object) -> int:
+    """Return a 63-bit seed that depends on every part, for example (seed, client_id, server_round, "shuffle")."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def explain(error: Exception) -> ConfigError:
+    """Turn an error of Hydra or OmegaConf, several lines long, into one line that names the key and the fix."""
+    text = (str(error) or str(error.__cause__ or "") or repr(error)).strip()
+    first = text.splitlines()[0]
+    if first.startswith("Could not override '"):
+        key = first.split("'")[1]
+        return ConfigError(f"{key} is not a setting{hint(key, setting_names())}")
+    if "Could not find '" in first:
+        group, _, choice = first.split("Could not find '")[1].split("'")[0].rpartition("/")
+        choices = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        return ConfigError(f"{group}={choice} is not known: choose one of {', '.join(choices)}")
+    if first.startswith("Missing mandatory value: "):
+        key = getattr(error, "full_key", None) or first.split(": ")[1]
+        return ConfigError(f"{key} must be given: add {key}=VALUE to the command")
+    return ConfigError(f"{first} (settings are written key=value; see conf/config.yaml)")
+
+
+@lru_cache(maxsize=8)
+def _from_json(text: str) -> Config:
+    try:
+        return from_dict(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"config-json is not JSON ({error}): let tools.run write it") from error
+
+
+@lru_cache(maxsize=8)
+def _compose_cached(overrides: str, home: str) -> Config:
+    return compose(shlex.split(overrides))
+
+
+def _check_together(config: Config) -> None:
+    """Refuse settings that are fine alone but not together: (broken, what is wrong and how to mend it)."""
+    images, train, strategy = len(config.dataset.shape) == 3, config.train, config.strategy
+    sampled = sample_size(strategy.fraction_train, config.clients)
+    rules = [
+        (
+            not Path(config.home).is_absolute(),
+            f"home={config.home} is relative, and the apps run in another folder: give an absolute path",
+        ),
+        (
+            config.model.name != "linear" and not (images and config.dataset.classes),
+            f"model={config.model.name} classifies images, dataset={config.dataset.name} has none: set model=linear",
+        ),
+        (
+            config.dataset.classes == 0 and config.partition.kind != "iid",
+            f"partition={config.partition.kind} needs classes, dataset={config.dataset.name} has none: "
+            "set partition=iid",
+        ),
+        (
+            config.partition.kind == "dirichlet" and config.partition.alpha is None,
+            "partition=dirichlet needs partition.alpha: set it to a number above 0",
+        ),
+        (
+            config.partition.kind == "pathological" and config.partition.classes_per_client is None,
+            "partition=pathological needs partition.classes_per_client: set it to a number above 0",
+        ),
+        (
+            config.dataset.classes == 0 and config.evaluate.objective != "loss",
+            f"evaluate.objective={config.evaluate.objective} needs classes, dataset={config.dataset.name} has none: "
+            "set evaluate.objective=loss",
+        ),
+        (
+            config.evaluate.objective == "personal_accuracy" and config.evaluate.personal_epochs == 0,
+            "evaluate.objective=personal_accuracy needs fine-tuning: set evaluate.personal_epochs to 1 or more",
+        ),
+        (
+            config.dataset.normalization == "imagenet" and (not images or config.dataset.shape[2] != 3),
+            f"dataset.normalization=imagenet needs images of 3 channels, got shape {list(config.dataset.shape)}: "
+            "set dataset.normalization=half",
+        ),
+        (
+            train.optimizer == "adamw" and train.momentum > 0,
+            f"train.momentum={train.momentum} has no meaning for adamw: set train.optimizer=sgd or train.momentum=0",
+        ),
+        (
+            strategy.min_replies > sampled,
+            f"strategy.min_replies={strategy.min_replies} can never be met with {sampled} clients in a round: "
+            "lower it, or raise clients or strategy.fraction_train",
+        ),
+        (
+            (strategy.min_clients or 0) > config.clients,
+            f"strategy.min_clients={strategy.min_clients} is more than clients={config.clients}: lower it",
+        ),
+    ]
+    for broken, message in rules:
+        if broken:
+            raise ConfigError(message)
+
+
+def sample_size(fraction: float, clients: int) -> int:
+    """Return how many of `clients` a fraction means: rounded, and at least one."""
+    return max(1, round(fraction * clients))

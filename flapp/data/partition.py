@@ -1,0 +1,158 @@
+"""Who holds which sample: seeded partitions of an artifact, saved so that every client reads the same one.
+
+A saved partition is one safetensors file: per split, `<split>_indices` (every sample once, client after client)
+and `<split>_offsets` (clients + 1), with `requested`, the float (clients, classes) table of training samples
+that the draw asked for.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flapp.data.artifact import DataError, locked
+
+MAX_DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Sample indices of each client, sorted; requested is the (clients, classes) table behind the draw."""
+
+    train: tuple[np.ndarray, ...]
+    test: tuple[np.ndarray, ...]
+    requested: np.ndarray
+
+
+def make_partition(
+    kind: str,
+    train_labels: np.ndarray,
+    test_labels: np.ndarray,
+    clients: int,
+    seed: int,
+    alpha: float = 0.5,
+    min_size: int = 1,
+    classes_per_client: int = 2,
+) -> Partition:
+    """Give every sample of both splits to exactly one of `clients`, each with one label mix in train and test.
+
+    kind: `iid`; `dirichlet`, each class shared out by Dir(alpha) (Hsu et al. 2019, arXiv:1909.06335);
+    `pathological`, classes_per_client classes each (McMahan et al. 2017, arXiv:1602.05629). Raises DataError,
+    with the numbers, when min_size training samples for everyone cannot be had.
+    """
+    rng = np.random.default_rng(seed)
+    if kind != "iid" and train_labels.dtype.kind != "i":
+        raise DataError(f"partition={kind} needs class labels, got {train_labels.dtype}: set partition=iid")
+    if kind == "iid":
+        return _iid(train_labels, test_labels, clients, min_size, rng)
+    classes = int(max(train_labels.max(), test_labels.max())) + 1
+    counts = np.bincount(train_labels, minlength=classes)
+    if kind == "pathological":
+        shares = _pathological_shares(clients, classes, classes_per_client, rng)
+        best = _sizes(shares, counts).min()
+    else:
+        shares, best = _dirichlet_shares(clients, counts, alpha, min_size, rng)
+    if best < min_size:
+        raise DataError(
+            f"partition={kind} (alpha={alpha}) gave the smallest of {clients} clients at best {best} of "
+            f"{len(train_labels)} training samples in {MAX_DRAWS} draws, partition.min_size={min_size}: "
+            "raise partition.alpha, lower partition.min_size or take fewer clients"
+        )
+    train = _deal(train_labels, shares, rng)
+    return Partition(train, _deal(test_labels, shares, rng), shares * counts)
+
+
+def load_partition(path: Path, **settings: object) -> Partition:
+    """Read the partition saved at `path`, making it by make_partition(**settings) first if it is missing."""
+    from safetensors.numpy import load_file
+
+    if not path.exists():
+        with locked(path.with_suffix(".lock")):
+            if not path.exists():
+                _save(path, make_partition(**settings))  # type: ignore[arg-type]
+    saved = load_file(path)
+    train, test = (np.split(saved[f"{s}_indices"], saved[f"{s}_offsets"][1:-1]) for s in ("train", "test"))
+    return Partition(tuple(train), tuple(test), saved["requested"])
+
+
+def label_histogram(labels: np.ndarray, classes: int) -> list[int]:
+    """Count the samples of each class; for regression (no classes) there is nothing to count."""
+    return np.bincount(labels, minlength=classes).tolist() if classes else []
+
+
+def _save(path: Path, partition: Partition) -> None:
+    from safetensors.numpy import save_file
+
+    arrays = {"requested": partition.requested.astype(np.float64)}
+    for split, parts in (("train", partition.train), ("test", partition.test)):
+        arrays[f"{split}_indices"] = np.concatenate(parts)
+        arrays[f"{split}_offsets"] = np.cumsum([0, *map(len, parts)])
+    partial = path.with_suffix(".tmp")
+    save_file(arrays, partial)
+    partial.replace(path)
+
+
+def _iid(
+    train_labels: np.ndarray, test_labels: np.ndarray, clients: int, min_size: int, rng: np.random.Generator
+) -> Partition:
+    if len(train_labels) // clients < min_size:
+        raise DataError(
+            f"partition=iid gives each of {clients} clients {len(train_labels) // clients} of {len(train_labels)} "
+            f"training samples, partition.min_size={min_size}: take fewer clients"
+        )
+    train, test = (
+        tuple(np.sort(part) for part in np.array_split(rng.permutation(len(labels)), clients))
+        for labels in (train_labels, test_labels)
+    )
+    if train_labels.dtype.kind != "i":
+        return Partition(train, test, np.zeros((clients, 0)))
+    requested = np.tile(np.bincount(train_labels) / clients, (clients, 1))
+    return Partition(train, test, requested)
+
+
+def _dirichlet_shares(
+    clients: int, counts: np.ndarray, alpha: float, min_size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, int]:
+    """Draw (clients, classes) shares until everyone has min_size samples; return the best and its smallest size."""
+    best, best_size = np.zeros((clients, len(counts))), -1
+    for _ in range(MAX_DRAWS):
+        shares = rng.dirichlet([alpha] * clients, size=len(counts)).T
+        smallest = int(_sizes(shares, counts).min())
+        if smallest > best_size:
+            best, best_size = shares, smallest
+        if best_size >= min_size:
+            break
+    return best, best_size
+
+
+def _pathological_shares(clients: int, classes: int, per_client: int, rng: np.random.Generator) -> np.ndarray:
+    """Deal the classes round and round, per_client to each client, in a drawn order; a class's owners share it."""
+    if per_client > classes or clients * per_client < classes:
+        raise DataError(
+            f"partition=pathological cannot deal {classes} classes to {clients} clients with {per_client} each: "
+            f"set partition.classes_per_client between {-(-classes // clients)} and {classes}"
+        )
+    owned = np.zeros((clients, classes))
+    slots = np.resize(rng.permutation(classes), clients * per_client).reshape(clients, per_client)
+    owned[rng.permutation(clients)[:, None], slots] = 1
+    return owned / owned.sum(axis=0)
+
+
+def _cuts(shares: np.ndarray, count: int) -> np.ndarray:
+    """Return where to cut `count` samples so that client k gets its share; the ends are always 0 and count."""
+    cuts = np.round(np.cumsum(shares) / shares.sum() * count).astype(np.int64)
+    return np.concatenate([[0], cuts])
+
+
+def _sizes(shares: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    return np.sum([np.diff(_cuts(shares[:, c], n)) for c, n in enumerate(counts)], axis=0)
+
+
+def _deal(labels: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    parts: list[list[np.ndarray]] = [[] for _ in shares]
+    for c in range(shares.shape[1]):
+        samples = rng.permutation(np.flatnonzero(labels == c))
+        cuts = _cuts(shares[:, c], len(samples))
+        for client, part in enumerate(parts):
+            part.append(samples[cuts[client] : cuts[client + 1]])
+    return tuple(np.sort(np.concatenate(part)) for part in parts)

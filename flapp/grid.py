@@ -1,0 +1,66 @@
+"""A Grid that polls with a back-off of its own and tells as replies come in."""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds; Flower's own grid polls a SuperLink every 3
+
+
+class PolledGrid(Grid):
+    """Pass everything on to Flower's grid, but poll for replies quickly at first and ever more slowly.
+
+    on_reply is called with (replies so far, messages sent) whenever replies have come in.
+    """
+
+    def __init__(self, grid: Grid, on_reply: Callable[[int, int], None] = lambda done, sent: None) -> None:
+        self.grid = grid
+        self.on_reply = on_reply
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Send all messages and return the replies that come within `timeout` seconds (None: wait for all)."""
+        sent = list(messages)
+        if not sent:
+            return []
+        waiting = {message_id for message_id in self.grid.push_messages(sent) if message_id}
+        end = time.monotonic() + timeout if timeout is not None else float("inf")
+        replies: list[Message] = []
+        pause = FIRST_PAUSE
+        while waiting:
+            new = list(self.grid.pull_messages(waiting))
+            replies += new
+            waiting -= {reply.metadata.reply_to_message_id for reply in new}
+            if new:
+                self.on_reply(len(replies), len(sent))
+            if not waiting or time.monotonic() >= end:
+                break
+            pause = FIRST_PAUSE if new else min(LONGEST_PAUSE, pause * 1.5)
+            time.sleep(min(pause, max(0.0, end - time.monotonic())))
+        return replies
+
+    def set_run(self, run: Any) -> None:
+        self.grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        return self.grid.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return self.grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self.grid.get_node_ids()
+
+    def get_nodes(self) -> Iterable[Any]:
+        return self.grid.get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self.grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self.grid.pull_messages(message_ids)

@@ -1,0 +1,50 @@
+"""Tensors on disk: safetensors, written whole or not at all."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+FORMAT_VERSION = 1
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, **facts: Any) -> str:
+    """Write tensors and a header of facts to `path` in one step and return the file's SHA-256.
+
+    The header is a single JSON entry with sorted keys, because safetensors writes several in any order and the
+    same model must always be the same bytes.
+    """
+    from safetensors.torch import save_file
+
+    header = json.dumps({"format_version": FORMAT_VERSION, **facts}, sort_keys=True)
+    partial = path.with_name(path.name + ".tmp")
+    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, metadata={"flapp": header})
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    return sha256_of_file(path)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and facts of a file of save_tensors; raises ValueError when it is not one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("flapp", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
+    if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path} has no flapp header of format {FORMAT_VERSION}: was it written by flapp?")
+    return tensors, header
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

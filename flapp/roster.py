@@ -1,0 +1,166 @@
+"""Who is in the federation: which client lives at which node, what it claims, and who is drawn for a round.
+
+Flower's node ids are random and change from run to run; a client id is what stays. One node may host several
+clients (a simulation with fewer nodes than clients); one client lives at one node.
+"""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from flapp.config import derive_seed, sample_size
+from flapp.messages import ATTEST, Claim, MessageError, Order, pack_order, source_digest, unpack_claims
+
+POLL_SECONDS = 0.5
+
+
+class FederationError(RuntimeError):
+    """A run that cannot go on, said in one line."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client that was let in: its claim, and the node that speaks for it."""
+
+    claim: Claim
+    node_id: int
+
+
+class Roster:
+    """Attest nodes as they come and keep the clients that may take part.
+
+    expected: the ids of all clients of this run; timeout: seconds for an answer to attest. `members` maps client
+    id to Member, `refused` maps the name of a client (or of a node that named none) to the reason.
+    """
+
+    def __init__(self, grid: Grid, expected: Sequence[str], run_name: str, timeout: float = 600.0) -> None:
+        self.grid = grid
+        self.expected = list(expected)
+        self.run_name = run_name
+        self.timeout = timeout
+        self.members: dict[str, Member] = {}
+        self.refused: dict[str, str] = {}
+        self._attested: set[int] = set()
+
+    def refresh(self) -> None:
+        """Drop clients whose node has left, and attest nodes not seen before."""
+        online = set(self.grid.get_node_ids())
+        self._attested &= online
+        self.members = {name: member for name, member in self.members.items() if member.node_id in online}
+        if new := sorted(online - self._attested):
+            self._attested |= set(new)
+            self._admit(self._attest(new))
+
+    def wait(self, seconds: float, min_clients: int | None) -> None:
+        """Wait until every expected client has been let in or refused; raises FederationError after `seconds`.
+
+        With min_clients, go on with that many when the time is over; without it, nobody may be missing.
+        """
+        end = time.monotonic() + seconds
+        self.refresh()
+        while self.missing() and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+            self.refresh()
+        missing = self.missing()
+        if self.members and (not missing if min_clients is None else len(self.members) >= min_clients):
+            return
+        facts = [f"{len(self.members)} of {len(self.expected)} clients joined"]
+        if missing:
+            facts.append(f"missing after {seconds:g} s: {_listing(missing)}")
+        if self.refused:
+            facts.append(f"refused: {'; '.join(self.refusals())}")
+        raise FederationError(f"the run cannot start: {', '.join(facts)}")
+
+    def missing(self) -> list[str]:
+        """Name the expected clients that were neither let in nor refused."""
+        known = self.members.keys() | self.refused.keys()
+        return [name for name in self.expected if name not in known]
+
+    def refusals(self) -> list[str]:
+        """Return one sentence for each refused client or node; equal reasons are said once."""
+        groups: dict[str, list[str]] = {}
+        for name, reason in self.refused.items():
+            groups.setdefault(reason, []).append(name)
+        return [f"{_named(names)}: {reason}" for reason, names in groups.items()]
+
+    def sample(self, fraction: float, *seed: object) -> list[str]:
+        """Draw a fraction of all expected clients from those present, sorted by id: one seed, one answer."""
+        present = sorted(self.members)
+        count = min(sample_size(fraction, len(self.expected)), len(present))
+        return sorted(random.Random(derive_seed(*seed)).sample(present, count))
+
+    def order(self, kind: str, client_id: str, server_round: int, arrays: object = None) -> Message:
+        """Build the message that asks a member to train or evaluate the model in this round."""
+        order = Order(client_id, server_round, self.run_name, source_digest())
+        return pack_order(self.members[client_id].node_id, kind, order, arrays)  # type: ignore[arg-type]
+
+    def check(self, client_id: str, claim: Claim) -> str | None:
+        """Return what is wrong with a reply's claim against the one the client was let in with, or None."""
+        member = self.members.get(client_id)
+        if member is None:
+            return "is no longer in the federation"
+        if claim.client_id != client_id:
+            return f"answered as client {claim.client_id}"
+        if claim.shard_digest != member.claim.shard_digest:
+            found, attested = claim.shard_digest[:12], member.claim.shard_digest[:12]
+            return f"its data changed: shard digest {found}, attested as {attested}"
+        return None
+
+    def _attest(self, node_ids: list[int]) -> list[Member]:
+        order = Order("", 0, self.run_name, source_digest())
+        messages = [pack_order(node_id, ATTEST, order) for node_id in node_ids]
+        found: list[Member] = []
+        for reply in self.grid.send_and_receive(messages, timeout=self.timeout):
+            node_id = reply.metadata.src_node_id
+            try:
+                if reply.has_error():
+                    raise MessageError(reply.error.reason)
+                found += [Member(claim, node_id) for claim in unpack_claims(reply.content)]
+            except MessageError as error:
+                self.refused[f"node {node_id}"] = str(error)
+        return found
+
+    def _admit(self, found: list[Member]) -> None:
+        """Let in whoever is expected, consistent and alone in claiming an id; of twins seen together, neither."""
+        claimed = Counter(member.claim.client_id for member in found)
+        for member in found:
+            name = member.claim.client_id
+            reason = self._fault(member.claim)
+            if claimed[name] > 1:
+                reason = f"{claimed[name]} nodes claim this client id: give each site its own"
+            elif name in self.members:
+                self.refused[f"node {member.node_id}"] = f"claims client {name}, which another node already is"
+                continue
+            if reason is None:
+                self.members[name] = member
+                self.refused.pop(name, None)
+            else:
+                self.refused[name] = reason
+
+    def _fault(self, claim: Claim) -> str | None:
+        if claim.client_id not in self.expected:
+            return f"is not one of the {len(self.expected)} clients of this run ({_listing(self.expected)})"
+        if claim.source_digest != source_digest():
+            return f"runs other source ({claim.source_digest[:12]}) than the server ({source_digest()[:12]})"
+        if claim.train < 1 or claim.test < 0:
+            return f"has {claim.train} training and {claim.test} test samples"
+        if claim.label_hist and sum(claim.label_hist) != claim.train:
+            return f"claims {claim.train} training samples but a histogram of {sum(claim.label_hist)}"
+        return None
+
+
+def _named(names: list[str]) -> str:
+    nodes = [name for name in names if name.startswith("node ")]
+    clients = [name for name in names if not name.startswith("node ")]
+    parts = [f"client{'s' * (len(clients) > 1)} {_listing(clients)}"] if clients else []
+    return ", ".join(parts + ([_listing(nodes)] if nodes else []))
+
+
+def _listing(names: Sequence[str], most: int = 12) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

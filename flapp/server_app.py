@@ -1,0 +1,98 @@
+"""The ServerApp: config, run directory, roster, strategy, and what is left when the rounds are over."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+
+from flapp.config import derive_seed, load
+from flapp.data import ClientLoader, OfflineDataset, ensure_artifacts
+from flapp.grid import PolledGrid
+from flapp.model import build_model
+from flapp.results import RunDirectory
+from flapp.roster import Roster
+from flapp.settings import Config
+from flapp.strategy import FedAvg
+from flapp.training import evaluate
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run a federation from the config in run_config; raises when it fails, after metrics.json has said why."""
+    config, _ = load(context.run_config, {})
+    run = RunDirectory.create(config)
+    try:
+        run_rounds(grid, run.config, run)
+    except Exception as error:
+        run.fail(error)
+        raise
+
+
+def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> None:
+    """Gather the clients, run every round and leave the final model and summary in the run directory."""
+    torch.set_num_threads(config.train.threads)
+    model = initial_model(config)
+    polled = PolledGrid(grid)
+    roster = Roster(polled, [str(i) for i in range(config.clients)], str(config.run_name), config.strategy.timeout)
+    roster.wait(config.strategy.wait_for_clients, config.strategy.min_clients)
+    run.append("roster", 0, clients=len(roster.members), refused=roster.refused, missing=roster.missing())
+    strategy = build_strategy(config, roster, run)
+    polled.on_reply = lambda done, asked: run.show_progress(
+        strategy.exchange.server_round, strategy.exchange.kind, done, asked
+    )
+    result = strategy.start(
+        polled,
+        ArrayRecord(model.state_dict()),
+        num_rounds=config.num_rounds,
+        timeout=config.strategy.timeout,
+        evaluate_fn=partial(evaluate_centrally, config, run, strategy, model) if config.evaluate.central else None,
+    )
+    run.finish(run.save_model(result.arrays.to_torch_state_dict()))
+
+
+def initial_model(config: Config) -> torch.nn.Module:
+    """Build the model with weights drawn from the run's seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(config.seed, "model"))
+        shape, classes = config.dataset.shape, config.dataset.classes
+        return build_model(config.model.name, shape, classes, config.model.image_size, config.model.dropout)
+
+
+def build_strategy(config: Config, roster: Roster, run: RunDirectory) -> FedAvg:
+    """Build the strategy that the config names."""
+    strategies: dict[str, Callable[..., FedAvg]] = {"fedavg": FedAvg}
+    return strategies[config.strategy.name](
+        roster,
+        run,
+        seed=config.seed,
+        num_rounds=config.num_rounds,
+        fraction_train=config.strategy.fraction_train,
+        fraction_evaluate=config.strategy.fraction_evaluate,
+        weighting=config.strategy.weighting,
+        min_replies=config.strategy.min_replies,
+        evaluate_every=config.evaluate.every,
+    )
+
+
+def evaluate_centrally(
+    config: Config, run: RunDirectory, strategy: FedAvg, model: torch.nn.Module, server_round: int, arrays: ArrayRecord
+) -> MetricRecord | None:
+    """Evaluate the global model on the whole test artifact, in round 0 and the rounds that are evaluated."""
+    if server_round and not strategy.is_evaluated(server_round):
+        return None
+    folder = ensure_artifacts(config.data_dir, config.dataset.name) / "test"
+    dataset = OfflineDataset(folder, normalization=config.dataset.normalization)
+    model.load_state_dict(arrays.to_torch_state_dict())
+    batches = ClientLoader(
+        dataset, range(len(dataset)), config.evaluate.batch_size, image_size=config.model.image_size
+    )
+    found = evaluate(model, batches)
+    values = {"loss": found.loss_sum / found.count}
+    if config.dataset.classes:
+        values["accuracy"] = found.correct / found.count
+    run.append("central", server_round, **values)
+    return MetricRecord(dict(values))

@@ -1,0 +1,205 @@
+"""Every setting of flapp by name, type and range; the values live in conf/, the ways to them in config.py."""
+
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used, said in one line that names the key and the fix."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A range: at least `ge`, more than `gt`, at most `le`."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+
+    def broken_by(self, value: float) -> str | None:
+        """Say what the value should have been, or None when it is in range."""
+        if self.ge is not None and not value >= self.ge:
+            return f"at least {self.ge}"
+        if self.gt is not None and not value > self.gt:
+            return f"more than {self.gt}"
+        if self.le is not None and not value <= self.le:
+            return f"at most {self.le}"
+        return None
+
+
+Count = Annotated[int, Bound(ge=1)]
+Natural = Annotated[int, Bound(ge=0)]
+Positive = Annotated[float, Bound(gt=0)]
+NotNegative = Annotated[float, Bound(ge=0)]
+Fraction = Annotated[float, Bound(gt=0, le=1)]
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    name: str
+    shape: tuple[Count, ...]
+    classes: Natural
+    normalization: Literal["none", "half", "imagenet"]
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    kind: Literal["dirichlet", "iid", "pathological"]
+    seed: Natural
+    min_size: Count
+    alpha: Positive | None
+    classes_per_client: Count | None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str
+    image_size: Count | None
+    dropout: Annotated[float, Bound(ge=0, le=0.99)]
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    name: Literal["fedavg"]
+    fraction_train: Fraction
+    fraction_evaluate: Fraction
+    weighting: Literal["num-examples", "uniform"]
+    min_replies: Count
+    min_clients: Count | None
+    wait_for_clients: Positive
+    timeout: Positive
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    optimizer: Literal["adamw", "sgd"]
+    lr: Positive
+    momentum: Annotated[float, Bound(ge=0, le=1)]
+    weight_decay: NotNegative
+    batch_size: Count
+    epochs: Count
+    steps: Count | None
+    device: Literal["auto", "cpu", "cuda"]
+    threads: Count
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    every: Count
+    personal_epochs: Natural
+    batch_size: Count
+    central: bool
+    objective: Literal["accuracy", "personal_accuracy", "loss"]
+
+
+@dataclass(frozen=True)
+class DeploymentConfig:
+    kind: Literal["simulation"]
+    port: Annotated[int, Bound(ge=1, le=65535)] | None
+    client_cpus: Count
+    client_gpus: NotNegative
+    total_cpus: Count | None
+
+
+@dataclass(frozen=True)
+class Site:
+    """What only this node knows: its client id in a deployment, or its place among the simulated nodes."""
+
+    client_id: str | None = None
+    partition_id: int = 0
+    num_partitions: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    home: str
+    run_name: str | None
+    experiment: str
+    seed: Natural
+    clients: Count
+    num_rounds: Count
+    dataset: DatasetConfig
+    partition: PartitionConfig
+    model: ModelConfig
+    strategy: StrategyConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+    deployment: DeploymentConfig
+
+    @property
+    def data_dir(self) -> Path:
+        return Path(self.home) / "data"
+
+    @property
+    def runs_dir(self) -> Path:
+        return Path(self.home) / "runs"
+
+
+def setting_names(cls: type = Config, prefix: str = "") -> list[str]:
+    """List every setting by its dotted name."""
+    names: list[str] = []
+    for name, annotation in typing.get_type_hints(cls).items():
+        if is_dataclass(annotation):
+            names += setting_names(typing.cast(type, annotation), f"{prefix}{name}.")
+        names.append(prefix + name)
+    return names
+
+
+@lru_cache(maxsize=None)
+def _annotations(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def build(cls: type[T], values: Any, prefix: str = "") -> T:
+    """Build the dataclass `cls` from a mapping, naming unknown and missing keys in full."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix[:-1] or 'the config'} must be a group of settings, got {values!r}")
+    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in names:
+            raise ConfigError(f"{prefix}{key} is not a setting{hint(key, names)}")
+    if missing := [name for name in names if name not in values]:
+        raise ConfigError(f"{prefix}{missing[0]} is missing: give it a value")
+    annotations = _annotations(cls)
+    return cls(**{name: _convert(annotations[name], values[name], prefix + name) for name in names})
+
+
+def _convert(annotation: Any, value: Any, key: str) -> Any:
+    """Return `value` as the annotated type, or raise ConfigError naming the key, the value and what would do."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if is_dataclass(annotation):
+        return build(annotation, value, key + ".")
+    if origin in (Union, types.UnionType):
+        inner = next(argument for argument in arguments if argument is not type(None))
+        return None if value is None else _convert(inner, value, key)
+    if origin is Annotated:
+        number = _convert(arguments[0], value, key)
+        if wanted := arguments[1].broken_by(number):
+            raise ConfigError(f"{key}={value} is out of range: it must be {wanted}")
+        return number
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{key}={value} is not known: choose one of {', '.join(map(str, arguments))}")
+        return value
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(arguments[0], item, key) for item in value)
+    if annotation is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if type(value) is not annotation:
+        wanted = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+        raise ConfigError(f"{key}={value} must be {wanted.get(annotation, 'a list')}, got {type(value).__name__}")
+    return value
+
+
+def hint(key: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, list(names), n=1, cutoff=0.5)
+    return f": did you mean {close[0]}?" if close else ": see conf/config.yaml for the settings"

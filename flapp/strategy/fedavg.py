@@ -1,0 +1,202 @@
+"""FedAvg as a Flower strategy: draws clients by id, checks every reply, and averages in an order of its own."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from logging import WARNING
+from math import isfinite
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.common import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
+
+from flapp.messages import (
+    ARRAYS,
+    EVALUATE,
+    NUM_EXAMPLES,
+    TRAIN,
+    Claim,
+    MessageError,
+    size_of,
+    unpack_arrays,
+    unpack_reply,
+)
+from flapp.results import RunDirectory
+from flapp.roster import FederationError, Roster
+from flapp.strategy.aggregation import find_fault, spread, weighted_average
+
+
+@dataclass
+class Exchange:
+    """One phase of one round: what was asked of whom, what came back well, and who failed for which reason."""
+
+    kind: str
+    server_round: int
+    sent: dict[str, Message] = field(default_factory=dict)
+    good: dict[str, tuple[dict[str, float], Message]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    def log_line(self) -> dict[str, Any]:
+        """Return what every line of metrics.jsonl says of a phase; bytes are those of the models sent."""
+        return {
+            "asked": len(self.sent),
+            "replies": len(self.good),
+            "failures": [{"client": name, "reason": reason} for name, reason in sorted(self.failures.items())],
+            "bytes_down": sum(map(size_of, self.sent.values())),
+            "bytes_up": sum(size_of(message) for _, message in self.good.values()),
+            "seconds": round(time.monotonic() - self.started, 3),
+        }
+
+
+class FedAvg(FlowerFedAvg):
+    """Federated averaging (McMahan et al. 2017) whose result does not depend on the order of replies.
+
+    roster: who may take part; run: where results go; weighting: `num-examples` or `uniform`; min_replies: valid
+    replies a phase needs, or FederationError; evaluate_every: rounds between evaluations, the last always is one.
+    """
+
+    def __init__(
+        self,
+        roster: Roster,
+        run: RunDirectory,
+        seed: int,
+        num_rounds: int,
+        fraction_train: float = 1.0,
+        fraction_evaluate: float = 1.0,
+        weighting: str = "num-examples",
+        min_replies: int = 1,
+        evaluate_every: int = 1,
+    ) -> None:
+        super().__init__(fraction_train, fraction_evaluate, weighted_by_key=NUM_EXAMPLES, arrayrecord_key=ARRAYS)
+        self.roster = roster
+        self.run = run
+        self.seed = seed
+        self.num_rounds = num_rounds
+        self.weighting = weighting
+        self.min_replies = min_replies
+        self.evaluate_every = evaluate_every
+        self.expected = ArrayRecord()
+        self.exchange = Exchange(TRAIN, 0)
+
+    def is_evaluated(self, server_round: int) -> bool:
+        """Say whether this round ends with an evaluation."""
+        return server_round % self.evaluate_every == 0 or server_round == self.num_rounds
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Draw this round's clients and ask them to train the global model."""
+        self.expected = arrays
+        return self._ask(TRAIN, server_round, arrays, self.fraction_train)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Draw clients to evaluate the new global model, in the rounds that are evaluated."""
+        if not self.is_evaluated(server_round):
+            return []
+        return self._ask(EVALUATE, server_round, arrays, self.fraction_evaluate)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Average the valid replies' models; raises FederationError when there are fewer than min_replies."""
+        exchange = self._receive(replies)
+        names = sorted(exchange.good)
+        metrics = [exchange.good[name][0] for name in names]
+        examples = [m[NUM_EXAMPLES] for m in metrics]
+        weights = examples if self.weighting == NUM_EXAMPLES else [1.0] * len(names)
+        loss = sum(m["train-loss"] * n for m, n in zip(metrics, examples, strict=True)) / sum(examples)
+        arrays = weighted_average([unpack_arrays(exchange.good[name][1].content) for name in names], weights)
+        self.run.append(TRAIN, server_round, loss=loss, **exchange.log_line())
+        return arrays, MetricRecord({"train-loss": loss})
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Add up correct answers and losses over clients: exact, not a mean of means; log the spread over clients."""
+        if not self.is_evaluated(server_round):
+            return None
+        exchange = self._receive(replies)
+        tested = {name: m for name, (m, _) in sorted(exchange.good.items()) if m[NUM_EXAMPLES]}
+        result = _totals(tested, "") | _totals(tested, "personal-")
+        self.run.append(EVALUATE, server_round, **result, **exchange.log_line())
+        return MetricRecord({key.replace("_", "-"): v for key, v in result.items() if isinstance(v, float)})
+
+    def _ask(self, kind: str, server_round: int, arrays: ArrayRecord, fraction: float) -> list[Message]:
+        self.roster.refresh()
+        chosen = self.roster.sample(fraction, self.seed, server_round, kind)
+        sent = {name: self.roster.order(kind, name, server_round, arrays) for name in chosen}
+        self.exchange = Exchange(kind, server_round, sent)
+        self.run.show_progress(server_round, kind, 0, len(sent))
+        return list(sent.values())
+
+    def _receive(self, replies: Iterable[Message]) -> Exchange:
+        """Sort this phase's replies into good and failed, by client; raises FederationError for too few."""
+        exchange = self.exchange
+        by_message = {message.metadata.message_id: name for name, message in exchange.sent.items()}
+        for reply in replies:
+            name = by_message.pop(reply.metadata.reply_to_message_id, None)
+            if name is None:
+                continue  # an answer to something not asked in this phase
+            try:
+                exchange.good[name] = (self._check(name, reply), reply)
+            except MessageError as error:
+                exchange.failures[name] = str(error)
+        exchange.failures |= {name: "sent no reply in time" for name in by_message.values()}
+        for name, reason in sorted(exchange.failures.items()):
+            log(WARNING, "round %d: client %s %s", exchange.server_round, name, reason)
+        if len(exchange.good) < min(self.min_replies, max(1, len(exchange.sent))):
+            self.run.append(exchange.kind, exchange.server_round, **exchange.log_line())
+            reasons = "; ".join(f"client {n}: {r}" for n, r in sorted(exchange.failures.items())[:3])
+            raise FederationError(
+                f"round {exchange.server_round}: {len(exchange.good)} of {len(exchange.sent)} clients gave a valid "
+                f"{exchange.kind} reply, strategy.min_replies={self.min_replies} ({reasons or 'no client is present'})"
+            )
+        return exchange
+
+    def _check(self, name: str, reply: Message) -> dict[str, float]:
+        """Return a reply's metrics if all of it is sound; raises MessageError with the reason otherwise."""
+        if reply.has_error():
+            raise MessageError(f"failed: {reply.error.reason}")
+        claim, metrics = unpack_reply(reply.content)
+        if fault := self.roster.check(name, claim) or self._find_metric_fault(name, metrics):
+            raise MessageError(fault)
+        if self.exchange.kind == TRAIN and (fault := find_fault(unpack_arrays(reply.content), self.expected)):
+            raise MessageError(fault)
+        return metrics
+
+    def _find_metric_fault(self, name: str, metrics: dict[str, float]) -> str | None:
+        attested: Claim = self.roster.members[name].claim
+        train = self.exchange.kind == TRAIN
+        samples = attested.train if train else attested.test
+        needed = {NUM_EXAMPLES, "train-loss"} if train else {NUM_EXAMPLES, "loss-sum"}
+        if not train and attested.label_hist:
+            needed.add("correct")
+        if missing := sorted(needed - metrics.keys()):
+            return f"sent no {missing[0]}"
+        if bad := sorted(key for key, value in metrics.items() if not isfinite(value)):
+            return f"sent {bad[0]}={metrics[bad[0]]}"
+        if metrics[NUM_EXAMPLES] != samples:
+            return f"sent num-examples={metrics[NUM_EXAMPLES]}, attested {samples}"
+        if not all(0 <= value <= samples for key, value in metrics.items() if key.endswith("correct")):
+            return f"sent more correct answers than its {samples} samples"
+        return None
+
+
+def _totals(tested: dict[str, dict[str, float]], prefix: str) -> dict[str, Any]:
+    """Sum one kind of evaluation over clients; accuracy is None for regression, and all is None where absent."""
+    out = prefix.replace("-", "_")
+    measured = {name: m for name, m in tested.items() if f"{prefix}loss-sum" in m}
+    count = sum(m[NUM_EXAMPLES] for m in measured.values())
+    if not count:
+        return {f"{out}loss": None, f"{out}accuracy": None}
+    result: dict[str, Any] = {f"{out}loss": sum(m[f"{prefix}loss-sum"] for m in measured.values()) / count}
+    result[f"{out}loss_spread"] = spread({n: m[f"{prefix}loss-sum"] / m[NUM_EXAMPLES] for n, m in measured.items()})
+    each = {n: m[f"{prefix}correct"] / m[NUM_EXAMPLES] for n, m in measured.items() if f"{prefix}correct" in m}
+    if each:
+        result[f"{out}accuracy"] = sum(m[f"{prefix}correct"] for m in measured.values()) / count
+        result[f"{out}accuracy_spread"] = spread(each)
+        result[f"{out}accuracy_by_client"] = each
+    return {f"{out}accuracy": None} | result

@@ -1,0 +1,106 @@
+"""The in-process grid: the real ServerApp, strategy and ClientApp, without processes in between."""
+
+import copy
+import json
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from flwr.app import Context, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from flapp import client_app, config, server_app
+from flapp.messages import ORDER
+
+Tamper = Callable[[str, Message], Message]
+
+
+class LocalGrid(Grid):
+    """Hand each message to the ClientApp at once and keep the replies until they are pulled, in a drawn order.
+
+    tamper(client_id, reply) stands between a client and the server.
+    """
+
+    def __init__(
+        self, run_config: dict[str, Any], nodes: list[dict[str, Any]], order: int = 0, tamper: Tamper | None = None
+    ) -> None:
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+        self.run_config = run_config
+        self.random = random.Random(order)
+        self.nodes = {self.random.randrange(1, 1 << 62): node for node in nodes}
+        self.tamper = tamper
+        self.replies: dict[str, Message] = {}
+        self.sent: list[Message] = []
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid4())
+            ids.append(message.metadata.message_id)
+            self.sent.append(message)
+            arrived = copy.deepcopy(message)
+            context = Context(1, 1, self.nodes[message.metadata.dst_node_id], RecordDict(), self.run_config)
+            reply = client_app.app(arrived, context)
+            if self.tamper is not None:
+                client_id = message.content.config_records[ORDER]["client-id"]
+                reply = self.tamper(str(client_id), reply)
+            self.replies[message.metadata.message_id] = reply
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        pulled = [self.replies.pop(i) for i in message_ids if i in self.replies]
+        self.random.shuffle(pulled)
+        return pulled
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.nodes)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        raise AssertionError("the ServerApp polls by itself")
+
+    def create_message(self, *_: Any, **__: Any) -> Message:
+        raise AssertionError("messages are made by flapp.messages")
+
+    def set_run(self, run: Any) -> None:
+        raise AssertionError("nothing sets the run")
+
+    @property
+    def run(self) -> Any:
+        raise AssertionError("nothing asks for the run")
+
+
+@pytest.fixture(scope="session")
+def data_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a home shared by all tests, so that the digits are prepared once."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def federate(data_home: Path, tmp_path: Path) -> Callable[..., tuple[dict[str, Any], Path]]:
+    """Return a function that runs a whole federation in this process and returns (metrics.json, run directory)."""
+    runs = iter(range(1000))
+
+    def run(
+        *overrides: str, nodes: list[dict[str, Any]] | None = None, order: int = 0, tamper: Tamper | None = None
+    ) -> tuple[dict[str, Any], Path]:
+        name = f"{tmp_path.name}-{next(runs)}"
+        settings = config.compose([f"home={data_home}", f"run_name={name}", *overrides])
+        run_config = {"config-json": config.to_json(settings)}
+        clients = settings.clients
+        nodes = nodes or [{"partition-id": i, "num-partitions": clients} for i in range(clients)]
+        grid = LocalGrid(run_config, nodes, order, tamper)
+        server_app.app(grid, Context(1, 1, {}, RecordDict(), run_config))
+        path = settings.runs_dir / name
+        return json.loads((path / "metrics.json").read_text()), path
+
+    return run
+
+
+def read_lines(path: Path, kind: str) -> list[dict[str, Any]]:
+    """Return the lines of one kind from a run directory's metrics.jsonl."""
+    lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
