@@ -21,6 +21,7 @@ from flapp.data import (
 from flapp.messages import (
     NUM_EXAMPLES,
     Claim,
+    MessageError,
     Order,
     pack_claims,
     pack_reply,
@@ -32,17 +33,25 @@ from flapp.messages import (
 from flapp.mods import name_errors_mod
 from flapp.model import build_model
 from flapp.settings import Config, ConfigError, DatasetConfig, ModelConfig, Site
-from flapp.training import TrainResult, build_optimizer, evaluate, train
+from flapp.training import TrainResult, build_optimizer, evaluate, scheduled_lr, train
 
 app = ClientApp(mods=[name_errors_mod])
 
 
 @app.query("attest")
 def attest(message: Message, context: Context) -> Message:
-    """Say which clients live at this node and what they hold."""
-    unpack_order(message)
+    """Say which clients live at this node and what they hold, or why one cannot take part."""
     config, site = load(context.run_config, context.node_config)
-    return pack_claims(message, [make_claim(config, client_id) for client_id in clients_at(config, site)])
+    return pack_claims(message, [attest_client(message, config, name) for name in clients_at(config, site)])
+
+
+def attest_client(message: Message, config: Config, client_id: str) -> Claim:
+    """Return one client's claim; what keeps it from taking part becomes the claim's fault, under its own name."""
+    try:
+        unpack_order(message)
+        return make_claim(config, client_id)
+    except (ConfigError, DataError, MessageError, OSError) as error:
+        return Claim(client_id, fault=" ".join(str(error).split()))
 
 
 @app.train()
@@ -51,7 +60,8 @@ def train_round(message: Message, context: Context) -> Message:
     config, order = begin(message, context)
     model = receive_model(config, message)
     claim = make_claim(config, order.client_id)
-    result = fit(model, config, order, config.train.epochs, config.train.steps, "train")
+    lr = scheduled_lr(config.train.lr, config.train.schedule, order.server_round, config.num_rounds)
+    result = fit(model, config, order, lr, config.train.epochs, config.train.steps, "train")
     metrics = {NUM_EXAMPLES: claim.train, "train-loss": result.loss, "steps": result.steps}
     return pack_reply(message, claim, metrics, ArrayRecord(model.state_dict()))
 
@@ -64,7 +74,7 @@ def evaluate_round(message: Message, context: Context) -> Message:
     claim = make_claim(config, order.client_id)
     metrics: dict[str, int | float] = {NUM_EXAMPLES: claim.test} | test(model, config, order, "")
     if config.evaluate.personal_epochs and claim.test:
-        fit(model, config, order, config.evaluate.personal_epochs, None, "personal")
+        fit(model, config, order, config.train.lr, config.evaluate.personal_epochs, None, "personal")
         metrics |= test(model, config, order, "personal-")
     return pack_reply(message, claim, metrics)
 
@@ -96,13 +106,13 @@ def receive_model(config: Config, message: Message) -> torch.nn.Module:
 
 
 def fit(
-    model: torch.nn.Module, config: Config, order: Order, epochs: int, steps: int | None, purpose: str
+    model: torch.nn.Module, config: Config, order: Order, lr: float, epochs: int, steps: int | None, purpose: str
 ) -> TrainResult:
     """Train in place; shuffling and dropout are drawn from (seed, client, round, purpose), whoever runs it."""
     settings = config.train
     seeds = [derive_seed(config.seed, order.client_id, order.server_round, purpose, use) for use in ("order", "noise")]
     batches = client_batches(config, order.client_id, "train", settings.batch_size, seeds[0])
-    optimizer = build_optimizer(model, settings.optimizer, settings.lr, settings.momentum, settings.weight_decay)
+    optimizer = build_optimizer(model, settings.optimizer, lr, settings.momentum, settings.weight_decay)
     return train(model, batches, optimizer, epochs, steps, seeds[1])
 
 

@@ -41,16 +41,20 @@ class Order:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a client says of itself: samples per split, training labels per class, and digests to check it by."""
+    """What a client says of itself: samples per split, training labels per class, and digests to check it by.
+
+    A client that cannot take part says why in `fault`, and nothing else counts.
+    """
 
     client_id: str
-    train: int
-    test: int
-    label_hist: tuple[int, ...]
-    shard_digest: str
-    last_modified: float
-    source_digest: str
-    versions: str
+    train: int = 0
+    test: int = 0
+    label_hist: tuple[int, ...] = ()
+    shard_digest: str = ""
+    last_modified: float = 0.0
+    source_digest: str = ""
+    versions: str = ""
+    fault: str = ""
 
 
 @lru_cache(maxsize=1)

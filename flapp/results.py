@@ -1,11 +1,11 @@
 """The run directory: everything a run leaves behind, under home/runs/<run_name>.
 
-    config.yaml        the resolved config
-    metrics.jsonl      one line a round and kind (roster, train, evaluate, central), flushed as it is written
-    progress.json      where the run is now: round, phase, replies; for progress bars
-    model.safetensors  the final global model
-    metrics.json       the summary, written last: status, rounds, accuracy, loss, personal_accuracy, objective,
-                       bytes_up, bytes_down, seconds, model_sha256, or status failed and the error
+config.yaml        the resolved config
+metrics.jsonl      one line a round and kind (roster, train, evaluate, central), flushed as it is written
+progress.json      where the run is now: round, phase, replies; for progress bars
+model.safetensors  the final global model
+metrics.json       the summary, written last: status, rounds, accuracy, loss, personal_accuracy, objective,
+                   bytes_up, bytes_down, seconds, model_sha256, or status failed and the error
 """
 
 import json

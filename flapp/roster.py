@@ -143,6 +143,8 @@ class Roster:
                 self.refused[name] = reason
 
     def _fault(self, claim: Claim) -> str | None:
+        if claim.fault:
+            return claim.fault
         if claim.client_id not in self.expected:
             return f"is not one of the {len(self.expected)} clients of this run ({_listing(self.expected)})"
         if claim.source_digest != source_digest():
@@ -156,7 +158,7 @@ class Roster:
 
 def _named(names: list[str]) -> str:
     nodes = [name for name in names if name.startswith("node ")]
-    clients = [name for name in names if not name.startswith("node ")]
+    clients = sorted((name for name in names if not name.startswith("node ")), key=lambda name: (len(name), name))
     parts = [f"client{'s' * (len(clients) > 1)} {_listing(clients)}"] if clients else []
     return ", ".join(parts + ([_listing(nodes)] if nodes else []))
 

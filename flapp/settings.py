@@ -83,6 +83,7 @@ class StrategyConfig:
 class TrainConfig:
     optimizer: Literal["adamw", "sgd"]
     lr: Positive
+    schedule: Literal["cosine", "constant"]
     momentum: Annotated[float, Bound(ge=0, le=1)]
     weight_decay: NotNegative
     batch_size: Count

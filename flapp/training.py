@@ -1,5 +1,6 @@
 """The local loop: train a model on a client's batches, and evaluate it. Plain PyTorch."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -45,6 +46,13 @@ def build_optimizer(
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
 
 
+def scheduled_lr(lr: float, schedule: str, server_round: int, num_rounds: int) -> float:
+    """Return the learning rate of a round (from 1): `constant`, or `cosine` (Loshchilov & Hutter 2017, equation 5)."""
+    if schedule == "constant":
+        return lr
+    return lr * 0.5 * (1 + math.cos(math.pi * (server_round - 1) / num_rounds))
+
+
 def train(
     model: nn.Module,
     batches: Batches,
@@ -74,7 +82,7 @@ def train(
     if done == 0:
         raise ValueError("there is no training sample to learn from")
     mean = total.item() / samples
-    if mean != mean or mean in (float("inf"), float("-inf")):
+    if not math.isfinite(mean):
         raise FloatingPointError(f"the training loss is {mean} after {done} steps: lower train.lr")
     return TrainResult(mean, samples, done)
 
