@@ -16,7 +16,7 @@ def name_errors_mod(message: Message, context: Context, call_next: ClientAppCall
     """
     try:
         return call_next(message, context)
-    except Exception as error:  # the boundary of a client: one message must never end the process
+    except Exception as error:  # noqa: BLE001 - the boundary of a client: no message may end its process
         log(ERROR, traceback.format_exc())
         text = " ".join(str(error).split())
         plain = isinstance(error, ValueError | FloatingPointError) and text

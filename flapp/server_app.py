@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
@@ -87,7 +88,9 @@ def evaluate_centrally(
     folder = ensure_artifacts(config.data_dir, config.dataset.name) / "test"
     dataset = OfflineDataset(folder, normalization=config.dataset.normalization)
     model.load_state_dict(arrays.to_torch_state_dict())
-    batches = ClientLoader(dataset, range(len(dataset)), config.evaluate.batch_size, image_size=config.model.image_size)
+    batches = ClientLoader(
+        dataset, np.arange(len(dataset)), config.evaluate.batch_size, image_size=config.model.image_size
+    )
     found = evaluate(model, batches)
     values = {"loss": found.loss_sum / found.count}
     if config.dataset.classes:

@@ -6,7 +6,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
@@ -155,8 +155,8 @@ def setting_names(cls: type = Config, prefix: str = "") -> list[str]:
     return names
 
 
-@lru_cache(maxsize=None)
-def _annotations(cls: type) -> dict[str, Any]:
+@cache
+def _annotations(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 
 
@@ -170,14 +170,14 @@ def build(cls: type[T], values: Any, prefix: str = "") -> T:
             raise ConfigError(f"{prefix}{key} is not a setting{hint(key, names)}")
     if missing := [name for name in names if name not in values]:
         raise ConfigError(f"{prefix}{missing[0]} is missing: give it a value")
-    annotations = _annotations(cls)
+    annotations = _annotations(typing.cast(Any, cls))
     return cls(**{name: _convert(annotations[name], values[name], prefix + name) for name in names})
 
 
 def _convert(annotation: Any, value: Any, key: str) -> Any:
     """Return `value` as the annotated type, or raise ConfigError naming the key, the value and what would do."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if is_dataclass(annotation):
+    if isinstance(annotation, type) and is_dataclass(annotation):
         return build(annotation, value, key + ".")
     if origin in (Union, types.UnionType):
         inner = next(argument for argument in arguments if argument is not type(None))

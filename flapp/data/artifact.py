@@ -125,7 +125,7 @@ def _check(folder: Path, images: np.ndarray, labels: np.ndarray, classes: int) -
             f"{folder} needs images {expected[0]} with {expected[1]} axes and labels {expected[2]} with {expected[3]}, "
             f"equally many, got {kind[0]} {images.shape} and {kind[2]} {labels.shape}"
         )
-    if classes and not (0 <= labels.min() and labels.max() < classes):
+    if classes and not (labels.min() >= 0 and labels.max() < classes):
         raise DataError(f"{folder} has labels from {labels.min()} to {labels.max()}, but {classes} classes")
 
 
@@ -135,7 +135,7 @@ def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _block_hashes(array: np.ndarray) -> list[str]:
-    return [hashlib.sha256(np.ascontiguousarray(block)).hexdigest() for block in _blocks(array)]
+    return [hashlib.sha256(np.ascontiguousarray(block).data).hexdigest() for block in _blocks(array)]
 
 
 def _damaged_block(array: np.ndarray, hashes: list[str]) -> int | None:

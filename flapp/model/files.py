@@ -36,7 +36,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("flapp", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
     if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:

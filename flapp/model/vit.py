@@ -53,6 +53,6 @@ def build_vit(name: str, image_size: int, channels: int, classes: int, dropout: 
         vit.conv_proj = nn.Conv2d(channels, width, patch, stride=patch)
     for block in vit.encoder.layers:
         assert isinstance(block, EncoderBlock)
-        block.self_attention = SelfAttention(width, heads)  # type: ignore[assignment]
+        block.self_attention = SelfAttention(width, heads)
     torch.nn.init.trunc_normal_(vit.heads.head.weight, std=0.02)
     return vit

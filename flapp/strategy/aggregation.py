@@ -112,5 +112,7 @@ def _count_bad(values: np.ndarray) -> int:
 def spread(values: Mapping[str, float]) -> dict[str, float]:
     """Return min, p10, median, p90 and max of one number a client (numpy's linear percentiles)."""
     names = ("min", "p10", "median", "p90", "max")
-    points = np.percentile(list(values.values()), [0, 10, 50, 90, 100]) if values else []
-    return dict(zip(names, map(float, points), strict=False))
+    if not values:
+        return {}
+    points = np.percentile(list(values.values()), [0, 10, 50, 90, 100])
+    return dict(zip(names, map(float, points), strict=True))

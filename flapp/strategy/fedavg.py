@@ -144,7 +144,7 @@ class FedAvg(FlowerFedAvg):
                 exchange.good[name] = (self._check(name, reply), reply)
             except MessageError as error:
                 exchange.failures[name] = str(error)
-        exchange.failures |= {name: "sent no reply in time" for name in by_message.values()}
+        exchange.failures |= dict.fromkeys(by_message.values(), "sent no reply in time")
         for name, reason in sorted(exchange.failures.items()):
             log(WARNING, "round %d: client %s %s", exchange.server_round, name, reason)
         if len(exchange.good) < min(self.min_replies, max(1, len(exchange.sent))):

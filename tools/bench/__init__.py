@@ -25,7 +25,7 @@ class Row:
 
 
 def measure(functions: Mapping[str, Callable[[], object]], repeats: int = 7, warmup: int = 1) -> dict[str, float]:
-    """Time each function in turn, A B C A B C ..., and return its median seconds; the first `warmup` turns are not counted."""
+    """Time each function in turn, A B C A B C ..., and return its median seconds, leaving out the `warmup` turns."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(warmup + repeats):
         for name, function in functions.items():
