@@ -195,7 +195,7 @@ def _convert(annotation: Any, value: Any, key: str) -> Any:
         return tuple(_convert(arguments[0], item, key) for item in value)
     if annotation is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
-    if type(value) is not annotation:
+    if annotation is float or type(value) is not annotation:
         wanted = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
         raise ConfigError(f"{key}={value} must be {wanted.get(annotation, 'a list')}, got {type(value).__name__}")
     return value

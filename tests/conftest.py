@@ -48,6 +48,7 @@ class LocalGrid(Grid):
             if self.tamper is not None:
                 client_id = message.content.config_records[ORDER]["client-id"]
                 reply = self.tamper(str(client_id), reply)
+                reply.metadata.__dict__["_reply_to_message_id"] = message.metadata.message_id
             self.replies[message.metadata.message_id] = reply
         return ids
 
@@ -94,7 +95,7 @@ def federate(data_home: Path, tmp_path: Path) -> Callable[..., tuple[dict[str, A
         nodes = nodes or [{"partition-id": i, "num-partitions": clients} for i in range(clients)]
         grid = LocalGrid(run_config, nodes, order, tamper)
         server_app.app(grid, Context(1, 1, {}, RecordDict(), run_config))
-        path = settings.runs_dir / name
+        path = settings.runs_dir / str(settings.run_name)
         return json.loads((path / "metrics.json").read_text()), path
 
     return run

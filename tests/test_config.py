@@ -1,0 +1,123 @@
+"""Settings: every choice composes, and whatever is wrong is said in one line."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from flapp import config
+from flapp.model import build_model
+from flapp.settings import Config, ConfigError, setting_names
+
+GROUPS = sorted(path.name for path in config.CONF.iterdir() if path.is_dir())
+CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((config.CONF / group).glob("*.yaml"))]
+NEEDS = {
+    ("dataset", "regression"): ["model=linear", "partition=iid", "evaluate.objective=loss"],
+    ("dataset", "custom"): ["dataset.name=mine", "dataset.shape=[32,32,3]", "dataset.classes=4"],
+}
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_in_conf_composes_and_builds_its_model(group: str, choice: str) -> None:
+    composed = config.compose([f"{group}={choice}", *NEEDS.get((group, choice), [])])
+    data = composed.dataset
+    model = build_model(composed.model.name, data.shape, data.classes, composed.model.image_size)
+    assert sum(p.numel() for p in model.parameters()) > 0
+    assert config.from_dict(json.loads(config.to_json(composed))) == composed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["num_round=3"], "num_round is not a setting: did you mean num_rounds?"),
+        (["train.learning_rate=3"], "train.learning_rate is not a setting"),
+        (["+extra=1"], "extra is not a setting"),
+        (["model=vit_huge"], "model=vit_huge is not known: choose one of cnn, linear, vit_tiny"),
+        (["dataset=custom"], "dataset.name must be given: add dataset.name=VALUE"),
+        (["num_rounds=0"], "num_rounds=0 is out of range: it must be at least 1"),
+        (["train.lr=0"], "train.lr=0 is out of range: it must be more than 0"),
+        (["train.lr=inf"], "train.lr=inf must be a finite number"),
+        (["strategy.fraction_train=1.5"], "strategy.fraction_train=1.5 is out of range: it must be at most 1"),
+        (["seed=1.5"], "seed=1.5 must be a whole number, got float"),
+        (["evaluate.central=yes"], "evaluate.central=yes must be true or false, got str"),
+        (["evaluate.central=1"], "evaluate.central=1 must be true or false, got int"),
+        (["train.optimizer=adam"], "train.optimizer=adam is not known: choose one of adamw, sgd"),
+        (["train=3"], "train must be a group of settings, got 3"),
+        (["dataset=regression"], "model=vit_tiny classifies images, dataset=regression has none: set model=linear"),
+        (["dataset=regression", "model=linear"], "partition=dirichlet needs classes, dataset=regression has none"),
+        (["partition.alpha=null"], "partition=dirichlet needs partition.alpha"),
+        (["evaluate.personal_epochs=0", "evaluate.objective=personal_accuracy"], "needs fine-tuning"),
+        (["dataset.normalization=imagenet"], "needs images of 3 channels, got shape [32, 32, 1]"),
+        (["train.momentum=0.9"], "has no meaning for adamw"),
+        (["strategy.min_replies=11"], "strategy.min_replies=11 can never be met with 10 clients in a round"),
+        (["strategy.min_clients=11"], "strategy.min_clients=11 is more than clients=10"),
+        (["home=some/where"], "home=some/where is relative, and the apps run in another folder"),
+        (["a b"], "settings are written key=value"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_settings_are_refused_in_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.compose(overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_front_doors_take_a_relative_home_from_where_they_stand(tmp_path: Path) -> None:
+    assert config.compose(["home=here"], base=tmp_path).home == str(tmp_path / "here")
+
+
+def test_config_json_wins_over_overrides() -> None:
+    text = config.to_json(config.compose(["seed=5"]))
+    loaded, _ = config.load({"config-json": text, "overrides": "seed=7"}, {})
+    assert loaded.seed == 5
+    assert config.load({"config-json": "", "overrides": "seed=7 'model.dropout=0.5'"}, {})[0].seed == 7
+
+
+def test_config_json_needs_no_hydra(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    (tmp_path / "c.json").write_text(config.to_json(config.compose([])))
+    code = (
+        "import sys, pathlib; from flapp import config; "
+        f"config.load({{'config-json': pathlib.Path({str(tmp_path / 'c.json')!r}).read_text()}}, {{}}); "
+        "assert not {'hydra', 'omegaconf', 'torchvision'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=config.CONF.parent)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"seed": 1}'])
+def test_a_broken_config_json_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError):
+        config.load({"config-json": text}, {})
+
+
+def test_node_config_is_read_and_a_misspelt_key_refused() -> None:
+    site = config.read_site({"client-id": 3})
+    assert site.client_id == "3"
+    assert config.read_site({"partition-id": 1, "num-partitions": 4}).num_partitions == 4
+    with pytest.raises(ConfigError, match="node-config has cleint-id, which is not a setting: did you mean client-id"):
+        config.read_site({"cleint-id": "3"})
+
+
+def test_a_run_name_may_not_leave_the_runs_folder() -> None:
+    for name in ("../x", "/etc/x", "a/../../x"):
+        with pytest.raises(ConfigError, match="leaves home/runs"):
+            config.with_run_name(config.compose([]), name)
+
+
+def test_seeds_depend_on_every_part_and_on_nothing_else() -> None:
+    parts = list(itertools.product((0, 1), ("1", "11"), (1, 11)))
+    assert len({config.derive_seed(*p) for p in parts}) == len(parts)
+    assert config.derive_seed(0, "1", 1) == config.derive_seed(0, "1", 1) < 2**63
+
+
+def test_every_setting_is_written_in_conf() -> None:
+    values = json.loads(config.to_json(config.compose([])))
+    for name in setting_names(Config):
+        node = values
+        for part in name.split("."):
+            assert part in node, name
+            node = node[part]

@@ -1,0 +1,89 @@
+"""The local loop, against plain PyTorch and float64 numpy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from flapp.training import build_optimizer, evaluate, scheduled_lr, train
+
+X, Y = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 4
+BATCHES = [(X[i : i + 8], Y[i : i + 8]) for i in range(0, 20, 8)]
+
+
+def model(dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.Dropout(dropout), nn.Linear(8, 4))
+
+
+def test_training_takes_the_steps_plain_pytorch_would() -> None:
+    ours, plain = model(), model()
+    result = train(ours, BATCHES, build_optimizer(ours, "sgd", 0.1, momentum=0.9), epochs=2)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    for x, y in BATCHES * 2:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(plain(x), y).backward()
+        optimizer.step()
+    assert (result.steps, result.samples) == (6, 40)
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_steps_count_batches_over_as_many_passes_as_needed() -> None:
+    for steps in (1, 3, 7):
+        net = model()
+        assert train(net, BATCHES, build_optimizer(net, "sgd", 0.1), steps=steps).steps == steps
+
+
+def test_evaluation_returns_exact_sums() -> None:
+    net = model(dropout=0.5)
+    found = evaluate(net, BATCHES)
+    logits = net.eval()(X).detach().double().numpy()
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(20), Y.numpy()]
+    assert found.count == 20
+    assert found.correct == int((logits.argmax(1) == Y.numpy()).sum())
+    assert found.loss_sum == pytest.approx(losses.sum(), rel=1e-6)
+
+
+def test_regression_is_evaluated_by_the_squared_error() -> None:
+    net, targets = nn.Linear(3, 1), torch.randn(20)
+    found = evaluate(net, [(X, targets)])
+    exact = ((net(X).detach().double().squeeze(1) - targets.double()) ** 2).sum()
+    assert found.loss_sum == pytest.approx(exact.item(), rel=1e-6)
+    assert found.correct == 0
+
+
+def test_dropout_is_drawn_from_the_seed_and_leaves_the_callers_generator_alone() -> None:
+    results = []
+    for seed in (1, 1, 2):
+        net = model(dropout=0.5)
+        torch.manual_seed(99)
+        train(net, BATCHES, build_optimizer(net, "sgd", 0.1), seed=seed)
+        results.append((net[0].weight.detach(), torch.rand(1)))  # type: ignore[index]
+    assert torch.equal(results[0][0], results[1][0])
+    assert not torch.equal(results[0][0], results[2][0])
+    assert results[0][1] == results[2][1]
+
+
+def test_a_loss_that_is_not_finite_ends_training() -> None:
+    net = model()
+    with pytest.raises(FloatingPointError, match=r"the training loss is (nan|inf) after 30 steps: lower train.lr"):
+        train(net, BATCHES, build_optimizer(net, "sgd", 1e30), epochs=10)
+
+
+def test_training_on_nothing_is_an_error() -> None:
+    net = model()
+    for steps in (None, 3):
+        with pytest.raises(ValueError, match="no training sample"):
+            train(net, [], build_optimizer(net, "sgd", 0.1), steps=steps)
+
+
+def test_the_cosine_schedule_starts_at_lr_and_ends_near_zero() -> None:
+    rates = [scheduled_lr(0.1, "cosine", r, 10) for r in range(1, 11)]
+    assert rates[0] == 0.1
+    assert rates[5] == pytest.approx(0.05)
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(0.05 * (1 + math.cos(0.9 * math.pi)))
+    assert {scheduled_lr(0.1, "constant", r, 10) for r in range(1, 11)} == {0.1}
