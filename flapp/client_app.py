@@ -1,6 +1,7 @@
 """The ClientApp: unpack the message, work on this client's own data, pack the reply."""
 
 import hashlib
+import time
 from functools import lru_cache
 from pathlib import Path
 
@@ -57,12 +58,13 @@ def attest_client(message: Message, config: Config, client_id: str) -> Claim:
 @app.train()
 def train_round(message: Message, context: Context) -> Message:
     """Train the received model on this client's training samples and send it back."""
+    started = time.monotonic()
     config, order = begin(message, context)
     model = receive_model(config, message)
     claim = make_claim(config, order.client_id)
     lr = scheduled_lr(config.train.lr, config.train.schedule, order.server_round, config.num_rounds)
     result = fit(model, config, order, lr, config.train.epochs, config.train.steps, "train")
-    metrics = {NUM_EXAMPLES: claim.train, "train-loss": result.loss, "steps": result.steps}
+    metrics = {NUM_EXAMPLES: claim.train, "train-loss": result.loss, "seconds": time.monotonic() - started}
     return pack_reply(message, claim, metrics, ArrayRecord(model.state_dict()))
 
 

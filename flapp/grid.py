@@ -37,7 +37,7 @@ class PolledGrid(Grid):
                 self.on_reply(len(replies), len(sent))
             if not waiting or time.monotonic() >= end:
                 break
-            pause = FIRST_PAUSE if new else min(LONGEST_PAUSE, pause * 1.5)
+            pause = FIRST_PAUSE if new else min(LONGEST_PAUSE, pause * 1.2)
             time.sleep(min(pause, max(0.0, end - time.monotonic())))
         return replies
 

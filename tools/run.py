@@ -152,7 +152,7 @@ def final_line(summary: dict[str, Any]) -> str:
 
 def sweep_table(outcomes: list[dict[str, Any]]) -> str:
     """Return the table of a sweep: a line a job with its settings and its objective or its error."""
-    width = max(len(outcome["overrides"]) for outcome in outcomes)
+    width = max(len("overrides"), *(len(outcome["overrides"]) for outcome in outcomes))
     lines = [f"{'job':>3}  {'overrides':<{width}}  objective"]
     for number, outcome in enumerate(outcomes):
         objective = outcome.get("objective")

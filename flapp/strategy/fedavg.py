@@ -111,7 +111,8 @@ class FedAvg(FlowerFedAvg):
         weights = examples if self.weighting == NUM_EXAMPLES else [1.0] * len(names)
         loss = sum(m["train-loss"] * n for m, n in zip(metrics, examples, strict=True)) / sum(examples)
         arrays = weighted_average([unpack_arrays(exchange.good[name][1].content) for name in names], weights)
-        self.run.append(TRAIN, server_round, loss=loss, **exchange.log_line())
+        busy = {name: round(m["seconds"], 3) for name, m in zip(names, metrics, strict=True) if "seconds" in m}
+        self.run.append(TRAIN, server_round, loss=loss, client_seconds=busy, **exchange.log_line())
         return arrays, MetricRecord({"train-loss": loss})
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
