@@ -11,7 +11,7 @@ import shlex
 import threading
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -92,13 +92,6 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(json.loads(to_json(config))))
 
 
-def with_run_name(config: Config, name: str) -> Config:
-    """Return the config with its run named; names are folders, so they stay below home/runs."""
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ConfigError(f"run_name={name} leaves home/runs: give a plain name")
-    return replace(config, run_name=name)
-
-
 def derive_seed(*parts: object) -> int:
     """Return a 63-bit seed that depends on every part, for example (seed, client_id, server_round, "shuffle")."""
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
@@ -139,10 +132,15 @@ def _check_together(config: Config) -> None:
     """Refuse settings that are fine alone but not together: (broken, what is wrong and how to mend it)."""
     images, train, strategy = len(config.dataset.shape) == 3, config.train, config.strategy
     sampled = sample_size(strategy.fraction_train, config.clients)
+    name = Path(config.run_name)
     rules = [
         (
             not Path(config.home).is_absolute(),
             f"home={config.home} is relative, and the apps run in another folder: give an absolute path",
+        ),
+        (
+            name.is_absolute() or ".." in name.parts or not name.parts,
+            f"run_name={config.run_name} leaves home/runs: give a plain name",
         ),
         (
             config.model.name != "linear" and not (images and config.dataset.classes),

@@ -12,20 +12,14 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from flapp.config import to_yaml, with_run_name
+from flapp.config import to_yaml
 from flapp.model import save_tensors
 from flapp.settings import Config, ConfigError
-
-
-def default_run_name(config: Config) -> str:
-    """Return the name of a run that was given none: experiment and local time, to the second."""
-    return f"{config.experiment}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 class RunDirectory:
@@ -41,8 +35,7 @@ class RunDirectory:
     @classmethod
     def create(cls, config: Config) -> "RunDirectory":
         """Make the folder of a new run and write its config; raises ConfigError when the name is taken."""
-        config = with_run_name(config, config.run_name or default_run_name(config))
-        path = config.runs_dir / str(config.run_name)
+        path = config.runs_dir / config.run_name
         try:
             path.mkdir(parents=True)
         except FileExistsError:

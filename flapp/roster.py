@@ -38,7 +38,7 @@ class Roster:
     id to Member, `refused` maps the name of a client (or of a node that named none) to the reason.
     """
 
-    def __init__(self, grid: Grid, expected: Sequence[str], run_name: str, timeout: float = 600.0) -> None:
+    def __init__(self, grid: Grid, expected: Sequence[str], run_name: str, timeout: float = 120.0) -> None:
         self.grid = grid
         self.expected = list(expected)
         self.run_name = run_name
@@ -53,7 +53,6 @@ class Roster:
         self._attested &= online
         self.members = {name: member for name, member in self.members.items() if member.node_id in online}
         if new := sorted(online - self._attested):
-            self._attested |= set(new)
             self._admit(self._attest(new))
 
     def wait(self, seconds: float, min_clients: int | None) -> None:
@@ -117,6 +116,7 @@ class Roster:
         found: list[Member] = []
         for reply in self.grid.send_and_receive(messages, timeout=self.timeout):
             node_id = reply.metadata.src_node_id
+            self._attested.add(node_id)  # who gave no answer in time is asked again
             try:
                 if reply.has_error():
                     raise MessageError(reply.error.reason)

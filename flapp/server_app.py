@@ -38,7 +38,7 @@ def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> None:
     torch.set_num_threads(config.train.threads)
     model = initial_model(config)
     polled = PolledGrid(grid)
-    roster = Roster(polled, [str(i) for i in range(config.clients)], str(config.run_name), config.strategy.timeout)
+    roster = Roster(polled, [str(i) for i in range(config.clients)], config.run_name)
     roster.wait(config.strategy.wait_for_clients, config.strategy.min_clients)
     run.append("roster", 0, clients=len(roster.members), refused=roster.refused, missing=roster.missing())
     strategy = build_strategy(config, roster, run)

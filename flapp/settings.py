@@ -123,7 +123,7 @@ class Site:
 @dataclass(frozen=True)
 class Config:
     home: str
-    run_name: str | None
+    run_name: str
     experiment: str
     seed: Natural
     clients: Count

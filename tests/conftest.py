@@ -95,7 +95,7 @@ def federate(data_home: Path, tmp_path: Path) -> Callable[..., tuple[dict[str, A
         nodes = nodes or [{"partition-id": i, "num-partitions": clients} for i in range(clients)]
         grid = LocalGrid(run_config, nodes, order, tamper)
         server_app.app(grid, Context(1, 1, {}, RecordDict(), run_config))
-        path = settings.runs_dir / str(settings.run_name)
+        path = settings.runs_dir / settings.run_name
         return json.loads((path / "metrics.json").read_text()), path
 
     return run

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def test_node_config_is_read_and_a_misspelt_key_refused() -> None:
 def test_a_run_name_may_not_leave_the_runs_folder() -> None:
     for name in ("../x", "/etc/x", "a/../../x"):
         with pytest.raises(ConfigError, match="leaves home/runs"):
-            config.with_run_name(config.compose([]), name)
+            config.compose([f"run_name={name}"])
 
 
 def test_seeds_depend_on_every_part_and_on_nothing_else() -> None:
@@ -121,3 +122,7 @@ def test_every_setting_is_written_in_conf() -> None:
         for part in name.split("."):
             assert part in node, name
             node = node[part]
+
+
+def test_a_run_is_named_after_its_experiment_and_the_time() -> None:
+    assert re.fullmatch(r"toy_regression-\d{8}-\d{6}", config.compose(["experiment=toy_regression"]).run_name)

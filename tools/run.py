@@ -12,7 +12,9 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,8 +27,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from flapp.config import CONF, explain, from_tree, to_json, with_run_name
-from flapp.results import default_run_name
+from flapp.config import CONF, explain, from_tree, to_json
 from flapp.settings import Config, ConfigError
 from tools.superlink import PrivateSuperLink, SuperLinkError
 
@@ -41,7 +42,7 @@ class RunError(RuntimeError):
 
 def run_once(config: Config) -> dict[str, Any]:
     """Run a federation to its end and return its metrics.json; raises RunError, SuperLinkError or ConfigError."""
-    path = config.runs_dir / str(config.run_name)
+    path = config.runs_dir / config.run_name
     if path.exists():
         raise ConfigError(f"run_name={config.run_name} is taken: {path} exists; choose another name")
     cpus = config.deployment.total_cpus or len(os.sched_getaffinity(0))
@@ -120,10 +121,9 @@ def job(tree: DictConfig) -> float | None:
     outcome: dict[str, Any] = {"overrides": " ".join(hydra_config.overrides.task)}
     try:
         config = from_tree(tree, Path.cwd())
-        name = config.run_name or default_run_name(config)
         if sweep:
-            name = f"{Path(hydra_config.sweep.dir).name}/{hydra_config.job.num}"
-        config = with_run_name(config, name)
+            folder = os.path.relpath(hydra_config.sweep.dir, config.runs_dir)
+            config = replace(config, run_name=f"{folder}/{hydra_config.job.num}")
         summary = run_once(config)
         outcome |= {key: summary[key] for key in ("status", "objective", "run_dir")}
         print(final_line(summary))
@@ -166,7 +166,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, who say them in one line
     sweep = any(argument in ("-m", "--multirun") for argument in sys.argv[1:])
-    log = Path(os.environ.setdefault(SWEEP_LOG, f"{os.environ.get('TMPDIR', '/tmp')}/flapp-sweep-{os.getpid()}.jsonl"))
+    log = Path(tempfile.gettempdir()) / f"flapp-sweep-{os.getpid()}.jsonl"
+    os.environ[SWEEP_LOG] = str(log)
     try:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from logging import WARNING
+from logging import INFO, WARNING
 from math import isfinite
 from typing import Any
 
@@ -80,6 +80,11 @@ class FedAvg(FlowerFedAvg):
         self.evaluate_every = evaluate_every
         self.expected = ArrayRecord()
         self.exchange = Exchange(TRAIN, 0)
+
+    def summary(self) -> None:
+        """Log what Flower logs of a strategy, in our words."""
+        drawn = f"{self.fraction_train:g} of the clients train, {self.fraction_evaluate:g} evaluate"
+        log(INFO, "\t└──> %s; weighted by %s; min_replies %d", drawn, self.weighting, self.min_replies)
 
     def is_evaluated(self, server_round: int) -> bool:
         """Say whether this round ends with an evaluation."""
