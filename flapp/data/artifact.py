@@ -4,8 +4,14 @@
                              labels.npy   int64 (N,), or float32 (N,) for regression
                              meta.json    format_version, complete, shapes, dtypes, classes, SHA-256s, writer
 
+    <data>/<dataset>/<split>@<SIZE>/      the same images resized: uint8 (N, C, SIZE, SIZE), and "layout": "NCHW" in
+                                          meta.json (where it is absent, the layout is NHWC)
+
 Both arrays have real .npy headers, so that a wrong shape, a truncated or a pickled file is refused. The digest
 of an artifact is the SHA-256 of its block hashes, and names its content wherever a client has to vouch for it.
+
+Writing happens in <split>.tmp, whose journal holds what is being written and then the SHA-256 of each block that is
+on disk, a line each. Whoever comes after a crash checks those blocks and goes on behind the last good one.
 """
 
 import fcntl
@@ -13,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +31,10 @@ from flapp import __version__
 
 FORMAT_VERSION = 1
 BLOCK_BYTES = 16 << 20
+LAYOUTS = ("NHWC", "NCHW")
+JOURNAL = "journal"
+
+ReadRows = Callable[[int, int], np.ndarray]
 
 
 class DataError(ValueError):
@@ -40,6 +50,8 @@ class Artifact:
     labels: np.ndarray
     classes: tuple[str, ...]
     digest: str
+    source_sha256: str
+    layout: str = "NHWC"
 
 
 @contextmanager
@@ -52,94 +64,236 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def write_artifact(
-    folder: Path, images: np.ndarray, labels: np.ndarray, classes: Sequence[str], source_sha256: str
+    folder: Path,
+    images: np.ndarray,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    source_sha256: str,
+    layout: str = "NHWC",
 ) -> None:
     """Write one split into `folder` whole or not at all, replacing what was there.
 
-    images: uint8 (N, H, W, C) or float32 (N, features); labels: int64 (N,) below len(classes), or float32 (N,)
-    with no classes. Raises DataError for anything else.
+    images: uint8 (N, H, W, C), (N, C, H, W) with layout="NCHW", or float32 (N, features); labels: int64 (N,) below
+    len(classes), or float32 (N,) with no classes. Raises DataError for anything else.
     """
-    _check(folder, images, labels, len(classes))
-    partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    _check(folder, images.dtype, images.shape, labels, len(classes), layout)
+    write_rows(folder, lambda start, stop: images[start:stop], images.shape, labels, classes, source_sha256, layout)
+
+
+def write_rows(
+    folder: Path,
+    read: ReadRows,
+    shape: Sequence[int],
+    labels: np.ndarray,
+    classes: Sequence[str],
+    source_sha256: str,
+    layout: str = "NHWC",
+    progress: Callable[[int], object] = lambda rows: None,
+    inspect: Callable[[np.ndarray], None] = lambda images: None,
+) -> None:
+    """Write one split block by block, where read(start, stop) returns those images and `shape` is that of them all.
+
+    Goes on behind the last good block of an earlier call with the same arguments that was cut off. progress(n) is
+    called for every n images on disk; inspect(images) sees them all before the artifact takes its place, and raises
+    to refuse them. Raises DataError for wrong arrays, a disk that is full or fails.
+    """
+    dtype = np.dtype(np.uint8 if classes else np.float32)
+    _check(folder, dtype, tuple(shape), labels, len(classes), layout)
+    labels = np.ascontiguousarray(labels)
     meta: dict[str, Any] = {"format_version": FORMAT_VERSION, "writer": f"flapp {__version__}"}
-    for name, array in (("images", images), ("labels", labels)):
-        array = np.ascontiguousarray(array)
-        meta[name] = {"shape": list(array.shape), "dtype": str(array.dtype), "blocks": _block_hashes(array)}
-        with (partial / f"{name}.npy").open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-            os.fsync(file.fileno())
+    meta |= {"layout": layout} if layout != "NHWC" else {}
+    meta["images"] = {"shape": list(shape), "dtype": str(dtype), "blocks": []}
+    meta["labels"] = {"shape": list(labels.shape), "dtype": str(labels.dtype), "blocks": block_hashes(labels)}
     meta |= {"classes": list(classes), "source_sha256": source_sha256, "complete": True}
-    with (partial / "meta.json").open("w") as file:
-        json.dump(meta, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    partial = folder.with_name(folder.name + ".tmp")
+    try:
+        _write_images(partial, read, meta, progress)
+        written = np.lib.format.open_memmap(partial / "images.npy", mode="r")
+        try:
+            inspect(written)
+        except DataError:
+            shutil.rmtree(partial)
+            raise
+        np.save(partial / "labels.npy", labels, allow_pickle=False)
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+        (partial / JOURNAL).unlink()
+        _put_in_place(partial, folder)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written ({error.strerror or error}): mend it and try again") from error
 
 
 def open_artifact(folder: Path, verify: bool = False) -> Artifact:
     """Open the split in `folder`; with verify, hash every block too. Raises DataError naming what is wrong."""
-    meta = _read_meta(folder)
-    images, labels = (_open_array(folder / f"{name}.npy", meta[name], verify) for name in ("images", "labels"))
-    _check(folder, images, labels, len(meta["classes"]))
-    blocks = meta["images"]["blocks"] + meta["labels"]["blocks"]
-    digest = hashlib.sha256("".join(blocks).encode()).hexdigest()
-    return Artifact(folder, images, labels, tuple(meta["classes"]), digest)
+    meta = read_meta(folder)
+    images, labels = (open_array(folder / f"{name}.npy", meta[name]) for name in ("images", "labels"))
+    layout = meta.get("layout", "NHWC")
+    _check(folder, images.dtype, images.shape, labels, len(meta["classes"]), layout)
+    for name, array in (("images", images), ("labels", labels)):
+        if verify and (bad := damaged_blocks(array, meta[name]["blocks"])):
+            raise DataError(
+                f"{folder / name}.npy is damaged: block {bad[0]} has another SHA-256 than its meta.json says"
+            )
+    return Artifact(folder, images, labels, tuple(meta["classes"]), digest(meta), meta.get("source_sha256", ""), layout)
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
+def digest(meta: dict[str, Any]) -> str:
+    """Return the SHA-256 of the block hashes in `meta`, which names the content of an artifact."""
+    return hashlib.sha256("".join(meta["images"]["blocks"] + meta["labels"]["blocks"]).encode()).hexdigest()
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Read the meta.json of the split in `folder`; raises DataError when it is missing, damaged or not complete."""
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text())
         complete = meta["complete"] is True and {"images", "labels", "classes"} <= meta.keys()
+        facts = [(meta[name]["shape"], meta[name]["dtype"], meta[name]["blocks"]) for name in ("images", "labels")]
     except FileNotFoundError:
         raise DataError(f"no artifact at {folder} (meta.json is missing): prepare the dataset first") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({error!r}): delete {folder} and prepare it again") from error
     if not complete or meta.get("format_version") != FORMAT_VERSION:
         found = f"format {meta.get('format_version')}, complete={meta['complete']}"
         raise DataError(f"{path} is not a complete artifact of format {FORMAT_VERSION} ({found}): prepare it again")
+    if not all(isinstance(blocks, list) and all(isinstance(block, str) for block in blocks) for *_, blocks in facts):
+        raise DataError(f"{path} is damaged (its blocks are not a list of SHA-256s): prepare it again")
     return meta
 
 
-def _open_array(path: Path, facts: dict[str, Any], verify: bool) -> np.ndarray:
+def open_array(path: Path, facts: dict[str, Any]) -> np.ndarray:
+    """Map a .npy file whose shape and dtype must be those of `facts` and which must end where its array ends."""
     try:
-        array = np.load(path, mmap_mode="c", allow_pickle=False)
+        # open_memmap, unlike np.load, never considers that a file without a header could be a pickle.
+        array = np.lib.format.open_memmap(path, mode="c")
+        surplus = path.stat().st_size - array.offset - array.nbytes
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} cannot be read ({error}): delete {path.parent} and prepare it again") from error
     found, expected = (list(array.shape), str(array.dtype)), (facts["shape"], facts["dtype"])
     if found != expected:
         raise DataError(f"{path} holds {found[1]} {found[0]}, its meta.json says {expected[1]} {expected[0]}")
-    if verify and (bad := _damaged_block(array, facts["blocks"])) is not None:
-        raise DataError(f"{path} is damaged: block {bad} has another SHA-256 than its meta.json says")
+    if surplus:
+        raise DataError(f"{path} has {surplus:,} bytes behind its array: delete {path.parent} and prepare it again")
     return array
 
 
-def _check(folder: Path, images: np.ndarray, labels: np.ndarray, classes: int) -> None:
-    kind = (str(images.dtype), images.ndim, str(labels.dtype), labels.ndim)
+def block_rows(row_bytes: int) -> int:
+    """Return how many rows make a block: as many as fit into BLOCK_BYTES, and at least one."""
+    return max(1, BLOCK_BYTES // max(1, row_bytes))
+
+
+def block_hashes(array: np.ndarray) -> list[str]:
+    """Return the SHA-256 of every block of `array`."""
+    rows = block_rows(array[:1].nbytes)
+    return [_sha256(array[start : start + rows]) for start in range(0, len(array), rows)]
+
+
+def damaged_blocks(array: np.ndarray, hashes: Sequence[str], blocks: Sequence[int] | None = None) -> list[int]:
+    """Return which of `blocks` (None: all) have another SHA-256 than in `hashes`, or are not there."""
+    rows = block_rows(array[:1].nbytes)
+    count = -(-len(array) // rows)
+    wanted = range(max(count, len(hashes))) if blocks is None else blocks
+    return [
+        block
+        for block in wanted
+        if not block < min(count, len(hashes)) or _sha256(array[block * rows : (block + 1) * rows]) != hashes[block]
+    ]
+
+
+def _write_images(partial: Path, read: ReadRows, meta: dict[str, Any], progress: Callable[[int], object]) -> None:
+    """Write images.npy and its journal into `partial`, leaving out what is there and good; fill in the hashes."""
+    shape, dtype, hashes = meta["images"]["shape"], np.dtype(meta["images"]["dtype"]), meta["images"]["blocks"]
+    row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
+    rows, plan = block_rows(row_bytes), json.dumps(meta)
+    hashes += _good_blocks(partial, plan, shape, dtype, rows)
+    done = min(len(hashes) * rows, shape[0])
+    _check_space(partial, (shape[0] - done) * row_bytes + 8 * shape[0] + 4096)
+    progress(done)
+    if not done:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    with (partial / JOURNAL).open("w") as journal:
+        journal.writelines(f"{line}\n" for line in (plan, *hashes))
+    with (partial / "images.npy").open("r+b" if done else "wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": tuple(shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + done * row_bytes)
+        file.seek(0, os.SEEK_END)
+        for start in range(done, shape[0], rows):
+            stop = min(start + rows, shape[0])
+            block = np.ascontiguousarray(read(start, stop))
+            if block.dtype != dtype or block.shape != (stop - start, *shape[1:]):
+                raise DataError(f"{partial}: images {start} to {stop} came as {block.dtype} {block.shape}")
+            file.write(block.data)
+            file.flush()
+            hashes.append(_sha256(block))
+            with (partial / JOURNAL).open("a") as journal:
+                journal.write(f"{hashes[-1]}\n")
+            progress(stop - start)
+
+
+def _good_blocks(partial: Path, plan: str, shape: Sequence[int], dtype: np.dtype, rows: int) -> list[str]:
+    """Return the hashes of the blocks that an earlier writer of the same plan left whole, up to the first bad one."""
+    good: list[str] = []
+    try:
+        lines = (partial / JOURNAL).read_text().splitlines()
+        with (partial / "images.npy").open("rb") as file:
+            if lines[:1] != [plan] or np.lib.format.read_magic(file) != (1, 0):
+                return []
+            if np.lib.format.read_array_header_1_0(file) != (tuple(shape), False, dtype):
+                return []
+            for number, expected in enumerate(lines[1:]):
+                count = min(rows, shape[0] - number * rows) * int(np.prod(shape[1:])) * dtype.itemsize
+                if count <= 0 or hashlib.sha256(file.read(count)).hexdigest() != expected:
+                    break
+                good.append(expected)
+    except (FileNotFoundError, ValueError):
+        return []
+    return good
+
+
+def _check_space(partial: Path, needed: int) -> None:
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(partial.parent).free
+    if needed > free:
+        raise DataError(
+            f"{partial.with_suffix('')} needs {needed:,} bytes and its disk has {free:,} free: make room or set home"
+        )
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    """Rename the finished folder; what it replaces is moved aside first, since a folder cannot be renamed onto one."""
+    for path in (*partial.iterdir(), partial):
+        _sync(path)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check(
+    folder: Path, dtype: np.dtype, shape: tuple[int, ...], labels: np.ndarray, classes: int, layout: str
+) -> None:
+    if layout not in LAYOUTS:
+        raise DataError(f"{folder} has layout {layout!r}: it must be one of {', '.join(LAYOUTS)}")
+    kind = (str(dtype), len(shape), str(labels.dtype), labels.ndim)
     expected = ("uint8", 4, "int64", 1) if classes else ("float32", 2, "float32", 1)
-    if kind != expected or len(images) != len(labels) or len(images) == 0:
+    if kind != expected or shape[0] != len(labels) or len(labels) == 0:
         raise DataError(
             f"{folder} needs images {expected[0]} with {expected[1]} axes and labels {expected[2]} with {expected[3]}, "
-            f"equally many, got {kind[0]} {images.shape} and {kind[2]} {labels.shape}"
+            f"equally many, got {kind[0]} {shape} and {kind[2]} {labels.shape}"
         )
     if classes and not (labels.min() >= 0 and labels.max() < classes):
         raise DataError(f"{folder} has labels from {labels.min()} to {labels.max()}, but {classes} classes")
 
 
-def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
-    rows = max(1, BLOCK_BYTES // max(1, array[:1].nbytes))
-    return (array[start : start + rows] for start in range(0, len(array), rows))
+def _sha256(block: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(block).data).hexdigest()
 
 
-def _block_hashes(array: np.ndarray) -> list[str]:
-    return [hashlib.sha256(np.ascontiguousarray(block).data).hexdigest() for block in _blocks(array)]
-
-
-def _damaged_block(array: np.ndarray, hashes: list[str]) -> int | None:
-    found = _block_hashes(array)
-    if len(found) != len(hashes):
-        return min(len(found), len(hashes))
-    return next((i for i, (a, b) in enumerate(zip(found, hashes, strict=True)) if a != b), None)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
