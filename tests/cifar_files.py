@@ -4,7 +4,7 @@ import io
 import pickle
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from flapp.data import CIFAR
 class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined]
     """Write bytes as Python 2 wrote its strings, instead of through a call of _codecs.encode."""
 
-    dispatch = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
 
     def save_string(self, text: bytes) -> None:
         short = len(text) < 256

@@ -33,6 +33,7 @@ FORMAT_VERSION = 1
 BLOCK_BYTES = 16 << 20
 LAYOUTS = ("NHWC", "NCHW")
 JOURNAL = "journal"
+KEYS = {"shape", "dtype", "blocks"}
 
 ReadRows = Callable[[int, int], np.ndarray]
 
@@ -147,7 +148,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text())
         complete = meta["complete"] is True and {"images", "labels", "classes"} <= meta.keys()
-        facts = [(meta[name]["shape"], meta[name]["dtype"], meta[name]["blocks"]) for name in ("images", "labels")]
+        lists = [meta["classes"], *(meta[name]["blocks"] for name in ("images", "labels") if meta[name].keys() >= KEYS)]
     except FileNotFoundError:
         raise DataError(f"no artifact at {folder} (meta.json is missing): prepare the dataset first") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -155,8 +156,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if not complete or meta.get("format_version") != FORMAT_VERSION:
         found = f"format {meta.get('format_version')}, complete={meta['complete']}"
         raise DataError(f"{path} is not a complete artifact of format {FORMAT_VERSION} ({found}): prepare it again")
-    if not all(isinstance(blocks, list) and all(isinstance(block, str) for block in blocks) for *_, blocks in facts):
-        raise DataError(f"{path} is damaged (its blocks are not a list of SHA-256s): prepare it again")
+    if len(lists) < 3 or not all(isinstance(words, list) and all(isinstance(w, str) for w in words) for words in lists):
+        raise DataError(f"{path} is damaged (shape, dtype, blocks or classes are not there): prepare it again")
     return meta
 
 

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.nn import functional as F
 
 from flapp.data.artifact import DataError, open_artifact, write_rows
 
@@ -43,6 +41,9 @@ def materialize(folder: Path, size: int, progress: Callable[[int], object] = lam
 
 def resize(pixels: np.ndarray, size: int) -> np.ndarray:
     """Resize uint8 (n, C, H, W) to (n, C, size, size) by antialiased bilinear interpolation."""
+    import torch
+    from torch.nn import functional as F
+
     tensor = torch.from_numpy(pixels)
     return F.interpolate(tensor, (size, size), mode="bilinear", antialias=True).contiguous().numpy()
 
