@@ -30,12 +30,8 @@ def read_tables(partition: Path, dataset: Path) -> tuple[dict[str, np.ndarray], 
     if not classes:
         raise data.DataError(f"{dataset} has no classes to count: choose a dataset for classification")
     for name, parts, artifact in (("train", saved.train, train), ("test", saved.test, test)):
-        if sum(map(len, parts)) != len(artifact.labels) or max(int(p.max(initial=0)) for p in parts) >= sum(
-            map(len, parts)
-        ):
-            raise data.DataError(
-                f"{partition} is not a partition of {dataset / name}: give the dataset it was made for"
-            )
+        if not np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(artifact.labels))):
+            raise data.DataError(f"{partition} is no partition of {dataset / name}: give the dataset it was made for")
     tables = {
         "train, requested": saved.requested,
         "train, actual": class_counts(saved.train, train.labels, classes),

@@ -1,6 +1,7 @@
 """The checks of tools.verify_data for a folder of shards, or for the shard of one client."""
 
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,9 @@ def verify_shards(folder: Path, sample: int | None) -> Iterator[Facts]:
         yield str(folder), "manifest", False, str(error)
         return
     yield str(folder), "manifest", True, f"{len(clients):,} clients"
-    chosen = (
-        clients
-        if sample is None
-        else [clients[i] for i in np.unique(np.linspace(0, len(clients) - 1, sample, dtype=int))]
-    )
-    for client_id in chosen:
-        yield _ask(
-            folder, f"client {client_id}", lambda client_id=client_id: _fits(loader, folder, client_id, manifest)
-        )
+    spread = np.unique(np.linspace(0, len(clients) - 1, sample or len(clients)).astype(int))
+    for client_id in (clients[i] for i in spread):
+        yield _ask(folder, f"client {client_id}", partial(_fits, loader, folder, client_id, manifest))
 
 
 def _ask(folder: Path, name: str, question: Any) -> Facts:
