@@ -225,6 +225,11 @@ def test_what_cannot_be_prepared_is_refused_in_one_line(
     assert not list(tmp_path.rglob("meta.json"))
 
 
+def test_a_home_that_cannot_be_made_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert "Not a directory" in refused(capsys, ["dataset=digits", f"home={tmp_path / 'file' / 'home'}"])
+
+
 def test_a_relative_source_is_taken_from_the_working_folder_and_refused_where_there_is_none(tmp_path: Path) -> None:
     settings = config.compose(["dataset=cifar10", "dataset.source=raw", "home=h"], tmp_path)
     assert (settings.dataset.source, settings.home) == (str(tmp_path / "raw"), str(tmp_path / "h"))

@@ -130,6 +130,11 @@ def prepare_shards(settings: Config, overwrite: bool) -> str:
     """Cut a writer's dataset into a folder per client, and return a line on it."""
     if settings.dataset.source is None:
         raise ConfigError(f"dataset={settings.dataset.name} needs its files: add dataset.source=DIR where they are")
+    if settings.dataset.download or settings.dataset.materialize:
+        raise ConfigError(
+            f"dataset={settings.dataset.name} is cut into shards as it is: leave out dataset.download "
+            "and dataset.materialize"
+        )
     out = settings.data_dir / settings.dataset.name / "shards"
     importlib.import_module("flapp.data.shards").write_shards(
         Path(settings.dataset.source),
@@ -170,6 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(line)
     except (ConfigError, data.DataError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}; mend that, or choose another home", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on where it stopped", file=sys.stderr)

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,6 @@ FORMAT_VERSION = 1
 BLOCK_BYTES = 16 << 20
 LAYOUTS = ("NHWC", "NCHW")
 JOURNAL = "journal"
-KEYS = {"shape", "dtype", "blocks"}
 
 ReadRows = Callable[[int, int], np.ndarray]
 
@@ -147,17 +147,17 @@ def read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text())
-        complete = meta["complete"] is True and {"images", "labels", "classes"} <= meta.keys()
-        lists = [meta["classes"], *(meta[name]["blocks"] for name in ("images", "labels") if meta[name].keys() >= KEYS)]
+        arrays = [meta[name] for name in ("images", "labels")]
+        lists = [meta["classes"], *(array["blocks"] for array in arrays), [array["dtype"] for array in arrays]]
+        sound = all(type(words) is list and all(type(word) is str for word in words) for words in lists)
+        sound = sound and all(type(array["shape"]) is list for array in arrays)
+        found = f"format {meta['format_version']}, complete={meta['complete']}, sound={sound}"
     except FileNotFoundError:
         raise DataError(f"no artifact at {folder} (meta.json is missing): prepare the dataset first") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise DataError(f"{path} is damaged ({error!r}): delete {folder} and prepare it again") from error
-    if not complete or meta.get("format_version") != FORMAT_VERSION:
-        found = f"format {meta.get('format_version')}, complete={meta['complete']}"
+    if not sound or meta["complete"] is not True or meta["format_version"] != FORMAT_VERSION:
         raise DataError(f"{path} is not a complete artifact of format {FORMAT_VERSION} ({found}): prepare it again")
-    if len(lists) < 3 or not all(isinstance(words, list) and all(isinstance(w, str) for w in words) for words in lists):
-        raise DataError(f"{path} is damaged (shape, dtype, blocks or classes are not there): prepare it again")
     return meta
 
 
@@ -167,7 +167,7 @@ def open_array(path: Path, facts: dict[str, Any]) -> np.ndarray:
         # open_memmap, unlike np.load, never considers that a file without a header could be a pickle.
         array = np.lib.format.open_memmap(path, mode="c")
         surplus = path.stat().st_size - array.offset - array.nbytes
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:  # the last two from a damaged header
         raise DataError(f"{path} cannot be read ({error}): delete {path.parent} and prepare it again") from error
     found, expected = (list(array.shape), str(array.dtype)), (facts["shape"], facts["dtype"])
     if found != expected:
@@ -247,7 +247,7 @@ def _good_blocks(partial: Path, plan: str, shape: Sequence[int], dtype: np.dtype
                 if count <= 0 or hashlib.sha256(file.read(count)).hexdigest() != expected:
                     break
                 good.append(expected)
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, SyntaxError, TokenError):
         return []
     return good
 

@@ -55,6 +55,8 @@ def compare_with_pil(native: np.ndarray, resized: np.ndarray, size: int) -> None
     """
     from PIL import Image
 
+    if resized.shape != (len(native), native.shape[3], size, size):
+        raise DataError(f"resized images of shape {resized.shape} are not those of {native.shape} at {size} pixels")
     allowed = TOLERANCE.get(size, 0)
     for index in np.unique(np.linspace(0, len(native) - 1, COMPARED).astype(int)):
         # Plane by plane, since PIL resizes each channel by itself and has no images of, say, two channels.
