@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flapp import data
-from flapp.data import DataError, artifact
+from flapp.data import DataError, blocks
 
 CLASSES = ["a", "b", "c"]
 BLOCK = 1000  # bytes: five images of 8x8x3
@@ -28,7 +28,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def arrays(monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.ndarray]:
     """Return 23 images in blocks of five, and their labels."""
-    monkeypatch.setattr(artifact, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", BLOCK)
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (23, 8, 8, 3), dtype=np.uint8), rng.integers(0, 3, 23)
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from flapp import config, data
-from flapp.data import artifact, materialized
+from flapp.data import blocks, materialized
 from tests.cifar_files import write_cifar
 from tools import prepare_data
 
@@ -65,9 +65,9 @@ def test_cifar_is_prepared_at_native_resolution_and_resized(tmp_path: Path, caps
 
 KILLED = f"""
 import os, signal, sys
-from flapp.data import artifact
+from flapp.data import blocks
 from tools import prepare_data
-artifact.BLOCK_BYTES = {BLOCK}
+blocks.BLOCK_BYTES = {BLOCK}
 class Bar(prepare_data.tqdm):
     def __init__(self, desc, **settings):
         super().__init__(desc=desc, **settings)
@@ -89,7 +89,7 @@ def test_kill_9_and_the_same_command_again_end_in_the_same_bytes(
     killed = subprocess.run([sys.executable, "-c", KILLED, split, *command], cwd=ROOT, check=False, timeout=120)
     assert killed.returncode == -signal.SIGKILL
     assert len((home / "data" / "cifar10" / f"{split}.tmp" / "journal").read_text().splitlines()) == 1 + 3
-    monkeypatch.setattr(artifact, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", BLOCK)
     assert prepare_data.main(command) == 0
     disturbed = tree(home)
     shutil.rmtree(home)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flapp import data
-from flapp.data import artifact
+from flapp.data import blocks
 from tools import verify_data
 
 CLASSES = ["a", "b", "c"]
@@ -29,7 +29,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Make a dataset with train, test and both at 16 pixels, in blocks of ten native images."""
     folder = tmp_path_factory.mktemp("data") / "small"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(artifact, "BLOCK_BYTES", 1920)
+        patch.setattr(blocks, "BLOCK_BYTES", 1920)
         for seed, split in enumerate(("train", "test")):
             data.write_artifact(folder / split, *make(seed), CLASSES, SHA256)
             data.materialize(folder / split, 16)

@@ -136,15 +136,16 @@ def prepare_shards(settings: Config, overwrite: bool) -> str:
             "and dataset.materialize"
         )
     out = settings.data_dir / settings.dataset.name / "shards"
-    importlib.import_module("flapp.data.shards").write_shards(
+    manifest = importlib.import_module("flapp.data.shards").write_shards(
         Path(settings.dataset.source),
         out,
         settings.partition.kind,
         settings.clients,
         settings.partition.seed,
         overwrite=overwrite,
+        progress=True,
     )
-    return f"{out}: shards of {settings.clients} clients"
+    return f"{out}: shards of {len(manifest):,} clients"
 
 
 def describe(folder: Path) -> str:

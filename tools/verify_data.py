@@ -20,7 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from flapp import data
-from flapp.data.artifact import block_rows, damaged_blocks, digest, open_array, read_meta
+from flapp.data.artifact import digest, open_array, read_meta
+from flapp.data.blocks import block_rows, damaged_blocks
 from flapp.data.materialized import compare_with_pil
 from tools.verify_shards import verify_shards
 

@@ -1,6 +1,7 @@
 """Artifacts, partitions and batches; knows neither Flower, Hydra nor models."""
 
-from flapp.data.artifact import Artifact, DataError, ReadRows, open_artifact, write_artifact, write_rows
+from flapp.data.artifact import Artifact, DataError, open_artifact, write_artifact, write_rows
+from flapp.data.blocks import ReadRows
 from flapp.data.cifar import CIFAR, cifar_files, cifar_sha256, download_cifar, read_cifar
 from flapp.data.embedded import EMBEDDED, arrays_sha256, ensure_artifacts
 from flapp.data.materialized import materialize, materialized_folder

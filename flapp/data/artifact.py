@@ -10,8 +10,7 @@
 Both arrays have real .npy headers, so that a wrong shape, a truncated or a pickled file is refused. The digest
 of an artifact is the SHA-256 of its block hashes, and names its content wherever a client has to vouch for it.
 
-Writing happens in <split>.tmp, whose journal holds what is being written and then the SHA-256 of each block that is
-on disk, a line each. Whoever comes after a crash checks those blocks and goes on behind the last good one.
+Writing happens in <split>.tmp, which blocks.py goes on with after a crash, and ends with a rename.
 """
 
 import fcntl
@@ -29,17 +28,10 @@ from typing import Any
 import numpy as np
 
 from flapp import __version__
+from flapp.data.blocks import JOURNAL, DataError, ReadRows, block_hashes, damaged_blocks, write_npy
 
 FORMAT_VERSION = 1
-BLOCK_BYTES = 16 << 20
 LAYOUTS = ("NHWC", "NCHW")
-JOURNAL = "journal"
-
-ReadRows = Callable[[int, int], np.ndarray]
-
-
-class DataError(ValueError):
-    """Data that is missing, damaged or not what was asked for, said in one line with its remedy."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +45,12 @@ class Artifact:
     digest: str
     source_sha256: str
     layout: str = "NHWC"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return the height and width of the images as stored."""
+        height, width = self.images.shape[1:3] if self.layout == "NHWC" else self.images.shape[2:]
+        return height, width
 
 
 @contextmanager
@@ -108,7 +106,7 @@ def write_rows(
     meta |= {"classes": list(classes), "source_sha256": source_sha256, "complete": True}
     partial = folder.with_name(folder.name + ".tmp")
     try:
-        _write_images(partial, read, meta, progress)
+        meta["images"]["blocks"] = write_npy(partial, read, shape, dtype, json.dumps(meta), progress)
         written = np.lib.format.open_memmap(partial / "images.npy", mode="r")
         try:
             inspect(written)
@@ -177,90 +175,6 @@ def open_array(path: Path, facts: dict[str, Any]) -> np.ndarray:
     return array
 
 
-def block_rows(row_bytes: int) -> int:
-    """Return how many rows make a block: as many as fit into BLOCK_BYTES, and at least one."""
-    return max(1, BLOCK_BYTES // max(1, row_bytes))
-
-
-def block_hashes(array: np.ndarray) -> list[str]:
-    """Return the SHA-256 of every block of `array`."""
-    rows = block_rows(array[:1].nbytes)
-    return [_sha256(array[start : start + rows]) for start in range(0, len(array), rows)]
-
-
-def damaged_blocks(array: np.ndarray, hashes: Sequence[str], blocks: Sequence[int] | None = None) -> list[int]:
-    """Return which of `blocks` (None: all) have another SHA-256 than in `hashes`, or are not there."""
-    rows = block_rows(array[:1].nbytes)
-    count = -(-len(array) // rows)
-    wanted = range(max(count, len(hashes))) if blocks is None else blocks
-    return [
-        block
-        for block in wanted
-        if not block < min(count, len(hashes)) or _sha256(array[block * rows : (block + 1) * rows]) != hashes[block]
-    ]
-
-
-def _write_images(partial: Path, read: ReadRows, meta: dict[str, Any], progress: Callable[[int], object]) -> None:
-    """Write images.npy and its journal into `partial`, leaving out what is there and good; fill in the hashes."""
-    shape, dtype, hashes = meta["images"]["shape"], np.dtype(meta["images"]["dtype"]), meta["images"]["blocks"]
-    row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
-    rows, plan = block_rows(row_bytes), json.dumps(meta)
-    hashes += _good_blocks(partial, plan, shape, dtype, rows)
-    done = min(len(hashes) * rows, shape[0])
-    _check_space(partial, (shape[0] - done) * row_bytes + 8 * shape[0] + 4096)
-    progress(done)
-    if not done:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    with (partial / JOURNAL).open("w") as journal:
-        journal.writelines(f"{line}\n" for line in (plan, *hashes))
-    with (partial / "images.npy").open("r+b" if done else "wb") as file:
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": tuple(shape)}
-        np.lib.format.write_array_header_1_0(file, header)
-        file.truncate(file.tell() + done * row_bytes)
-        file.seek(0, os.SEEK_END)
-        for start in range(done, shape[0], rows):
-            stop = min(start + rows, shape[0])
-            block = np.ascontiguousarray(read(start, stop))
-            if block.dtype != dtype or block.shape != (stop - start, *shape[1:]):
-                raise DataError(f"{partial}: images {start} to {stop} came as {block.dtype} {block.shape}")
-            file.write(block.data)
-            file.flush()
-            hashes.append(_sha256(block))
-            with (partial / JOURNAL).open("a") as journal:
-                journal.write(f"{hashes[-1]}\n")
-            progress(stop - start)
-
-
-def _good_blocks(partial: Path, plan: str, shape: Sequence[int], dtype: np.dtype, rows: int) -> list[str]:
-    """Return the hashes of the blocks that an earlier writer of the same plan left whole, up to the first bad one."""
-    good: list[str] = []
-    try:
-        lines = (partial / JOURNAL).read_text().splitlines()
-        with (partial / "images.npy").open("rb") as file:
-            if lines[:1] != [plan] or np.lib.format.read_magic(file) != (1, 0):
-                return []
-            if np.lib.format.read_array_header_1_0(file) != (tuple(shape), False, dtype):
-                return []
-            for number, expected in enumerate(lines[1:]):
-                count = min(rows, shape[0] - number * rows) * int(np.prod(shape[1:])) * dtype.itemsize
-                if count <= 0 or hashlib.sha256(file.read(count)).hexdigest() != expected:
-                    break
-                good.append(expected)
-    except (FileNotFoundError, ValueError, SyntaxError, TokenError):
-        return []
-    return good
-
-
-def _check_space(partial: Path, needed: int) -> None:
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(partial.parent).free
-    if needed > free:
-        raise DataError(
-            f"{partial.with_suffix('')} needs {needed:,} bytes and its disk has {free:,} free: make room or set home"
-        )
-
-
 def _put_in_place(partial: Path, folder: Path) -> None:
     """Rename the finished folder; what it replaces is moved aside first, since a folder cannot be renamed onto one."""
     for path in (*partial.iterdir(), partial):
@@ -288,10 +202,6 @@ def _check(
         )
     if classes and not (labels.min() >= 0 and labels.max() < classes):
         raise DataError(f"{folder} has labels from {labels.min()} to {labels.max()}, but {classes} classes")
-
-
-def _sha256(block: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(block).data).hexdigest()
 
 
 def _sync(path: Path) -> None:
