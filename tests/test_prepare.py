@@ -163,6 +163,15 @@ def test_images_that_differ_from_pils_are_refused_and_leave_nothing(
     assert [path.name for path in folder.iterdir()] == ["train"]
 
 
+@pytest.mark.parametrize("size", [16, 32, 96, 224, 299, 336])
+def test_the_real_resize_passes_the_comparison_with_pil(tmp_path: Path, size: int) -> None:
+    images = np.random.default_rng(size).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    data.write_artifact(tmp_path / "test", images, np.arange(8), list("01234567"), "source")
+    folder = data.materialize(tmp_path / "test", size)
+    assert folder == tmp_path / f"test@{size}"
+    assert data.open_artifact(folder, verify=True).images.shape == (8, 3, size, size)
+
+
 def test_grey_and_embedded_images_are_materialised_too(tmp_path: Path) -> None:
     command = ["dataset=digits", f"home={tmp_path}", "dataset.materialize=24"]
     assert prepare_data.main(command) == 0
@@ -194,12 +203,20 @@ def test_a_failed_download_is_an_error_and_nothing_is_made_up(
     assert not (tmp_path / "data" / "cifar100").exists()
 
 
-def test_what_is_downloaded_is_read_from_where_it_was_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_downloaded_is_read_from_where_it_was_put_and_not_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import torchvision
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda root, train, download: write_cifar(root))
-    assert prepare_data.main(["dataset=cifar10", "dataset.download=true", f"home={tmp_path}"]) == 0
+    command = ["dataset=cifar10", "dataset.download=true", f"home={tmp_path}"]
+    assert prepare_data.main(command) == 0
     assert len(data.open_artifact(tmp_path / "data" / "cifar10" / "train").labels) == 100
+    shutil.rmtree(tmp_path / "raw")
+    monkeypatch.delattr(torchvision.datasets, "CIFAR10")
+    assert prepare_data.main(command) == 0
+    assert capsys.readouterr().out.count("nothing to do") == 2
+    assert prepare_data.main([*command, "dataset.materialize=16"]) == 0
 
 
 REFUSED = {

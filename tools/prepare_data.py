@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +27,15 @@ from flapp.data.artifact import locked, read_meta
 from flapp.settings import Config, ConfigError
 
 SPLITS = ("train", "test")
+Content = tuple[data.ReadRows, tuple[int, ...], np.ndarray, Sequence[str]]  # read rows, shape, labels, classes
 
 
 @dataclass(frozen=True)
 class Source:
-    """A split that can be written: its SHA-256, and a function that reads (read rows, shape, labels, classes)."""
+    """A split that can be written: the SHA-256 of what it is made from, and a function that reads that."""
 
     sha256: str
-    load: Callable[[], tuple[data.ReadRows, tuple[int, ...], np.ndarray, Sequence[str]]]
+    load: Callable[[], Content]
 
 
 def prepare(settings: Config, overwrite: bool) -> list[str]:
@@ -42,7 +44,7 @@ def prepare(settings: Config, overwrite: bool) -> list[str]:
     if dataset.name == "femnist":
         return [prepare_shards(settings, overwrite)]
     with locked(settings.data_dir / f"{dataset.name}.lock"):
-        sources = find_sources(settings)
+        sources = find_sources(settings, overwrite)
         lines = []
         for split in SPLITS:
             lines.append(prepare_split(folder / split, sources[split], dataset.shape, dataset.classes, overwrite))
@@ -51,7 +53,7 @@ def prepare(settings: Config, overwrite: bool) -> list[str]:
     return lines
 
 
-def find_sources(settings: Config) -> dict[str, Source]:
+def find_sources(settings: Config, overwrite: bool) -> dict[str, Source]:
     """Return where each split comes from, after a download if one is asked for."""
     dataset = settings.dataset
     if dataset.name in data.EMBEDDED:
@@ -69,7 +71,11 @@ def find_sources(settings: Config) -> dict[str, Source]:
         raise ConfigError(
             f"dataset={dataset.name} needs its files: add dataset.source=DIR where they are, or dataset.download=true"
         )
-    raw = Path(dataset.source or Path(settings.home) / "raw")
+    raw, folder = Path(dataset.source or Path(settings.home) / "raw"), settings.data_dir / dataset.name
+    if dataset.download and not overwrite and data.is_prepared(folder):
+        # What was fetched and prepared once is not fetched again to see that it is still the same.
+        stored = {split: data.open_artifact(folder / split).source_sha256 for split in SPLITS}
+        return {split: Source(stored[split], partial(load_cifar, dataset.name, raw, split)) for split in SPLITS}
     if dataset.download:
         data.download_cifar(dataset.name, raw)
     return {split: cifar_source(dataset.name, raw, split) for split in SPLITS}
@@ -81,14 +87,14 @@ def embedded_source(images: np.ndarray, labels: np.ndarray, classes: Sequence[st
 
 
 def cifar_source(name: str, raw: Path, split: str) -> Source:
-    """Return one split of CIFAR's files as a Source, which turns planes into pixels block by block."""
-    paths = data.cifar_files(name, raw, split)
+    """Return one split of CIFAR's files as a Source."""
+    return Source(data.cifar_sha256(data.cifar_files(name, raw, split)), partial(load_cifar, name, raw, split))
 
-    def load() -> tuple[data.ReadRows, tuple[int, ...], np.ndarray, Sequence[str]]:
-        planes, labels, classes = data.read_cifar(name, paths)
-        return lambda a, b: planes[a:b].transpose(0, 2, 3, 1), (len(planes), 32, 32, 3), labels, classes
 
-    return Source(data.cifar_sha256(paths), load)
+def load_cifar(name: str, raw: Path, split: str) -> Content:
+    """Read one split of CIFAR's files; planes become pixels block by block."""
+    planes, labels, classes = data.read_cifar(name, data.cifar_files(name, raw, split))
+    return lambda a, b: planes[a:b].transpose(0, 2, 3, 1), (len(planes), 32, 32, 3), labels, classes
 
 
 def prepare_split(folder: Path, source: Source, shape: Sequence[int], classes: int, overwrite: bool) -> str:
