@@ -45,7 +45,7 @@ def read_site(node_config: Mapping[str, Any]) -> Site:
 
 
 def compose(overrides: Sequence[str], base: Path | None = None) -> Config:
-    """Compose conf/ with Hydra overrides and check it; a relative home is taken from `base`, or refused without."""
+    """Compose conf/ with Hydra overrides and check it; relative paths are taken from `base`, or refused without."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -63,14 +63,14 @@ def compose(overrides: Sequence[str], base: Path | None = None) -> Config:
 
 
 def from_tree(tree: Any, base: Path | None = None) -> Config:
-    """Check a composed DictConfig and turn it into a Config with an absolute home."""
+    """Check a composed DictConfig and turn it into a Config with absolute paths."""
     from omegaconf import OmegaConf
 
     values = typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
-    home = Path(str(values.get("home", ""))).expanduser()
-    if not home.is_absolute() and base is not None:
-        home = base / home
-    return from_dict(values | {"home": str(home)})
+    values["home"] = _absolute(values.get("home", ""), base)
+    if (dataset := values.get("dataset")) and dataset.get("source") is not None:
+        dataset["source"] = _absolute(dataset["source"], base)
+    return from_dict(values)
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
@@ -115,6 +115,12 @@ def explain(error: Exception) -> ConfigError:
     return ConfigError(f"{first} (settings are written key=value; see conf/config.yaml)")
 
 
+def _absolute(path: object, base: Path | None) -> str:
+    """Return `path` with ~ filled in, taken from `base` if that is given."""
+    given = Path(str(path)).expanduser()
+    return str(given if base is None else base / given)
+
+
 @lru_cache(maxsize=8)
 def _from_json(text: str) -> Config:
     try:
@@ -141,6 +147,16 @@ def _check_together(config: Config) -> None:
         (
             name.is_absolute() or ".." in name.parts or not name.parts,
             f"run_name={config.run_name} leaves home/runs: give a plain name",
+        ),
+        (
+            config.dataset.source is not None and not Path(config.dataset.source).is_absolute(),
+            f"dataset.source={config.dataset.source} is relative, and the apps run in another folder: "
+            "give an absolute path",
+        ),
+        (
+            config.dataset.materialize is not None and not images,
+            f"dataset.materialize={config.dataset.materialize} resizes images, dataset={config.dataset.name} has none: "
+            "leave it out",
         ),
         (
             config.model.name != "linear" and not (images and config.dataset.classes),

@@ -49,6 +49,9 @@ class DatasetConfig:
     shape: tuple[Count, ...]
     classes: Natural
     normalization: Literal["none", "half", "imagenet"]
+    source: str | None
+    download: bool
+    materialize: Count | None
 
 
 @dataclass(frozen=True)

@@ -43,21 +43,27 @@ def ensure_artifacts(data: Path, name: str) -> Path:
     Raises DataError when it is neither there nor embedded.
     """
     folder = data / name
-    if _is_complete(folder):
+    if is_prepared(folder):
         return folder
     if name not in EMBEDDED:
         raise DataError(
-            f"dataset {name} is not prepared: {folder} has no train and test artifacts; "
-            "write both with flapp.data.write_artifact, or choose dataset=digits, which needs no files"
+            f"dataset {name} is not prepared: {folder} has no train and test artifacts; prepare it with "
+            f"python -m tools.prepare_data dataset={name} (your own with flapp.data.write_artifact), "
+            "or choose dataset=digits, which needs no files"
         )
     with locked(data / f"{name}.lock"):
-        if not _is_complete(folder):
+        if not is_prepared(folder):
             splits, classes = EMBEDDED[name]()
             for split, (images, labels) in splits.items():
-                source = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-                write_artifact(folder / split, images, labels, classes, source)
+                write_artifact(folder / split, images, labels, classes, arrays_sha256(images, labels))
     return folder
 
 
-def _is_complete(folder: Path) -> bool:
+def arrays_sha256(images: np.ndarray, labels: np.ndarray) -> str:
+    """Return the SHA-256 that stands for the source of a split that comes from no file."""
+    return hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+
+
+def is_prepared(folder: Path) -> bool:
+    """Say whether a dataset's folder has both its splits, whole."""
     return all((folder / split / "meta.json").exists() for split in ("train", "test"))

@@ -83,7 +83,8 @@ def label_histogram(labels: np.ndarray, classes: int) -> list[int]:
 def _save(path: Path, partition: Partition) -> None:
     from safetensors.numpy import save_file
 
-    arrays = {"requested": partition.requested.astype(np.float64)}
+    # safetensors writes the memory as it lies, so a transposed table has to be laid out in C order first.
+    arrays = {"requested": np.ascontiguousarray(partition.requested, dtype=np.float64)}
     for split, parts in (("train", partition.train), ("test", partition.test)):
         arrays[f"{split}_indices"] = np.concatenate(parts)
         arrays[f"{split}_offsets"] = np.cumsum([0, *map(len, parts)])

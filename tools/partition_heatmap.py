@@ -1,0 +1,85 @@
+"""Draw who holds how many samples of which class: a heatmap of a saved partition, asked for beside dealt out.
+
+python -m tools.partition_heatmap PARTITION.safetensors DATASET_FOLDER OUT.png
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from flapp import data
+
+ANNOTATED = 400  # cells at most, for their numbers to be readable
+
+
+def class_counts(parts: Sequence[np.ndarray], labels: np.ndarray, classes: int) -> np.ndarray:
+    """Return the (clients, classes) table of how many samples of each class the indices in `parts` hold."""
+    return np.array([data.label_histogram(labels[part], classes) for part in parts])
+
+
+def read_tables(partition: Path, dataset: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Return the tables to draw by title, each (clients, classes), and the class names; raises DataError."""
+    if not partition.is_file():
+        raise data.DataError(f"there is no partition at {partition}: a run saves its own in home/data")
+    saved = data.load_partition(partition)
+    train, test = (data.open_artifact(dataset / split) for split in ("train", "test"))
+    classes = len(train.classes)
+    if not classes:
+        raise data.DataError(f"{dataset} has no classes to count: choose a dataset for classification")
+    for name, parts, artifact in (("train", saved.train, train), ("test", saved.test, test)):
+        if not np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(artifact.labels))):
+            raise data.DataError(f"{partition} is no partition of {dataset / name}: give the dataset it was made for")
+    tables = {
+        "train, requested": saved.requested,
+        "train, actual": class_counts(saved.train, train.labels, classes),
+        "test, actual": class_counts(saved.test, test.labels, classes),
+    }
+    return tables, train.classes
+
+
+def draw_heatmap(tables: dict[str, np.ndarray], classes: Sequence[str], out: Path) -> None:
+    """Draw (clients, classes) tables side by side as a PNG; both tables of a split share one scale."""
+    from matplotlib.figure import Figure
+
+    clients = len(next(iter(tables.values())))
+    width, height = min(20.0, 3 + 0.35 * len(classes)), min(30.0, 2 + 0.3 * clients)
+    figure = Figure(figsize=(width * len(tables), height), layout="constrained")
+    for axes, (title, table) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
+        split = title.split(",")[0]
+        top = max(1.0, *(float(other.max()) for name, other in tables.items() if name.startswith(split)))
+        image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
+        axes.set(title=f"{title}: {round(float(table.sum())):,} samples", xlabel="class", ylabel="client")
+        if len(classes) <= 30:
+            axes.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 2 else 0)
+        if table.size <= ANNOTATED:
+            for (client, label), count in np.ndenumerate(table):
+                shade = "black" if count > 0.6 * top else "white"
+                axes.text(label, client, f"{count:.0f}", ha="center", va="center", color=shade, fontsize=7)
+        figure.colorbar(image, ax=axes, label="samples")
+    figure.savefig(out, format="png", dpi=100)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw the partition that the command line names; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("partition", type=Path)
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("out", type=Path)
+    given = parser.parse_args(arguments)
+    try:
+        draw_heatmap(*read_tables(given.partition, given.dataset), given.out)
+    except data.DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {given.out} cannot be written ({error.strerror}): give another OUT.png", file=sys.stderr)
+        return 1
+    print(given.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
