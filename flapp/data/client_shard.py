@@ -1,0 +1,297 @@
+"""The shard: all that one client holds, in a folder of its own.
+
+    client_<id>/train.safetensors     images uint8 (n, 28, 28), labels int64 (n,); so too val and test
+                val.safetensors
+                test.safetensors
+                meta.json             client_id, num_samples per split, label_hist (training samples of each class),
+                                      writers, sha256 of each file, and the recipe: seed, fractions, SHA-256 of source
+
+Equal samples, seed and fractions give equal bytes: JSON keys are sorted, nothing is dated, and the safetensors files
+carry no metadata (of which two entries would come in a random order).
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from flapp.data.artifact import DataError
+from flapp.data.assign import SPLITS
+from flapp.data.leaf import CLASSES, PIXELS, SIDE
+
+if TYPE_CHECKING:
+    from flapp.data.shard_dataset import ShardSplit, ShardStream
+
+FORMAT_VERSION = 1
+SAMPLE_BYTES = PIXELS + 8
+REMEDY = "python -m tools.prepare_data dataset=femnist dataset.source=DIR clients=N partition=natural"
+_BLOCK = 4096
+_META_TYPES: dict[str, Any] = {
+    "client_id": str,
+    "num_samples": dict,
+    "label_hist": list,
+    "writers": list,
+    "sha256": dict,
+    "recipe": dict,
+}
+
+log = logging.getLogger(__name__)
+
+
+class DistributedShardLoader:
+    """Check and read the shard of one client, and nothing outside its folder.
+
+    strict_check refuses a shard whose meta.json does not fit its tensors or expected_client_id, False warns and goes
+    by the tensors; streaming reads block by block. num_samples: by split; label_hist: training samples of each of the
+    62 classes; last_modified: seconds since the epoch; digest: SHA-256 that names client and content. Raises
+    DataError, in one line, also for a shard that is missing or cannot be read at all.
+    """
+
+    def __init__(
+        self,
+        shard_path: str | Path,
+        strict_check: bool = True,
+        streaming: bool = False,
+        expected_client_id: str | None = None,
+        normalization: str = "half",
+    ) -> None:
+        self.path = Path(shard_path)
+        self.streaming = streaming
+        self.normalization = normalization
+        meta, found, faults = _inspect(self.path)
+        self.client_id: str = meta["client_id"]
+        if expected_client_id is not None and self.client_id != expected_client_id:
+            faults.insert(0, f"it is the shard of client {self.client_id}, not of client {expected_client_id}")
+        if faults and strict_check:
+            raise DataError(f"{self.path} cannot be used: {'; '.join(faults)}; make it again with {REMEDY}")
+        for fault in faults:
+            log.warning("%s: %s", self.path, fault)
+        self.num_samples = {split: facts.count for split, facts in found.items()}
+        self.label_hist = found["train"].histogram
+        self.digest = digest_of(self.client_id, self.num_samples, self.label_hist, _hashes(found))
+        self.last_modified = max(path.stat().st_mtime for path in [self.path / "meta.json", *_files(self.path)])
+        counts = ", ".join(f"{count} {split}" for split, count in self.num_samples.items())
+        log.info("client %s: %s samples from %s", self.client_id, counts, self.path)
+
+    def split(self, name: str) -> "ShardSplit | ShardStream":
+        """Return train, val or test: a map-style dataset, or with streaming an iterable one in bounded memory."""
+        from flapp.data.shard_dataset import ShardSplit, ShardStream
+
+        if name not in SPLITS:
+            raise DataError(f"{self.path} has no split {name}: choose one of {', '.join(SPLITS)}")
+        kind = ShardStream if self.streaming else ShardSplit
+        return kind(self.path / f"{name}.safetensors", self.normalization)
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Read the meta.json of a shard; raises DataError when it is missing or is not one."""
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"no shard at {folder} (meta.json is missing): make it with {REMEDY}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): let this user read it") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is damaged ({error}): make the shard again with {REMEDY}") from error
+    wrong = _wrong_key(meta)
+    if wrong:
+        raise DataError(f"{path} is not of a shard of format {FORMAT_VERSION} ({wrong}): make it with {REMEDY}")
+    return meta
+
+
+def verified_meta(folder: Path) -> dict[str, Any] | None:
+    """Return the meta of a shard that is whole, None for one that is damaged or missing."""
+    try:
+        meta, _, faults = _inspect(folder)
+    except DataError:
+        return None
+    return None if faults else meta
+
+
+def write_shard(
+    folder: Path, recipe: Mapping[str, Any], counts: Mapping[str, int], parts: Iterable[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Write one client's shard whole or not at all, a writer at a time, and return its meta.
+
+    recipe: client_id, writers, and what else decides the content; counts: samples per split; parts: for each writer
+    the (images, labels) of every split.
+    """
+    partial = folder.with_name(f".{folder.name}.tmp")
+    partial.mkdir(parents=True)
+    files = {split: _SplitWriter(partial / f"{split}.safetensors", count) for split, count in counts.items()}
+    for part in parts:
+        for split, (images, labels) in part.items():
+            files[split].add(images, labels)
+    hashes = {f"{split}.safetensors": file.close() for split, file in files.items()}
+    rest = {key: value for key, value in recipe.items() if key not in ("client_id", "writers")}
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "dataset": "femnist",
+        "client_id": recipe["client_id"],
+        "writers": recipe["writers"],
+        "recipe": rest,
+        "num_samples": dict(counts),
+        "label_hist": files["train"].histogram(),
+        "sha256": hashes,
+    }
+    write_synced(partial / "meta.json", (json.dumps(meta, indent=1, sort_keys=True) + "\n").encode())
+    sync_folder(partial)
+    os.rename(partial, folder)
+    sync_folder(folder.parent)
+    return meta
+
+
+def digest_of(
+    client_id: str, num_samples: Mapping[str, int], label_hist: Iterable[int], hashes: Mapping[str, str]
+) -> str:
+    """Return the SHA-256 that names whose shard it is and what it holds."""
+    facts = [client_id, dict(num_samples), list(label_hist), dict(hashes)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and wait until it is on disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until a folder's entries are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _SplitFacts:
+    """What a split's file really holds: count, label histogram, SHA-256, and what is wrong with the values."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with path.open("rb") as file:
+                self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            with safe_open(path, framework="numpy") as tensors:
+                kinds = {name: _kind(tensors.get_slice(name)) for name in tensors.keys()}  # noqa: SIM118
+                self.count = kinds["images"][1][0] if kinds.get("images", ("", []))[1] else -1
+                expected = {"images": ("U8", [self.count, SIDE, SIDE]), "labels": ("I64", [self.count])}
+                if kinds != expected:
+                    found = ", ".join(f"{name} {dtype} {shape}" for name, (dtype, shape) in sorted(kinds.items()))
+                    raise DataError(
+                        f"{path} holds {found or 'nothing'} instead of images U8 [n, 28, 28] and labels I64 [n]: "
+                        f"make it again with {REMEDY}"
+                    )
+                labels = tensors.get_tensor("labels")
+        except FileNotFoundError:
+            raise DataError(f"{path} is missing: make the shard again with {REMEDY}") from None
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{path} is damaged ({error}): make the shard again with {REMEDY}") from error
+        self.fault = None
+        outside = labels[(labels < 0) | (labels >= CLASSES)]
+        if len(outside):
+            self.fault = f"{path.name} has label {outside[0]}, FEMNIST has 0 to {CLASSES - 1}"
+        elif self.count and not any(images.any() for images, _ in read_blocks(path, self.count, _BLOCK)):
+            self.fault = f"every image of {path.name} is all zero"
+        valid = labels if not len(outside) else labels[(labels >= 0) & (labels < CLASSES)]
+        self.histogram = np.bincount(valid, minlength=CLASSES).tolist()
+
+
+def count_rows(path: Path) -> int:
+    """Return how many samples a split's file holds."""
+    with safe_open(path, framework="numpy") as tensors:
+        return tensors.get_slice("labels").get_shape()[0]
+
+
+def read_blocks(path: Path, count: int, rows: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """Yield images and labels block by block; the file is mapped anew for each, so that pages do not pile up."""
+    return (read_rows(path, start, min(start + rows, count)) for start in range(0, count, rows))
+
+
+def read_rows(path: Path, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return images, uint8 (n, 28, 28), and labels, int64 (n,), of the samples from start to before end."""
+    with safe_open(path, framework="numpy") as tensors:
+        return tensors.get_slice("images")[start:end], tensors.get_slice("labels")[start:end]
+
+
+class _SplitWriter:
+    """Write one safetensors file whose size is known, images as they come and labels at the end."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        images = {"dtype": "U8", "shape": [count, SIDE, SIDE], "data_offsets": [0, count * PIXELS]}
+        labels = {"dtype": "I64", "shape": [count], "data_offsets": [count * PIXELS, count * SAMPLE_BYTES]}
+        header = json.dumps({"images": images, "labels": labels}, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        self.count = count
+        self.labels: list[np.ndarray] = []
+        self.file = path.open("wb")
+        self.hash = hashlib.sha256()
+        self._write(len(header).to_bytes(8, "little") + header)
+
+    def add(self, images: np.ndarray, labels: np.ndarray) -> None:
+        self._write(np.ascontiguousarray(images).tobytes())
+        self.labels.append(labels.astype("<i8"))
+
+    def histogram(self) -> list[int]:
+        return np.bincount(np.concatenate(self.labels), minlength=CLASSES).tolist()
+
+    def close(self) -> str:
+        for labels in self.labels:
+            self._write(labels.tobytes())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return self.hash.hexdigest()
+
+    def _write(self, content: bytes) -> None:
+        self.file.write(content)
+        self.hash.update(content)
+
+
+def _inspect(folder: Path) -> tuple[dict[str, Any], dict[str, _SplitFacts], list[str]]:
+    meta = read_meta(folder)
+    found = {split: _SplitFacts(folder / f"{split}.safetensors") for split in SPLITS}
+    return meta, found, _faults(meta, found)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [folder / f"{split}.safetensors" for split in SPLITS]
+
+
+def _kind(tensor: Any) -> tuple[str, list[int]]:
+    return tensor.get_dtype(), tensor.get_shape()
+
+
+def _hashes(found: Mapping[str, _SplitFacts]) -> dict[str, str]:
+    return {f"{split}.safetensors": facts.sha256 for split, facts in found.items()}
+
+
+def _wrong_key(meta: Any) -> str | None:
+    if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION:
+        return f"format_version {meta.get('format_version') if isinstance(meta, dict) else 'missing'}"
+    wrong = [key for key, kind in _META_TYPES.items() if not isinstance(meta.get(key), kind)]
+    return f"{wrong[0]} is missing or of a wrong type" if wrong else None
+
+
+def _faults(meta: Mapping[str, Any], found: Mapping[str, _SplitFacts]) -> list[str]:
+    """Say where meta.json and the tensors differ, and which values cannot be FEMNIST's."""
+    faults = []
+    for split, facts in found.items():
+        name = f"{split}.safetensors"
+        if facts.fault:
+            faults.append(facts.fault)
+        if (said := meta["num_samples"].get(split)) != facts.count:
+            faults.append(f"{name} has {facts.count} samples, meta.json says {said}")
+        if (said := meta["sha256"].get(name)) != facts.sha256:
+            faults.append(f"{name} has SHA-256 {facts.sha256[:12]}, meta.json says {str(said)[:12]}")
+    if meta["label_hist"] != found["train"].histogram:
+        faults.append("label_hist of meta.json is not the histogram of the training labels")
+    return faults
