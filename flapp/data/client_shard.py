@@ -4,13 +4,13 @@
                 val.safetensors
                 test.safetensors
                 meta.json             client_id, num_samples per split, label_hist (training samples of each class),
-                                      writers, sha256 of each file, and the recipe: seed, fractions, SHA-256 of source
+                                      writers, sha256 of each file, and the recipe: seed, fractions, SHA-256 of source;
+                                      digest, the SHA-256 of all the rest
 
 Equal samples, seed and fractions give equal bytes: JSON keys are sorted, nothing is dated, and the safetensors files
 carry no metadata (of which two entries would come in a random order).
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -18,20 +18,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-
 from flapp.data.artifact import DataError
 from flapp.data.assign import SPLITS
-from flapp.data.leaf import CLASSES, PIXELS, SIDE
+from flapp.data.split_file import REMEDY, SplitFacts, SplitWriter, digest_of, inspect_split, sync_folder, write_synced
 
 if TYPE_CHECKING:
     from flapp.data.shard_dataset import ShardSplit, ShardStream
 
 FORMAT_VERSION = 1
-SAMPLE_BYTES = PIXELS + 8
-REMEDY = "python -m tools.prepare_data dataset=femnist dataset.source=DIR clients=N partition=natural"
-_BLOCK = 4096
 _META_TYPES: dict[str, Any] = {
     "client_id": str,
     "num_samples": dict,
@@ -39,6 +33,7 @@ _META_TYPES: dict[str, Any] = {
     "writers": list,
     "sha256": dict,
     "recipe": dict,
+    "digest": str,
 }
 
 log = logging.getLogger(__name__)
@@ -67,14 +62,18 @@ class DistributedShardLoader:
         meta, found, faults = _inspect(self.path)
         self.client_id: str = meta["client_id"]
         if expected_client_id is not None and self.client_id != expected_client_id:
-            faults.insert(0, f"it is the shard of client {self.client_id}, not of client {expected_client_id}")
+            other = f"{self.path} is the shard of client {self.client_id}, not of client {expected_client_id}"
+            if strict_check:
+                raise DataError(f"{other}: set shard-path to the shard of client {expected_client_id}")
+            log.warning(other)
         if faults and strict_check:
             raise DataError(f"{self.path} cannot be used: {'; '.join(faults)}; make it again with {REMEDY}")
         for fault in faults:
             log.warning("%s: %s", self.path, fault)
-        self.num_samples = {split: facts.count for split, facts in found.items()}
-        self.label_hist = found["train"].histogram
-        self.digest = digest_of(self.client_id, self.num_samples, self.label_hist, _hashes(found))
+        real = _real(found)
+        self.num_samples: dict[str, int] = real["num_samples"]
+        self.label_hist: list[int] = real["label_hist"]
+        self.digest = digest_of(meta | real)
         self.last_modified = max(path.stat().st_mtime for path in [self.path / "meta.json", *_files(self.path)])
         counts = ", ".join(f"{count} {split}" for split, count in self.num_samples.items())
         log.info("client %s: %s samples from %s", self.client_id, counts, self.path)
@@ -125,7 +124,7 @@ def write_shard(
     """
     partial = folder.with_name(f".{folder.name}.tmp")
     partial.mkdir(parents=True)
-    files = {split: _SplitWriter(partial / f"{split}.safetensors", count) for split, count in counts.items()}
+    files = {split: SplitWriter(partial / f"{split}.safetensors", count) for split, count in counts.items()}
     for part in parts:
         for split, (images, labels) in part.items():
             files[split].add(images, labels)
@@ -141,6 +140,7 @@ def write_shard(
         "label_hist": files["train"].histogram(),
         "sha256": hashes,
     }
+    meta["digest"] = digest_of(meta)
     write_synced(partial / "meta.json", (json.dumps(meta, indent=1, sort_keys=True) + "\n").encode())
     sync_folder(partial)
     os.rename(partial, folder)
@@ -148,117 +148,9 @@ def write_shard(
     return meta
 
 
-def digest_of(
-    client_id: str, num_samples: Mapping[str, int], label_hist: Iterable[int], hashes: Mapping[str, str]
-) -> str:
-    """Return the SHA-256 that names whose shard it is and what it holds."""
-    facts = [client_id, dict(num_samples), list(label_hist), dict(hashes)]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Wait until a folder's entries are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class _SplitFacts:
-    """What a split's file really holds: count, label histogram, SHA-256, and what is wrong with the values."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            with path.open("rb") as file:
-                self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            with safe_open(path, framework="numpy") as tensors:
-                kinds = {name: _kind(tensors.get_slice(name)) for name in tensors.keys()}  # noqa: SIM118
-                self.count = kinds["images"][1][0] if kinds.get("images", ("", []))[1] else -1
-                expected = {"images": ("U8", [self.count, SIDE, SIDE]), "labels": ("I64", [self.count])}
-                if kinds != expected:
-                    found = ", ".join(f"{name} {dtype} {shape}" for name, (dtype, shape) in sorted(kinds.items()))
-                    raise DataError(
-                        f"{path} holds {found or 'nothing'} instead of images U8 [n, 28, 28] and labels I64 [n]: "
-                        f"make it again with {REMEDY}"
-                    )
-                labels = tensors.get_tensor("labels")
-        except FileNotFoundError:
-            raise DataError(f"{path} is missing: make the shard again with {REMEDY}") from None
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"{path} is damaged ({error}): make the shard again with {REMEDY}") from error
-        self.fault = None
-        outside = labels[(labels < 0) | (labels >= CLASSES)]
-        if len(outside):
-            self.fault = f"{path.name} has label {outside[0]}, FEMNIST has 0 to {CLASSES - 1}"
-        elif self.count and not any(images.any() for images, _ in read_blocks(path, self.count, _BLOCK)):
-            self.fault = f"every image of {path.name} is all zero"
-        valid = labels if not len(outside) else labels[(labels >= 0) & (labels < CLASSES)]
-        self.histogram = np.bincount(valid, minlength=CLASSES).tolist()
-
-
-def count_rows(path: Path) -> int:
-    """Return how many samples a split's file holds."""
-    with safe_open(path, framework="numpy") as tensors:
-        return tensors.get_slice("labels").get_shape()[0]
-
-
-def read_blocks(path: Path, count: int, rows: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """Yield images and labels block by block; the file is mapped anew for each, so that pages do not pile up."""
-    return (read_rows(path, start, min(start + rows, count)) for start in range(0, count, rows))
-
-
-def read_rows(path: Path, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return images, uint8 (n, 28, 28), and labels, int64 (n,), of the samples from start to before end."""
-    with safe_open(path, framework="numpy") as tensors:
-        return tensors.get_slice("images")[start:end], tensors.get_slice("labels")[start:end]
-
-
-class _SplitWriter:
-    """Write one safetensors file whose size is known, images as they come and labels at the end."""
-
-    def __init__(self, path: Path, count: int) -> None:
-        images = {"dtype": "U8", "shape": [count, SIDE, SIDE], "data_offsets": [0, count * PIXELS]}
-        labels = {"dtype": "I64", "shape": [count], "data_offsets": [count * PIXELS, count * SAMPLE_BYTES]}
-        header = json.dumps({"images": images, "labels": labels}, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        self.count = count
-        self.labels: list[np.ndarray] = []
-        self.file = path.open("wb")
-        self.hash = hashlib.sha256()
-        self._write(len(header).to_bytes(8, "little") + header)
-
-    def add(self, images: np.ndarray, labels: np.ndarray) -> None:
-        self._write(np.ascontiguousarray(images).tobytes())
-        self.labels.append(labels.astype("<i8"))
-
-    def histogram(self) -> list[int]:
-        return np.bincount(np.concatenate(self.labels), minlength=CLASSES).tolist()
-
-    def close(self) -> str:
-        for labels in self.labels:
-            self._write(labels.tobytes())
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        return self.hash.hexdigest()
-
-    def _write(self, content: bytes) -> None:
-        self.file.write(content)
-        self.hash.update(content)
-
-
-def _inspect(folder: Path) -> tuple[dict[str, Any], dict[str, _SplitFacts], list[str]]:
+def _inspect(folder: Path) -> tuple[dict[str, Any], dict[str, SplitFacts], list[str]]:
     meta = read_meta(folder)
-    found = {split: _SplitFacts(folder / f"{split}.safetensors") for split in SPLITS}
+    found = {split: inspect_split(folder / f"{split}.safetensors") for split in SPLITS}
     return meta, found, _faults(meta, found)
 
 
@@ -266,12 +158,13 @@ def _files(folder: Path) -> list[Path]:
     return [folder / f"{split}.safetensors" for split in SPLITS]
 
 
-def _kind(tensor: Any) -> tuple[str, list[int]]:
-    return tensor.get_dtype(), tensor.get_shape()
-
-
-def _hashes(found: Mapping[str, _SplitFacts]) -> dict[str, str]:
-    return {f"{split}.safetensors": facts.sha256 for split, facts in found.items()}
+def _real(found: Mapping[str, SplitFacts]) -> dict[str, Any]:
+    """Return what a meta says of its tensors, as the tensors themselves say it."""
+    return {
+        "num_samples": {split: facts.count for split, facts in found.items()},
+        "label_hist": found["train"].histogram,
+        "sha256": {f"{split}.safetensors": facts.sha256 for split, facts in found.items()},
+    }
 
 
 def _wrong_key(meta: Any) -> str | None:
@@ -281,7 +174,7 @@ def _wrong_key(meta: Any) -> str | None:
     return f"{wrong[0]} is missing or of a wrong type" if wrong else None
 
 
-def _faults(meta: Mapping[str, Any], found: Mapping[str, _SplitFacts]) -> list[str]:
+def _faults(meta: Mapping[str, Any], found: Mapping[str, SplitFacts]) -> list[str]:
     """Say where meta.json and the tensors differ, and which values cannot be FEMNIST's."""
     faults = []
     for split, facts in found.items():
@@ -294,4 +187,6 @@ def _faults(meta: Mapping[str, Any], found: Mapping[str, _SplitFacts]) -> list[s
             faults.append(f"{name} has SHA-256 {facts.sha256[:12]}, meta.json says {str(said)[:12]}")
     if meta["label_hist"] != found["train"].histogram:
         faults.append("label_hist of meta.json is not the histogram of the training labels")
+    if not faults and meta["digest"] != digest_of(meta):
+        faults.append("meta.json was changed: it does not have the digest it states")
     return faults

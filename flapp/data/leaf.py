@@ -224,6 +224,8 @@ class _Part:
                     f"{self.file.path}: user {user} has pixel {row[bad][0]:g} in image {number}, but the pixels of "
                     f"this source are {kind}: correct the value, or keep sources of different scales apart"
                 )
+            if number % 256 == 0:
+                self.file.release()
             if number < self.count:
                 images[number] = np.rint(row * (255 // top))
         if number + 1 != self.count:

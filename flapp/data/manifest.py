@@ -1,6 +1,7 @@
 """The manifest: what every client's shard holds, looked up without reading the whole.
 
-    manifest.json    format_version, dataset, strategy, seed, fractions, totals, SHA-256s of the two files below
+    manifest.json    format_version, dataset, strategy, seed, fractions, totals, SHA-256s of the two files below and,
+                     as digest, of all the rest
     clients.jsonl    one line a client, in counting order: client_id, shard (its folder, relative), num_samples per
                      split, label_hist (training samples of each class), writers (how many), digest
     clients.idx      for each client 32 bytes, sorted: the first 8 of its id's SHA-256, the offset of its line
@@ -18,10 +19,10 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from flapp.data.artifact import DataError
-from flapp.data.client_shard import REMEDY, write_synced
+from flapp.data.split_file import REMEDY, digest_of, write_synced
 
 FORMAT_VERSION = 1
 _ENTRY = struct.Struct(">8sQ16s")
@@ -66,7 +67,7 @@ class Manifest(Mapping[str, ShardRecord]):
         return self.facts["totals"]["clients"]
 
     def __iter__(self) -> Iterator[str]:
-        with self._clients.open("rb") as lines:
+        with self._open() as lines:
             for line in lines:
                 yield _parse(line, self._clients).client_id
 
@@ -91,13 +92,27 @@ class Manifest(Mapping[str, ShardRecord]):
 
     def verify(self) -> None:
         """Check all of clients.jsonl against its digest, the index and the totals; raises DataError."""
-        with self._clients.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != self.facts["clients_sha256"]:
+        content, entries, offset = hashlib.sha256(), [], 0
+        totals = totals_of(())
+        with self._open() as lines:
+            for line in lines:
+                record = _parse(line, self._clients)
+                content.update(line)
+                entries.append(_pack(record, offset, line))
+                offset += len(line)
+                _add(totals, record)
+        if content.hexdigest() != self.facts["clients_sha256"]:
             raise DataError(f"{self._clients} has another SHA-256 than {self.path} says: make the shards again")
-        totals = totals_of(self[client_id] for client_id in self)
+        if hashlib.sha256(b"".join(sorted(entries))).hexdigest() != self.facts["index_sha256"]:
+            raise DataError(f"{self.folder / 'clients.idx'} does not index {self._clients}: make the shards again")
         if totals != self.facts["totals"]:
             raise DataError(f"{self._clients} adds up to {totals}, {self.path} says {self.facts['totals']}")
+
+    def _open(self) -> BinaryIO:
+        try:
+            return self._clients.open("rb")
+        except OSError as error:
+            raise DataError(f"{self._clients} cannot be read ({error.strerror}): make the shards again") from error
 
     @property
     def _clients(self) -> Path:
@@ -107,12 +122,9 @@ class Manifest(Mapping[str, ShardRecord]):
         return _ENTRY.unpack_from(self._index, number * _ENTRY.size)
 
     def _read(self, offset: int, line_hash: bytes) -> ShardRecord:
-        try:
-            with self._clients.open("rb") as file:
-                file.seek(offset)
-                line = file.readline()
-        except OSError as error:
-            raise DataError(f"{self._clients} cannot be read ({error.strerror}): make the shards again") from error
+        with self._open() as file:
+            file.seek(offset)
+            line = file.readline()
         if hashlib.sha256(line).digest()[:16] != line_hash:
             raise DataError(f"{self._clients} is damaged at byte {offset}: make the shards again with {REMEDY}")
         return _parse(line, self._clients)
@@ -129,7 +141,7 @@ def write_manifest(folder: Path, records: Sequence[ShardRecord], facts: Mapping[
     lines = [(json.dumps(asdict(record), sort_keys=True) + "\n").encode() for record in records]
     entries, offset = [], 0
     for record, line in zip(records, lines, strict=True):
-        entries.append(_ENTRY.pack(_key(record.client_id), offset, hashlib.sha256(line).digest()[:16]))
+        entries.append(_pack(record, offset, line))
         offset += len(line)
     contents = {"clients.jsonl": b"".join(lines), "clients.idx": b"".join(sorted(entries))}
     whole = dict(facts) | {
@@ -138,6 +150,7 @@ def write_manifest(folder: Path, records: Sequence[ShardRecord], facts: Mapping[
         "clients_sha256": hashlib.sha256(contents["clients.jsonl"]).hexdigest(),
         "index_sha256": hashlib.sha256(contents["clients.idx"]).hexdigest(),
     }
+    whole["digest"] = digest_of(whole)
     contents["manifest.json"] = (json.dumps(whole, indent=1, sort_keys=True) + "\n").encode()
     for name, content in contents.items():
         partial = folder / f".{name}.tmp"
@@ -150,10 +163,7 @@ def totals_of(records: Iterable[ShardRecord]) -> dict[str, int]:
     """Add up clients, writers and the samples of each split."""
     totals = {"clients": 0, "writers": 0, "train": 0, "val": 0, "test": 0}
     for record in records:
-        totals["clients"] += 1
-        totals["writers"] += record.writers
-        for split, count in record.num_samples.items():
-            totals[split] += count
+        _add(totals, record)
     return totals
 
 
@@ -198,6 +208,8 @@ def _read_facts(path: Path) -> dict[str, Any]:
     clients = totals.get("clients") if isinstance(totals, dict) else None
     if type(clients) is not int or not {"index_sha256", "clients_sha256"} <= facts.keys():
         raise DataError(f"{path} lacks totals or digests: make the shards again with {REMEDY}")
+    if facts.get("digest") != digest_of(facts):
+        raise DataError(f"{path} was changed: it does not have the digest it states; make the shards with {REMEDY}")
     return facts
 
 
@@ -217,6 +229,17 @@ def _parse(line: bytes, path: Path) -> ShardRecord:
     if shard.is_absolute() or ".." in shard.parts:
         raise DataError(f"{path}: the shard of client {record.client_id} is {shard}, outside the manifest's folder")
     return record
+
+
+def _add(totals: dict[str, int], record: ShardRecord) -> None:
+    totals["clients"] += 1
+    totals["writers"] += record.writers
+    for split in ("train", "val", "test"):
+        totals[split] += record.num_samples[split]
+
+
+def _pack(record: ShardRecord, offset: int, line: bytes) -> bytes:
+    return _ENTRY.pack(_key(record.client_id), offset, hashlib.sha256(line).digest()[:16])
 
 
 def _key(client_id: str) -> bytes:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from flapp.data.client_shard import count_rows, read_rows
 from flapp.data.leaf import CLASS_NAMES, SIDE
 from flapp.data.offline import to_input
+from flapp.data.split_file import count_rows, read_rows
 
 
 class ShardSplit:

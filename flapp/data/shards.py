@@ -19,18 +19,11 @@ from tqdm import tqdm
 
 from flapp.data.artifact import DataError, locked, write_artifact
 from flapp.data.assign import SPLITS, assign_writers, check_fractions, split_samples
-from flapp.data.client_shard import (
-    SAMPLE_BYTES,
-    DistributedShardLoader,
-    digest_of,
-    read_blocks,
-    read_meta,
-    verified_meta,
-    write_shard,
-)
+from flapp.data.client_shard import DistributedShardLoader, read_meta, verified_meta, write_shard
 from flapp.data.leaf import CLASS_NAMES, SIDE, Source, open_source
 from flapp.data.manifest import Manifest, ShardRecord, load_manifest, write_manifest
 from flapp.data.partition import Partition, save_partition
+from flapp.data.split_file import SAMPLE_BYTES, read_blocks
 
 __all__ = ["DistributedShardLoader", "export_artifacts", "write_shards"]
 
@@ -203,12 +196,11 @@ def _write_client(source: Source, out: Path, recipe: dict[str, Any]) -> dict[str
 
 
 def _record(meta: dict[str, Any]) -> ShardRecord:
-    digest = digest_of(meta["client_id"], meta["num_samples"], meta["label_hist"], meta["sha256"])
     return ShardRecord(
         meta["client_id"],
         f"client_{meta['client_id']}",
         meta["num_samples"],
         tuple(meta["label_hist"]),
         len(meta["writers"]),
-        digest,
+        meta["digest"],
     )
