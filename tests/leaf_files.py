@@ -1,12 +1,17 @@
 """Small FEMNIST sources in LEAF's format, and what a folder of shards holds."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file
+
+from flapp.data import Manifest
 
 Samples = dict[str, tuple[np.ndarray, np.ndarray]]
+SPLITS = ("train", "val", "test")
 
 
 def draw_samples(*counts: int, seed: int = 0, prefix: str = "f") -> Samples:
@@ -54,3 +59,30 @@ def write_arrays(folder: Path, samples: Samples, writers: list[Any] | None = Non
 def content_of(folder: Path) -> dict[str, bytes]:
     """Return every file under `folder` by its relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def rows(images: np.ndarray, labels: np.ndarray) -> Counter[tuple[int, bytes]]:
+    """Count samples by their label and pixels."""
+    return Counter((int(label), image.tobytes()) for image, label in zip(images, labels, strict=True))
+
+
+def rows_of(manifest: Manifest, *splits: str) -> Counter[tuple[int, bytes]]:
+    """Count every sample in the given splits of all shards, read without flapp."""
+    found: Counter[tuple[int, bytes]] = Counter()
+    for client in manifest:
+        for split in splits:
+            tensors = load_file(manifest.shard_path(client) / f"{split}.safetensors")
+            found += rows(tensors["images"], tensors["labels"])
+    return found
+
+
+def writers_of(manifest: Manifest) -> dict[str, list[str]]:
+    """Return the writers in each client's meta.json."""
+    return {c: json.loads((manifest.shard_path(c) / "meta.json").read_text())["writers"] for c in manifest}
+
+
+def flip(path: Path, at: int) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)

@@ -9,7 +9,7 @@ from flapp.data.embedded import EMBEDDED, ensure_artifacts
 from flapp.data.leaf import open_source
 from flapp.data.manifest import Manifest, ShardRecord, check_claim, load_manifest
 from flapp.data.partition import Partition, label_histogram, load_partition, make_partition
-from flapp.data.shards import export_artifacts, write_shards
+from flapp.data.shards import export_artifacts, open_shard, write_shards
 
 if TYPE_CHECKING:
     from flapp.data.offline import ClientLoader, OfflineDataset
@@ -35,6 +35,7 @@ __all__ = [
     "load_partition",
     "make_partition",
     "open_artifact",
+    "open_shard",
     "open_source",
     "write_artifact",
     "write_shards",

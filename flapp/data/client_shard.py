@@ -73,6 +73,7 @@ class DistributedShardLoader:
         real = _real(found)
         self.num_samples: dict[str, int] = real["num_samples"]
         self.label_hist: list[int] = real["label_hist"]
+        self.sha256: dict[str, str] = real["sha256"]
         self.digest = digest_of(meta | real)
         self.last_modified = max(path.stat().st_mtime for path in [self.path / "meta.json", *_files(self.path)])
         counts = ", ".join(f"{count} {split}" for split, count in self.num_samples.items())
@@ -84,8 +85,10 @@ class DistributedShardLoader:
 
         if name not in SPLITS:
             raise DataError(f"{self.path} has no split {name}: choose one of {', '.join(SPLITS)}")
-        kind = ShardStream if self.streaming else ShardSplit
-        return kind(self.path / f"{name}.safetensors", self.normalization)
+        path = self.path / f"{name}.safetensors"
+        if self.streaming:
+            return ShardStream(path, self.normalization)
+        return ShardSplit(path, self.normalization, self.sha256[path.name])
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

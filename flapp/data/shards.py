@@ -25,7 +25,7 @@ from flapp.data.manifest import Manifest, ShardRecord, load_manifest, write_mani
 from flapp.data.partition import Partition, save_partition
 from flapp.data.split_file import SAMPLE_BYTES, read_blocks
 
-__all__ = ["DistributedShardLoader", "export_artifacts", "write_shards"]
+__all__ = ["DistributedShardLoader", "export_artifacts", "open_shard", "write_shards"]
 
 _FOLDER_BYTES = 64 << 10
 
@@ -89,9 +89,7 @@ def export_artifacts(manifest: Path, folder: Path) -> Path:
         images, labels = np.empty((sum(counts), SIDE, SIDE, 1), np.uint8), np.empty(sum(counts), np.int64)
         at = 0
         for client in ids:
-            shard = DistributedShardLoader(records.shard_path(client), expected_client_id=client)
-            if shard.digest != records[client].digest:
-                raise DataError(f"{shard.path} is not the shard that {manifest} lists: make the shards again")
+            shard = open_shard(records, client)
             for some, names in read_blocks(shard.path / f"{split}.safetensors", shard.num_samples[split], 4096):
                 images[at : at + len(names), ..., 0], labels[at : at + len(names)] = some, names
                 at += len(names)
@@ -104,6 +102,14 @@ def export_artifacts(manifest: Path, folder: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_partition(path, Partition(parts["train"], parts["test"], requested))
     return path
+
+
+def open_shard(manifest: Manifest, client_id: str) -> DistributedShardLoader:
+    """Open and check a client's shard; raises DataError when it is not the one that the manifest lists."""
+    shard = DistributedShardLoader(manifest.shard_path(client_id), expected_client_id=client_id)
+    if shard.digest != manifest[client_id].digest:
+        raise DataError(f"{shard.path} is not the shard that {manifest.path} lists: make the shards again")
+    return shard
 
 
 def _recipe(source: Source, client: str, writers: list[str], settings: dict[str, Any]) -> dict[str, Any]:
