@@ -110,6 +110,13 @@ def test_users_that_user_data_lacks_are_refused(tmp_path: Path) -> None:
         open_source(write_leaf(tmp_path, content))
 
 
+def test_a_user_listed_twice_is_refused(tmp_path: Path) -> None:
+    content = as_leaf(draw_samples(3))
+    content |= {"users": content["users"] * 2, "num_samples": [3, 3]}
+    with pytest.raises(DataError, match="2 users, 2 num_samples and 1 writers"):
+        open_source(write_leaf(tmp_path, content))
+
+
 def test_a_user_twice_is_refused_within_a_file_and_across_files(tmp_path: Path) -> None:
     content = as_leaf(draw_samples(3))
     write_leaf(tmp_path / "two", content, "all_data_0.json")

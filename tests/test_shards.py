@@ -149,6 +149,15 @@ def test_a_writers_split_is_the_same_whichever_client_has_it(source: Path, shard
     assert rows_of(natural, "test") != rows_of(other_seed, "test")
 
 
+def test_writers_of_equal_size_are_cut_by_draws_of_their_own(tmp_path: Path) -> None:
+    images, labels = draw_samples(40)["f0000_00"]
+    twins = write_leaf(tmp_path / "leaf", as_leaf({"a": (images, labels), "b": (images, labels)}))
+    made = write_shards(twins, tmp_path / "shards", "natural")
+    tests = [load_file(made.shard_path(client) / "test.safetensors")["images"] for client in made]
+    assert tests[0].shape == tests[1].shape
+    assert not np.array_equal(tests[0], tests[1])
+
+
 def test_the_test_samples_of_leafs_own_split_stay_the_test_split(tmp_path: Path) -> None:
     own, held_out = draw_samples(20, 10), draw_samples(5, 4, seed=8)
     write_leaf(tmp_path / "leaf/train", as_leaf(own), "a.json")

@@ -94,8 +94,14 @@ def test_a_source_that_changed_is_noticed(samples: Samples, shards: Manifest, tm
         write_shards(changed, shards.folder, "round_robin", clients=3, seed=1)
 
 
-def test_a_full_disk_is_noticed_before_writing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_noticed_before_anything_is_written_or_removed(
+    source: Path, shards: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = content_of(shards.folder)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1 << 10}))
     with pytest.raises(DataError, match="make room"):
-        write_shards(source, tmp_path / "shards", "natural")
-    assert list((tmp_path / "shards").iterdir()) == []
+        write_shards(source, tmp_path / "new", "natural")
+    with pytest.raises(DataError, match="make room"):
+        write_shards(source, shards.folder, "natural", overwrite=True)
+    assert list((tmp_path / "new").iterdir()) == []
+    assert content_of(shards.folder) == before

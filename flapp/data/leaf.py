@@ -121,16 +121,18 @@ class LeafSource:
                 raise DataError(f"{file.path}: user {user} is already in {twins[0].file.path}: a writer has one place")
             earlier.append(part)
 
-    def _check_index(self, file: JsonFile, users: Any, counts: Any, found: dict[str, "_Part"]) -> None:
+    def _check_index(self, file: JsonFile, users: list[Any], counts: list[Any], found: dict[str, "_Part"]) -> None:
         file.end()
-        if sorted(map(str, users)) != sorted(found):
-            unlike = sorted({*map(str, users)} ^ found.keys())
+        if unlike := sorted({*map(str, users)} ^ found.keys()):
             raise DataError(f"{file.path}: users and user_data name different writers: {', '.join(unlike[:3])}")
-        for user, count in zip(users, counts, strict=False):
-            if count != found[user].count:
-                raise DataError(f"{file.path}: user {user} has {found[user].count} labels, num_samples says {count}")
-        if len(counts) != len(users):
-            raise DataError(f"{file.path}: {len(users)} users but {len(counts)} num_samples")
+        if not len(users) == len(counts) == len(found):
+            raise DataError(
+                f"{file.path} has {len(users)} users, {len(counts)} num_samples and {len(found)} writers in user_data"
+            )
+        for user, count in zip(users, counts, strict=True):
+            if count != found[str(user)].count:
+                held = found[str(user)].count
+                raise DataError(f"{file.path}: user {user} has {held} labels, num_samples says {count}")
 
     def _find_top(self) -> int:
         """Return the white of this data, 1 or 255: the first fraction, or the first value over 1, decides."""

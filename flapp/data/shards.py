@@ -61,10 +61,10 @@ def write_shards(
     out = Path(out)
     with locked(out.with_name(f"{out.name}.lock")):
         recipes = {client: _recipe(found, client, writers, settings) for client, writers in plan.items()}
+        done = {} if overwrite else _finished(out, recipes)
+        _check_space(out, found, [plan[client] for client in plan if client not in done], overwrite)
         if overwrite:
             _clear(out)
-        done = _finished(out, recipes)
-        _check_space(out, found, [plan[client] for client in plan if client not in done])
         for client in tqdm(plan, "writing", unit="client", disable=None if progress else True):
             if client not in done:
                 done[client] = _write_client(found, out, recipes[client])
@@ -168,11 +168,12 @@ def _check_training(source: Source, plan: dict[str, list[str]]) -> None:
             )
 
 
-def _check_space(out: Path, source: Source, missing: list[list[str]]) -> None:
+def _check_space(out: Path, source: Source, missing: list[list[str]], overwrite: bool) -> None:
     samples = sum(source.writers[name].count for names in missing for name in names)
     needed = samples * SAMPLE_BYTES + len(missing) * _FOLDER_BYTES
     out.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out).free
+    replaced = sum(path.stat().st_size for path in out.glob("client_*/*")) if overwrite else 0
+    free = shutil.disk_usage(out).free + replaced
     if needed > free:
         raise DataError(f"{out} needs {needed >> 20} MB for the shards, {free >> 20} MB are free: make room there")
 
