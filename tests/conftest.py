@@ -14,7 +14,9 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from flapp import client_app, config, server_app
+from flapp.data import Manifest, write_shards
 from flapp.messages import ORDER
+from tests.leaf_files import Samples, as_leaf, draw_samples, write_leaf
 
 Tamper = Callable[[str, Message], Message]
 
@@ -105,3 +107,21 @@ def read_lines(path: Path, kind: str) -> list[dict[str, Any]]:
     """Return the lines of one kind from a run directory's metrics.jsonl."""
     lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["kind"] == kind]
+
+
+@pytest.fixture(scope="session")
+def samples() -> Samples:
+    """Return images and labels of seven writers."""
+    return draw_samples(20, 12, 30, 11, 10, 16, 25)
+
+
+@pytest.fixture(scope="session")
+def source(samples: Samples, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with those samples as LEAF writes them."""
+    return write_leaf(tmp_path_factory.mktemp("leaf"), as_leaf(samples))
+
+
+@pytest.fixture
+def shards(source: Path, tmp_path: Path) -> Manifest:
+    """Return the manifest of shards of three clients."""
+    return write_shards(source, tmp_path / "shards", "round_robin", clients=3, seed=1)

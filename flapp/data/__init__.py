@@ -1,12 +1,23 @@
-"""Artifacts, partitions and batches; knows neither Flower, Hydra nor models."""
+"""Artifacts, partitions, shards and batches; knows neither Flower, Hydra nor models."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from flapp.data.artifact import Artifact, DataError, open_artifact, write_artifact, write_rows
 from flapp.data.blocks import ReadRows
 from flapp.data.cifar import CIFAR, cifar_files, cifar_sha256, download_cifar, read_cifar
+from flapp.data.client_shard import DistributedShardLoader
 from flapp.data.embedded import EMBEDDED, arrays_sha256, ensure_artifacts, is_prepared
+from flapp.data.leaf import open_source
+from flapp.data.manifest import Manifest, ShardRecord, check_claim, load_manifest
 from flapp.data.materialized import materialize, materialized_folder
-from flapp.data.offline import ClientLoader, OfflineDataset
 from flapp.data.partition import Partition, label_histogram, load_partition, make_partition
+from flapp.data.shards import export_artifacts, open_shard, write_shards
+
+if TYPE_CHECKING:
+    from flapp.data.loader import ClientLoader
+    from flapp.data.offline import OfflineCIFAR10, OfflineCIFAR100, OfflineDataset
+    from flapp.data.shard_dataset import ShardSplit, ShardStream
 
 __all__ = [
     "CIFAR",
@@ -14,22 +25,51 @@ __all__ = [
     "Artifact",
     "ClientLoader",
     "DataError",
+    "DistributedShardLoader",
+    "Manifest",
+    "OfflineCIFAR10",
+    "OfflineCIFAR100",
     "OfflineDataset",
     "Partition",
     "ReadRows",
+    "ShardRecord",
+    "ShardSplit",
+    "ShardStream",
     "arrays_sha256",
+    "check_claim",
     "cifar_files",
     "cifar_sha256",
     "download_cifar",
     "ensure_artifacts",
+    "export_artifacts",
     "is_prepared",
     "label_histogram",
+    "load_manifest",
     "load_partition",
     "make_partition",
     "materialize",
     "materialized_folder",
     "open_artifact",
+    "open_shard",
+    "open_source",
     "read_cifar",
     "write_artifact",
     "write_rows",
+    "write_shards",
 ]
+
+# Preparing data needs no torch, whose import costs 200 MB and more than a second: only what uses tensors brings it in.
+_NEEDS_TORCH = {
+    "ClientLoader": "loader",
+    "OfflineCIFAR10": "offline",
+    "OfflineCIFAR100": "offline",
+    "OfflineDataset": "offline",
+    "ShardSplit": "shard_dataset",
+    "ShardStream": "shard_dataset",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NEEDS_TORCH:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(import_module(f"{__name__}.{_NEEDS_TORCH[name]}"), name)

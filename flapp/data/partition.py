@@ -69,7 +69,7 @@ def load_partition(path: Path, **settings: object) -> Partition:
     if not path.exists():
         with locked(path.with_suffix(".lock")):
             if not path.exists():
-                _save(path, make_partition(**settings))  # type: ignore[arg-type]
+                save_partition(path, make_partition(**settings))  # type: ignore[arg-type]
     saved = load_file(path)
     train, test = (np.split(saved[f"{s}_indices"], saved[f"{s}_offsets"][1:-1]) for s in ("train", "test"))
     return Partition(tuple(train), tuple(test), saved["requested"])
@@ -80,7 +80,8 @@ def label_histogram(labels: np.ndarray, classes: int) -> list[int]:
     return np.bincount(labels, minlength=classes).tolist() if classes else []
 
 
-def _save(path: Path, partition: Partition) -> None:
+def save_partition(path: Path, partition: Partition) -> None:
+    """Write a partition so that load_partition(path) returns it, whole or not at all."""
     from safetensors.numpy import save_file
 
     # safetensors writes the memory as it lies, so a transposed table has to be laid out in C order first.
