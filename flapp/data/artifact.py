@@ -2,7 +2,10 @@
 
     <data>/<dataset>/<split>/images.npy   uint8 (N, H, W, C), or float32 (N, features) for regression
                              labels.npy   int64 (N,), or float32 (N,) for regression
-                             meta.json    format_version, complete, shapes, dtypes, classes, SHA-256s, writer
+                             meta.json    format_version, complete, shapes, dtypes, classes, layout, SHA-256s, writer
+
+<split>@<SIZE> beside it holds the same split resized ahead to SIZE pixels: images uint8 (N, C, SIZE, SIZE), of
+layout NCHW where the others are NHWC.
 
 Both arrays have real .npy headers, so that a wrong shape, a truncated or a pickled file is refused. The digest
 of an artifact is the SHA-256 of its block hashes, and names its content wherever a client has to vouch for it.
@@ -25,6 +28,7 @@ from flapp import __version__
 
 FORMAT_VERSION = 1
 BLOCK_BYTES = 16 << 20
+LAYOUTS = ("NHWC", "NCHW")
 
 
 class DataError(ValueError):
@@ -40,6 +44,13 @@ class Artifact:
     labels: np.ndarray
     classes: tuple[str, ...]
     digest: str
+    layout: str = "NHWC"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return the height and width of the images as stored."""
+        height, width = self.images.shape[1:3] if self.layout == "NHWC" else self.images.shape[2:]
+        return height, width
 
 
 @contextmanager
@@ -52,12 +63,17 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def write_artifact(
-    folder: Path, images: np.ndarray, labels: np.ndarray, classes: Sequence[str], source_sha256: str
+    folder: Path,
+    images: np.ndarray,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    source_sha256: str,
+    layout: str = "NHWC",
 ) -> None:
     """Write one split into `folder` whole or not at all, replacing what was there.
 
-    images: uint8 (N, H, W, C) or float32 (N, features); labels: int64 (N,) below len(classes), or float32 (N,)
-    with no classes. Raises DataError for anything else.
+    images: uint8 with the axes of `layout` or float32 (N, features); labels: int64 (N,) below len(classes), or
+    float32 (N,) with no classes. Raises DataError for anything else.
     """
     _check(folder, images, labels, len(classes))
     partial = folder.with_name(folder.name + ".tmp")
@@ -70,7 +86,7 @@ def write_artifact(
         with (partial / f"{name}.npy").open("wb") as file:
             np.save(file, array, allow_pickle=False)
             os.fsync(file.fileno())
-    meta |= {"classes": list(classes), "source_sha256": source_sha256, "complete": True}
+    meta |= {"classes": list(classes), "layout": layout, "source_sha256": source_sha256, "complete": True}
     with (partial / "meta.json").open("w") as file:
         json.dump(meta, file, indent=1)
         file.flush()
@@ -86,7 +102,7 @@ def open_artifact(folder: Path, verify: bool = False) -> Artifact:
     _check(folder, images, labels, len(meta["classes"]))
     blocks = meta["images"]["blocks"] + meta["labels"]["blocks"]
     digest = hashlib.sha256("".join(blocks).encode()).hexdigest()
-    return Artifact(folder, images, labels, tuple(meta["classes"]), digest)
+    return Artifact(folder, images, labels, tuple(meta["classes"]), digest, meta.get("layout", "NHWC"))
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -101,6 +117,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if not complete or meta.get("format_version") != FORMAT_VERSION:
         found = f"format {meta.get('format_version')}, complete={meta['complete']}"
         raise DataError(f"{path} is not a complete artifact of format {FORMAT_VERSION} ({found}): prepare it again")
+    if meta.get("layout", "NHWC") not in LAYOUTS:
+        raise DataError(f"{path} says layout {meta['layout']}, which is none of {', '.join(LAYOUTS)}: prepare it again")
     return meta
 
 

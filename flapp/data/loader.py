@@ -1,0 +1,191 @@
+"""The loader that a client trains from: whole batches, made one or two ahead by one thread."""
+
+import mmap
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import cycle
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flapp.data.artifact import Artifact, DataError
+from flapp.data.offline import OfflineDataset, read_rows
+from flapp.data.pixels import augment, normalize, resize
+
+OUTPUTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
+RESIZE_BLOCK = 8  # images resized at a time, so that their bytes are still in the cache when they are normalised
+AUGMENT_SEED = 0x5EED  # keeps the draws of the augmentation apart from those of the order
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one batch is made of: its rows, the rows of the batch after it, and its draws (flips, tops, lefts)."""
+
+    rows: Tensor
+    next_rows: Tensor
+    draws: tuple[Tensor, Tensor, Tensor] | None
+
+
+class Buffers:
+    """Hand out named memory that is allocated on first use and written over ever after."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def take(self, name: str, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return (count, *shape) of the buffer `name`; the first call, which the largest count makes, allocates it."""
+        if name not in self.tensors:
+            self.tensors[name] = torch.empty((count, *shape), dtype=dtype)
+        return self.tensors[name][:count]
+
+
+class ClientLoader:
+    """Iterate over one client's samples in batches of (input, label), in an order drawn from `seed`.
+
+    Each iteration is one epoch with an order of its own; seed=None keeps the order of `indices`. Images are resized to
+    image_size (None: as stored) with PIL's bytes, or read from an artifact resized ahead where there is one. `output`:
+
+        float32, bfloat16   normalised (n, C, H, W); exact=True gives torchvision's bits, False stays within 1e-6
+                            (before rounding to bfloat16) and is faster
+        uint8               (n, C, H, W) before normalisation, a quarter of the bytes to move to a GPU: see to_input
+
+    augment mirrors every other image and shifts it by up to 1/8 of its size (4 of 32 pixels), drawn from `seed`, before
+    it is resized. Samples of regression pass through as they are.
+
+    With prefetch, a thread makes up to `prefetch` batches ahead in a ring of prefetch + 1 buffers: the inputs of a
+    batch are valid until the next one is asked for (clone() them to keep them), the labels for ever. prefetch=0 uses
+    no thread and gives fresh tensors, with the same bits. The thread ends with the iteration: at its end, when the
+    iterator is closed or dropped, or with an error, which is raised to whoever iterates.
+
+    Raises DataError for settings that contradict each other.
+    """
+
+    def __init__(
+        self,
+        dataset: OfflineDataset,
+        indices: np.ndarray,
+        batch_size: int,
+        seed: int | None = None,
+        image_size: int | None = None,
+        output: str = "float32",
+        prefetch: int = 2,
+        augment: bool = False,
+        exact: bool = False,
+    ) -> None:
+        if output not in OUTPUTS:
+            raise DataError(f"output={output} is unknown: choose one of {', '.join(OUTPUTS)}")
+        if not dataset.has_images and (output != "float32" or augment):
+            raise DataError(f"{dataset.artifact.path} holds no images: set output=float32 and augment=False")
+        if augment and seed is None:
+            raise DataError("augmentation is drawn from a seed: set seed, or augment=False")
+        if batch_size < 1 or prefetch < 0:
+            raise DataError(f"batch_size={batch_size} has to be at least 1 and prefetch={prefetch} at least 0")
+        self.dataset = dataset
+        self.indices = torch.from_numpy(np.ascontiguousarray(indices, dtype=np.int64))
+        self.batch_size = batch_size
+        self.image_size = image_size
+        self.output = output
+        self.prefetch = prefetch if dataset.has_images else 0
+        self.augment = augment
+        self.exact = exact
+        self.source: Artifact = dataset.artifact_at(image_size)
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.augment_generator = None if seed is None else torch.Generator().manual_seed(seed ^ AUGMENT_SEED)
+        self._is_cold = True
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        jobs = self._draw_epoch()
+        if self.prefetch:
+            yield from self._made_ahead(jobs)
+        else:
+            for job in jobs:
+                yield self._make(job, Buffers(), Buffers())
+        self._is_cold = False
+
+    def to_input(self, pixels: Tensor) -> Tensor:
+        """Turn a batch of output uint8, on whatever device, into the normalised float32 that the model takes."""
+        return normalize(pixels, self.dataset.normalization)
+
+    def _draw_epoch(self) -> list[Job]:
+        """Draw the whole epoch at once: one that is left early then leaves the generators the same for any prefetch."""
+        order = self.indices
+        if not len(order):
+            return []
+        if self.generator is not None:
+            order = order[torch.randperm(len(order), generator=self.generator)]
+        batches = order.split(self.batch_size)
+        draws = self._draw_augmentation() if self.augment else [None] * len(batches)
+        following = [*batches[1:], order[:0]]
+        return [Job(*parts) for parts in zip(batches, following, draws, strict=True)]
+
+    def _draw_augmentation(self) -> list[tuple[Tensor, Tensor, Tensor] | None]:
+        count, generator = len(self.indices), self.augment_generator
+        height, width = self.source.size
+        flips = torch.rand(count, generator=generator) < 0.5
+        tops = torch.randint(-(height // 8), height // 8 + 1, (count,), generator=generator)
+        lefts = torch.randint(-(width // 8), width // 8 + 1, (count,), generator=generator)
+        return list(zip(*(draw.split(self.batch_size) for draw in (flips, tops, lefts)), strict=True))
+
+    def _made_ahead(self, jobs: list[Job]) -> Iterator[Batch]:
+        scratch, ring = Buffers(), [Buffers() for _ in range(self.prefetch + 1)]
+        thread = ThreadPoolExecutor(1, thread_name_prefix="flapp-loader")
+        pending: deque[Future[Batch]] = deque()
+        try:
+            for job, slot in zip(jobs, cycle(ring), strict=False):
+                # The consumer is done with the batch in this slot: it has asked for the next one since.
+                pending.append(thread.submit(self._make, job, slot, scratch))
+                if len(pending) > self.prefetch:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            thread.shutdown(wait=True, cancel_futures=True)
+
+    def _make(self, job: Job, slot: Buffers, scratch: Buffers) -> Batch:
+        """Make one batch, its inputs in `slot`; what is only passing through goes into `scratch`."""
+        labels = self.dataset.labels[job.rows]
+        if not self.dataset.has_images:
+            return torch.index_select(self.dataset.images, 0, job.rows), labels
+        count, stored = len(job.rows), self.source.images.shape[1:]
+        if self._is_cold:
+            will_need(self.source.images, job.next_rows)
+        held = (slot if self.output == "uint8" else scratch).take("stored", count, stored, torch.uint8)
+        pixels = read_rows(self.source, job.rows, out=held)
+        if job.draws is not None:
+            pixels = augment(pixels, *job.draws)
+        if self.output == "uint8":
+            return resize(pixels, self.image_size) if self.image_size else pixels, labels
+        size = (self.image_size,) * 2 if self.image_size else pixels.shape[-2:]
+        inputs = slot.take("inputs", count, (pixels.shape[1], *size), OUTPUTS[self.output])
+        self._convert(pixels, inputs, scratch)
+        return inputs, labels
+
+    def _convert(self, pixels: Tensor, inputs: Tensor, scratch: Buffers) -> None:
+        """Resize and normalise uint8 pixels into `inputs`, image after image while each is in the cache."""
+        normalization, exact = self.dataset.normalization, self.exact
+        for block, into in zip(pixels.split(RESIZE_BLOCK), inputs.split(RESIZE_BLOCK), strict=True):
+            resized = resize(block, self.image_size) if self.image_size else block
+            for image, target in zip(resized.unbind(), into.unbind(), strict=True):
+                if target.dtype == torch.float32:
+                    normalize(image, normalization, target, exact)
+                else:
+                    wide = scratch.take("wide", 1, tuple(target.shape), torch.float32)[0]
+                    target.copy_(normalize(image, normalization, wide, exact))
+
+
+def will_need(images: np.ndarray, rows: Tensor) -> None:
+    """Tell the kernel which rows of a memory-mapped array are read next, so that it fetches them from disk by then."""
+    if not isinstance(images, np.memmap) or not isinstance(images.base, mmap.mmap):
+        return
+    first, row = images.offset % mmap.ALLOCATIONGRANULARITY, images.strides[0]
+    for index in rows.tolist():
+        start = (first + index * row) // mmap.PAGESIZE * mmap.PAGESIZE
+        images.base.madvise(mmap.MADV_WILLNEED, start, first + (index + 1) * row - start)
