@@ -1,11 +1,12 @@
 """The loader that a client trains from: whole batches, made one or two ahead by one thread."""
 
+import atexit
 import mmap
-from collections import deque
+import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from flapp.data.offline import OfflineDataset, read_rows
 from flapp.data.pixels import augment, normalize, resize
 
 OUTPUTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
-RESIZE_BLOCK = 8  # images resized at a time, so that their bytes are still in the cache when they are normalised
+BLOCK = 4  # images that go from stored bytes to input at a time, so that they stay in the cache on the way
 AUGMENT_SEED = 0x5EED  # keeps the draws of the augmentation apart from those of the order
 
 Batch = tuple[Tensor, Tensor]
@@ -24,11 +25,11 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Job:
-    """What one batch is made of: its rows, the rows of the batch after it, and its draws (flips, tops, lefts)."""
+    """What one batch is made of: its rows, the rows of the batch after it, and what to do to them in augmentation."""
 
     rows: Tensor
     next_rows: Tensor
-    draws: tuple[Tensor, Tensor, Tensor] | None
+    draws: Tensor | None
 
 
 class Buffers:
@@ -42,6 +43,14 @@ class Buffers:
         if name not in self.tensors:
             self.tensors[name] = torch.empty((count, *shape), dtype=dtype)
         return self.tensors[name][:count]
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The buffers of one iteration: one for each batch ahead and one for the consumer's, and one that none sees."""
+
+    slots: list[Buffers]
+    scratch: Buffers
 
 
 class ClientLoader:
@@ -94,8 +103,10 @@ class ClientLoader:
         self.augment = augment
         self.exact = exact
         self.source: Artifact = dataset.artifact_at(image_size)
+        self.shape = self._sample_shape()
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.augment_generator = None if seed is None else torch.Generator().manual_seed(seed ^ AUGMENT_SEED)
+        self._idle_rings: list[Ring] = []
         self._is_cold = True
 
     def __len__(self) -> int:
@@ -114,6 +125,12 @@ class ClientLoader:
         """Turn a batch of output uint8, on whatever device, into the normalised float32 that the model takes."""
         return normalize(pixels, self.dataset.normalization)
 
+    def _sample_shape(self) -> tuple[int, ...]:
+        if not self.dataset.has_images:
+            return tuple(self.dataset.images.shape[1:])
+        channels = self.source.images.shape[1 if self.source.layout == "NCHW" else 3]
+        return (channels, *((self.image_size,) * 2 if self.image_size else self.source.size))
+
     def _draw_epoch(self) -> list[Job]:
         """Draw the whole epoch at once: one that is left early then leaves the generators the same for any prefetch."""
         order = self.indices
@@ -122,63 +139,91 @@ class ClientLoader:
         if self.generator is not None:
             order = order[torch.randperm(len(order), generator=self.generator)]
         batches = order.split(self.batch_size)
-        draws = self._draw_augmentation() if self.augment else [None] * len(batches)
+        draws = self._draw_augmentation().split(self.batch_size) if self.augment else [None] * len(batches)
         following = [*batches[1:], order[:0]]
         return [Job(*parts) for parts in zip(batches, following, draws, strict=True)]
 
-    def _draw_augmentation(self) -> list[tuple[Tensor, Tensor, Tensor] | None]:
-        count, generator = len(self.indices), self.augment_generator
-        height, width = self.source.size
-        flips = torch.rand(count, generator=generator) < 0.5
-        tops = torch.randint(-(height // 8), height // 8 + 1, (count,), generator=generator)
-        lefts = torch.randint(-(width // 8), width // 8 + 1, (count,), generator=generator)
-        return list(zip(*(draw.split(self.batch_size) for draw in (flips, tops, lefts)), strict=True))
+    def _draw_augmentation(self) -> Tensor:
+        """Draw flip, top and left of each sample as int64 (samples, 3)."""
+        limits = [(0, 1), *((-(length // 8), length // 8) for length in self.source.size)]
+        count, generator = (len(self.indices),), self.augment_generator
+        return torch.stack([torch.randint(low, high + 1, count, generator=generator) for low, high in limits], 1)
 
     def _made_ahead(self, jobs: list[Job]) -> Iterator[Batch]:
-        scratch, ring = Buffers(), [Buffers() for _ in range(self.prefetch + 1)]
-        thread = ThreadPoolExecutor(1, thread_name_prefix="flapp-loader")
-        pending: deque[Future[Batch]] = deque()
+        # A new buffer costs as much as four batches, since the kernel zeroes it: later epochs take over the first's.
+        ring = self._idle_rings.pop() if self._idle_rings else self._new_ring()
+        free: SimpleQueue[Buffers] = SimpleQueue()
+        made: SimpleQueue[Batch | BaseException] = SimpleQueue()
+        is_over = threading.Event()
+
+        def work() -> None:
+            try:
+                for job in jobs:
+                    slot = free.get()
+                    if is_over.is_set():
+                        return
+                    made.put(self._make(job, slot, ring.scratch))
+            except BaseException as error:  # noqa: BLE001 - the consumer raises it
+                made.put(error)
+
+        def end() -> None:
+            is_over.set()
+            free.put(ring.scratch)  # whichever buffer, only to wake the thread
+            if threading.current_thread() is not thread:  # it may be the one that collects a dropped iterator
+                thread.join()
+
+        for slot in ring.slots:
+            free.put(slot)
+        thread = threading.Thread(target=work, name="flapp-loader", daemon=True)
+        thread.start()
+        atexit.register(end)  # a thread inside PyTorch while the interpreter goes away would abort the process
         try:
-            for job, slot in zip(jobs, cycle(ring), strict=False):
-                # The consumer is done with the batch in this slot: it has asked for the next one since.
-                pending.append(thread.submit(self._make, job, slot, scratch))
-                if len(pending) > self.prefetch:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+            for _, slot in zip(jobs, cycle(ring.slots), strict=False):
+                batch = made.get()
+                if isinstance(batch, BaseException):
+                    raise batch
+                yield batch
+                free.put(slot)  # the consumer is done with it: it has asked for the next batch
         finally:
-            thread.shutdown(wait=True, cancel_futures=True)
+            atexit.unregister(end)
+            end()
+            if not thread.is_alive():
+                self._idle_rings.append(ring)
+
+    def _new_ring(self) -> Ring:
+        return Ring([Buffers() for _ in range(self.prefetch + 1)], Buffers())
 
     def _make(self, job: Job, slot: Buffers, scratch: Buffers) -> Batch:
         """Make one batch, its inputs in `slot`; what is only passing through goes into `scratch`."""
         labels = self.dataset.labels[job.rows]
         if not self.dataset.has_images:
             return torch.index_select(self.dataset.images, 0, job.rows), labels
-        count, stored = len(job.rows), self.source.images.shape[1:]
         if self._is_cold:
             will_need(self.source.images, job.next_rows)
-        held = (slot if self.output == "uint8" else scratch).take("stored", count, stored, torch.uint8)
-        pixels = read_rows(self.source, job.rows, out=held)
-        if job.draws is not None:
-            pixels = augment(pixels, *job.draws)
         if self.output == "uint8":
-            return resize(pixels, self.image_size) if self.image_size else pixels, labels
-        size = (self.image_size,) * 2 if self.image_size else pixels.shape[-2:]
-        inputs = slot.take("inputs", count, (pixels.shape[1], *size), OUTPUTS[self.output])
-        self._convert(pixels, inputs, scratch)
+            return self._read(job.rows, job.draws, slot), labels
+        inputs = slot.take("inputs", len(job.rows), self.shape, OUTPUTS[self.output])
+        for start in range(0, len(inputs), BLOCK):
+            part = slice(start, start + BLOCK)
+            pixels = self._read(job.rows[part], None if job.draws is None else job.draws[part], scratch)
+            for image, target in zip(pixels, inputs[part], strict=True):
+                self._normalize(image, target, scratch)
         return inputs, labels
 
-    def _convert(self, pixels: Tensor, inputs: Tensor, scratch: Buffers) -> None:
-        """Resize and normalise uint8 pixels into `inputs`, image after image while each is in the cache."""
-        normalization, exact = self.dataset.normalization, self.exact
-        for block, into in zip(pixels.split(RESIZE_BLOCK), inputs.split(RESIZE_BLOCK), strict=True):
-            resized = resize(block, self.image_size) if self.image_size else block
-            for image, target in zip(resized.unbind(), into.unbind(), strict=True):
-                if target.dtype == torch.float32:
-                    normalize(image, normalization, target, exact)
-                else:
-                    wide = scratch.take("wide", 1, tuple(target.shape), torch.float32)[0]
-                    target.copy_(normalize(image, normalization, wide, exact))
+    def _read(self, rows: Tensor, draws: Tensor | None, buffers: Buffers) -> Tensor:
+        """Read, augment and resize images: uint8 (n, C, H, W), in `buffers` if they are as stored."""
+        stored = buffers.take("stored", len(rows), self.source.images.shape[1:], torch.uint8)
+        pixels = read_rows(self.source, rows, out=stored)
+        if draws is not None:
+            pixels = augment(pixels, draws)
+        return resize(pixels, self.image_size) if self.image_size else pixels
+
+    def _normalize(self, image: Tensor, target: Tensor, scratch: Buffers) -> None:
+        if target.dtype == torch.float32:
+            normalize(image, self.dataset.normalization, target, self.exact)
+        else:
+            wide = scratch.take("wide", 1, self.shape, torch.float32)[0]
+            target.copy_(normalize(image, self.dataset.normalization, wide, self.exact))
 
 
 def will_need(images: np.ndarray, rows: Tensor) -> None:

@@ -63,18 +63,17 @@ def to_input(pixels: Tensor, normalization: str, image_size: int | None = None) 
     return normalize(resize(pixels, image_size) if image_size else pixels, normalization)
 
 
-def augment(pixels: Tensor, flips: Tensor, tops: Tensor, lefts: Tensor) -> Tensor:
+def augment(pixels: Tensor, draws: Tensor) -> Tensor:
     """Shift each image of (n, C, H, W) and then mirror it, filling what it leaves with zeros; strides are kept.
 
-    Row y of the result is row y + top of the image, column x is column x + left: a crop from the padded image.
-    flips: bool (n,); tops, lefts: int64 (n,), of any sign.
+    draws: int64 (n, 3) of flip (0 or 1), top and left (of any sign). Row y of the result is row y + top of the image,
+    column x is column x + left, as in a crop from the padded image.
     """
     height, width = pixels.shape[-2:]
     changed = torch.zeros_like(pixels)
-    draws = zip(flips.tolist(), tops.tolist(), lefts.tolist(), strict=True)
-    for image, into, (flip, top, left) in zip(pixels, changed, draws, strict=True):
+    for image, into, (flip, top, left) in zip(pixels, changed, draws.tolist(), strict=True):
         kept = image[:, max(top, 0) : height + min(top, 0), max(left, 0) : width + min(left, 0)]
-        start = min(left, 0) + width - kept.shape[-1] if flip else max(-left, 0)
+        start = width - kept.shape[-1] - max(-left, 0) if flip else max(-left, 0)
         target = into[:, max(-top, 0) : max(-top, 0) + kept.shape[-2], start : start + kept.shape[-1]]
         target.copy_(kept.flip(-1) if flip else kept)
     return changed
