@@ -1,6 +1,7 @@
 """What a client trains on: the pixels PIL and torchvision would give it, in a seeded order, made ahead of time."""
 
 import gc
+import mmap
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms import functional
 
 from flapp.data import ClientLoader, DataError, OfflineDataset, to_input, write_artifact
+from flapp.data.loader import will_need
 from tests.images import COUNT, photographs, pil_resize, torchvision_batch, write_resized, write_split
 
 
@@ -252,6 +254,20 @@ def test_settings_that_contradict_each_other_are_refused(dataset: OfflineDataset
         ClientLoader(dataset, np.arange(4), 0)
     with pytest.raises(DataError, match="normalization=imagnet is unknown"):
         OfflineDataset(folder, normalization="imagnet")
+
+
+def test_the_kernel_is_told_of_every_page_that_the_next_rows_are_on() -> None:
+    advised = []
+
+    class Recorder(mmap.mmap):
+        def madvise(self, option: int, start: int, length: int) -> None:  # type: ignore[override]
+            assert option == mmap.MADV_WILLNEED
+            advised.append((start, start + length))
+
+    images = np.ndarray.__new__(np.memmap, (9, 5000), np.uint8, buffer=Recorder(-1, 50_000), offset=128)
+    images.offset = 128
+    will_need(images, torch.tensor([1, 8]))
+    assert advised == [(4096, 128 + 10_000), (36864, 128 + 45_000)]
 
 
 def test_a_client_without_samples_has_no_batch(dataset: OfflineDataset) -> None:

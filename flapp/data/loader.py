@@ -1,6 +1,7 @@
 """The loader that a client trains from: whole batches, made one or two ahead by one thread."""
 
 import atexit
+import math
 import mmap
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from flapp.data.offline import OfflineDataset, read_rows
 from flapp.data.pixels import augment, normalize, resize
 
 OUTPUTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
-BLOCK = 4  # images that go from stored bytes to input at a time, so that they stay in the cache on the way
+CACHED_VALUES = 3 * 224 * 224  # normalised at a time, and four times as many read and resized, to stay in the cache
 AUGMENT_SEED = 0x5EED  # keeps the draws of the augmentation apart from those of the order
 
 Batch = tuple[Tensor, Tensor]
@@ -66,10 +67,11 @@ class ClientLoader:
     augment mirrors every other image and shifts it by up to 1/8 of its size (4 of 32 pixels), drawn from `seed`, before
     it is resized. Samples of regression pass through as they are.
 
-    With prefetch, a thread makes up to `prefetch` batches ahead in a ring of prefetch + 1 buffers: the inputs of a
-    batch are valid until the next one is asked for (clone() them to keep them), the labels for ever. prefetch=0 uses
-    no thread and gives fresh tensors, with the same bits. The thread ends with the iteration: at its end, when the
-    iterator is closed or dropped, or with an error, which is raised to whoever iterates.
+    With prefetch, a thread makes up to `prefetch` batches ahead in a ring of prefetch + 1 buffers, which later epochs
+    use again: the inputs of a batch are valid until the next one is asked for, those of the last until the loader is
+    iterated again (clone() them to keep them); labels are valid for ever. prefetch=0 uses no thread and gives fresh
+    tensors, with the same bits. The thread ends with the iteration: at its end, when the iterator is closed or
+    dropped, or with an error, which is raised to whoever iterates.
 
     Raises DataError for settings that contradict each other.
     """
@@ -203,11 +205,12 @@ class ClientLoader:
         if self.output == "uint8":
             return self._read(job.rows, job.draws, slot), labels
         inputs = slot.take("inputs", len(job.rows), self.shape, OUTPUTS[self.output])
-        for start in range(0, len(inputs), BLOCK):
-            part = slice(start, start + BLOCK)
+        piece = max(1, CACHED_VALUES // math.prod(self.shape))
+        for start in range(0, len(inputs), 4 * piece):
+            part = slice(start, start + 4 * piece)
             pixels = self._read(job.rows[part], None if job.draws is None else job.draws[part], scratch)
-            for image, target in zip(pixels, inputs[part], strict=True):
-                self._normalize(image, target, scratch)
+            for images, target in zip(pixels.split(piece), inputs[part].split(piece), strict=True):
+                self._normalize(images, target, scratch)
         return inputs, labels
 
     def _read(self, rows: Tensor, draws: Tensor | None, buffers: Buffers) -> Tensor:
@@ -218,12 +221,12 @@ class ClientLoader:
             pixels = augment(pixels, draws)
         return resize(pixels, self.image_size) if self.image_size else pixels
 
-    def _normalize(self, image: Tensor, target: Tensor, scratch: Buffers) -> None:
+    def _normalize(self, images: Tensor, target: Tensor, scratch: Buffers) -> None:
         if target.dtype == torch.float32:
-            normalize(image, self.dataset.normalization, target, self.exact)
+            normalize(images, self.dataset.normalization, target, self.exact)
         else:
-            wide = scratch.take("wide", 1, self.shape, torch.float32)[0]
-            target.copy_(normalize(image, self.dataset.normalization, wide, self.exact))
+            wide = scratch.take("wide", len(images), self.shape, torch.float32)
+            target.copy_(normalize(images, self.dataset.normalization, wide, self.exact))
 
 
 def will_need(images: np.ndarray, rows: Tensor) -> None:

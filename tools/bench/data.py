@@ -107,8 +107,8 @@ def speed(folder: Path) -> list[Row]:
         "exact": partial(consume, loader(resized, exact=True)),
         "native": partial(consume, loader(native)),
     }
-    seconds = measure(epochs, repeats=5)
-    busy = measure({name: epochs[name] for name in ("torchvision", "float32")}, repeats=5, clock=time.process_time)
+    seconds = measure(epochs, repeats=9)
+    busy = measure({name: epochs[name] for name in ("torchvision", "float32")}, repeats=7, clock=time.process_time)
     ratio = {name: seconds["torchvision"] / seconds[name] for name in epochs}
     against = "torchvision CIFAR10 + PIL Resize + ToTensor + Normalize"
     return [
@@ -162,8 +162,8 @@ def memory(folder: Path) -> list[Row]:
 def memory_of_clients(folder: Path, clients: int) -> list[int]:
     """Run processes that each read a whole epoch and return the bytes that it cost each while all of them live."""
     context = multiprocessing.get_context("spawn")
-    barrier, answers = context.Barrier(clients), context.Queue()
-    started = [context.Process(target=read_epoch, args=(folder, barrier, answers)) for _ in range(clients)]
+    barrier, answers = context.Barrier(clients, timeout=120), context.Queue()
+    started = [context.Process(target=read_epoch, args=(folder, barrier, answers), daemon=True) for _ in range(clients)]
     for process in started:
         process.start()
     try:
