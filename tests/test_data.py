@@ -21,7 +21,7 @@ from flapp.data import (
     open_artifact,
     write_artifact,
 )
-from flapp.data.offline import to_input
+from flapp.data.pixels import to_input
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_a_transform_gets_a_pil_image_before_the_normalisation(folder: Path) -> 
 
 def test_resized_batches_equal_pil_byte_for_byte(folder: Path) -> None:
     images = open_artifact(folder).images
-    found = to_input(torch.from_numpy(images), "none", 96) * 255
+    found = to_input(torch.from_numpy(images).permute(0, 3, 1, 2), "none", 96) * 255
     for image, resized in zip(images, found, strict=True):
         expected = np.asarray(Image.fromarray(image).resize((96, 96), Image.Resampling.BILINEAR))
         np.testing.assert_array_equal(resized.round().numpy().transpose(1, 2, 0), expected)

@@ -17,6 +17,7 @@ from flapp.data.shards import export_artifacts, open_shard, write_shards
 if TYPE_CHECKING:
     from flapp.data.loader import ClientLoader
     from flapp.data.offline import OfflineCIFAR10, OfflineCIFAR100, OfflineDataset
+    from flapp.data.pixels import to_input
     from flapp.data.shard_dataset import ShardSplit, ShardStream
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "open_shard",
     "open_source",
     "read_cifar",
+    "to_input",
     "write_artifact",
     "write_rows",
     "write_shards",
@@ -66,6 +68,7 @@ _NEEDS_TORCH = {
     "OfflineDataset": "offline",
     "ShardSplit": "shard_dataset",
     "ShardStream": "shard_dataset",
+    "to_input": "pixels",
 }
 
 

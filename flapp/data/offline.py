@@ -1,44 +1,55 @@
-"""Datasets over artifacts, and the loader that a client trains from."""
+"""Map-style datasets over artifacts, as torchvision's are over theirs."""
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.utils.data import Dataset
 
-from flapp.data.artifact import Artifact, open_artifact
-
-# Mean and standard deviation per channel of pixels in [0, 1]; `none` leaves features as they are.
-NORMALIZATIONS: dict[str, tuple[Sequence[float], Sequence[float]] | None] = {
-    "none": None,
-    "half": ((0.5,), (0.5,)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
+from flapp.data.artifact import Artifact, DataError, open_artifact
+from flapp.data.pixels import NORMALIZATIONS, normalize, resize
 
 
-class OfflineDataset:
+class OfflineDataset(Dataset[tuple[Tensor, Any]]):
     """Read one split of an artifact as a map-style dataset of (float32 sample, label).
 
-    `transform` gets a PIL image, as in torchvision, and comes before the normalisation, never instead of it.
-    Pickles as its folder and settings, never as data, so that worker processes share one memory map.
+    Images come as (C, H, W), resized to image_size (None: as stored) with PIL's bytes and normalised with
+    torchvision's bits. `transform` gets the PIL image of image_size, as in torchvision, and comes before the
+    normalisation, never instead of it. Pickles as its folder and settings, never as data, so that worker processes
+    share one memory map. Raises DataError for a missing or damaged artifact and an unknown normalization.
     """
 
     def __init__(
-        self, folder: Path, transform: Callable[[Any], Any] | None = None, normalization: str = "half"
+        self,
+        folder: Path,
+        transform: Callable[[Any], Any] | None = None,
+        normalization: str = "half",
+        image_size: int | None = None,
     ) -> None:
-        self.artifact: Artifact = open_artifact(folder)
+        if normalization not in NORMALIZATIONS:
+            raise DataError(f"normalization={normalization} is unknown: choose one of {', '.join(NORMALIZATIONS)}")
+        self.artifact = open_artifact(Path(folder))
         self.transform = transform
         self.normalization = normalization
+        self.image_size = image_size
         self.images = torch.from_numpy(self.artifact.images)
         self.labels = torch.from_numpy(self.artifact.labels)
+        self._sources: dict[int | None, Artifact] = {None: self.artifact}
+        self.artifact_at(image_size)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return OfflineDataset, (self.artifact.path, self.transform, self.normalization)
+    def __getstate__(self) -> dict[str, Any]:
+        settings = ("transform", "normalization", "image_size")
+        return {"folder": self.artifact.path} | {name: getattr(self, name) for name in settings}
 
-    @property
+    def __setstate__(self, settings: dict[str, Any]) -> None:
+        OfflineDataset.__init__(self, **settings)
+
+    @cached_property
     def targets(self) -> list[Any]:
         return self.artifact.labels.tolist()
 
@@ -46,67 +57,108 @@ class OfflineDataset:
     def classes(self) -> tuple[str, ...]:
         return self.artifact.classes
 
+    @property
+    def has_images(self) -> bool:
+        return self.images.dtype == torch.uint8
+
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        if self.transform is None:
-            samples = self.images[index : index + 1] if index >= 0 else self.images[index:][:1]
-        else:
-            from PIL import Image
+    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
+        return (self[index] for index in range(len(self)))
 
-            pixels = self.artifact.images[index]
-            changed = self.transform(Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels))
-            samples = torch.from_numpy(np.array(changed)).view(1, *np.shape(changed)[:2], -1)
-        return to_input(samples, self.normalization)[0], self.artifact.labels[index].item()
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Any]]:
-        return [self[index] for index in indices]
+        """Return the samples of a batch, read and resized together; raises IndexError like a list."""
+        rows = torch.tensor([range(len(self))[operator.index(i)] for i in indices], dtype=torch.int64)
+        labels = self.labels[rows].tolist()
+        if not self.has_images:
+            return list(zip(self.images[rows], labels, strict=True))
+        pixels = read_rows(self.artifact_at(self.image_size), rows)
+        pixels = resize(pixels, self.image_size) if self.image_size else pixels
+        if self.transform is None:
+            return list(zip(normalize(pixels, self.normalization), labels, strict=True))
+        samples = [normalize(_transformed(image, self.transform), self.normalization) for image in pixels]
+        return list(zip(samples, labels, strict=True))
+
+    def artifact_at(self, image_size: int | None) -> Artifact:
+        """Return the artifact to read for this image size: one resized ahead if there is one, else the stored images.
+
+        Raises DataError when the one resized ahead does not hold this split's images.
+        """
+        if image_size not in self._sources:
+            folder = self.artifact.path.with_name(f"{self.artifact.path.name}@{image_size}")
+            is_resized = self.has_images and self.artifact.size != (image_size, image_size) and folder.exists()
+            self._sources[image_size] = self._open_resized(folder, image_size or 0) if is_resized else self.artifact
+        return self._sources[image_size]
+
+    def _open_resized(self, folder: Path, image_size: int) -> Artifact:
+        resized, ends = open_artifact(folder), torch.tensor([0, len(self) - 1])
+        expected = resize(read_rows(self.artifact, ends), image_size).int()
+        # Where PIL and F.interpolate differ at all, they do by two levels at most.
+        if (
+            not np.array_equal(resized.labels, self.artifact.labels)
+            or (found := read_rows(resized, ends)).shape != expected.shape
+            or (found.int() - expected).abs().max() > 2
+        ):
+            raise DataError(
+                f"{folder} does not hold the images of {self.artifact.path}: delete it and prepare it again"
+            )
+        return resized
 
 
-class ClientLoader:
-    """Iterate over one client's samples in batches of (float32 input, label), in an order drawn from `seed`.
-
-    Each iteration is one epoch with an order of its own; seed=None keeps the order of `indices`. Images are
-    resized to image_size (None: as stored); F.interpolate on uint8 equals PIL's resize byte for byte.
-    """
+class _OfflineCIFAR(OfflineDataset):
+    name: str
 
     def __init__(
         self,
-        dataset: OfflineDataset,
-        indices: np.ndarray,
-        batch_size: int,
-        seed: int | None = None,
-        image_size: int | None = None,
+        root: str | Path,
+        train: bool = True,
+        image_size: int | None = 224,
+        transform: Callable[[Any], Any] | None = None,
+        use_imagenet_norm: bool = True,
     ) -> None:
-        self.dataset = dataset
-        self.indices = torch.from_numpy(np.asarray(indices, dtype=np.int64))
-        self.batch_size = batch_size
-        self.image_size = image_size
-        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = self.indices
-        if self.generator is not None:
-            order = order[torch.randperm(len(order), generator=self.generator)]
-        for batch in order.split(self.batch_size) if len(order) else ():
-            # index_select and not images[batch]: 12 times faster on uint8.
-            samples = torch.index_select(self.dataset.images, 0, batch)
-            yield to_input(samples, self.dataset.normalization, self.image_size), self.dataset.labels[batch]
+        folder = Path(root) / self.name / ("train" if train else "test")
+        if not (folder / "meta.json").exists():
+            raise DataError(
+                f"no artifact at {folder}: run python -m tools.prepare_data dataset={self.name} dataset.source=DIR"
+            )
+        super().__init__(folder, transform, "imagenet" if use_imagenet_norm else "half", image_size)
 
 
-def to_input(samples: Tensor, normalization: str, image_size: int | None = None) -> Tensor:
-    """Turn stored samples into model input: uint8 (n, H, W, C) to normalised float32 (n, C, size, size)."""
-    if samples.dtype != torch.uint8:
-        return samples
-    pixels = samples.permute(0, 3, 1, 2)
-    if image_size and pixels.shape[-2:] != (image_size, image_size):
-        pixels = F.interpolate(pixels, (image_size, image_size), mode="bilinear", antialias=True)
-    scaled = pixels.contiguous().float().div_(255)
-    if statistics := NORMALIZATIONS[normalization]:
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in statistics)
-        scaled.sub_(mean).div_(std)
-    return scaled
+class OfflineCIFAR10(_OfflineCIFAR):
+    """Read CIFAR-10 from its artifacts under `root` (home/data), normalised with ImageNet's statistics or 0.5."""
+
+    name = "cifar10"
+
+
+class OfflineCIFAR100(_OfflineCIFAR):
+    """Read CIFAR-100 from its artifacts under `root` (home/data), normalised with ImageNet's statistics or 0.5."""
+
+    name = "cifar100"
+
+
+def read_rows(artifact: Artifact, rows: Tensor, out: Tensor | None = None) -> Tensor:
+    """Read images by int64 index, into `out` if given, and return them as uint8 (n, C, H, W) of whatever strides.
+
+    out: uint8, n rows in the artifact's own layout. Raises IndexError for a row that is not there.
+    """
+    # index_select and not images[rows]: 12 times faster on uint8.
+    images = torch.index_select(torch.from_numpy(artifact.images), 0, rows, out=out)
+    return images if artifact.layout == "NCHW" else images.permute(0, 3, 1, 2)
+
+
+def _transformed(image: Tensor, transform: Callable[[Any], Any]) -> Tensor:
+    """Apply a transform of PIL images to uint8 (C, H, W)."""
+    from PIL import Image
+
+    pixels = image.permute(1, 2, 0).numpy()
+    changed = transform(Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels))
+    if not isinstance(changed, Image.Image):
+        raise DataError(
+            f"a transform has to return a PIL image, got {type(changed).__name__}: leave out ToTensor and Normalize, "
+            "the dataset does both after it"
+        )
+    return torch.from_numpy(np.array(changed)).view(changed.height, changed.width, -1).permute(2, 0, 1)

@@ -28,7 +28,7 @@ class ShardSplit(Dataset[tuple[Tensor, int]]):
         _check_normalization(normalization)
         self.normalization = normalization
         images, labels = read_rows(path, 0, count_rows(path))
-        self.artifact = Artifact(path, images[..., None], labels, CLASS_NAMES, digest)
+        self.artifact = Artifact(path, images[..., None], labels, CLASS_NAMES, digest, digest)
         self.images = torch.from_numpy(self.artifact.images)
         self.labels = torch.from_numpy(labels)
 

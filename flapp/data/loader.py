@@ -1,0 +1,239 @@
+"""The loader that a client trains from: whole batches, made one or two ahead by one thread."""
+
+import atexit
+import math
+import mmap
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import cycle
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flapp.data.artifact import Artifact, DataError
+from flapp.data.offline import OfflineDataset, read_rows
+from flapp.data.pixels import augment, normalize, resize
+
+OUTPUTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
+CACHED_VALUES = 3 * 224 * 224  # normalised at a time, and four times as many read and resized, to stay in the cache
+AUGMENT_SEED = 0x5EED  # keeps the draws of the augmentation apart from those of the order
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one batch is made of: its rows, the rows of the batch after it, and what to do to them in augmentation."""
+
+    rows: Tensor
+    next_rows: Tensor
+    draws: Tensor | None
+
+
+class Buffers:
+    """Hand out named memory that is allocated on first use and written over ever after."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def take(self, name: str, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return (count, *shape) of the buffer `name`; the first call, which the largest count makes, allocates it."""
+        if name not in self.tensors:
+            self.tensors[name] = torch.empty((count, *shape), dtype=dtype)
+        return self.tensors[name][:count]
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The buffers of one iteration: one for each batch ahead and one for the consumer's, and one that none sees."""
+
+    slots: list[Buffers]
+    scratch: Buffers
+
+
+class ClientLoader:
+    """Iterate over one client's samples in batches of (input, label), in an order drawn from `seed`.
+
+    Each iteration is one epoch with an order of its own; seed=None keeps the order of `indices`. Images are resized to
+    image_size (None: as stored) with PIL's bytes, or read from an artifact resized ahead where there is one. `output`:
+
+        float32, bfloat16   normalised (n, C, H, W); exact=True gives torchvision's bits, False stays within 1e-6
+                            (before rounding to bfloat16) and is faster
+        uint8               (n, C, H, W) before normalisation, a quarter of the bytes to move to a GPU: see to_input
+
+    augment mirrors every other image and shifts it by up to 1/8 of its size (4 of 32 pixels), drawn from `seed`, before
+    it is resized. Samples of regression pass through as they are.
+
+    With prefetch, a thread makes up to `prefetch` batches ahead in a ring of prefetch + 1 buffers, which later epochs
+    use again: the inputs of a batch are valid until the next one is asked for, those of the last until the loader is
+    iterated again (clone() them to keep them); labels are valid for ever. prefetch=0 uses no thread and gives fresh
+    tensors, with the same bits. The thread ends with the iteration: at its end, when the iterator is closed or
+    dropped, or with an error, which is raised to whoever iterates.
+
+    Raises DataError for settings that contradict each other.
+    """
+
+    def __init__(
+        self,
+        dataset: OfflineDataset,
+        indices: np.ndarray,
+        batch_size: int,
+        seed: int | None = None,
+        image_size: int | None = None,
+        output: str = "float32",
+        prefetch: int = 2,
+        augment: bool = False,
+        exact: bool = False,
+    ) -> None:
+        if output not in OUTPUTS:
+            raise DataError(f"output={output} is unknown: choose one of {', '.join(OUTPUTS)}")
+        if not dataset.has_images and (output != "float32" or augment):
+            raise DataError(f"{dataset.artifact.path} holds no images: set output=float32 and augment=False")
+        if augment and seed is None:
+            raise DataError("augmentation is drawn from a seed: set seed, or augment=False")
+        if batch_size < 1 or prefetch < 0:
+            raise DataError(f"batch_size={batch_size} has to be at least 1 and prefetch={prefetch} at least 0")
+        self.dataset = dataset
+        self.indices = torch.from_numpy(np.ascontiguousarray(indices, dtype=np.int64))
+        self.batch_size = batch_size
+        self.image_size = image_size
+        self.output = output
+        self.prefetch = prefetch if dataset.has_images else 0
+        self.augment = augment
+        self.exact = exact
+        self.source: Artifact = dataset.artifact_at(image_size)
+        self.shape = self._sample_shape()
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.augment_generator = None if seed is None else torch.Generator().manual_seed(seed ^ AUGMENT_SEED)
+        self._idle_rings: list[Ring] = []
+        self._is_cold = True
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        jobs = self._draw_epoch()
+        if self.prefetch:
+            yield from self._made_ahead(jobs)
+        else:
+            for job in jobs:
+                yield self._make(job, Buffers(), Buffers())
+        self._is_cold = False
+
+    def to_input(self, pixels: Tensor) -> Tensor:
+        """Turn a batch of output uint8, on whatever device, into the normalised float32 that the model takes."""
+        return normalize(pixels, self.dataset.normalization)
+
+    def _sample_shape(self) -> tuple[int, ...]:
+        if not self.dataset.has_images:
+            return tuple(self.dataset.images.shape[1:])
+        channels = self.source.images.shape[1 if self.source.layout == "NCHW" else 3]
+        return (channels, *((self.image_size,) * 2 if self.image_size else self.source.size))
+
+    def _draw_epoch(self) -> list[Job]:
+        """Draw the whole epoch at once: one that is left early then leaves the generators the same for any prefetch."""
+        order = self.indices
+        if not len(order):
+            return []
+        if self.generator is not None:
+            order = order[torch.randperm(len(order), generator=self.generator)]
+        batches = order.split(self.batch_size)
+        draws = self._draw_augmentation().split(self.batch_size) if self.augment else [None] * len(batches)
+        following = [*batches[1:], order[:0]]
+        return [Job(*parts) for parts in zip(batches, following, draws, strict=True)]
+
+    def _draw_augmentation(self) -> Tensor:
+        """Draw flip, top and left of each sample as int64 (samples, 3)."""
+        limits = [(0, 1), *((-(length // 8), length // 8) for length in self.source.size)]
+        count, generator = (len(self.indices),), self.augment_generator
+        return torch.stack([torch.randint(low, high + 1, count, generator=generator) for low, high in limits], 1)
+
+    def _made_ahead(self, jobs: list[Job]) -> Iterator[Batch]:
+        # A new buffer costs as much as four batches, since the kernel zeroes it: later epochs take over the first's.
+        ring = self._idle_rings.pop() if self._idle_rings else self._new_ring()
+        free: SimpleQueue[Buffers] = SimpleQueue()
+        made: SimpleQueue[Batch | BaseException] = SimpleQueue()
+        is_over = threading.Event()
+
+        def work() -> None:
+            try:
+                for job in jobs:
+                    slot = free.get()
+                    if is_over.is_set():
+                        return
+                    made.put(self._make(job, slot, ring.scratch))
+            except BaseException as error:  # noqa: BLE001 - the consumer raises it
+                made.put(error)
+
+        def end() -> None:
+            is_over.set()
+            free.put(ring.scratch)  # whichever buffer, only to wake the thread
+            if threading.current_thread() is not thread:  # it may be the one that collects a dropped iterator
+                thread.join()
+
+        for slot in ring.slots:
+            free.put(slot)
+        thread = threading.Thread(target=work, name="flapp-loader", daemon=True)
+        thread.start()
+        atexit.register(end)  # a thread inside PyTorch while the interpreter goes away would abort the process
+        try:
+            for _, slot in zip(jobs, cycle(ring.slots), strict=False):
+                batch = made.get()
+                if isinstance(batch, BaseException):
+                    raise batch
+                yield batch
+                free.put(slot)  # the consumer is done with it: it has asked for the next batch
+        finally:
+            atexit.unregister(end)
+            end()
+            if not thread.is_alive():
+                self._idle_rings.append(ring)
+
+    def _new_ring(self) -> Ring:
+        return Ring([Buffers() for _ in range(self.prefetch + 1)], Buffers())
+
+    def _make(self, job: Job, slot: Buffers, scratch: Buffers) -> Batch:
+        """Make one batch, its inputs in `slot`; what is only passing through goes into `scratch`."""
+        labels = self.dataset.labels[job.rows]
+        if not self.dataset.has_images:
+            return torch.index_select(self.dataset.images, 0, job.rows), labels
+        if self._is_cold:
+            will_need(self.source.images, job.next_rows)
+        if self.output == "uint8":
+            return self._read(job.rows, job.draws, slot), labels
+        inputs = slot.take("inputs", len(job.rows), self.shape, OUTPUTS[self.output])
+        piece = max(1, CACHED_VALUES // math.prod(self.shape))
+        for start in range(0, len(inputs), 4 * piece):
+            part = slice(start, start + 4 * piece)
+            pixels = self._read(job.rows[part], None if job.draws is None else job.draws[part], scratch)
+            for images, target in zip(pixels.split(piece), inputs[part].split(piece), strict=True):
+                self._normalize(images, target, scratch)
+        return inputs, labels
+
+    def _read(self, rows: Tensor, draws: Tensor | None, buffers: Buffers) -> Tensor:
+        """Read, augment and resize images: uint8 (n, C, H, W), in `buffers` if they are as stored."""
+        stored = buffers.take("stored", len(rows), self.source.images.shape[1:], torch.uint8)
+        pixels = read_rows(self.source, rows, out=stored)
+        if draws is not None:
+            pixels = augment(pixels, draws)
+        return resize(pixels, self.image_size) if self.image_size else pixels
+
+    def _normalize(self, images: Tensor, target: Tensor, scratch: Buffers) -> None:
+        if target.dtype == torch.float32:
+            normalize(images, self.dataset.normalization, target, self.exact)
+        else:
+            wide = scratch.take("wide", len(images), self.shape, torch.float32)
+            target.copy_(normalize(images, self.dataset.normalization, wide, self.exact))
+
+
+def will_need(images: np.ndarray, rows: Tensor) -> None:
+    """Tell the kernel which rows of a memory-mapped array are read next, so that it fetches them from disk by then."""
+    if not isinstance(images, np.memmap) or not isinstance(images.base, mmap.mmap):
+        return
+    first, row = images.offset % mmap.ALLOCATIONGRANULARITY, images.strides[0]
+    for index in rows.tolist():
+        start = (first + index * row) // mmap.PAGESIZE * mmap.PAGESIZE
+        images.base.madvise(mmap.MADV_WILLNEED, start, first + (index + 1) * row - start)

@@ -1,0 +1,194 @@
+"""Batches of CIFAR-10 at 224 pixels, against torchvision's dataset, transforms and DataLoader."""
+
+import multiprocessing
+import pickle
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable
+from functools import partial
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from queue import Queue
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision import transforms
+from torchvision.datasets import CIFAR10
+
+from flapp.data import ClientLoader, OfflineCIFAR10, write_artifact
+from flapp.data.pixels import NORMALIZATIONS, resize
+from tools.bench import Row, measure
+
+IMAGES, SIZE, BATCH = 4096, 224, 32
+MEASURED = 640  # images an epoch of the measurements has, of IMAGES
+STEP = 0.020  # seconds
+CLIENTS = 6
+CLASSES = [f"class {i}" for i in range(10)]
+
+
+class LocalCIFAR10(CIFAR10):
+    """torchvision's CIFAR-10 over files of its own format that hold other pixels, so with other checksums."""
+
+    train_list: ClassVar = [[f"data_batch_{i}", None] for i in range(1, 6)]
+    meta: ClassVar = CIFAR10.meta | {"md5": None}
+
+    def _check_integrity(self) -> bool:
+        return True
+
+
+class Float32Memmap(Dataset[tuple[Tensor, int]]):
+    """The seed's format: normalised float32 (N, 3, 224, 224) without a header, 36 GB for the whole of CIFAR-10."""
+
+    def __init__(self, path: Path, labels: np.ndarray) -> None:
+        self.images = np.memmap(path, np.float32, "r", shape=(len(labels), 3, SIZE, SIZE))
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.from_numpy(self.images[index].copy()), int(self.labels[index])
+
+
+def prepare(folder: Path) -> None:
+    """Write the same random images as torchvision's files, native and resized artifacts, and the seed's memmap."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (IMAGES, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, IMAGES)
+    theirs = folder / CIFAR10.base_folder
+    theirs.mkdir()
+    planes = images.transpose(0, 3, 1, 2).reshape(IMAGES, -1)
+    for i, rows in enumerate(np.array_split(np.arange(IMAGES), 5), 1):
+        batch = {"data": planes[rows], "labels": labels[rows].tolist()}
+        (theirs / f"data_batch_{i}").write_bytes(pickle.dumps(batch))
+    (theirs / CIFAR10.meta["filename"]).write_bytes(pickle.dumps({CIFAR10.meta["key"]: CLASSES}))
+    write_artifact(folder / "native" / "cifar10" / "train", images, labels, CLASSES, "")
+    write_artifact(folder / "resized" / "cifar10" / "train", images, labels, CLASSES, "")
+    resized = resize(torch.from_numpy(images).permute(0, 3, 1, 2), SIZE).numpy()
+    write_artifact(folder / "resized" / "cifar10" / f"train@{SIZE}", resized, labels, CLASSES, "", layout="NCHW")
+    resized[:MEASURED].astype(np.float32).tofile(folder / "seed.bin")
+
+
+def consume(batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for _ in batches:
+        pass
+
+
+def rows() -> list[Row]:
+    """Prepare the images in a temporary folder and measure on one thread, as a client of a simulation runs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            prepare(Path(folder))
+            return [*speed(Path(folder)), *waiting(Path(folder)), *memory(Path(folder))]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def speed(folder: Path) -> list[Row]:
+    """Time epochs of shuffled batches, all in the page cache."""
+    statistics_ = NORMALIZATIONS["imagenet"]
+    assert statistics_
+    pipeline = [transforms.Resize((SIZE, SIZE)), transforms.ToTensor(), transforms.Normalize(*statistics_)]
+    chosen = np.random.default_rng(1).permutation(IMAGES)[:MEASURED]
+    theirs: Dataset[Any] = Subset(LocalCIFAR10(folder, transform=transforms.Compose(pipeline)), chosen.tolist())
+    seed = Float32Memmap(folder / "seed.bin", np.zeros(MEASURED, np.int64))
+    native, resized = (OfflineCIFAR10(folder / name) for name in ("native", "resized"))
+    loader = partial(ClientLoader, indices=chosen, batch_size=BATCH, seed=0, image_size=SIZE)
+    epochs = {
+        "torchvision": partial(consume, DataLoader(theirs, BATCH, shuffle=True)),
+        "seed": partial(consume, DataLoader(seed, BATCH, shuffle=True)),
+        "uint8": partial(consume, loader(resized, output="uint8")),
+        "float32": partial(consume, loader(resized)),
+        "exact": partial(consume, loader(resized, exact=True)),
+        "native": partial(consume, loader(native)),
+    }
+    seconds = measure(epochs, repeats=9)
+    busy = measure({name: epochs[name] for name in ("torchvision", "float32")}, repeats=7, clock=time.process_time)
+    ratio = {name: seconds["torchvision"] / seconds[name] for name in epochs}
+    against = "torchvision CIFAR10 + PIL Resize + ToTensor + Normalize"
+    return [
+        Row("uint8 batch from resized-ahead images", against, ratio["uint8"], 50),
+        Row(
+            "float32 normalised batch from resized-ahead uint8",
+            against,
+            ratio["float32"],
+            10,
+            note=f"{ratio['exact']:.1f}x with exact=True",
+        ),
+        Row(
+            "the same",
+            "the seed's float32 memmap, 4 times the bytes",
+            seconds["seed"] / seconds["float32"],
+            1,
+            note="both in the page cache",
+        ),
+        Row("native 32 -> 224, float32", against, ratio["native"], 4, note="PIL's bytes"),
+        Row("CPU saved a sample, float32", against, 100 * (1 - busy["float32"] / busy["torchvision"]), 90, unit="%"),
+    ]
+
+
+def waiting(folder: Path) -> list[Row]:
+    """Measure how long a training loop waits for each next batch when its step keeps one core busy for STEP."""
+    indices, square = np.arange(MEASURED), torch.ones(256, 256)
+    result = []
+    for name in ("resized", "native"):
+        waits, batches = [], iter(ClientLoader(OfflineCIFAR10(folder / name), indices, BATCH, 0, SIZE))
+        for _ in range(MEASURED // BATCH):
+            start = time.perf_counter()
+            next(batches)
+            waits.append(time.perf_counter() - start)
+            while time.perf_counter() - start < STEP:
+                square @ square
+        median, worst = 1e3 * statistics.median(waits), 1e3 * max(waits[1:])
+        note = f"worst {worst:.2f} ms after the first batch, which takes {1e3 * waits[0]:.1f} ms"
+        what = f"wait for the loader, float32 from {name}"
+        result.append(Row(what, f"a step of {1e3 * STEP:.0f} ms", median, 0.1, False, " ms", note))
+    return result
+
+
+def memory(folder: Path) -> list[Row]:
+    """Compare the memory that one and several processes need for the same data, uint8 batches of an epoch each."""
+    one, several = (sum(memory_of_clients(folder, clients)) for clients in (1, CLIENTS))
+    note = f"{one / 2**20:.0f} and {several / 2**20:.0f} MiB (PSS) beyond what each process had before"
+    against = "one process"
+    return [Row(f"memory of {CLIENTS} processes on one artifact, uint8", against, several / one, 1.2, False, note=note)]
+
+
+def memory_of_clients(folder: Path, clients: int) -> list[int]:
+    """Run processes that each read a whole epoch and return the bytes that it cost each while all of them live."""
+    context = multiprocessing.get_context("spawn")
+    barrier, answers = context.Barrier(clients, timeout=120), context.Queue()
+    started = [context.Process(target=read_epoch, args=(folder, barrier, answers), daemon=True) for _ in range(clients)]
+    for process in started:
+        process.start()
+    try:
+        return [answers.get(timeout=120) for _ in started]
+    finally:
+        for process in started:
+            process.join()
+
+
+def read_epoch(folder: Path, barrier: Barrier, answers: "Queue[Any]") -> None:
+    """Put the growth in proportional set size over one epoch, at its last batch."""
+    torch.set_num_threads(1)
+    consume(ClientLoader(OfflineCIFAR10(folder / "native"), np.arange(BATCH), BATCH, 0, output="uint8"))
+    barrier.wait()
+    before = proportional_set_size()
+    barrier.wait()
+    batches = iter(ClientLoader(OfflineCIFAR10(folder / "resized"), np.arange(IMAGES), BATCH, 0, SIZE, output="uint8"))
+    for _ in range(IMAGES // BATCH):
+        next(batches)
+    barrier.wait()
+    answers.put(proportional_set_size() - before)
+    barrier.wait()
+
+
+def proportional_set_size() -> int:
+    """Return this process's memory in bytes, each shared page divided by the number of its users."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
