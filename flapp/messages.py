@@ -48,6 +48,7 @@ class Claim:
 
     client_id: str
     train: int = 0
+    val: int = 0
     test: int = 0
     label_hist: tuple[int, ...] = ()
     shard_digest: str = ""

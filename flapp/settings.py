@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 
 T = TypeVar("T")
 
+WRITER_PARTITIONS = ("natural", "round_robin", "random", "manual")  # made with the shards, of whole writers
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used, said in one line that names the key and the fix."""
@@ -52,15 +54,17 @@ class DatasetConfig:
     source: str | None
     download: bool
     materialize: Count | None
+    augment: bool
 
 
 @dataclass(frozen=True)
 class PartitionConfig:
-    kind: Literal["dirichlet", "iid", "pathological"]
+    kind: Literal["dirichlet", "iid", "pathological", "natural", "round_robin", "random", "manual"]
     seed: Natural
     min_size: Count
     alpha: Positive | None
     classes_per_client: Count | None
+    mapping: str | None
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,15 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class DistributedDataConfig:
+    enabled: bool
+    shard_path: str | None
+    manifest: str | None
+    streaming: bool
+    strict_check: bool
+
+
+@dataclass(frozen=True)
 class DeploymentConfig:
     kind: Literal["simulation"]
     port: Annotated[int, Bound(ge=1, le=65535)] | None
@@ -119,6 +132,7 @@ class Site:
     """What only this node knows: its client id in a deployment, or its place among the simulated nodes."""
 
     client_id: str | None = None
+    shard_path: str | None = None
     partition_id: int = 0
     num_partitions: int = 0
 
@@ -137,11 +151,20 @@ class Config:
     strategy: StrategyConfig
     train: TrainConfig
     evaluate: EvaluateConfig
+    distributed_data: DistributedDataConfig
     deployment: DeploymentConfig
 
     @property
     def data_dir(self) -> Path:
         return Path(self.home) / "data"
+
+    @property
+    def shards_dir(self) -> Path:
+        return Path(self.distributed_data.shard_path or self.data_dir / self.dataset.name / "shards")
+
+    @property
+    def manifest_path(self) -> Path:
+        return Path(self.distributed_data.manifest or self.shards_dir)
 
     @property
     def runs_dir(self) -> Path:

@@ -1,0 +1,171 @@
+"""What one client holds: its own shard, or its part of a shared artifact; with the claim it makes about it.
+
+Both give the same batches for the same assignment, so that a run over shards and one over the shared artifact end in
+the same bytes. What is opened here survives from message to message inside one process (a Ray actor).
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flapp.config import derive_seed
+from flapp.data import (
+    ClientLoader,
+    DataError,
+    DistributedShardLoader,
+    OfflineDataset,
+    Partition,
+    ShardStream,
+    ensure_artifacts,
+    label_histogram,
+    load_partition,
+)
+from flapp.messages import Claim, source_digest, versions
+from flapp.settings import WRITER_PARTITIONS, Config, ConfigError, DatasetConfig, Site
+from flapp.training import Batches
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """One client's samples: per split a dataset and the rows of it that are this client's; where from; its claim."""
+
+    splits: dict[str, tuple[Any, np.ndarray]]
+    path: Path
+    claim: Claim
+
+
+@lru_cache(maxsize=64)
+def open_client_data(config: Config, site: Site, client_id: str) -> ClientData:
+    """Open what a client holds; raises ConfigError for an unknown client, DataError for data that will not do."""
+    if config.distributed_data.enabled:
+        return open_own_shard(config, site, client_id)
+    if client_id not in {str(i) for i in range(config.clients)}:
+        raise ConfigError(f"client-id {client_id} is not one of the {config.clients} clients 0 to {config.clients - 1}")
+    return open_shared_part(config, int(client_id))
+
+
+def open_own_shard(config: Config, site: Site, client_id: str) -> ClientData:
+    """Open the shard at the site's shard-path, in a simulation at home/data/<dataset>/shards/client_<id>."""
+    settings = config.distributed_data
+    path = Path(site.shard_path or config.shards_dir / f"client_{client_id}")
+    shard = DistributedShardLoader(
+        path, settings.strict_check, settings.streaming, client_id, config.dataset.normalization
+    )
+    counts = shard.num_samples
+    claim = Claim(
+        client_id,
+        train=counts["train"],
+        val=counts["val"],
+        test=counts["test"],
+        label_hist=tuple(shard.label_hist),
+        shard_digest=shard.digest,
+        last_modified=shard.last_modified,
+        source_digest=source_digest(),
+        versions=versions(),
+    )
+    return ClientData({s: (shard.split(s), np.arange(counts[s])) for s in ("train", "test")}, path, claim)
+
+
+def open_shared_part(config: Config, client: int) -> ClientData:
+    """Open a client's part of the artifact that all clients share; its digest covers artifacts and indices."""
+    partition = cached_partition(config)
+    splits, digest, modified = {}, hashlib.sha256(), 0.0
+    for split, parts in (("train", partition.train), ("test", partition.test)):
+        dataset = cached_dataset(config.data_dir, config.dataset, split)
+        splits[split] = (dataset, parts[client])
+        digest.update(dataset.artifact.digest.encode() + parts[client].astype("<i8").tobytes())
+        modified = max(modified, (dataset.artifact.path / "labels.npy").stat().st_mtime)
+    dataset, rows = splits["train"]
+    claim = Claim(
+        str(client),
+        train=len(rows),
+        test=len(splits["test"][1]),
+        label_hist=tuple(label_histogram(dataset.artifact.labels[rows], config.dataset.classes)),
+        shard_digest=digest.hexdigest(),
+        last_modified=modified,
+        source_digest=source_digest(),
+        versions=versions(),
+    )
+    return ClientData(splits, config.data_dir / config.dataset.name, claim)
+
+
+def make_batches(config: Config, data: ClientData, split: str, device: torch.device, seed: int | None) -> Batches:
+    """Return the batches of a split, in an order drawn from seed (None: as stored), for a model on `device`.
+
+    On a CUDA device images travel as uint8 and are normalised there.
+    """
+    dataset, rows = data.splits[split]
+    size = config.train.batch_size if split == "train" else config.evaluate.batch_size
+    if isinstance(dataset, ShardStream):
+        return ShardStream(dataset.path, dataset.normalization, size, seed)
+    augment = config.dataset.augment and split == "train"
+    on_device = device.type == "cuda" and dataset.has_images
+    output = "uint8" if on_device else "float32"
+    loader = ClientLoader(dataset, rows, size, seed, config.model.image_size, output, augment=augment)
+    return OnDevice(loader, device) if on_device else loader
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """Iterate over a uint8 loader, normalising each batch on the device."""
+
+    loader: ClientLoader
+    device: torch.device
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for pixels, labels in self.loader:
+            yield self.loader.to_input(pixels.to(self.device)), labels
+
+
+@lru_cache(maxsize=8)
+def cached_dataset(data: Path, settings: DatasetConfig, split: str) -> OfflineDataset:
+    """Open a split, preparing an embedded dataset on first use; raises DataError when it is not as configured."""
+    dataset = OfflineDataset(ensure_artifacts(data, settings.name) / split, normalization=settings.normalization)
+    found = (tuple(dataset.images.shape[1:]), len(dataset.classes))
+    if found != (settings.shape, settings.classes):
+        raise DataError(
+            f"dataset {settings.name} has samples of shape {found[0]} in {found[1]} classes, the config says "
+            f"{settings.shape} in {settings.classes}: set dataset.shape and dataset.classes"
+        )
+    return dataset
+
+
+@lru_cache(maxsize=8)
+def cached_partition(config: Config) -> Partition:
+    """Read the partition of this config's dataset, making and saving it if this process is the first to ask."""
+    artifacts = [cached_dataset(config.data_dir, config.dataset, split).artifact for split in ("train", "test")]
+    folder = config.data_dir / config.dataset.name / "partitions"
+    if config.partition.kind in WRITER_PARTITIONS:
+        return read_writer_partition(config, folder / f"{config.partition.kind}.safetensors")
+    settings = {
+        "kind": config.partition.kind,
+        "clients": config.clients,
+        "seed": config.partition.seed,
+        "alpha": config.partition.alpha,
+        "min_size": config.partition.min_size,
+        "classes_per_client": config.partition.classes_per_client,
+    }
+    key = derive_seed(*settings.values(), *[artifact.digest for artifact in artifacts])
+    path = folder / f"{config.partition.kind}-{key:016x}.safetensors"
+    return load_partition(path, train_labels=artifacts[0].labels, test_labels=artifacts[1].labels, **settings)
+
+
+def read_writer_partition(config: Config, path: Path) -> Partition:
+    """Read the partition by writer that was exported with the shards; raises DataError when it is of other clients."""
+    if not path.exists():
+        raise DataError(
+            f"partition={config.partition.kind} has no {path}: make it with python -m tools.prepare_data "
+            f"dataset={config.dataset.name} dataset.source=DIR partition={config.partition.kind} "
+            f"clients={config.clients} distributed_data.enabled=false"
+        )
+    partition = load_partition(path)
+    if len(partition.train) != config.clients:
+        raise DataError(f"{path} is of {len(partition.train)} clients: set clients={len(partition.train)}")
+    return partition
