@@ -123,7 +123,8 @@ def write_shard(
     """Write one client's shard whole or not at all, a writer at a time, and return its meta.
 
     recipe: client_id, writers, and what else decides the content; counts: samples per split; parts: for each writer
-    the (images, labels) of every split.
+    the (images, labels) of every split. The files are on disk when it returns, the folder's name once the folder
+    above it is synced.
     """
     partial = folder.with_name(f".{folder.name}.tmp")
     partial.mkdir(parents=True)
@@ -147,7 +148,6 @@ def write_shard(
     write_synced(partial / "meta.json", (json.dumps(meta, indent=1, sort_keys=True) + "\n").encode())
     sync_folder(partial)
     os.rename(partial, folder)
-    sync_folder(folder.parent)
     return meta
 
 

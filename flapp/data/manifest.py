@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from flapp.data.artifact import DataError
-from flapp.data.split_file import REMEDY, digest_of, write_synced
+from flapp.data.split_file import REMEDY, digest_of, sync_folder, write_synced
 
 FORMAT_VERSION = 1
 _ENTRY = struct.Struct(">8sQ16s")
@@ -156,6 +156,7 @@ def write_manifest(folder: Path, records: Sequence[ShardRecord], facts: Mapping[
         partial = folder / f".{name}.tmp"
         write_synced(partial, content)
         partial.replace(folder / name)
+    sync_folder(folder)
     return Manifest(folder / "manifest.json")
 
 

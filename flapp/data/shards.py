@@ -23,7 +23,7 @@ from flapp.data.client_shard import DistributedShardLoader, read_meta, verified_
 from flapp.data.leaf import CLASS_NAMES, SIDE, Source, open_source
 from flapp.data.manifest import Manifest, ShardRecord, load_manifest, write_manifest
 from flapp.data.partition import Partition, save_partition
-from flapp.data.split_file import SAMPLE_BYTES, read_blocks
+from flapp.data.split_file import SAMPLE_BYTES, read_blocks, sync_folder
 
 __all__ = ["DistributedShardLoader", "export_artifacts", "open_shard", "write_shards"]
 
@@ -69,6 +69,7 @@ def write_shards(
             if client not in done:
                 done[client] = _write_client(found, out, recipes[client])
         facts = settings | {"dataset": "femnist", "strategy": strategy, "source_test": found.has_test, "left_out": left}
+        sync_folder(out)
         return write_manifest(out, [_record(done[client]) for client in plan], facts)
 
 
