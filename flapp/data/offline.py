@@ -145,9 +145,13 @@ def read_rows(artifact: Artifact, rows: Tensor, out: Tensor | None = None) -> Te
 
     out: uint8, n rows in the artifact's own layout. Raises IndexError for a row that is not there.
     """
-    # index_select and not images[rows]: 12 times faster on uint8.
-    images = torch.index_select(torch.from_numpy(artifact.images), 0, rows, out=out)
-    return images if artifact.layout == "NCHW" else images.permute(0, 3, 1, 2)
+    images = artifact.images.view(np.ndarray)
+    out = torch.empty((len(rows), *images.shape[1:]), dtype=torch.uint8) if out is None else out
+    # One memcpy a row: where rows are large it takes half the time of index_select, which is 12 times faster
+    # than images[rows] in turn.
+    for target, row in zip(out.numpy(), rows.tolist(), strict=True):
+        target[...] = images[row]
+    return out if artifact.layout == "NCHW" else out.permute(0, 3, 1, 2)
 
 
 def _transformed(image: Tensor, transform: Callable[[Any], Any]) -> Tensor:
