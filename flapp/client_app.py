@@ -22,8 +22,8 @@ from flapp.messages import (
     unpack_arrays,
     unpack_order,
 )
-from flapp.mods import name_errors_mod
 from flapp.model import build_model
+from flapp.mods import name_errors_mod
 from flapp.settings import Config, ConfigError, DatasetConfig, ModelConfig, Site
 from flapp.training import TrainResult, build_optimizer, evaluate, scheduled_lr, train
 

@@ -12,13 +12,20 @@ import threading
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
-from flapp.settings import Config, ConfigError, Site, build, hint, setting_names
+from flapp.settings import WRITER_PARTITIONS, Config, ConfigError, Site, build, hint, setting_names
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
+PATHS = (
+    ("home",),
+    ("dataset", "source"),
+    ("partition", "mapping"),
+    ("distributed_data", "shard_path"),
+    ("distributed_data", "manifest"),
+)
 _compose_lock = threading.Lock()  # GlobalHydra is one per process and not thread-safe
 
 
@@ -37,10 +44,12 @@ def load(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> tuple
 
 def read_site(node_config: Mapping[str, Any]) -> Site:
     """Read a node's own facts from Flower's node_config; raises ConfigError for a key that nothing reads."""
-    known = {"client-id": str, "partition-id": int, "num-partitions": int}
+    known = {"client-id": str, "shard-path": str, "partition-id": int, "num-partitions": int}
     for key in node_config:
         if key not in known:
             raise ConfigError(f"node-config has {key}, which is not a setting{hint(key, known)}")
+    if not Path(node_config.get("shard-path", "/")).is_absolute():
+        raise ConfigError(f"shard-path={node_config['shard-path']} is relative: give an absolute path")
     return Site(**{key.replace("-", "_"): known[key](value) for key, value in node_config.items()})
 
 
@@ -67,9 +76,10 @@ def from_tree(tree: Any, base: Path | None = None) -> Config:
     from omegaconf import OmegaConf
 
     values = typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
-    values["home"] = _absolute(values.get("home", ""), base)
-    if (dataset := values.get("dataset")) and dataset.get("source") is not None:
-        dataset["source"] = _absolute(dataset["source"], base)
+    for *group, key in PATHS:
+        node = values.get(group[0]) if group else values
+        if isinstance(node, dict) and node.get(key) is not None:
+            node[key] = _absolute(node[key], base)
     return from_dict(values)
 
 
@@ -136,22 +146,21 @@ def _compose_cached(overrides: str, home: str) -> Config:
 
 def _check_together(config: Config) -> None:
     """Refuse settings that are fine alone but not together: (broken, what is wrong and how to mend it)."""
+    for path in PATHS:
+        value = reduce(getattr, path, config)
+        if value is not None and not Path(str(value)).is_absolute():
+            setting = ".".join(path)
+            raise ConfigError(
+                f"{setting}={value} is relative, and the apps run in another folder: give an absolute path"
+            )
     images, train, strategy = len(config.dataset.shape) == 3, config.train, config.strategy
+    shards = config.distributed_data
     sampled = sample_size(strategy.fraction_train, config.clients)
     name = Path(config.run_name)
     rules = [
         (
-            not Path(config.home).is_absolute(),
-            f"home={config.home} is relative, and the apps run in another folder: give an absolute path",
-        ),
-        (
             name.is_absolute() or ".." in name.parts or not name.parts,
             f"run_name={config.run_name} leaves home/runs: give a plain name",
-        ),
-        (
-            config.dataset.source is not None and not Path(config.dataset.source).is_absolute(),
-            f"dataset.source={config.dataset.source} is relative, and the apps run in another folder: "
-            "give an absolute path",
         ),
         (
             config.dataset.materialize is not None and not images,
@@ -174,6 +183,24 @@ def _check_together(config: Config) -> None:
         (
             config.partition.kind == "pathological" and config.partition.classes_per_client is None,
             "partition=pathological needs partition.classes_per_client: set it to a number above 0",
+        ),
+        (
+            config.dataset.augment and not images,
+            f"dataset.augment=true changes images, dataset={config.dataset.name} has none: set dataset.augment=false",
+        ),
+        (
+            shards.enabled and config.partition.kind not in WRITER_PARTITIONS,
+            f"partition={config.partition.kind} cuts a shared artifact, distributed_data.enabled=true has shards of "
+            f"whole writers: set partition to one of {', '.join(WRITER_PARTITIONS)}",
+        ),
+        (
+            shards.streaming and not shards.enabled,
+            "distributed_data.streaming=true streams shards: set distributed_data.enabled=true",
+        ),
+        (
+            shards.streaming and (config.dataset.augment or config.model.image_size is not None),
+            "distributed_data.streaming=true gives images as they are stored: set dataset.augment=false and "
+            "model.image_size=null",
         ),
         (
             config.dataset.classes == 0 and config.evaluate.objective != "loss",

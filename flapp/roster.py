@@ -7,10 +7,12 @@ clients (a simulation with fewer nodes than clients); one client lives at one no
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from logging import WARNING
 
 from flwr.app import Message
+from flwr.common import log
 from flwr.serverapp import Grid
 
 from flapp.config import derive_seed, sample_size
@@ -34,17 +36,29 @@ class Member:
 class Roster:
     """Attest nodes as they come and keep the clients that may take part.
 
-    expected: the ids of all clients of this run; timeout: seconds for an answer to attest. `members` maps client
-    id to Member, `refused` maps the name of a client (or of a node that named none) to the reason.
+    expected: the ids of all clients of this run; check: what is wrong with a claim, or None; strict: refuse whom
+    check faults, or warn; timeout: seconds for an answer to attest. `members` maps client id to Member, `refused` maps
+    the name of a client (or of a node that named none) to the reason, `warnings` those let in all the same.
     """
 
-    def __init__(self, grid: Grid, expected: Sequence[str], run_name: str, timeout: float = 120.0) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        expected: Sequence[str],
+        run_name: str,
+        check: Callable[[Claim], str | None] = lambda claim: None,
+        strict: bool = True,
+        timeout: float = 120.0,
+    ) -> None:
         self.grid = grid
         self.expected = list(expected)
         self.run_name = run_name
+        self.check_claim = check
+        self.strict = strict
         self.timeout = timeout
         self.members: dict[str, Member] = {}
         self.refused: dict[str, str] = {}
+        self.warnings: dict[str, str] = {}
         self._attested: set[int] = set()
 
     def refresh(self) -> None:
@@ -108,7 +122,7 @@ class Roster:
         if claim.shard_digest != member.claim.shard_digest:
             found, attested = claim.shard_digest[:12], member.claim.shard_digest[:12]
             return f"its data changed: shard digest {found}, attested as {attested}"
-        return None
+        return self.check_claim(claim) if self.strict else None
 
     def _attest(self, node_ids: list[int]) -> list[Member]:
         order = Order("", 0, self.run_name, source_digest())
@@ -136,6 +150,12 @@ class Roster:
             elif name in self.members:
                 self.refused[f"node {member.node_id}"] = f"claims client {name}, which another node already is"
                 continue
+            if reason is None and (doubt := self.check_claim(member.claim)):
+                if self.strict:
+                    reason = doubt
+                else:
+                    self.warnings[name] = doubt
+                    log(WARNING, "client %s: %s", name, doubt)
             if reason is None:
                 self.members[name] = member
                 self.refused.pop(name, None)
@@ -149,8 +169,8 @@ class Roster:
             return f"is not one of the {len(self.expected)} clients of this run ({_listing(self.expected)})"
         if claim.source_digest != source_digest():
             return f"runs other source ({claim.source_digest[:12]}) than the server ({source_digest()[:12]})"
-        if claim.train < 1 or claim.test < 0:
-            return f"has {claim.train} training and {claim.test} test samples"
+        if claim.train < 1 or claim.val < 0 or claim.test < 0:
+            return f"has {claim.train} training, {claim.val} validation and {claim.test} test samples"
         if claim.label_hist and sum(claim.label_hist) != claim.train:
             return f"claims {claim.train} training samples but a histogram of {sum(claim.label_hist)}"
         return None

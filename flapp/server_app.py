@@ -9,12 +9,13 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from flapp.config import derive_seed, load
-from flapp.data import ClientLoader, OfflineDataset, ensure_artifacts
+from flapp.data import ClientLoader, OfflineDataset, check_claim, ensure_artifacts, load_manifest
 from flapp.grid import PolledGrid
+from flapp.messages import Claim
 from flapp.model import build_model
 from flapp.results import RunDirectory
 from flapp.roster import Roster
-from flapp.settings import Config
+from flapp.settings import Config, ConfigError
 from flapp.strategy import FedAvg
 from flapp.training import evaluate
 
@@ -38,9 +39,9 @@ def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> None:
     torch.set_num_threads(config.train.threads)
     model = initial_model(config)
     polled = PolledGrid(grid)
-    roster = Roster(polled, [str(i) for i in range(config.clients)], config.run_name)
+    roster = build_roster(config, polled)
     roster.wait(config.strategy.wait_for_clients, config.strategy.min_clients)
-    run.append("roster", 0, clients=len(roster.members), refused=roster.refused, missing=roster.missing())
+    run.append("roster", 0, clients=len(roster.members), refused=roster.refused, warnings=roster.warnings)
     strategy = build_strategy(config, roster, run)
     polled.on_reply = lambda done, asked: run.show_progress(
         strategy.exchange.server_round, strategy.exchange.kind, done, asked
@@ -61,6 +62,22 @@ def initial_model(config: Config) -> torch.nn.Module:
         torch.manual_seed(derive_seed(config.seed, "model"))
         shape, classes = config.dataset.shape, config.dataset.classes
         return build_model(config.model.name, shape, classes, config.model.image_size, config.model.dropout)
+
+
+def build_roster(config: Config, grid: Grid) -> Roster:
+    """Return the roster of the clients "0" to clients - 1 or, with shards, of those that the manifest lists."""
+    if not config.distributed_data.enabled:
+        return Roster(grid, [str(i) for i in range(config.clients)], config.run_name)
+    manifest = load_manifest(config.manifest_path)
+    manifest.verify()
+    if len(manifest) != config.clients:
+        raise ConfigError(f"{manifest.path} lists {len(manifest)} clients: set clients={len(manifest)}")
+
+    def check(claim: Claim) -> str | None:
+        record, digest = manifest.get(claim.client_id), claim.shard_digest
+        return check_claim(record, claim.client_id, claim.train, claim.val, claim.test, claim.label_hist, digest)
+
+    return Roster(grid, list(manifest), config.run_name, check, config.distributed_data.strict_check)
 
 
 def build_strategy(config: Config, roster: Roster, run: RunDirectory) -> FedAvg:

@@ -5,12 +5,13 @@
     python -m tools.prepare_data dataset=cifar100 dataset.download=true      fetched by torchvision
     python -m tools.prepare_data dataset=cifar10 dataset.source=DIR dataset.materialize=224   also resized, 7.5 GB
     python -m tools.prepare_data dataset=femnist dataset.source=DIR clients=100 partition=natural
+                                                                             shards, and the same as one artifact
+    python -m tools.prepare_data experiment=femnist_fedavg dataset.source=DIR              shards only
 
 Settings are written as for tools.run; overwrite=true replaces what is there. What was interrupted goes on where it
 stopped when the same command is given again. Exits 0 when all is there, 1 with one line that says what is wrong.
 """
 
-import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +43,7 @@ def prepare(settings: Config, overwrite: bool) -> list[str]:
     """Prepare what `settings` name and return a line on each thing that is now there; raises DataError, ConfigError."""
     dataset, folder = settings.dataset, settings.data_dir / settings.dataset.name
     if dataset.name == "femnist":
-        return [prepare_shards(settings, overwrite)]
+        return prepare_shards(settings, overwrite)
     with locked(settings.data_dir / f"{dataset.name}.lock"):
         sources = find_sources(settings, overwrite)
         lines = []
@@ -132,8 +133,8 @@ def is_there(folder: Path, source_sha256: str, overwrite: bool) -> bool:
     return True
 
 
-def prepare_shards(settings: Config, overwrite: bool) -> str:
-    """Cut a writer's dataset into a folder per client, and return a line on it."""
+def prepare_shards(settings: Config, overwrite: bool) -> list[str]:
+    """Cut a dataset of writers into a folder per client, and unless shards are enabled into a shared artifact too."""
     if settings.dataset.source is None:
         raise ConfigError(f"dataset={settings.dataset.name} needs its files: add dataset.source=DIR where they are")
     if settings.dataset.download or settings.dataset.materialize:
@@ -141,17 +142,24 @@ def prepare_shards(settings: Config, overwrite: bool) -> str:
             f"dataset={settings.dataset.name} is cut into shards as it is: leave out dataset.download "
             "and dataset.materialize"
         )
-    out = settings.data_dir / settings.dataset.name / "shards"
-    manifest = importlib.import_module("flapp.data.shards").write_shards(
+    mapping = settings.partition.mapping
+    manifest = data.write_shards(
         Path(settings.dataset.source),
-        out,
+        settings.shards_dir,
         settings.partition.kind,
         settings.clients,
         settings.partition.seed,
+        Path(mapping) if mapping else None,
         overwrite=overwrite,
         progress=True,
     )
-    return f"{out}: shards of {len(manifest):,} clients"
+    totals = manifest.facts["totals"]
+    counts = ", ".join(f"{totals[split]:,} {split}" for split in ("train", "val", "test"))
+    lines = [f"{manifest.folder}: shards of {len(manifest):,} clients, {totals['writers']:,} writers, {counts} samples"]
+    if not settings.distributed_data.enabled:
+        partition = data.export_artifacts(manifest.path, settings.data_dir / settings.dataset.name)
+        lines.append(f"{partition.parents[1]}: the same samples as one shared artifact, dealt by {partition.name}")
+    return lines
 
 
 def describe(folder: Path) -> str:

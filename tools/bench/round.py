@@ -12,9 +12,10 @@ from statistics import median
 import torch
 
 from flapp import client_app
+from flapp.client_data import open_client_data
 from flapp.config import compose
 from flapp.messages import Order
-from flapp.settings import Config
+from flapp.settings import Config, Site
 from flapp.training import scheduled_lr
 from tools.bench import Row
 from tools.run import run_once
@@ -44,7 +45,8 @@ def fit_client(task: tuple[Config, int, str, int]) -> None:
     torch.set_num_threads(threads)
     model = client_app.cached_model(config.model, config.dataset, config.train.device)
     lr = scheduled_lr(config.train.lr, config.train.schedule, server_round, config.num_rounds)
-    client_app.fit(model, config, Order(client_id, server_round, "", ""), lr, config.train.epochs, None, "train")
+    data = open_client_data(config, Site(), client_id)
+    client_app.fit(model, config, Order(client_id, server_round, "", ""), data, lr, config.train.epochs, None, "train")
 
 
 def bare_rounds(config: Config, workers: int) -> list[float]:
