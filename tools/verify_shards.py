@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flapp.data import DataError
+from flapp.data import DataError, DistributedShardLoader, load_manifest
+from flapp.data.client_shard import read_meta
+from flapp.data.split_file import read_blocks
 
 Facts = tuple[str, str, bool, str]
 
@@ -18,7 +19,6 @@ def verify_shards(folder: Path, sample: int | None) -> Iterator[Facts]:
     if not (folder / "manifest.json").exists():
         yield _ask(folder, "shard", partial(_shard, folder))
         return
-    load_manifest = import_module("flapp.data.manifest").load_manifest
     loaded = _ask(folder, "manifest", lambda: f"{len(load_manifest(folder)):,} clients")
     yield loaded
     if not loaded[2]:
@@ -60,7 +60,7 @@ def _client(manifest: Any, client_id: str, writers: dict[str, str]) -> str:
     detail, shard = _shard(folder, client_id), _open(folder, client_id)
     if shard.digest != record.digest or list(shard.label_hist) != list(record.label_hist):
         raise DataError(f"{folder} is not the shard that the manifest lists: make the shards again")
-    for writer in import_module("flapp.data.client_shard").read_meta(folder)["writers"]:
+    for writer in read_meta(folder)["writers"]:
         if (other := writers.setdefault(writer, client_id)) != client_id:
             raise DataError(f"writer {writer} is also with client {other}: make the shards again")
     return detail
@@ -69,7 +69,6 @@ def _client(manifest: Any, client_id: str, writers: dict[str, str]) -> str:
 def _shard(folder: Path, client_id: str | None = None) -> str:
     """Check a shard against its own meta.json, and its images for what no hash can tell."""
     shard = _open(folder, client_id)
-    read_blocks = import_module("flapp.data.split_file").read_blocks
     for split, count in shard.num_samples.items():
         highest = 0
         for images, _ in read_blocks(folder / f"{split}.safetensors", count, 4096):
@@ -82,4 +81,4 @@ def _shard(folder: Path, client_id: str | None = None) -> str:
 
 
 def _open(folder: Path, client_id: str | None) -> Any:
-    return import_module("flapp.data.client_shard").DistributedShardLoader(folder, expected_client_id=client_id)
+    return DistributedShardLoader(folder, expected_client_id=client_id)
