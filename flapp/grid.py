@@ -7,7 +7,7 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds; Flower's own grid polls a SuperLink every 3
+FIRST_PAUSE, LONGEST_PAUSE, GROWTH = 0.02, 1.0, 1.1  # seconds; Flower's own grid polls a SuperLink every 3
 
 
 class PolledGrid(Grid):
@@ -37,7 +37,7 @@ class PolledGrid(Grid):
                 self.on_reply(len(replies), len(sent))
             if not waiting or time.monotonic() >= end:
                 break
-            pause = FIRST_PAUSE if new else min(LONGEST_PAUSE, pause * 1.2)
+            pause = FIRST_PAUSE if new else min(LONGEST_PAUSE, pause * GROWTH)
             time.sleep(min(pause, max(0.0, end - time.monotonic())))
         return replies
 

@@ -79,7 +79,8 @@ def test_view_and_pack_speak_flowers_format(values: np.ndarray) -> None:
 
 def test_bytes_that_are_no_plain_array_are_a_fault_not_a_crash() -> None:
     expected = models(1)[0]
-    for data in (b"", b"garbage", expected["bias"].data[:-3], np.lib.format.MAGIC_PREFIX + b"\x01\x00\x10\x00{bad"):
+    header = np.lib.format.MAGIC_PREFIX + b"\x01\x00\x10\x00"
+    for data in (b"", b"garbage", expected["bias"].data[:-3], header + b"{bad", header + b"{'descr': (((((((("):
         record = ArrayRecord(dict(expected))
         record["bias"] = Array("float32", (5,), "numpy.ndarray", data)
         assert "sent bias as not a plain array" in str(find_fault(record, expected))

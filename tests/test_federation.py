@@ -161,6 +161,16 @@ def test_a_client_that_lies_about_its_numbers_is_left_out(
     assert failure["reason"].startswith(reason)
 
 
+def test_an_evaluation_that_lacks_a_number_is_left_out(federate: Federate) -> None:
+    def tamper(name: str, reply: Message) -> Message:
+        if name == "1" and "personal-correct" in reply.content.metric_records.get(messages.METRICS, {}):
+            del reply.content.metric_records[messages.METRICS]["personal-correct"]
+        return reply
+
+    _, path = federate(*DIGITS, tamper=tamper)
+    assert read_lines(path, "evaluate")[0]["failures"] == [{"client": "1", "reason": "sent no personal-correct"}]
+
+
 def test_a_client_whose_data_changed_after_it_was_let_in_is_left_out(federate: Federate) -> None:
     def change(reply: Message) -> Message:
         reply.content.config_records[messages.CLAIM]["shard-digest"] = "0" * 64

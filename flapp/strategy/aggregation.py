@@ -7,10 +7,12 @@ so equal models average to themselves bit for bit. Arrays are read where they li
 import io
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from tokenize import TokenError
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
+HEADER_ERRORS = (ValueError, TypeError, SyntaxError, TokenError, RecursionError, MemoryError, LookupError)  # of numpy
 BLOCK = 1 << 17  # elements: two float64 blocks near the level-2 cache, in loops long enough for threads to pay
 THREADS = 2  # numpy frees the GIL in its loops; memory bandwidth is used up by two
 
@@ -26,7 +28,7 @@ def view(array: Array) -> np.ndarray:
             raise ValueError("it holds Python objects")
         flat = np.frombuffer(array.data, dtype, offset=stream.tell())
         return flat.reshape(shape, order="F" if fortran else "C")
-    except (ValueError, TypeError, SyntaxError) as error:
+    except HEADER_ERRORS as error:
         raise ValueError(f"not a plain array of {array.dtype} {list(array.shape)} ({error})") from error
 
 

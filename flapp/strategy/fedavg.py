@@ -118,6 +118,7 @@ class FedAvg(FlowerFedAvg):
         arrays = weighted_average([unpack_arrays(exchange.good[name][1].content) for name in names], weights)
         busy = {name: round(m["seconds"], 3) for name, m in zip(names, metrics, strict=True) if "seconds" in m}
         self.run.append(TRAIN, server_round, loss=loss, client_seconds=busy, **exchange.log_line())
+        exchange.good.clear()  # every client's model, which evaluation has no use for
         return arrays, MetricRecord({"train-loss": loss})
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -178,8 +179,9 @@ class FedAvg(FlowerFedAvg):
         train = self.exchange.kind == TRAIN
         samples = attested.train if train else attested.test
         needed = {NUM_EXAMPLES, "train-loss"} if train else {NUM_EXAMPLES, "loss-sum"}
-        if not train and attested.label_hist:
-            needed.add("correct")
+        for prefix in () if train else ("", "personal-"):
+            if attested.label_hist and f"{prefix}loss-sum" in metrics:
+                needed.add(f"{prefix}correct")
         if missing := sorted(needed - metrics.keys()):
             return f"sent no {missing[0]}"
         if bad := sorted(key for key, value in metrics.items() if not isfinite(value)):
