@@ -68,7 +68,8 @@ def evaluate_round(message: Message, context: Context) -> Message:
     model = receive_model(config, message)
     metrics: dict[str, int | float] = {NUM_EXAMPLES: data.claim.test} | test(model, config, data, "")
     if config.evaluate.personal_epochs and data.claim.test:
-        fit(model, config, order, data, config.train.lr, config.evaluate.personal_epochs, None, "personal")
+        settings = config.evaluate
+        fit(model, config, order, data, settings.personal_lr, settings.personal_epochs, None, "personal")
         metrics |= test(model, config, data, "personal-")
     return pack_reply(message, data.claim, metrics)
 

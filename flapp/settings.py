@@ -104,6 +104,7 @@ class TrainConfig:
 class EvaluateConfig:
     every: Count
     personal_epochs: Natural
+    personal_lr: Positive
     batch_size: Count
     central: bool
     objective: Literal["accuracy", "personal_accuracy", "loss"]
