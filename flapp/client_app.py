@@ -2,7 +2,7 @@
 
 import time
 from functools import lru_cache
-from logging import INFO
+from logging import INFO, WARNING
 
 import torch
 from flwr.app import ArrayRecord, Context, Message
@@ -11,11 +11,9 @@ from flwr.common import log
 
 from flapp.client_data import ClientData, make_batches, open_client_data
 from flapp.config import derive_seed, load
-from flapp.data import DataError
 from flapp.messages import (
     NUM_EXAMPLES,
     Claim,
-    MessageError,
     Order,
     pack_claims,
     pack_reply,
@@ -23,7 +21,7 @@ from flapp.messages import (
     unpack_order,
 )
 from flapp.model import build_model
-from flapp.mods import name_errors_mod
+from flapp.mods import describe, name_errors_mod
 from flapp.settings import Config, ConfigError, DatasetConfig, ModelConfig, Site
 from flapp.training import TrainResult, build_optimizer, evaluate, scheduled_lr, train
 
@@ -42,8 +40,8 @@ def attest_client(message: Message, config: Config, site: Site, client_id: str) 
     try:
         unpack_order(message)
         data = open_client_data(config, site, client_id)
-    except (ConfigError, DataError, MessageError, OSError) as error:
-        return Claim(client_id, fault=" ".join(str(error).split()))
+    except Exception as error:  # noqa: BLE001 - one client's fault must not keep its node's others out
+        return Claim(client_id, fault=describe(error))
     counts = f"{data.claim.train} train, {data.claim.val} val, {data.claim.test} test"
     log(INFO, "client %s: %s samples from %s", client_id, counts, data.path)
     return data.claim
@@ -69,8 +67,11 @@ def evaluate_round(message: Message, context: Context) -> Message:
     metrics: dict[str, int | float] = {NUM_EXAMPLES: data.claim.test} | test(model, config, data, "")
     if config.evaluate.personal_epochs and data.claim.test:
         settings = config.evaluate
-        fit(model, config, order, data, settings.personal_lr, settings.personal_epochs, None, "personal")
-        metrics |= test(model, config, data, "personal-")
+        try:
+            fit(model, config, order, data, settings.personal_lr, settings.personal_epochs, None, "personal")
+            metrics |= test(model, config, data, "personal-")
+        except FloatingPointError as error:  # the global model's test stands all the same
+            log(WARNING, "client %s has no personalised test: %s", order.client_id, error)
     return pack_reply(message, data.claim, metrics)
 
 

@@ -1,7 +1,7 @@
 """What one client holds: its own shard, or its part of a shared artifact; with the claim it makes about it.
 
-Both give the same batches for the same assignment, so that a run over shards and one over the shared artifact end in
-the same bytes. What is opened here survives from message to message inside one process (a Ray actor).
+Both give the same batches for the same assignment, so that a run over shards (not streamed) and one over the shared
+artifact end in the same bytes. What is opened here survives from message to message inside one process (a Ray actor).
 """
 
 import hashlib
@@ -41,9 +41,16 @@ class ClientData:
     claim: Claim
 
 
-@lru_cache(maxsize=64)
 def open_client_data(config: Config, site: Site, client_id: str) -> ClientData:
     """Open what a client holds; raises ConfigError for an unknown client, DataError for data that will not do."""
+    if config.distributed_data.streaming:  # it is read anew each round, and so checked anew
+        return open_own_shard(config, site, client_id)
+    return open_once(config, site, client_id)
+
+
+@lru_cache(maxsize=64)
+def open_once(config: Config, site: Site, client_id: str) -> ClientData:
+    """Open what a client holds and keep it open."""
     if config.distributed_data.enabled:
         return open_own_shard(config, site, client_id)
     if client_id not in {str(i) for i in range(config.clients)}:

@@ -148,6 +148,8 @@ def _claim_record(claim: Claim) -> ConfigRecord:
 
 def _read_claim(content: RecordDict, key: str) -> Claim:
     values = _fields(content, key, Claim)
+    if any(type(count) is not int or count < 0 for count in values["label_hist"]):
+        raise MessageError(f"the message's {key} has a label histogram that is not of counts")
     return Claim(**values | {"label_hist": tuple(values["label_hist"])})
 
 

@@ -18,7 +18,12 @@ def name_errors_mod(message: Message, context: Context, call_next: ClientAppCall
         return call_next(message, context)
     except Exception as error:  # noqa: BLE001 - the boundary of a client: no message may end its process
         log(ERROR, traceback.format_exc())
-        text = " ".join(str(error).split())
-        plain = isinstance(error, ValueError | FloatingPointError) and text
-        reason = text if plain else f"{type(error).__name__}: {text}"
-        return Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message)
+        code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+        return Message(Error(code=code, reason=describe(error)), reply_to=message)
+
+
+def describe(error: Exception) -> str:
+    """Say an error in one line, with its type where the text was not written for people."""
+    text = " ".join(str(error).split())
+    plain = isinstance(error, ValueError | FloatingPointError) and text
+    return text if plain else f"{type(error).__name__}: {text}"

@@ -36,9 +36,10 @@ class Member:
 class Roster:
     """Attest nodes as they come and keep the clients that may take part.
 
-    expected: the ids of all clients of this run; check: what is wrong with a claim, or None; strict: refuse whom
-    check faults, or warn; timeout: seconds for an answer to attest. `members` maps client id to Member, `refused` maps
-    the name of a client (or of a node that named none) to the reason, `warnings` those let in all the same.
+    expected: the ids of all clients of this run; classes: of the dataset, 0 for regression; check: what is wrong with a
+    claim, or None; strict: refuse whom check faults, or warn; timeout: seconds for an answer to attest. `members` maps
+    client id to Member, `refused` maps the name of a client (or of a node that named none) to the reason, `warnings`
+    those let in all the same.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Roster:
         grid: Grid,
         expected: Sequence[str],
         run_name: str,
+        classes: int,
         check: Callable[[Claim], str | None] = lambda claim: None,
         strict: bool = True,
         timeout: float = 120.0,
@@ -53,6 +55,7 @@ class Roster:
         self.grid = grid
         self.expected = list(expected)
         self.run_name = run_name
+        self.classes = classes
         self.check_claim = check
         self.strict = strict
         self.timeout = timeout
@@ -127,16 +130,19 @@ class Roster:
     def _attest(self, node_ids: list[int]) -> list[Member]:
         order = Order("", 0, self.run_name, source_digest())
         messages = [pack_order(node_id, ATTEST, order) for node_id in node_ids]
+        self._attested |= set(node_ids)
+        silent = {f"node {node_id}": f"gave no answer in {self.timeout:g} s" for node_id in node_ids}
         found: list[Member] = []
         for reply in self.grid.send_and_receive(messages, timeout=self.timeout):
             node_id = reply.metadata.src_node_id
-            self._attested.add(node_id)  # who gave no answer in time is asked again
+            silent.pop(f"node {node_id}", None)
             try:
                 if reply.has_error():
                     raise MessageError(reply.error.reason)
                 found += [Member(claim, node_id) for claim in unpack_claims(reply.content)]
             except MessageError as error:
                 self.refused[f"node {node_id}"] = str(error)
+        self.refused |= silent
         return found
 
     def _admit(self, found: list[Member]) -> None:
@@ -171,6 +177,8 @@ class Roster:
             return f"runs other source ({claim.source_digest[:12]}) than the server ({source_digest()[:12]})"
         if claim.train < 1 or claim.val < 0 or claim.test < 0:
             return f"has {claim.train} training, {claim.val} validation and {claim.test} test samples"
+        if len(claim.label_hist) != self.classes:
+            return f"claims a histogram of {len(claim.label_hist)} classes, the dataset has {self.classes}"
         if claim.label_hist and sum(claim.label_hist) != claim.train:
             return f"claims {claim.train} training samples but a histogram of {sum(claim.label_hist)}"
         return None

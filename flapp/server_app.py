@@ -67,17 +67,20 @@ def initial_model(config: Config) -> torch.nn.Module:
 def build_roster(config: Config, grid: Grid) -> Roster:
     """Return the roster of the clients "0" to clients - 1 or, with shards, of those that the manifest lists."""
     if not config.distributed_data.enabled:
-        return Roster(grid, [str(i) for i in range(config.clients)], config.run_name)
+        return Roster(grid, [str(i) for i in range(config.clients)], config.run_name, config.dataset.classes)
     manifest = load_manifest(config.manifest_path)
     manifest.verify()
     if len(manifest) != config.clients:
         raise ConfigError(f"{manifest.path} lists {len(manifest)} clients: set clients={len(manifest)}")
+    if (strategy := manifest.facts["strategy"]) != config.partition.kind:
+        raise ConfigError(f"{manifest.path} is of shards cut by partition={strategy}: set partition={strategy}")
 
     def check(claim: Claim) -> str | None:
         record, digest = manifest.get(claim.client_id), claim.shard_digest
         return check_claim(record, claim.client_id, claim.train, claim.val, claim.test, claim.label_hist, digest)
 
-    return Roster(grid, list(manifest), config.run_name, check, config.distributed_data.strict_check)
+    strict = config.distributed_data.strict_check
+    return Roster(grid, list(manifest), config.run_name, config.dataset.classes, check, strict)
 
 
 def build_strategy(config: Config, roster: Roster, run: RunDirectory) -> FedAvg:

@@ -328,3 +328,40 @@ def test_batchnorm_buffers_are_averaged_and_counts_stay_whole_numbers(
     steps = sum(int(record["norm.num_batches_tracked"].numpy()) * n / total for record, n in sent.values())
     assert final["norm.num_batches_tracked"].dtype == torch.int64
     assert final["norm.num_batches_tracked"].item() == round(steps)
+
+
+def test_a_claim_with_a_histogram_of_nonsense_does_not_end_the_run(federate: Federate) -> None:
+    def claim(value: list[Any]) -> Callable[[str, Message], Message]:
+        def tamper(name: str, reply: Message) -> Message:
+            if (record := reply.content.config_records.get(f"{messages.CLAIM}-1")) is not None:
+                record["label-hist"] = value
+            return reply
+
+        return tamper
+
+    settings = (*DIGITS, "num_rounds=1", "strategy.min_clients=3", "strategy.wait_for_clients=0.1")
+    for value, reason in (
+        (["a"] * 10, "label histogram that is not of counts"),
+        ([-1] * 10, "label histogram that is not of counts"),
+        ([], "claims a histogram of 0 classes, the dataset has 10"),
+    ):
+        _, path = federate(*settings, tamper=claim(value))
+        line = read_lines(path, "roster")[0]
+        assert line["clients"] == 3
+        assert reason in " ".join(line["refused"].values())
+
+
+def test_a_personal_test_that_diverges_leaves_the_global_one_standing(federate: Federate) -> None:
+    summary, path = federate(*DIGITS, "train.optimizer=sgd", "evaluate.personal_lr=1e30", "evaluate.personal_epochs=20")
+    assert summary["accuracy"] is not None
+    assert summary["personal_accuracy"] is None
+    assert read_lines(path, "evaluate")[0]["failures"] == []
+
+
+def test_clients_that_left_are_named_and_count_against_min_replies(federate: Federate) -> None:
+    settings = (*DIGITS, "strategy.min_clients=2", "strategy.wait_for_clients=0.1")
+    nodes = [{"client-id": i} for i in "013"]
+    _, path = federate(*settings, nodes=nodes)
+    assert read_lines(path, "train")[0]["absent"] == ["2"]
+    with pytest.raises(FederationError, match="3 of 3 clients gave a valid train reply, strategy.min_replies=4"):
+        federate(*settings, "strategy.min_replies=4", nodes=nodes)

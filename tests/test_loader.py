@@ -16,6 +16,7 @@ from torchvision.transforms import functional
 
 from flapp.data import ClientLoader, DataError, OfflineDataset, to_input, write_artifact
 from flapp.data.loader import will_need
+from flapp.data.pixels import resize
 from tests.images import COUNT, photographs, pil_resize, torchvision_batch, write_resized, write_split
 
 
@@ -280,3 +281,18 @@ def test_batches_made_in_inference_mode_and_out_of_it_share_a_loader(dataset: Of
     with torch.inference_mode():
         first = epoch(loader)[0]
     assert torch.equal(epoch(loader)[0], first)
+
+
+def test_augmented_batches_do_not_depend_on_a_copy_resized_ahead(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(6)
+    write_artifact(tmp_path / "train", images, labels, list("abcdef"))
+
+    def batches() -> list[torch.Tensor]:
+        loader = ClientLoader(OfflineDataset(tmp_path / "train"), np.arange(6), 4, 0, 64, augment=True)
+        return [inputs.clone() for inputs, _ in loader]
+
+    before = batches()
+    resized = resize(torch.from_numpy(images).permute(0, 3, 1, 2), 64).numpy()
+    write_artifact(tmp_path / "train@64", resized, labels, list("abcdef"), layout="NCHW")
+    assert all(torch.equal(a, b) for a, b in zip(before, batches(), strict=True))

@@ -201,3 +201,8 @@ def test_the_config_of_a_run_over_shards_is_complete(federate: Federate, femnist
     summary, path = federate(*SHARDS, "num_rounds=1")
     assert "distributed_data:" in (path / "config.yaml").read_text()
     assert json.loads((path / "metrics.json").read_text()) == summary
+
+
+def test_a_config_of_another_partition_than_the_manifests_is_refused(federate: Federate, femnist: Path) -> None:
+    with pytest.raises(ValueError, match="is of shards cut by partition=natural: set partition=natural"):
+        federate(*SHARDS, "partition=random")

@@ -252,3 +252,10 @@ def test_named_clients_cannot_be_exported_as_a_partition(source: Path, samples: 
     assert load_manifest(made.folder)["a"].writers == 7
     with pytest.raises(DataError, match="a partition counts them 0 to 0"):
         export_artifacts(made.path, tmp_path / "femnist")
+
+
+def test_an_export_leaves_no_partition_of_other_samples_behind(source: Path, tmp_path: Path) -> None:
+    first = write_shards(source, tmp_path / "a", "round_robin", 3)
+    stale = export_artifacts(first.path, tmp_path / "data")
+    export_artifacts(write_shards(source, tmp_path / "b", "random", 3).path, tmp_path / "data")
+    assert not stale.exists()

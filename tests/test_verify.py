@@ -262,3 +262,9 @@ def test_json_holds_every_check(dataset: Path, capsys: pytest.CaptureFixture[str
 
 def test_a_folder_that_is_not_there_fails(tmp_path: Path) -> None:
     assert "there is no such folder" in failures(tmp_path / "nowhere")["nowhere: folder"]
+
+
+def test_a_dataset_that_has_been_run_over_is_still_sound(tmp_path: Path) -> None:
+    folder = data.ensure_artifacts(tmp_path, "digits")
+    (folder / "partitions").mkdir()
+    assert verify_data.main([str(folder), "--full"]) == 0

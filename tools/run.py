@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from flapp.config import CONF, explain, from_tree, to_json
 from flapp.settings import Config, ConfigError
-from tools.superlink import PrivateSuperLink, SuperLinkError
+from tools.superlink import PrivateSuperLink, SuperLinkError, available_cpus
 
 APP = Path(__file__).resolve().parents[1]
 SWEEP_LOG = "FLAPP_SWEEP_LOG"  # where the jobs of a sweep report, also from a launcher's other processes
@@ -45,7 +45,7 @@ def run_once(config: Config) -> dict[str, Any]:
     path = config.runs_dir / config.run_name
     if path.exists():
         raise ConfigError(f"run_name={config.run_name} is taken: {path} exists; choose another name")
-    cpus = config.deployment.total_cpus or len(os.sched_getaffinity(0))
+    cpus = config.deployment.total_cpus or available_cpus()
     if config.deployment.client_cpus > cpus:
         raise ConfigError(f"deployment.client_cpus={config.deployment.client_cpus} is more than the {cpus} there are")
     with PrivateSuperLink(config.deployment.port) as superlink:
@@ -99,7 +99,8 @@ def show(bar: tqdm, path: Path) -> None:
     bar.n = now["round"] - 1 if now["replies"] < now["asked"] or now["phase"] == "train" else now["round"]
     bar.set_description(f"round {now['round']} {now['phase']} {now['replies']}/{now['asked']}", refresh=False)
     figures: dict[str, str] = {}
-    for line in (path / "metrics.jsonl").read_text().splitlines():
+    written = (path / "metrics.jsonl").read_text().rpartition("\n")[0]  # the last line may be half there
+    for line in written.splitlines():
         values = json.loads(line)
         if values["kind"] in ("train", "evaluate"):
             figures |= {key: f"{values[key]:.4f}" for key in ("loss", "accuracy") if values.get(key) is not None}
@@ -127,9 +128,10 @@ def job(tree: DictConfig) -> float | None:
         summary = run_once(config)
         outcome |= {key: summary[key] for key in ("status", "objective", "run_dir")}
         print(final_line(summary))
-    except (ConfigError, RunError, SuperLinkError) as error:
-        outcome |= {"status": "failed", "error": str(error)}
-        print(f"error: {error}", file=sys.stderr)
+    except (ConfigError, RunError, SuperLinkError, OmegaConfBaseException, OSError) as error:
+        said = explain(error) if isinstance(error, OmegaConfBaseException) else error
+        outcome |= {"status": "failed", "error": str(said)}
+        print(f"error: {said}", file=sys.stderr)
     with open(os.environ[SWEEP_LOG], "a") as log:
         log.write(json.dumps(outcome) + "\n")
     if outcome.get("objective") is None:
@@ -163,10 +165,13 @@ def sweep_table(outcomes: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Let Hydra compose the command line into jobs, run them, and return the exit status."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, who say them in one line
     sweep = any(argument in ("-m", "--multirun") for argument in sys.argv[1:])
-    log = Path(tempfile.gettempdir()) / f"flapp-sweep-{os.getpid()}.jsonl"
+    handle, name = tempfile.mkstemp(prefix="flapp-sweep-")
+    os.close(handle)
+    log = Path(name)
     os.environ[SWEEP_LOG] = str(log)
     try:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
@@ -177,7 +182,7 @@ def main() -> int:
         print("error: interrupted; everything that was started has been stopped", file=sys.stderr)
         return 130
     finally:
-        outcomes = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        outcomes = [json.loads(line) for line in log.read_text().splitlines()]
         log.unlink(missing_ok=True)
     if sweep and outcomes:
         print(sweep_table(outcomes))

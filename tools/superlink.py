@@ -10,10 +10,12 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +25,8 @@ import psutil
 
 HOST = "127.0.0.1"
 TOKEN = "FLAPP_SUPERLINK"
-START_SECONDS, STOP_SECONDS = 60, 5
+START_SECONDS, STOP_SECONDS, KILL_SECONDS = 60, 5, 30
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class SuperLinkError(RuntimeError):
@@ -83,20 +86,29 @@ class PrivateSuperLink:
             raise SuperLinkError(f"the SuperLink ended by itself: {_last_line(self._log())}")
 
     def stop(self) -> None:
-        """Stop every process this SuperLink has started, first kindly, and remove its folder."""
+        """Stop every process this SuperLink has started, first kindly, and remove its folder; signals wait."""
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS} if _in_main_thread() else {}
+        try:
+            self._stop()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self) -> None:
         end = time.monotonic() + STOP_SECONDS
         while (left := self._processes()) and time.monotonic() < end:
             for process in left:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.terminate()
             psutil.wait_procs(left, timeout=1)
-        while left := self._processes():
+        end = time.monotonic() + KILL_SECONDS
+        while (left := self._processes()) and time.monotonic() < end:
             for process in left:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             psutil.wait_procs(left, timeout=1)
         if self.process is not None:
-            self.process.wait()
+            self.process.wait(KILL_SECONDS)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self) -> None:
@@ -122,6 +134,7 @@ class PrivateSuperLink:
             if time.monotonic() > end:
                 raise SuperLinkError(f"the SuperLink did not answer in {START_SECONDS} s: {_last_line(self._log())}")
             time.sleep(0.1)
+        self.check_alive()  # or it was another server that answered
 
     def _log(self) -> str:
         path = self.folder / "superlink.log"
@@ -136,6 +149,15 @@ class PrivateSuperLink:
                     found |= {each.pid: each for each in (process, *process.children(recursive=True))}
         self.known |= found
         return [process for process in self.known.values() if _is_running(process)]
+
+
+def available_cpus() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _is_running(process: psutil.Process) -> bool:

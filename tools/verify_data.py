@@ -76,7 +76,7 @@ def verify(path: Path, blocks: int | None = 8) -> Iterator[Check]:
 
 def verify_dataset(folder: Path, blocks: int | None) -> Iterator[Check]:
     """Yield the checks of every split in a dataset's folder, and those between them."""
-    folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "partitions")
     shards = [path for path in folders if (path / "manifest.json").exists()]
     for path in shards:
         yield from verify(path, blocks)

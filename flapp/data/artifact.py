@@ -67,14 +67,16 @@ def write_artifact(
     images: np.ndarray,
     labels: np.ndarray,
     classes: Sequence[str],
-    source_sha256: str,
+    source_sha256: str = "",
     layout: str = "NHWC",
 ) -> None:
     """Write one split into `folder` whole or not at all, replacing what was there.
 
     images: uint8 (N, H, W, C), (N, C, H, W) with layout="NCHW", or float32 (N, features); labels: int64 (N,) below
-    len(classes), or float32 (N,) with no classes. Raises DataError for anything else.
+    len(classes), or float32 (N,) with no classes. source_sha256 names the files they come from, and is that of the
+    arrays if left out. Raises DataError for anything else.
     """
+    source_sha256 = source_sha256 or hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
     _check(folder, images.dtype, images.shape, labels, len(classes), layout)
     write_rows(folder, lambda start, stop: images[start:stop], images.shape, labels, classes, source_sha256, layout)
 

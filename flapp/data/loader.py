@@ -104,7 +104,8 @@ class ClientLoader:
         self.prefetch = prefetch if dataset.has_images else 0
         self.augment = augment
         self.exact = exact
-        self.source: Artifact = dataset.artifact_at(image_size)
+        # Augmentation is drawn for images as stored, so the ones resized ahead are of no use to it.
+        self.source: Artifact = dataset.artifact if augment else dataset.artifact_at(image_size)
         self.shape = self._sample_shape()
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.augment_generator = None if seed is None else torch.Generator().manual_seed(seed ^ AUGMENT_SEED)

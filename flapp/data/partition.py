@@ -5,6 +5,7 @@ and `<split>_offsets` (clients + 1), with `requested`, the float (clients, class
 that the draw asked for.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,15 +65,21 @@ def make_partition(
 
 def load_partition(path: Path, **settings: object) -> Partition:
     """Read the partition saved at `path`, making it by make_partition(**settings) first if it is missing."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     if not path.exists():
         with locked(path.with_suffix(".lock")):
             if not path.exists():
                 save_partition(path, make_partition(**settings))  # type: ignore[arg-type]
-    saved = load_file(path)
-    train, test = (np.split(saved[f"{s}_indices"], saved[f"{s}_offsets"][1:-1]) for s in ("train", "test"))
-    return Partition(tuple(train), tuple(test), saved["requested"])
+    try:
+        saved = load_file(path)
+        train, test = (np.split(saved[f"{s}_indices"], saved[f"{s}_offsets"][1:-1]) for s in ("train", "test"))
+        return Partition(tuple(train), tuple(test), saved["requested"])
+    except (SafetensorError, KeyError) as error:
+        raise DataError(
+            f"{path} is not a saved partition ({error}): delete it, and the next run draws it anew"
+        ) from error
 
 
 def label_histogram(labels: np.ndarray, classes: int) -> list[int]:
@@ -91,6 +98,8 @@ def save_partition(path: Path, partition: Partition) -> None:
         arrays[f"{split}_offsets"] = np.cumsum([0, *map(len, parts)])
     partial = path.with_suffix(".tmp")
     save_file(arrays, partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
     partial.replace(path)
 
 

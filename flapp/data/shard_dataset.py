@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from flapp.data.artifact import Artifact, DataError
 from flapp.data.leaf import CLASS_NAMES
-from flapp.data.offline import NORMALIZATIONS
+from flapp.data.pixels import NORMALIZATIONS, normalize
 from flapp.data.split_file import count_rows, read_rows
 
 
@@ -105,9 +105,5 @@ def _check_normalization(name: str) -> None:
 
 
 def _normalize(pixels: Tensor, normalization: str) -> Tensor:
-    """Scale uint8 (..., 1, 28, 28) to [0, 1] and normalise, in the order of operations that ClientLoader has."""
-    scaled = pixels.float().div_(255)
-    if statistics := NORMALIZATIONS[normalization]:
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in statistics)
-        scaled = scaled.sub(mean).div(std)
-    return scaled
+    """Turn uint8 (..., 1, 28, 28) into what ClientLoader makes of it."""
+    return normalize(pixels, normalization, exact=False)

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flapp.data.artifact import DataError, locked, write_artifact
-from flapp.data.assign import SPLITS, assign_writers, check_fractions, split_samples
+from flapp.data.assign import SPLITS, STRATEGIES, assign_writers, check_fractions, split_samples
 from flapp.data.client_shard import DistributedShardLoader, read_meta, verified_meta, write_shard
 from flapp.data.leaf import CLASS_NAMES, SIDE, Source, open_source
 from flapp.data.manifest import Manifest, ShardRecord, load_manifest, write_manifest
@@ -84,6 +84,8 @@ def export_artifacts(manifest: Path, folder: Path) -> Path:
     ids = list(records)
     if ids != [str(number) for number in range(len(ids))]:
         raise DataError(f"{manifest} has client ids such as {ids[-1]}: a partition counts them 0 to {len(ids) - 1}")
+    for strategy in STRATEGIES:  # what deals the samples that are there now must not outlive them
+        (folder / "partitions" / f"{strategy}.safetensors").unlink(missing_ok=True)
     parts: dict[str, tuple[np.ndarray, ...]] = {}
     for split in ("train", "test"):
         counts = [records[client].num_samples[split] for client in ids]

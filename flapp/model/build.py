@@ -42,4 +42,6 @@ def build_model(
             f"model={name} classifies images of shape (H, W, C), got samples of shape {tuple(shape)} "
             f"with {classes} classes: choose model=linear or an image dataset"
         )
+    if image_size is None and shape[0] != shape[1]:
+        raise ValueError(f"model={name} takes square images, got {shape[0]}x{shape[1]}: set model.image_size")
     return BUILDERS[name](name, image_size or shape[0], shape[2], classes, dropout)

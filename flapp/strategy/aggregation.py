@@ -1,7 +1,7 @@
 """Weighted averages of models as they travel: pure maths on ArrayRecords, whatever the order of replies.
 
 Sums are taken in float64, block by block while a block stays in cache, and rounded once to the model's own dtype;
-so equal models average to themselves bit for bit. Arrays are read where they lie in the messages, never copied.
+so equal float32 models average to themselves bit for bit. Arrays are read where they lie in the messages, never copied.
 """
 
 import io

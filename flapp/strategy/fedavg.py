@@ -37,6 +37,7 @@ class Exchange:
     sent: dict[str, Message] = field(default_factory=dict)
     good: dict[str, tuple[dict[str, float], Message]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    absent: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
     def log_line(self) -> dict[str, Any]:
@@ -44,6 +45,7 @@ class Exchange:
         return {
             "asked": len(self.sent),
             "replies": len(self.good),
+            "absent": self.absent,
             "failures": [{"client": name, "reason": reason} for name, reason in sorted(self.failures.items())],
             "bytes_down": sum(map(size_of, self.sent.values())),
             "bytes_up": sum(size_of(message) for _, message in self.good.values()),
@@ -135,7 +137,7 @@ class FedAvg(FlowerFedAvg):
         self.roster.refresh()
         chosen = self.roster.sample(fraction, self.seed, server_round, kind)
         sent = {name: self.roster.order(kind, name, server_round, arrays) for name in chosen}
-        self.exchange = Exchange(kind, server_round, sent)
+        self.exchange = Exchange(kind, server_round, sent, absent=self.roster.missing())
         self.run.show_progress(server_round, kind, 0, len(sent))
         return list(sent.values())
 
@@ -154,7 +156,9 @@ class FedAvg(FlowerFedAvg):
         exchange.failures |= dict.fromkeys(by_message.values(), "sent no reply in time")
         for name, reason in sorted(exchange.failures.items()):
             log(WARNING, "round %d: client %s %s", exchange.server_round, name, reason)
-        if len(exchange.good) < min(self.min_replies, max(1, len(exchange.sent))):
+        # Fewer may be asked to evaluate than min_replies, never to train: clients that left count as no reply.
+        needed = self.min_replies if exchange.kind == TRAIN else min(self.min_replies, max(1, len(exchange.sent)))
+        if len(exchange.good) < needed:
             self.run.append(exchange.kind, exchange.server_round, **exchange.log_line())
             reasons = "; ".join(f"client {n}: {r}" for n, r in sorted(exchange.failures.items())[:3])
             raise FederationError(
@@ -184,6 +188,8 @@ class FedAvg(FlowerFedAvg):
                 needed.add(f"{prefix}correct")
         if missing := sorted(needed - metrics.keys()):
             return f"sent no {missing[0]}"
+        if odd := sorted(key for key in metrics if key.endswith("correct") and not attested.label_hist):
+            return f"sent {odd[0]}, but there are no classes"
         if bad := sorted(key for key, value in metrics.items() if not isfinite(value)):
             return f"sent {bad[0]}={metrics[bad[0]]}"
         if metrics[NUM_EXAMPLES] != samples:

@@ -3,7 +3,6 @@
 import itertools
 import json
 import multiprocessing
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from flapp.settings import Config, Site
 from flapp.training import scheduled_lr
 from tools.bench import Row
 from tools.run import run_once
+from tools.superlink import available_cpus
 
 TURNS, ROUNDS = 3, 6
 
@@ -63,7 +63,7 @@ def bare_rounds(config: Config, workers: int) -> list[float]:
 
 def rows() -> list[Row]:
     """Run simulation and bare loops in turn, and compare the medians of their rounds; the first is a warm-up."""
-    workers = len(os.sched_getaffinity(0))
+    workers = available_cpus()
     simulated: list[float] = []
     bare: list[float] = []
     with tempfile.TemporaryDirectory(prefix="flapp-bench-") as home:
