@@ -1,4 +1,4 @@
-"""The loader that a client trains from: whole batches, made one or two ahead by one thread."""
+"""The loader that a client trains from: whole batches, made ahead by one thread."""
 
 import atexit
 import math
@@ -84,7 +84,7 @@ class ClientLoader:
         seed: int | None = None,
         image_size: int | None = None,
         output: str = "float32",
-        prefetch: int = 2,
+        prefetch: int = 1,
         augment: bool = False,
         exact: bool = False,
     ) -> None:
