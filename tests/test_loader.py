@@ -93,7 +93,9 @@ def test_prefetching_changes_no_bit(dataset: OfflineDataset, output: str, size: 
 def test_a_batch_is_valid_until_the_next_is_asked_for_and_its_buffer_is_used_again(dataset: OfflineDataset) -> None:
     expected = torchvision_batch(photographs(), 32).split(4)
     addresses = []
-    for (inputs, _), wanted in zip(ClientLoader(dataset, np.arange(COUNT), 4, exact=True), expected, strict=True):
+    for (inputs, _), wanted in zip(
+        ClientLoader(dataset, np.arange(COUNT), 4, exact=True, prefetch=2), expected, strict=True
+    ):
         for _ in range(100):
             assert torch.equal(inputs, wanted)
         addresses.append(inputs.data_ptr())
