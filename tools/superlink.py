@@ -95,18 +95,13 @@ class PrivateSuperLink:
                 signal.signal(number, handler)
 
     def _stop(self) -> None:
-        end = time.monotonic() + STOP_SECONDS
-        while (left := self._processes()) and time.monotonic() < end:
-            for process in left:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.terminate()
-            psutil.wait_procs(left, timeout=1)
-        end = time.monotonic() + KILL_SECONDS
-        while (left := self._processes()) and time.monotonic() < end:
-            for process in left:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(left, timeout=1)
+        for end_process, seconds in ((psutil.Process.terminate, STOP_SECONDS), (psutil.Process.kill, KILL_SECONDS)):
+            end = time.monotonic() + seconds
+            while (left := self._processes()) and time.monotonic() < end:
+                for process in left:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        end_process(process)
+                psutil.wait_procs(left, timeout=1)
         if self.process is not None:
             self.process.wait(KILL_SECONDS)
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -3,11 +3,11 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flapp.data.artifact import Artifact, DataError, open_artifact, write_artifact, write_rows
+from flapp.data.artifact import Artifact, DataError, arrays_sha256, open_artifact, write_artifact, write_rows
 from flapp.data.blocks import ReadRows
 from flapp.data.cifar import CIFAR, cifar_files, cifar_sha256, download_cifar, read_cifar
 from flapp.data.client_shard import DistributedShardLoader
-from flapp.data.embedded import EMBEDDED, arrays_sha256, ensure_artifacts, is_prepared
+from flapp.data.embedded import EMBEDDED, ensure_artifacts, is_prepared
 from flapp.data.leaf import open_source
 from flapp.data.manifest import Manifest, ShardRecord, check_claim, load_manifest
 from flapp.data.materialized import materialize, materialized_folder

@@ -76,9 +76,14 @@ def write_artifact(
     len(classes), or float32 (N,) with no classes. source_sha256 names the files they come from, and is that of the
     arrays if left out. Raises DataError for anything else.
     """
-    source_sha256 = source_sha256 or hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+    source_sha256 = source_sha256 or arrays_sha256(images, labels)
     _check(folder, images.dtype, images.shape, labels, len(classes), layout)
     write_rows(folder, lambda start, stop: images[start:stop], images.shape, labels, classes, source_sha256, layout)
+
+
+def arrays_sha256(images: np.ndarray, labels: np.ndarray) -> str:
+    """Return the SHA-256 that stands for the source of a split that comes from no file."""
+    return hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
 
 
 def write_rows(
