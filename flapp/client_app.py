@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.common import log
 
-from flapp.client_data import ClientData, make_batches, open_client_data
+from flapp.client_data import ClientData, check_lives_here, clients_at, make_batches, open_client_data
 from flapp.config import derive_seed, load
 from flapp.messages import (
     NUM_EXAMPLES,
@@ -21,11 +21,11 @@ from flapp.messages import (
     unpack_order,
 )
 from flapp.model import build_model
-from flapp.mods import describe, name_errors_mod
+from flapp.mods import checkpoint_mod, describe, name_errors_mod
 from flapp.settings import Config, ConfigError, DatasetConfig, ModelConfig, Site
 from flapp.training import TrainResult, build_optimizer, evaluate, scheduled_lr, train
 
-app = ClientApp(mods=[name_errors_mod])
+app = ClientApp(mods=[name_errors_mod, checkpoint_mod])
 
 
 @app.query("attest")
@@ -79,19 +79,9 @@ def begin(message: Message, context: Context) -> tuple[Config, Order, ClientData
     """Read the config and the order of a message, which must be meant for a client that lives here, and its data."""
     order = unpack_order(message)
     config, site = load(context.run_config, context.node_config)
-    if order.client_id not in clients_at(config, site):
-        raise ConfigError(f"a message for client {order.client_id} reached the node of {clients_at(config, site)}")
+    check_lives_here(order.client_id, config, site)
     torch.set_num_threads(config.train.threads)
     return config, order, open_client_data(config, site, order.client_id)
-
-
-def clients_at(config: Config, site: Site) -> list[str]:
-    """Name the clients at a node: its own id in a deployment, every num_partitions-th client in a simulation."""
-    if site.client_id is not None:
-        return [site.client_id]
-    if site.num_partitions < 1:
-        raise ConfigError("node-config has no client-id: start the SuperNode with --node-config 'client-id=\"0\"'")
-    return [str(i) for i in range(site.partition_id, config.clients, site.num_partitions)]
 
 
 def receive_model(config: Config, message: Message) -> torch.nn.Module:

@@ -41,6 +41,21 @@ class ClientData:
     claim: Claim
 
 
+def clients_at(config: Config, site: Site) -> list[str]:
+    """Name the clients at a node: its own id in a deployment, every num_partitions-th client in a simulation."""
+    if site.client_id is not None:
+        return [site.client_id]
+    if site.num_partitions < 1:
+        raise ConfigError("node-config has no client-id: start the SuperNode with --node-config 'client-id=\"0\"'")
+    return [str(i) for i in range(site.partition_id, config.clients, site.num_partitions)]
+
+
+def check_lives_here(client_id: str, config: Config, site: Site) -> None:
+    """Raise ConfigError when a message for this client has reached the node of others."""
+    if client_id not in (present := clients_at(config, site)):
+        raise ConfigError(f"a message for client {client_id} reached the node of {present}")
+
+
 def open_client_data(config: Config, site: Site, client_id: str) -> ClientData:
     """Open what a client holds; raises ConfigError for an unknown client, DataError for data that will not do."""
     if config.distributed_data.streaming:  # it is read anew each round, and so checked anew

@@ -26,6 +26,10 @@ PATHS = (
     ("distributed_data", "shard_path"),
     ("distributed_data", "manifest"),
 )
+FREE = (  # a resumed run may change these: they do not reach its bytes
+    *("home", "run_name", "resume", "deployment", "checkpoint", "strategy.wait_for_clients", "strategy.timeout"),
+    *("dataset.source", "dataset.download", "distributed_data.shard_path", "distributed_data.manifest"),
+)
 _compose_lock = threading.Lock()  # GlobalHydra is one per process and not thread-safe
 
 
@@ -44,12 +48,13 @@ def load(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> tuple
 
 def read_site(node_config: Mapping[str, Any]) -> Site:
     """Read a node's own facts from Flower's node_config; raises ConfigError for a key that nothing reads."""
-    known = {"client-id": str, "shard-path": str, "partition-id": int, "num-partitions": int}
-    for key in node_config:
+    paths = {"shard-path": str, "checkpoint-dir": str}
+    known = {"client-id": str, "partition-id": int, "num-partitions": int} | paths
+    for key, value in node_config.items():
         if key not in known:
             raise ConfigError(f"node-config has {key}, which is not a setting{hint(key, known)}")
-    if not Path(node_config.get("shard-path", "/")).is_absolute():
-        raise ConfigError(f"shard-path={node_config['shard-path']} is relative: give an absolute path")
+        if key in paths and not Path(str(value)).is_absolute():
+            raise ConfigError(f"{key}={value} is relative: give an absolute path")
     return Site(**{key.replace("-", "_"): known[key](value) for key, value in node_config.items()})
 
 
@@ -102,6 +107,25 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(json.loads(to_json(config))))
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the plain values of a file of to_yaml, unchecked: another version of flapp may have written it."""
+    from omegaconf import OmegaConf
+
+    return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path)))
+
+
+def config_digest(config: Config) -> str:
+    """Return the SHA-256 of every setting that a run's bytes may depend on."""
+    return hashlib.sha256(json.dumps(_deciding(asdict(config)), sort_keys=True).encode()).hexdigest()
+
+
+def differences(before: Mapping[str, Any], config: Config) -> list[str]:
+    """Say in which settings that a run's bytes may depend on `config` differs from the plain values of before."""
+    old, new = _deciding(json.loads(json.dumps(before))), _deciding(json.loads(to_json(config)))
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return [f"{key} was {old.get(key)}, is {new.get(key)}" for key in changed]
+
+
 def derive_seed(*parts: object) -> int:
     """Return a 63-bit seed that depends on every part, for example (seed, client_id, server_round, "shuffle")."""
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
@@ -123,6 +147,16 @@ def explain(error: Exception) -> ConfigError:
         key = getattr(error, "full_key", None) or first.split(": ")[1]
         return ConfigError(f"{key} must be given: add {key}=VALUE to the command")
     return ConfigError(f"{first} (settings are written key=value; see conf/config.yaml)")
+
+
+def _deciding(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested settings to dotted names, without those that only say where, when and how long."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = prefix + key
+        if name not in FREE:
+            flat |= _deciding(value, name + ".") if isinstance(value, Mapping) else {name: value}
+    return flat
 
 
 def _absolute(path: object, base: Path | None) -> str:
@@ -224,6 +258,11 @@ def _check_together(config: Config) -> None:
             strategy.min_replies > sampled,
             f"strategy.min_replies={strategy.min_replies} can never be met with {sampled} clients in a round: "
             "lower it, or raise clients or strategy.fraction_train",
+        ),
+        (
+            config.checkpoint.chunk_bytes is not None and config.checkpoint.chunk_num is not None,
+            f"checkpoint.chunk_bytes={config.checkpoint.chunk_bytes} and checkpoint.chunk_num="
+            f"{config.checkpoint.chunk_num} are two ways to cut: set one of them to null",
         ),
         (
             (strategy.min_clients or 0) > config.clients,

@@ -10,19 +10,23 @@ Both are ConfigRecords, `metrics` a MetricRecord, `arrays` an ArrayRecord of the
 """
 
 import hashlib
+import io
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 ATTEST, TRAIN, EVALUATE = "query.attest", "train", "evaluate"
 ARRAYS, ORDER, METRICS, CLAIM = "arrays", "order", "metrics", "claim"
 NUM_EXAMPLES = "num-examples"
+HEADER_ERRORS = (ValueError, TypeError, SyntaxError, TokenError, RecursionError, MemoryError, LookupError)  # of numpy
 
 
 class MessageError(ValueError):
@@ -31,12 +35,17 @@ class MessageError(ValueError):
 
 @dataclass(frozen=True)
 class Order:
-    """What the server asks: of which client, in which round, under which run name."""
+    """What the server asks: of which client, in which round, under which run name.
+
+    accepted_round is the last round in which the server took this client's trained model, 0 for none: whatever
+    private state the client keeps between rounds, it goes on from there.
+    """
 
     client_id: str
     server_round: int
     run_name: str
     source_digest: str
+    accepted_round: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,29 @@ def unpack_reply(content: RecordDict) -> tuple[Claim, dict[str, float]]:
     if lists := [name for name, value in metrics.items() if isinstance(value, list)]:
         raise MessageError(f"the reply's metric {lists[0]} is a list, not a number")
     return _read_claim(content, CLAIM), metrics  # type: ignore[return-value]
+
+
+def view(array: Array) -> np.ndarray:
+    """Return the read-only numpy array inside a Flower Array; raises ValueError when its bytes are not one."""
+    stream = io.BytesIO(array.data[:4096])
+    try:
+        major, _ = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(stream)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects")
+        flat = np.frombuffer(array.data, dtype, offset=stream.tell())
+        return flat.reshape(shape, order="F" if fortran else "C")
+    except HEADER_ERRORS as error:
+        raise ValueError(f"not a plain array of {array.dtype} {list(array.shape)} ({error})") from error
+
+
+def pack(values: np.ndarray) -> Array:
+    """Return a numpy array as a Flower Array, with one copy where Array(values) makes three."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
+    data = b"".join((header.getvalue(), np.ascontiguousarray(values).data))
+    return Array(str(values.dtype), values.shape, "numpy.ndarray", data)
 
 
 def size_of(message: Message) -> int:

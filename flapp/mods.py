@@ -1,12 +1,22 @@
 """Client mods: what wraps every message that a client handles."""
 
 import traceback
-from logging import ERROR
+from collections.abc import Callable
+from logging import DEBUG, ERROR, INFO, WARNING
+from typing import TypeVar
 
 from flwr.app import Context, Error, Message
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common import log
 from flwr.common.constant import ErrorCode
+
+from flapp.checkpoint import CheckpointError
+from flapp.client_data import check_lives_here
+from flapp.client_store import ClientStore, digest_received
+from flapp.config import load
+from flapp.messages import EVALUATE, TRAIN, unpack_order
+
+T = TypeVar("T")
 
 
 def name_errors_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -20,6 +30,44 @@ def name_errors_mod(message: Message, context: Context, call_next: ClientAppCall
         log(ERROR, traceback.format_exc())
         code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
         return Message(Error(code=code, reason=describe(error)), reply_to=message)
+
+
+def checkpoint_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Save what a client trains, before the reply leaves; the reply stays as it is.
+
+    Private state is put back first, as of the round that the server names. Asked again for a round that it has
+    trained from the same model, data and settings, a client answers from its store. A store that cannot be used is a
+    warning, or with checkpoint.on_error=fail the client's failure.
+    """
+    config, site = load(context.run_config, context.node_config)
+    kind = message.metadata.message_type
+    if not config.checkpoint.enabled or kind not in (TRAIN, EVALUATE):
+        return call_next(message, context)
+    order = unpack_order(message)
+    check_lives_here(order.client_id, config, site)
+    store = ClientStore(config, site, order, context)
+    tolerate(store, store.restore_private)
+    if kind == EVALUATE:
+        return call_next(message, context)
+    received = digest_received(message)
+    if config.checkpoint.replay and (kept := tolerate(store, lambda: store.find_trained(message, received))):
+        log(INFO, "client %s answers round %d from its store", order.client_id, order.server_round)
+        return kept
+    reply = call_next(message, context)
+    if not reply.has_error() and (saved := tolerate(store, lambda: store.save(reply, received))):
+        log(DEBUG, "client %s: %s in %s", order.client_id, saved, store.path)
+    return reply
+
+
+def tolerate(store: ClientStore, action: Callable[[], T]) -> T | None:
+    """Return what `action` does with the store; its failure is logged and None, or raised, as on_error says."""
+    try:
+        return action()
+    except CheckpointError as error:
+        if store.config.checkpoint.on_error == "fail":
+            raise
+        log(WARNING, "client %s goes on without its store: %s", store.order.client_id, error)
+        return None
 
 
 def describe(error: Exception) -> str:

@@ -3,11 +3,16 @@
 config.yaml        the resolved config
 metrics.jsonl      one line a round and kind (roster, train, evaluate, central), flushed as it is written
 progress.json      where the run is now: round, phase, replies; for progress bars
+server_chunks.db   the global model after each of the last rounds, and what the server must know to go on from there
 model.safetensors  the final global model
 metrics.json       the summary, written last: status, rounds, accuracy, loss, personal_accuracy, objective,
                    bytes_up, bytes_down, seconds, model_sha256, or status failed and the error
+
+A round is over when server_chunks.db holds it. A resumed run drops the lines of rounds that were not, and goes on.
 """
 
+import difflib
+import fcntl
 import json
 import os
 import time
@@ -15,22 +20,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import numpy as np
+from torch import Tensor, nn
 
-from flapp.config import to_yaml
+from flapp.checkpoint import ChunkManager
+from flapp.config import config_digest, differences, read_yaml, to_yaml
 from flapp.model import save_tensors
 from flapp.settings import Config, ConfigError
 
 
 class RunDirectory:
-    """Write the files of one run; `path` is its folder."""
+    """Write the files of one run, of which no other process may be writing; `path` is its folder."""
 
     def __init__(self, path: Path, config: Config) -> None:
         self.path = path
         self.config = config
         self.started = time.monotonic()
         self.totals: dict[str, Any] = {"rounds": 0, "bytes_up": 0, "bytes_down": 0}
-        self._metrics = (path / "metrics.jsonl").open("a")
+        self._metrics = (path / "metrics.jsonl").open("a+")
+        self._lock()
+        self.store = _open_store(path, config)
 
     @classmethod
     def create(cls, config: Config) -> "RunDirectory":
@@ -39,22 +48,46 @@ class RunDirectory:
         try:
             path.mkdir(parents=True)
         except FileExistsError:
-            raise ConfigError(f"run_name={config.run_name} is taken: {path} exists; choose another name") from None
+            raise ConfigError(taken(config)) from None
         except OSError as error:
             raise ConfigError(f"the run directory {path} cannot be made ({error.strerror}): set home") from error
-        (path / "config.yaml").write_text(to_yaml(config))
+        _write_text(path / "config.yaml", to_yaml(config))
         return cls(path, config)
+
+    @classmethod
+    def reopen(cls, config: Config) -> "RunDirectory":
+        """Open the folder of a run that broke off, cut back to its last complete round; raises ConfigError."""
+        path = check_resumable(config)
+        (path / "metrics.json").unlink(missing_ok=True)
+        _write_text(path / "config.yaml", to_yaml(config))
+        run = cls(path, config)
+        run._drop_lines_after(run.last_round())
+        return run
+
+    def last_round(self) -> int:
+        """Return the number of the last complete round, 0 before the first."""
+        rounds = self.store.rounds()
+        return rounds[-1].round if rounds else 0
+
+    def save_round(self, server_round: int, state: Mapping[str, Tensor | np.ndarray], facts: Mapping[str, Any]) -> None:
+        """Complete a round: keep the global model and the facts that the next rounds need; raises CheckpointError."""
+        os.fsync(self._metrics.fileno())
+        self.store.save_model_chunks(state, server_round, dict(facts), config_digest=config_digest(self.config))
+
+    def load_round(self, server_round: int, model: nn.Module) -> dict[str, Any]:
+        """Load the global model as it was after a round into `model`, and return that round's facts."""
+        kept = self.store.find_round(server_round)
+        if kept is None or kept.config_digest != config_digest(self.config):
+            raise ConfigError(f"{self.store.path} is not of the settings in config.yaml: start a new run")
+        self.store.reconstruct_model_from_chunks(server_round, model)
+        return kept.metrics
 
     def append(self, kind: str, server_round: int, **values: Any) -> None:
         """Add a line to metrics.jsonl; later lines of a kind do not replace earlier ones."""
         line = {"kind": kind, "round": server_round, "time": round(time.time(), 3), **values}
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
-        self.totals["rounds"] = max(self.totals["rounds"], server_round)
-        for key in ("bytes_up", "bytes_down"):
-            self.totals[key] += values.get(key, 0)
-        if kind == "evaluate":
-            self.totals |= {key: values.get(key) for key in ("accuracy", "loss", "personal_accuracy")}
+        self._count(line)
 
     def show_progress(self, server_round: int, phase: str, done: int, asked: int) -> None:
         """Say where the run is, for whoever watches."""
@@ -81,9 +114,76 @@ class RunDirectory:
     def _summarize(self, **values: Any) -> dict[str, Any]:
         seconds = round(time.monotonic() - self.started, 3)
         summary = {**values, **self.totals, "seconds": seconds, "run_dir": str(self.path)}
-        self._metrics.close()
         _write_json(self.path / "metrics.json", summary)
+        self.store.close()
+        self._metrics.close()
         return summary
+
+    def _count(self, line: Mapping[str, Any]) -> None:
+        self.totals["rounds"] = max(self.totals["rounds"], line["round"])
+        for key in ("bytes_up", "bytes_down"):
+            self.totals[key] += line.get(key, 0)
+        if line["kind"] == "evaluate":
+            self.totals |= {key: line.get(key) for key in ("accuracy", "loss", "personal_accuracy")}
+
+    def _lock(self) -> None:
+        """Keep other processes out for as long as this one lives; the system lets go when it is killed."""
+        try:
+            fcntl.flock(self._metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._metrics.close()
+            raise ConfigError(f"run_name={self.config.run_name} is still running: stop it before resume=true") from None
+
+    def _drop_lines_after(self, server_round: int) -> None:
+        """Cut metrics.jsonl before the first line of a later round, or one that was not written to its end."""
+        self._metrics.seek(0)
+        kept, last = 0, 0.0
+        for text in self._metrics.read().splitlines(keepends=True):
+            line = _parse(text)
+            if line is None or line["round"] > server_round:
+                break
+            self._count(line)
+            if line["kind"] != "roster":  # the first line of each start: what lies before it was a pause
+                self.started -= line["time"] - last
+            kept, last = kept + len(text.encode()), line["time"]
+        self._metrics.truncate(kept)
+        self._metrics.seek(0, os.SEEK_END)
+
+
+def taken(config: Config) -> str:
+    """Say that a new run cannot have the name it asks for."""
+    path = config.runs_dir / config.run_name
+    return f"run_name={config.run_name} is taken: {path} exists; choose another name, or go on with it by resume=true"
+
+
+def check_resumable(config: Config) -> Path:
+    """Return the folder of the run that config.run_name names; raises ConfigError when it cannot be gone on with."""
+    path = config.runs_dir / config.run_name
+    if not path.is_dir():
+        known = sorted((folder.name for folder in config.runs_dir.glob("*/")), reverse=True)
+        near = difflib.get_close_matches(config.run_name, known, n=1) or known[:1]
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"resume=true finds no run {config.run_name} in {config.runs_dir}: give run_name{hint}")
+    written = path / "config.yaml"
+    if written.exists() and (changed := differences(read_yaml(written), config)):
+        raise ConfigError(
+            f"run_name={config.run_name} was run with other settings ({'; '.join(changed)}): "
+            "resume with those it began with, or give the new ones another run_name"
+        )
+    return path
+
+
+def _open_store(path: Path, config: Config) -> ChunkManager:
+    cut = config.checkpoint
+    return ChunkManager(path / "server_chunks.db", cut.keep_rounds, cut.chunk_bytes, cut.chunk_num, cut.engine)
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    """Return a line of metrics.jsonl, or None when it was torn off."""
+    try:
+        return json.loads(text) if text.endswith("\n") else None
+    except json.JSONDecodeError:
+        return None
 
 
 def _one_line(error: BaseException) -> str:
@@ -92,6 +192,10 @@ def _one_line(error: BaseException) -> str:
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    _write_text(path, json.dumps(values, indent=1))
+
+
+def _write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(values, indent=1))
+    partial.write_text(text)
     os.replace(partial, path)

@@ -110,9 +110,9 @@ class Roster:
         count = min(sample_size(fraction, len(self.expected)), len(present))
         return sorted(random.Random(derive_seed(*seed)).sample(present, count))
 
-    def order(self, kind: str, client_id: str, server_round: int, arrays: object = None) -> Message:
+    def order(self, kind: str, client_id: str, server_round: int, arrays: object, accepted_round: int) -> Message:
         """Build the message that asks a member to train or evaluate the model in this round."""
-        order = Order(client_id, server_round, self.run_name, source_digest())
+        order = Order(client_id, server_round, self.run_name, source_digest(), accepted_round)
         return pack_order(self.members[client_id].node_id, kind, order, arrays)  # type: ignore[arg-type]
 
     def check(self, client_id: str, claim: Claim) -> str | None:

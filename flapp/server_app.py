@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from functools import partial
+from logging import INFO
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 
 from flapp.config import derive_seed, load
 from flapp.data import ClientLoader, OfflineDataset, check_claim, ensure_artifacts, load_manifest
 from flapp.grid import PolledGrid
-from flapp.messages import Claim
+from flapp.messages import Claim, view
 from flapp.model import build_model
 from flapp.results import RunDirectory
 from flapp.roster import Roster
@@ -26,7 +28,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run a federation from the config in run_config; raises when it fails, after metrics.json has said why."""
     config, _ = load(context.run_config, {})
-    run = RunDirectory.create(config)
+    run = RunDirectory.reopen(config) if config.resume else RunDirectory.create(config)
     try:
         run_rounds(grid, run.config, run)
     except Exception as error:
@@ -40,20 +42,25 @@ def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> None:
     model = initial_model(config)
     polled = PolledGrid(grid)
     roster = build_roster(config, polled)
-    roster.wait(config.strategy.wait_for_clients, config.strategy.min_clients)
-    run.append("roster", 0, clients=len(roster.members), refused=roster.refused, warnings=roster.warnings)
     strategy = build_strategy(config, roster, run)
-    polled.on_reply = lambda done, asked: run.show_progress(
-        strategy.exchange.server_round, strategy.exchange.kind, done, asked
-    )
-    result = strategy.start(
-        polled,
-        ArrayRecord(model.state_dict()),
-        num_rounds=config.num_rounds,
-        timeout=config.strategy.timeout,
-        evaluate_fn=partial(evaluate_centrally, config, run, strategy, model) if config.evaluate.central else None,
-    )
-    run.finish(run.save_model(result.arrays.to_torch_state_dict()))
+    if done := run.last_round():
+        strategy.go_on_after(done, run.load_round(done, model))
+        log(INFO, "%s goes on after round %d of %d", config.run_name, done, config.num_rounds)
+    arrays = ArrayRecord(model.state_dict())
+    if done < config.num_rounds:
+        roster.wait(config.strategy.wait_for_clients, config.strategy.min_clients)
+        run.append("roster", done, clients=len(roster.members), refused=roster.refused, warnings=roster.warnings)
+        polled.on_reply = lambda done, asked: run.show_progress(
+            strategy.exchange.server_round, strategy.exchange.kind, done, asked
+        )
+        arrays = strategy.start(
+            polled,
+            arrays,
+            num_rounds=config.num_rounds - done,
+            timeout=config.strategy.timeout,
+            evaluate_fn=partial(end_round, config, run, strategy, model),
+        ).arrays
+    run.finish(run.save_model(arrays.to_torch_state_dict()))
 
 
 def initial_model(config: Config) -> torch.nn.Module:
@@ -99,12 +106,24 @@ def build_strategy(config: Config, roster: Roster, run: RunDirectory) -> FedAvg:
     )
 
 
-def evaluate_centrally(
-    config: Config, run: RunDirectory, strategy: FedAvg, model: torch.nn.Module, server_round: int, arrays: ArrayRecord
+def end_round(
+    config: Config, run: RunDirectory, strategy: FedAvg, model: torch.nn.Module, flower_round: int, arrays: ArrayRecord
 ) -> MetricRecord | None:
-    """Evaluate the global model on the whole test artifact, in round 0 and the rounds that are evaluated."""
-    if server_round and not strategy.is_evaluated(server_round):
-        return None
+    """Evaluate on the server if the config says so, then complete the round; Flower calls this before round 1 too."""
+    server_round = strategy.done + flower_round
+    if flower_round == 0 and strategy.done:
+        return None  # that round is complete
+    evaluated = server_round == 0 or strategy.is_evaluated(server_round)
+    found = evaluate_centrally(config, run, model, server_round, arrays) if config.evaluate.central and evaluated else None
+    if server_round:
+        run.save_round(server_round, {key: view(array) for key, array in arrays.items()}, strategy.facts())
+    return found
+
+
+def evaluate_centrally(
+    config: Config, run: RunDirectory, model: torch.nn.Module, server_round: int, arrays: ArrayRecord
+) -> MetricRecord:
+    """Evaluate the global model on the whole test artifact."""
     folder = ensure_artifacts(config.data_dir, config.dataset.name) / "test"
     dataset = OfflineDataset(folder, normalization=config.dataset.normalization)
     model.load_state_dict(arrays.to_torch_state_dict())

@@ -111,6 +111,17 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    enabled: bool
+    keep_rounds: Count | None
+    chunk_bytes: Count | None
+    chunk_num: Count | None
+    engine: Literal["auto", "stdlib", "fast"]
+    on_error: Literal["fail", "warn"]
+    replay: bool
+
+
+@dataclass(frozen=True)
 class DistributedDataConfig:
     enabled: bool
     shard_path: str | None
@@ -130,10 +141,11 @@ class DeploymentConfig:
 
 @dataclass(frozen=True)
 class Site:
-    """What only this node knows: its client id in a deployment, or its place among the simulated nodes."""
+    """What only this node knows: its client id and folders in a deployment, or its place among the simulated nodes."""
 
     client_id: str | None = None
     shard_path: str | None = None
+    checkpoint_dir: str | None = None
     partition_id: int = 0
     num_partitions: int = 0
 
@@ -146,12 +158,14 @@ class Config:
     seed: Natural
     clients: Count
     num_rounds: Count
+    resume: bool
     dataset: DatasetConfig
     partition: PartitionConfig
     model: ModelConfig
     strategy: StrategyConfig
     train: TrainConfig
     evaluate: EvaluateConfig
+    checkpoint: CheckpointConfig
     distributed_data: DistributedDataConfig
     deployment: DeploymentConfig
 

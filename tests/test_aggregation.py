@@ -5,7 +5,8 @@ import pytest
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
-from flapp.strategy.aggregation import BLOCK, find_fault, pack, spread, view, weighted_average
+from flapp.messages import pack, view
+from flapp.strategy.aggregation import BLOCK, find_fault, spread, weighted_average
 
 SHAPES = {"weight": (BLOCK + 7, 2), "bias": (5,), "scalar": (), "empty": (0, 3)}
 

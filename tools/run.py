@@ -2,6 +2,7 @@
 
     python -m tools.run                                        the default experiment
     python -m tools.run experiment=toy_regression seed=3       other settings, in Hydra's grammar
+    python -m tools.run run_name=mine resume=true              go on with a run that broke off
     python -m tools.run -m seed=0,1 train.lr=0.001,0.002       a sweep: every combination, each in its own folder
 
 Exits 0 only when every run went to its end; 1 with one line that says what and how to mend it otherwise.
@@ -28,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from flapp.config import CONF, explain, from_tree, to_json
+from flapp.results import check_resumable, taken
 from flapp.settings import Config, ConfigError
 from tools.superlink import PrivateSuperLink, SuperLinkError, available_cpus
 
@@ -43,8 +45,13 @@ class RunError(RuntimeError):
 def run_once(config: Config) -> dict[str, Any]:
     """Run a federation to its end and return its metrics.json; raises RunError, SuperLinkError or ConfigError."""
     path = config.runs_dir / config.run_name
-    if path.exists():
-        raise ConfigError(f"run_name={config.run_name} is taken: {path} exists; choose another name")
+    if config.resume:
+        check_resumable(config)
+        if (summary := read_json(path / "metrics.json")) and summary["status"] == "finished":
+            return summary
+        (path / "metrics.json").unlink(missing_ok=True)  # how an earlier start failed, which follow() waits not for
+    elif path.exists():
+        raise ConfigError(taken(config))
     cpus = config.deployment.total_cpus or available_cpus()
     if config.deployment.client_cpus > cpus:
         raise ConfigError(f"deployment.client_cpus={config.deployment.client_cpus} is more than the {cpus} there are")

@@ -4,40 +4,16 @@ Sums are taken in float64, block by block while a block stays in cache, and roun
 so equal float32 models average to themselves bit for bit. Arrays are read where they lie in the messages, never copied.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from tokenize import TokenError
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
-HEADER_ERRORS = (ValueError, TypeError, SyntaxError, TokenError, RecursionError, MemoryError, LookupError)  # of numpy
+from flapp.messages import pack, view
+
 BLOCK = 1 << 17  # elements: two float64 blocks near the level-2 cache, in loops long enough for threads to pay
 THREADS = 2  # numpy frees the GIL in its loops; memory bandwidth is used up by two
-
-
-def view(array: Array) -> np.ndarray:
-    """Return the read-only numpy array inside a Flower Array; raises ValueError when its bytes are not one."""
-    stream = io.BytesIO(array.data[:4096])
-    try:
-        major, _ = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(stream)
-        if dtype.hasobject:
-            raise ValueError("it holds Python objects")
-        flat = np.frombuffer(array.data, dtype, offset=stream.tell())
-        return flat.reshape(shape, order="F" if fortran else "C")
-    except HEADER_ERRORS as error:
-        raise ValueError(f"not a plain array of {array.dtype} {list(array.shape)} ({error})") from error
-
-
-def pack(values: np.ndarray) -> Array:
-    """Return a numpy array as a Flower Array, with one copy where Array(values) makes three."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
-    data = b"".join((header.getvalue(), np.ascontiguousarray(values).data))
-    return Array(str(values.dtype), values.shape, "numpy.ndarray", data)
 
 
 def find_fault(record: ArrayRecord, expected: ArrayRecord) -> str | None:

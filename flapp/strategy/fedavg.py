@@ -58,6 +58,7 @@ class FedAvg(FlowerFedAvg):
 
     roster: who may take part; run: where results go; weighting: `num-examples` or `uniform`; min_replies: valid
     replies a phase needs, or FederationError; evaluate_every: rounds between evaluations, the last always is one.
+    Flower counts rounds from 1 at every start; `done` are the rounds of earlier starts, which go before them.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class FedAvg(FlowerFedAvg):
         self.weighting = weighting
         self.min_replies = min_replies
         self.evaluate_every = evaluate_every
+        self.done = 0
+        self.accepted: dict[str, int] = {}
         self.expected = ArrayRecord()
         self.exchange = Exchange(TRAIN, 0)
 
@@ -87,6 +90,15 @@ class FedAvg(FlowerFedAvg):
         """Log what Flower logs of a strategy, in our words."""
         drawn = f"{self.fraction_train:g} of the clients train, {self.fraction_evaluate:g} evaluate"
         log(INFO, "\t└──> %s; weighted by %s; min_replies %d", drawn, self.weighting, self.min_replies)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a later start must know besides the global model: each client's last accepted round."""
+        return {"accepted": self.accepted}
+
+    def go_on_after(self, done: int, facts: dict[str, Any]) -> None:
+        """Go on after the first `done` rounds, with the facts of that moment."""
+        self.done = done
+        self.accepted = dict(facts["accepted"])
 
     def is_evaluated(self, server_round: int) -> bool:
         """Say whether this round ends with an evaluation."""
@@ -97,15 +109,15 @@ class FedAvg(FlowerFedAvg):
     ) -> Iterable[Message]:
         """Draw this round's clients and ask them to train the global model."""
         self.expected = arrays
-        return self._ask(TRAIN, server_round, arrays, self.fraction_train)
+        return self._ask(TRAIN, self.done + server_round, arrays, self.fraction_train)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Draw clients to evaluate the new global model, in the rounds that are evaluated."""
-        if not self.is_evaluated(server_round):
+        if not self.is_evaluated(self.done + server_round):
             return []
-        return self._ask(EVALUATE, server_round, arrays, self.fraction_evaluate)
+        return self._ask(EVALUATE, self.done + server_round, arrays, self.fraction_evaluate)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -119,24 +131,26 @@ class FedAvg(FlowerFedAvg):
         loss = sum(m["train-loss"] * n for m, n in zip(metrics, examples, strict=True)) / sum(examples)
         arrays = weighted_average([unpack_arrays(exchange.good[name][1].content) for name in names], weights)
         busy = {name: round(m["seconds"], 3) for name, m in zip(names, metrics, strict=True) if "seconds" in m}
-        self.run.append(TRAIN, server_round, loss=loss, client_seconds=busy, **exchange.log_line())
+        self.run.append(TRAIN, exchange.server_round, loss=loss, client_seconds=busy, **exchange.log_line())
+        self.accepted |= dict.fromkeys(names, exchange.server_round)
         exchange.good.clear()  # every client's model, which evaluation has no use for
         return arrays, MetricRecord({"train-loss": loss})
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Add up correct answers and losses over clients: exact, not a mean of means; log the spread over clients."""
-        if not self.is_evaluated(server_round):
+        if not self.is_evaluated(self.done + server_round):
             return None
         exchange = self._receive(replies)
         tested = {name: m for name, (m, _) in sorted(exchange.good.items()) if m[NUM_EXAMPLES]}
         result = _totals(tested, "") | _totals(tested, "personal-")
-        self.run.append(EVALUATE, server_round, **result, **exchange.log_line())
+        self.run.append(EVALUATE, exchange.server_round, **result, **exchange.log_line())
         return MetricRecord({key.replace("_", "-"): v for key, v in result.items() if isinstance(v, float)})
 
     def _ask(self, kind: str, server_round: int, arrays: ArrayRecord, fraction: float) -> list[Message]:
         self.roster.refresh()
         chosen = self.roster.sample(fraction, self.seed, server_round, kind)
-        sent = {name: self.roster.order(kind, name, server_round, arrays) for name in chosen}
+        accepted = {name: self.accepted.get(name, 0) for name in chosen}
+        sent = {name: self.roster.order(kind, name, server_round, arrays, accepted[name]) for name in chosen}
         self.exchange = Exchange(kind, server_round, sent, absent=self.roster.missing())
         self.run.show_progress(server_round, kind, 0, len(sent))
         return list(sent.values())
