@@ -16,13 +16,15 @@ from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
-from flapp.settings import WRITER_PARTITIONS, Config, ConfigError, Site, build, hint, setting_names
+from flapp.settings import RANKS_MAY_DIFFER, WRITER_PARTITIONS, Config, ConfigError, Site, build, hint, setting_names
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 PATHS = (
     ("home",),
     ("dataset", "source"),
     ("partition", "mapping"),
+    ("model", "pretrained"),
+    ("lora", "adapter"),
     ("distributed_data", "shard_path"),
     ("distributed_data", "manifest"),
 )
@@ -188,7 +190,7 @@ def _check_together(config: Config) -> None:
                 f"{setting}={value} is relative, and the apps run in another folder: give an absolute path"
             )
     images, train, strategy = len(config.dataset.shape) == 3, config.train, config.strategy
-    shards = config.distributed_data
+    shards, lora = config.distributed_data, config.lora
     sampled = sample_size(strategy.fraction_train, config.clients)
     name = Path(config.run_name)
     rules = [
@@ -253,6 +255,38 @@ def _check_together(config: Config) -> None:
         (
             train.optimizer == "adamw" and train.momentum > 0,
             f"train.momentum={train.momentum} has no meaning for adamw: set train.optimizer=sgd or train.momentum=0",
+        ),
+        (
+            strategy.name == "fedlora" and not lora.enabled,
+            "FedLoRA needs a model with adapters: set lora=default (got lora=none)",
+        ),
+        (
+            strategy.name != "fedlora" and lora.enabled,
+            f"lora=default trains adapters, strategy={strategy.name} sends whole models: set strategy=fedlora or lora=none",
+        ),
+        (
+            (strategy.name == "fedlora") != (strategy.aggregation is not None),
+            f"strategy.aggregation={strategy.aggregation} does not go with strategy={strategy.name}: it is a rule for "
+            "adapters, which strategy=fedlora has",
+        ),
+        (
+            lora.enabled and not lora.targets,
+            "lora.targets is empty: name the layers that get adapters, such as [qkv,proj]",
+        ),
+        (
+            lora.rank_by_client is not None and strategy.aggregation not in RANKS_MAY_DIFFER,
+            f"lora.rank_by_client gives clients different ranks, which strategy.aggregation={strategy.aggregation} "
+            f"cannot aggregate: choose one of {', '.join(RANKS_MAY_DIFFER)}",
+        ),
+        (
+            max(lora.rank_by_client or (0,)) > lora.rank,
+            f"lora.rank_by_client={list(lora.rank_by_client or ())} has more than lora.rank={lora.rank}, the largest: "
+            "raise lora.rank",
+        ),
+        (
+            strategy.server_optimizer is not None and strategy.aggregation not in (None, "fedit"),
+            f"strategy.server_optimizer={strategy.server_optimizer} steps along an average, which "
+            f"strategy.aggregation={strategy.aggregation} is not: use fedit or fedavg",
         ),
         (
             strategy.min_replies > sampled,

@@ -2,6 +2,7 @@
 
     type          server to client                       client to server
     query.attest  order                                  claim-<client id> for each client at the node
+    query.base    order, piece, arrays (of the base)     metrics (pieces still missing)
     train         order, arrays (the global model)       arrays (the trained model), metrics, claim
     evaluate      order, arrays                          metrics, claim
 
@@ -23,8 +24,8 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-ATTEST, TRAIN, EVALUATE = "query.attest", "train", "evaluate"
-ARRAYS, ORDER, METRICS, CLAIM = "arrays", "order", "metrics", "claim"
+ATTEST, BASE, TRAIN, EVALUATE = "query.attest", "query.base", "train", "evaluate"
+ARRAYS, ORDER, METRICS, CLAIM, PIECE = "arrays", "order", "metrics", "claim", "piece"
 NUM_EXAMPLES = "num-examples"
 HEADER_ERRORS = (ValueError, TypeError, SyntaxError, TokenError, RecursionError, MemoryError, LookupError)  # of numpy
 
@@ -38,7 +39,9 @@ class Order:
     """What the server asks: of which client, in which round, under which run name.
 
     accepted_round is the last round in which the server took this client's trained model, 0 for none: whatever
-    private state the client keeps between rounds, it goes on from there.
+    private state the client keeps between rounds, it goes on from there. With adapters, base is the digest of the
+    frozen tensors that the client must hold, returns names those it trains and sends back, and private those it
+    trains and keeps; without, all of the model travels.
     """
 
     client_id: str
@@ -46,6 +49,9 @@ class Order:
     run_name: str
     source_digest: str
     accepted_round: int = 0
+    base: str = ""
+    returns: tuple[str, ...] = ()
+    private: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Claim:
     label_hist: tuple[int, ...] = ()
     shard_digest: str = ""
     last_modified: float = 0.0
+    base_digest: str = ""
     source_digest: str = ""
     versions: str = ""
     fault: str = ""
@@ -108,6 +115,22 @@ def unpack_arrays(content: RecordDict) -> ArrayRecord:
     if ARRAYS not in content.array_records:
         raise MessageError("the message carries no arrays")
     return content.array_records[ARRAYS]
+
+
+def pack_piece(node_id: int, order: Order, index: int, count: int, arrays: ArrayRecord) -> Message:
+    """Build the message that carries piece `index` of `count` of the base that `order` names."""
+    message = pack_order(node_id, BASE, order, arrays)
+    message.content[PIECE] = ConfigRecord({"index": index, "count": count})
+    return message
+
+
+def unpack_piece(content: RecordDict) -> tuple[int, int, ArrayRecord]:
+    """Read a piece of the base: its index, the number of pieces, and the tensors."""
+    record = content.config_records.get(PIECE, ConfigRecord())
+    index, count = record.get("index"), record.get("count")
+    if type(index) is not int or type(count) is not int or not 0 <= index < count:
+        raise MessageError(f"the message's piece is number {index} of {count}")
+    return index, count, unpack_arrays(content)
 
 
 def pack_claims(message: Message, claims: list[Claim]) -> Message:
@@ -182,7 +205,7 @@ def _read_claim(content: RecordDict, key: str) -> Claim:
     values = _fields(content, key, Claim)
     if any(type(count) is not int or count < 0 for count in values["label_hist"]):
         raise MessageError(f"the message's {key} has a label histogram that is not of counts")
-    return Claim(**values | {"label_hist": tuple(values["label_hist"])})
+    return Claim(**values)
 
 
 def _fields(content: RecordDict, key: str, cls: type) -> dict[str, Any]:
@@ -195,4 +218,4 @@ def _fields(content: RecordDict, key: str, cls: type) -> dict[str, Any]:
     wrong = {n for n in expected.keys() | values.keys() if n not in expected or type(values.get(n)) is not expected[n]}
     if wrong:
         raise MessageError(f"the message's {key} has a missing, foreign or mistyped entry: {', '.join(sorted(wrong))}")
-    return values
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

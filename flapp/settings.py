@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 
 T = TypeVar("T")
 
+RANKS_MAY_DIFFER = ("flora", "flexlora", "hetlora")  # rules of aggregation
 WRITER_PARTITIONS = ("natural", "round_robin", "random", "manual")  # made with the shards, of whole writers
 
 
@@ -43,6 +44,7 @@ Natural = Annotated[int, Bound(ge=0)]
 Positive = Annotated[float, Bound(gt=0)]
 NotNegative = Annotated[float, Bound(ge=0)]
 Fraction = Annotated[float, Bound(gt=0, le=1)]
+Dropout = Annotated[float, Bound(ge=0, le=0.99)]
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,31 @@ class PartitionConfig:
 class ModelConfig:
     name: str
     image_size: Count | None
-    dropout: Annotated[float, Bound(ge=0, le=0.99)]
+    dropout: Dropout
+    pretrained: str | None
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    enabled: bool
+    rank: Count
+    alpha: Positive
+    targets: tuple[str, ...]
+    dropout: Dropout
+    rank_by_client: tuple[Count, ...] | None
+    adapter: str | None
 
 
 @dataclass(frozen=True)
 class StrategyConfig:
-    name: Literal["fedavg"]
+    name: Literal["fedavg", "fedlora"]
+    aggregation: Literal["fedit", "ffa", "rolora", "fedsa", "flora", "fedex", "flexlora", "hetlora"] | None
     fraction_train: Fraction
     fraction_evaluate: Fraction
-    weighting: Literal["num-examples", "uniform"]
+    weighting: Literal["num-examples", "uniform", "alignment"]
+    server_optimizer: Literal["fedadam", "fedyogi", "fedavgm"] | None
+    server_lr: Positive
+    server_momentum: Annotated[float, Bound(ge=0, le=0.999)]
     min_replies: Count
     min_clients: Count | None
     wait_for_clients: Positive
@@ -96,6 +114,11 @@ class TrainConfig:
     batch_size: Count
     epochs: Count
     steps: Count | None
+    accumulate: Count
+    clip_norm: Positive | None
+    proximal_mu: NotNegative
+    precision: Literal["float32", "bfloat16"]
+    compile: bool
     device: Literal["auto", "cpu", "cuda"]
     threads: Count
 
@@ -162,6 +185,7 @@ class Config:
     dataset: DatasetConfig
     partition: PartitionConfig
     model: ModelConfig
+    lora: LoRAConfig
     strategy: StrategyConfig
     train: TrainConfig
     evaluate: EvaluateConfig
@@ -180,6 +204,10 @@ class Config:
     @property
     def manifest_path(self) -> Path:
         return Path(self.distributed_data.manifest or self.shards_dir)
+
+    @property
+    def models_dir(self) -> Path:
+        return Path(self.home) / "models"
 
     @property
     def runs_dir(self) -> Path:

@@ -29,6 +29,53 @@ class Evaluation:
     count: int
 
 
+@dataclass(frozen=True)
+class StepRules:
+    """How gradients become a step: batches per step, longest gradient, FedProx's pull, and the precision before."""
+
+    accumulate: int = 1
+    clip_norm: float | None = None
+    proximal_mu: float = 0.0
+    precision: str = "float32"
+
+
+class Stepper:
+    """Step an optimiser after every `accumulate` backward passes, along the mean of their gradients.
+
+    proximal_mu adds mu (w - w_0) to it, the gradient of FedProx's mu / 2 ||w - w_0||^2, w_0 being the weights that
+    training began with (Li et al. 2020, arXiv:1812.06127, equation 2).
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, rules: StepRules) -> None:
+        self.optimizer = optimizer
+        self.rules = rules
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.start = [p.detach().clone() for p in self.parameters] if rules.proximal_mu else []
+        self.waiting = 0
+        optimizer.zero_grad(set_to_none=True)
+
+    def __call__(self, last: bool = False) -> None:
+        """Count a backward pass and step when it is time; `last` steps with what is left over."""
+        self.waiting += not last
+        if self.waiting == 0 or (not last and self.waiting < self.rules.accumulate):
+            return
+        with torch.no_grad():
+            self._shape_gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.waiting = 0
+
+    def _shape_gradients(self) -> None:
+        pairs = [(p, p.grad) for p in self.parameters if p.grad is not None]
+        if self.waiting > 1:
+            torch._foreach_div_([grad for _, grad in pairs], self.waiting)
+        for p, start in zip(self.parameters, self.start, strict=False):
+            if p.grad is not None:
+                p.grad.add_(p - start, alpha=self.rules.proximal_mu)
+        if self.rules.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.rules.clip_norm)
+
+
 def loss_of(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Return cross-entropy for class labels (int64) or the squared error for real targets (float)."""
     if targets.dtype == torch.int64:
@@ -60,6 +107,7 @@ def train(
     epochs: int = 1,
     steps: int | None = None,
     seed: int = 0,
+    rules: StepRules = StepRules(),  # noqa: B008 - it is frozen
 ) -> TrainResult:
     """Train in place for `epochs` passes over `batches`, or for exactly `steps` batches if given.
 
@@ -68,17 +116,19 @@ def train(
     """
     device = next(model.parameters()).device
     total, samples, done = torch.zeros((), dtype=torch.float64, device=device), 0, 0
+    take_step = Stepper(optimizer, rules)
     model.train()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for inputs, targets in _repeat(batches, epochs, steps):
             inputs, targets = inputs.to(device), targets.to(device)
-            optimizer.zero_grad(set_to_none=True)
-            loss = loss_of(model(inputs), targets)
+            with torch.autocast(device.type, torch.bfloat16, enabled=rules.precision == "bfloat16"):
+                loss = loss_of(model(inputs), targets)
             loss.backward()
-            optimizer.step()
+            take_step()
             total += loss.detach() * len(targets)
             samples, done = samples + len(targets), done + 1
+        take_step(last=True)
     if done == 0:
         raise ValueError("there is no training sample to learn from")
     mean = total.item() / samples

@@ -1,4 +1,4 @@
-"""The datasets that need no download: scikit-learn's handwritten digits, and a toy regression."""
+"""The datasets that need no download: scikit-learn's handwritten digits, upright and turned, and a toy regression."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +24,12 @@ def _digits() -> tuple[dict[str, Split], list[str]]:
     return {"train": (images[train], labels[train]), "test": (images[test], labels[test])}, list("0123456789")
 
 
+def _turned_digits() -> tuple[dict[str, Split], list[str]]:
+    """Return the digits inverted and turned by a quarter: another task for a model that knows the digits."""
+    splits, classes = _digits()
+    return {s: (np.rot90(255 - images, axes=(1, 2)), labels) for s, (images, labels) in splits.items()}, classes
+
+
 def _regression() -> tuple[dict[str, Split], list[str]]:
     """Return y = w x + b + noise over ten features, 300 training and 90 test samples."""
     rng = np.random.default_rng(0)
@@ -33,7 +39,11 @@ def _regression() -> tuple[dict[str, Split], list[str]]:
     return {"train": (x[:300], y[:300]), "test": (x[300:], y[300:])}, []
 
 
-EMBEDDED: dict[str, Callable[[], tuple[dict[str, Split], list[str]]]] = {"digits": _digits, "regression": _regression}
+EMBEDDED: dict[str, Callable[[], tuple[dict[str, Split], list[str]]]] = {
+    "digits": _digits,
+    "digits_turned": _turned_digits,
+    "regression": _regression,
+}
 
 
 def ensure_artifacts(data: Path, name: str) -> Path:

@@ -1,0 +1,94 @@
+"""The frozen base of adapters on disk: home/models/<digest>/base.safetensors.
+
+The digest is of the tensors, whatever file they came in. A base that arrives in pieces is gathered beside, in
+<digest>.pieces/<index>.safetensors, and put in place when it is whole and its digest is right.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from torch import Tensor
+
+from flapp.checkpoint import digest_of
+from flapp.model import load_tensors, save_tensors
+
+PIECE_BYTES = 16 << 20
+
+
+class BaseError(ValueError):
+    """A base that is not there or not what its name says."""
+
+
+def keep_base(models: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Store a base below `models` unless it is there already, and return its digest."""
+    digest = digest_of(tensors)
+    path = base_path(models, digest)
+    if find_base(models, digest) != digest:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(tensors, path)
+    return digest
+
+
+def find_base(models: Path, digest: str) -> str:
+    """Return the digest of what is stored under this name, which should be the same, or "" when nothing is."""
+    path = base_path(models, digest)
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return ""
+    return _digest_of_file(path, facts.st_mtime_ns, facts.st_size)
+
+
+def load_base(models: Path, digest: str) -> dict[str, Tensor]:
+    """Read a base; raises BaseError when it is missing or has another digest."""
+    found = find_base(models, digest)
+    if found != digest:
+        what = f"holds {found[:12]}" if found else "is missing"
+        raise BaseError(f"base {digest[:12]}: {base_path(models, digest)} {what}; restart this client to receive it")
+    return load_tensors(base_path(models, digest))[0]
+
+
+def cut_base(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Cut a base into pieces of whole tensors, each of about PIECE_BYTES."""
+    piece: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        piece[key] = tensor
+        if sum(t.nbytes for t in piece.values()) >= PIECE_BYTES:
+            yield piece
+            piece = {}
+    if piece:
+        yield piece
+
+
+def receive_piece(models: Path, digest: str, index: int, count: int, tensors: Mapping[str, Tensor]) -> int:
+    """Keep a piece, put the base in place when it is the last to come, and return how many are still missing."""
+    folder = models / f"{digest}.pieces"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(tensors, folder / f"{index}.safetensors")
+    pieces = [folder / f"{i}.safetensors" for i in range(count)]
+    if missing := sum(not piece.exists() for piece in pieces):
+        return missing
+    whole = {key: tensor for piece in pieces for key, tensor in load_tensors(piece)[0].items()}
+    shutil.rmtree(folder)
+    if (found := digest_of(whole)) != digest:
+        raise BaseError(f"the base that arrived has digest {found[:12]}, the server's is {digest[:12]}")
+    keep_base(models, whole)
+    return 0
+
+
+def base_path(models: Path, digest: str) -> Path:
+    """Say where a base lies."""
+    if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+        raise BaseError(f"{digest!r} is not the digest of a base")
+    return models / digest / "base.safetensors"
+
+
+@lru_cache(maxsize=16)
+def _digest_of_file(path: Path, modified: int, size: int) -> str:
+    """Return the digest of the tensors in a file, read once for each state of it; "damaged" when it is not one."""
+    try:
+        return digest_of(load_tensors(path)[0])
+    except ValueError:
+        return "damaged"
