@@ -28,7 +28,7 @@ def settings(data_home: Path, tmp_path: Path) -> Config:
 
 
 def model(value: float) -> ArrayRecord:
-    return ArrayRecord({"weight": Array(np.full((3, 2), value, np.float32)), "steps": Array(np.int64(7))})
+    return ArrayRecord({"weight": Array(np.full((3, 2), value, np.float32)), "steps": Array(np.array(7))})
 
 
 class Client:
@@ -62,7 +62,7 @@ class Client:
                 context.state[private_key("0")] = ArrayRecord({"own": Array(np.array([own], np.float32))})
             claim = open_client_data(self.settings, Site(client_id="0"), "0").claim
             received = unpack_arrays(message.content)["weight"].numpy()
-            trained = ArrayRecord({"weight": Array(received + 1), "steps": Array(np.int64(8))})
+            trained = ArrayRecord({"weight": Array(received + 1), "steps": Array(np.array(8))})
             return pack_reply(message, claim, {"num-examples": 5, "train-loss": 0.1 + server_round}, trained)
 
         return checkpoint_mod(message, context, app)
