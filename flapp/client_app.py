@@ -22,7 +22,7 @@ from flapp.messages import (
 )
 from flapp.model import build_model
 from flapp.mods import checkpoint_mod, describe, name_errors_mod
-from flapp.settings import Config, ConfigError, DatasetConfig, ModelConfig, Site
+from flapp.settings import Config, DatasetConfig, ModelConfig, Site
 from flapp.training import TrainResult, build_optimizer, evaluate, scheduled_lr, train
 
 app = ClientApp(mods=[name_errors_mod, checkpoint_mod])

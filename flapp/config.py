@@ -50,8 +50,8 @@ def load(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> tuple
 
 def read_site(node_config: Mapping[str, Any]) -> Site:
     """Read a node's own facts from Flower's node_config; raises ConfigError for a key that nothing reads."""
-    paths = {"shard-path": str, "checkpoint-dir": str}
-    known = {"client-id": str, "partition-id": int, "num-partitions": int} | paths
+    paths = ("shard-path", "checkpoint-dir")
+    known: dict[str, Any] = {"client-id": str, "partition-id": int, "num-partitions": int} | dict.fromkeys(paths, str)
     for key, value in node_config.items():
         if key not in known:
             raise ConfigError(f"node-config has {key}, which is not a setting{hint(key, known)}")

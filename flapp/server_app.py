@@ -114,7 +114,9 @@ def end_round(
     if flower_round == 0 and strategy.done:
         return None  # that round is complete
     evaluated = server_round == 0 or strategy.is_evaluated(server_round)
-    found = evaluate_centrally(config, run, model, server_round, arrays) if config.evaluate.central and evaluated else None
+    found = (
+        evaluate_centrally(config, run, model, server_round, arrays) if config.evaluate.central and evaluated else None
+    )
     if server_round:
         run.save_round(server_round, {key: view(array) for key, array in arrays.items()}, strategy.facts())
     return found

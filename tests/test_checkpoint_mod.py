@@ -24,11 +24,13 @@ SITE = {"client-id": "0"}
 @pytest.fixture
 def settings(data_home: Path, tmp_path: Path) -> Config:
     """Return the settings of a toy run whose stores lie in this test's folder."""
-    return config.compose([f"home={data_home}", "experiment=toy_regression", "run_name=mod", "checkpoint.chunk_num=null"])
+    return config.compose(
+        [f"home={data_home}", "experiment=toy_regression", "run_name=mod", "checkpoint.chunk_num=null"]
+    )
 
 
 def model(value: float) -> ArrayRecord:
-    return ArrayRecord({"weight": Array(np.full((3, 2), value, np.float32)), "steps": Array(np.int64(7))})
+    return ArrayRecord({"weight": Array(np.full((3, 2), value, np.float32)), "steps": Array(np.array(7))})
 
 
 class Client:
@@ -62,7 +64,7 @@ class Client:
                 context.state[private_key("0")] = ArrayRecord({"own": Array(np.array([own], np.float32))})
             claim = open_client_data(self.settings, Site(client_id="0"), "0").claim
             received = unpack_arrays(message.content)["weight"].numpy()
-            trained = ArrayRecord({"weight": Array(received + 1), "steps": Array(np.int64(8))})
+            trained = ArrayRecord({"weight": Array(received + 1), "steps": Array(np.array(8))})
             return pack_reply(message, claim, {"num-examples": 5, "train-loss": 0.1 + server_round}, trained)
 
         return checkpoint_mod(message, context, app)
@@ -83,7 +85,7 @@ def test_the_store_holds_what_was_sent_to_the_bit(settings: Config, tmp_path: Pa
         assert kept[key].numpy().dtype == array.numpy().dtype
 
 
-def test_the_same_message_again_is_answered_from_the_store_with_the_same_reply(settings: Config, tmp_path: Path) -> None:
+def test_the_same_message_again_is_answered_from_the_store(settings: Config, tmp_path: Path) -> None:
     client = Client(settings, tmp_path)
     first, again = client.ask(1, 0.1), client.ask(1, 0.1)
     assert client.calls == 1
