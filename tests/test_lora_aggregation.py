@@ -162,8 +162,9 @@ def test_hetlora_pads_and_weighs_by_the_norm_of_each_product(shape: tuple[int, i
     np.testing.assert_allclose(result.A, wanted_a, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(result.B, wanted_b, rtol=1e-5, atol=1e-6)
     assert len(np.asarray(RULES["hetlora"].aggregate(group).A)) == 6
-    with pytest.raises(ValueError, match="ask for the largest rank"):
-        RULES["hetlora"].aggregate(group, 4)
+    for rank, fault in ((4, "ask for the largest rank"), (0, "must be 1 or more, got 0")):
+        with pytest.raises(ValueError, match=fault):
+            RULES["hetlora"].aggregate(group, rank)
 
 
 @pytest.mark.parametrize("word", RULES)
@@ -237,7 +238,7 @@ def test_what_is_folded_is_sent_as_factors_until_the_product_is_smaller() -> Non
 
 @pytest.mark.parametrize("word", ["flexlora", "hetlora"])
 def test_directions_that_nobody_trained_come_back_to_life_without_changing_the_product(word: str) -> None:
-    group = clients(word, (20, 30), 1, [2])
+    group = clients(word, (20, 30), 1, [2]) * 3  # of rank 2 all together, though six rows are stacked
     result = RULES[word].aggregate(group, 5)
     assert result.A is not None
     assert result.B is not None
@@ -246,7 +247,8 @@ def test_directions_that_nobody_trained_come_back_to_life_without_changing_the_p
     assert np.array_equal(alive[2:], fresh[2:])
     assert np.array_equal(alive[:2], result.A[:2])
     assert np.array_equal(result.B @ alive, result.B @ result.A)
-    assert np.array_equal(refill(0 * fresh, np.ones_like(result.B), fresh), 0 * fresh)
+    for A, B in ((0 * fresh, result.B + 1), (fresh + 1, 0 * result.B)):  # one zero factor gets gradients
+        assert np.array_equal(refill(A, B, fresh), A)
 
 
 @pytest.mark.parametrize("word", SINGLE)
@@ -254,7 +256,6 @@ def test_unequal_ranks_are_refused_by_name_where_the_rule_needs_one(word: str) -
     group = clients("fedit", (20, 30), 3, [4, 8, 4])
     with pytest.raises(ValueError, match=rf"{word} needs one rank for all clients, got \[4, 8, 4\]"):
         RULES[word].aggregate(group)
-    assert not RULES[word].any_rank
 
 
 def test_factors_that_should_be_common_and_are_not_are_refused() -> None:
@@ -268,13 +269,11 @@ def test_factors_that_should_be_common_and_are_not_are_refused() -> None:
         RULES["ffa"].aggregate([Factors(each, np.ones((20, 4), np.float32), 1) for each in (zeros, -zeros)])
 
 
-@pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [1.0, float("inf")]])
+@pytest.mark.parametrize("weights", [[], [0.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [1.0, float("inf")]])
 def test_weights_without_a_mean_are_refused(weights: list[float]) -> None:
-    group = [client._replace(weight=w) for client, w in zip(clients("fedit", (5, 6), 2), weights, strict=True)]
+    group = [client._replace(weight=w) for client, w in zip(clients("fedit", (5, 6), 2), weights, strict=False)]
     with pytest.raises(ValueError, match="weights must be finite"):
         RULES["fedit"].aggregate(group)
-    with pytest.raises(ValueError, match="weights must be finite"):
-        RULES["fedit"].aggregate([])
 
 
 @pytest.mark.parametrize(
