@@ -1,0 +1,296 @@
+"""Averages of LoRA adapters by eight rules, one layer at a time: pure maths in numpy.
+
+Client k has A_k (rank_k, in), B_k (out, rank_k) and a weight w_k; p_k = w_k / sum w. Its layer adds scaling * B_k A_k
+to the frozen base (LoRA, Hu et al. 2021, arXiv:2106.09685), and scaling = alpha / lora.rank is one number for all
+clients whatever their own rank, so the maths here are on B A alone. The ideal is sum_k p_k B_k A_k, and RULES says what
+each rule makes of it. Sums are taken in float64 and rounded once to the dtype that came in; give clients in an order
+of their own (by client id), and equal input gives equal bits. Clients of weight zero are left out.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Factors(NamedTuple):
+    """What one client has in one layer: A (rank, in), B (out, rank) or None where B stays at home, and its weight."""
+
+    A: np.ndarray
+    B: np.ndarray | None
+    weight: float
+
+
+@dataclass(frozen=True, eq=False)
+class Aggregated:
+    """The new layer: adapter factors, and the matrices whose product goes into the base.
+
+    A is None when the caller makes a fresh adapter (A from its seed, B zero); B is None then, and when every client
+    keeps its own. `folded` is (left, right), or (dense,) once that is smaller; the caller adds scaling times
+    their product, shape (out, in), to the base weight.
+    """
+
+    A: np.ndarray | None
+    B: np.ndarray | None
+    folded: tuple[np.ndarray, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer of the clients that count, checked: factors as they came, shares p_k > 0 summing to 1, rank asked."""
+
+    A: list[np.ndarray]
+    B: list[np.ndarray]  # empty where B stays at home
+    shares: np.ndarray
+    rank: int
+
+    def stacked(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return float64 (out, ranks) and (ranks, in) whose product is the ideal, sum_k p_k B_k A_k."""
+        left = [np.multiply(B, share, dtype=np.float64) for B, share in zip(self.B, self.shares, strict=True)]
+        return np.hstack(left), np.vstack(self.A).astype(np.float64)
+
+
+def fedit(layer: Layer) -> Aggregated:
+    """Average A and B apart (FedIT, Zhang et al. 2023, arXiv:2305.05644); the mean of products is not met."""
+    return Aggregated(_mean(layer.A, layer.shares), _mean(layer.B, layer.shares))
+
+
+def ffa(layer: Layer) -> Aggregated:
+    """Average B over one A that nobody trains, which is exact (FFA-LoRA, Sun et al. 2024, arXiv:2403.12313)."""
+    if not _all_equal(layer.A):
+        raise ValueError("ffa needs the same A from every client, bit for bit: freeze A and give all one seed")
+    return Aggregated(layer.A[0], _mean(layer.B, layer.shares))
+
+
+def rolora(layer: Layer) -> Aggregated:
+    """Average the factor trained this round over the frozen one: exact (RoLoRA, Chen et al. 2024, arXiv:2409.02346)."""
+    if _all_equal(layer.A):
+        return Aggregated(layer.A[0], _mean(layer.B, layer.shares))
+    if _all_equal(layer.B):
+        return Aggregated(_mean(layer.A, layer.shares), layer.B[0])
+    raise ValueError("rolora needs the same A or the same B from every client: freeze the factor that does not travel")
+
+
+def fedsa(layer: Layer) -> Aggregated:
+    """Average A and leave every client its B (FedSA-LoRA, Guo et al. 2024, arXiv:2410.01463): it applies B_k A."""
+    return Aggregated(_mean(layer.A, layer.shares), None)
+
+
+def flora(layer: Layer) -> Aggregated:
+    """Stack [B_1 ...] and [p_1 A_1; ...] and fold all of it: exact (FLoRA, Wang et al. 2024, arXiv:2409.05976)."""
+    right = [np.multiply(A, share, dtype=np.float64) for A, share in zip(layer.A, layer.shares, strict=True)]
+    return Aggregated(None, None, _fold(np.hstack(layer.B), np.vstack(right), layer.A[0].dtype))
+
+
+def fedex(layer: Layer) -> Aggregated:
+    """Average A and B apart and fold the residual (FedEx-LoRA, Singhal et al. 2024, arXiv:2410.09432); exact.
+
+    The residual sum_k p_k B_k A_k - B A is taken from B and A as rounded, so what rounding lost is folded too.
+    """
+    A, B = _mean(layer.A, layer.shares), _mean(layer.B, layer.shares)
+    left, right = layer.stacked()
+    return Aggregated(A, B, _fold(np.hstack([left, -B]), np.vstack([right, A]), A.dtype))
+
+
+def flexlora(layer: Layer) -> Aggregated:
+    """Return the best adapter of the rank asked: a truncated SVD of the ideal (FlexLoRA, Bai et al., arXiv:2402.11505).
+
+    B = U sqrt(S) and A = sqrt(S) V^T, the largest singular value first, and the largest entry of each column of U
+    positive. Directions that the ideal lacks are zero in both: see `refill`.
+    """
+    left, right = layer.stacked()
+    u, s, vt = _truncated_svd(left, right, layer.rank)
+    peaks = np.take_along_axis(u, np.abs(u).argmax(axis=0)[None], axis=0)
+    root = np.sqrt(s) * np.where(peaks < 0, -1.0, 1.0)  # signed, (1, rank)
+    A, B = _pad(root.T * vt, 0, layer.rank), _pad(u * root, 1, layer.rank)
+    return Aggregated(A.astype(layer.A[0].dtype), B.astype(layer.B[0].dtype))
+
+
+def hetlora(layer: Layer) -> Aggregated:
+    """Pad to the rank asked and average A and B, weighted by p_k ||B_k A_k||_F; all-zero products fall back to p_k.
+
+    This is the sparsity-weighted aggregation of HetLoRA (Cho et al. 2024, arXiv:2401.06432) on each weight matrix,
+    with the norm of that matrix's own product; its pruning of ranks happens at the clients. `truncate` is the way back.
+    """
+    norms = [_norm(B, A) for A, B in zip(layer.A, layer.B, strict=True)]
+    weights = layer.shares * norms
+    shares = weights / weights.sum() if weights.sum() > 0 else layer.shares
+    A, B = [_pad(A, 0, layer.rank) for A in layer.A], [_pad(B, 1, layer.rank) for B in layer.B]
+    return Aggregated(_mean(A, shares), _mean(B, shares))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One word of `strategy.aggregation` and what a strategy must know to serve it."""
+
+    combine: Callable[[Layer], Aggregated]
+    even: str = "AB"  # the factors trained by clients and sent up in rounds 2, 4, ...
+    odd: str = "AB"  # and in rounds 1, 3, ...
+    any_rank: bool = False  # clients may have different ranks
+    folds: bool = False  # the base weight changes every round
+    private_b: bool = False  # clients train B too, but keep it
+
+    def travels(self, server_round: int) -> frozenset[str]:
+        """Return which of 'A' and 'B' go up in a round (from 1); clients freeze the other, unless it is private."""
+        return frozenset(self.odd if server_round % 2 else self.even)
+
+    def aggregate(self, clients: Sequence[Factors], rank: int | None = None) -> Aggregated:
+        """Combine one layer of several clients; `rank` is what flexlora and hetlora return (default: the largest).
+
+        Raises ValueError for weights that are negative or sum to 0, for shapes and dtypes that do not fit together,
+        for unequal ranks where the rule needs one, and where a factor is not common that the rule needs common.
+        """
+        name, layer = self.combine.__name__, _check(clients, rank)
+        ranks = [len(A) for A in layer.A]
+        if not self.any_rank and len(set(ranks)) > 1:
+            raise ValueError(f"{name} needs one rank for all clients, got {ranks}: use flora, flexlora or hetlora")
+        if not self.private_b and not layer.B:
+            raise ValueError(f"{name} needs B from every client")
+        return self.combine(layer)
+
+
+RULES = {
+    "fedit": Rule(fedit),
+    "ffa": Rule(ffa, even="B", odd="B"),
+    "rolora": Rule(rolora, even="A", odd="B"),
+    "fedsa": Rule(fedsa, even="A", odd="A", private_b=True),
+    "flora": Rule(flora, any_rank=True, folds=True),
+    "fedex": Rule(fedex, folds=True),
+    "flexlora": Rule(flexlora, any_rank=True),
+    "hetlora": Rule(hetlora, any_rank=True),
+}
+
+
+def truncate(A: np.ndarray, B: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return a client's own rank of the adapter: the first rows of A and columns of B, as views."""
+    if not 1 <= rank <= len(A):
+        raise ValueError(f"cannot truncate an adapter of rank {len(A)} to {rank}")
+    return A[:rank], B[:, :rank]
+
+
+def refill(A: np.ndarray, B: np.ndarray, fresh: np.ndarray) -> np.ndarray:
+    """Return A with its dead rows taken from `fresh`: rows of zeros over a column of zeros in B never get a gradient.
+
+    The product B A stays as it is. Such rows come from flexlora and hetlora when nobody of the largest rank took part.
+    """
+    alive = A.any(axis=1) | B.any(axis=0)
+    return np.where(np.expand_dims(alive, 1), A, fresh)
+
+
+def error_norms(aggregated: Aggregated, clients: Sequence[Factors]) -> tuple[float, float]:
+    """Return ||applied - ideal||_F and ||ideal||_F of one layer, without scaling; squares add up over layers.
+
+    Applied is B A plus what is folded; with private B (fedsa) it is sum_k p_k B_k A. Both norms come from QR of the
+    stacked factors in float64: matrices of out x in are avoided, and so are Gram matrices, which lose half the digits.
+    """
+    layer = _check(clients, None)
+    if not layer.B:
+        raise ValueError("the error of an adapter needs every client's B")
+    left, right = layer.stacked()
+    pairs, count = [(left, right)], len(right)
+    if aggregated.folded is not None:
+        pairs.append(_pair(aggregated.folded))
+    if aggregated.A is not None:
+        B = _total(layer.B, layer.shares) if aggregated.B is None else aggregated.B
+        pairs.append((B, aggregated.A))
+    lefts, rights = zip(*pairs, strict=True)
+    left, right = _reduce(np.hstack(lefts), np.vstack(rights))
+    ideal, applied = left[:, :count] @ right[:count], left[:, count:] @ right[count:]
+    return float(np.linalg.norm(applied - ideal)), float(np.linalg.norm(ideal))
+
+
+def relative_error(aggregated: Aggregated, clients: Sequence[Factors]) -> float:
+    """Return ||applied - ideal||_F / ||ideal||_F of one layer (see `error_norms`); 0 / 0 is 0, and x / 0 infinite."""
+    error, ideal = error_norms(aggregated, clients)
+    return error / ideal if ideal else float("inf") if error else 0.0
+
+
+def _check(clients: Sequence[Factors], rank: int | None) -> Layer:
+    weights = np.array([client.weight for client in clients], np.float64)
+    if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
+        raise ValueError(f"weights must be finite, not negative and not all zero, got {weights.tolist()}")
+    used = [client for client in clients if client.weight > 0]
+    for number, client in enumerate(used, 1):
+        _check_shapes(client, used[0], number)
+    B = [client.B for client in used if client.B is not None]
+    shares = weights[weights > 0] / weights[weights > 0].sum()
+    A = [client.A for client in used]
+    rank = max(map(len, A)) if rank is None else rank
+    if rank < 1:
+        raise ValueError(f"the rank of an adapter must be 1 or more, got {rank}")
+    return Layer(A, B, shares, rank)
+
+
+def _check_shapes(client: Factors, first: Factors, number: int) -> None:
+    """Refuse factors that do not multiply, and a client whose layer is not the first client's but for the rank."""
+
+    def describe(factor: np.ndarray | None) -> str:
+        return "none" if factor is None else f"{factor.dtype} {list(factor.shape)}"
+
+    A, B = client.A, client.B
+    fits = A.ndim == 2 and A.dtype.kind == "f" and A.shape[1:] == first.A.shape[1:] and A.dtype == first.A.dtype
+    fits &= (B is None) == (first.B is None)
+    if B is not None and first.B is not None:
+        fits &= B.ndim == 2 and B.dtype == A.dtype and len(B) == len(first.B) and B.shape[1] == len(A)
+    if not fits:
+        found, wanted = (f"A {describe(each.A)} and B {describe(each.B)}" for each in (client, first))
+        raise ValueError(f"client {number} has {found}, which does not fit A (rank, in) and B (out, rank) of {wanted}")
+
+
+def _total(arrays: Sequence[np.ndarray], shares: np.ndarray) -> np.ndarray:
+    total = np.multiply(arrays[0], shares[0], dtype=np.float64)
+    for array, share in zip(arrays[1:], shares[1:], strict=True):
+        total += np.multiply(array, share, dtype=np.float64)
+    return total
+
+
+def _mean(arrays: Sequence[np.ndarray], shares: np.ndarray) -> np.ndarray:
+    return _total(arrays, shares).astype(arrays[0].dtype)
+
+
+def _all_equal(arrays: Sequence[np.ndarray]) -> bool:
+    first = arrays[0].tobytes()
+    return all(array is arrays[0] or array.tobytes() == first for array in arrays)
+
+
+def _pad(factor: np.ndarray, axis: int, rank: int) -> np.ndarray:
+    missing = rank - factor.shape[axis]
+    if missing < 0:
+        raise ValueError(f"cannot pad a factor of rank {factor.shape[axis]} to {rank}: ask for the largest rank")
+    return np.pad(factor, [(0, missing if axis == each else 0) for each in range(2)])
+
+
+def _fold(left: np.ndarray, right: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, ...]:
+    """Return whichever is fewer numbers to send, the two factors or their product."""
+    if left.size + right.size > len(left) * right.shape[1]:
+        return ((left @ right).astype(dtype),)
+    return left.astype(dtype), right.astype(dtype)
+
+
+def _pair(folded: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
+    return (folded[0], folded[1]) if len(folded) == 2 else (np.eye(len(folded[0])), folded[0])
+
+
+def _truncated_svd(left: np.ndarray, right: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return u, s, vt of left @ right from QR of each, so that only a core of ranks x ranks is decomposed.
+
+    At most `rank` singular values come back; those within rounding of zero are zero.
+    """
+    q_left, r_left = np.linalg.qr(left)
+    q_right, r_right = np.linalg.qr(right.T)
+    u, s, vt = np.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    s[s <= s[0] * max(len(left), right.shape[1]) * np.finfo(np.float64).eps] = 0.0
+    return q_left @ u[:, :rank], s[:rank], vt[:rank] @ q_right.T
+
+
+def _norm(left: np.ndarray, right: np.ndarray) -> float:
+    left, right = _reduce(left.astype(np.float64), right.astype(np.float64))
+    return float(np.linalg.norm(left @ right))
+
+
+def _reduce(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return smaller left and right whose products, of any of their columns and rows, have the same Frobenius norms."""
+    if left.shape[1] >= min(len(left), right.shape[1]):  # the product itself is smaller than its factors
+        return left, right
+    return np.asarray(np.linalg.qr(left, "r")), np.asarray(np.linalg.qr(right.T, "r")).T
