@@ -6,6 +6,7 @@ The digest is of the tensors, whatever file they came in. A base that arrives in
 
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,18 +18,26 @@ from flapp.model import load_tensors, save_tensors
 PIECE_BYTES = 16 << 20
 
 
+@dataclass(frozen=True, eq=False)
+class Base:
+    """The frozen tensors of a model, and the digest that names them."""
+
+    digest: str
+    tensors: Mapping[str, Tensor]
+
+
 class BaseError(ValueError):
     """A base that is not there or not what its name says."""
 
 
-def keep_base(models: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Store a base below `models` unless it is there already, and return its digest."""
-    digest = digest_of(tensors)
-    path = base_path(models, digest)
-    if find_base(models, digest) != digest:
+def keep_base(models: Path, tensors: Mapping[str, Tensor]) -> Base:
+    """Store a base below `models` unless it is there already."""
+    base = Base(digest_of(tensors), tensors)
+    path = base_path(models, base.digest)
+    if find_base(models, base.digest) != base.digest:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(tensors, path)
-    return digest
+    return base
 
 
 def find_base(models: Path, digest: str) -> str:

@@ -1,29 +1,35 @@
 """The ClientApp: unpack the message, work on this client's own data, pack the reply."""
 
 import time
+from dataclasses import replace
 from functools import lru_cache
 from logging import INFO, WARNING
 
 import torch
-from flwr.app import ArrayRecord, Context, Message
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common import log
 
+from flapp.architecture import adapt, build
+from flapp.base import find_base, load_base, receive_piece
 from flapp.client_data import ClientData, check_lives_here, clients_at, make_batches, open_client_data
+from flapp.client_store import private_key
 from flapp.config import derive_seed, load
 from flapp.messages import (
+    METRICS,
     NUM_EXAMPLES,
     Claim,
+    MessageError,
     Order,
     pack_claims,
     pack_reply,
     unpack_arrays,
     unpack_order,
+    unpack_piece,
 )
-from flapp.model import build_model
 from flapp.mods import checkpoint_mod, describe, name_errors_mod
 from flapp.settings import Config, DatasetConfig, ModelConfig, Site
-from flapp.training import TrainResult, build_optimizer, evaluate, scheduled_lr, train
+from flapp.training import StepRules, TrainResult, build_optimizer, evaluate, scheduled_lr, train
 
 app = ClientApp(mods=[name_errors_mod, checkpoint_mod])
 
@@ -38,13 +44,24 @@ def attest(message: Message, context: Context) -> Message:
 def attest_client(message: Message, config: Config, site: Site, client_id: str) -> Claim:
     """Return one client's claim; what keeps it from taking part becomes the claim's fault, under its own name."""
     try:
-        unpack_order(message)
+        order = unpack_order(message)
         data = open_client_data(config, site, client_id)
+        base = find_base(config.models_dir, order.base) if order.base else ""
     except Exception as error:  # noqa: BLE001 - one client's fault must not keep its node's others out
         return Claim(client_id, fault=describe(error))
     counts = f"{data.claim.train} train, {data.claim.val} val, {data.claim.test} test"
     log(INFO, "client %s: %s samples from %s", client_id, counts, data.path)
-    return data.claim
+    return replace(data.claim, base_digest=base)
+
+
+@app.query("base")
+def keep_piece(message: Message, context: Context) -> Message:
+    """Keep a piece of the frozen base, which is put in place when the last has come."""
+    order = unpack_order(message)
+    config, _ = load(context.run_config, context.node_config)
+    index, count, arrays = unpack_piece(message.content)
+    missing = receive_piece(config.models_dir, order.base, index, count, arrays.to_torch_state_dict())
+    return Message(RecordDict({METRICS: MetricRecord({"missing": missing})}), reply_to=message)
 
 
 @app.train()
@@ -52,27 +69,39 @@ def train_round(message: Message, context: Context) -> Message:
     """Train the received model on this client's training samples and send it back."""
     started = time.monotonic()
     config, order, data = begin(message, context)
-    model = receive_model(config, message)
+    model = receive_model(config, order, message, context)
     lr = scheduled_lr(config.train.lr, config.train.schedule, order.server_round, config.num_rounds)
     result = fit(model, config, order, data, lr, config.train.epochs, config.train.steps, "train")
     metrics = {NUM_EXAMPLES: data.claim.train, "train-loss": result.loss, "seconds": time.monotonic() - started}
-    return pack_reply(message, data.claim, metrics, ArrayRecord(model.state_dict()))
+    state = model.state_dict()
+    if order.private:
+        context.state[private_key(order.client_id)] = ArrayRecord({key: state[key] for key in order.private})
+    return pack_reply(message, data.claim, metrics, ArrayRecord({key: state[key] for key in order.returns or state}))
 
 
 @app.evaluate()
 def evaluate_round(message: Message, context: Context) -> Message:
     """Test the received model on this client's test samples, as it is and after local fine-tuning."""
     config, order, data = begin(message, context)
-    model = receive_model(config, message)
+    model = receive_model(config, replace(order, accepted_round=0), message, context)
     metrics: dict[str, int | float] = {NUM_EXAMPLES: data.claim.test} | test(model, config, data, "")
-    if config.evaluate.personal_epochs and data.claim.test:
-        settings = config.evaluate
+    if data.claim.test:
         try:
-            fit(model, config, order, data, settings.personal_lr, settings.personal_epochs, None, "personal")
-            metrics |= test(model, config, data, "personal-")
+            if personalize(model, config, order, data, context):
+                metrics |= test(model, config, data, "personal-")
         except FloatingPointError as error:  # the global model's test stands all the same
             log(WARNING, "client %s has no personalised test: %s", order.client_id, error)
     return pack_reply(message, data.claim, metrics)
+
+
+def personalize(model: torch.nn.Module, config: Config, order: Order, data: ClientData, context: Context) -> bool:
+    """Make the global model this client's own, by its private tensors or by fine-tuning; say whether it is."""
+    settings = config.evaluate
+    if order.private:
+        model.load_state_dict(own_tensors(model, order, context), strict=False)
+    elif settings.personal_epochs:
+        fit(model, config, order, data, settings.personal_lr, settings.personal_epochs, None, "personal")
+    return bool(order.private or settings.personal_epochs)
 
 
 def begin(message: Message, context: Context) -> tuple[Config, Order, ClientData]:
@@ -84,11 +113,41 @@ def begin(message: Message, context: Context) -> tuple[Config, Order, ClientData
     return config, order, open_client_data(config, site, order.client_id)
 
 
-def receive_model(config: Config, message: Message) -> torch.nn.Module:
-    """Return this process's model, loaded with every parameter and buffer of the message."""
-    model = cached_model(config.model, config.dataset, config.train.device)
-    model.load_state_dict(unpack_arrays(message.content).to_torch_state_dict())
+def receive_model(config: Config, order: Order, message: Message, context: Context) -> torch.nn.Module:
+    """Return this process's model with every tensor of the message, and of those it keeps to itself, in place.
+
+    Only what the order asks for gets gradients. Raises MessageError when message and base do not make up the model.
+    """
+    tensors = unpack_arrays(message.content).to_torch_state_dict()
+    if not order.base:
+        model = cached_model(config.model, config.dataset, config.train.device, config.train.compile)
+        model.load_state_dict(tensors)
+        return model
+    ranks = {len(tensor) for key, tensor in tensors.items() if key.endswith(".lora_A")} or {config.lora.rank}
+    model, base = cached_adapted_model(config, order.base, min(ranks))
+    tensors |= own_tensors(model, order, context)
+    if missing := model.state_dict().keys() - base - tensors.keys():
+        raise MessageError(f"neither the message nor base {order.base[:12]} has {min(missing)}")
+    model.load_state_dict(tensors, strict=False)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(key in order.returns or key in order.private)
     return model
+
+
+def own_tensors(model: torch.nn.Module, order: Order, context: Context) -> dict[str, torch.Tensor]:
+    """Return the tensors that a client keeps to itself, as of the last round that the server took; zeros before one.
+
+    Raises MessageError when there was such a round but its tensors are lost.
+    """
+    if not order.private or not order.accepted_round:
+        return {key: torch.zeros_like(tensor) for key, tensor in model.state_dict().items() if key in order.private}
+    kept = context.state.array_records.get(private_key(order.client_id))
+    if kept is None or kept.keys() != set(order.private):
+        raise MessageError(
+            f"client {order.client_id} has lost what it kept to itself in round {order.accepted_round}: bring back "
+            "its checkpoint store, or start a new run"
+        )
+    return kept.to_torch_state_dict()
 
 
 def fit(
@@ -106,7 +165,8 @@ def fit(
     batches = make_batches(config, data, "train", device_of(model), seeds[0])
     settings = config.train
     optimizer = build_optimizer(model, settings.optimizer, lr, settings.momentum, settings.weight_decay)
-    return train(model, batches, optimizer, epochs, steps, seeds[1])
+    rules = StepRules(settings.accumulate, settings.clip_norm, settings.proximal_mu, settings.precision)
+    return train(model, batches, optimizer, epochs, steps, seeds[1], rules)
 
 
 def test(model: torch.nn.Module, config: Config, data: ClientData, prefix: str) -> dict[str, int | float]:
@@ -124,8 +184,26 @@ def device_of(model: torch.nn.Module) -> torch.device:
 
 
 @lru_cache(maxsize=4)
-def cached_model(model: ModelConfig, dataset: DatasetConfig, device: str) -> torch.nn.Module:
+def cached_model(model: ModelConfig, dataset: DatasetConfig, device: str, compiled: bool) -> torch.nn.Module:
     """Build this process's model, whose weights every message replaces."""
+    return place(build(model, dataset), device, compiled)
+
+
+@lru_cache(maxsize=4)
+def cached_adapted_model(config: Config, base_digest: str, rank: int) -> tuple[torch.nn.Module, frozenset[str]]:
+    """Build this process's model over a base, with adapters of `rank`; return it with the keys of the base."""
+    model = build(config.model, config.dataset)
+    adapt(model, config.lora, rank)
+    base = load_base(config.models_dir, base_digest)
+    if odd := model.load_state_dict(base, strict=False).unexpected_keys:
+        raise MessageError(f"base {base_digest[:12]} has {odd[0]}, which model={config.model.name} has not")
+    return place(model, config.train.device, config.train.compile), frozenset(base)
+
+
+def place(model: torch.nn.Module, device: str, compiled: bool) -> torch.nn.Module:
+    """Move a model to its device, and have it compiled on first use if it is to be."""
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    built = build_model(model.name, dataset.shape, dataset.classes, model.image_size, model.dropout)
-    return built.to(chosen)
+    model.to(chosen)
+    if compiled:
+        model.compile()
+    return model

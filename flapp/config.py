@@ -262,7 +262,8 @@ def _check_together(config: Config) -> None:
         ),
         (
             strategy.name != "fedlora" and lora.enabled,
-            f"lora=default trains adapters, strategy={strategy.name} sends whole models: set strategy=fedlora or lora=none",
+            f"lora=default trains adapters, strategy={strategy.name} sends whole models: set strategy=fedlora "
+            "or lora=none",
         ),
         (
             (strategy.name == "fedlora") != (strategy.aggregation is not None),
@@ -282,6 +283,15 @@ def _check_together(config: Config) -> None:
             max(lora.rank_by_client or (0,)) > lora.rank,
             f"lora.rank_by_client={list(lora.rank_by_client or ())} has more than lora.rank={lora.rank}, the largest: "
             "raise lora.rank",
+        ),
+        (
+            strategy.aggregation == "fedsa" and not config.checkpoint.enabled,
+            "strategy.aggregation=fedsa keeps each client's B in its chunk store: set checkpoint=recent (got "
+            "checkpoint.enabled=false)",
+        ),
+        (
+            lora.rank_by_client is not None and strategy.weighting == "alignment",
+            "strategy.weighting=alignment compares updates of one shape: leave lora.rank_by_client out",
         ),
         (
             strategy.server_optimizer is not None and strategy.aggregation not in (None, "fedit"),

@@ -129,7 +129,7 @@ def unpack_piece(content: RecordDict) -> tuple[int, int, ArrayRecord]:
     record = content.config_records.get(PIECE, ConfigRecord())
     index, count = record.get("index"), record.get("count")
     if type(index) is not int or type(count) is not int or not 0 <= index < count:
-        raise MessageError(f"the message's piece is number {index} of {count}")
+        raise MessageError(f"the message's piece is number {index!r} of {count!r}")
     return index, count, unpack_arrays(content)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from flapp.checkpoint import ChunkManager
 from flapp.config import config_digest, differences, read_yaml, to_yaml
@@ -74,13 +74,12 @@ class RunDirectory:
         os.fsync(self._metrics.fileno())
         self.store.save_model_chunks(state, server_round, dict(facts), config_digest=config_digest(self.config))
 
-    def load_round(self, server_round: int, model: nn.Module) -> dict[str, Any]:
-        """Load the global model as it was after a round into `model`, and return that round's facts."""
+    def load_round(self, server_round: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors and facts that were saved with a round."""
         kept = self.store.find_round(server_round)
         if kept is None or kept.config_digest != config_digest(self.config):
             raise ConfigError(f"{self.store.path} is not of the settings in config.yaml: start a new run")
-        self.store.reconstruct_model_from_chunks(server_round, model)
-        return kept.metrics
+        return self.store.reconstruct_model_from_chunks(server_round), kept.metrics
 
     def append(self, kind: str, server_round: int, **values: Any) -> None:
         """Add a line to metrics.jsonl; later lines of a kind do not replace earlier ones."""

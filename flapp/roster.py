@@ -9,14 +9,26 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from logging import WARNING
+from logging import INFO, WARNING
+from typing import Any
 
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 from flwr.common import log
 from flwr.serverapp import Grid
 
+from flapp.base import Base, cut_base
 from flapp.config import derive_seed, sample_size
-from flapp.messages import ATTEST, Claim, MessageError, Order, pack_order, source_digest, unpack_claims
+from flapp.messages import (
+    ATTEST,
+    Claim,
+    MessageError,
+    Order,
+    pack,
+    pack_order,
+    pack_piece,
+    source_digest,
+    unpack_claims,
+)
 
 POLL_SECONDS = 0.5
 
@@ -37,7 +49,8 @@ class Roster:
     """Attest nodes as they come and keep the clients that may take part.
 
     expected: the ids of all clients of this run; classes: of the dataset, 0 for regression; check: what is wrong with a
-    claim, or None; strict: refuse whom check faults, or warn; timeout: seconds for an answer to attest. `members` maps
+    claim, or None; strict: refuse whom check faults, or warn; timeout: seconds for an answer to attest; base: what
+    clients must hold of the model before round 1, and are sent if they lack it. `members` maps
     client id to Member, `refused` maps the name of a client (or of a node that named none) to the reason, `warnings`
     those let in all the same.
     """
@@ -51,6 +64,7 @@ class Roster:
         check: Callable[[Claim], str | None] = lambda claim: None,
         strict: bool = True,
         timeout: float = 120.0,
+        base: Base | None = None,
     ) -> None:
         self.grid = grid
         self.expected = list(expected)
@@ -59,6 +73,8 @@ class Roster:
         self.check_claim = check
         self.strict = strict
         self.timeout = timeout
+        self.base = base
+        self.base_digest = base.digest if base else ""
         self.members: dict[str, Member] = {}
         self.refused: dict[str, str] = {}
         self.warnings: dict[str, str] = {}
@@ -70,7 +86,11 @@ class Roster:
         self._attested &= online
         self.members = {name: member for name, member in self.members.items() if member.node_id in online}
         if new := sorted(online - self._attested):
-            self._admit(self._attest(new))
+            found = self._attest(new)
+            if self.base and (lacking := sorted({m.node_id for m in found if _lacks_base(m.claim)})):
+                self._send_base(lacking)
+                found = [m for m in found if m.node_id not in lacking] + self._attest(lacking)
+            self._admit(found)
 
     def wait(self, seconds: float, min_clients: int | None) -> None:
         """Wait until every expected client has been let in or refused; raises FederationError after `seconds`.
@@ -110,10 +130,10 @@ class Roster:
         count = min(sample_size(fraction, len(self.expected)), len(present))
         return sorted(random.Random(derive_seed(*seed)).sample(present, count))
 
-    def order(self, kind: str, client_id: str, server_round: int, arrays: object, accepted_round: int) -> Message:
-        """Build the message that asks a member to train or evaluate the model in this round."""
-        order = Order(client_id, server_round, self.run_name, source_digest(), accepted_round)
-        return pack_order(self.members[client_id].node_id, kind, order, arrays)  # type: ignore[arg-type]
+    def order(self, kind: str, client_id: str, server_round: int, arrays: ArrayRecord, **rest: Any) -> Message:
+        """Build the message that asks a member to train or evaluate the model in this round; rest as in Order."""
+        order = Order(client_id, server_round, self.run_name, source_digest(), base=self.base_digest, **rest)
+        return pack_order(self.members[client_id].node_id, kind, order, arrays)
 
     def check(self, client_id: str, claim: Claim) -> str | None:
         """Return what is wrong with a reply's claim against the one the client was let in with, or None."""
@@ -128,8 +148,7 @@ class Roster:
         return self.check_claim(claim) if self.strict else None
 
     def _attest(self, node_ids: list[int]) -> list[Member]:
-        order = Order("", 0, self.run_name, source_digest())
-        messages = [pack_order(node_id, ATTEST, order) for node_id in node_ids]
+        messages = [pack_order(node_id, ATTEST, self._own_order()) for node_id in node_ids]
         self._attested |= set(node_ids)
         silent = {f"node {node_id}": f"gave no answer in {self.timeout:g} s" for node_id in node_ids}
         found: list[Member] = []
@@ -144,6 +163,22 @@ class Roster:
                 self.refused[f"node {node_id}"] = str(error)
         self.refused |= silent
         return found
+
+    def _own_order(self) -> Order:
+        return Order("", 0, self.run_name, source_digest(), base=self.base_digest)
+
+    def _send_base(self, node_ids: list[int]) -> None:
+        """Send the base piece by piece to nodes that lack it; what goes wrong shows when they are attested again."""
+        assert self.base is not None
+        log(INFO, "sending base %s to %d nodes", self.base_digest[:12], len(node_ids))
+        pieces = list(cut_base(self.base.tensors))
+        for index, piece in enumerate(pieces):
+            arrays = ArrayRecord({key: pack(tensor.numpy()) for key, tensor in piece.items()})
+            order = self._own_order()
+            sent = [pack_piece(node_id, order, index, len(pieces), arrays) for node_id in node_ids]
+            for reply in self.grid.send_and_receive(sent, timeout=self.timeout):
+                if reply.has_error():
+                    log(WARNING, "node %d did not take the base: %s", reply.metadata.src_node_id, reply.error.reason)
 
     def _admit(self, found: list[Member]) -> None:
         """Let in whoever is expected, consistent and alone in claiming an id; of twins seen together, neither."""
@@ -175,6 +210,9 @@ class Roster:
             return f"is not one of the {len(self.expected)} clients of this run ({_listing(self.expected)})"
         if claim.source_digest != source_digest():
             return f"runs other source ({claim.source_digest[:12]}) than the server ({source_digest()[:12]})"
+        if claim.base_digest != self.base_digest:
+            found = claim.base_digest[:12] or "none"
+            return f"holds base {found} of the model, the server's is {self.base_digest[:12] or 'none'}"
         if claim.train < 1 or claim.val < 0 or claim.test < 0:
             return f"has {claim.train} training, {claim.val} validation and {claim.test} test samples"
         if len(claim.label_hist) != self.classes:
@@ -182,6 +220,10 @@ class Roster:
         if claim.label_hist and sum(claim.label_hist) != claim.train:
             return f"claims {claim.train} training samples but a histogram of {sum(claim.label_hist)}"
         return None
+
+
+def _lacks_base(claim: Claim) -> bool:
+    return not claim.fault and not claim.base_digest
 
 
 def _named(names: list[str]) -> str:

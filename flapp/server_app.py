@@ -1,24 +1,39 @@
 """The ServerApp: config, run directory, roster, strategy, and what is left when the rounds are over."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Mapping
 from functools import partial
 from logging import INFO
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
+from torch import nn
 
+from flapp.architecture import adapt, build
+from flapp.base import Base, keep_base
 from flapp.config import derive_seed, load
 from flapp.data import ClientLoader, OfflineDataset, check_claim, ensure_artifacts, load_manifest
 from flapp.grid import PolledGrid
-from flapp.messages import Claim, view
-from flapp.model import build_model
+from flapp.messages import Claim, pack, view
+from flapp.model import (
+    adapted_layers,
+    draw_lora_A,
+    export_adapter,
+    import_adapter,
+    load_pretrained,
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+    merged_state_dict,
+)
 from flapp.results import RunDirectory
 from flapp.roster import Roster
 from flapp.settings import Config, ConfigError
-from flapp.strategy import FedAvg
+from flapp.strategy import RULES, FedAvg, FedLoRA, ServerOptimizer, global_keys
 from flapp.training import evaluate
 
 app = ServerApp()
@@ -40,41 +55,78 @@ def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> None:
     """Gather the clients, run every round and leave the final model and summary in the run directory."""
     torch.set_num_threads(config.train.threads)
     model = initial_model(config)
+    state = model.state_dict()
+    sent, private = keys_of(config, model)
+    frozen = {key: tensor for key, tensor in state.items() if key not in {*sent, *private}}
+    base = keep_base(config.models_dir, frozen) if config.lora.enabled else None
     polled = PolledGrid(grid)
-    roster = build_roster(config, polled)
-    strategy = build_strategy(config, roster, run)
-    if done := run.last_round():
-        strategy.go_on_after(done, run.load_round(done, model))
+    roster = build_roster(config, polled, base)
+    strategy = build_strategy(config, roster, run, model)
+    done = run.last_round()
+    if done:
+        saved, facts = run.load_round(done)
+        load_global(model, {key: saved.pop(key) for key in sent})
+        strategy.go_on_after(done, facts, {key: tensor.numpy() for key, tensor in saved.items()})
         log(INFO, "%s goes on after round %d of %d", config.run_name, done, config.num_rounds)
-    arrays = ArrayRecord(model.state_dict())
     if done < config.num_rounds:
         roster.wait(config.strategy.wait_for_clients, config.strategy.min_clients)
         run.append("roster", done, clients=len(roster.members), refused=roster.refused, warnings=roster.warnings)
         polled.on_reply = lambda done, asked: run.show_progress(
             strategy.exchange.server_round, strategy.exchange.kind, done, asked
         )
-        arrays = strategy.start(
+        result = strategy.start(
             polled,
-            arrays,
+            ArrayRecord({key: pack(state[key].numpy()) for key in sent}),
             num_rounds=config.num_rounds - done,
             timeout=config.strategy.timeout,
             evaluate_fn=partial(end_round, config, run, strategy, model),
-        ).arrays
-    run.finish(run.save_model(arrays.to_torch_state_dict()))
+        )
+        load_global(model, result.arrays.to_torch_state_dict())
+    leave_model(config, run, model, base)
 
 
-def initial_model(config: Config) -> torch.nn.Module:
-    """Build the model with weights drawn from the run's seed."""
+def initial_model(config: Config) -> nn.Module:
+    """Build the model with weights from a file or drawn from the run's seed, and with adapters if there are any."""
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(config.seed, "model"))
-        shape, classes = config.dataset.shape, config.dataset.classes
-        return build_model(config.model.name, shape, classes, config.model.image_size, config.model.dropout)
+        model = build(config.model, config.dataset)
+        if config.model.pretrained is not None:
+            log(INFO, "starting from %s", load_pretrained(model, Path(config.model.pretrained)))
+        if config.lora.enabled:
+            adapt(model, config.lora, config.lora.rank)
+            mark_only_lora_as_trainable(model)
+        if config.lora.adapter is not None:
+            import_adapter(model, Path(config.lora.adapter))
+    return model
 
 
-def build_roster(config: Config, grid: Grid) -> Roster:
+def keys_of(config: Config, model: nn.Module) -> tuple[list[str], list[str]]:
+    """Name the tensors of the global model that travel (without adapters all), and those that each client keeps."""
+    if config.strategy.aggregation is None:
+        return list(model.state_dict()), []
+    return global_keys(model.state_dict(), lora_state_dict(model), config.strategy.aggregation)
+
+
+def load_global(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Load what travels into the server's model, whose base stays."""
+    odd = model.load_state_dict(tensors, strict=False).unexpected_keys
+    assert not odd, odd
+
+
+def leave_model(config: Config, run: RunDirectory, model: nn.Module, base: Base | None) -> None:
+    """Write the final model, adapters folded in, and the adapter alone where it is all that changed; then finish."""
+    rule = RULES.get(config.strategy.aggregation or "")
+    if base is not None and rule is not None and not rule.folds and not rule.private_b:
+        shutil.rmtree(run.path / "adapter", ignore_errors=True)  # of an earlier end of this run, resumed
+        export_adapter(model, run.path / "adapter", base.digest)
+    run.finish(run.save_model(merged_state_dict(model) if base else model.state_dict()))
+
+
+def build_roster(config: Config, grid: Grid, base: Base | None) -> Roster:
     """Return the roster of the clients "0" to clients - 1 or, with shards, of those that the manifest lists."""
     if not config.distributed_data.enabled:
-        return Roster(grid, [str(i) for i in range(config.clients)], config.run_name, config.dataset.classes)
+        expected = [str(i) for i in range(config.clients)]
+        return Roster(grid, expected, config.run_name, config.dataset.classes, base=base)
     manifest = load_manifest(config.manifest_path)
     manifest.verify()
     if len(manifest) != config.clients:
@@ -87,27 +139,55 @@ def build_roster(config: Config, grid: Grid) -> Roster:
         return check_claim(record, claim.client_id, claim.train, claim.val, claim.test, claim.label_hist, digest)
 
     strict = config.distributed_data.strict_check
-    return Roster(grid, list(manifest), config.run_name, config.dataset.classes, check, strict)
+    return Roster(grid, list(manifest), config.run_name, config.dataset.classes, check, strict, base=base)
 
 
-def build_strategy(config: Config, roster: Roster, run: RunDirectory) -> FedAvg:
+def build_strategy(config: Config, roster: Roster, run: RunDirectory, model: nn.Module) -> FedAvg:
     """Build the strategy that the config names."""
-    strategies: dict[str, Callable[..., FedAvg]] = {"fedavg": FedAvg}
-    return strategies[config.strategy.name](
-        roster,
-        run,
-        seed=config.seed,
-        num_rounds=config.num_rounds,
-        fraction_train=config.strategy.fraction_train,
-        fraction_evaluate=config.strategy.fraction_evaluate,
-        weighting=config.strategy.weighting,
-        min_replies=config.strategy.min_replies,
-        evaluate_every=config.evaluate.every,
+    settings = config.strategy
+    optimizer = None
+    if settings.server_optimizer is not None:
+        optimizer = ServerOptimizer(settings.server_optimizer, settings.server_lr, settings.server_momentum)
+    common: dict[str, Any] = {
+        "roster": roster,
+        "run": run,
+        "seed": config.seed,
+        "num_rounds": config.num_rounds,
+        "fraction_train": settings.fraction_train,
+        "fraction_evaluate": settings.fraction_evaluate,
+        "weighting": settings.weighting,
+        "min_replies": settings.min_replies,
+        "evaluate_every": config.evaluate.every,
+        "server_optimizer": optimizer,
+    }
+    if settings.aggregation is None:
+        return FedAvg(**common)
+    sent, private = keys_of(config, model)
+    factors = {f"{name}.lora_{ab}" for name in adapted_layers(model) for ab in "AB"}
+    dealt = config.lora.rank_by_client or ()
+    return FedLoRA(
+        **common,
+        aggregation=settings.aggregation,
+        layers=list(adapted_layers(model)),
+        fixed={key: t.numpy() for key, t in model.state_dict().items() if key in factors - set(sent) - set(private)},
+        private=private,
+        scaling=config.lora.alpha / config.lora.rank,
+        rank=config.lora.rank,
+        ranks={name: dealt[i % len(dealt)] for i, name in enumerate(roster.expected)} if dealt else {},
+        fresh=partial(fresh_adapter, config, model),
     )
 
 
+def fresh_adapter(config: Config, model: nn.Module, server_round: int) -> dict[str, np.ndarray]:
+    """Draw a new lora_A for every layer, from the run's seed and the round."""
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(config.seed, "adapter", server_round))
+        layers = adapted_layers(model).items()
+        return {f"{name}.lora_A": draw_lora_A(layer.lora_A).numpy() for name, layer in layers}
+
+
 def end_round(
-    config: Config, run: RunDirectory, strategy: FedAvg, model: torch.nn.Module, flower_round: int, arrays: ArrayRecord
+    config: Config, run: RunDirectory, strategy: FedAvg, model: nn.Module, flower_round: int, arrays: ArrayRecord
 ) -> MetricRecord | None:
     """Evaluate on the server if the config says so, then complete the round; Flower calls this before round 1 too."""
     server_round = strategy.done + flower_round
@@ -118,17 +198,18 @@ def end_round(
         evaluate_centrally(config, run, model, server_round, arrays) if config.evaluate.central and evaluated else None
     )
     if server_round:
-        run.save_round(server_round, {key: view(array) for key, array in arrays.items()}, strategy.facts())
+        tensors = {key: view(array) for key, array in arrays.items()} | strategy.state(arrays)
+        run.save_round(server_round, tensors, strategy.facts())
     return found
 
 
 def evaluate_centrally(
-    config: Config, run: RunDirectory, model: torch.nn.Module, server_round: int, arrays: ArrayRecord
+    config: Config, run: RunDirectory, model: nn.Module, server_round: int, arrays: ArrayRecord
 ) -> MetricRecord:
     """Evaluate the global model on the whole test artifact."""
     folder = ensure_artifacts(config.data_dir, config.dataset.name) / "test"
     dataset = OfflineDataset(folder, normalization=config.dataset.normalization)
-    model.load_state_dict(arrays.to_torch_state_dict())
+    load_global(model, arrays.to_torch_state_dict())
     batches = ClientLoader(
         dataset, np.arange(len(dataset)), config.evaluate.batch_size, image_size=config.model.image_size
     )

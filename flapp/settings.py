@@ -74,6 +74,7 @@ class ModelConfig:
     name: str
     image_size: Count | None
     dropout: Dropout
+    channels: Count | None
     pretrained: str | None
 
 

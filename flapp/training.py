@@ -107,7 +107,7 @@ def train(
     epochs: int = 1,
     steps: int | None = None,
     seed: int = 0,
-    rules: StepRules = StepRules(),  # noqa: B008 - it is frozen
+    rules: StepRules = StepRules(),
 ) -> TrainResult:
     """Train in place for `epochs` passes over `batches`, or for exactly `steps` batches if given.
 

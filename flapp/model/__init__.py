@@ -1,6 +1,48 @@
-"""Models, and safetensors files of them; knows neither Flower, Hydra nor data."""
+"""Models, their adapters and safetensors files of both; knows neither Flower, Hydra nor data."""
 
+from flapp.model.adapter_files import Adapter, export_adapter, export_merged, import_adapter
 from flapp.model.build import BUILDERS, build_model
 from flapp.model.files import load_tensors, save_tensors, sha256_of_file
+from flapp.model.lora import (
+    LoRALinear,
+    adapted_layers,
+    add_lora,
+    base_state_dict,
+    draw_lora_A,
+    head_of,
+    load_lora_state_dict,
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+    merge_lora,
+    merged_state_dict,
+    unmerge_lora,
+)
+from flapp.model.pretrained import Pretrained, from_torchvision, load_pretrained, to_torchvision
 
-__all__ = ["BUILDERS", "build_model", "load_tensors", "save_tensors", "sha256_of_file"]
+__all__ = [
+    "BUILDERS",
+    "Adapter",
+    "LoRALinear",
+    "Pretrained",
+    "adapted_layers",
+    "add_lora",
+    "base_state_dict",
+    "build_model",
+    "draw_lora_A",
+    "export_adapter",
+    "export_merged",
+    "from_torchvision",
+    "head_of",
+    "import_adapter",
+    "load_lora_state_dict",
+    "load_pretrained",
+    "load_tensors",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "merge_lora",
+    "merged_state_dict",
+    "save_tensors",
+    "sha256_of_file",
+    "to_torchvision",
+    "unmerge_lora",
+]

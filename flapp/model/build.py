@@ -22,13 +22,19 @@ BUILDERS: dict[str, Builder] = {"vit_tiny": _vit, "vit_s_16": _vit, "vit_b_16": 
 
 
 def build_model(
-    name: str, shape: Sequence[int], classes: int, image_size: int | None = None, dropout: float = 0.0
+    name: str,
+    shape: Sequence[int],
+    classes: int,
+    image_size: int | None = None,
+    dropout: float = 0.0,
+    channels: int | None = None,
 ) -> nn.Module:
     """Build the model `name` for samples of `shape`, drawing its weights from torch's global generator.
 
     shape is (H, W, C) for images or (features,) for `linear`; classes is 0 for regression (one output).
-    image_size overrides H and W for a model fed with resized images. Raises ValueError for a name that is
-    not known or a shape that the model cannot take.
+    image_size overrides H and W for a model fed with resized images; channels=3 makes a ViT that takes grey images
+    expanded, as a pretrained RGB model needs. Raises ValueError for a name that is not known or a shape that the
+    model cannot take.
     """
     if name == "linear":
         from flapp.model.linear import Linear
@@ -44,4 +50,8 @@ def build_model(
         )
     if image_size is None and shape[0] != shape[1]:
         raise ValueError(f"model={name} takes square images, got {shape[0]}x{shape[1]}: set model.image_size")
-    return BUILDERS[name](name, image_size or shape[0], shape[2], classes, dropout)
+    if channels not in (None, shape[2]) and (shape[2] != 1 or BUILDERS[name] is not _vit):
+        raise ValueError(
+            f"model={name} cannot take images of {shape[2]} channels as {channels}: a ViT expands grey ones"
+        )
+    return BUILDERS[name](name, image_size or shape[0], channels or shape[2], classes, dropout)

@@ -44,6 +44,17 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, header
 
 
+def mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """Say in one clause how names or shapes of `found` differ from those expected; empty when they do not."""
+    both = [name for name in expected if name in found and expected[name].shape != found[name].shape]
+    faults = {
+        "missing": [name for name in expected if name not in found],
+        "not the model's": [name for name in found if name not in expected],
+        "misshapen": [f"{n} {tuple(found[n].shape)} where the model has {tuple(expected[n].shape)}" for n in both],
+    }
+    return "; ".join(f"{len(names)} {kind}, first {names[0]}" for kind, names in faults.items() if names)
+
+
 def sha256_of_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:

@@ -40,7 +40,14 @@ class SelfAttention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(n, tokens, width)), None
 
 
-def build_vit(name: str, image_size: int, channels: int, classes: int, dropout: float = 0.0) -> VisionTransformer:
+class ViT(VisionTransformer):
+    """torchvision's, except that it shows a grey image (N, 1, H, W) to every channel of its first layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.expand(-1, self.conv_proj.in_channels, -1, -1))
+
+
+def build_vit(name: str, image_size: int, channels: int, classes: int, dropout: float = 0.0) -> ViT:
     """Build one of SIZES for square images; raises ValueError when the patch does not divide image_size.
 
     Unlike torchvision's all-zero head, ours starts small and random, so that the first step trains every layer.
@@ -48,7 +55,7 @@ def build_vit(name: str, image_size: int, channels: int, classes: int, dropout: 
     patch, layers, heads, width, mlp = SIZES[name]
     if image_size % patch:
         raise ValueError(f"model={name} cuts images into {patch}-pixel patches, which do not divide {image_size}")
-    vit = VisionTransformer(image_size, patch, layers, heads, width, mlp, dropout=dropout, num_classes=classes)
+    vit = ViT(image_size, patch, layers, heads, width, mlp, dropout=dropout, num_classes=classes)
     if channels != 3:
         vit.conv_proj = nn.Conv2d(channels, width, patch, stride=patch)
     for block in vit.encoder.layers:

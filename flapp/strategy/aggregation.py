@@ -16,7 +16,7 @@ BLOCK = 1 << 17  # elements: two float64 blocks near the level-2 cache, in loops
 THREADS = 2  # numpy frees the GIL in its loops; memory bandwidth is used up by two
 
 
-def find_fault(record: ArrayRecord, expected: ArrayRecord) -> str | None:
+def find_fault(record: ArrayRecord, expected: Mapping[str, Array]) -> str | None:
     """Return what makes a model unfit to be averaged with `expected`, or None: keys, shapes, dtypes, NaN and Inf."""
     if record.keys() != expected.keys():
         odd = sorted(set(record) ^ set(expected))

@@ -1,6 +1,6 @@
 """Weights for an average by how far clients agree: pure maths in numpy."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -8,7 +8,7 @@ BLOCK = 1 << 14  # elements of each update in one step: ten float64 blocks stay 
 CANCELLED = 1e-12  # a mean update this short, against the updates themselves, is rounding noise without a direction
 
 
-def alignment_weights(updates: Sequence[Sequence[np.ndarray]]) -> list[float]:
+def alignment_weights(updates: Sequence[Iterable[np.ndarray]]) -> list[float]:
     """Return weights, summing to 1, proportional to max(0, cos(update_k, mean update)).
 
     An update is a client's finite tensors, trained minus received, in one order for all clients; the cosine is of all

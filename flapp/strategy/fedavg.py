@@ -1,12 +1,13 @@
 """FedAvg as a Flower strategy: draws clients by id, checks every reply, and averages in an order of its own."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from math import isfinite
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common import log
 from flwr.serverapp import Grid
@@ -22,10 +23,13 @@ from flapp.messages import (
     size_of,
     unpack_arrays,
     unpack_reply,
+    view,
 )
 from flapp.results import RunDirectory
 from flapp.roster import FederationError, Roster
 from flapp.strategy.aggregation import find_fault, spread, weighted_average
+from flapp.strategy.alignment import alignment_weights
+from flapp.strategy.server_optimizer import ServerOptimizer
 
 
 @dataclass
@@ -35,6 +39,7 @@ class Exchange:
     kind: str
     server_round: int
     sent: dict[str, Message] = field(default_factory=dict)
+    returns: tuple[str, ...] | None = None  # the tensors that clients send back; None is all that they were sent
     good: dict[str, tuple[dict[str, float], Message]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     absent: list[str] = field(default_factory=list)
@@ -42,13 +47,17 @@ class Exchange:
 
     def log_line(self) -> dict[str, Any]:
         """Return what every line of metrics.jsonl says of a phase; bytes are those of the models sent."""
+        down = {name: size_of(message) for name, message in self.sent.items()}
+        up = {name: size_of(message) for name, (_, message) in sorted(self.good.items())}
         return {
             "asked": len(self.sent),
             "replies": len(self.good),
             "absent": self.absent,
             "failures": [{"client": name, "reason": reason} for name, reason in sorted(self.failures.items())],
-            "bytes_down": sum(map(size_of, self.sent.values())),
-            "bytes_up": sum(size_of(message) for _, message in self.good.values()),
+            "bytes_down": sum(down.values()),
+            "bytes_up": sum(up.values()),
+            "client_bytes_down": down,
+            "client_bytes_up": up,
             "seconds": round(time.monotonic() - self.started, 3),
         }
 
@@ -56,8 +65,8 @@ class Exchange:
 class FedAvg(FlowerFedAvg):
     """Federated averaging (McMahan et al. 2017) whose result does not depend on the order of replies.
 
-    roster: who may take part; run: where results go; weighting: `num-examples` or `uniform`; min_replies: valid
-    replies a phase needs, or FederationError; evaluate_every: rounds between evaluations, the last always is one.
+    roster: who may take part; run: where results go; weighting: `num-examples`, `uniform` or `alignment`; min_replies:
+    valid replies a phase needs, or FederationError; evaluate_every: rounds between evaluations, the last is always one.
     Flower counts rounds from 1 at every start; `done` are the rounds of earlier starts, which go before them.
     """
 
@@ -72,6 +81,7 @@ class FedAvg(FlowerFedAvg):
         weighting: str = "num-examples",
         min_replies: int = 1,
         evaluate_every: int = 1,
+        server_optimizer: ServerOptimizer | None = None,
     ) -> None:
         super().__init__(fraction_train, fraction_evaluate, weighted_by_key=NUM_EXAMPLES, arrayrecord_key=ARRAYS)
         self.roster = roster
@@ -81,9 +91,10 @@ class FedAvg(FlowerFedAvg):
         self.weighting = weighting
         self.min_replies = min_replies
         self.evaluate_every = evaluate_every
+        self.server_optimizer = server_optimizer
         self.done = 0
+        self.current = ArrayRecord()
         self.accepted: dict[str, int] = {}
-        self.expected = ArrayRecord()
         self.exchange = Exchange(TRAIN, 0)
 
     def summary(self) -> None:
@@ -95,10 +106,16 @@ class FedAvg(FlowerFedAvg):
         """Return what a later start must know besides the global model: each client's last accepted round."""
         return {"accepted": self.accepted}
 
-    def go_on_after(self, done: int, facts: dict[str, Any]) -> None:
-        """Go on after the first `done` rounds, with the facts of that moment."""
+    def state(self, arrays: ArrayRecord) -> dict[str, np.ndarray]:
+        """Return the tensors that a later start must have besides the global model."""
+        return self.server_optimizer.state(arrays) if self.server_optimizer else {}
+
+    def go_on_after(self, done: int, facts: dict[str, Any], state: dict[str, np.ndarray]) -> None:
+        """Go on after the first `done` rounds, with the facts and tensors of that moment."""
         self.done = done
         self.accepted = dict(facts["accepted"])
+        if self.server_optimizer:
+            self.server_optimizer.restore(state)
 
     def is_evaluated(self, server_round: int) -> bool:
         """Say whether this round ends with an evaluation."""
@@ -108,7 +125,7 @@ class FedAvg(FlowerFedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Draw this round's clients and ask them to train the global model."""
-        self.expected = arrays
+        self.current = arrays
         return self._ask(TRAIN, self.done + server_round, arrays, self.fraction_train)
 
     def configure_evaluate(
@@ -127,11 +144,13 @@ class FedAvg(FlowerFedAvg):
         names = sorted(exchange.good)
         metrics = [exchange.good[name][0] for name in names]
         examples = [m[NUM_EXAMPLES] for m in metrics]
-        weights = examples if self.weighting == NUM_EXAMPLES else [1.0] * len(names)
         loss = sum(m["train-loss"] * n for m, n in zip(metrics, examples, strict=True)) / sum(examples)
-        arrays = weighted_average([unpack_arrays(exchange.good[name][1].content) for name in names], weights)
+        trained = {name: unpack_arrays(exchange.good[name][1].content) for name in names}
+        arrays, found = self.combine(trained, self._weigh(trained, examples))
+        if self.server_optimizer:
+            arrays = self.server_optimizer.step(self.current, arrays, exchange.server_round)
         busy = {name: round(m["seconds"], 3) for name, m in zip(names, metrics, strict=True) if "seconds" in m}
-        self.run.append(TRAIN, exchange.server_round, loss=loss, client_seconds=busy, **exchange.log_line())
+        self.run.append(TRAIN, exchange.server_round, loss=loss, **found, client_seconds=busy, **exchange.log_line())
         self.accepted |= dict.fromkeys(names, exchange.server_round)
         exchange.good.clear()  # every client's model, which evaluation has no use for
         return arrays, MetricRecord({"train-loss": loss})
@@ -146,12 +165,42 @@ class FedAvg(FlowerFedAvg):
         self.run.append(EVALUATE, exchange.server_round, **result, **exchange.log_line())
         return MetricRecord({key.replace("_", "-"): v for key, v in result.items() if isinstance(v, float)})
 
+    def outgoing(self, client_id: str, arrays: ArrayRecord) -> ArrayRecord:
+        """Return what a client is sent of the global model: all of it."""
+        return arrays
+
+    def instructions(self, kind: str, server_round: int) -> dict[str, Any]:
+        """Return the fields of an order that say what to train and send back; none, and it is everything."""
+        return {}
+
+    def combine(self, trained: dict[str, ArrayRecord], weights: list[float]) -> tuple[ArrayRecord, dict[str, Any]]:
+        """Return the new global model, of clients sorted by id, and what the round's line of metrics says of it."""
+        return weighted_average(list(trained.values()), weights), {}
+
+    def _weigh(self, trained: dict[str, ArrayRecord], examples: list[float]) -> list[float]:
+        if self.weighting == NUM_EXAMPLES:
+            return examples
+        if self.weighting == "uniform":
+            return [1.0] * len(examples)
+        return alignment_weights([self._update(name, arrays) for name, arrays in trained.items()])
+
+    def _update(self, name: str, arrays: ArrayRecord) -> Iterator[np.ndarray]:
+        """Yield a client's floating tensors, trained minus received, one at a time."""
+        sent = unpack_arrays(self.exchange.sent[name].content)
+        for key in sorted(arrays):
+            values = view(arrays[key])
+            if values.dtype.kind == "f":
+                yield values - view(sent[key])
+
     def _ask(self, kind: str, server_round: int, arrays: ArrayRecord, fraction: float) -> list[Message]:
         self.roster.refresh()
         chosen = self.roster.sample(fraction, self.seed, server_round, kind)
-        accepted = {name: self.accepted.get(name, 0) for name in chosen}
-        sent = {name: self.roster.order(kind, name, server_round, arrays, accepted[name]) for name in chosen}
-        self.exchange = Exchange(kind, server_round, sent, absent=self.roster.missing())
+        rest = self.instructions(kind, server_round)
+        sent = {}
+        for name in chosen:
+            content, accepted = self.outgoing(name, arrays), self.accepted.get(name, 0)
+            sent[name] = self.roster.order(kind, name, server_round, content, accepted_round=accepted, **rest)
+        self.exchange = Exchange(kind, server_round, sent, rest.get("returns"), absent=self.roster.missing())
         self.run.show_progress(server_round, kind, 0, len(sent))
         return list(sent.values())
 
@@ -188,8 +237,11 @@ class FedAvg(FlowerFedAvg):
         claim, metrics = unpack_reply(reply.content)
         if fault := self.roster.check(name, claim) or self._find_metric_fault(name, metrics):
             raise MessageError(fault)
-        if self.exchange.kind == TRAIN and (fault := find_fault(unpack_arrays(reply.content), self.expected)):
-            raise MessageError(fault)
+        if self.exchange.kind == TRAIN:
+            sent = unpack_arrays(self.exchange.sent[name].content)
+            wanted = {key: sent[key] for key in self.exchange.returns or sent}
+            if fault := find_fault(unpack_arrays(reply.content), wanted):
+                raise MessageError(fault)
         return metrics
 
     def _find_metric_fault(self, name: str, metrics: dict[str, float]) -> str | None:

@@ -1,0 +1,16 @@
+"""The model that the settings describe, as server and clients build it; its weights come from elsewhere."""
+
+from torch import nn
+
+from flapp.model import add_lora, build_model
+from flapp.settings import DatasetConfig, LoRAConfig, ModelConfig
+
+
+def build(model: ModelConfig, dataset: DatasetConfig) -> nn.Module:
+    """Build the model for samples of a dataset, with weights drawn from torch's global generator."""
+    return build_model(model.name, dataset.shape, dataset.classes, model.image_size, model.dropout, model.channels)
+
+
+def adapt(model: nn.Module, lora: LoRAConfig, rank: int) -> None:
+    """Put adapters of `rank` on a model in place; whatever the rank, all scale by lora.alpha / lora.rank."""
+    add_lora(model, rank, lora.alpha * rank / lora.rank, lora.targets, lora.dropout)

@@ -1,0 +1,196 @@
+"""LoRA (Hu et al. 2021): a frozen linear layer plus a trained product of two thin matrices, in loralib's words.
+
+An adapted layer keeps the names of the layer it stands for, and adds two:
+
+    <layer>.weight, <layer>.bias     frozen
+    <layer>.lora_A  (rank, in)       Kaiming-uniform
+    <layer>.lora_B  (out, rank)      zero, so that a fresh adapter changes no output
+
+The state dict is the same whether or not an adapter is merged.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flapp.model.files import mismatch
+
+
+class LoRALinear(nn.Linear):
+    """Compute W x + b + alpha / rank * B A dropout(x), over the very weight and bias of `base`, which are frozen."""
+
+    merged_weight: Tensor | None
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's, which would draw a weight only to throw it away
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.requires_grad_(False)
+        self.rank, self.alpha, self.scaling, self.dropout = rank, alpha, alpha / rank, dropout
+        self.lora_A = nn.Parameter(draw_lora_A(base.weight.new_empty(rank, base.in_features)))
+        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
+        self.register_buffer("merged_weight", None, persistent=False)
+        self.train(base.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.merged_weight is not None:
+            return F.linear(input, self.merged_weight, self.bias)
+        y = F.linear(input, self.weight, self.bias)
+        h = F.linear(F.dropout(input, self.dropout, self.training) if self.dropout else input, self.lora_A)
+        # One addmm scales, multiplies and adds while a block is in cache; `y + scaling * linear(h)` goes over y thrice.
+        flat = torch.addmm(
+            y.reshape(-1, self.out_features), h.reshape(-1, self.rank), self.lora_B.t(), alpha=self.scaling
+        )
+        return flat.view(y.shape)
+
+    @torch.no_grad()
+    def folded_weight(self) -> Tensor:
+        """Return W + alpha / rank * B A, in the weight's own dtype even under autocast."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return torch.addmm(self.weight, self.lora_B, self.lora_A, alpha=self.scaling)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; training ends a merge, since a merged adapter would get no gradient."""
+        self.merged_weight = None if mode else self.merged_weight
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.merged_weight = None  # it was made of the values that are replaced here
+        super()._load_from_state_dict(*args)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"
+
+
+def draw_lora_A(like: Tensor) -> Tensor:
+    """Draw a new A in the shape of another from torch's global generator: Kaiming-uniform, as in loralib."""
+    drawn = torch.empty_like(like, requires_grad=False)
+    return nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
+
+
+def head_of(model: nn.Module) -> str:
+    """Return the dotted name of a model's head, its last linear layer; raises ValueError when it has none."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not names:
+        raise ValueError(f"{type(model).__name__} has no linear layer, and so no head")
+    return names[-1]
+
+
+def add_lora(
+    model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = ("qkv", "proj"), dropout: float = 0.0
+) -> list[str]:
+    """Put a fresh adapter on every layer that `targets` name, in place, and return the layers' dotted names.
+
+    A target is the last part or parts of a dotted name: `proj`, `mlp.0`. A is drawn from torch's global generator, in
+    the order of the model's layers. Raises ValueError, and leaves the model as it is, when a target matches nothing
+    or something else than a plain linear layer, or when rank, alpha or dropout cannot be.
+    """
+    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
+        raise ValueError(
+            f"lora.rank={rank}, lora.alpha={alpha:g}, lora.dropout={dropout:g}: rank is at least 1, alpha is "
+            f"above 0, dropout is from 0 to below 1"
+        )
+    wanted = {name for target in targets for name in _layers(model, target)}
+    names = [name for name, _ in model.named_modules() if name in wanted]
+    for name in names:
+        _check_rank(name, model.get_submodule(name), rank)
+    for name in names:
+        base = model.get_submodule(name)
+        assert isinstance(base, nn.Linear)
+        model.set_submodule(name, LoRALinear(base, rank, alpha, dropout))
+    return names
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Return the adapted layers by dotted name; raises ValueError when there is none."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no adapters: call add_lora first (set lora=default)")
+    return layers
+
+
+def mark_only_lora_as_trainable(model: nn.Module, also: Sequence[str] | None = None) -> None:
+    """Freeze all but the adapters and the modules named in `also`, which is the head if left out.
+
+    The weight and bias of an adapted layer stay frozen, be it the head. Raises ValueError for a name that is no module.
+    """
+    layers = adapted_layers(model)
+    model.requires_grad_(False)
+    for name in [head_of(model)] if also is None else also:
+        try:
+            model.get_submodule(name).requires_grad_(True)
+        except AttributeError:
+            raise ValueError(f"{type(model).__name__} has no module {name!r} to train beside its adapters") from None
+    for layer in layers.values():
+        layer.requires_grad_(False)
+        layer.lora_A.requires_grad_(True)
+        layer.lora_B.requires_grad_(True)
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return what training may change and a message carries: every A and B, all other trained parameters, all buffers.
+
+    A and B are in it even while one of them is frozen; tensors are the model's own, not copies.
+    """
+    adapters = {f"{name}.lora_{ab}" for name in adapted_layers(model) for ab in "AB"}
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad} - adapters
+    return {key: tensor for key, tensor in model.state_dict().items() if key not in frozen}
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return what lora_state_dict does not: the frozen base, whose file's SHA-256 names it."""
+    travels = lora_state_dict(model)
+    return {key: tensor for key, tensor in model.state_dict().items() if key not in travels}
+
+
+def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load the tensors of a lora_state_dict; raises ValueError unless names and shapes are the model's own."""
+    if fault := mismatch(lora_state_dict(model), state):
+        raise ValueError(f"these are not the adapters of this model ({fault})")
+    model.load_state_dict(state, strict=False)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Fold each adapter into a weight that its layer uses alone from now on, until unmerge_lora, train() or a load.
+
+    The frozen weight stays beside it, and is what `state_dict` and `layer.weight` give. The model goes to eval mode.
+    """
+    model.eval()
+    for layer in adapted_layers(model).values():
+        layer.merged_weight = layer.folded_weight()
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Go back to the frozen weights, which merge_lora never touched, and their adapters."""
+    for layer in adapted_layers(model).values():
+        layer.merged_weight = None
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of the same model without adapters, each folded into its weight; leaves `model` alone."""
+    layers = adapted_layers(model)
+    adapters = {f"{name}.lora_{ab}" for name in layers for ab in "AB"}
+    folded = {f"{name}.weight": layer.folded_weight() for name, layer in layers.items()}
+    return {key: folded.get(key, tensor) for key, tensor in model.state_dict().items() if key not in adapters}
+
+
+def _layers(model: nn.Module, target: str) -> Iterator[str]:
+    """Yield the names of the modules that `target` ends; raises ValueError when there is none, or one is not linear."""
+    found = {n: type(m) for n, m in model.named_modules() if n == target or n.endswith(f".{target}")}
+    for name, kind in found.items() or [("", None)]:
+        if kind is not nn.Linear:
+            linear = {".".join(n.split(".")[-2:]) for n, m in model.named_modules() if type(m) is nn.Linear}
+            what = f"{name}, which is {kind.__name__}" if kind else "no layer of the model"
+            raise ValueError(f"lora.targets={target} matches {what}: choose among {', '.join(sorted(linear))}")
+        yield name
+
+
+def _check_rank(name: str, base: nn.Module, rank: int) -> None:
+    assert isinstance(base, nn.Linear)
+    if rank > min(base.in_features, base.out_features):
+        shape = f"{base.in_features} -> {base.out_features}"
+        raise ValueError(f"lora.rank={rank} is more than {name} ({shape}) can have: lower lora.rank or leave it out")

@@ -1,0 +1,126 @@
+"""Pretrained weights from a local file: torchvision's checkpoints (.pth) or safetensors, in its names or in ours.
+
+    torchvision                                       flapp
+    ...self_attention.in_proj_weight, in_proj_bias    ...self_attention.qkv.weight, qkv.bias
+    ...self_attention.out_proj.weight, out_proj.bias  ...self_attention.proj.weight, proj.bias
+    ...mlp.linear_1.*, mlp.linear_2.*                 ...mlp.0.*, mlp.3.*   (its files from before 2022; read only)
+
+Nothing is taken in part: a file that does not fit the model is an error, never a random start.
+"""
+
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flapp.model.files import mismatch, sha256_of_file
+from flapp.model.lora import head_of
+
+POSITIONS = "encoder.pos_embedding"
+OURS = (
+    (re.compile(r"\bself_attention\.in_proj_(weight|bias)$"), r"self_attention.qkv.\1"),
+    (re.compile(r"\bself_attention\.out_proj\.(weight|bias)$"), r"self_attention.proj.\1"),
+    (re.compile(r"\bmlp\.linear_1\.(weight|bias)$"), r"mlp.0.\1"),
+    (re.compile(r"\bmlp\.linear_2\.(weight|bias)$"), r"mlp.3.\1"),
+)
+TORCHVISIONS = (
+    (re.compile(r"\bself_attention\.qkv\.(weight|bias)$"), r"self_attention.in_proj_\1"),
+    (re.compile(r"\bself_attention\.proj\.(weight|bias)$"), r"self_attention.out_proj.\1"),
+)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What load_pretrained did: the file's SHA-256, whether the head came from it, whether positions were resized."""
+
+    sha256: str
+    head_loaded: bool
+    interpolated: bool
+
+
+def load_pretrained(model: nn.Module, path: Path) -> Pretrained:
+    """Load every weight of `model`, which has no adapters yet, from the file at `path`.
+
+    A head for another number of classes stays as the model has it; position embeddings for another image size are
+    interpolated as torchvision does (bicubic). Raises ValueError for a file that is missing, unsafe or does not fit.
+    """
+    state, own = from_torchvision(read_state(path)), model.state_dict()
+    interpolated = _interpolate_positions(state, model)
+    head = [name for name in own if name.startswith(head_of(model) + ".")]
+    head_loaded = not all(name in state and _differs_in_rows(state[name], own[name]) for name in head)
+    state |= {} if head_loaded else {name: own[name] for name in head}
+    if fault := mismatch(own, state):
+        hint = "; build it with channels=3 to show it grey images" if "first conv_proj.weight (" in fault else ""
+        raise ValueError(f"{path} does not fit this {type(model).__name__}: {fault}{hint}")
+    model.load_state_dict(state)
+    return Pretrained(sha256_of_file(path), head_loaded, interpolated)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Read a state dict, bare or as {"state_dict": ...} or {"model": ...}, running no code that is in the file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found: Any = load_file(path) if path.suffix == ".safetensors" else _unpickle_tensors(path)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"model.pretrained={path} is damaged or holds more than tensors: nothing in it was run"
+        ) from error
+    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"model.pretrained={path} cannot be read as weights ({reason})") from error
+    if isinstance(found, Mapping) and len(found) == 1 and isinstance(inner := next(iter(found.values())), Mapping):
+        found = inner if set(found) <= {"state_dict", "model"} else found
+    if not isinstance(found, Mapping) or not found or not all(isinstance(t, Tensor) for t in found.values()):
+        raise ValueError(f"model.pretrained={path} holds no state dict, which maps names to tensors and nothing else")
+    return dict(found)
+
+
+def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `state` under our names; names that are ours already stay."""
+    return {_renamed(name, OURS): tensor for name, tensor in state.items()}
+
+
+def to_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `state`, in our names and without adapters, under torchvision's."""
+    return {_renamed(name, TORCHVISIONS): tensor for name, tensor in state.items()}
+
+
+def _renamed(name: str, rules: tuple[tuple[re.Pattern[str], str], ...]) -> str:
+    for pattern, replacement in rules:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def _unpickle_tensors(path: Path) -> Any:
+    # Only the zip format, torch's since 1.6, can be memory-mapped.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def _differs_in_rows(found: Tensor, own: Tensor) -> bool:
+    return found.ndim == own.ndim and found.shape[1:] == own.shape[1:] and found.shape[0] != own.shape[0]
+
+
+def _interpolate_positions(state: dict[str, Tensor], model: nn.Module) -> bool:
+    """Resize the positions in `state` to the grid of `model` if they are for another one, and say whether they were."""
+    own, found = model.state_dict().get(POSITIONS), state.get(POSITIONS)
+    if own is None or found is None or own.shape[2:] != found.shape[2:] or own.shape == found.shape:
+        return False
+    from torchvision.models.vision_transformer import interpolate_embeddings
+
+    side = round((found.shape[1] - 1) ** 0.5)
+    if side < 1 or found.shape[0] != 1 or side * side != found.shape[1] - 1:
+        return False  # not a class token and a square of patches; whoever compares shapes says so
+    assert isinstance(model.image_size, int)
+    assert isinstance(model.patch_size, int)
+    positions = OrderedDict({POSITIONS: found})
+    state[POSITIONS] = interpolate_embeddings(model.image_size, model.patch_size, positions)[POSITIONS]
+    return True

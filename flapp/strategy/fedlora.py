@@ -1,0 +1,135 @@
+"""FedLoRA as a Flower strategy: adapters and head travel, the frozen base stays where it is.
+
+What a client is sent, trains, sends back and keeps depends on the rule (lora_aggregation.RULES) alone; the order of
+each message names it, so that clients know of no rule. Rules that fold into the base send the base weights of the
+adapted layers down anew each round: clients keep nothing between rounds, and a resumed server needs no history.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
+from logging import INFO
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from flwr.common import log
+
+from flapp.messages import TRAIN, pack, view
+from flapp.strategy.aggregation import weighted_average
+from flapp.strategy.fedavg import FedAvg
+from flapp.strategy.lora_aggregation import RULES, Aggregated, Factors, error_norms, refill, truncate
+
+A, B, WEIGHT = "lora_A", "lora_B", "weight"
+
+
+def global_keys(state: Iterable[str], travels: Iterable[str], aggregation: str) -> tuple[list[str], list[str]]:
+    """Return the tensors of the global model that clients are sent, and those that each client keeps to itself.
+
+    state: every key of the model, in order; travels: those of its lora_state_dict. The rest is the base.
+    """
+    rule, travels = RULES[aggregation], set(travels)
+    layers = [key.removesuffix(A) for key in sorted(travels) if key.endswith(f".{A}")]
+    if rule.folds:
+        travels |= {layer + WEIGHT for layer in layers}
+    private = {layer + B for layer in layers} if rule.private_b else set()
+    stays = {layer + A for layer in layers if rule.odd == rule.even == "B"}  # drawn once, and part of the base
+    sent = travels - private - stays
+    return [key for key in state if key in sent], [key for key in state if key in private]
+
+
+class FedLoRA(FedAvg):
+    """Federated LoRA by the rule `aggregation`; its other arguments are FedAvg's, and these:
+
+    layers: names of the adapted layers; fixed: the factors that never travel; private: keys that each client keeps;
+    scaling: alpha / rank; rank: of the global adapter; ranks: of clients that have less; fresh: a round's new lora_A of
+    every layer, of the global rank and drawn from the seed.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        aggregation: str,
+        layers: Sequence[str],
+        fixed: Mapping[str, np.ndarray],
+        private: Sequence[str],
+        scaling: float,
+        rank: int,
+        ranks: Mapping[str, int],
+        fresh: Callable[[int], Mapping[str, np.ndarray]],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.aggregation, self.rule = aggregation, RULES[aggregation]
+        self.layers, self.fixed, self.private = list(layers), fixed, tuple(private)
+        self.scaling, self.rank, self.ranks, self.fresh = scaling, rank, ranks, fresh
+
+    def summary(self) -> None:
+        """Log the rule, and what FedAvg logs."""
+        log(INFO, "\t├──> adapters of %d layers, aggregated by %s", len(self.layers), self.aggregation)
+        super().summary()
+
+    def instructions(self, kind: str, server_round: int) -> dict[str, Any]:
+        """Name what is trained and sent back in this round, and what is trained and kept."""
+        factors = self.rule.travels(server_round) if kind == TRAIN else frozenset("AB")
+        frozen = {f"{layer}.{part}" for layer in self.layers for part in (A, B, WEIGHT) if part[-1] not in factors}
+        return {"returns": tuple(key for key in self.current if key not in frozen), "private": self.private}
+
+    def outgoing(self, client_id: str, arrays: ArrayRecord) -> ArrayRecord:
+        """Return the global model with its adapter cut to the client's own rank."""
+        if client_id not in self.ranks:
+            return arrays
+        cut = dict(arrays.items())
+        for layer in self.layers:
+            a, b = truncate(view(arrays[f"{layer}.{A}"]), view(arrays[f"{layer}.{B}"]), self.ranks[client_id])
+            cut |= {f"{layer}.{A}": pack(a), f"{layer}.{B}": pack(b)}
+        return ArrayRecord(cut)
+
+    def combine(self, trained: dict[str, ArrayRecord], weights: list[float]) -> tuple[ArrayRecord, dict[str, Any]]:
+        """Aggregate adapters by the rule and average the rest; the line says how far the adapters are from the ideal.
+
+        aggregation_error is ||applied - ideal||_F / ||ideal||_F over all layers, None where it cannot be known.
+        """
+        records = list(trained.values())
+        adapters = {f"{layer}.{part}" for layer in self.layers for part in (A, B)}
+        rest = [key for key in records[0] if key not in adapters]
+        new = dict(self.current.items())
+        if rest:
+            new |= dict(weighted_average([_pick(record, rest) for record in records], weights).items())
+        norms = []
+        fresh = self.fresh(self.exchange.server_round) if self.rule.any_rank else {}
+        for layer in self.layers:
+            clients = [self._factors(r, layer, weight) for r, weight in zip(records, weights, strict=True)]
+            found = self.rule.aggregate(clients, self.rank if self.rule.any_rank else None)
+            norms.append((0.0, 0.0) if self.rule.private_b else error_norms(found, clients))
+            new |= self._install(layer, found, fresh)
+        error, ideal = (sum(norm**2 for norm in column) ** 0.5 for column in zip(*norms, strict=True))
+        return ArrayRecord(new), {"aggregation_error": error / ideal if ideal else None}
+
+    def _factors(self, record: ArrayRecord, layer: str, weight: float) -> Factors:
+        """Return a client's factors: its own, or where it sent none that which all have; no B where it is private."""
+
+        def factor(key: str) -> np.ndarray | None:
+            held = record if key in record else self.current
+            return view(held[key]) if key in held else self.fixed.get(key)
+
+        a, b = factor(f"{layer}.{A}"), factor(f"{layer}.{B}")
+        assert a is not None
+        return Factors(a, b, weight)
+
+    def _install(self, layer: str, found: Aggregated, fresh: Mapping[str, np.ndarray]) -> dict[str, Array]:
+        """Return the tensors of a layer that are new: its factors, and the base weight when something is folded in."""
+        a, b, key = found.A, found.B, f"{layer}.{A}"
+        if a is None:
+            a, b = fresh[key], np.zeros_like(view(self.current[f"{layer}.{B}"]))
+        elif fresh and b is not None:
+            a = refill(a, b, fresh[key]).astype(a.dtype)
+        new = {key: a, f"{layer}.{B}": b}
+        if found.folded is not None:
+            weight = view(self.current[f"{layer}.{WEIGHT}"])
+            product = reduce(np.matmul, [factor.astype(np.float64) for factor in found.folded])
+            new[f"{layer}.{WEIGHT}"] = (weight + self.scaling * product).astype(weight.dtype)
+        return {key: pack(value) for key, value in new.items() if value is not None and key in self.current}
+
+
+def _pick(record: ArrayRecord, keys: list[str]) -> ArrayRecord:
+    return ArrayRecord({key: record[key] for key in keys})

@@ -1,0 +1,60 @@
+"""Flower's server optimisers (Reddi et al. 2021, arXiv:2003.00295; Hsu et al. 2019) over our own average.
+
+Flower's strategy is handed the average as if it were the reply of its only client, and gives back its step. Its
+moments are tensors that a resumed run must have, so they are kept with each round.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAdam, FedAvgM, FedYogi
+
+from flapp.messages import ARRAYS, NUM_EXAMPLES, TRAIN, pack, view
+
+MOMENTS = ("m_t", "v_t")
+
+
+class ServerOptimizer:
+    """Step from the global model along the average: `fedadam`, `fedyogi` or `fedavgm`; integers take the average."""
+
+    def __init__(self, name: str, lr: float, momentum: float) -> None:
+        self.flower: Any
+        if name == "fedavgm":
+            self.flower = FedAvgM(server_learning_rate=lr, server_momentum=momentum)
+        else:
+            self.flower = {"fedadam": FedAdam, "fedyogi": FedYogi}[name](eta=lr, beta_1=momentum)
+
+    def step(self, current: ArrayRecord, average: ArrayRecord, server_round: int) -> ArrayRecord:
+        """Return the new global model, in the dtypes of the current one."""
+        floats = [key for key, array in average.items() if view(array).dtype.kind == "f"]
+        before, after = (ArrayRecord({key: record[key] for key in floats}) for record in (current, average))
+        self.flower.current_arrays = before if isinstance(self.flower, FedAvgM) else _unpack(before)
+        metrics = MetricRecord({NUM_EXAMPLES: 1})
+        reply = Message(RecordDict({ARRAYS: after, "metrics": metrics}), dst_node_id=1, message_type=TRAIN)
+        stepped, _ = self.flower.aggregate_train(server_round, [reply])
+        new = {key: pack(view(stepped[key]).astype(view(current[key]).dtype)) for key in floats}
+        return ArrayRecord({key: new.get(key, array) for key, array in average.items()})
+
+    def state(self, keys: ArrayRecord) -> dict[str, np.ndarray]:
+        """Return the moments as tensors with names of their own."""
+        if isinstance(self.flower, FedAvgM):
+            floats = [key for key, array in keys.items() if view(array).dtype.kind == "f"]
+            vector = self.flower.momentum_vector or []
+            return {f"momentum/{key}": value for key, value in zip(floats, vector, strict=bool(vector))}
+        moments = {name: getattr(self.flower, name) or {} for name in MOMENTS}
+        return {f"{name}/{key}": value for name, moment in moments.items() for key, value in moment.items()}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take back the tensors of `state`."""
+        for name in ("momentum", *MOMENTS):
+            moment = {k.removeprefix(f"{name}/"): v for k, v in state.items() if k.startswith(f"{name}/")}
+            if moment and name == "momentum":
+                self.flower.momentum_vector = list(moment.values())
+            elif moment:
+                setattr(self.flower, name, moment)
+
+
+def _unpack(record: ArrayRecord) -> dict[str, np.ndarray]:
+    return {key: view(array) for key, array in record.items()}
