@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from flapp.model import (
@@ -23,12 +22,7 @@ from flapp.model import (
     mark_only_lora_as_trainable,
     sha256_of_file,
 )
-from tests.adapters import CASES, adapted, base, batch, in_peft, steps
-
-
-def logits(model: nn.Module, name: str = "vit_tiny") -> Tensor:
-    with torch.no_grad():
-        return model.eval()(batch(name)[0])
+from tests.adapters import CASES, adapted, base, in_peft, logits, steps
 
 
 def edit(folder: Path, **settings: Any) -> None:
