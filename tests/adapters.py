@@ -52,6 +52,17 @@ def steps(model: nn.Module, name: str = "vit_tiny", n: int = 1) -> nn.Module:
     return model
 
 
+def bytes_of(state: dict[str, Tensor]) -> dict[str, bytes]:
+    """Return the bytes of every tensor, which tell apart what torch.equal does not."""
+    return {key: tensor.detach().numpy().tobytes() for key, tensor in state.items()}
+
+
+def logits(model: nn.Module, name: str = "vit_tiny") -> Tensor:
+    """Return the outputs of batch(name) in eval mode."""
+    with torch.no_grad():
+        return model.eval()(batch(name)[0])
+
+
 def in_peft(name: str, targets: tuple[str, ...], **config: Any) -> nn.Module:
     """Return PEFT's model over base(name) with the same adapters as adapted(), freshly drawn."""
     from peft import LoraConfig, get_peft_model

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from flapp.model.files import save_tensors
+from flapp.model.files import mismatch, save_tensors
 from flapp.model.lora import adapted_layers, load_lora_state_dict, lora_state_dict, merged_state_dict
 from flapp.model.pretrained import read_state, to_torchvision
 
@@ -86,14 +86,13 @@ def import_adapter(model: nn.Module, folder: Path) -> Adapter:
                 f"{layer.rank} and alpha {layer.alpha:g}: set lora.rank and lora.alpha to the adapter's"
             )
     tensors = {_from_peft(key): tensor for key, tensor in read_state(folder / WEIGHTS).items()}
-    try:
-        load_lora_state_dict(model, tensors)
-    except ValueError as error:
-        raise ValueError(f"{folder} does not fit this {type(model).__name__} with its lora.targets: {error}") from error
+    if fault := mismatch(lora_state_dict(model), tensors):
+        raise ValueError(f"{folder} does not fit this {type(model).__name__} with its lora.targets: {fault}")
+    load_lora_state_dict(model, tensors)
     return Adapter(config.get("base_model_name_or_path") or "", config["r"], config["lora_alpha"])
 
 
-def export_merged(model: nn.Module, path: Path, **facts: Any) -> str:
+def export_merged(model: nn.Module, path: Path, /, **facts: Any) -> str:
     """Write `model` with its adapters folded in, under torchvision's names, and return the file's SHA-256.
 
     torchvision's VisionTransformer of the same size loads a ViT of three channels and gives the same logits.

@@ -11,6 +11,7 @@ Nothing is taken in part: a file that does not fit the model is an error, never 
 import pickle
 import re
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,11 @@ from torch import Tensor, nn
 from flapp.model.files import mismatch, sha256_of_file
 from flapp.model.lora import head_of
 
+# What zipfile and torch's unpickler are seen to raise for damaged bytes, beside OSError.
+DAMAGE = (
+    *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, LookupError),
+    *(TypeError, AttributeError, AssertionError),
+)
 POSITIONS = "encoder.pos_embedding"
 OURS = (
     (re.compile(r"\bself_attention\.in_proj_(weight|bias)$"), r"self_attention.qkv.\1"),
@@ -69,18 +75,16 @@ def read_state(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        found: Any = load_file(path) if path.suffix == ".safetensors" else _unpickle_tensors(path)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"model.pretrained={path} is damaged or holds more than tensors: nothing in it was run"
-        ) from error
-    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"model.pretrained={path} cannot be read as weights ({reason})") from error
+        found: Any = load_file(path) if path.suffix == ".safetensors" else _load_pth(path)
+    except DAMAGE as error:
+        reason = "nothing in it was run" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
+        raise ValueError(f"{path} is damaged or holds more than tensors ({reason or repr(error)})") from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
     if isinstance(found, Mapping) and len(found) == 1 and isinstance(inner := next(iter(found.values())), Mapping):
         found = inner if set(found) <= {"state_dict", "model"} else found
     if not isinstance(found, Mapping) or not found or not all(isinstance(t, Tensor) for t in found.values()):
-        raise ValueError(f"model.pretrained={path} holds no state dict, which maps names to tensors and nothing else")
+        raise ValueError(f"{path} holds no state dict, which maps names to tensors and nothing else")
     return dict(found)
 
 
@@ -100,9 +104,12 @@ def _renamed(name: str, rules: tuple[tuple[re.Pattern[str], str], ...]) -> str:
     return name
 
 
-def _unpickle_tensors(path: Path) -> Any:
-    # Only the zip format, torch's since 1.6, can be memory-mapped.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+def _load_pth(path: Path) -> Any:
+    """Load a file of torch.save, a zip since torch 1.6, when the CRC of every tensor in it is right."""
+    with zipfile.ZipFile(path) as file:
+        if (damaged := file.testzip()) is not None:
+            raise zipfile.BadZipFile(f"{damaged} has another CRC-32")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _differs_in_rows(found: Tensor, own: Tensor) -> bool:

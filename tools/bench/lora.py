@@ -1,0 +1,56 @@
+"""A local step of LoRA on a small ViT, against the full fine-tuning step and against PEFT's, on the CPU."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from flapp.model import add_lora, build_model, mark_only_lora_as_trainable
+from flapp.training import build_optimizer, train
+from tools.bench import Row, measure
+
+MODEL, SIZE, BATCH, CLASSES = "vit_s_16", 64, 32, 10
+RANK, ALPHA, TARGETS = 8, 16, ["qkv", "proj"]
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    add_lora(model, RANK, ALPHA, TARGETS)
+    mark_only_lora_as_trainable(model)
+    return model
+
+
+def in_peft(model: nn.Module) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ModuleNotFoundError:
+        raise SystemExit("the benchmark `lora` compares with PEFT: pip install -e '.[test]'") from None
+    words = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, modules_to_save=["heads.head"])
+    return get_peft_model(copy.deepcopy(model), words)
+
+
+def stepper(model: nn.Module, autocast: bool = False) -> Callable[[], None]:
+    """Return a function that takes one step of the local loop, with AdamW, on one fixed batch."""
+    batches = [(torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(0, CLASSES, (BATCH,)))]
+    optimizer = build_optimizer(model, "adamw", 1e-4)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            train(model, batches, optimizer, steps=1)
+
+    return step
+
+
+def rows() -> list[Row]:
+    """Time the steps in turn; every contender starts from the same weights and does the same work."""
+    base = build_model(MODEL, (SIZE, SIZE, 3), CLASSES)
+    contenders = {"full": stepper(base), "lora": stepper(adapted(base)), "peft": stepper(in_peft(base))}
+    contenders["bf16"] = stepper(adapted(base), autocast=True)
+    seconds = measure(contenders, repeats=11, warmup=2)
+    what = f"LoRA step, {MODEL} at {SIZE} pixels, {', '.join(TARGETS)}, r={RANK}"
+    note = f"bfloat16 autocast takes {seconds['bf16'] / seconds['lora']:.2f}x of its time on this CPU"
+    return [
+        Row(what, "full fine-tuning step", seconds["full"] / seconds["lora"], 1.3, note=note),
+        Row(what, "PEFT on the same model", seconds["peft"] / seconds["lora"], 1.0),
+    ]
