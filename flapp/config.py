@@ -11,7 +11,7 @@ import shlex
 import threading
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ _compose_lock = threading.Lock()  # GlobalHydra is one per process and not threa
 
 
 def load(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> tuple[Config, Site]:
-    """Return the checked config of a run and the facts of this node; raises ConfigError.
+    """Return the checked config of a run and the facts of this node, whose own home wins; raises ConfigError.
 
     run_config holds `config-json`, which wins, or `overrides`, words of Hydra's grammar separated by spaces.
     """
@@ -45,12 +45,13 @@ def load(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> tuple
     else:
         home = os.environ.get("FLAPP_HOME", "")  # in the cache key, because conf/ reads it
         config = _compose_cached(str(run_config.get("overrides", "")), home)
-    return config, read_site(node_config)
+    site = read_site(node_config)
+    return (replace(config, home=site.home) if site.home else config), site
 
 
 def read_site(node_config: Mapping[str, Any]) -> Site:
     """Read a node's own facts from Flower's node_config; raises ConfigError for a key that nothing reads."""
-    paths = ("shard-path", "checkpoint-dir")
+    paths = ("shard-path", "checkpoint-dir", "home")
     known: dict[str, Any] = {"client-id": str, "partition-id": int, "num-partitions": int} | dict.fromkeys(paths, str)
     for key, value in node_config.items():
         if key not in known:

@@ -212,7 +212,11 @@ class Roster:
             return f"runs other source ({claim.source_digest[:12]}) than the server ({source_digest()[:12]})"
         if claim.base_digest != self.base_digest:
             found = claim.base_digest[:12] or "none"
-            return f"holds base {found} of the model, the server's is {self.base_digest[:12] or 'none'}"
+            own = self.base_digest
+            return (
+                f"holds base {found} of the model, the server's is {own[:12]}: remove models/{own} from its home, and "
+                "it is sent again"
+            )
         if claim.train < 1 or claim.val < 0 or claim.test < 0:
             return f"has {claim.train} training, {claim.val} validation and {claim.test} test samples"
         if len(claim.label_hist) != self.classes:

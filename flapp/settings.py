@@ -170,6 +170,7 @@ class Site:
     client_id: str | None = None
     shard_path: str | None = None
     checkpoint_dir: str | None = None
+    home: str | None = None
     partition_id: int = 0
     num_partitions: int = 0
 

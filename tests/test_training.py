@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from flapp.training import build_optimizer, evaluate, scheduled_lr, train
+from flapp.training import StepRules, build_optimizer, evaluate, scheduled_lr, train
 
 X, Y = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 4
 BATCHES = [(X[i : i + 8], Y[i : i + 8]) for i in range(0, 20, 8)]
@@ -87,3 +87,52 @@ def test_the_cosine_schedule_starts_at_lr_and_ends_near_zero() -> None:
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] == pytest.approx(0.05 * (1 + math.cos(0.9 * math.pi)))
     assert {scheduled_lr(0.1, "constant", r, 10) for r in range(1, 11)} == {0.1}
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch() -> None:
+    small, large = model(), model()
+    halves = [(X[i : i + 4], Y[i : i + 4]) for i in (0, 4, 8, 12)]
+    train(small, halves, build_optimizer(small, "sgd", 0.1), rules=StepRules(accumulate=2))
+    train(large, [(X[:8], Y[:8]), (X[8:16], Y[8:16])], build_optimizer(large, "sgd", 0.1))
+    for a, b in zip(small.parameters(), large.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_left_of_accumulated_batches_makes_a_last_step() -> None:
+    three, two_and_one = model(), model()
+    train(three, BATCHES[:1], build_optimizer(three, "sgd", 0.1), rules=StepRules(accumulate=5))
+    train(two_and_one, BATCHES[:1], build_optimizer(two_and_one, "sgd", 0.1))
+    for a, b in zip(three.parameters(), two_and_one.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_proximal_term_is_the_gradient_of_fedprox() -> None:
+    ours, plain, mu = model(), model(), 0.5
+    train(ours, BATCHES, build_optimizer(ours, "sgd", 0.1), rules=StepRules(proximal_mu=mu))
+    start = [p.detach().clone() for p in plain.parameters()]
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for x, y in BATCHES:
+        optimizer.zero_grad()
+        pull = sum(((p - s) ** 2).sum() for p, s in zip(plain.parameters(), start, strict=True))
+        (nn.functional.cross_entropy(plain(x), y) + mu / 2 * pull).backward()
+        optimizer.step()
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_are_clipped_to_a_norm() -> None:
+    net = model()
+    before = [p.detach().clone() for p in net.parameters()]
+    train(net, BATCHES[:1], build_optimizer(net, "sgd", 1.0), rules=StepRules(clip_norm=0.01))
+    moved = torch.cat([(p.detach() - b).flatten() for p, b in zip(net.parameters(), before, strict=True)])
+    assert moved.norm() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_bfloat16_autocast_trains_float32_weights() -> None:
+    exact, rough = model(), model()
+    train(exact, BATCHES, build_optimizer(exact, "sgd", 0.1))
+    train(rough, BATCHES, build_optimizer(rough, "sgd", 0.1), rules=StepRules(precision="bfloat16"))
+    for a, b in zip(exact.parameters(), rough.parameters(), strict=True):
+        assert b.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0.1, atol=0.02)
+    assert not torch.equal(exact[0].weight, rough[0].weight)

@@ -1,0 +1,52 @@
+"""Server optimisers are Flower's own: its strategies, run by themselves, take the same steps."""
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAdam, FedAvgM, FedYogi
+
+from flapp.strategy import ServerOptimizer
+
+RNG = np.random.default_rng(0)
+START = {"w": RNG.normal(size=(3, 2)).astype(np.float32), "steps": np.array(5)}
+AVERAGES = [{"w": START["w"] + RNG.normal(size=(3, 2)).astype(np.float32), "steps": np.array(5 + n)} for n in (1, 2, 3)]
+
+
+def record(tensors: dict[str, np.ndarray]) -> ArrayRecord:
+    return ArrayRecord({key: Array(value) for key, value in tensors.items()})
+
+
+def steps(optimizer: ServerOptimizer, first: int = 1, current: ArrayRecord | None = None) -> ArrayRecord:
+    current = record(START) if current is None else current
+    for number in range(first, 4):
+        current = optimizer.step(current, record(AVERAGES[number - 1]), number)
+    return current
+
+
+@pytest.mark.parametrize("name", ["fedadam", "fedyogi", "fedavgm"])
+def test_three_rounds_are_those_of_flowers_strategy(name: str) -> None:
+    found = steps(ServerOptimizer(name, 0.1, 0.8))
+    if name == "fedavgm":
+        flower = FedAvgM(server_learning_rate=0.1, server_momentum=0.8)
+    else:
+        flower = {"fedadam": FedAdam, "fedyogi": FedYogi}[name](eta=0.1, beta_1=0.8)
+    current = {"w": START["w"]}
+    for number in (1, 2, 3):
+        flower.current_arrays = record(current) if name == "fedavgm" else current
+        content = RecordDict(
+            {"arrays": record({"w": AVERAGES[number - 1]["w"]}), "m": MetricRecord({"num-examples": 7})}
+        )
+        stepped, _ = flower.aggregate_train(number, [Message(content, dst_node_id=3, message_type="train")])
+        current = {"w": stepped["w"].numpy().astype(np.float32)}
+    np.testing.assert_array_equal(found["w"].numpy(), current["w"])
+    assert found["w"].numpy().dtype == np.float32
+    assert found["steps"].numpy() == 8  # whole numbers are averaged, not stepped
+
+
+@pytest.mark.parametrize("name", ["fedadam", "fedyogi", "fedavgm"])
+def test_moments_taken_back_go_on_as_if_nothing_had_happened(name: str) -> None:
+    whole = steps(ServerOptimizer(name, 0.1, 0.8))
+    first, later = ServerOptimizer(name, 0.1, 0.8), ServerOptimizer(name, 0.1, 0.8)
+    after_one = first.step(record(START), record(AVERAGES[0]), 1)
+    later.restore(first.state(after_one))
+    np.testing.assert_array_equal(steps(later, 2, after_one)["w"].numpy(), whole["w"].numpy())
