@@ -15,6 +15,10 @@ GROUPS = sorted(path.name for path in config.CONF.iterdir() if path.is_dir())
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((config.CONF / group).glob("*.yaml"))]
 NEEDS = {
     ("dataset", "regression"): ["model=linear", "partition=iid", "evaluate.objective=loss"],
+    ("lora", "default"): ["strategy=fedlora"],
+    ("strategy", "fedlora"): ["lora=default"],
+    ("experiment", "cifar10_fedlora"): ["model.pretrained=/models/vit_b_16.pth"],
+    ("experiment", "cifar100_fedlora"): ["model.pretrained=/models/vit_b_16.pth"],
     ("dataset", "custom"): ["dataset.name=mine", "dataset.shape=[32,32,3]", "dataset.classes=4"],
 }
 

@@ -4,12 +4,18 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvgM, FedYogi
+from flwr.supercore.task_identity import TaskIdentity
 
 from flapp.strategy import ServerOptimizer
 
 RNG = np.random.default_rng(0)
 START = {"w": RNG.normal(size=(3, 2)).astype(np.float32), "steps": np.array(5)}
 AVERAGES = [{"w": START["w"] + RNG.normal(size=(3, 2)).astype(np.float32), "steps": np.array(5 + n)} for n in (1, 2, 3)]
+
+
+@pytest.fixture(autouse=True)
+def task() -> None:
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
 
 
 def record(tensors: dict[str, np.ndarray]) -> ArrayRecord:
