@@ -38,7 +38,7 @@ def test_every_choice_in_conf_composes_and_builds_its_model(group: str, choice: 
         (["num_round=3"], "num_round is not a setting: did you mean num_rounds?"),
         (["train.learning_rate=3"], "train.learning_rate is not a setting"),
         (["+extra=1"], "extra is not a setting"),
-        (["model=vit_huge"], "model=vit_huge is not known: choose one of cnn, linear, vit_tiny"),
+        (["model=vit_huge"], "model=vit_huge is not known: choose one of cnn, linear, vit_b_16, vit_s_16, vit_tiny"),
         (["dataset=custom"], "dataset.name must be given: add dataset.name=VALUE"),
         (["num_rounds=0"], "num_rounds=0 is out of range: it must be at least 1"),
         (["train.lr=0"], "train.lr=0 is out of range: it must be more than 0"),
