@@ -16,6 +16,7 @@ from flapp.model import (
     build_model,
     export_adapter,
     export_merged,
+    head_of,
     import_adapter,
     load_pretrained,
     lora_state_dict,
@@ -43,6 +44,7 @@ def test_peft_loads_an_exported_adapter_and_gives_the_same_logits(
     assert not torch.allclose(logits(base(name), name), logits(model, name), atol=1e-3)
     config = theirs.peft_config["default"]
     assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (2, 6.0, "sha256:abc")
+    assert config.modules_to_save == (None if head_of(model).endswith(targets) else [head_of(model)])
 
 
 @pytest.mark.parametrize(("name", "targets"), CASES)

@@ -144,7 +144,7 @@ def without(state: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in state.items() if key not in names}
 
 
-SAME, LN = torchvisions().state_dict(), "encoder.ln.weight"
+SAME, LN, HEAD = torchvisions().state_dict(), "encoder.ln.weight", "heads.head.weight"
 QKV = "encoder.layers.encoder_layer_0.self_attention"
 BAD_STATES: dict[str, tuple[Any, str]] = {
     "missing": (without(SAME, LN, f"{QKV}.in_proj_bias"), f"2 missing, first {QKV}.qkv.bias"),
@@ -153,6 +153,11 @@ BAD_STATES: dict[str, tuple[Any, str]] = {
     "headless": (without(SAME, "heads.head.weight", "heads.head.bias"), "2 missing, first heads.head.weight"),
     "half a head": (without(SAME, "heads.head.bias"), "1 missing, first heads.head.bias"),
     "wide head": (SAME | {"heads.head.weight": torch.zeros(5, 9)}, r"first heads.head.weight \(5, 9\) where"),
+    "other head": (
+        SAME | {HEAD: torch.zeros(7, 9), "heads.head.bias": torch.zeros(7)},
+        rf"first {HEAD} \(7, 9\) where",
+    ),
+    "mixed head": (SAME | {HEAD: torch.zeros(7, 64)}, rf"1 misshapen, first {HEAD} \(7, 64\) where"),
     "positions": (SAME | {"encoder.pos_embedding": torch.zeros(1, 4, 64)}, "first encoder.pos_embedding"),
     "a checkpoint": ({"model": SAME, "epoch": 3}, "holds no state dict"),
     "another wrapper": ({"ema": SAME}, "holds no state dict"),

@@ -47,7 +47,7 @@ def rows() -> list[Row]:
     base = build_model(MODEL, (SIZE, SIZE, 3), CLASSES)
     contenders = {"full": stepper(base), "lora": stepper(adapted(base)), "peft": stepper(in_peft(base))}
     contenders["bf16"] = stepper(adapted(base), autocast=True)
-    seconds = measure(contenders, repeats=11, warmup=2)
+    seconds = measure(contenders, repeats=9)
     what = f"LoRA step, {MODEL} at {SIZE} pixels, {', '.join(TARGETS)}, r={RANK}"
     note = f"bfloat16 autocast takes {seconds['bf16'] / seconds['lora']:.2f}x of its time on this CPU"
     return [
