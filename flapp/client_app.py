@@ -27,11 +27,11 @@ from flapp.messages import (
     unpack_order,
     unpack_piece,
 )
-from flapp.mods import checkpoint_mod, describe, name_errors_mod
+from flapp.mods import checkpoint_mod, describe, name_errors_mod, privacy_mod
 from flapp.settings import Config, DatasetConfig, ModelConfig, Site
 from flapp.training import StepRules, TrainResult, build_optimizer, evaluate, scheduled_lr, train
 
-app = ClientApp(mods=[name_errors_mod, checkpoint_mod])
+app = ClientApp(mods=[name_errors_mod, checkpoint_mod, privacy_mod])
 
 
 @app.query("attest")

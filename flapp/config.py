@@ -300,6 +300,11 @@ def _check_together(config: Config) -> None:
             f"strategy.aggregation={strategy.aggregation} is not: use fedit or fedavg",
         ),
         (
+            config.privacy.enabled and strategy.aggregation not in (None, "fedit"),
+            f"privacy.enabled=true perturbs all that was sent, strategy.aggregation={strategy.aggregation} has only a "
+            "part sent back: use fedit or fedavg",
+        ),
+        (
             strategy.min_replies > sampled,
             f"strategy.min_replies={strategy.min_replies} can never be met with {sampled} clients in a round: "
             "lower it, or raise clients or strategy.fraction_train",

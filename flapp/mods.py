@@ -59,6 +59,21 @@ def checkpoint_mod(message: Message, context: Context, call_next: ClientAppCalla
     return reply
 
 
+def privacy_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Clip what a client trained and add noise, by Flower's LocalDpMod, if the config says so.
+
+    It stands inside checkpoint_mod: what is kept, and sent again, is what left the first time, noise and all.
+    """
+    config, _ = load(context.run_config, context.node_config)
+    if not config.privacy.enabled or message.metadata.message_type != TRAIN:
+        return call_next(message, context)
+    from flwr.clientapp.mod import LocalDpMod
+
+    settings = config.privacy
+    mod = LocalDpMod(settings.clipping_norm, settings.sensitivity, settings.epsilon, settings.delta)
+    return mod(message, context, call_next)
+
+
 def tolerate(store: ClientStore, action: Callable[[], T]) -> T | None:
     """Return what `action` does with the store; its failure is logged and None, or raised, as on_error says."""
     try:

@@ -146,6 +146,15 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class PrivacyConfig:
+    enabled: bool
+    clipping_norm: Positive
+    sensitivity: Positive
+    epsilon: Positive
+    delta: Annotated[float, Bound(gt=0, le=1)]
+
+
+@dataclass(frozen=True)
 class DistributedDataConfig:
     enabled: bool
     shard_path: str | None
@@ -192,6 +201,7 @@ class Config:
     train: TrainConfig
     evaluate: EvaluateConfig
     checkpoint: CheckpointConfig
+    privacy: PrivacyConfig
     distributed_data: DistributedDataConfig
     deployment: DeploymentConfig
 
