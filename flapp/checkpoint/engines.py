@@ -15,6 +15,16 @@ from flapp.checkpoint.chunks import CheckpointError
 BUSY_SECONDS = 60
 NEEDS_FAST = "needs the extra 'fast': pip install \"flapp[fast]\""
 
+REASONS = {  # what to do, by SQLite's primary result code
+    5: "another process has held its lock for a minute: wait for it, or stop it",
+    8: "it may not be written: check the permissions of the file and its folder",
+    10: "its disk fails: look at the system log, and restore the file from a copy if it stays so",
+    11: "it is damaged: restore it from a copy, or move it away to start a new one",
+    13: "its disk is full, earlier rounds are intact: make room and save again",
+    14: "it cannot be opened: check that it is a file in a folder that may be written",
+    26: "it is no flapp checkpoint store: move it away, or give another path",
+}
+
 
 class Engine(Protocol):
     """A connection to one database, in autocommit mode until BEGIN."""
