@@ -165,6 +165,9 @@ class Store:
             if type(size := meta.get(name, 1)) is not int or size < 1:
                 raise CheckpointError(f"{self.path} is damaged ({name} is {size!r}): restore the file from a copy")
         self._new_hash = hash_function(meta.get("hash"), self.path)
+        self._db.execute(
+            "PRAGMA cache_size=-2048"
+        )  # SQLite counts it in pages of the size before: 30 MB of 64 KiB ones
         self.meta = meta
 
     def hash(self, pieces: Iterable[memoryview]) -> bytes:
