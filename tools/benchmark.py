@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tools.bench import Row
 
-TOPICS = ("aggregate", "data", "lora", "round")  # each a module of tools.bench with rows() -> list[Row]
+TOPICS = ("data", "checkpoint", "lora", "aggregate", "round")
 
 
 def table(rows: list[Row]) -> str:

@@ -15,6 +15,16 @@ from flapp.checkpoint.chunks import CheckpointError
 BUSY_SECONDS = 60
 NEEDS_FAST = "needs the extra 'fast': pip install \"flapp[fast]\""
 
+REASONS = {  # what to do, by SQLite's primary result code
+    5: "another process has held its lock for a minute: wait for it, or stop it",
+    8: "it may not be written: check the permissions of the file and its folder",
+    10: "its disk fails: look at the system log, and restore the file from a copy if it stays so",
+    11: "it is damaged: restore it from a copy, or move it away to start a new one",
+    13: "its disk is full, earlier rounds are intact: make room and save again",
+    14: "it cannot be opened: check that it is a file in a folder that may be written",
+    26: "it is no flapp checkpoint store: move it away, or give another path",
+}
+
 
 class Engine(Protocol):
     """A connection to one database, in autocommit mode until BEGIN."""
@@ -23,7 +33,7 @@ class Engine(Protocol):
 
     def execute(self, sql: str, *values: Any) -> list[tuple[Any, ...]]: ...
     def write_blob(self, rowid: int, pieces: Iterable[Any]) -> None: ...
-    def read_blob(self, rowid: int, target: memoryview) -> None: ...
+    def read_blob(self, rowid: int, pieces: Iterable[memoryview]) -> None: ...
     def vacuum(self) -> None: ...
     def in_transaction(self) -> bool: ...
     def close(self) -> None: ...
@@ -45,9 +55,10 @@ class Stdlib:
             for piece in pieces:
                 blob.write(piece)
 
-    def read_blob(self, rowid: int, target: memoryview) -> None:
+    def read_blob(self, rowid: int, pieces: Iterable[memoryview]) -> None:
         with self._db.blobopen("chunk_data", "data", rowid, readonly=True) as blob:
-            target[:] = blob.read(len(target))
+            for piece in pieces:
+                piece[:] = blob.read(len(piece))
 
     def vacuum(self) -> None:
         self._db.executescript("PRAGMA incremental_vacuum")  # execute() would stop after its first page
@@ -78,9 +89,10 @@ class Fast:
             for piece in pieces:
                 blob.write(piece)
 
-    def read_blob(self, rowid: int, target: memoryview) -> None:
+    def read_blob(self, rowid: int, pieces: Iterable[memoryview]) -> None:
         with self._db.blob_open("main", "chunk_data", "data", rowid, False) as blob:
-            blob.read_into(target)
+            for piece in pieces:
+                blob.read_into(piece)
 
     def vacuum(self) -> None:
         self.execute("PRAGMA incremental_vacuum")
