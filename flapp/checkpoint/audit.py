@@ -1,0 +1,135 @@
+"""Looking at a store as a whole: every problem in it, what changed between rounds, and a round as safetensors."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flapp.checkpoint.chunks import CheckpointError, join, round_digest
+from flapp.checkpoint.store import CHUNKS, Entry, RoundRow, Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST_PROBLEMS = 100
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked, and every problem found in it, at most MOST_PROBLEMS of them."""
+
+    rounds: int
+    chunks: int
+    bytes: int
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """How a tensor differs from one round to another.
+
+    kind: 'changed', 'added', 'removed' or 'reshaped' (another shape or dtype). norm: the 2-norm of the change,
+    relative_norm: that over the norm of the first; both NaN unless 'changed'. changed: how many elements differ.
+    """
+
+    key: str
+    kind: str
+    norm: float
+    relative_norm: float
+    changed: int
+
+
+def verify(store: Store) -> Verification:
+    """Check the file's structure, every round's metadata and every chunk's hash."""
+    problems: list[str] = []
+    with store.transaction():
+        rows = store.select_rounds()
+        checked: dict[int, bool] = {}
+        size = 0
+        if store.meta:
+            for (text,) in store.execute(f"PRAGMA integrity_check({MOST_PROBLEMS})"):
+                if text != "ok":
+                    problems.append(f"{store.path}: {text}")
+        for row in rows:
+            entries = []
+            for values in store.execute(CHUNKS, row.round):
+                try:
+                    entry = store.entry(row.round, values)
+                    entries.append(entry)
+                    if entry.rowid not in checked:
+                        checked[entry.rowid] = True
+                        size += entry.size
+                        store.read(row.round, entry, memoryview(bytearray(entry.size)))
+                except CheckpointError as error:
+                    problems.append(str(error))
+            problems += _metadata_problems(store, row, entries)
+    return Verification(len(rows), len(checked), size, tuple(problems[:MOST_PROBLEMS]))
+
+
+def _metadata_problems(store: Store, row: RoundRow, entries: list[Entry]) -> Iterator[str]:
+    try:
+        join(entry.parts for entry in entries)
+        if round_digest((entry.hash, entry.parts) for entry in entries) != row.model_digest:
+            yield f"{store.path}: round {row.round}: its metadata is not what was saved (another model digest)"
+    except ValueError as error:
+        yield f"{store.path}: round {row.round}: {error}"
+
+
+def diff(first: "Mapping[str, Tensor]", second: "Mapping[str, Tensor]") -> list[TensorChange]:
+    changes = []
+    for key in {**first, **second}:
+        old, new = first.get(key), second.get(key)
+        if old is None or new is None:
+            tensor = new if old is None else old
+            assert tensor is not None
+            kind = "added" if old is None else "removed"
+            changes.append(TensorChange(key, kind, math.nan, math.nan, tensor.numel()))
+        elif old.shape != new.shape or old.dtype != new.dtype:
+            changes.append(TensorChange(key, "reshaped", math.nan, math.nan, new.numel()))
+        elif change := _change(key, old, new):
+            changes.append(change)
+    return changes
+
+
+def _change(key: str, old: "Tensor", new: "Tensor") -> TensorChange | None:
+    from flapp.checkpoint.tensors import raw
+
+    width = old.element_size()
+    differs = (np.asarray(raw(old)) != np.asarray(raw(new))).reshape(-1, width).any(axis=1)
+    if not differs.any():
+        return None
+    import torch
+
+    wide = torch.complex128 if old.is_complex() else torch.float64
+    norm = float((new.to(wide) - old.to(wide)).norm())
+    base = float(old.to(wide).norm())
+    return TensorChange(key, "changed", norm, norm / base if base else math.inf, int(differs.sum()))
+
+
+def export(tensors: "Mapping[str, Tensor]", round_num: int, path: Path) -> str:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    partial = path.with_name(path.name + ".tmp")
+    header = json.dumps({"format_version": 1, "round": round_num}, sort_keys=True)
+    seen: set[int] = set()
+    own = {}
+    for key, tensor in tensors.items():
+        own[key] = tensor.clone() if id(tensor) in seen else tensor
+        seen.add(id(tensor))
+    try:
+        save_file(own, partial, metadata={"flapp": header})
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.replace(partial, path)
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"round {round_num} cannot be exported to {path} ({error})") from error
+    return digest

@@ -1,0 +1,132 @@
+"""The two ways to SQLite: Python's own sqlite3, and apsw (extra `fast`), which reads blobs into place.
+
+Both speak the same file format. An error of either has its SQLite result code read by error_code().
+"""
+
+import hashlib
+import importlib.util
+import sqlite3
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from flapp.checkpoint.chunks import CheckpointError
+
+BUSY_SECONDS = 60
+NEEDS_FAST = "needs the extra 'fast': pip install \"flapp[fast]\""
+
+
+class Engine(Protocol):
+    """A connection to one database, in autocommit mode until BEGIN."""
+
+    name: str
+
+    def execute(self, sql: str, *values: Any) -> list[tuple[Any, ...]]: ...
+    def write_blob(self, rowid: int, pieces: Iterable[Any]) -> None: ...
+    def read_blob(self, rowid: int, target: memoryview) -> None: ...
+    def vacuum(self) -> None: ...
+    def in_transaction(self) -> bool: ...
+    def close(self) -> None: ...
+
+
+class Stdlib:
+    """Python's sqlite3."""
+
+    name = "stdlib"
+
+    def __init__(self, path: Path) -> None:
+        self._db = sqlite3.connect(path, BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+
+    def execute(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        return self._db.execute(sql, values).fetchall()
+
+    def write_blob(self, rowid: int, pieces: Iterable[Any]) -> None:
+        with self._db.blobopen("chunk_data", "data", rowid) as blob:
+            for piece in pieces:
+                blob.write(piece)
+
+    def read_blob(self, rowid: int, target: memoryview) -> None:
+        with self._db.blobopen("chunk_data", "data", rowid, readonly=True) as blob:
+            target[:] = blob.read(len(target))
+
+    def vacuum(self) -> None:
+        self._db.executescript("PRAGMA incremental_vacuum")  # execute() would stop after its first page
+
+    def in_transaction(self) -> bool:
+        return self._db.in_transaction
+
+    def close(self) -> None:
+        self._db.close()
+
+
+class Fast:
+    """apsw, with an SQLite of its own."""
+
+    name = "fast"
+
+    def __init__(self, path: Path) -> None:
+        import apsw
+
+        self._db = apsw.Connection(str(path))
+        self._db.set_busy_timeout(BUSY_SECONDS * 1000)
+
+    def execute(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        return list(self._db.execute(sql, values))
+
+    def write_blob(self, rowid: int, pieces: Iterable[Any]) -> None:
+        with self._db.blob_open("main", "chunk_data", "data", rowid, True) as blob:
+            for piece in pieces:
+                blob.write(piece)
+
+    def read_blob(self, rowid: int, target: memoryview) -> None:
+        with self._db.blob_open("main", "chunk_data", "data", rowid, False) as blob:
+            blob.read_into(target)
+
+    def vacuum(self) -> None:
+        self.execute("PRAGMA incremental_vacuum")
+
+    def in_transaction(self) -> bool:
+        return bool(self._db.in_transaction)
+
+    def close(self) -> None:
+        self._db.close()
+
+
+def has_fast() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("apsw", "blake3"))
+
+
+def open_engine(path: Path, engine: str) -> Engine:
+    """Connect by 'stdlib', 'fast', or 'auto', which is fast where its packages are installed."""
+    if engine not in ("auto", "stdlib", "fast"):
+        raise CheckpointError(f"engine={engine} is not known: choose one of auto, stdlib, fast")
+    if engine == "fast" and not has_fast():
+        raise CheckpointError(f"engine=fast {NEEDS_FAST}")
+    return Stdlib(path) if engine == "stdlib" or not has_fast() else Fast(path)
+
+
+def engine_errors() -> tuple[type[Exception], ...]:
+    """Return what both engines raise."""
+    if not has_fast():
+        return (sqlite3.Error,)
+    import apsw
+
+    return (sqlite3.Error, apsw.Error)
+
+
+def error_code(error: Exception) -> int:
+    """Return SQLite's primary result code of an engine's error, 0 if it has none."""
+    return (getattr(error, "sqlite_errorcode", 0) or getattr(error, "result", 0)) & 0xFF
+
+
+def hash_function(name: object, path: Path) -> Callable[[], Any]:
+    """Return the constructor of the hash that a store was written with."""
+    if name == "sha256":
+        return hashlib.sha256
+    if name != "blake3":
+        raise CheckpointError(f"{path} hashes by {name!r}, which this flapp does not know: update flapp")
+    try:
+        from blake3 import blake3
+    except ImportError:
+        raise CheckpointError(f"{path} is hashed by blake3: this store {NEEDS_FAST}") from None
+    return blake3

@@ -1,0 +1,332 @@
+"""ChunkManager: save a model a round, find rounds again, and rebuild models from them, verified."""
+
+import json
+import operator
+import os
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from flapp.checkpoint import audit
+from flapp.checkpoint.audit import TensorChange, Verification
+from flapp.checkpoint.chunks import (
+    CheckpointError,
+    Cut,
+    Part,
+    Parts,
+    cut_evenly,
+    cut_tensors,
+    join,
+    parts_of,
+    round_digest,
+)
+from flapp.checkpoint.store import Entry, RoundRow, Store
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+HASH_THREADS = 2  # hashlib and blake3 free the GIL; memory bandwidth is used up by two
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What saving a round stored: its tensors, chunks and bytes, and how many of those are new in the store."""
+
+    round: int
+    tensors: int
+    chunks: int
+    new_chunks: int
+    bytes: int
+    new_bytes: int
+    model_digest: str
+
+
+@dataclass(frozen=True)
+class Round:
+    """A stored round; created_at is UTC in ISO 8601."""
+
+    round: int
+    created_at: str
+    metrics: dict[str, Any]
+    config_digest: str
+    input_digest: str
+    model_digest: str
+    chunks: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A stored chunk: its bytes are those of its parts, one behind the other."""
+
+    chunk_id: int
+    hash: str
+    parts: Parts
+    size: int
+    data: bytes
+
+
+class ChunkManager:
+    """The checkpoint store of one client, or of the server, in one SQLite file."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        keep_rounds: int | None = None,
+        chunk_bytes: int | None = None,
+        chunk_num: int | None = None,
+        engine: str = "auto",
+        create: bool = True,
+    ) -> None:
+        """Open the store at `path`, made if missing with `create`.
+
+        keep_rounds: how many rounds stay, all if None. chunk_bytes: the most that a chunk holds (about 1 MiB if
+        None); chunk_num: cut the whole model into so many equal chunks instead. A store that exists goes on cutting
+        as it was made for, unless told otherwise. Raises CheckpointError for a file that is no store.
+        """
+        settings = {"keep_rounds": keep_rounds, "chunk_bytes": chunk_bytes, "chunk_num": chunk_num}
+        for name, value in settings.items():
+            if value is not None and _integer(name, value) < 1:
+                raise CheckpointError(f"{name}={value} must be at least 1, or None")
+        self.path = Path(path)
+        self.keep_rounds, self.chunk_bytes, self.chunk_num = keep_rounds, chunk_bytes, chunk_num
+        self._store = Store(self.path, engine, create)
+
+    def __enter__(self) -> "ChunkManager":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the database; a second time does nothing."""
+        self._store.close()
+
+    @staticmethod
+    def model_to_params(model: "nn.Module | Mapping[str, Any]") -> "dict[str, Tensor]":
+        """Return every parameter and buffer of a model or state dict by name, on the CPU."""
+        from flapp.checkpoint.tensors import model_to_params
+
+        return model_to_params(model)
+
+    def split_model(self, params: Mapping[str, Any], chunk_num: int) -> list[Cut]:
+        """Cut a model into `chunk_num` chunks of near-equal element count, none of them empty."""
+        from flapp.checkpoint.tensors import specs_of
+
+        if _integer("chunk_num", chunk_num) < 1:
+            raise CheckpointError(f"chunk_num={chunk_num} must be at least 1")
+        return cut_evenly(specs_of(self.model_to_params(params)), chunk_num)
+
+    def extract_chunk_data(self, params: Mapping[str, Any], chunk: Cut) -> bytes:
+        """Return the raw bytes of one chunk of split_model."""
+        from flapp.checkpoint.tensors import raw, specs_of
+
+        chosen = self.model_to_params({key: params[key] for key in chunk["parts"]})
+        parts = parts_of(chunk, specs_of(chosen))
+        return b"".join(raw(chosen[part.key])[part.offset : part.offset + part.nbytes] for part in parts)
+
+    def save_model_chunks(
+        self,
+        model: "nn.Module | Mapping[str, Any]",
+        round_num: int,
+        metrics: Mapping[str, Any] | None = None,
+        *,
+        config_digest: str = "",
+        input_digest: str = "",
+        pinned: Collection[int] = (),
+    ) -> Saved:
+        """Store a model as a round, in place of an earlier one of that number, and expire the rounds not to keep.
+
+        metrics: what JSON can hold. pinned: rounds that do not expire. All of it happens or, when CheckpointError
+        is raised, nothing.
+        """
+        from flapp.checkpoint.tensors import raw, specs_of
+
+        round_num = _round_number(round_num)
+        facts = (_json(round_num, metrics), config_digest, input_digest)
+        params = self.model_to_params(model)
+        specs = specs_of(params)
+        buffers = {key: raw(tensor) for key, tensor in params.items()}
+        size = sum(spec.nbytes for spec in specs.values())
+        with self._store.saving(round_num, size, self.chunk_bytes, self.chunk_num):
+            meta = self._store.meta
+            chunk_num = self.chunk_num or (None if self.chunk_bytes else meta.get("chunk_num"))
+            cuts = (
+                cut_evenly(specs, chunk_num)
+                if chunk_num
+                else cut_tensors(specs, self.chunk_bytes or meta["chunk_bytes"])
+            )
+            parts = [parts_of(cut, specs) for cut in cuts]
+            with ThreadPoolExecutor(HASH_THREADS) as threads:
+                chunks = self._hashed(threads, parts, buffers)
+                stored = self._store.put_round(round_num, chunks, facts, self.keep_rounds, pinned)
+        digest, new_chunks, new_bytes = stored
+        return Saved(round_num, len(specs), len(cuts), new_chunks, size, new_bytes, digest)
+
+    def _hashed(
+        self, threads: ThreadPoolExecutor, chunks: list[list[Part]], buffers: Mapping[str, memoryview]
+    ) -> Iterator[tuple[bytes, list[Part], list[memoryview]]]:
+        """Yield hash, parts and bytes of every chunk, hashing ahead in threads."""
+        create = self._store.hash_function()
+
+        def pieces(parts: list[Part]) -> list[memoryview]:
+            return [buffers[part.key][part.offset : part.offset + part.nbytes] for part in parts]
+
+        def digest(parts: list[Part]) -> bytes:
+            hasher = create()
+            for piece in pieces(parts):
+                hasher.update(piece)
+            return hasher.digest()
+
+        for parts, found in zip(chunks, threads.map(digest, chunks), strict=True):
+            yield found, parts, pieces(parts)
+
+    def rounds(self) -> list[Round]:
+        """Return the stored rounds by their number."""
+        with self._store.transaction():
+            rows = self._store.select_rounds()
+        return [self._round(row) for row in rows]
+
+    def _round(self, row: RoundRow) -> Round:
+        try:
+            metrics = json.loads(row.metrics)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{self.path}: round {row.round}: its metrics are damaged ({error})") from None
+        return Round(**(vars(row) | {"metrics": metrics}))
+
+    def find_round(self, round_num: int) -> Round | None:
+        """Return a stored round, None if it is not there."""
+        return next((found for found in self.rounds() if found.round == round_num), None)
+
+    def load_chunks_by_round(self, round_num: int) -> list[Chunk]:
+        """Return all chunks of a round, verified."""
+        with self._store.transaction():
+            return [self._chunk(round_num, entry) for entry in self._checked(round_num)[0]]
+
+    def get_chunk_by_id(self, round_num: int, chunk_id: int) -> Chunk:
+        """Return one chunk of a round, verified."""
+        with self._store.transaction():
+            found = [entry for entry in self._checked(round_num)[0] if entry.chunk_id == chunk_id]
+            if not found:
+                raise CheckpointError(f"{self.path}: round {round_num} has no chunk {chunk_id}")
+            return self._chunk(round_num, found[0])
+
+    def _chunk(self, round_num: int, entry: Entry) -> Chunk:
+        data = bytearray(entry.size)
+        self._store.read(round_num, entry, memoryview(data))
+        parts: Parts = {}
+        for part in entry.parts:
+            parts.setdefault(part.key, []).append((part.start, part.end, part.spec.shape))
+        return Chunk(entry.chunk_id, entry.hash.hex(), parts, entry.size, bytes(data))
+
+    def _checked(self, round_num: int) -> tuple[list[Entry], dict[str, Any]]:
+        """Return the chunks and tensors of a round, whose metadata must be whole and as it was saved."""
+        rows = {row.round: row for row in self._store.select_rounds()}
+        if round_num not in rows:
+            stored = ", ".join(map(str, rows)) or "none"
+            raise CheckpointError(f"{self.path} has no round {round_num}: it holds {stored[:200]}")
+        entries = list(self._store.entries(round_num))
+        try:
+            specs = join(entry.parts for entry in entries)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: round {round_num}: {error}: restore the file from a copy") from None
+        if round_digest((entry.hash, entry.parts) for entry in entries) != rows[round_num].model_digest:
+            raise CheckpointError(
+                f"{self.path}: round {round_num}: its metadata is not what was saved (another model digest): "
+                "restore the file from a copy"
+            )
+        return entries, specs
+
+    def reconstruct_model_from_chunks(self, round_num: int, model: "nn.Module | None" = None) -> Any:
+        """Return a round's tensors by name, or load them into `model`, in place, and return it.
+
+        The model must have the same names, shapes and dtypes. Every byte is verified before any of it is used:
+        when CheckpointError is raised, nothing is returned and the model is as it was.
+        """
+        from flapp.checkpoint.tensors import load_into, new_tensors, raw, reject_foreign
+
+        with self._store.transaction():
+            entries, specs = self._checked(round_num)
+            if model is not None:
+                reject_foreign(f"{self.path}: round {round_num}", specs, model)
+            tensors = new_tensors(specs)
+            buffers = {key: raw(tensor) for key, tensor in tensors.items()}
+            for entry in entries:
+                self._read_parts(round_num, entry, buffers)
+        return tensors if model is None else load_into(model, tensors)
+
+    def _read_parts(self, round_num: int, entry: Entry, buffers: Mapping[str, memoryview]) -> None:
+        data = memoryview(bytearray(entry.size))
+        self._store.read(round_num, entry, data)
+        offset = 0
+        for part in entry.parts:
+            buffers[part.key][part.offset : part.offset + part.nbytes] = data[offset : offset + part.nbytes]
+            offset += part.nbytes
+
+    def cleanup_old_rounds(self, keep: int) -> None:
+        """Drop all rounds but the `keep` that were saved last."""
+        if _integer("keep", keep) < 1:
+            raise CheckpointError(f"keep={keep} must be at least 1")
+        self._store.expire(keep)
+
+    def get_storage_stats(self) -> dict[str, Any]:
+        """Return what the store holds and what it takes on disk, in bytes."""
+        with self._store.transaction():
+            entries, chunks, stored = self._store.statistics()
+            rounds = self._store.select_rounds()
+        logical, size = sum(row.bytes for row in rounds), self.path.stat().st_size
+        return {
+            "client_id": self.path.stem.removeprefix("client_").removesuffix("_chunks"),
+            "db_path": str(self.path),
+            "total_metadata_entries": entries,
+            "unique_chunks": chunks,
+            "storage_size_bytes": size,
+            "storage_size_mb": size / 2**20,
+            "round_range": (rounds[0].round, rounds[-1].round) if rounds else None,
+            "logical_bytes": logical,
+            "stored_bytes": stored,
+            "dedup_ratio": logical / stored if stored else 1.0,
+            "rounds": len(rounds),
+        }
+
+    def verify(self) -> Verification:
+        """Check all of the store, every byte once, and return every problem found."""
+        return audit.verify(self._store)
+
+    def diff(self, first: int, second: int) -> list[TensorChange]:
+        """Return the tensors that differ between two rounds; those with the same chunks are not read."""
+        a, b = (self.reconstruct_model_from_chunks(number) for number in (first, second))
+        return audit.diff(a, b)
+
+    def export(self, round_num: int, path: str | os.PathLike[str]) -> str:
+        """Write a round as a safetensors file, whole or not at all, and return the file's SHA-256."""
+        return audit.export(self.reconstruct_model_from_chunks(round_num), round_num, Path(path))
+
+    def compact(self) -> tuple[int, int]:
+        """Give the space of dropped rounds back to the file system; returns the file's bytes before and after."""
+        before = self.path.stat().st_size
+        self._store.vacuum()
+        return before, self.path.stat().st_size
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise CheckpointError(f"{name}={value!r} must be an integer") from None
+
+
+def _round_number(value: Any) -> int:
+    if not 0 <= _integer("round_num", value) < 1 << 63:
+        raise CheckpointError(f"round_num={value} must be at least 0")
+    return operator.index(value)
+
+
+def _json(round_num: int, metrics: Mapping[str, Any] | None) -> str:
+    try:
+        return json.dumps(dict(metrics or {}))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"metrics of round {round_num} are not JSON ({error}): pass plain numbers") from None

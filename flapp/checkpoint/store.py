@@ -1,0 +1,328 @@
+"""The SQLite file of a chunk store: its schema, its durability and one transaction for every round.
+
+    chunk_data      one row for each different chunk: its hash, codec 0 (raw) and its bytes
+    chunk_metadata  (round, chunk_id) -> hash, parts (JSON, see chunks.py) and size in bytes
+    rounds          what a round was saved with; `saved` counts up, so that retention knows the order of saving
+    store_meta      format version, hash algorithm and how the store cuts
+
+TRUNCATE + FULL survives power cuts, which WAL + NORMAL and DELETE + FULL do not, and writes everything only once.
+Chunks are inserted before others expire: only pages freed by earlier rounds can be reused without journaling them.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flapp.checkpoint.chunks import CheckpointError, Part, decode_parts, encode_parts, round_digest
+from flapp.checkpoint.engines import engine_errors, error_code, hash_function, open_engine
+
+FORMAT_VERSION = 1
+PRAGMAS = ("journal_mode=TRUNCATE", "synchronous=FULL", "secure_delete=OFF", "trusted_schema=OFF")
+SCHEMA = (
+    "CREATE TABLE chunk_data(id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, codec INTEGER NOT NULL, data BLOB)",
+    "CREATE TABLE chunk_metadata(round INTEGER, chunk_id INTEGER, hash BLOB NOT NULL, parts TEXT, size INTEGER,"
+    " PRIMARY KEY(round, chunk_id)) WITHOUT ROWID",
+    "CREATE TABLE rounds(round INTEGER PRIMARY KEY, saved INTEGER, complete INTEGER, created_at TEXT, metrics TEXT,"
+    " config_digest TEXT, input_digest TEXT, model_digest TEXT)",
+    "CREATE TABLE store_meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID",
+)
+TABLES = "SELECT name FROM sqlite_schema WHERE type = 'table'"
+META = "SELECT key, value FROM store_meta"
+FIND_HASH = "SELECT 1 FROM chunk_data WHERE hash = ?"
+INSERT_DATA = "INSERT INTO chunk_data(hash, codec, data) VALUES (?, 0, zeroblob(?)) RETURNING id"
+INSERT_METADATA = "INSERT INTO chunk_metadata VALUES (?, ?, ?, ?, ?)"
+INSERT_ROUND = "INSERT INTO rounds SELECT ?, coalesce(max(saved), 0) + 1, 1, ?, ?, ?, ?, ? FROM rounds"
+ROUNDS = """SELECT round, created_at, metrics, config_digest, input_digest, model_digest,
+    (SELECT count(*) FROM chunk_metadata m WHERE m.round = r.round),
+    (SELECT coalesce(sum(size), 0) FROM chunk_metadata m WHERE m.round = r.round) FROM rounds r ORDER BY round"""
+NEWEST_FIRST = "SELECT round FROM rounds ORDER BY saved DESC"
+DELETE_METADATA = "DELETE FROM chunk_metadata WHERE round = ?"
+DELETE_ROUND = "DELETE FROM rounds WHERE round = ?"
+DELETE_ORPHANS = """DELETE FROM chunk_data WHERE id IN
+    (SELECT id FROM chunk_data WHERE hash NOT IN (SELECT hash FROM chunk_metadata))"""
+CHUNKS = """SELECT m.chunk_id, m.hash, m.parts, m.size, d.id, d.codec, length(d.data), typeof(d.data)
+    FROM chunk_metadata m LEFT JOIN chunk_data d ON d.hash = m.hash WHERE m.round = ? ORDER BY m.chunk_id"""
+
+REASONS = {
+    5: "another process has held its lock for a minute: wait for it, or stop it",
+    8: "it may not be written: check the permissions of the file and its folder",
+    10: "its disk fails: look at the system log, and restore the file from a copy if it stays so",
+    11: "it is damaged: restore it from a copy, or move it away to start a new one",
+    13: "its disk is full, earlier rounds are intact: make room and save again",
+    14: "it cannot be opened: check that it is a file in a folder that may be written",
+    26: "it is no flapp checkpoint store: move it away, or give another path",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of chunk_metadata with the row of chunk_data that belongs to it."""
+
+    chunk_id: int
+    hash: bytes
+    parts: list[Part]
+    size: int
+    rowid: int
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """A row of rounds, with the number of its chunks and the sum of their bytes; metrics are JSON."""
+
+    round: int
+    created_at: str
+    metrics: str
+    config_digest: str
+    input_digest: str
+    model_digest: str
+    chunks: int
+    bytes: int
+
+
+def page_size_for(expected_bytes: int) -> int:
+    """Return SQLite's page size for a model of so many bytes: large pages are fast, small ones waste nothing."""
+    limits = ((64 << 20, 65536), (16 << 20, 32768), (1 << 20, 16384), (16 << 10, 4096), (4 << 10, 1024))
+    return next((size for limit, size in limits if expected_bytes > limit), 512)
+
+
+def chunk_bytes_for(page_size: int) -> int:
+    """Return the chunk size nearest above 1 MiB whose row fills its overflow pages k(U - 4) + M to the last byte.
+
+    U is the page size, M what stays in the leaf (https://sqlite.org/fileformat2.html, "B-tree Cell Format").
+    """
+    leaf = (page_size - 12) * 32 // 255 - 23 - 64
+    return (-(-((1 << 20) - leaf) // (page_size - 4)) * (page_size - 4) + leaf) // 16 * 16
+
+
+class Store:
+    """One open database. Every public method is one transaction; threads take turns."""
+
+    def __init__(self, path: Path, engine: str, create: bool) -> None:
+        self.path = path
+        self.meta: dict[str, Any] = {}
+        self._lock = threading.RLock()
+        self._errors = engine_errors()
+        with self._one_line("cannot be opened"):
+            existed = path.exists()
+            if not existed and not create:
+                raise CheckpointError(f"{path} is not there: give the path of a checkpoint store")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = open_engine(path, engine)
+            try:
+                for pragma in PRAGMAS:
+                    self._db.execute(f"PRAGMA {pragma}")
+                if not existed:
+                    _sync_folder(path.parent)
+                with self.transaction():
+                    self._read_meta()
+            except BaseException:
+                self._db.close()
+                raise
+
+    @property
+    def engine(self) -> str:
+        return self._db.name
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def _one_line(self, what: str) -> Iterator[None]:
+        """Turn what SQLite and the file system raise into one CheckpointError."""
+        try:
+            yield
+        except self._errors as error:
+            reason = REASONS.get(error_code(error), "")
+            raise CheckpointError(f"{self.path} {what} ({error}){': ' * bool(reason)}{reason}") from error
+        except OSError as error:
+            raise CheckpointError(f"{self.path} {what} ({error.strerror or error})") from error
+
+    @contextmanager
+    def transaction(self, begin: str = "BEGIN", what: str = "cannot be read") -> Iterator[None]:
+        with self._lock, self._one_line(what):
+            self._db.execute(begin)
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                # SQLite rolls back by itself when the disk is full: a second ROLLBACK would hide the reason.
+                if self._db.in_transaction():
+                    with suppress(*self._errors):
+                        self._db.execute("ROLLBACK")
+                raise
+
+    def _read_meta(self) -> None:
+        tables = {name for (name,) in self._db.execute(TABLES)}
+        if not tables:
+            return
+        if "store_meta" not in tables:
+            raise CheckpointError(f"{self.path} is an SQLite database of something else: {REASONS[26]}")
+        meta = dict(self._db.execute(META))
+        if meta.get("format_version") != FORMAT_VERSION:
+            found = meta.get("format_version")
+            raise CheckpointError(f"{self.path} has format {found!r}, this flapp reads {FORMAT_VERSION}: update flapp")
+        hash_function(meta.get("hash"), self.path)
+        self.meta = meta
+
+    @contextmanager
+    def saving(
+        self, round_num: int, expected_bytes: int, chunk_bytes: int | None, chunk_num: int | None
+    ) -> Iterator[None]:
+        """Hold the write transaction of a round, in a database made for its first model if it is new."""
+        with self._lock:
+            if not self.meta:
+                with self._one_line("cannot be written"):
+                    self._db.execute(f"PRAGMA page_size={page_size_for(expected_bytes)}")
+                    self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")
+            with self.transaction("BEGIN IMMEDIATE", f"cannot take round {round_num}"):
+                self._read_meta()
+                if not self.meta:
+                    self._create(chunk_bytes, chunk_num)
+                yield
+
+    def _create(self, chunk_bytes: int | None, chunk_num: int | None) -> None:
+        for statement in SCHEMA:
+            self._db.execute(statement)
+        ((page_size,),) = self._db.execute("PRAGMA page_size")
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "hash": "blake3" if self.engine == "fast" else "sha256",
+            "chunk_bytes": chunk_bytes or chunk_bytes_for(page_size),
+        }
+        meta |= {"chunk_num": chunk_num} if chunk_num else {}
+        for item in meta.items():
+            self._db.execute("INSERT INTO store_meta VALUES (?, ?)", *item)
+        self.meta = meta
+
+    def hash_function(self) -> Callable[[], Any]:
+        return hash_function(self.meta["hash"], self.path)
+
+    def put_round(
+        self,
+        round_num: int,
+        chunks: Iterable[tuple[bytes, list[Part], list[memoryview]]],
+        facts: tuple[str, str, str],
+        keep: int | None,
+        pinned: Collection[int],
+    ) -> tuple[str, int, int]:
+        """Write a round inside saving() and expire others; return its model digest, new chunks and new bytes.
+
+        chunks: hash, parts and bytes in pieces, by chunk_id; facts: metrics, config_digest, input_digest.
+        """
+        replaced = len(self._db.execute("SELECT 1 FROM rounds WHERE round = ?", round_num))
+        self._drop([round_num])
+        written: list[tuple[bytes, list[Part]]] = []
+        new_chunks = new_bytes = 0
+        for chunk_id, (digest, parts, pieces) in enumerate(chunks):
+            size = sum(part.nbytes for part in parts)
+            if not self._db.execute(FIND_HASH, digest):
+                ((rowid,),) = self._db.execute(INSERT_DATA, digest, size)
+                if size:
+                    self._db.write_blob(rowid, pieces)
+                new_chunks, new_bytes = new_chunks + 1, new_bytes + size
+            self._db.execute(INSERT_METADATA, round_num, chunk_id, digest, encode_parts(parts), size)
+            written.append((digest, parts))
+        model_digest = round_digest(written)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self._db.execute(INSERT_ROUND, round_num, now, *facts, model_digest)
+        expired = self._expire(keep, pinned)
+        if replaced or expired:
+            self._db.execute(DELETE_ORPHANS)
+        return model_digest, new_chunks, new_bytes
+
+    def expire(self, keep: int) -> None:
+        """Drop all rounds but the `keep` that were saved last, and the chunks that no other holds."""
+        with self.transaction("BEGIN IMMEDIATE", "cannot be cleaned up"):
+            if self.refresh() and self._expire(keep, ()):
+                self._db.execute(DELETE_ORPHANS)
+
+    def _expire(self, keep: int | None, pinned: Collection[int]) -> list[int]:
+        saved = [] if keep is None else [number for (number,) in self._db.execute(NEWEST_FIRST)]
+        expired = [number for number in saved[keep:] if number not in pinned]
+        self._drop(expired)
+        return expired
+
+    def _drop(self, rounds: Iterable[int]) -> None:
+        for number in rounds:
+            self._db.execute(DELETE_METADATA, number)
+            self._db.execute(DELETE_ROUND, number)
+
+    def refresh(self) -> bool:
+        """Say, inside a transaction, whether the database has its tables by now."""
+        if not self.meta:
+            self._read_meta()
+        return bool(self.meta)
+
+    def select_rounds(self) -> list[RoundRow]:
+        """Return all rounds, inside a transaction."""
+        return [RoundRow(*row) for row in self._db.execute(ROUNDS)] if self.refresh() else []
+
+    def entries(self, round_num: int) -> Iterator[Entry]:
+        """Yield the chunks of a round, inside a transaction; raises CheckpointError for each that cannot be right."""
+        for row in self._db.execute(CHUNKS, round_num):
+            yield self.entry(round_num, row)
+
+    def entry(self, round_num: int, row: tuple[Any, ...]) -> Entry:
+        chunk_id, digest, text, size, rowid, codec, length, kind = row
+        where = f"{self.path}: round {round_num}, chunk {chunk_id}"
+        try:
+            parts = decode_parts(text)
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {error}: restore the file from a copy or drop the round") from None
+        where += f" ({', '.join(dict.fromkeys(part.key for part in parts))[:200]})"
+        if rowid is None:
+            raise CheckpointError(f"{where}: its bytes are not in the store: restore the file from a copy")
+        if codec != 0:
+            raise CheckpointError(
+                f"{where}: it is stored by codec {codec!r}, which this flapp does not know: update flapp"
+            )
+        claimed = sum(part.nbytes for part in parts)
+        if kind != "blob" or not size == claimed == length:
+            found = f"{length} bytes stored, {size} noted, {claimed} in its parts"
+            raise CheckpointError(f"{where}: its sizes differ ({found}): restore the file from a copy")
+        return Entry(chunk_id, digest, parts, size, rowid)
+
+    def read(self, round_num: int, entry: Entry, target: memoryview) -> None:
+        """Read the bytes of a chunk into `target`; raises CheckpointError unless they have the chunk's hash."""
+        if entry.size:
+            self._db.read_blob(entry.rowid, target)
+        found = self.hash_function()()
+        found.update(target)
+        if found.digest() != entry.hash:
+            raise self.damaged(round_num, entry)
+
+    def damaged(self, round_num: int, entry: Entry) -> CheckpointError:
+        names = ", ".join(dict.fromkeys(part.key for part in entry.parts))[:200]
+        return CheckpointError(
+            f"{self.path}: round {round_num}, chunk {entry.chunk_id} ({names}): its bytes are damaged (another "
+            f"{self.meta['hash']} than noted): restore the file from a copy"
+        )
+
+    def statistics(self) -> tuple[int, int, int]:
+        """Return the number of metadata rows and of chunks, and the bytes of those, inside a transaction."""
+        if not self.refresh():
+            return 0, 0, 0
+        ((entries,),) = self._db.execute("SELECT count(*) FROM chunk_metadata")
+        ((chunks, size),) = self._db.execute("SELECT count(*), coalesce(sum(length(data)), 0) FROM chunk_data")
+        return entries, chunks, size
+
+    def execute(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        return self._db.execute(sql, *values)
+
+    def vacuum(self) -> None:
+        """Give free pages back to the file system in place: a new file would lose what others are writing."""
+        with self._lock, self._one_line("cannot be compacted"):
+            self._db.vacuum()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,130 @@
+"""Tensors as raw bytes and back: the only part of the store that needs torch."""
+
+import hashlib
+import json
+import mmap
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flapp.checkpoint.chunks import ITEM_SIZES, CheckpointError, Spec
+
+ALIGNMENT = 64  # bytes, as torch's own allocations
+
+
+def model_to_params(model: nn.Module | Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return every parameter and buffer of a model or state dict by name, as contiguous tensors on the CPU.
+
+    Nothing is copied that is one already. Tensors that share all their memory (tied weights) come back as one.
+    Raises CheckpointError for what is no dense tensor.
+    """
+    state = model.state_dict() if isinstance(model, nn.Module) else model
+    seen: dict[Any, Tensor] = {}
+    params: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"tensor {key!r} has no name: the keys of a model are strings")
+        tensor = _as_tensor(key, value)
+        identity = _identity(tensor) or key
+        params[key] = seen.setdefault(identity, _on_cpu(tensor))
+    return params
+
+
+def _as_tensor(key: str, value: Any) -> Tensor:
+    if isinstance(value, (np.ndarray, np.generic)):
+        array = np.asarray(value, order="C")
+        array = array.astype(array.dtype.newbyteorder("="), copy=not array.flags.writeable)
+        try:
+            value = torch.from_numpy(array)
+        except TypeError as error:
+            raise CheckpointError(f"tensor {key} cannot be stored: {error}") from None
+    if not isinstance(value, Tensor):
+        raise CheckpointError(f"tensor {key} is a {type(value).__name__}: a model is made of tensors or numpy arrays")
+    if value.layout != torch.strided or value.is_quantized or value.is_meta or dtype_name(value) not in ITEM_SIZES:
+        kind = f"{dtype_name(value)}, {value.layout}, on {value.device}"
+        raise CheckpointError(f"tensor {key} cannot be stored ({kind}): only dense tensors with raw bytes can")
+    return value.detach()
+
+
+def _identity(tensor: Tensor) -> Any:
+    if tensor.numel() == 0:
+        return None
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj())
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.cpu().resolve_conj().resolve_neg().contiguous()
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def specs_of(params: Mapping[str, Tensor]) -> dict[str, Spec]:
+    """Return the kind of every tensor of model_to_params; of tied ones, all but the first name the first."""
+    first: dict[int, str] = {}
+    specs = {}
+    for key, tensor in params.items():
+        owner = first.setdefault(id(tensor), key)
+        specs[key] = Spec(dtype_name(tensor), tuple(tensor.shape), owner if owner != key else None)
+    return specs
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor where they lie."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type] # numpy's before 3.12
+
+
+def new_tensors(specs: Mapping[str, Spec]) -> dict[str, Tensor]:
+    """Return uninitialised tensors for `specs`, tied where those are, in one block of huge pages.
+
+    First touch of 4 KiB pages costs more than reading the file: 283 ms against 34 for ViT-B.
+    """
+    own = {key: spec for key, spec in specs.items() if spec.tied is None}
+    arena = _arena(sum(-(-spec.nbytes // ALIGNMENT) * ALIGNMENT for spec in own.values()))
+    tensors: dict[str, Tensor] = {}
+    offset = 0
+    for key, spec in own.items():
+        dtype = getattr(torch, spec.dtype)
+        flat = torch.frombuffer(arena, dtype=dtype, count=spec.numel, offset=offset) if spec.numel else None
+        tensors[key] = (torch.empty(0, dtype=dtype) if flat is None else flat).reshape(spec.shape)
+        offset += -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
+    return {key: tensors[spec.tied or key] for key, spec in specs.items()}
+
+
+def _arena(size: int) -> mmap.mmap:
+    arena = mmap.mmap(-1, max(size, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        arena.madvise(mmap.MADV_HUGEPAGE)
+    return arena
+
+
+def digest_of(tensors: Mapping[str, Tensor | np.ndarray]) -> str:
+    """Return the SHA-256 over the sorted (key, dtype, shape, raw bytes) of a model, in hexadecimal, without a copy."""
+    params = model_to_params(tensors)
+    sha256 = hashlib.sha256()
+    for key in sorted(params):
+        tensor = params[key]
+        sha256.update(json.dumps([key, dtype_name(tensor), list(tensor.shape)]).encode())
+        sha256.update(raw(tensor))
+    return sha256.hexdigest()
+
+
+def reject_foreign(where: str, specs: Mapping[str, Spec], model: nn.Module) -> None:
+    """Raise CheckpointError unless the model has tensors of the same names, shapes and dtypes as `specs`."""
+    found = specs_of(model_to_params(model))
+    if odd := sorted(found.keys() ^ specs.keys()):
+        side = "is missing in the model" if odd[0] in specs else "is missing in the round"
+        raise CheckpointError(f"{where} is of another model: tensor {odd[0]} {side} ({len(odd)} such tensors)")
+    for key, spec in specs.items():
+        if str(spec) != str(found[key]):
+            raise CheckpointError(f"{where} is of another model: tensor {key} is {spec}, the model has {found[key]}")
+
+
+def load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Copy tensors into the model's own, in place, and return it."""
+    model.load_state_dict(tensors, strict=True)
+    return model
