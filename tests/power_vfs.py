@@ -79,6 +79,13 @@ class PowerDisk(apsw.VFS):
             self.failed = self.failed or kind
             raise apsw.exception_for(self.code)
 
+    def find(self, folder: Path) -> None:
+        """Start from the files of a folder, all of them on the disk."""
+        for path in folder.iterdir():
+            self.log.append(Operation("write", file=self.create(path.name), data=path.read_bytes()))
+            self.log.append(Operation("sync", file=self.files[path.name]))
+        self.log.append(Operation("syncdir"))
+
     def create(self, name: str) -> int:
         """Return the number of the file with this name, a new one where there is none."""
         if name not in self.files:

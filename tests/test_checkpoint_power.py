@@ -1,66 +1,184 @@
 """Acknowledged rounds outlive power cuts and disks that fail, at every operation of a save."""
 
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import apsw
 import pytest
 
+from flapp.checkpoint import CheckpointError, ChunkManager, store
+from tests.checkpoint_rounds import Digests, digests_of, expected, is_sound, model_of
 from tests.power_vfs import PowerDisk
 
+DB = "client_1_chunks.db"
+BREAKAGES = {
+    "synchronous=OFF": ("journal_mode=TRUNCATE", "synchronous=OFF"),
+    "synchronous=NORMAL": ("journal_mode=TRUNCATE", "synchronous=NORMAL"),
+    "journal_mode=DELETE": ("journal_mode=DELETE", "synchronous=FULL"),
+    "journal_mode=MEMORY": ("journal_mode=MEMORY", "synchronous=FULL"),
+    # the shared memory of WAL needs a lock of its own here
+    "journal_mode=WAL": ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=NORMAL"),
+}
 
-def fill_table(folder: Path, pragmas: str) -> PowerDisk:
-    """Commit thirty rows of a raw database, each replacing an older one, through a disk that logs it."""
-    rng = random.Random(1)
+
+def save_rounds(folder: Path, rounds: int = 12, size: int = 9000) -> PowerDisk:
+    """Save rounds with retention, a cleanup and a compaction, on a disk that logs it and is told what was promised."""
     with PowerDisk() as disk:
-        db = apsw.Connection(str(folder / "raw.db"))
-        db.execute(f"{pragmas}; CREATE TABLE rows(id INTEGER PRIMARY KEY, data BLOB)")
-        for i in range(30):
-            with db:
-                db.execute("DELETE FROM rows WHERE id = ?", (i - 4,))
-                db.execute("INSERT INTO rows VALUES(?, ?)", (i, rng.randbytes(rng.randrange(20_000))))
-            disk.acknowledge(rows(db))
-        db.close()
+        manager = ChunkManager(folder / DB, keep_rounds=3, chunk_bytes=6000, engine="fast")
+        for number in range(rounds):
+            manager.save_model_chunks(model_of(number, size), number, pinned=(1,))
+            disk.acknowledge(digests_of(manager))
+            if number == rounds // 2:
+                manager.cleanup_old_rounds(1)
+                disk.acknowledge(digests_of(manager))
+                manager.compact()
+                disk.acknowledge(digests_of(manager))
+                manager.close()
+                manager = ChunkManager(folder / DB, keep_rounds=3, engine="fast")
+        manager.save_model_chunks(model_of(99, size), rounds - 1)
+        disk.acknowledge(digests_of(manager))
+        manager.close()
     return disk
 
 
-def rows(db: apsw.Connection) -> list[tuple[int, bytes]]:
-    return db.execute("SELECT id, data FROM rows ORDER BY id").fetchall()
+def what_is_left(path: Path, engine: str) -> Digests | None:
+    """Read the store after a power cut; None for one that cannot be read."""
+    try:
+        with ChunkManager(path, engine=engine) as manager:
+            found = digests_of(manager)
+        return found if is_sound(path) else None
+    except CheckpointError:
+        return None
 
 
-def lost_rows(disk: PowerDisk, folder: Path, cuts: int) -> int:
-    """Count the power cuts, at random operations, after which a database is neither before nor after its transaction."""
-    lost = 0
-    rng = random.Random(2)
-    first = next(i for i, op in enumerate(disk.log) if op.kind == "acknowledge") + 1
+def count_losses(disk: PowerDisk, folder: Path, cuts: int, seed: int = 0) -> int:
+    """Cut the power before operations drawn at random, and count the stores left neither before nor after a save."""
+    rng = random.Random(seed)
+    losses = 0
     for cut in range(cuts):
-        position = rng.randrange(first, len(disk.log))
-        left = folder / str(cut)
+        left = folder / f"after-{cut}"
         left.mkdir()
+        position = rng.randrange(len(disk.log) + 1)
         disk.cut(position, rng, left)
-        try:
-            db = apsw.Connection(str(left / "raw.db"))
-            lost += rows(db) not in disk.states_at(position)
-            lost += db.execute("PRAGMA integrity_check").get != "ok"
-        except apsw.Error:
-            lost += 1
-    return lost
+        before, after = disk.states_at(position)
+        losses += what_is_left(left / DB, ("fast", "stdlib")[cut % 2]) not in (before or {}, after or before)
+        shutil.rmtree(left)
+    return losses
 
 
-def test_the_simulated_disk_loses_nothing_that_was_synced(tmp_path: Path) -> None:
-    disk = fill_table(tmp_path, "PRAGMA journal_mode = TRUNCATE; PRAGMA synchronous = FULL")
-    assert lost_rows(disk, tmp_path, 200) == 0
+def test_no_power_cut_loses_an_acknowledged_round_or_leaves_half_of_one(tmp_path: Path) -> None:
+    assert count_losses(save_rounds(tmp_path), tmp_path, 150) == 0
 
 
-@pytest.mark.parametrize(
-    ("journal", "synchronous"),
-    [("TRUNCATE", "OFF"), ("TRUNCATE", "NORMAL"), ("DELETE", "FULL"), ("MEMORY", "FULL"), ("WAL", "NORMAL")],
-)
-def test_the_simulated_disk_catches_a_database_that_does_not_sync(
-    tmp_path: Path, journal: str, synchronous: str
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [300, 9000, 200_000])
+def test_a_thousand_power_cuts_lose_nothing_whatever_the_page_size(tmp_path: Path, size: int) -> None:
+    assert count_losses(save_rounds(tmp_path, 20, size), tmp_path, 1000, seed=size) == 0
+
+
+def test_a_power_cut_while_recovering_from_a_power_cut_loses_nothing(tmp_path: Path) -> None:
+    first, rng, recovered = save_rounds(tmp_path, 8), random.Random(1), 0
+    while recovered < 10:
+        left = tmp_path / "left"
+        left.mkdir()
+        position = rng.randrange(len(first.log) + 1)
+        first.cut(position, rng, left)
+        allowed = [state or {} for state in first.states_at(position)]
+        if (left / f"{DB}-journal").exists() and (left / f"{DB}-journal").stat().st_size:
+            recovered += 1
+            with PowerDisk() as second:
+                second.find(left)
+                begin = len(second.log)
+                with ChunkManager(left / DB, engine="fast") as manager:
+                    assert digests_of(manager) in allowed
+            for again in range(begin, len(second.log) + 1):
+                shutil.rmtree(left)
+                left.mkdir()
+                second.cut(again, rng, left)
+                assert what_is_left(left / DB, "stdlib") in allowed
+        shutil.rmtree(left)
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_the_simulated_power_cuts_catch_a_store_that_promises_too_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breakage: str
 ) -> None:
-    lock = "PRAGMA locking_mode = EXCLUSIVE" if journal == "WAL" else ""  # its shared memory has no VFS here
-    disk = fill_table(tmp_path, f"{lock}; PRAGMA journal_mode = {journal}; PRAGMA synchronous = {synchronous}")
-    lost = lost_rows(disk, tmp_path, 200)
-    print(journal, synchronous, lost, len(disk.log))
-    assert lost > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "PRAGMAS", BREAKAGES[breakage])
+        disk = save_rounds(tmp_path)
+    losses = count_losses(disk, tmp_path, 60)
+    print(breakage, losses)
+    assert losses > 0
+
+
+@pytest.fixture
+def two_rounds(tmp_path: Path) -> Path:
+    """Return a folder with a store of rounds 1 and 2."""
+    folder = tmp_path / "sound"
+    with ChunkManager(folder / DB, engine="fast", chunk_bytes=6000) as manager:
+        for number in (0, 1, 2):
+            manager.save_model_chunks(model_of(number), number)
+        manager.cleanup_old_rounds(2)
+    return folder
+
+
+def failures(folder: Path, of: tuple[str, ...], act: Callable[[ChunkManager], object], **how: int) -> list[str]:
+    """Let every operation that `act` asks the disk for fail, one after the other, and return what each was.
+
+    `act` may have taken place whole when the last one fails: that is the sync of the journal's truncation, which
+    already is the commit for whoever opens the file.
+    """
+    kinds: list[str] = []
+    done: list[int] = []
+    while True:
+        work = folder.with_name("work")
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(folder, work)
+        with PowerDisk() as disk:
+            with ChunkManager(work / DB, keep_rounds=2, engine="fast") as manager:
+                disk.fail_at(len(kinds), of=of, **how)
+                try:
+                    act(manager)
+                    problem = ""
+                except CheckpointError as error:
+                    problem = str(error)
+                disk.recover()
+                if not disk.failed:
+                    assert set(done) <= {len(kinds) - 1}
+                    return kinds
+                kinds.append(disk.failed)
+                assert problem, f"the {disk.failed} numbered {len(kinds) - 1} failed, and nothing was said"
+                assert "\n" not in problem
+                assert str(work / DB) in problem
+                found = digests_of(manager)
+                assert found in (expected([1, 2]), expected([2, 3]))
+                done += [len(kinds) - 1] if found != expected([1, 2]) else []
+            with ChunkManager(work / DB, keep_rounds=2, engine="stdlib") as manager:
+                assert digests_of(manager) == found
+                manager.save_model_chunks(model_of(3), 3)
+                assert digests_of(manager) == expected([2, 3])
+            assert is_sound(work / DB)
+
+
+@pytest.mark.parametrize("sticky", [False, True], ids=["once", "for good"])
+@pytest.mark.parametrize("code", [apsw.SQLITE_IOERR, apsw.SQLITE_FULL], ids=["I/O error", "full"])
+def test_a_save_on_a_disk_that_fails_at_any_operation_says_so_and_keeps_the_rounds_before(
+    two_rounds: Path, code: int, sticky: bool
+) -> None:
+    kinds = failures(
+        two_rounds,
+        ("write", "truncate", "sync", "open", "delete"),
+        lambda manager: manager.save_model_chunks(model_of(3), 3),
+        code=code,
+        sticky=sticky,
+    )
+    print(len(kinds), {kind: kinds.count(kind) for kind in kinds})
+    assert {"write", "truncate", "sync"} <= set(kinds)
+
+
+def test_a_disk_that_cannot_be_read_gives_no_tensors_but_one_line(two_rounds: Path) -> None:
+    assert "read" in failures(two_rounds, ("read",), lambda manager: manager.reconstruct_model_from_chunks(2))
+    assert "read" in failures(two_rounds, ("read",), lambda manager: manager.save_model_chunks(model_of(3), 3))
+    assert "read" in failures(two_rounds, ("read",), ChunkManager.rounds)
