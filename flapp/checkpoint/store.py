@@ -150,6 +150,7 @@ class Store:
                 yield
                 self._db.execute("COMMIT")
             except BaseException:
+                self.meta = {}  # the tables may have been made in this transaction: look again
                 # SQLite rolls back by itself when the disk is full: a second ROLLBACK would hide the reason.
                 if self._db.in_transaction():
                     with suppress(*self._errors):
