@@ -62,7 +62,9 @@ class PowerDisk(apsw.VFS):
         """Note that the caller has been told that `state` is saved."""
         self.log.append(Operation("acknowledge", state=state))
 
-    def fail_at(self, n: int, code: int = apsw.SQLITE_IOERR, sticky: bool = False, of: tuple[str, ...] = WRITES) -> None:
+    def fail_at(
+        self, n: int, code: int = apsw.SQLITE_IOERR, sticky: bool = False, of: tuple[str, ...] = WRITES
+    ) -> None:
         """Let the n-th of the operations named in `of` fail with an SQLite code; sticky: and all that follow it."""
         self.countdown, self.counted, self.code, self.sticky, self.failed = n, of, code, sticky, ""
 
@@ -93,11 +95,11 @@ class PowerDisk(apsw.VFS):
             self.log.append(Operation("create", name, self.files[name]))
         return self.files[name]
 
-    def xOpen(self, name: apsw.URIFilename | str | None, flags: list[int]) -> apsw.VFSFile:  # noqa: N802
+    def xOpen(self, name: apsw.URIFilename | str | None, flags: list[int]) -> apsw.VFSFile:
         self.ask("open")
         return PowerFile(self, name, flags)
 
-    def xDelete(self, filename: str, syncdir: bool) -> None:  # noqa: N802
+    def xDelete(self, filename: str, syncdir: bool) -> None:
         self.ask("delete")
         super().xDelete(filename, syncdir)
         self.forget(filename)
@@ -163,11 +165,11 @@ class PowerFile(apsw.VFSFile):
         if self.file >= 0:
             self.disk.log.append(Operation(kind, file=self.file, offset=offset, data=data))
 
-    def xRead(self, amount: int, offset: int) -> bytes:  # noqa: N802
+    def xRead(self, amount: int, offset: int) -> bytes:
         self.disk.ask("read")
         return super().xRead(amount, offset)
 
-    def xWrite(self, data: bytes, offset: int) -> None:  # noqa: N802
+    def xWrite(self, data: bytes, offset: int) -> None:
         try:
             self.disk.ask("write")
         except apsw.Error:
@@ -178,12 +180,12 @@ class PowerFile(apsw.VFSFile):
         super().xWrite(data, offset)
         self.note("write", offset, bytes(data))
 
-    def xTruncate(self, newsize: int) -> None:  # noqa: N802
+    def xTruncate(self, newsize: int) -> None:
         self.disk.ask("truncate")
         super().xTruncate(newsize)
         self.note("truncate", newsize)
 
-    def xSync(self, flags: int) -> None:  # noqa: N802
+    def xSync(self, flags: int) -> None:
         self.disk.ask("sync")
         # The real sync is left out: nobody cuts the real power, and a thousand of them take a minute.
         self.note("sync")
@@ -256,4 +258,3 @@ def enter(names: dict[str, int], changes: list[Operation]) -> None:
             names.pop(op.name, None)
         else:
             names[op.name] = op.file
-

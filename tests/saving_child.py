@@ -1,6 +1,6 @@
 """Processes that save rounds until they are done or killed: python -m tests.saving_child
 
-For each line of standard input, a JSON list of {path, engine, rounds, keep, size}, it forks a process for every one of them,
+For each line of standard input, a JSON list of {path, engine, rounds, keep, size}, it forks a process for each,
 which costs nothing since torch is imported already. It prints `child PID` for each, then what they print (`saved N`
 when save_model_chunks has returned, `error ...`), and `gone` when all have ended.
 """

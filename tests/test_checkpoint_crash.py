@@ -25,7 +25,7 @@ def children() -> Iterator[Nursery]:
 
 
 def kill_at_a_random_moment(children: Nursery, rng: random.Random) -> int | None:
-    """Kill the one saving process after some rounds, in the middle of another; return the last round it acknowledged."""
+    """Kill the saving process after some rounds, in the middle of another; return the last one it acknowledged."""
     word, pid = children.hear()
     assert word == "child"
     wait = rng.randrange(0, 4)
@@ -72,7 +72,6 @@ def test_a_hundred_killed_saves_keep_every_acknowledged_round(
     tmp_path: Path, children: Nursery, engine: str, size: int
 ) -> None:
     unfinished = kill_often(children, tmp_path / "store.db", engine, 100, size, seed=size)
-    print(engine, size, unfinished)
     assert unfinished > 10, "the kills must meet saves that have begun"
 
 

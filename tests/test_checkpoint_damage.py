@@ -135,7 +135,6 @@ def test_a_damaged_store_gives_the_right_tensors_or_one_line(
         lost += ask_damaged(tmp_path / "store.db", ENGINES[attempt % 2], change=attempt % 5 == 0)
         for path in tmp_path.iterdir():
             path.unlink()
-    print(damage.__name__, lost, times)
     assert lost > times // 10
 
 

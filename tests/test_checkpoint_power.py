@@ -109,7 +109,6 @@ def test_the_simulated_power_cuts_catch_a_store_that_promises_too_early(
         patch.setattr(store, "PRAGMAS", BREAKAGES[breakage])
         disk = save_rounds(tmp_path)
     losses = count_losses(disk, tmp_path, 60)
-    print(breakage, losses)
     assert losses > 0
 
 
@@ -174,7 +173,6 @@ def test_a_save_on_a_disk_that_fails_at_any_operation_says_so_and_keeps_the_roun
         code=code,
         sticky=sticky,
     )
-    print(len(kinds), {kind: kinds.count(kind) for kind in kinds})
     assert {"write", "truncate", "sync"} <= set(kinds)
 
 
