@@ -30,6 +30,8 @@ Cells = Sequence[str]
 
 def find_stores(path: Path) -> list[Path]:
     """Return the store at `path`, or those below the folder `path`, client 2 before client 10."""
+    if not path.exists():
+        raise CheckpointError(f"{path} is not there: give a store, or a folder with stores")
     if not path.is_dir():
         return [path]
     found = sorted(path.rglob(PATTERN), key=lambda db: [_by_number(part) for part in db.parts])
@@ -38,8 +40,8 @@ def find_stores(path: Path) -> list[Path]:
     return found
 
 
-def _by_number(name: str) -> list[tuple[int, str]]:
-    return [(int(digits or 0), text) for text, digits in re.findall(r"(\D*)(\d*)", name)]
+def _by_number(name: str) -> list[tuple[str, int]]:
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
 
 
 def open_store(path: Path) -> ChunkManager:
@@ -144,8 +146,8 @@ def list_lines(found: dict[str, Any]) -> Iterator[str]:
     yield from table(heads, rows, right=(0, 2, 3))
     stats = found["statistics"]
     yield (
-        f"{stats['rounds']} rounds of {in_bytes(stats['logical_bytes'])} in all, stored as "
-        f"{stats['unique_chunks']:,} chunks of {in_bytes(stats['stored_bytes'])} (x {stats['dedup_ratio']:.2f}), "
+        f"{count(stats['rounds'], 'round')} of {in_bytes(stats['logical_bytes'])} in all, stored as "
+        f"{count(stats['unique_chunks'], 'chunk')} of {in_bytes(stats['stored_bytes'])} (x {stats['dedup_ratio']:.2f}), "
         f"file of {in_bytes(stats['storage_size_bytes'])}"
     )
 
@@ -175,14 +177,14 @@ def show_lines(found: dict[str, Any]) -> Iterator[str]:
         for row in tensors
     ]
     yield from table(("tensor", "dtype", "shape", "bytes", "chunks"), rows, right=(3, 4))
-    yield f"round {found['round']}, {found['created_at']}: {len(tensors)} tensors, {in_bytes(found['bytes'])}"
+    yield f"round {found['round']}, {found['created_at']}: {count(len(tensors), 'tensor')}, {in_bytes(found['bytes'])}"
     for name in ("metrics", "model_digest", "config_digest", "input_digest"):
         yield f"{name:<13}  {in_words(found[name], width=1000) if name == 'metrics' else found[name] or '-'}"
 
 
 def verify_lines(found: dict[str, Any]) -> Iterator[str]:
-    checked = f"{found['stores']} stores, {found['rounds']} rounds, {found['chunks']:,} chunks"
-    verdict = f"{len(found['problems'])} problems" if found["problems"] else "ok"
+    checked = ", ".join(count(found[f"{what}s"], what) for what in ("store", "round", "chunk"))
+    verdict = count(len(found["problems"]), "problem") if found["problems"] else "ok"
     yield f"{checked}, {in_bytes(found['bytes'])}: {verdict}"
 
 
@@ -196,7 +198,7 @@ def diff_lines(found: dict[str, Any]) -> Iterator[str]:
         for row in changes
     ]
     yield from table(("tensor", "change", "elements", "norm of change", "relative"), rows, right=(2, 3, 4))
-    yield f"{len(changes)} tensors differ from round {found['first']} to round {found['second']}"
+    yield f"{count(len(changes), 'changed tensor')} from round {found['first']} to round {found['second']}"
 
 
 def export_lines(found: dict[str, Any]) -> Iterator[str]:
@@ -217,6 +219,10 @@ def table(heads: Cells, rows: Sequence[Cells], right: Sequence[int]) -> Iterator
             for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         yield "  ".join(cells).rstrip()
+
+
+def count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'s' * (number != 1)}"
 
 
 def in_bytes(size: int) -> str:
