@@ -65,7 +65,10 @@ def verify(store: Store) -> Verification:
                     if entry.rowid not in checked:
                         checked[entry.rowid] = True
                         size += entry.size
-                        store.read(row.round, entry, memoryview(bytearray(entry.size)))
+                        data = [memoryview(bytearray(entry.size))]
+                        store.read(entry, data)
+                        if damage := store.damage(row.round, entry, data):
+                            raise damage
                 except CheckpointError as error:
                     problems.append(str(error))
             problems += _metadata_problems(store, row, entries)

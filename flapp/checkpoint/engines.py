@@ -23,7 +23,7 @@ class Engine(Protocol):
 
     def execute(self, sql: str, *values: Any) -> list[tuple[Any, ...]]: ...
     def write_blob(self, rowid: int, pieces: Iterable[Any]) -> None: ...
-    def read_blob(self, rowid: int, target: memoryview) -> None: ...
+    def read_blob(self, rowid: int, pieces: Iterable[memoryview]) -> None: ...
     def vacuum(self) -> None: ...
     def in_transaction(self) -> bool: ...
     def close(self) -> None: ...
@@ -45,9 +45,10 @@ class Stdlib:
             for piece in pieces:
                 blob.write(piece)
 
-    def read_blob(self, rowid: int, target: memoryview) -> None:
+    def read_blob(self, rowid: int, pieces: Iterable[memoryview]) -> None:
         with self._db.blobopen("chunk_data", "data", rowid, readonly=True) as blob:
-            target[:] = blob.read(len(target))
+            for piece in pieces:
+                piece[:] = blob.read(len(piece))
 
     def vacuum(self) -> None:
         self._db.executescript("PRAGMA incremental_vacuum")  # execute() would stop after its first page
@@ -78,9 +79,10 @@ class Fast:
             for piece in pieces:
                 blob.write(piece)
 
-    def read_blob(self, rowid: int, target: memoryview) -> None:
+    def read_blob(self, rowid: int, pieces: Iterable[memoryview]) -> None:
         with self._db.blob_open("main", "chunk_data", "data", rowid, False) as blob:
-            blob.read_into(target)
+            for piece in pieces:
+                blob.read_into(piece)
 
     def vacuum(self) -> None:
         self.execute("PRAGMA incremental_vacuum")

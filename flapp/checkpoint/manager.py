@@ -3,8 +3,9 @@
 import json
 import operator
 import os
-from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 HASH_THREADS = 2  # hashlib and blake3 free the GIL; memory bandwidth is used up by two
+HASH_AHEAD = 6  # chunks
 
 
 @dataclass(frozen=True)
@@ -160,29 +162,25 @@ class ChunkManager:
                 else cut_tensors(specs, self.chunk_bytes or meta["chunk_bytes"])
             )
             parts = [parts_of(cut, specs) for cut in cuts]
-            with ThreadPoolExecutor(HASH_THREADS) as threads:
-                chunks = self._hashed(threads, parts, buffers)
-                stored = self._store.put_round(round_num, chunks, facts, self.keep_rounds, pinned)
+            chunks = self._hashed(parts, buffers)
+            stored = self._store.put_round(round_num, chunks, facts, self.keep_rounds, pinned)
         digest, new_chunks, new_bytes = stored
         return Saved(round_num, len(specs), len(cuts), new_chunks, size, new_bytes, digest)
 
     def _hashed(
-        self, threads: ThreadPoolExecutor, chunks: list[list[Part]], buffers: Mapping[str, memoryview]
+        self, chunks: list[list[Part]], buffers: Mapping[str, memoryview]
     ) -> Iterator[tuple[bytes, list[Part], list[memoryview]]]:
-        """Yield hash, parts and bytes of every chunk, hashing ahead in threads."""
-        create = self._store.hash_function()
-
-        def pieces(parts: list[Part]) -> list[memoryview]:
-            return [buffers[part.key][part.offset : part.offset + part.nbytes] for part in parts]
-
-        def digest(parts: list[Part]) -> bytes:
-            hasher = create()
-            for piece in pieces(parts):
-                hasher.update(piece)
-            return hasher.digest()
-
-        for parts, found in zip(chunks, threads.map(digest, chunks), strict=True):
-            yield found, parts, pieces(parts)
+        """Yield hash, parts and bytes of every chunk, hashing ahead in threads, but no further than the cache holds."""
+        ahead: deque[tuple[Future[bytes], list[Part], list[memoryview]]] = deque()
+        with ThreadPoolExecutor(HASH_THREADS) as threads:
+            for parts in chunks:
+                pieces = _pieces(parts, buffers)
+                ahead.append((threads.submit(self._store.hash, pieces), parts, pieces))
+                if len(ahead) > HASH_AHEAD:
+                    future, parts, pieces = ahead.popleft()
+                    yield future.result(), parts, pieces
+            for future, parts, pieces in ahead:
+                yield future.result(), parts, pieces
 
     def rounds(self) -> list[Round]:
         """Return the stored rounds by their number."""
@@ -215,12 +213,14 @@ class ChunkManager:
             return self._chunk(round_num, found[0])
 
     def _chunk(self, round_num: int, entry: Entry) -> Chunk:
-        data = bytearray(entry.size)
-        self._store.read(round_num, entry, memoryview(data))
+        data = [memoryview(bytearray(entry.size))]
+        self._store.read(entry, data)
+        if damage := self._store.damage(round_num, entry, data):
+            raise damage
         parts: Parts = {}
         for part in entry.parts:
             parts.setdefault(part.key, []).append((part.start, part.end, part.spec.shape))
-        return Chunk(entry.chunk_id, entry.hash.hex(), parts, entry.size, bytes(data))
+        return Chunk(entry.chunk_id, entry.hash.hex(), parts, entry.size, bytes(data[0]))
 
     def _checked(self, round_num: int) -> tuple[list[Entry], dict[str, Any]]:
         """Return the chunks and tensors of a round, whose metadata must be whole and as it was saved."""
@@ -254,17 +254,20 @@ class ChunkManager:
                 reject_foreign(f"{self.path}: round {round_num}", specs, model)
             tensors = new_tensors(specs)
             buffers = {key: raw(tensor) for key, tensor in tensors.items()}
-            for entry in entries:
-                self._read_parts(round_num, entry, buffers)
+            self._read(round_num, entries, buffers)
         return tensors if model is None else load_into(model, tensors)
 
-    def _read_parts(self, round_num: int, entry: Entry, buffers: Mapping[str, memoryview]) -> None:
-        data = memoryview(bytearray(entry.size))
-        self._store.read(round_num, entry, data)
-        offset = 0
-        for part in entry.parts:
-            buffers[part.key][part.offset : part.offset + part.nbytes] = data[offset : offset + part.nbytes]
-            offset += part.nbytes
+    def _read(self, round_num: int, entries: list[Entry], buffers: Mapping[str, memoryview]) -> None:
+        """Read chunks to where they belong, verifying in threads what has been read."""
+        with ThreadPoolExecutor(HASH_THREADS) as threads:
+            checks = []
+            for entry in entries:
+                pieces = _pieces(entry.parts, buffers)
+                self._store.read(entry, pieces)
+                checks.append(threads.submit(self._store.damage, round_num, entry, pieces))
+            for check in checks:
+                if damage := check.result():
+                    raise damage
 
     def cleanup_old_rounds(self, keep: int) -> None:
         """Drop all rounds but the `keep` that were saved last."""
@@ -310,6 +313,10 @@ class ChunkManager:
         before = self.path.stat().st_size
         self._store.vacuum()
         return before, self.path.stat().st_size
+
+
+def _pieces(parts: Iterable[Part], buffers: Mapping[str, memoryview]) -> list[memoryview]:
+    return [buffers[part.key][part.offset : part.offset + part.nbytes] for part in parts]
 
 
 def _integer(name: str, value: Any) -> int:

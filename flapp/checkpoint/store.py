@@ -9,6 +9,7 @@ TRUNCATE + FULL survives power cuts, which WAL + NORMAL and DELETE + FULL do not
 Chunks are inserted before others expire: only pages freed by earlier rounds can be reused without journaling them.
 """
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -20,8 +21,10 @@ from typing import Any
 
 from flapp.checkpoint.chunks import CheckpointError, Part, decode_parts, encode_parts, round_digest
 from flapp.checkpoint.engines import engine_errors, error_code, hash_function, open_engine
+from flapp.checkpoint.writeback import writeback_of
 
 FORMAT_VERSION = 1
+WRITEBACK_BYTES = 16 << 20
 PRAGMAS = ("journal_mode=TRUNCATE", "synchronous=FULL", "secure_delete=OFF", "trusted_schema=OFF")
 SCHEMA = (
     "CREATE TABLE chunk_data(id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, codec INTEGER NOT NULL, data BLOB)",
@@ -105,6 +108,7 @@ class Store:
     def __init__(self, path: Path, engine: str, create: bool) -> None:
         self.path = path
         self.meta: dict[str, Any] = {}
+        self._new_hash: Callable[[], Any] = hashlib.sha256
         self._lock = threading.RLock()
         self._errors = engine_errors()
         with self._one_line("cannot be opened"):
@@ -167,8 +171,7 @@ class Store:
         if meta.get("format_version") != FORMAT_VERSION:
             found = meta.get("format_version")
             raise CheckpointError(f"{self.path} has format {found!r}, this flapp reads {FORMAT_VERSION}: update flapp")
-        hash_function(meta.get("hash"), self.path)
-        self.meta = meta
+        self._use(meta)
 
     @contextmanager
     def saving(
@@ -198,10 +201,18 @@ class Store:
         meta |= {"chunk_num": chunk_num} if chunk_num else {}
         for item in meta.items():
             self._db.execute("INSERT INTO store_meta VALUES (?, ?)", *item)
+        self._use(meta)
+
+    def _use(self, meta: dict[str, Any]) -> None:
+        self._new_hash = hash_function(meta.get("hash"), self.path)
         self.meta = meta
 
-    def hash_function(self) -> Callable[[], Any]:
-        return hash_function(self.meta["hash"], self.path)
+    def hash(self, pieces: Iterable[memoryview]) -> bytes:
+        """Return the hash of bytes in pieces, by the store's algorithm; frees the GIL."""
+        hasher = self._new_hash()
+        for piece in pieces:
+            hasher.update(piece)
+        return hasher.digest()
 
     def put_round(
         self,
@@ -218,7 +229,8 @@ class Store:
         replaced = len(self._db.execute("SELECT 1 FROM rounds WHERE round = ?", round_num))
         self._drop([round_num])
         written: list[tuple[bytes, list[Part]]] = []
-        new_chunks = new_bytes = 0
+        new_chunks = new_bytes = started = 0
+        start_writeback = writeback_of(self.path)
         for chunk_id, (digest, parts, pieces) in enumerate(chunks):
             size = sum(part.nbytes for part in parts)
             if not self._db.execute(FIND_HASH, digest):
@@ -226,6 +238,9 @@ class Store:
                 if size:
                     self._db.write_blob(rowid, pieces)
                 new_chunks, new_bytes = new_chunks + 1, new_bytes + size
+                if new_bytes - started >= WRITEBACK_BYTES:
+                    started = new_bytes
+                    start_writeback()
             self._db.execute(INSERT_METADATA, round_num, chunk_id, digest, encode_parts(parts), size)
             written.append((digest, parts))
         model_digest = round_digest(written)
@@ -288,16 +303,15 @@ class Store:
             raise CheckpointError(f"{where}: its sizes differ ({found}): restore the file from a copy")
         return Entry(chunk_id, digest, parts, size, rowid)
 
-    def read(self, round_num: int, entry: Entry, target: memoryview) -> None:
-        """Read the bytes of a chunk into `target`; raises CheckpointError unless they have the chunk's hash."""
+    def read(self, entry: Entry, pieces: list[memoryview]) -> None:
+        """Read the bytes of a chunk into `pieces`, which are to be verified by damage()."""
         if entry.size:
-            self._db.read_blob(entry.rowid, target)
-        found = self.hash_function()()
-        found.update(target)
-        if found.digest() != entry.hash:
-            raise self.damaged(round_num, entry)
+            self._db.read_blob(entry.rowid, pieces)
 
-    def damaged(self, round_num: int, entry: Entry) -> CheckpointError:
+    def damage(self, round_num: int, entry: Entry, pieces: Iterable[memoryview]) -> CheckpointError | None:
+        """Return what to raise unless `pieces` have the hash of a chunk; for any thread."""
+        if self.hash(pieces) == entry.hash:
+            return None
         names = ", ".join(dict.fromkeys(part.key for part in entry.parts))[:200]
         return CheckpointError(
             f"{self.path}: round {round_num}, chunk {entry.chunk_id} ({names}): its bytes are damaged (another "

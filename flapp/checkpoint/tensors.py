@@ -96,9 +96,10 @@ def new_tensors(specs: Mapping[str, Spec]) -> dict[str, Tensor]:
 
 
 def _arena(size: int) -> mmap.mmap:
-    arena = mmap.mmap(-1, max(size, 1))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        arena.madvise(mmap.MADV_HUGEPAGE)
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, max(size, 1))
+    arena = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has no huge pages
+    arena.madvise(mmap.MADV_HUGEPAGE)
     return arena
 
 
