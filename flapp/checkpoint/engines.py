@@ -108,16 +108,18 @@ def open_engine(path: Path, engine: str) -> Engine:
 
 
 def engine_errors() -> tuple[type[Exception], ...]:
-    """Return what both engines raise."""
+    """Return what both engines raise; the text of a damaged file need not be UTF-8."""
     if not has_fast():
-        return (sqlite3.Error,)
+        return (sqlite3.Error, UnicodeDecodeError)
     import apsw
 
-    return (sqlite3.Error, apsw.Error)
+    return (sqlite3.Error, apsw.Error, UnicodeDecodeError)
 
 
 def error_code(error: Exception) -> int:
     """Return SQLite's primary result code of an engine's error, 0 if it has none."""
+    if isinstance(error, UnicodeDecodeError):
+        return sqlite3.SQLITE_CORRUPT
     return (getattr(error, "sqlite_errorcode", 0) or getattr(error, "result", 0)) & 0xFF
 
 
