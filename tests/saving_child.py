@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from flapp.checkpoint import CheckpointError, ChunkManager
+from flapp.checkpoint import CheckpointError, ChunkManager, store
 from tests.checkpoint_rounds import model_of
 
 
@@ -33,6 +33,7 @@ def save(path: str, engine: str, rounds: list[int], keep: int | None, size: int)
 
 
 def serve() -> None:
+    store.WRITEBACK_BYTES = 10_000
     for line in sys.stdin:
         children = []
         for order in json.loads(line):

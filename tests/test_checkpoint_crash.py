@@ -5,12 +5,13 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from flapp.checkpoint import ChunkManager
-from tests.checkpoint_rounds import digests_of, expected, is_sound
+from flapp.checkpoint import ChunkManager, store
+from tests.checkpoint_rounds import digests_of, expected, is_sound, model_of
 from tests.saving_child import Nursery, nursery
 
 ENGINES = ["stdlib", "fast"]
@@ -99,3 +100,48 @@ def test_four_processes_of_both_engines_save_into_one_file_while_it_is_read(tmp_
         assert digests_of(manager) == whole
         assert [row.round for row in manager.rounds()] == sorted(whole)
     assert is_sound(path)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("shared", [True, False], ids=["one manager", "a manager each"])
+def test_threads_save_into_one_file(tmp_path: Path, engine: str, shared: bool) -> None:
+    whole = expected(range(20), 2000)
+    with ChunkManager(tmp_path / "store.db", engine=engine) as manager:
+
+        def save(first: int) -> None:
+            mine = manager if shared else ChunkManager(tmp_path / "store.db", engine=engine)
+            for number in range(first, 20, 4):
+                mine.save_model_chunks(model_of(number, 2000), number)
+                assert digests_of(mine).items() <= whole.items()
+            if not shared:
+                mine.close()
+
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(save, range(4)))
+        assert digests_of(manager) == whole
+    assert is_sound(tmp_path / "store.db")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_save_that_is_interrupted_by_the_keyboard_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, before: int
+) -> None:
+    def interrupt(parts: object) -> str:
+        nonlocal before
+        before -= 1
+        if before < 0:
+            raise KeyboardInterrupt
+        return encode_parts(parts)  # type: ignore[arg-type]
+
+    with ChunkManager(tmp_path / "store.db", keep_rounds=1, chunk_bytes=6000, engine=engine) as manager:
+        manager.save_model_chunks(model_of(1), 1)
+        encode_parts = store.encode_parts
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "encode_parts", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                manager.save_model_chunks(model_of(2), 2)
+        assert digests_of(manager) == expected([1])
+        manager.save_model_chunks(model_of(2), 2)
+        assert digests_of(manager) == expected([2])
+    assert is_sound(tmp_path / "store.db")

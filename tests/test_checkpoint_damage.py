@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flapp.checkpoint import CheckpointError, ChunkManager, digest_of
+from flapp.checkpoint import CheckpointError, ChunkManager, digest_of, engines
 from tests.checkpoint_rounds import digests_of, expected, is_sound, model_of
 
 ENGINES = ["stdlib", "fast"]
@@ -30,6 +30,12 @@ def flip_a_bit_of_the_header(content: bytearray, rng: random.Random) -> None:
 def flip_a_bit_of_a_page_head(content: bytearray, rng: random.Random) -> None:
     page = content[16] << 8 | content[17]
     content[rng.randrange(len(content) // page) * page + rng.randrange(100)] ^= 1 << rng.randrange(8)
+
+
+def spoil_text(content: bytearray, rng: random.Random) -> None:
+    words = (b"format_version", b'"loss"', b"sha256", b"blake3", b"CREATE TABLE rounds", b"body.weight", b"+00:00")
+    word = rng.choice([word for word in words if word in content])
+    content[content.index(word) + rng.randrange(len(word))] |= 0x80  # no UTF-8 any more
 
 
 def lose_the_end(content: bytearray, rng: random.Random) -> None:
@@ -118,6 +124,7 @@ def ask_damaged(path: Path, engine: str, change: bool) -> bool:
         (flip_a_bit, 100),
         (flip_a_bit_of_the_header, 40),
         (flip_a_bit_of_a_page_head, 60),
+        (spoil_text, 20),
         (lose_the_end, 20),
         (zero_a_sector, 20),
         (swap_two_sectors, 20),
@@ -153,6 +160,25 @@ def test_a_file_that_is_no_store_is_refused_and_left_alone(tmp_path: Path, engin
     except CheckpointError as error:
         assert str(path) in str(error)  # noqa: PT017 - an empty file may also be taken for a new store
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_store_that_stays_locked_says_so_and_keeps_the_rounds_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sound: bytes, engine: str
+) -> None:
+    monkeypatch.setattr(engines, "BUSY_SECONDS", 0)
+    (tmp_path / "store.db").write_bytes(sound)
+    with (
+        ChunkManager(tmp_path / "store.db", engine=engine) as other,
+        ChunkManager(tmp_path / "store.db", engine=engine) as manager,
+    ):
+        with (
+            other._store.transaction("BEGIN IMMEDIATE"),
+            pytest.raises(CheckpointError, match="cannot take round 5 .*: another process has held its lock"),
+        ):
+            manager.save_model_chunks(model_of(5, SIZE), 5)
+        assert digests_of(manager) == ROUNDS
+        manager.save_model_chunks(model_of(5, SIZE), 5)
 
 
 @contextmanager

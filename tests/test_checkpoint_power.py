@@ -1,5 +1,6 @@
 """Acknowledged rounds outlive power cuts and disks that fail, at every operation of a save."""
 
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -25,7 +26,8 @@ BREAKAGES = {
 
 def save_rounds(folder: Path, rounds: int = 12, size: int = 9000) -> PowerDisk:
     """Save rounds with retention, a cleanup and a compaction, on a disk that logs it and is told what was promised."""
-    with PowerDisk() as disk:
+    with PowerDisk() as disk, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "WRITEBACK_BYTES", 10_000)  # begins the early writeback, which promises nothing
         manager = ChunkManager(folder / DB, keep_rounds=3, chunk_bytes=6000, engine="fast")
         for number in range(rounds):
             manager.save_model_chunks(model_of(number, size), number, pinned=(1,))
@@ -112,6 +114,29 @@ def test_the_simulated_power_cuts_catch_a_store_that_promises_too_early(
     assert losses > 0
 
 
+def test_both_engines_write_with_the_settings_that_the_power_cuts_have_tried(tmp_path: Path) -> None:
+    names = ("journal_mode", "synchronous", "auto_vacuum", "secure_delete", "page_size", "encoding", "locking_mode")
+    found = []
+    for engine in ("stdlib", "fast"):
+        with ChunkManager(tmp_path / f"{engine}.db", engine=engine) as manager:
+            manager.save_model_chunks(model_of(1), 1)
+            found.append({name: manager._store.execute(f"PRAGMA {name}")[0][0] for name in names})
+    assert found[0] == found[1]
+    assert (found[0]["journal_mode"], found[0]["synchronous"], found[0]["locking_mode"]) == ("truncate", 2, "normal")
+
+
+def test_the_folders_made_for_a_store_are_on_the_disk_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fsync = [], os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    ChunkManager(tmp_path / "run" / "client_1" / DB).close()
+    assert {tmp_path, tmp_path / "run", tmp_path / "run" / "client_1"} <= set(synced)
+
+
 @pytest.fixture
 def two_rounds(tmp_path: Path) -> Path:
     """Return a folder with a store of rounds 1 and 2."""
@@ -161,8 +186,15 @@ def failures(folder: Path, of: tuple[str, ...], act: Callable[[ChunkManager], ob
             assert is_sound(work / DB)
 
 
-@pytest.mark.parametrize("sticky", [False, True], ids=["once", "for good"])
-@pytest.mark.parametrize("code", [apsw.SQLITE_IOERR, apsw.SQLITE_FULL], ids=["I/O error", "full"])
+@pytest.mark.parametrize(
+    ("code", "sticky"),
+    [
+        pytest.param(apsw.SQLITE_IOERR, False, id="I/O error, once"),
+        pytest.param(apsw.SQLITE_FULL, True, id="full, for good"),
+        pytest.param(apsw.SQLITE_IOERR, True, id="I/O error, for good", marks=pytest.mark.slow),
+        pytest.param(apsw.SQLITE_FULL, False, id="full, once", marks=pytest.mark.slow),
+    ],
+)
 def test_a_save_on_a_disk_that_fails_at_any_operation_says_so_and_keeps_the_rounds_before(
     two_rounds: Path, code: int, sticky: bool
 ) -> None:
@@ -174,6 +206,7 @@ def test_a_save_on_a_disk_that_fails_at_any_operation_says_so_and_keeps_the_roun
         sticky=sticky,
     )
     assert {"write", "truncate", "sync"} <= set(kinds)
+    assert len(kinds) > 50
 
 
 def test_a_disk_that_cannot_be_read_gives_no_tensors_but_one_line(two_rounds: Path) -> None:

@@ -147,8 +147,8 @@ def list_lines(found: dict[str, Any]) -> Iterator[str]:
     stats = found["statistics"]
     yield (
         f"{count(stats['rounds'], 'round')} of {in_bytes(stats['logical_bytes'])} in all, stored as "
-        f"{count(stats['unique_chunks'], 'chunk')} of {in_bytes(stats['stored_bytes'])} (x {stats['dedup_ratio']:.2f}), "
-        f"file of {in_bytes(stats['storage_size_bytes'])}"
+        f"{count(stats['unique_chunks'], 'chunk')} of {in_bytes(stats['stored_bytes'])} "
+        f"(x {stats['dedup_ratio']:.2f}), file of {in_bytes(stats['storage_size_bytes'])}"
     )
 
 
