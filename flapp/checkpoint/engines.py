@@ -9,6 +9,7 @@ import sqlite3
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakSet
 
 from flapp.checkpoint.chunks import CheckpointError
 
@@ -20,6 +21,7 @@ class Engine(Protocol):
     """A connection to one database, in autocommit mode until BEGIN."""
 
     name: str
+    path: Path
 
     def execute(self, sql: str, *values: Any) -> list[tuple[Any, ...]]: ...
     def write_blob(self, rowid: int, pieces: Iterable[Any]) -> None: ...
@@ -29,12 +31,16 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+_opened: "WeakSet[Engine]" = WeakSet()
+
+
 class Stdlib:
     """Python's sqlite3."""
 
     name = "stdlib"
 
     def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
         self._db = sqlite3.connect(path, BUSY_SECONDS, isolation_level=None, check_same_thread=False)
 
     def execute(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
@@ -58,6 +64,7 @@ class Stdlib:
 
     def close(self) -> None:
         self._db.close()
+        _opened.discard(self)
 
 
 class Fast:
@@ -68,6 +75,7 @@ class Fast:
     def __init__(self, path: Path) -> None:
         import apsw
 
+        self.path = path.resolve()
         self._db = apsw.Connection(str(path))
         self._db.set_busy_timeout(BUSY_SECONDS * 1000)
 
@@ -92,6 +100,7 @@ class Fast:
 
     def close(self) -> None:
         self._db.close()
+        _opened.discard(self)
 
 
 def has_fast() -> bool:
@@ -104,7 +113,15 @@ def open_engine(path: Path, engine: str) -> Engine:
         raise CheckpointError(f"engine={engine} is not known: choose one of auto, stdlib, fast")
     if engine == "fast" and not has_fast():
         raise CheckpointError(f"engine=fast {NEEDS_FAST}")
-    return Stdlib(path) if engine == "stdlib" or not has_fast() else Fast(path)
+    kind = Stdlib if engine == "stdlib" or not has_fast() else Fast
+    if other := next((one for one in _opened if one.path == path.resolve() and one.name != kind.name), None):
+        raise CheckpointError(
+            f"{path} is open in this process with engine={other.name}: give the same engine here, because two SQLite "
+            "libraries in one process do not see each other's locks"
+        )
+    opened: Engine = kind(path)
+    _opened.add(opened)
+    return opened
 
 
 def engine_errors() -> tuple[type[Exception], ...]:

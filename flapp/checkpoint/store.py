@@ -115,7 +115,7 @@ class Store:
             existed = path.exists()
             if not existed and not create:
                 raise CheckpointError(f"{path} is not there: give the path of a checkpoint store")
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             self._db = open_engine(path, engine)
             try:
                 for pragma in PRAGMAS:
@@ -333,6 +333,14 @@ class Store:
         """Give free pages back to the file system in place: a new file would lose what others are writing."""
         with self._lock, self._one_line("cannot be compacted"):
             self._db.vacuum()
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it, so that they outlive a power cut."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
 
 
 def _sync_folder(folder: Path) -> None:
