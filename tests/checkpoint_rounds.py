@@ -37,7 +37,7 @@ def expected(rounds: Mapping[int, int] | range | list[int], size: int = 9000) ->
 
 
 def is_sound(path: Path) -> bool:
-    """Ask SQLite and the store itself."""
+    """Ask SQLite and the store itself, which no manager may have open."""
     with sqlite3.connect(path) as db:
         ((answer,),) = db.execute("PRAGMA integrity_check").fetchall()
     db.close()

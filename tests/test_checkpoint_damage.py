@@ -181,6 +181,18 @@ def test_a_store_that_stays_locked_says_so_and_keeps_the_rounds_before(
         manager.save_model_chunks(model_of(5, SIZE), 5)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_engines_in_one_process_never_share_a_file(tmp_path: Path, engine: str) -> None:
+    (other,) = set(ENGINES) - {engine}
+    with ChunkManager(tmp_path / "store.db", engine=engine) as manager:
+        manager.save_model_chunks(model_of(1), 1)
+        with pytest.raises(CheckpointError, match=f"is open in this process with engine={engine}: give the same"):
+            ChunkManager(tmp_path / ".." / tmp_path.name / "store.db", engine=other)
+        ChunkManager(tmp_path / "store.db", engine=engine).close()
+    with ChunkManager(tmp_path / "store.db", engine=other) as manager:
+        assert digests_of(manager) == expected([1])
+
+
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """Let no file of this process grow beyond `size` bytes, which a write is then told."""
@@ -213,6 +225,7 @@ def check_refused_save(store: ChunkManager, message: str) -> None:
 def check_saves_again(store: ChunkManager) -> None:
     store.save_model_chunks(model_of(3), 3)
     assert digests_of(store) == expected([1, 2, 3])
+    store.close()
     assert is_sound(store.path)
 
 
