@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flapp.checkpoint.chunks import CheckpointError, join, round_digest
-from flapp.checkpoint.store import CHUNKS, Entry, RoundRow, Store
+from flapp.checkpoint.store import CHUNKS, ORPHANS, STRAY_ROUNDS, Entry, RoundRow, Store
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,33 +46,44 @@ class TensorChange:
 
 
 def verify(store: Store) -> Verification:
-    """Check the file's structure, every round's metadata and every chunk's hash."""
+    """Check the file's structure, every round's metadata and, once each, every chunk's hash."""
     problems: list[str] = []
+    sizes: dict[int, int] = {}
     with store.transaction():
         rows = store.select_rounds()
-        checked: dict[int, bool] = {}
-        size = 0
         if store.meta:
-            for (text,) in store.execute(f"PRAGMA integrity_check({MOST_PROBLEMS})"):
-                if text != "ok":
-                    problems.append(f"{store.path}: {text}")
+            problems += _structure_problems(store)
         for row in rows:
-            entries = []
-            for values in store.execute(CHUNKS, row.round):
-                try:
-                    entry = store.entry(row.round, values)
-                    entries.append(entry)
-                    if entry.rowid not in checked:
-                        checked[entry.rowid] = True
-                        size += entry.size
-                        data = [memoryview(bytearray(entry.size))]
-                        store.read(entry, data)
-                        if damage := store.damage(row.round, entry, data):
-                            raise damage
-                except CheckpointError as error:
-                    problems.append(str(error))
-            problems += _metadata_problems(store, row, entries)
-    return Verification(len(rows), len(checked), size, tuple(problems[:MOST_PROBLEMS]))
+            problems += _round_problems(store, row, sizes)
+    return Verification(len(rows), len(sizes), sum(sizes.values()), tuple(problems[:MOST_PROBLEMS]))
+
+
+def _structure_problems(store: Store) -> Iterator[str]:
+    for (text,) in store.execute(f"PRAGMA integrity_check({MOST_PROBLEMS})"):
+        if text != "ok":
+            yield f"{store.path}: {text}"
+    for (number,) in store.execute(STRAY_ROUNDS):
+        yield f"{store.path}: round {number} has chunks, but is no round: save or drop it again"
+    if orphans := len(store.execute(ORPHANS)):
+        yield f"{store.path}: {orphans} chunks belong to no round: they go when a round expires"
+
+
+def _round_problems(store: Store, row: RoundRow, sizes: dict[int, int]) -> Iterator[str]:
+    """Yield the problems of a round, and note the size of every chunk that is read, none twice."""
+    entries = []
+    for values in store.execute(CHUNKS, row.round):
+        try:
+            entry = store.entry(row.round, values)
+            entries.append(entry)
+            if entry.rowid not in sizes:
+                sizes[entry.rowid] = entry.size
+                data = [memoryview(bytearray(entry.size))]
+                store.read(entry, data)
+                if damage := store.damage(row.round, entry, data):
+                    yield str(damage)
+        except CheckpointError as error:
+            yield str(error)
+    yield from _metadata_problems(store, row, entries)
 
 
 def _metadata_problems(store: Store, row: RoundRow, entries: list[Entry]) -> Iterator[str]:

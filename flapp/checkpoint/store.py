@@ -46,8 +46,9 @@ ROUNDS = """SELECT round, created_at, metrics, config_digest, input_digest, mode
 NEWEST_FIRST = "SELECT round FROM rounds ORDER BY saved DESC"
 DELETE_METADATA = "DELETE FROM chunk_metadata WHERE round = ?"
 DELETE_ROUND = "DELETE FROM rounds WHERE round = ?"
-DELETE_ORPHANS = """DELETE FROM chunk_data WHERE id IN
-    (SELECT id FROM chunk_data WHERE hash NOT IN (SELECT hash FROM chunk_metadata))"""
+ORPHANS = "SELECT id FROM chunk_data WHERE hash NOT IN (SELECT hash FROM chunk_metadata)"
+DELETE_ORPHANS = f"DELETE FROM chunk_data WHERE id IN ({ORPHANS})"
+STRAY_ROUNDS = "SELECT DISTINCT round FROM chunk_metadata WHERE round NOT IN (SELECT round FROM rounds)"
 CHUNKS = """SELECT m.chunk_id, m.hash, m.parts, m.size, d.id, d.codec, length(d.data), typeof(d.data)
     FROM chunk_metadata m LEFT JOIN chunk_data d ON d.hash = m.hash WHERE m.round = ? ORDER BY m.chunk_id"""
 
@@ -204,6 +205,9 @@ class Store:
         self._use(meta)
 
     def _use(self, meta: dict[str, Any]) -> None:
+        for name in ("chunk_bytes", "chunk_num"):
+            if type(size := meta.get(name, 1)) is not int or size < 1:
+                raise CheckpointError(f"{self.path} is damaged ({name} is {size!r}): restore the file from a copy")
         self._new_hash = hash_function(meta.get("hash"), self.path)
         self.meta = meta
 

@@ -1,0 +1,198 @@
+"""Saving and loading ViT-B by the chunk store, against whole files and against flat pickled chunks."""
+
+import hashlib
+import itertools
+import os
+import pickle
+import sqlite3
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from flapp.checkpoint import ChunkManager
+from flapp.checkpoint.engines import has_fast
+from flapp.model import build_model
+from tools.bench import Row, measure
+
+ENGINES = ("stdlib", "fast") if has_fast() else ("stdlib",)
+RANK, LORA_ROUNDS = 8, 10
+State = dict[str, Tensor]
+
+
+def rows() -> list[Row]:
+    """Measure in a temporary folder on a real disk, each store with as many rounds as it needs."""
+    with tempfile.TemporaryDirectory(prefix="flapp-bench-", dir=disk_folder()) as folder:
+        torch.manual_seed(0)
+        return [*saving(Path(folder)), *saving_lora(Path(folder)), *loading(Path(folder)), *small(Path(folder))]
+
+
+def disk_folder() -> Path:
+    """Return a folder for temporary files that is not in memory, where fsync would cost nothing."""
+    in_memory = [Path(part.mountpoint) for part in psutil.disk_partitions(all=True) if part.fstype == "tmpfs"]
+    choices = [Path(tempfile.gettempdir()), Path("/var/tmp"), Path.cwd()]
+    return next((path for path in choices if not any(path.is_relative_to(each) for each in in_memory)), choices[0])
+
+
+def sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def save_torch(path: Path, state: State) -> None:
+    torch.save(state, path)
+    sync(path)
+
+
+def save_safetensors(path: Path, state: State) -> None:
+    save_file(state, path)
+    sync(path)
+
+
+def save_flat_pickled(path: Path, state: State) -> None:
+    """Cut the flat model into ten equal numpy chunks, pickled and by SHA-256 in an SQLite database as it comes."""
+    flat = np.concatenate([tensor.numpy().ravel() for tensor in state.values()])
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE IF NOT EXISTS chunk_metadata (id INTEGER PRIMARY KEY, chunk_id INTEGER, hash TEXT)")
+        db.execute("CREATE TABLE IF NOT EXISTS chunk_data (hash TEXT PRIMARY KEY, data BLOB)")
+        old = db.execute("SELECT max(id) FROM chunk_metadata").fetchone()[0] or 0
+        for chunk_id, values in enumerate(np.array_split(flat, 10)):
+            data = pickle.dumps(values)  # what is compared with; nothing ever unpickles it
+            digest = hashlib.sha256(data).hexdigest()
+            db.execute("INSERT INTO chunk_metadata (chunk_id, hash) VALUES (?, ?)", (chunk_id, digest))
+            db.execute("INSERT OR IGNORE INTO chunk_data VALUES (?, ?)", (digest, data))
+        db.execute("DELETE FROM chunk_metadata WHERE id <= ?", (old,))
+        db.execute("DELETE FROM chunk_data WHERE hash NOT IN (SELECT hash FROM chunk_metadata)")
+    db.close()
+
+
+class Saver:
+    """Saves round after round by one engine, each of them wholly new to the store unless `partly`."""
+
+    def __init__(self, path: Path, engine: str, keep_rounds: int | None, partly: bool = False) -> None:
+        self.store = ChunkManager(path, keep_rounds=keep_rounds, engine=engine)
+        self.rounds, self.partly = itertools.count(), partly
+
+    def __call__(self, state: State) -> None:
+        saved = self.store.save_model_chunks(state, next(self.rounds))
+        if not self.partly and saved.new_bytes != saved.bytes:
+            raise RuntimeError(f"only {saved.new_bytes} of {saved.bytes} bytes were new: nothing is compared so")
+
+
+def alternate(save: Callable[[State], None], states: list[State]) -> Callable[[], None]:
+    """Return a function that saves one state after the other, over and over."""
+    turns = itertools.cycle(states)
+    return lambda: save(next(turns))
+
+
+def random_like(state: State) -> State:
+    return {key: torch.randn_like(tensor) for key, tensor in state.items()}
+
+
+def saving(folder: Path) -> list[Row]:
+    """Save two models in turn, so that every tensor changes from one round to the next; only the last is kept."""
+    shapes = build_model("vit_b_16", (224, 224, 3), 1000).state_dict()
+    states = [random_like(shapes), random_like(shapes)]
+    ways: dict[str, Callable[[State], None]] = {
+        "torch": partial(save_torch, folder / "model.pt"),
+        "safetensors": partial(save_safetensors, folder / "model.safetensors"),
+        "flat": partial(save_flat_pickled, folder / "flat.db"),
+        **{engine: Saver(folder / f"{engine}.db", engine, keep_rounds=1) for engine in ENGINES},
+    }
+    seconds = measure({name: alternate(save, states) for name, save in ways.items()}, warmup=3)
+    names = {"torch": "torch.save + fsync", "safetensors": "safetensors + fsync", "flat": "flat pickled chunks"}
+    targets = {"stdlib": (1.35, 1.2, 12.0), "fast": (2.2, 1.9, 25.0)}
+    return [
+        Row(f"save ViT-B, all changed, {engine}", against, seconds[other] / seconds[engine], target)
+        for engine in ENGINES
+        for (other, against), target in zip(names.items(), targets[engine], strict=True)
+    ]
+
+
+def with_adapters(model: nn.Module) -> State:
+    """Return a model's state with LoRA factors of every attention's qkv and proj as tensors of their own."""
+    state = dict(model.state_dict())
+    for key, weight in model.state_dict().items():
+        if key.endswith(("qkv.weight", "proj.weight")) and "attention" in key:
+            name = key.removesuffix("weight")
+            state[f"{name}lora_A"] = torch.randn(RANK, weight.shape[1])
+            state[f"{name}lora_B"] = torch.randn(weight.shape[0], RANK)
+    return state
+
+
+def saving_lora(folder: Path) -> list[Row]:
+    """Save a frozen ViT-B whose adapters and head change with every round."""
+    state = with_adapters(build_model("vit_b_16", (224, 224, 3), 100))
+    changing = [key for key in state if "lora_" in key or "head." in key]
+    changed, whole = (sum(state[key].nbytes for key in keys) for keys in (changing, state))
+
+    def change() -> State:
+        return state | random_like({key: state[key] for key in changing})
+
+    savers = {engine: Saver(folder / f"lora-{engine}.db", engine, None, partly=True) for engine in ENGINES}
+    ways: dict[str, Callable[[], None]] = {"torch": lambda: save_torch(folder / "model.pt", change())}
+    ways |= {name: partial(lambda save: save(change()), save) for name, save in savers.items()}
+    seconds = measure(ways, repeats=LORA_ROUNDS - 1)
+    what = f"save ViT-B + LoRA (r={RANK})"
+    result = [
+        Row(f"{what}, {engine}", "torch.save + fsync", seconds["torch"] / seconds[engine], 5) for engine in ENGINES
+    ]
+    store = savers[ENGINES[-1]].store
+    new = store.save_model_chunks(change(), LORA_ROUNDS).new_bytes
+    store.cleanup_old_rounds(LORA_ROUNDS)
+    stored = store.get_storage_stats()["storage_size_bytes"]
+    kept = f"{LORA_ROUNDS} rounds kept, {stored:,} bytes"
+    result.append(Row(f"{what}, new bytes of a round", "changed bytes", new / changed, 1.01, False))
+    result.append(Row(f"{what}, the file", "the model", stored / whole, 1.10, False, note=kept))
+    return result
+
+
+def loading(folder: Path) -> list[Row]:
+    """Load the stored model into a live one, verified, against torch.load without any check."""
+    model = build_model("vit_b_16", (224, 224, 3), 1000)
+    save_torch(folder / "model.pt", model.state_dict())
+    stores = {engine: ChunkManager(folder / f"load-{engine}.db", engine=engine) for engine in ENGINES}
+    for store in stores.values():
+        store.save_model_chunks(model, 0)
+    ways: dict[str, Callable[[], object]] = {
+        "torch": lambda: model.load_state_dict(torch.load(folder / "model.pt")),
+        "torch only": lambda: torch.load(folder / "model.pt"),
+        **{name: partial(store.reconstruct_model_from_chunks, 0, model) for name, store in stores.items()},
+    }
+    seconds = measure(ways, repeats=9, warmup=2)
+    targets = {"stdlib": 1.15, "fast": 2.8}
+    against = "torch.load + load_state_dict, unverified"
+    return [
+        Row(
+            f"verified load into the live ViT-B, {engine}",
+            against,
+            seconds["torch"] / seconds[engine],
+            targets[engine],
+            note=f"{seconds['torch only'] / seconds[engine]:.2f}x against torch.load alone",
+        )
+        for engine in ENGINES
+    ]
+
+
+def small(folder: Path) -> list[Row]:
+    """Save small models, whose cost is that of the fsyncs; for information."""
+    result = []
+    for name, model in {
+        "linear, 11 parameters": nn.Linear(10, 1),
+        "vit_tiny": build_model("vit_tiny", (32, 32, 3), 10),
+    }.items():
+        states = [random_like(model.state_dict()) for _ in range(2)]
+        savers = {e: Saver(folder / f"{name}-{e}.db", e, keep_rounds=1, partly=True) for e in ENGINES}
+        ways: dict[str, Callable[[State], None]] = {"torch": partial(save_torch, folder / "small.pt"), **savers}
+        seconds = measure({each: alternate(save, states) for each, save in ways.items()}, repeats=15)
+        for engine in ENGINES:
+            size = savers[engine].store.get_storage_stats()["storage_size_bytes"]
+            ratio, note = seconds["torch"] / seconds[engine], f"for information; {size:,} bytes"
+            result.append(Row(f"save {name}, {engine}", "torch.save + fsync", ratio, 0, note=note))
+    return result
