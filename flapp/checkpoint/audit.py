@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -86,11 +86,26 @@ def _round_problems(store: Store, row: RoundRow, sizes: dict[int, int]) -> Itera
     yield from _metadata_problems(store, row, entries)
 
 
+def metrics_of(path: Path, row: RoundRow) -> dict[str, Any]:
+    """Return the metrics of a round; raises CheckpointError when they, or its other facts, are not what is saved."""
+    facts = (row.created_at, row.metrics, row.config_digest, row.input_digest, row.model_digest)
+    try:
+        metrics = json.loads(row.metrics) if all(type(fact) is str for fact in facts) else None
+    except (ValueError, RecursionError):
+        metrics = None
+    if type(metrics) is not dict:
+        raise CheckpointError(f"{path}: round {row.round}: its metrics, digests or date are damaged")
+    return metrics
+
+
 def _metadata_problems(store: Store, row: RoundRow, entries: list[Entry]) -> Iterator[str]:
     try:
+        metrics_of(store.path, row)
         join(entry.parts for entry in entries)
         if round_digest((entry.hash, entry.parts) for entry in entries) != row.model_digest:
             yield f"{store.path}: round {row.round}: its metadata is not what was saved (another model digest)"
+    except CheckpointError as error:
+        yield str(error)
     except ValueError as error:
         yield f"{store.path}: round {row.round}: {error}"
 

@@ -189,11 +189,7 @@ class ChunkManager:
         return [self._round(row) for row in rows]
 
     def _round(self, row: RoundRow) -> Round:
-        try:
-            metrics = json.loads(row.metrics)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{self.path}: round {row.round}: its metrics are damaged ({error})") from None
-        return Round(**(vars(row) | {"metrics": metrics}))
+        return Round(**(vars(row) | {"metrics": audit.metrics_of(self.path, row)}))
 
     def find_round(self, round_num: int) -> Round | None:
         """Return a stored round, None if it is not there."""
