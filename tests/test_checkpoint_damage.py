@@ -1,5 +1,6 @@
 """Damaged files, full disks and what else stands in the way give one clear line, never a wrong tensor."""
 
+import itertools
 import os
 import random
 import resource
@@ -179,6 +180,28 @@ def test_a_store_that_stays_locked_says_so_and_keeps_the_rounds_before(
             manager.save_model_chunks(model_of(5, SIZE), 5)
         assert digests_of(manager) == ROUNDS
         manager.save_model_chunks(model_of(5, SIZE), 5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        *itertools.product(
+            ("created_at", "metrics", "config_digest", "input_digest", "model_digest"), ("x'7b7d'", "NULL")
+        ),
+        *(("metrics", value) for value in ("'[}'", "'[]'", "'null'", "''")),
+    ],
+)
+def test_facts_of_a_round_that_are_no_facts_are_refused_and_seen_by_verify(
+    tmp_path: Path, sound: bytes, engine: str, column: str, value: str
+) -> None:
+    (tmp_path / "store.db").write_bytes(sound)
+    with ChunkManager(tmp_path / "store.db", engine=engine) as manager:
+        manager._store.execute(f"UPDATE rounds SET {column} = {value} WHERE round = 3")
+        with pytest.raises(CheckpointError, match="round 3: its metrics"):
+            manager.rounds()
+        assert any("round 3: its metrics" in problem for problem in manager.verify().problems)
+        assert digest_of(manager.reconstruct_model_from_chunks(4)) == ROUNDS[4]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
