@@ -82,6 +82,7 @@ def test_list_shows_rounds_with_metrics_and_short_digests_and_the_storage(
     assert lines[4].startswith("3 rounds of 175.5 kB in all, stored as ")
     ends = {line.index("abababab") for line in lines[1:4]}
     assert ends == {lines[0].index("config")}, "columns are aligned"
+    assert lines[1].startswith("    1  20"), "numbers to the right"
 
 
 def test_list_of_a_folder_shows_each_store_in_the_order_of_the_clients(
