@@ -9,7 +9,7 @@ import torch
 
 from flapp.checkpoint import CheckpointError, ChunkManager, digest_of
 from flapp.checkpoint.chunks import Part, Spec, cut_evenly, cut_tensors, decode_parts, encode_parts, join, parts_of
-from flapp.checkpoint.store import chunk_bytes_for
+from flapp.checkpoint.sql import chunk_bytes_for
 
 SPECS = {
     "a": Spec("float32", (3, 5)),

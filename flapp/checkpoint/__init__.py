@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from flapp.checkpoint.audit import TensorChange, Verification
 from flapp.checkpoint.chunks import CheckpointError
-from flapp.checkpoint.manager import Chunk, ChunkManager, Round, Saved
+from flapp.checkpoint.manager import Chunk, ChunkManager, Saved
+from flapp.checkpoint.store import Round
 
 if TYPE_CHECKING:
     from flapp.checkpoint.tensors import digest_of

@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flapp.checkpoint.chunks import CheckpointError, join, round_digest
-from flapp.checkpoint.store import CHUNKS, ORPHANS, STRAY_ROUNDS, Entry, RoundRow, Store
+from flapp.checkpoint.sql import CHUNKS, ORPHANS, STRAY_ROUNDS
+from flapp.checkpoint.store import Entry, Store
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,12 +51,12 @@ def verify(store: Store) -> Verification:
     problems: list[str] = []
     sizes: dict[int, int] = {}
     with store.transaction():
-        rows = store.select_rounds()
+        digests = store.model_digests()
         if store.meta:
             problems += _structure_problems(store)
-        for row in rows:
-            problems += _round_problems(store, row, sizes)
-    return Verification(len(rows), len(sizes), sum(sizes.values()), tuple(problems[:MOST_PROBLEMS]))
+        for round_num, digest in digests.items():
+            problems += _round_problems(store, round_num, digest, sizes)
+    return Verification(len(digests), len(sizes), sum(sizes.values()), tuple(problems[:MOST_PROBLEMS]))
 
 
 def _structure_problems(store: Store) -> Iterator[str]:
@@ -64,50 +65,39 @@ def _structure_problems(store: Store) -> Iterator[str]:
             yield f"{store.path}: {text}"
     for (number,) in store.execute(STRAY_ROUNDS):
         yield f"{store.path}: round {number} has chunks, but is no round: save or drop it again"
+    try:
+        store.select_rounds()
+    except CheckpointError as error:
+        yield str(error)
     if orphans := len(store.execute(ORPHANS)):
         yield f"{store.path}: {orphans} chunks belong to no round: they go when a round expires"
 
 
-def _round_problems(store: Store, row: RoundRow, sizes: dict[int, int]) -> Iterator[str]:
+def _round_problems(store: Store, round_num: int, digest: str, sizes: dict[int, int]) -> Iterator[str]:
     """Yield the problems of a round, and note the size of every chunk that is read, none twice."""
     entries = []
-    for values in store.execute(CHUNKS, row.round):
+    for values in store.execute(CHUNKS, round_num):
         try:
-            entry = store.entry(row.round, values)
+            entry = store.entry(round_num, values)
             entries.append(entry)
             if entry.rowid not in sizes:
                 sizes[entry.rowid] = entry.size
                 data = [memoryview(bytearray(entry.size))]
                 store.read(entry, data)
-                if damage := store.damage(row.round, entry, data):
+                if damage := store.damage(round_num, entry, data):
                     yield str(damage)
         except CheckpointError as error:
             yield str(error)
-    yield from _metadata_problems(store, row, entries)
+    yield from _metadata_problems(store, round_num, digest, entries)
 
 
-def metrics_of(path: Path, row: RoundRow) -> dict[str, Any]:
-    """Return the metrics of a round; raises CheckpointError when they, or its other facts, are not what is saved."""
-    facts = (row.created_at, row.metrics, row.config_digest, row.input_digest, row.model_digest)
+def _metadata_problems(store: Store, round_num: int, digest: str, entries: list[Entry]) -> Iterator[str]:
     try:
-        metrics = json.loads(row.metrics) if all(type(fact) is str for fact in facts) else None
-    except (ValueError, RecursionError):
-        metrics = None
-    if type(metrics) is not dict:
-        raise CheckpointError(f"{path}: round {row.round}: its metrics, digests or date are damaged")
-    return metrics
-
-
-def _metadata_problems(store: Store, row: RoundRow, entries: list[Entry]) -> Iterator[str]:
-    try:
-        metrics_of(store.path, row)
         join(entry.parts for entry in entries)
-        if round_digest((entry.hash, entry.parts) for entry in entries) != row.model_digest:
-            yield f"{store.path}: round {row.round}: its metadata is not what was saved (another model digest)"
-    except CheckpointError as error:
-        yield str(error)
+        if round_digest((entry.hash, entry.parts) for entry in entries) != digest:
+            yield f"{store.path}: round {round_num}: its metadata is not what was saved (another model digest)"
     except ValueError as error:
-        yield f"{store.path}: round {row.round}: {error}"
+        yield f"{store.path}: round {round_num}: {error}"
 
 
 def diff(first: "Mapping[str, Tensor]", second: "Mapping[str, Tensor]") -> list[TensorChange]:

@@ -6,6 +6,7 @@ Both speak the same file format. An error of either has its SQLite result code r
 import hashlib
 import importlib.util
 import sqlite3
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,16 @@ from flapp.checkpoint.chunks import CheckpointError
 
 BUSY_SECONDS = 60
 NEEDS_FAST = "needs the extra 'fast': pip install \"flapp[fast]\""
+
+REASONS = {  # what to do, by SQLite's primary result code
+    5: "another process has held its lock for a minute: wait for it, or stop it",
+    8: "it may not be written: check the permissions of the file and its folder",
+    10: "its disk fails: look at the system log, and restore the file from a copy if it stays so",
+    11: "it is damaged: restore it from a copy, or move it away to start a new one",
+    13: "its disk is full, earlier rounds are intact: make room and save again",
+    14: "it cannot be opened: check that it is a file in a folder that may be written",
+    26: "it is no flapp checkpoint store: move it away, or give another path",
+}
 
 
 class Engine(Protocol):
@@ -32,6 +43,7 @@ class Engine(Protocol):
 
 
 _opened: "WeakSet[Engine]" = WeakSet()
+_opening = threading.Lock()
 
 
 class Stdlib:
@@ -64,7 +76,8 @@ class Stdlib:
 
     def close(self) -> None:
         self._db.close()
-        _opened.discard(self)
+        with _opening:
+            _opened.discard(self)
 
 
 class Fast:
@@ -100,7 +113,8 @@ class Fast:
 
     def close(self) -> None:
         self._db.close()
-        _opened.discard(self)
+        with _opening:
+            _opened.discard(self)
 
 
 def has_fast() -> bool:
@@ -114,13 +128,14 @@ def open_engine(path: Path, engine: str) -> Engine:
     if engine == "fast" and not has_fast():
         raise CheckpointError(f"engine=fast {NEEDS_FAST}")
     kind = Stdlib if engine == "stdlib" or not has_fast() else Fast
-    if other := next((one for one in _opened if one.path == path.resolve() and one.name != kind.name), None):
-        raise CheckpointError(
-            f"{path} is open in this process with engine={other.name}: give the same engine here, because two SQLite "
-            "libraries in one process do not see each other's locks"
-        )
-    opened: Engine = kind(path)
-    _opened.add(opened)
+    with _opening:
+        if other := next((one for one in _opened if one.path == path.resolve() and one.name != kind.name), None):
+            raise CheckpointError(
+                f"{path} is open in this process with engine={other.name}: give the same engine here, because two "
+                "SQLite libraries in one process do not see each other's locks"
+            )
+        opened: Engine = kind(path)
+        _opened.add(opened)
     return opened
 
 

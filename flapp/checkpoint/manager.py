@@ -24,7 +24,7 @@ from flapp.checkpoint.chunks import (
     parts_of,
     round_digest,
 )
-from flapp.checkpoint.store import Entry, RoundRow, Store
+from flapp.checkpoint.store import Entry, Round, Store
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -44,20 +44,6 @@ class Saved:
     bytes: int
     new_bytes: int
     model_digest: str
-
-
-@dataclass(frozen=True)
-class Round:
-    """A stored round; created_at is UTC in ISO 8601."""
-
-    round: int
-    created_at: str
-    metrics: dict[str, Any]
-    config_digest: str
-    input_digest: str
-    model_digest: str
-    chunks: int
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -185,11 +171,7 @@ class ChunkManager:
     def rounds(self) -> list[Round]:
         """Return the stored rounds by their number."""
         with self._store.transaction():
-            rows = self._store.select_rounds()
-        return [self._round(row) for row in rows]
-
-    def _round(self, row: RoundRow) -> Round:
-        return Round(**(vars(row) | {"metrics": audit.metrics_of(self.path, row)}))
+            return self._store.select_rounds()
 
     def find_round(self, round_num: int) -> Round | None:
         """Return a stored round, None if it is not there."""
@@ -220,16 +202,16 @@ class ChunkManager:
 
     def _checked(self, round_num: int) -> tuple[list[Entry], dict[str, Any]]:
         """Return the chunks and tensors of a round, whose metadata must be whole and as it was saved."""
-        rows = {row.round: row for row in self._store.select_rounds()}
-        if round_num not in rows:
-            stored = ", ".join(map(str, rows)) or "none"
+        digests = self._store.model_digests()
+        if round_num not in digests:
+            stored = ", ".join(map(str, digests)) or "none"
             raise CheckpointError(f"{self.path} has no round {round_num}: it holds {stored[:200]}")
         entries = list(self._store.entries(round_num))
         try:
             specs = join(entry.parts for entry in entries)
         except ValueError as error:
             raise CheckpointError(f"{self.path}: round {round_num}: {error}: restore the file from a copy") from None
-        if round_digest((entry.hash, entry.parts) for entry in entries) != rows[round_num].model_digest:
+        if round_digest((entry.hash, entry.parts) for entry in entries) != digests[round_num]:
             raise CheckpointError(
                 f"{self.path}: round {round_num}: its metadata is not what was saved (another model digest): "
                 "restore the file from a copy"

@@ -10,6 +10,7 @@ Chunks are inserted before others expire: only pages freed by earlier rounds can
 """
 
 import hashlib
+import json
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -19,48 +20,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from flapp.checkpoint import sql
 from flapp.checkpoint.chunks import CheckpointError, Part, decode_parts, encode_parts, round_digest
-from flapp.checkpoint.engines import engine_errors, error_code, hash_function, open_engine
+from flapp.checkpoint.engines import REASONS, engine_errors, error_code, hash_function, open_engine
 from flapp.checkpoint.writeback import writeback_of
 
 FORMAT_VERSION = 1
 WRITEBACK_BYTES = 16 << 20
 PRAGMAS = ("journal_mode=TRUNCATE", "synchronous=FULL", "secure_delete=OFF", "trusted_schema=OFF")
-SCHEMA = (
-    "CREATE TABLE chunk_data(id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, codec INTEGER NOT NULL, data BLOB)",
-    "CREATE TABLE chunk_metadata(round INTEGER, chunk_id INTEGER, hash BLOB NOT NULL, parts TEXT, size INTEGER,"
-    " PRIMARY KEY(round, chunk_id)) WITHOUT ROWID",
-    "CREATE TABLE rounds(round INTEGER PRIMARY KEY, saved INTEGER, complete INTEGER, created_at TEXT, metrics TEXT,"
-    " config_digest TEXT, input_digest TEXT, model_digest TEXT)",
-    "CREATE TABLE store_meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID",
-)
-TABLES = "SELECT name FROM sqlite_schema WHERE type = 'table'"
-META = "SELECT key, value FROM store_meta"
-FIND_HASH = "SELECT 1 FROM chunk_data WHERE hash = ?"
-INSERT_DATA = "INSERT INTO chunk_data(hash, codec, data) VALUES (?, 0, zeroblob(?)) RETURNING id"
-INSERT_METADATA = "INSERT INTO chunk_metadata VALUES (?, ?, ?, ?, ?)"
-INSERT_ROUND = "INSERT INTO rounds SELECT ?, coalesce(max(saved), 0) + 1, 1, ?, ?, ?, ?, ? FROM rounds"
-ROUNDS = """SELECT round, created_at, metrics, config_digest, input_digest, model_digest,
-    (SELECT count(*) FROM chunk_metadata m WHERE m.round = r.round),
-    (SELECT coalesce(sum(size), 0) FROM chunk_metadata m WHERE m.round = r.round) FROM rounds r ORDER BY round"""
-NEWEST_FIRST = "SELECT round FROM rounds ORDER BY saved DESC"
-DELETE_METADATA = "DELETE FROM chunk_metadata WHERE round = ?"
-DELETE_ROUND = "DELETE FROM rounds WHERE round = ?"
-ORPHANS = "SELECT id FROM chunk_data WHERE hash NOT IN (SELECT hash FROM chunk_metadata)"
-DELETE_ORPHANS = f"DELETE FROM chunk_data WHERE id IN ({ORPHANS})"
-STRAY_ROUNDS = "SELECT DISTINCT round FROM chunk_metadata WHERE round NOT IN (SELECT round FROM rounds)"
-CHUNKS = """SELECT m.chunk_id, m.hash, m.parts, m.size, d.id, d.codec, length(d.data), typeof(d.data)
-    FROM chunk_metadata m LEFT JOIN chunk_data d ON d.hash = m.hash WHERE m.round = ? ORDER BY m.chunk_id"""
-
-REASONS = {
-    5: "another process has held its lock for a minute: wait for it, or stop it",
-    8: "it may not be written: check the permissions of the file and its folder",
-    10: "its disk fails: look at the system log, and restore the file from a copy if it stays so",
-    11: "it is damaged: restore it from a copy, or move it away to start a new one",
-    13: "its disk is full, earlier rounds are intact: make room and save again",
-    14: "it cannot be opened: check that it is a file in a folder that may be written",
-    26: "it is no flapp checkpoint store: move it away, or give another path",
-}
 
 
 @dataclass(frozen=True)
@@ -75,32 +42,17 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class RoundRow:
-    """A row of rounds, with the number of its chunks and the sum of their bytes; metrics are JSON."""
+class Round:
+    """A stored round; created_at is UTC in ISO 8601."""
 
     round: int
     created_at: str
-    metrics: str
+    metrics: dict[str, Any]
     config_digest: str
     input_digest: str
     model_digest: str
     chunks: int
     bytes: int
-
-
-def page_size_for(expected_bytes: int) -> int:
-    """Return SQLite's page size for a model of so many bytes: large pages are fast, small ones waste nothing."""
-    limits = ((64 << 20, 65536), (16 << 20, 32768), (1 << 20, 16384), (16 << 10, 4096), (4 << 10, 1024))
-    return next((size for limit, size in limits if expected_bytes > limit), 512)
-
-
-def chunk_bytes_for(page_size: int) -> int:
-    """Return the chunk size nearest above 1 MiB whose row fills its overflow pages k(U - 4) + M to the last byte.
-
-    U is the page size, M what stays in the leaf (https://sqlite.org/fileformat2.html, "B-tree Cell Format").
-    """
-    leaf = (page_size - 12) * 32 // 255 - 23 - 64
-    return (-(-((1 << 20) - leaf) // (page_size - 4)) * (page_size - 4) + leaf) // 16 * 16
 
 
 class Store:
@@ -155,7 +107,6 @@ class Store:
                 yield
                 self._db.execute("COMMIT")
             except BaseException:
-                self.meta = {}  # the tables may have been made in this transaction: look again
                 # SQLite rolls back by itself when the disk is full: a second ROLLBACK would hide the reason.
                 if self._db.in_transaction():
                     with suppress(*self._errors):
@@ -163,12 +114,12 @@ class Store:
                 raise
 
     def _read_meta(self) -> None:
-        tables = {name for (name,) in self._db.execute(TABLES)}
+        tables = {name for (name,) in self._db.execute(sql.TABLES)}
         if not tables:
             return
         if "store_meta" not in tables:
             raise CheckpointError(f"{self.path} is an SQLite database of something else: {REASONS[26]}")
-        meta = dict(self._db.execute(META))
+        meta = dict(self._db.execute(sql.META))
         if meta.get("format_version") != FORMAT_VERSION:
             found = meta.get("format_version")
             raise CheckpointError(f"{self.path} has format {found!r}, this flapp reads {FORMAT_VERSION}: update flapp")
@@ -180,28 +131,33 @@ class Store:
     ) -> Iterator[None]:
         """Hold the write transaction of a round, in a database made for its first model if it is new."""
         with self._lock:
-            if not self.meta:
+            known = self.meta
+            if not known:
                 with self._one_line("cannot be written"):
-                    self._db.execute(f"PRAGMA page_size={page_size_for(expected_bytes)}")
+                    self._db.execute(f"PRAGMA page_size={sql.page_size_for(expected_bytes)}")
                     self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")
-            with self.transaction("BEGIN IMMEDIATE", f"cannot take round {round_num}"):
-                self._read_meta()
-                if not self.meta:
-                    self._create(chunk_bytes, chunk_num)
-                yield
+            try:
+                with self.transaction("BEGIN IMMEDIATE", f"cannot take round {round_num}"):
+                    self._read_meta()
+                    if not self.meta:
+                        self._create(chunk_bytes, chunk_num)
+                    yield
+            except BaseException:
+                self.meta = known  # tables made in this transaction are gone with it
+                raise
 
     def _create(self, chunk_bytes: int | None, chunk_num: int | None) -> None:
-        for statement in SCHEMA:
+        for statement in sql.SCHEMA:
             self._db.execute(statement)
         ((page_size,),) = self._db.execute("PRAGMA page_size")
         meta = {
             "format_version": FORMAT_VERSION,
             "hash": "blake3" if self.engine == "fast" else "sha256",
-            "chunk_bytes": chunk_bytes or chunk_bytes_for(page_size),
+            "chunk_bytes": chunk_bytes or sql.chunk_bytes_for(page_size),
         }
         meta |= {"chunk_num": chunk_num} if chunk_num else {}
         for item in meta.items():
-            self._db.execute("INSERT INTO store_meta VALUES (?, ?)", *item)
+            self._db.execute(sql.INSERT_META, *item)
         self._use(meta)
 
     def _use(self, meta: dict[str, Any]) -> None:
@@ -230,47 +186,47 @@ class Store:
 
         chunks: hash, parts and bytes in pieces, by chunk_id; facts: metrics, config_digest, input_digest.
         """
-        replaced = len(self._db.execute("SELECT 1 FROM rounds WHERE round = ?", round_num))
+        replaced = len(self._db.execute(sql.FIND_ROUND, round_num))
         self._drop([round_num])
         written: list[tuple[bytes, list[Part]]] = []
         new_chunks = new_bytes = started = 0
         start_writeback = writeback_of(self.path)
         for chunk_id, (digest, parts, pieces) in enumerate(chunks):
             size = sum(part.nbytes for part in parts)
-            if not self._db.execute(FIND_HASH, digest):
-                ((rowid,),) = self._db.execute(INSERT_DATA, digest, size)
+            if not self._db.execute(sql.FIND_HASH, digest):
+                ((rowid,),) = self._db.execute(sql.INSERT_DATA, digest, size)
                 if size:
                     self._db.write_blob(rowid, pieces)
                 new_chunks, new_bytes = new_chunks + 1, new_bytes + size
                 if new_bytes - started >= WRITEBACK_BYTES:
                     started = new_bytes
                     start_writeback()
-            self._db.execute(INSERT_METADATA, round_num, chunk_id, digest, encode_parts(parts), size)
+            self._db.execute(sql.INSERT_METADATA, round_num, chunk_id, digest, encode_parts(parts), size)
             written.append((digest, parts))
         model_digest = round_digest(written)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._db.execute(INSERT_ROUND, round_num, now, *facts, model_digest)
+        self._db.execute(sql.INSERT_ROUND, round_num, now, *facts, model_digest)
         expired = self._expire(keep, pinned)
         if replaced or expired:
-            self._db.execute(DELETE_ORPHANS)
+            self._db.execute(sql.DELETE_ORPHANS)
         return model_digest, new_chunks, new_bytes
 
     def expire(self, keep: int) -> None:
         """Drop all rounds but the `keep` that were saved last, and the chunks that no other holds."""
         with self.transaction("BEGIN IMMEDIATE", "cannot be cleaned up"):
             if self.refresh() and self._expire(keep, ()):
-                self._db.execute(DELETE_ORPHANS)
+                self._db.execute(sql.DELETE_ORPHANS)
 
     def _expire(self, keep: int | None, pinned: Collection[int]) -> list[int]:
-        saved = [] if keep is None else [number for (number,) in self._db.execute(NEWEST_FIRST)]
+        saved = [] if keep is None else [number for (number,) in self._db.execute(sql.NEWEST_FIRST)]
         expired = [number for number in saved[keep:] if number not in pinned]
         self._drop(expired)
         return expired
 
     def _drop(self, rounds: Iterable[int]) -> None:
         for number in rounds:
-            self._db.execute(DELETE_METADATA, number)
-            self._db.execute(DELETE_ROUND, number)
+            self._db.execute(sql.DELETE_METADATA, number)
+            self._db.execute(sql.DELETE_ROUND, number)
 
     def refresh(self) -> bool:
         """Say, inside a transaction, whether the database has its tables by now."""
@@ -278,13 +234,28 @@ class Store:
             self._read_meta()
         return bool(self.meta)
 
-    def select_rounds(self) -> list[RoundRow]:
+    def model_digests(self) -> dict[int, str]:
+        """Return the model digest of every round, inside a transaction."""
+        return dict(self._db.execute(sql.MODEL_DIGESTS)) if self.refresh() else {}
+
+    def select_rounds(self) -> list[Round]:
         """Return all rounds, inside a transaction."""
-        return [RoundRow(*row) for row in self._db.execute(ROUNDS)] if self.refresh() else []
+        rows = self._db.execute(sql.ROUNDS) if self.refresh() else []
+        return [Round(row[0], row[1], self._metrics(*row[:6]), *row[3:]) for row in rows]
+
+    def _metrics(self, round_num: int, *facts: object) -> dict[str, Any]:
+        """Return the metrics among the facts of a round, all of which must be text."""
+        try:
+            metrics = json.loads(str(facts[1])) if all(type(fact) is str for fact in facts) else None
+        except (ValueError, RecursionError):
+            metrics = None
+        if type(metrics) is not dict:
+            raise CheckpointError(f"{self.path}: round {round_num}: its metrics, digests or date are damaged")
+        return metrics
 
     def entries(self, round_num: int) -> Iterator[Entry]:
         """Yield the chunks of a round, inside a transaction; raises CheckpointError for each that cannot be right."""
-        for row in self._db.execute(CHUNKS, round_num):
+        for row in self._db.execute(sql.CHUNKS, round_num):
             yield self.entry(round_num, row)
 
     def entry(self, round_num: int, row: tuple[Any, ...]) -> Entry:
@@ -326,12 +297,12 @@ class Store:
         """Return the number of metadata rows and of chunks, and the bytes of those, inside a transaction."""
         if not self.refresh():
             return 0, 0, 0
-        ((entries,),) = self._db.execute("SELECT count(*) FROM chunk_metadata")
-        ((chunks, size),) = self._db.execute("SELECT count(*), coalesce(sum(length(data)), 0) FROM chunk_data")
+        ((entries,),) = self._db.execute(sql.COUNT_METADATA)
+        ((chunks, size),) = self._db.execute(sql.COUNT_DATA)
         return entries, chunks, size
 
-    def execute(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        return self._db.execute(sql, *values)
+    def execute(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
+        return self._db.execute(statement, *values)
 
     def vacuum(self) -> None:
         """Give free pages back to the file system in place: a new file would lose what others are writing."""
