@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from flapp.checkpoint.audit import TensorChange, Verification
 from flapp.checkpoint.chunks import CheckpointError
-from flapp.checkpoint.manager import Chunk, ChunkManager, Saved
-from flapp.checkpoint.store import Round
+from flapp.checkpoint.manager import ChunkManager
+from flapp.checkpoint.records import Chunk, Round, Saved
 
 if TYPE_CHECKING:
     from flapp.checkpoint.tensors import digest_of

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flapp.checkpoint.chunks import CheckpointError, join, round_digest
+from flapp.checkpoint.records import Entry
 from flapp.checkpoint.sql import CHUNKS, ORPHANS, STRAY_ROUNDS
-from flapp.checkpoint.store import Entry, Store
+from flapp.checkpoint.store import Store
 
 if TYPE_CHECKING:
     from torch import Tensor

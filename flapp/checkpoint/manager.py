@@ -6,7 +6,6 @@ import os
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,37 +23,14 @@ from flapp.checkpoint.chunks import (
     parts_of,
     round_digest,
 )
-from flapp.checkpoint.store import Entry, Round, Store
+from flapp.checkpoint.records import Chunk, Entry, Round, Saved
+from flapp.checkpoint.store import Store
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 HASH_THREADS = 2  # hashlib and blake3 free the GIL; memory bandwidth is used up by two
 HASH_AHEAD = 6  # chunks
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What saving a round stored: its tensors, chunks and bytes, and how many of those are new in the store."""
-
-    round: int
-    tensors: int
-    chunks: int
-    new_chunks: int
-    bytes: int
-    new_bytes: int
-    model_digest: str
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A stored chunk: its bytes are those of its parts, one behind the other."""
-
-    chunk_id: int
-    hash: str
-    parts: Parts
-    size: int
-    data: bytes
 
 
 class ChunkManager:

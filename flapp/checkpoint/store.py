@@ -15,7 +15,6 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,36 +22,12 @@ from typing import Any
 from flapp.checkpoint import sql
 from flapp.checkpoint.chunks import CheckpointError, Part, decode_parts, encode_parts, round_digest
 from flapp.checkpoint.engines import REASONS, engine_errors, error_code, hash_function, open_engine
+from flapp.checkpoint.records import Entry, Round
 from flapp.checkpoint.writeback import writeback_of
 
 FORMAT_VERSION = 1
 WRITEBACK_BYTES = 16 << 20
 PRAGMAS = ("journal_mode=TRUNCATE", "synchronous=FULL", "secure_delete=OFF", "trusted_schema=OFF")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A row of chunk_metadata with the row of chunk_data that belongs to it."""
-
-    chunk_id: int
-    hash: bytes
-    parts: list[Part]
-    size: int
-    rowid: int
-
-
-@dataclass(frozen=True)
-class Round:
-    """A stored round; created_at is UTC in ISO 8601."""
-
-    round: int
-    created_at: str
-    metrics: dict[str, Any]
-    config_digest: str
-    input_digest: str
-    model_digest: str
-    chunks: int
-    bytes: int
 
 
 class Store:
@@ -165,6 +140,9 @@ class Store:
             if type(size := meta.get(name, 1)) is not int or size < 1:
                 raise CheckpointError(f"{self.path} is damaged ({name} is {size!r}): restore the file from a copy")
         self._new_hash = hash_function(meta.get("hash"), self.path)
+        self._db.execute(
+            "PRAGMA cache_size=-2048"
+        )  # SQLite counts it in pages of the size before: 30 MB of 64 KiB ones
         self.meta = meta
 
     def hash(self, pieces: Iterable[memoryview]) -> bytes:
