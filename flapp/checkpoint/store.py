@@ -10,7 +10,6 @@ Chunks are inserted before others expire: only pages freed by earlier rounds can
 """
 
 import hashlib
-import json
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -22,7 +21,7 @@ from typing import Any
 from flapp.checkpoint import sql
 from flapp.checkpoint.chunks import CheckpointError, Part, decode_parts, encode_parts, round_digest
 from flapp.checkpoint.engines import REASONS, engine_errors, error_code, hash_function, open_engine
-from flapp.checkpoint.records import Entry, Round
+from flapp.checkpoint.records import Entry, Round, read_metrics
 from flapp.checkpoint.writeback import writeback_of
 
 FORMAT_VERSION = 1
@@ -222,14 +221,10 @@ class Store:
         return [Round(row[0], row[1], self._metrics(*row[:6]), *row[3:]) for row in rows]
 
     def _metrics(self, round_num: int, *facts: object) -> dict[str, Any]:
-        """Return the metrics among the facts of a round, all of which must be text."""
         try:
-            metrics = json.loads(str(facts[1])) if all(type(fact) is str for fact in facts) else None
-        except (ValueError, RecursionError):
-            metrics = None
-        if type(metrics) is not dict:
-            raise CheckpointError(f"{self.path}: round {round_num}: its metrics, digests or date are damaged")
-        return metrics
+            return read_metrics(*facts)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.path}: round {round_num}: its metadata is damaged ({error})") from None
 
     def entries(self, round_num: int) -> Iterator[Entry]:
         """Yield the chunks of a round, inside a transaction; raises CheckpointError for each that cannot be right."""
