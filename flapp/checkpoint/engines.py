@@ -6,9 +6,11 @@ Both speak the same file format. An error of either has its SQLite result code r
 import hashlib
 import importlib.util
 import sqlite3
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakSet
 
 from flapp.checkpoint.chunks import CheckpointError
 
@@ -30,6 +32,7 @@ class Engine(Protocol):
     """A connection to one database, in autocommit mode until BEGIN."""
 
     name: str
+    path: Path
 
     def execute(self, sql: str, *values: Any) -> list[tuple[Any, ...]]: ...
     def write_blob(self, rowid: int, pieces: Iterable[Any]) -> None: ...
@@ -39,12 +42,17 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+_opened: "WeakSet[Engine]" = WeakSet()
+_opening = threading.Lock()
+
+
 class Stdlib:
     """Python's sqlite3."""
 
     name = "stdlib"
 
     def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
         self._db = sqlite3.connect(path, BUSY_SECONDS, isolation_level=None, check_same_thread=False)
 
     def execute(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
@@ -68,6 +76,8 @@ class Stdlib:
 
     def close(self) -> None:
         self._db.close()
+        with _opening:
+            _opened.discard(self)
 
 
 class Fast:
@@ -78,6 +88,7 @@ class Fast:
     def __init__(self, path: Path) -> None:
         import apsw
 
+        self.path = path.resolve()
         self._db = apsw.Connection(str(path))
         self._db.set_busy_timeout(BUSY_SECONDS * 1000)
 
@@ -102,6 +113,8 @@ class Fast:
 
     def close(self) -> None:
         self._db.close()
+        with _opening:
+            _opened.discard(self)
 
 
 def has_fast() -> bool:
@@ -114,20 +127,31 @@ def open_engine(path: Path, engine: str) -> Engine:
         raise CheckpointError(f"engine={engine} is not known: choose one of auto, stdlib, fast")
     if engine == "fast" and not has_fast():
         raise CheckpointError(f"engine=fast {NEEDS_FAST}")
-    return Stdlib(path) if engine == "stdlib" or not has_fast() else Fast(path)
+    kind = Stdlib if engine == "stdlib" or not has_fast() else Fast
+    with _opening:
+        if other := next((one for one in _opened if one.path == path.resolve() and one.name != kind.name), None):
+            raise CheckpointError(
+                f"{path} is open in this process with engine={other.name}: give the same engine here, because two "
+                "SQLite libraries in one process do not see each other's locks"
+            )
+        opened: Engine = kind(path)
+        _opened.add(opened)
+    return opened
 
 
 def engine_errors() -> tuple[type[Exception], ...]:
-    """Return what both engines raise."""
+    """Return what both engines raise; the text of a damaged file need not be UTF-8."""
     if not has_fast():
-        return (sqlite3.Error,)
+        return (sqlite3.Error, UnicodeDecodeError)
     import apsw
 
-    return (sqlite3.Error, apsw.Error)
+    return (sqlite3.Error, apsw.Error, UnicodeDecodeError)
 
 
 def error_code(error: Exception) -> int:
     """Return SQLite's primary result code of an engine's error, 0 if it has none."""
+    if isinstance(error, UnicodeDecodeError):
+        return sqlite3.SQLITE_CORRUPT
     return (getattr(error, "sqlite_errorcode", 0) or getattr(error, "result", 0)) & 0xFF
 
 

@@ -1,5 +1,6 @@
 """What saving and looking at a store answer with."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,3 +54,13 @@ class Round:
     model_digest: str
     chunks: int
     bytes: int
+
+
+def read_metrics(created_at: object, metrics: object, *digests: object) -> dict[str, Any]:
+    """Return the metrics among the columns of a round; raises ValueError when these are not what is saved."""
+    if not all(type(column) is str for column in (created_at, metrics, *digests)):
+        raise ValueError("its metrics, digests or date are no text")
+    read = json.loads(str(metrics))
+    if type(read) is not dict:
+        raise ValueError(f"its metrics are a {type(read).__name__}")
+    return read

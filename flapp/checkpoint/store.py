@@ -10,7 +10,6 @@ Chunks are inserted before others expire: only pages freed by earlier rounds can
 """
 
 import hashlib
-import json
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -22,7 +21,7 @@ from typing import Any
 from flapp.checkpoint import sql
 from flapp.checkpoint.chunks import CheckpointError, Part, decode_parts, encode_parts, round_digest
 from flapp.checkpoint.engines import REASONS, engine_errors, error_code, hash_function, open_engine
-from flapp.checkpoint.records import Entry, Round
+from flapp.checkpoint.records import Entry, Round, read_metrics
 from flapp.checkpoint.writeback import writeback_of
 
 FORMAT_VERSION = 1
@@ -43,7 +42,7 @@ class Store:
             existed = path.exists()
             if not existed and not create:
                 raise CheckpointError(f"{path} is not there: give the path of a checkpoint store")
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             self._db = open_engine(path, engine)
             try:
                 for pragma in PRAGMAS:
@@ -219,13 +218,13 @@ class Store:
     def select_rounds(self) -> list[Round]:
         """Return all rounds, inside a transaction."""
         rows = self._db.execute(sql.ROUNDS) if self.refresh() else []
-        return [Round(row[0], row[1], self._metrics(*row[:3]), *row[3:]) for row in rows]
+        return [Round(row[0], row[1], self._metrics(*row[:6]), *row[3:]) for row in rows]
 
-    def _metrics(self, round_num: int, created_at: str, text: str) -> dict[str, Any]:
+    def _metrics(self, round_num: int, *facts: object) -> dict[str, Any]:
         try:
-            return dict(json.loads(text))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{self.path}: round {round_num}: its metrics are damaged ({error})") from None
+            return read_metrics(*facts)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.path}: round {round_num}: its metadata is damaged ({error})") from None
 
     def entries(self, round_num: int) -> Iterator[Entry]:
         """Yield the chunks of a round, inside a transaction; raises CheckpointError for each that cannot be right."""
@@ -282,6 +281,14 @@ class Store:
         """Give free pages back to the file system in place: a new file would lose what others are writing."""
         with self._lock, self._one_line("cannot be compacted"):
             self._db.vacuum()
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it, so that they outlive a power cut."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
 
 
 def _sync_folder(folder: Path) -> None:

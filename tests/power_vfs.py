@@ -1,0 +1,260 @@
+"""A disk that loses power: an SQLite VFS that passes all on to the real files and keeps a log of what it was asked.
+
+    with PowerDisk() as disk:            # every apsw connection opened inside goes through it
+        ...work...; disk.acknowledge(state)
+    disk.cut(position, random, folder)   # the files as they may be when the power goes before operation `position`
+
+What a sync has not confirmed is not on the disk yet. A write is torn at the sectors of 512 bytes, and any subset of the
+sectors written since the last sync may have arrived, in any order; where a file has grown without them, there is
+garbage. The same goes for truncations, and for the names of files made, renamed and deleted since their folder
+was last synced. Only the file names count, so one PowerDisk serves one folder. Early writeback behind SQLite's back is
+a hint, promises nothing, and leaves the log as it is; os.fsync, os.replace and os.unlink are seen too.
+"""
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import apsw
+import pytest
+
+SECTOR = 512
+WRITES = ("write", "truncate", "sync", "open", "delete")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What the disk was asked: `file` is a number that stays with the content, `name` an entry of the folder."""
+
+    kind: str  # create, write, truncate, sync, unlink, rename, syncdir or acknowledge
+    name: str = ""
+    file: int = -1
+    offset: int = 0  # of a write, or the size left by a truncation
+    data: bytes = b""
+    state: Any = None
+
+
+class PowerDisk(apsw.VFS):
+    """Log every operation; fail_at(n) makes the n-th one from now (counted from 0) fail."""
+
+    def __init__(self) -> None:
+        self.log: list[Operation] = []
+        self.files: dict[str, int] = {}
+        self.countdown: int | None = None
+        self.counted: tuple[str, ...] = ()
+        self.code, self.sticky, self.failed = apsw.SQLITE_IOERR, False, ""
+        super().__init__("power", "unix", makedefault=True)
+
+    def __enter__(self) -> "PowerDisk":
+        self.patch = pytest.MonkeyPatch()
+        for name, seen in (("fsync", self._fsync), ("replace", self._replace), ("unlink", self._unlink)):
+            self.patch.setattr(os, name, seen(getattr(os, name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.patch.undo()
+        self.unregister()
+
+    def acknowledge(self, state: Any) -> None:
+        """Note that the caller has been told that `state` is saved."""
+        self.log.append(Operation("acknowledge", state=state))
+
+    def fail_at(
+        self, n: int, code: int = apsw.SQLITE_IOERR, sticky: bool = False, of: tuple[str, ...] = WRITES
+    ) -> None:
+        """Let the n-th of the operations named in `of` fail with an SQLite code; sticky: and all that follow it."""
+        self.countdown, self.counted, self.code, self.sticky, self.failed = n, of, code, sticky, ""
+
+    def recover(self) -> None:
+        """Let nothing fail any more."""
+        self.countdown = None
+
+    def ask(self, kind: str) -> None:
+        """Count an operation, and raise if it is the one to fail."""
+        if self.countdown is None or kind not in self.counted:
+            return
+        self.countdown -= 1
+        if self.countdown == -1 or (self.countdown < -1 and self.sticky):
+            self.failed = self.failed or kind
+            raise apsw.exception_for(self.code)
+
+    def find(self, folder: Path) -> None:
+        """Start from the files of a folder, all of them on the disk."""
+        for path in folder.iterdir():
+            self.log.append(Operation("write", file=self.create(path.name), data=path.read_bytes()))
+            self.log.append(Operation("sync", file=self.files[path.name]))
+        self.log.append(Operation("syncdir"))
+
+    def create(self, name: str) -> int:
+        """Return the number of the file with this name, a new one where there is none."""
+        if name not in self.files:
+            self.files[name] = sum(op.kind == "create" for op in self.log)
+            self.log.append(Operation("create", name, self.files[name]))
+        return self.files[name]
+
+    def xOpen(self, name: apsw.URIFilename | str | None, flags: list[int]) -> apsw.VFSFile:
+        self.ask("open")
+        return PowerFile(self, name, flags)
+
+    def xDelete(self, filename: str, syncdir: bool) -> None:
+        self.ask("delete")
+        super().xDelete(filename, syncdir)
+        self.forget(filename)
+        if syncdir:
+            self.log.append(Operation("syncdir"))
+
+    def forget(self, path: str) -> None:
+        """Log that a name is gone."""
+        self.log.append(Operation("unlink", Path(path).name, self.files.pop(Path(path).name, -1)))
+
+    def _fsync(self, real: Callable[[int], None]) -> Callable[[int], None]:
+        def fsync(descriptor: int) -> None:
+            real(descriptor)
+            path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+            if path.is_dir():
+                self.log.append(Operation("syncdir"))
+            elif path.name in self.files:
+                self.log.append(Operation("sync", file=self.files[path.name]))
+
+        return fsync
+
+    def _replace(self, real: Callable[..., None]) -> Callable[..., None]:
+        def replace(source: Any, target: Any) -> None:
+            real(source, target)
+            self.files[Path(target).name] = self.files.pop(Path(source).name)
+            self.log.append(Operation("rename", Path(target).name, self.files[Path(target).name]))
+            self.log.append(Operation("unlink", Path(source).name))
+
+        return replace
+
+    def _unlink(self, real: Callable[..., None]) -> Callable[..., None]:
+        def unlink(path: Any, **options: Any) -> None:
+            real(path, **options)
+            self.forget(str(path))
+
+        return unlink
+
+    def states_at(self, position: int) -> tuple[Any, Any]:
+        """Return the last state acknowledged before `position`, and the one that was being saved (None: neither)."""
+        before = [op.state for op in self.log[:position] if op.kind == "acknowledge"]
+        after = [op.state for op in self.log[position:] if op.kind == "acknowledge"]
+        return (before[-1] if before else None), (after[0] if after else None)
+
+    def cut(self, position: int, rng: random.Random, folder: Path) -> None:
+        """Write to `folder` one of the disks that a power cut before operation `position` may leave."""
+        for name, content in after_cut(self.log[:position], rng).items():
+            (folder / name).write_bytes(content)
+
+
+class PowerFile(apsw.VFSFile):
+    """A file of a PowerDisk."""
+
+    def __init__(self, disk: PowerDisk, name: apsw.URIFilename | str | None, flags: list[int]) -> None:
+        path = name.filename() if isinstance(name, apsw.URIFilename) else name
+        super().__init__("unix", name, flags)
+        self.disk = disk
+        self.file = disk.create(Path(path).name) if path else -1  # a temporary file without a name survives nothing
+        journals = apsw.SQLITE_OPEN_MAIN_JOURNAL | apsw.SQLITE_OPEN_SUPER_JOURNAL | apsw.SQLITE_OPEN_WAL
+        # As in SQLite's own VFS: the first sync of a journal syncs the folder too.
+        self.names_unsynced = bool(flags[0] & apsw.SQLITE_OPEN_CREATE and flags[0] & journals)
+
+    def note(self, kind: str, offset: int = 0, data: bytes = b"") -> None:
+        if self.file >= 0:
+            self.disk.log.append(Operation(kind, file=self.file, offset=offset, data=data))
+
+    def xRead(self, amount: int, offset: int) -> bytes:
+        self.disk.ask("read")
+        return super().xRead(amount, offset)
+
+    def xWrite(self, data: bytes, offset: int) -> None:
+        try:
+            self.disk.ask("write")
+        except apsw.Error:
+            half = bytes(data)[: len(data) // 2]  # what does not fit arrives in part
+            super().xWrite(half, offset)
+            self.note("write", offset, half)
+            raise
+        super().xWrite(data, offset)
+        self.note("write", offset, bytes(data))
+
+    def xTruncate(self, newsize: int) -> None:
+        self.disk.ask("truncate")
+        super().xTruncate(newsize)
+        self.note("truncate", newsize)
+
+    def xSync(self, flags: int) -> None:
+        self.disk.ask("sync")
+        # The real sync is left out: nobody cuts the real power, and a thousand of them take a minute.
+        self.note("sync")
+        if self.names_unsynced:
+            self.disk.log.append(Operation("syncdir"))
+            self.names_unsynced = False
+
+
+@dataclass
+class Content:
+    """A file's durable bytes, and what came since the last sync."""
+
+    durable: bytearray = field(default_factory=bytearray)
+    pending: list[Operation] = field(default_factory=list)
+
+    def settle(self, rng: random.Random, arrives: float) -> None:
+        """Let each sector and truncation that is pending arrive with a probability."""
+        for op in self.pending:
+            if op.kind == "truncate" and (arrives >= 1 or rng.random() < arrives):
+                self.resize(op.offset, rng if arrives < 1 else None)
+            for start, piece in sectors(op) if op.kind == "write" else ():
+                if arrives >= 1 or rng.random() < arrives:
+                    self.resize(max(len(self.durable), start + len(piece)), rng if arrives < 1 else None)
+                    self.durable[start : start + len(piece)] = piece
+        self.pending = []
+
+    def resize(self, size: int, rng: random.Random | None) -> None:
+        """Cut, or fill with zeros, or with garbage drawn from `rng`."""
+        grown = max(0, size - len(self.durable))
+        self.durable[size:] = b""
+        self.durable += rng.randbytes(grown) if rng and grown and rng.random() < 0.5 else bytes(grown)
+
+
+def sectors(op: Operation) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset, bytes) of every sector that a write touches."""
+    start, end = op.offset, op.offset + len(op.data)
+    while start < end:
+        stop = min(end, (start // SECTOR + 1) * SECTOR)
+        yield start, op.data[start - op.offset : stop - op.offset]
+        start = stop
+
+
+def after_cut(log: list[Operation], rng: random.Random) -> dict[str, bytes]:
+    """Return name -> content of the files that are left when the power goes after these operations."""
+    files: dict[int, Content] = {}
+    names: dict[str, int] = {}
+    unsynced: list[Operation] = []
+    for op in log:
+        if op.kind == "create":
+            files[op.file] = Content()
+        if op.kind in ("create", "unlink", "rename"):
+            unsynced.append(op)
+        elif op.kind in ("write", "truncate"):
+            files[op.file].pending.append(op)
+        elif op.kind == "sync":
+            files[op.file].settle(rng, 1)
+        elif op.kind == "syncdir":
+            enter(names, unsynced)
+            unsynced = []
+    enter(names, unsynced[: rng.randint(0, len(unsynced))])  # a folder's own journal keeps the order of its entries
+    for content in files.values():
+        content.settle(rng, rng.choice((0, 0.1, 0.5, 0.9, 0.99, 1)))
+    return {name: bytes(files[file].durable) for name, file in names.items()}
+
+
+def enter(names: dict[str, int], changes: list[Operation]) -> None:
+    """Bring a folder's entries up to date."""
+    for op in changes:
+        if op.kind == "unlink":
+            names.pop(op.name, None)
+        else:
+            names[op.name] = op.file
