@@ -6,7 +6,8 @@ progress.json      where the run is now: round, phase, replies; for progress bar
 server_chunks.db   the global model after each of the last rounds, and what the server must know to go on from there
 model.safetensors  the final global model
 metrics.json       the summary, written last: status, rounds, accuracy, loss, personal_accuracy, objective,
-                   bytes_up, bytes_down, seconds, model_sha256, or status failed and the error
+                   bytes_up, bytes_down, seconds, model_sha256, aggregation_error (FedLoRA, of the last round),
+                   or status failed and the error
 
 A round is over when server_chunks.db holds it. A resumed run drops the lines of rounds that were not, and goes on.
 """
@@ -122,6 +123,8 @@ class RunDirectory:
         self.totals["rounds"] = max(self.totals["rounds"], line["round"])
         for key in ("bytes_up", "bytes_down"):
             self.totals[key] += line.get(key, 0)
+        if "aggregation_error" in line:
+            self.totals["aggregation_error"] = line["aggregation_error"]
         if line["kind"] == "evaluate":
             self.totals |= {key: line.get(key) for key in ("accuracy", "loss", "personal_accuracy")}
 

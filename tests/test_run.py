@@ -90,14 +90,14 @@ def test_the_last_lines_say_what_was_reached_and_where_it_lies() -> None:
 def test_a_sweeps_table_has_a_line_a_job() -> None:
     table = sweep_table(
         [
-            {"overrides": "seed=0", "status": "finished", "objective": 0.5, "run_dir": "/r/0"},
+            {"overrides": "seed=0", "status": "finished", "objective": 0.5, "bytes_up": 12345, "run_dir": "/r/0"},
             {"overrides": "seed=10", "status": "failed", "error": "why"},
         ]
     )
     assert table.splitlines() == [
-        "job  overrides  objective",
-        "  0  seed=0     0.5000  /r/0",
-        "  1  seed=10    why",
+        "job  overrides  objective  bytes up  run",
+        "0    seed=0     0.5000     12,345    /r/0",
+        "1    seed=10                         why",
     ]
 
 
@@ -149,7 +149,8 @@ def test_a_sweep_runs_every_job_and_tells_which_failed(tmp_path: Path) -> None:
     table = done.stdout[done.stdout.index("job  overrides") :].splitlines()
     assert len(table) == 3
     summary = json.loads((tmp_path / "runs" / "sweep" / "0" / "metrics.json").read_text())
-    assert f"{summary['objective']:.4f}  {tmp_path}/runs/sweep/0" in table[1]
+    assert table[1].endswith(f"{tmp_path}/runs/sweep/0")
+    assert f"  {summary['objective']:.4f}  " in table[1]
     assert "lower train.lr" in table[2]
     assert started_processes() == []
 

@@ -35,6 +35,14 @@ from tools.superlink import PrivateSuperLink, SuperLinkError, available_cpus
 
 APP = Path(__file__).resolve().parents[1]
 SWEEP_LOG = "FLAPP_SWEEP_LOG"  # where the jobs of a sweep report, also from a launcher's other processes
+COLUMNS = {  # of the table of a sweep
+    "objective": ("objective", "{:.4f}"),
+    "accuracy": ("accuracy", "{:.4f}"),
+    "personal_accuracy": ("personal", "{:.4f}"),
+    "bytes_up": ("bytes up", "{:,}"),
+    "bytes_down": ("bytes down", "{:,}"),
+    "aggregation_error": ("aggregation error", "{:.1e}"),
+}
 LOOK_SECONDS, STATUS_SECONDS, END_SECONDS = 0.3, 15, 60
 
 
@@ -133,7 +141,7 @@ def job(tree: DictConfig) -> float | None:
             folder = os.path.relpath(hydra_config.sweep.dir, config.runs_dir)
             config = replace(config, run_name=f"{folder}/{hydra_config.job.num}")
         summary = run_once(config)
-        outcome |= {key: summary[key] for key in ("status", "objective", "run_dir")}
+        outcome |= {key: summary.get(key) for key in ("status", "run_dir", *COLUMNS)}
         print(final_line(summary))
     except (ConfigError, RunError, SuperLinkError, OmegaConfBaseException, OSError) as error:
         said = explain(error) if isinstance(error, OmegaConfBaseException) else error
@@ -160,14 +168,14 @@ def final_line(summary: dict[str, Any]) -> str:
 
 
 def sweep_table(outcomes: list[dict[str, Any]]) -> str:
-    """Return the table of a sweep: a line a job with its settings and its objective or its error."""
-    width = max(len("overrides"), *(len(outcome["overrides"]) for outcome in outcomes))
-    lines = [f"{'job':>3}  {'overrides':<{width}}  objective"]
+    """Return the table of a sweep: a line a job with its settings, its figures, and its folder or its error."""
+    shown = [key for key in COLUMNS if any(outcome.get(key) is not None for outcome in outcomes)]
+    rows = [["job", "overrides", *(COLUMNS[key][0] for key in shown), "run"]]
     for number, outcome in enumerate(outcomes):
-        objective = outcome.get("objective")
-        result = outcome.get("error") or ("none" if objective is None else f"{objective:.4f}  {outcome['run_dir']}")
-        lines.append(f"{number:>3}  {outcome['overrides']:<{width}}  {result}")
-    return "\n".join(lines)
+        figures = ["" if outcome.get(key) is None else COLUMNS[key][1].format(outcome[key]) for key in shown]
+        rows.append([str(number), outcome["overrides"], *figures, outcome.get("error") or outcome["run_dir"]])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1] + [0]
+    return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows)
 
 
 def main() -> int:
