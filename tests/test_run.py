@@ -54,7 +54,7 @@ def test_the_app_bundle_holds_the_app_and_its_conf_but_no_tools() -> None:
     ("arguments", "line"),
     [
         (["num_round=3"], "error: num_round is not a setting: did you mean num_rounds?"),
-        (["model=vit"], "error: model=vit is not known: choose one of cnn, linear, vit_tiny"),
+        (["model=vit"], "error: model=vit is not known: choose one of cnn, linear, vit_b_16, vit_s_16, vit_tiny"),
         (["train.lr=-1"], "error: train.lr=-1 is out of range: it must be more than 0"),
         (["deployment.client_cpus=9999"], "error: deployment.client_cpus=9999 is more than the"),
         (["run_name=../up"], "error: run_name=../up leaves home/runs: give a plain name"),
