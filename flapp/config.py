@@ -12,22 +12,14 @@ import threading
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import lru_cache, reduce
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from flapp.settings import RANKS_MAY_DIFFER, WRITER_PARTITIONS, Config, ConfigError, Site, build, hint, setting_names
+from flapp.rules import PATHS, check_together
+from flapp.settings import Config, ConfigError, Site, build, hint, setting_names
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-PATHS = (
-    ("home",),
-    ("dataset", "source"),
-    ("partition", "mapping"),
-    ("model", "pretrained"),
-    ("lora", "adapter"),
-    ("distributed_data", "shard_path"),
-    ("distributed_data", "manifest"),
-)
 FREE = (  # a resumed run may change these: they do not reach its bytes
     *("home", "run_name", "resume", "deployment", "checkpoint", "strategy.wait_for_clients", "strategy.timeout"),
     *("dataset.source", "dataset.download", "distributed_data.shard_path", "distributed_data.manifest"),
@@ -94,7 +86,7 @@ def from_tree(tree: Any, base: Path | None = None) -> Config:
 def from_dict(values: Mapping[str, Any]) -> Config:
     """Check plain nested values against the settings above and return them as a Config; raises ConfigError."""
     config = build(Config, values)
-    _check_together(config)
+    check_together(config)
     return config
 
 
@@ -179,151 +171,3 @@ def _from_json(text: str) -> Config:
 @lru_cache(maxsize=8)
 def _compose_cached(overrides: str, home: str) -> Config:
     return compose(shlex.split(overrides))
-
-
-def _check_together(config: Config) -> None:
-    """Refuse settings that are fine alone but not together: (broken, what is wrong and how to mend it)."""
-    for path in PATHS:
-        value = reduce(getattr, path, config)
-        if value is not None and not Path(str(value)).is_absolute():
-            setting = ".".join(path)
-            raise ConfigError(
-                f"{setting}={value} is relative, and the apps run in another folder: give an absolute path"
-            )
-    images, train, strategy = len(config.dataset.shape) == 3, config.train, config.strategy
-    shards, lora = config.distributed_data, config.lora
-    sampled = sample_size(strategy.fraction_train, config.clients)
-    name = Path(config.run_name)
-    rules = [
-        (
-            name.is_absolute() or ".." in name.parts or not name.parts,
-            f"run_name={config.run_name} leaves home/runs: give a plain name",
-        ),
-        (
-            config.dataset.materialize is not None and not images,
-            f"dataset.materialize={config.dataset.materialize} resizes images, dataset={config.dataset.name} has none: "
-            "leave it out",
-        ),
-        (
-            config.model.name != "linear" and not (images and config.dataset.classes),
-            f"model={config.model.name} classifies images, dataset={config.dataset.name} has none: set model=linear",
-        ),
-        (
-            config.dataset.classes == 0 and config.partition.kind != "iid",
-            f"partition={config.partition.kind} needs classes, dataset={config.dataset.name} has none: "
-            "set partition=iid",
-        ),
-        (
-            config.partition.kind == "dirichlet" and config.partition.alpha is None,
-            "partition=dirichlet needs partition.alpha: set it to a number above 0",
-        ),
-        (
-            config.partition.kind == "pathological" and config.partition.classes_per_client is None,
-            "partition=pathological needs partition.classes_per_client: set it to a number above 0",
-        ),
-        (
-            config.dataset.augment and not images,
-            f"dataset.augment=true changes images, dataset={config.dataset.name} has none: set dataset.augment=false",
-        ),
-        (
-            shards.enabled and config.partition.kind not in WRITER_PARTITIONS,
-            f"partition={config.partition.kind} cuts a shared artifact, distributed_data.enabled=true has shards of "
-            f"whole writers: set partition to one of {', '.join(WRITER_PARTITIONS)}",
-        ),
-        (
-            shards.streaming and not shards.enabled,
-            "distributed_data.streaming=true streams shards: set distributed_data.enabled=true",
-        ),
-        (
-            shards.streaming and (config.dataset.augment or config.model.image_size is not None),
-            "distributed_data.streaming=true gives images as they are stored: set dataset.augment=false and "
-            "model.image_size=null",
-        ),
-        (
-            config.dataset.classes == 0 and config.evaluate.objective != "loss",
-            f"evaluate.objective={config.evaluate.objective} needs classes, dataset={config.dataset.name} has none: "
-            "set evaluate.objective=loss",
-        ),
-        (
-            config.evaluate.objective == "personal_accuracy" and config.evaluate.personal_epochs == 0,
-            "evaluate.objective=personal_accuracy needs fine-tuning: set evaluate.personal_epochs to 1 or more",
-        ),
-        (
-            config.dataset.normalization == "imagenet" and (not images or config.dataset.shape[2] != 3),
-            f"dataset.normalization=imagenet needs images of 3 channels, got shape {list(config.dataset.shape)}: "
-            "set dataset.normalization=half",
-        ),
-        (
-            train.optimizer == "adamw" and train.momentum > 0,
-            f"train.momentum={train.momentum} has no meaning for adamw: set train.optimizer=sgd or train.momentum=0",
-        ),
-        (
-            strategy.name == "fedlora" and not lora.enabled,
-            "FedLoRA needs a model with adapters: set lora=default (got lora=none)",
-        ),
-        (
-            strategy.name != "fedlora" and lora.enabled,
-            f"lora=default trains adapters, strategy={strategy.name} sends whole models: set strategy=fedlora "
-            "or lora=none",
-        ),
-        (
-            (strategy.name == "fedlora") != (strategy.aggregation is not None),
-            f"strategy.aggregation={strategy.aggregation} does not go with strategy={strategy.name}: it is a rule for "
-            "adapters, which strategy=fedlora has",
-        ),
-        (
-            lora.enabled and not lora.targets,
-            "lora.targets is empty: name the layers that get adapters, such as [qkv,proj]",
-        ),
-        (
-            lora.rank_by_client is not None and strategy.aggregation not in RANKS_MAY_DIFFER,
-            f"lora.rank_by_client gives clients different ranks, which strategy.aggregation={strategy.aggregation} "
-            f"cannot aggregate: choose one of {', '.join(RANKS_MAY_DIFFER)}",
-        ),
-        (
-            max(lora.rank_by_client or (0,)) > lora.rank,
-            f"lora.rank_by_client={list(lora.rank_by_client or ())} has more than lora.rank={lora.rank}, the largest: "
-            "raise lora.rank",
-        ),
-        (
-            strategy.aggregation == "fedsa" and not config.checkpoint.enabled,
-            "strategy.aggregation=fedsa keeps each client's B in its chunk store: set checkpoint=recent (got "
-            "checkpoint.enabled=false)",
-        ),
-        (
-            lora.rank_by_client is not None and strategy.weighting == "alignment",
-            "strategy.weighting=alignment compares updates of one shape: leave lora.rank_by_client out",
-        ),
-        (
-            strategy.server_optimizer is not None and strategy.aggregation not in (None, "fedit"),
-            f"strategy.server_optimizer={strategy.server_optimizer} steps along an average, which "
-            f"strategy.aggregation={strategy.aggregation} is not: use fedit or fedavg",
-        ),
-        (
-            config.privacy.enabled and strategy.aggregation not in (None, "fedit"),
-            f"privacy.enabled=true perturbs all that was sent, strategy.aggregation={strategy.aggregation} has only a "
-            "part sent back: use fedit or fedavg",
-        ),
-        (
-            strategy.min_replies > sampled,
-            f"strategy.min_replies={strategy.min_replies} can never be met with {sampled} clients in a round: "
-            "lower it, or raise clients or strategy.fraction_train",
-        ),
-        (
-            config.checkpoint.chunk_bytes is not None and config.checkpoint.chunk_num is not None,
-            f"checkpoint.chunk_bytes={config.checkpoint.chunk_bytes} and checkpoint.chunk_num="
-            f"{config.checkpoint.chunk_num} are two ways to cut: set one of them to null",
-        ),
-        (
-            (strategy.min_clients or 0) > config.clients,
-            f"strategy.min_clients={strategy.min_clients} is more than clients={config.clients}: lower it",
-        ),
-    ]
-    for broken, message in rules:
-        if broken:
-            raise ConfigError(message)
-
-
-def sample_size(fraction: float, clients: int) -> int:
-    """Return how many of `clients` a fraction means: rounded, and at least one."""
-    return max(1, round(fraction * clients))

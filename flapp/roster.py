@@ -17,7 +17,7 @@ from flwr.common import log
 from flwr.serverapp import Grid
 
 from flapp.base import Base, cut_base
-from flapp.config import derive_seed, sample_size
+from flapp.config import derive_seed
 from flapp.messages import (
     ATTEST,
     Claim,
@@ -29,6 +29,7 @@ from flapp.messages import (
     source_digest,
     unpack_claims,
 )
+from flapp.rules import sample_size
 
 POLL_SECONDS = 0.5
 
