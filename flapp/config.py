@@ -21,7 +21,8 @@ from flapp.settings import Config, ConfigError, Site, build, hint, setting_names
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 FREE = (  # a resumed run may change these: they do not reach its bytes
-    *("home", "run_name", "resume", "deployment", "checkpoint", "strategy.wait_for_clients", "strategy.timeout"),
+    *("home", "run_name", "resume", "deployment", "checkpoint", "split"),
+    *("strategy.wait_for_clients", "strategy.timeout"),
     *("dataset.source", "dataset.download", "distributed_data.shard_path", "distributed_data.manifest"),
 )
 _compose_lock = threading.Lock()  # GlobalHydra is one per process and not thread-safe

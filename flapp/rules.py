@@ -11,6 +11,7 @@ PATHS = (
     ("partition", "mapping"),
     ("model", "pretrained"),
     ("lora", "adapter"),
+    ("split", "model_storage_dir"),
     ("distributed_data", "shard_path"),
     ("distributed_data", "manifest"),
 )
@@ -157,6 +158,24 @@ def check_together(config: Config) -> None:
     for broken, message in rules:
         if broken:
             raise ConfigError(message)
+    if config.split.auto_save_split_models:
+        check_split(config)
+
+
+def check_split(config: Config) -> None:
+    """Refuse a final model that could not be stored split: no folder for it, no ViT, or points it has no layers for."""
+    split, name = config.split, config.model.name
+    if split.model_storage_dir is None:
+        raise ConfigError("split.auto_save_split_models=true needs a folder: set split.model_storage_dir")
+    from flapp.model.split import check_points, parse_points  # torch and torchvision: only who splits pays
+    from flapp.model.vit import SIZES
+
+    if name not in SIZES:
+        raise ConfigError(f"split.auto_save_split_models=true splits a ViT, which model={name} is not: set split=none")
+    try:
+        check_points(*parse_points(split.split_config), SIZES[name][1])
+    except ValueError as error:
+        raise ConfigError(f"split.split_config={split.split_config} does not go with model={name}: {error}") from error
 
 
 def sample_size(fraction: float, clients: int) -> int:

@@ -21,6 +21,8 @@ from flapp.data import ClientLoader, OfflineDataset, check_claim, ensure_artifac
 from flapp.grid import PolledGrid
 from flapp.messages import Claim, pack, view
 from flapp.model import (
+    ModelFactory,
+    StorageManager,
     adapted_layers,
     draw_lora_A,
     export_adapter,
@@ -29,6 +31,7 @@ from flapp.model import (
     lora_state_dict,
     mark_only_lora_as_trainable,
     merged_state_dict,
+    parse_points,
 )
 from flapp.results import RunDirectory
 from flapp.roster import Roster
@@ -54,6 +57,8 @@ def main(grid: Grid, context: Context) -> None:
 def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> None:
     """Gather the clients, run every round and leave the final model and summary in the run directory."""
     torch.set_num_threads(config.train.threads)
+    if config.split.auto_save_split_models:
+        StorageManager.prepare(*split_place(config), overwrite=config.resume)
     model = initial_model(config)
     state = model.state_dict()
     sent, private = keys_of(config, model)
@@ -119,7 +124,24 @@ def leave_model(config: Config, run: RunDirectory, model: nn.Module, base: Base 
     if base is not None and rule is not None and not rule.folds and not rule.private_b:
         shutil.rmtree(run.path / "adapter", ignore_errors=True)  # of an earlier end of this run, resumed
         export_adapter(model, run.path / "adapter", base.digest)
-    run.finish(run.save_model(merged_state_dict(model) if base else model.state_dict()))
+    sha256 = run.save_model(merged_state_dict(model) if base else model.state_dict())
+    if config.split.auto_save_split_models:
+        leave_split(config, run.path)
+    run.finish(sha256)
+
+
+def split_place(config: Config) -> tuple[Path, str, int, int]:
+    """Say where the final model is stored split: the folder, the name of the files and the points."""
+    folder = Path(config.split.model_storage_dir or "")
+    return folder, config.run_name.replace("/", "-"), *parse_points(config.split.split_config)
+
+
+def leave_split(config: Config, path: Path) -> None:
+    """Store the final model of the run directory `path` split as well."""
+    folder, name, p1, p2 = split_place(config)
+    options: dict[str, Any] = {"name": name, "overwrite": config.resume, "dropout": config.model.dropout}
+    ModelFactory.create_split_models("vit", path, p1, p2, storage_path=folder, auto_save=True, **options)
+    log(INFO, "stored split at %d and %d in %s", p1, p2, folder)
 
 
 def build_roster(config: Config, grid: Grid, base: Base | None) -> Roster:

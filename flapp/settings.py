@@ -155,6 +155,13 @@ class PrivacyConfig:
 
 
 @dataclass(frozen=True)
+class SplitConfig:
+    model_storage_dir: str | None
+    auto_save_split_models: bool
+    split_config: str
+
+
+@dataclass(frozen=True)
 class DistributedDataConfig:
     enabled: bool
     shard_path: str | None
@@ -201,6 +208,7 @@ class Config:
     train: TrainConfig
     evaluate: EvaluateConfig
     checkpoint: CheckpointConfig
+    split: SplitConfig
     privacy: PrivacyConfig
     distributed_data: DistributedDataConfig
     deployment: DeploymentConfig

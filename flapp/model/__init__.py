@@ -2,7 +2,7 @@
 
 from flapp.model.adapter_files import Adapter, export_adapter, export_merged, import_adapter
 from flapp.model.build import BUILDERS, build_model
-from flapp.model.files import load_tensors, save_tensors, sha256_of_file
+from flapp.model.files import load_tensors, read_tensors, save_tensors, sha256_of_file
 from flapp.model.lora import (
     LoRALinear,
     adapted_layers,
@@ -18,16 +18,26 @@ from flapp.model.lora import (
     unmerge_lora,
 )
 from flapp.model.pretrained import Pretrained, from_torchvision, load_pretrained, to_torchvision
+from flapp.model.split import ModelFactory, ModelType, SplitModel, Whole, check_points, parse_points
+from flapp.model.split_files import COMPONENTS, Metadata, StorageManager
 
 __all__ = [
     "BUILDERS",
+    "COMPONENTS",
     "Adapter",
     "LoRALinear",
+    "Metadata",
+    "ModelFactory",
+    "ModelType",
     "Pretrained",
+    "SplitModel",
+    "StorageManager",
+    "Whole",
     "adapted_layers",
     "add_lora",
     "base_state_dict",
     "build_model",
+    "check_points",
     "draw_lora_A",
     "export_adapter",
     "export_merged",
@@ -41,6 +51,8 @@ __all__ = [
     "mark_only_lora_as_trainable",
     "merge_lora",
     "merged_state_dict",
+    "parse_points",
+    "read_tensors",
     "save_tensors",
     "sha256_of_file",
     "to_torchvision",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 FORMAT_VERSION = 1
@@ -42,6 +43,26 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path} has no flapp header of format {FORMAT_VERSION}: was it written by flapp?")
     return tensors, header
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what load_tensors reads, into memory of the tensors' own.
+
+    load_tensors maps the file, where tensors start at any address, and some kernels round otherwise there; torch's
+    memory is aligned. No page of the file stays mapped, so memory never exceeds the tensors'.
+    """
+    mapped, facts = load_tensors(path)
+    tensors = {}
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        layout = json.loads(file.read(start - 8))
+        for name, like in mapped.items():
+            raw = torch.empty(like.nbytes, dtype=torch.uint8)
+            file.seek(start + layout[name]["data_offsets"][0])
+            if file.readinto(raw.numpy().data) != like.nbytes:
+                raise ValueError(f"{path} was cut off while it was read")
+            tensors[name] = raw.view(like.dtype).view(like.shape)
+    return tensors, facts
 
 
 def mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:

@@ -1,0 +1,103 @@
+"""Store the final ViT of a finished run as bottom, trunk and top.
+
+    python -m tools.split_model RUN_DIR --points 2 10 --out DIR [--check] [--overwrite]
+
+RUN_DIR/model.safetensors has adapters folded in already. --check loads the three from their files again and compares
+their output with that of the whole model, bit for bit. Prints the files; exits 0, or 1 with one line on standard error.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flapp.architecture import build
+from flapp.config import read_yaml
+from flapp.model import COMPONENTS, ModelFactory, SplitModel, StorageManager, read_tensors, sha256_of_file
+from flapp.settings import DatasetConfig, ModelConfig
+from flapp.settings import build as build_settings
+
+MODEL = "model.safetensors"
+
+
+def split_run(run: Path, points: Sequence[int], out: Path, check: bool, overwrite: bool) -> list[str]:
+    """Split the model of the run directory `run` and return lines to print; raises ValueError."""
+    config = read_finished(run)
+    model = build_settings(ModelConfig, config["model"], "model.")
+    name, (p1, p2) = str(config["run_name"]).replace("/", "-"), points
+    models = ModelFactory.create_split_models(
+        "vit", run / MODEL, p1, p2, "cpu", out, True, name=name, overwrite=overwrite, dropout=model.dropout
+    )
+    lines = [describe(out, part) for part in models]
+    if check:
+        whole = build(model, build_settings(DatasetConfig, config["dataset"], "dataset."))
+        whole.load_state_dict(read_tensors(run / MODEL)[0])
+        lines.append(compare(whole.eval(), ModelFactory.load_split_models(out, name, p1, p2)))
+    return lines
+
+
+def read_finished(run: Path) -> dict[str, Any]:
+    """Return the settings of a run that went to its end, whose model is the one it says."""
+    try:
+        config, summary = read_yaml(run / "config.yaml"), json.loads((run / "metrics.json").read_text())
+        digest = sha256_of_file(run / MODEL)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{run} is not the directory of a finished run ({error})") from error
+    if summary.get("status") != "finished":
+        raise ValueError(f"{run} is of a run that {summary.get('status')}: go on with it by resume=true first")
+    if summary.get("model_sha256") != digest:
+        raise ValueError(f"{run / MODEL} has SHA-256 {digest[:12]}, metrics.json says {summary['model_sha256'][:12]}")
+    return config
+
+
+def compare(whole: nn.Module, models: Sequence[SplitModel]) -> str:
+    """Compare outputs for random images bit for bit; raises ValueError when one differs."""
+    bottom, trunk, top = models
+    config = bottom.part.config
+    images = torch.rand(4, config["channels"], config["image_size"], config["image_size"])
+    with torch.no_grad():
+        found, expected = top(trunk(bottom(images))), whole(images)
+    if not torch.equal(found, expected):
+        worst = (found - expected).abs().max().item()
+        raise ValueError(f"the components do not give the whole model's output: it differs by up to {worst:g}")
+    return f"checked: top(trunk(bottom(x))) is the whole model's output, bit for bit, for {len(images)} images"
+
+
+def describe(out: Path, part: SplitModel) -> str:
+    about, (start, end) = part.part, part.part.layers
+    path = StorageManager.get_split_model_path(out, about.name, *about.split_points, about.component)
+    count = sum(parameter.numel() for parameter in part.parameters())
+    return f"{about.component:<6}  layers {start} to {end - 1}  {count:>11,} parameters  {path}"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument(
+        "--points", type=int, nargs=2, required=True, metavar=("P1", "P2"), help="first layer of trunk and of top"
+    )
+    parser.add_argument("--out", type=Path, required=True, help=f"folder of {', '.join(COMPONENTS)}")
+    parser.add_argument("--check", action="store_true", help="recompose from the files and compare with the whole")
+    parser.add_argument("--overwrite", action="store_true", help="replace files of the same name and points")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    given = parse(arguments)
+    try:
+        lines = split_run(given.run_dir, given.points, given.out, given.check, given.overwrite)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
