@@ -19,6 +19,7 @@ NEEDS = {
     ("strategy", "fedlora"): ["lora=default"],
     ("experiment", "cifar10_fedlora"): ["model.pretrained=/models/vit_b_16.pth"],
     ("experiment", "cifar100_fedlora"): ["model.pretrained=/models/vit_b_16.pth"],
+    ("split", "auto"): ["split.split_config=1-2"],
     ("dataset", "custom"): ["dataset.name=mine", "dataset.shape=[32,32,3]", "dataset.classes=4"],
 }
 
@@ -58,6 +59,17 @@ def test_every_choice_in_conf_composes_and_builds_its_model(group: str, choice: 
         (["strategy.min_replies=11"], "strategy.min_replies=11 can never be met with 10 clients in a round"),
         (["strategy.min_clients=11"], "strategy.min_clients=11 is more than clients=10"),
         (["home=some/where"], "home=some/where is relative, and the apps run in another folder"),
+        (
+            ["split=auto"],
+            "split.split_config=2-10 does not go with model=vit_tiny: split points 2 and 10 of a model of 3",
+        ),
+        (
+            ["split=auto", "split.split_config=1:2"],
+            "split.split_config=1:2 does not go with model=vit_tiny: split points",
+        ),
+        (["split=auto", "model=cnn"], "splits a ViT, which model=cnn is not: set split=none"),
+        (["split.auto_save_split_models=true"], "needs a folder: set split.model_storage_dir"),
+        (["split.model_storage_dir=here"], "split.model_storage_dir=here is relative"),
         (["a b"], "settings are written key=value"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

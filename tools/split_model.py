@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from yaml import YAMLError
 
 from flapp.architecture import build
 from flapp.config import read_yaml
@@ -46,12 +47,16 @@ def read_finished(run: Path) -> dict[str, Any]:
     try:
         config, summary = read_yaml(run / "config.yaml"), json.loads((run / "metrics.json").read_text())
         digest = sha256_of_file(run / MODEL)
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{run} is not the directory of a finished run ({error})") from error
+        sound = isinstance(summary, dict) and {"run_name", "model", "dataset"} <= config.keys()
+    except (OSError, AttributeError, json.JSONDecodeError, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{run} is not the directory of a finished run ({reason})") from error
+    if not sound:
+        raise ValueError(f"{run} is not the directory of a finished run: its config.yaml or metrics.json is damaged")
     if summary.get("status") != "finished":
         raise ValueError(f"{run} is of a run that {summary.get('status')}: go on with it by resume=true first")
     if summary.get("model_sha256") != digest:
-        raise ValueError(f"{run / MODEL} has SHA-256 {digest[:12]}, metrics.json says {summary['model_sha256'][:12]}")
+        raise ValueError(f"{run / MODEL} has SHA-256 {digest[:12]}, metrics.json says {summary.get('model_sha256')}")
     return config
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 from transformers.masking_utils import create_causal_mask
@@ -100,9 +101,8 @@ def read_gpt2(source: str | Path, attn_implementation: str | None = None) -> Who
     """
     try:
         config = AutoConfig.from_pretrained(source)
-        if config.model_type != "gpt2" or config.add_cross_attention:
-            raise ValueError(f"{source} is no GPT-2 without cross-attention, but {config.model_type}")
-        loaded: Any = GPT2LMHeadModel.from_pretrained(
+        plain = config.model_type == "gpt2" and not config.add_cross_attention
+        loaded: Any = plain and GPT2LMHeadModel.from_pretrained(
             source,
             config=config,
             dtype="auto",
@@ -110,10 +110,12 @@ def read_gpt2(source: str | Path, attn_implementation: str | None = None) -> Who
             use_safetensors=True,
             output_loading_info=True,
         )
-        model, info = loaded
-    except OSError as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{source} cannot be read as a GPT-2 ({reason})") from error
+    if not plain:
+        raise ValueError(f"{source} is no GPT-2 without cross-attention, but {config.model_type}")
+    model, info = loaded
     if missing := {*info["missing_keys"], *info["mismatched_keys"]}:
         raise ValueError(f"{source} lacks {len(missing)} of the model's tensors, first {min(missing)}")
     values = json.loads(json.dumps({key: v for key, v in config.to_dict().items() if key != "_name_or_path"}))
