@@ -58,7 +58,8 @@ def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> None:
     """Gather the clients, run every round and leave the final model and summary in the run directory."""
     torch.set_num_threads(config.train.threads)
     if config.split.auto_save_split_models:
-        StorageManager.prepare(*split_place(config), overwrite=config.resume)
+        # Only a run that has written its model has been as far as storing it split, and may find files of its own.
+        StorageManager.prepare(*split_place(config), overwrite=(run.path / "model.safetensors").exists())
     model = initial_model(config)
     state = model.state_dict()
     sent, private = keys_of(config, model)

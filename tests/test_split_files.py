@@ -125,6 +125,8 @@ def test_a_component_is_saved_alone_where_one_likes(base: Path, tmp_path: Path) 
     assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in top.state_dict().items())
     with pytest.raises(ValueError, match="its name must end in .safetensors"):
         top.save_split_model(tmp_path / "mine.pt")
+    with pytest.raises(ValueError, match="is not written without metadata"):
+        top.save_split_model(tmp_path / "mine.safetensors", save_metadata=False)
 
 
 @pytest.mark.parametrize("place", [10, 2000, -1])

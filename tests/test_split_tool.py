@@ -65,8 +65,9 @@ def test_a_run_whose_model_could_not_be_stored_fails_before_round_one(
     (tmp_path / "other/top").mkdir(parents=True)
     name = f"{tmp_path.name}-1"  # of the next run
     (tmp_path / f"other/top/{name}_1-2_top.safetensors").write_text("of another run")
-    with pytest.raises(ValueError, match=f"{name}_1-2_top.safetensors exists already"):
-        federate(*ONE_ROUND, *auto(tmp_path / "other"))
+    for resume in ((), (f"run_name={name}", "resume=true")):
+        with pytest.raises(ValueError, match=f"{name}_1-2_top.safetensors exists already"):
+            federate(*ONE_ROUND, *auto(tmp_path / "other"), *resume)
 
 
 def test_a_run_that_broke_off_while_its_model_was_stored_is_resumed(

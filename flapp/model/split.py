@@ -56,8 +56,10 @@ class SplitModel(nn.Module):
     part: Part
     tied: Mapping[str, str] = {}
 
-    def save_split_model(self, path: str | Path, *, overwrite: bool = False) -> Metadata:
+    def save_split_model(self, path: str | Path, save_metadata: bool = True, *, overwrite: bool = False) -> Metadata:
         """Write weights to `path`, which ends in .safetensors, and metadata beside; raises ValueError."""
+        if not save_metadata:
+            raise ValueError(f"{path} is not written without metadata, by which it is checked: leave save_metadata out")
         return write_components([self.unsaved(Path(path))], overwrite)[0]
 
     def unsaved(self, path: Path) -> Unsaved:
