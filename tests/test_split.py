@@ -57,7 +57,7 @@ def test_our_vits_are_their_components(tmp_path: Path, name: str, points: tuple[
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_gpt2_of_twelve_layers_is_its_components_with_masks_and_positions_too(tmp_path: Path, attention: str) -> None:
-    write_gpt2(tmp_path / "twelve", 12)
+    write_gpt2(tmp_path / "twelve", 12, scale_attn_by_inverse_layer_idx=attention == "eager")
     from transformers import GPT2LMHeadModel
 
     whole = GPT2LMHeadModel.from_pretrained(tmp_path / "twelve", attn_implementation=attention)

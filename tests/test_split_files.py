@@ -1,5 +1,6 @@
 """The files of split models: whole or not at all, and never taken for what they are not."""
 
+import errno
 import json
 import os
 import re
@@ -248,6 +249,7 @@ def cut_power_at(rename: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "replace", cut)
 
 
+SYNCS = 9  # while staging: of three files of weights, their metadata and their folders
 RENAMES = 9  # one for each of three files of weights where they are staged, then two for each pair
 
 
@@ -302,17 +304,46 @@ def test_a_full_disk_leaves_all_old_files_as_they_were(base: Path, size: int) ->
     ModelFactory.load_split_models(base)
 
 
-def test_a_full_disk_after_a_crash_between_two_renames_keeps_the_pair(
-    base: Path, monkeypatch: pytest.MonkeyPatch
+def fail_at(sync: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the disk be full at the fsync with this number."""
+    left, fsync = iter(range(sync)), os.fsync
+
+    def fail(descriptor: int) -> None:
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+
+
+@pytest.mark.parametrize("sync", range(SYNCS))
+def test_a_disk_that_fills_up_at_any_file_leaves_all_old_files_as_they_were(
+    base: Path, monkeypatch: pytest.MonkeyPatch, sync: int
+) -> None:
+    before = files_in(base)
+    with monkeypatch.context() as patch:
+        fail_at(sync, patch)
+        with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\): free space"):
+            store_over(base)
+    assert files_in(base) == before
+    store_over(base)
+    assert set(files_in(base)) == set(before)
+
+
+@pytest.mark.parametrize("sync", range(SYNCS + 1))
+def test_a_disk_that_fills_up_after_a_crash_between_two_renames_keeps_the_pair(
+    base: Path, monkeypatch: pytest.MonkeyPatch, sync: int
 ) -> None:
     with monkeypatch.context() as patch:
         cut_power_at(4, patch)
         with pytest.raises(PowerCut):
             store_over(base)
-    with largest_file(300), pytest.raises(ValueError, match="cannot be written"):
-        store_over(base)
-    found = read_metadata(pair(base, "bottom")[0])
-    assert found.model_sha256 == sha256_of_file(base.parent / "seed1.safetensors")
+    kept = read_metadata(pair(base, "bottom")[0])
+    with monkeypatch.context() as patch:
+        fail_at(sync, patch)
+        with pytest.raises(ValueError, match="cannot be written"):
+            store_over(base)
+    assert read_metadata(pair(base, "bottom")[0]) == kept
 
 
 def test_a_folder_that_cannot_be_made_or_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
