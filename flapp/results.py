@@ -174,8 +174,8 @@ def check_resumable(config: Config) -> Path:
     """Return the folder of the run that config.run_name names; raises ConfigError when it cannot be gone on with."""
     path = config.runs_dir / config.run_name
     if not path.is_dir():
-        known = sorted((folder.name for folder in config.runs_dir.glob("*/")), reverse=True)
-        near = difflib.get_close_matches(config.run_name, known, n=1) or known[:1]
+        known = [folder.name for folder in config.runs_dir.glob("[!.]*/")]
+        near = difflib.get_close_matches(config.run_name, known, n=1)
         hint = f", did you mean {near[0]}?" if near else ""
         raise ConfigError(f"resume=true finds no run {config.run_name} in {config.runs_dir}: give run_name{hint}")
     if not (path / "config.yaml").exists():
