@@ -127,7 +127,7 @@ def reject_foreign(where: str, specs: Mapping[str, Spec], params: Mapping[str, T
 
 
 def shares_memory(model: nn.Module, params: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> bool:
-    """Say whether `params`, of model_to_params, are the model's own memory: writing them as `specs` say writes it, each byte once."""
+    """Say whether `params`, of model_to_params, are the model's own memory and of the kinds `specs`, ties too."""
     own = model.state_dict()
     if specs_of(params) != specs or any(key.endswith("_extra_state") for key in own):
         return False
