@@ -1,5 +1,6 @@
 """The model that the settings describe, as server and clients build it; its weights come from elsewhere."""
 
+import torch
 from torch import nn
 
 from flapp.model import add_lora, build_model
@@ -9,6 +10,11 @@ from flapp.settings import DatasetConfig, LoRAConfig, ModelConfig
 def build(model: ModelConfig, dataset: DatasetConfig) -> nn.Module:
     """Build the model for samples of a dataset, with weights drawn from torch's global generator."""
     return build_model(model.name, dataset.shape, dataset.classes, model.image_size, model.dropout, model.channels)
+
+
+def choose_device(name: str) -> str:
+    """Return the device that train.device means: `auto` is CUDA where there is some."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def adapt(model: nn.Module, lora: LoRAConfig, rank: int) -> None:

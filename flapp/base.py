@@ -1,7 +1,7 @@
 """The frozen base of adapters on disk: home/models/<digest>/base.safetensors.
 
 The digest is of the tensors, whatever file they came in. A base that arrives in pieces is gathered beside, in
-<digest>.pieces/<index>.safetensors, and put in place when it is whole and its digest is right.
+<digest>.pieces-<node id>/<index>.safetensors, and put in place when it is whole and its digest is right.
 """
 
 import shutil
@@ -71,9 +71,17 @@ def cut_base(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         yield piece
 
 
-def receive_piece(models: Path, digest: str, index: int, count: int, tensors: Mapping[str, Tensor]) -> int:
-    """Keep a piece, put the base in place when it is the last to come, and return how many are still missing."""
-    folder = models / f"{digest}.pieces"
+def receive_piece(
+    models: Path, digest: str, node_id: int, index: int, count: int, tensors: Mapping[str, Tensor]
+) -> int:
+    """Keep a piece, put the base in place when it is the last to come, and return how many are still missing.
+
+    Nodes that share a home gather their pieces apart, and the first to have them all puts the base in place.
+    """
+    folder = base_path(models, digest).parent.with_suffix(f".pieces-{node_id}")
+    if find_base(models, digest) == digest:
+        shutil.rmtree(folder, ignore_errors=True)
+        return 0
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, folder / f"{index}.safetensors")
     pieces = [folder / f"{i}.safetensors" for i in range(count)]

@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common import log
 
-from flapp.architecture import adapt, build
+from flapp.architecture import adapt, build, choose_device
 from flapp.base import find_base, load_base, receive_piece
 from flapp.client_data import ClientData, check_lives_here, clients_at, make_batches, open_client_data
 from flapp.client_store import private_key
@@ -28,7 +28,7 @@ from flapp.messages import (
     unpack_piece,
 )
 from flapp.mods import checkpoint_mod, describe, name_errors_mod, privacy_mod
-from flapp.settings import Config, DatasetConfig, ModelConfig, Site
+from flapp.settings import Config, ConfigError, DatasetConfig, ModelConfig, Site
 from flapp.training import StepRules, TrainResult, build_optimizer, evaluate, scheduled_lr, train
 
 app = ClientApp(mods=[name_errors_mod, checkpoint_mod, privacy_mod])
@@ -37,7 +37,11 @@ app = ClientApp(mods=[name_errors_mod, checkpoint_mod, privacy_mod])
 @app.query("attest")
 def attest(message: Message, context: Context) -> Message:
     """Say which clients live at this node and what they hold, or why one cannot take part."""
-    config, site = load(context.run_config, context.node_config)
+    try:
+        config, site = load(context.run_config, context.node_config)
+    except ConfigError:
+        unpack_order(message)  # other source code is the likelier fault
+        raise
     return pack_claims(message, [attest_client(message, config, site, name) for name in clients_at(config, site)])
 
 
@@ -60,7 +64,8 @@ def keep_piece(message: Message, context: Context) -> Message:
     order = unpack_order(message)
     config, _ = load(context.run_config, context.node_config)
     index, count, arrays = unpack_piece(message.content)
-    missing = receive_piece(config.models_dir, order.base, index, count, arrays.to_torch_state_dict())
+    tensors = arrays.to_torch_state_dict()
+    missing = receive_piece(config.models_dir, order.base, context.node_id, index, count, tensors)
     return Message(RecordDict({METRICS: MetricRecord({"missing": missing})}), reply_to=message)
 
 
@@ -202,8 +207,7 @@ def cached_adapted_model(config: Config, base_digest: str, rank: int) -> tuple[t
 
 def place(model: torch.nn.Module, device: str, compiled: bool) -> torch.nn.Module:
     """Move a model to its device, and have it compiled on first use if it is to be."""
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    model.to(chosen)
+    model.to(choose_device(device))
     if compiled:
         model.compile()
     return model

@@ -42,9 +42,10 @@ class ClientStore:
     def restore_private(self) -> None:
         """Put the client's private tensors back as of the last round that the server took from it; or none."""
         self.context.state.pop(private_key(self.order.client_id), None)
-        if self.order.accepted_round and self.path.exists():
+        if self.order.private and self.order.accepted_round and self.path.exists():
             with self._open() as store:
-                if kept := store.find_round(self.order.accepted_round):
+                kept = store.find_round(self.order.accepted_round)
+                if kept is not None and kept.config_digest == config_digest(self.config):
                     self._put_back(store, kept)
 
     def find_trained(self, message: Message, received: str) -> Message | None:
@@ -93,7 +94,8 @@ class ClientStore:
     def _digest_input(self, claim: Claim, received: str) -> str:
         """Return the SHA-256 of what this round's training starts from, besides the settings."""
         order = self.order
-        facts = [received, order.accepted_round, order.source_digest, claim.shard_digest, claim.train, claim.versions]
+        facts: list[str | int] = [received, order.base, order.accepted_round, order.source_digest]
+        facts += [claim.shard_digest, claim.train, claim.versions]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

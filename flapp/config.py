@@ -24,6 +24,7 @@ FREE = (  # a resumed run may change these: they do not reach its bytes
     *("home", "run_name", "resume", "deployment", "checkpoint", "split"),
     *("strategy.wait_for_clients", "strategy.timeout"),
     *("dataset.source", "dataset.download", "distributed_data.shard_path", "distributed_data.manifest"),
+    *("model.pretrained", "lora.adapter"),  # where the start lies; a base is compared by its digest
 )
 _compose_lock = threading.Lock()  # GlobalHydra is one per process and not thread-safe
 

@@ -180,9 +180,10 @@ def view(array: Array) -> np.ndarray:
 
 def pack(values: np.ndarray) -> Array:
     """Return a numpy array as a Flower Array, with one copy where Array(values) makes three."""
+    values = np.asarray(values, order="C")
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
-    data = b"".join((header.getvalue(), np.ascontiguousarray(values).data))
+    data = b"".join((header.getvalue(), values.data))
     return Array(str(values.dtype), values.shape, "numpy.ndarray", data)
 
 

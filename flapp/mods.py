@@ -39,11 +39,13 @@ def checkpoint_mod(message: Message, context: Context, call_next: ClientAppCalla
     trained from the same model, data and settings, a client answers from its store. A store that cannot be used is a
     warning, or with checkpoint.on_error=fail the client's failure.
     """
-    config, site = load(context.run_config, context.node_config)
     kind = message.metadata.message_type
-    if not config.checkpoint.enabled or kind not in (TRAIN, EVALUATE):
+    if kind not in (TRAIN, EVALUATE):
         return call_next(message, context)
-    order = unpack_order(message)
+    order = unpack_order(message)  # before the settings, which other source code may not know
+    config, site = load(context.run_config, context.node_config)
+    if not config.checkpoint.enabled:
+        return call_next(message, context)
     check_lives_here(order.client_id, config, site)
     store = ClientStore(config, site, order, context)
     tolerate(store, store.restore_private)
@@ -75,11 +77,14 @@ def privacy_mod(message: Message, context: Context, call_next: ClientAppCallable
 
 
 def tolerate(store: ClientStore, action: Callable[[], T]) -> T | None:
-    """Return what `action` does with the store; its failure is logged and None, or raised, as on_error says."""
+    """Return what `action` does with the store; its failure is logged and None, or raised, as on_error says.
+
+    It is raised wherever private tensors are at stake: a reply that is taken promises that they are kept.
+    """
     try:
         return action()
     except CheckpointError as error:
-        if store.config.checkpoint.on_error == "fail":
+        if store.config.checkpoint.on_error == "fail" or store.order.private:
             raise
         log(WARNING, "client %s goes on without its store: %s", store.order.client_id, error)
         return None

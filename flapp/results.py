@@ -16,10 +16,11 @@ import difflib
 import fcntl
 import json
 import os
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from torch import Tensor
@@ -28,6 +29,8 @@ from flapp.checkpoint import ChunkManager
 from flapp.config import config_digest, differences, read_yaml, to_yaml
 from flapp.model import save_tensors
 from flapp.settings import Config, ConfigError
+
+METRICS, STORE = "metrics.jsonl", "server_chunks.db"
 
 
 class RunDirectory:
@@ -38,31 +41,32 @@ class RunDirectory:
         self.config = config
         self.started = time.monotonic()
         self.totals: dict[str, Any] = {"rounds": 0, "bytes_up": 0, "bytes_down": 0}
-        self._metrics = (path / "metrics.jsonl").open("a+")
-        self._lock()
+        self._metrics = _open_locked(path / METRICS, config)
         self.store = _open_store(path, config)
 
     @classmethod
     def create(cls, config: Config) -> "RunDirectory":
-        """Make the folder of a new run and write its config; raises ConfigError when the name is taken."""
+        """Make the folder of a new run with its config in it; raises ConfigError when the name is taken."""
         path = config.runs_dir / config.run_name
+        if path.exists():
+            raise ConfigError(taken(config))
         try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            raise ConfigError(taken(config)) from None
+            path.parent.mkdir(parents=True, exist_ok=True)
+            made = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+            _write_text(made / "config.yaml", to_yaml(config))
+            made.chmod(0o755)
+            made.rename(path)  # so that a run's folder always has its config
         except OSError as error:
             raise ConfigError(f"the run directory {path} cannot be made ({error.strerror}): set home") from error
-        _write_text(path / "config.yaml", to_yaml(config))
         return cls(path, config)
 
     @classmethod
     def reopen(cls, config: Config) -> "RunDirectory":
         """Open the folder of a run that broke off, cut back to its last complete round; raises ConfigError."""
-        path = check_resumable(config)
-        (path / "metrics.json").unlink(missing_ok=True)
-        _write_text(path / "config.yaml", to_yaml(config))
-        run = cls(path, config)
+        run = cls(check_resumable(config), config)
         run._drop_lines_after(run.last_round())
+        (run.path / "metrics.json").unlink(missing_ok=True)
+        _write_text(run.path / "config.yaml", to_yaml(config))
         return run
 
     def last_round(self) -> int:
@@ -115,9 +119,13 @@ class RunDirectory:
         seconds = round(time.monotonic() - self.started, 3)
         summary = {**values, **self.totals, "seconds": seconds, "run_dir": str(self.path)}
         _write_json(self.path / "metrics.json", summary)
+        self.close()
+        return summary
+
+    def close(self) -> None:
+        """Let go of the folder."""
         self.store.close()
         self._metrics.close()
-        return summary
 
     def _count(self, line: Mapping[str, Any]) -> None:
         self.totals["rounds"] = max(self.totals["rounds"], line["round"])
@@ -128,18 +136,22 @@ class RunDirectory:
         if line["kind"] == "evaluate":
             self.totals |= {key: line.get(key) for key in ("accuracy", "loss", "personal_accuracy")}
 
-    def _lock(self) -> None:
-        """Keep other processes out for as long as this one lives; the system lets go when it is killed."""
-        try:
-            fcntl.flock(self._metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._metrics.close()
-            raise ConfigError(f"run_name={self.config.run_name} is still running: stop it before resume=true") from None
-
     def _drop_lines_after(self, server_round: int) -> None:
-        """Cut metrics.jsonl before the first line of a later round, or one that was not written to its end."""
+        """Cut metrics.jsonl before the first line of a later round, or one that was not written to its end.
+
+        Raises ConfigError when it tells of rounds beyond the one that may have been under way.
+        """
         self._metrics.seek(0)
         kept, last = 0, 0.0
+        for text in self._metrics.read().splitlines(keepends=True):
+            line = _parse(text)
+            if line is not None and line["round"] > server_round + 1:
+                self.close()
+                raise ConfigError(
+                    f"{self.path / STORE} ends with round {server_round}, metrics.jsonl goes on to round "
+                    f"{line['round']}: bring the store back from a copy, or start a new run"
+                )
+        self._metrics.seek(0)
         for text in self._metrics.read().splitlines(keepends=True):
             line = _parse(text)
             if line is None or line["round"] > server_round:
@@ -162,22 +174,35 @@ def check_resumable(config: Config) -> Path:
     """Return the folder of the run that config.run_name names; raises ConfigError when it cannot be gone on with."""
     path = config.runs_dir / config.run_name
     if not path.is_dir():
-        known = sorted((folder.name for folder in config.runs_dir.glob("*/")), reverse=True)
-        near = difflib.get_close_matches(config.run_name, known, n=1) or known[:1]
+        known = [folder.name for folder in config.runs_dir.glob("[!.]*/")]
+        near = difflib.get_close_matches(config.run_name, known, n=1)
         hint = f", did you mean {near[0]}?" if near else ""
         raise ConfigError(f"resume=true finds no run {config.run_name} in {config.runs_dir}: give run_name{hint}")
-    written = path / "config.yaml"
-    if written.exists() and (changed := differences(read_yaml(written), config)):
+    if not (path / "config.yaml").exists():
+        raise ConfigError(f"run_name={config.run_name} is no run: {path} has no config.yaml")
+    if changed := differences(read_yaml(path / "config.yaml"), config):
         raise ConfigError(
             f"run_name={config.run_name} was run with other settings ({'; '.join(changed)}): "
             "resume with those it began with, or give the new ones another run_name"
         )
+    _open_locked(path / METRICS, config).close()
     return path
+
+
+def _open_locked(path: Path, config: Config) -> TextIO:
+    """Open a file and keep other processes out for as long as it is open; the system lets go when we are killed."""
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(f"run_name={config.run_name} is still running: stop it before resume=true") from None
+    return file
 
 
 def _open_store(path: Path, config: Config) -> ChunkManager:
     cut = config.checkpoint
-    return ChunkManager(path / "server_chunks.db", cut.keep_rounds, cut.chunk_bytes, cut.chunk_num, cut.engine)
+    return ChunkManager(path / STORE, cut.keep_rounds, cut.chunk_bytes, cut.chunk_num, cut.engine)
 
 
 def _parse(text: str) -> dict[str, Any] | None:

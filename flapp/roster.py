@@ -90,7 +90,9 @@ class Roster:
             found = self._attest(new)
             if self.base and (lacking := sorted({m.node_id for m in found if _lacks_base(m.claim)})):
                 self._send_base(lacking)
-                found = [m for m in found if m.node_id not in lacking] + self._attest(lacking)
+                again = self._attest(lacking)
+                found = [m for m in found if m.node_id not in lacking] + again
+                self._attested -= {m.node_id for m in again if _lacks_base(m.claim)}  # it is tried again next round
             self._admit(found)
 
     def wait(self, seconds: float, min_clients: int | None) -> None:
@@ -212,12 +214,12 @@ class Roster:
         if claim.source_digest != source_digest():
             return f"runs other source ({claim.source_digest[:12]}) than the server ({source_digest()[:12]})"
         if claim.base_digest != self.base_digest:
-            found = claim.base_digest[:12] or "none"
             own = self.base_digest
-            return (
-                f"holds base {found} of the model, the server's is {own[:12]}: remove models/{own} from its home, and "
-                "it is sent again"
-            )
+            if not claim.base_digest:
+                return f"did not receive base {own[:12]}: see its own log; it is sent again in the next round"
+            found = claim.base_digest[:12]
+            fix = f"remove models/{own} from its home, and it is sent again"
+            return f"holds base {found} of the model, the server's is {own[:12]}: {fix}"
         if claim.train < 1 or claim.val < 0 or claim.test < 0:
             return f"has {claim.train} training, {claim.val} validation and {claim.test} test samples"
         if len(claim.label_hist) != self.classes:

@@ -81,7 +81,9 @@ def check_together(config: Config) -> None:
             "set evaluate.objective=loss",
         ),
         (
-            config.evaluate.objective == "personal_accuracy" and config.evaluate.personal_epochs == 0,
+            config.evaluate.objective == "personal_accuracy"
+            and config.evaluate.personal_epochs == 0
+            and strategy.aggregation != "fedsa",
             "evaluate.objective=personal_accuracy needs fine-tuning: set evaluate.personal_epochs to 1 or more",
         ),
         (
@@ -134,6 +136,18 @@ def check_together(config: Config) -> None:
             strategy.server_optimizer is not None and strategy.aggregation not in (None, "fedit"),
             f"strategy.server_optimizer={strategy.server_optimizer} steps along an average, which "
             f"strategy.aggregation={strategy.aggregation} is not: use fedit or fedavg",
+        ),
+        (
+            strategy.server_lr is not None and strategy.server_optimizer is None,
+            f"strategy.server_lr={strategy.server_lr} has no effect without strategy.server_optimizer: set one",
+        ),
+        (
+            strategy.aggregation == "fedsa" and lora.adapter is not None,
+            "lora.adapter gives all clients one B, strategy.aggregation=fedsa leaves each its own: choose another rule",
+        ),
+        (
+            config.model.name == "linear" and (config.model.channels is not None or config.model.dropout > 0),
+            "model=linear has neither channels nor dropout: leave model.channels and model.dropout out",
         ),
         (
             config.privacy.enabled and strategy.aggregation not in (None, "fedit"),

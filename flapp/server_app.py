@@ -14,7 +14,7 @@ from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
-from flapp.architecture import adapt, build
+from flapp.architecture import adapt, build, choose_device
 from flapp.base import Base, keep_base
 from flapp.config import derive_seed, load
 from flapp.data import ClientLoader, OfflineDataset, check_claim, ensure_artifacts, load_manifest
@@ -121,14 +121,14 @@ def load_global(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def leave_model(config: Config, run: RunDirectory, model: nn.Module, base: Base | None) -> None:
     """Write the final model, adapters folded in, and the adapter alone where it is all that changed; then finish."""
+    digest = run.save_model(merged_state_dict(model) if base else model.state_dict())
     rule = RULES.get(config.strategy.aggregation or "")
     if base is not None and rule is not None and not rule.folds and not rule.private_b:
         shutil.rmtree(run.path / "adapter", ignore_errors=True)  # of an earlier end of this run, resumed
         export_adapter(model, run.path / "adapter", base.digest)
-    sha256 = run.save_model(merged_state_dict(model) if base else model.state_dict())
     if config.split.auto_save_split_models:
         leave_split(config, run.path)
-    run.finish(sha256)
+    run.finish(digest)
 
 
 def split_place(config: Config) -> tuple[Path, str, int, int]:
@@ -236,7 +236,8 @@ def evaluate_centrally(
     batches = ClientLoader(
         dataset, np.arange(len(dataset)), config.evaluate.batch_size, image_size=config.model.image_size
     )
-    found = evaluate(model, batches)
+    found = evaluate(model.to(choose_device(config.train.device)), batches)
+    model.cpu()
     values = {"loss": found.loss_sum / found.count}
     if config.dataset.classes:
         values["accuracy"] = found.correct / found.count

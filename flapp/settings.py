@@ -97,7 +97,7 @@ class StrategyConfig:
     fraction_evaluate: Fraction
     weighting: Literal["num-examples", "uniform", "alignment"]
     server_optimizer: Literal["fedadam", "fedyogi", "fedavgm"] | None
-    server_lr: Positive
+    server_lr: Positive | None
     server_momentum: Annotated[float, Bound(ge=0, le=0.999)]
     min_replies: Count
     min_clients: Count | None

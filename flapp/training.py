@@ -13,7 +13,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training did: mean loss per sample seen, samples seen (epochs count again), optimiser steps."""
+    """What training did: mean loss per sample seen, samples seen (epochs count again), batches."""
 
     loss: float
     samples: int

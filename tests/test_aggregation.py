@@ -105,3 +105,9 @@ def test_the_spread_is_numpys_percentiles() -> None:
     values = {str(i): float(v) for i, v in enumerate([5, 1, 4, 2, 3])}
     assert spread(values) == {"min": 1, "p10": 1.4, "median": 3, "p90": 4.6, "max": 5}
     assert spread({}) == {}
+
+
+def test_packing_keeps_the_values_of_an_array_in_fortran_order() -> None:
+    values = np.asfortranarray(np.arange(6.0).reshape(2, 3))
+    np.testing.assert_array_equal(view(pack(values)), values)
+    assert view(pack(np.array(7))).shape == ()

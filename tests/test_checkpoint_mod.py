@@ -41,13 +41,15 @@ class Client:
         self.settings = settings
         self.node_config: dict[str, Any] = SITE | {"checkpoint-dir": str(folder)}
         self.private = private
+        self.base = ""
         self.calls = 0
         self.seen: float | None = None
         self.path = folder / "mod" / "client_0" / "client_0_chunks.db"
 
     def ask(self, server_round: int, value: float, accepted: int = 0, kind: str = TRAIN, fail: bool = False) -> Message:
         """Send one message as a process of its own would get it: with an empty context."""
-        order = Order("0", server_round, "mod", source_digest(), accepted)
+        private = ("own",) if self.private else ()
+        order = Order("0", server_round, "mod", source_digest(), accepted, self.base, private=private)
         message = pack_order(1, kind, order, model(value))
         message.metadata.__dict__["_message_id"] = "1"
         run_config = {"config-json": config.to_json(self.settings)}
@@ -101,8 +103,9 @@ def test_the_same_message_again_is_answered_from_the_store(settings: Config, tmp
         lambda client: client.ask(2, 0.1),
         lambda client: client.ask(1, 0.1, accepted=1),
         lambda client: (setattr(client, "settings", replace(client.settings, seed=9)), client.ask(1, 0.1)),
+        lambda client: (setattr(client, "base", "f" * 64), client.ask(1, 0.1)),
     ],
-    ids=["model", "round", "accepted round", "settings"],
+    ids=["model", "round", "accepted round", "settings", "base"],
 )
 def test_another_message_is_trained(settings: Config, tmp_path: Path, change: Callable[[Client], object]) -> None:
     client = Client(settings, tmp_path)
@@ -151,6 +154,21 @@ def test_a_store_that_cannot_be_written_is_a_warning_or_the_clients_failure(
     client.settings = replace(settings, checkpoint=strict)
     with pytest.raises(CheckpointError, match=r"client_0_chunks\.db"):
         client.ask(1, 0.0)
+
+
+def test_private_state_that_cannot_be_kept_is_always_the_clients_failure(settings: Config, tmp_path: Path) -> None:
+    client = Client(settings, tmp_path, private=True)
+    client.path.mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"client_0_chunks\.db"):  # or the server would count on it
+        client.ask(1, 0.0)
+
+
+def test_private_state_of_another_run_of_that_name_is_not_taken(settings: Config, tmp_path: Path) -> None:
+    client = Client(settings, tmp_path, private=True)
+    client.ask(1, 0.0)
+    client.settings = replace(settings, seed=9)
+    client.ask(2, 0.0, accepted=1)
+    assert client.seen is None
 
 
 def test_checkpoint_off_keeps_nothing(settings: Config, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Message
 from safetensors.torch import load_file
 
@@ -200,6 +201,49 @@ def test_a_client_without_the_base_gets_it_once_and_one_with_another_is_refused(
     }
 
 
+def test_a_run_is_not_resumed_over_another_base(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, first = federate(*LORA, "num_rounds=1")
+    _, other = federate(*LORA, "num_rounds=1", "seed=5")
+    start = tmp_path / "start.safetensors"
+    start.write_bytes((first / "model.safetensors").read_bytes())
+    settings = (*LORA, f"model.pretrained={start}", "run_name=rebased")
+    mend = break_in(monkeypatch, FedAvg, "aggregate_train", in_round(2))
+    with pytest.raises(Broken):
+        federate(*settings)
+    mend()
+    start.write_bytes((other / "model.safetensors").read_bytes())
+    with pytest.raises(FederationError, match="the run began over base .*, the base is now"):
+        federate(*settings, "resume=true")
+    start.write_bytes((first / "model.safetensors").read_bytes())
+    assert federate(*settings, "resume=true")[0]["status"] == "finished"
+
+
+def test_a_base_may_not_lie_outside_the_models_folder(tmp_path: Path) -> None:
+    with pytest.raises(base.BaseError, match="is not the digest of a base"):
+        base.receive_piece(tmp_path / "models", "../" * 3 + "etc/x", 1, 0, 1, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pieces_that_come_twice_or_to_two_nodes_of_one_home_put_one_base_in_place(tmp_path: Path) -> None:
+    tensors = {f"t{i}": torch.full((3,), float(i)) for i in range(3)}
+    digest = base.digest_of(tensors)
+    pieces = [{key: tensor} for key, tensor in tensors.items()]
+    for node, index in ((1, 0), (2, 0), (1, 2), (1, 2), (2, 1)):
+        assert base.receive_piece(tmp_path, digest, node, index, 3, pieces[index]) > 0
+    assert base.receive_piece(tmp_path, digest, 1, 1, 3, pieces[1]) == 0
+    assert base.receive_piece(tmp_path, digest, 2, 2, 3, pieces[2]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == [digest]
+    assert base.load_base(tmp_path, digest).keys() == tensors.keys()
+
+
+def test_every_client_tests_the_whole_global_model_whatever_its_own_rank(federate: Federate) -> None:
+    dealt = ("lora.rank_by_client=[1,4]", "strategy.aggregation=flexlora", "evaluate.central=true")
+    summary, path = federate(*LORA, *dealt)
+    assert summary["loss"] == pytest.approx(read_lines(path, "central")[-1]["loss"], rel=1e-6)
+
+
 def test_the_adapter_is_exported_for_peft_where_it_is_all_that_changed(federate: Federate) -> None:
     _, path = federate(*LORA)
     assert {file.name for file in (path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
@@ -250,6 +294,11 @@ def test_bytes_up_are_the_adapters_and_the_head(federate: Federate) -> None:
         (
             ["strategy=fedlora", "lora=default", "strategy.aggregation=fedsa", "checkpoint=off"],
             "fedsa keeps each client's B in its chunk store: set checkpoint=recent",
+        ),
+        (["strategy.server_lr=0.1"], "has no effect without strategy.server_optimizer"),
+        (
+            ["strategy=fedlora", "lora=default", "strategy.aggregation=fedsa", "lora.adapter=/adapter"],
+            "lora.adapter gives all clients one B",
         ),
         (
             ["strategy=fedlora", "lora=default", "strategy.aggregation=flora", "strategy.server_optimizer=fedadam"],

@@ -159,11 +159,27 @@ def test_resuming_what_is_not_there_is_refused_with_the_nearest_name(federate: F
         federate(*TOY, "run_name=mondey", "resume=true")
 
 
+def test_a_run_that_lost_its_store_is_refused_and_left_as_it_was(federate: Federate) -> None:
+    _, path = federate(*TOY, "run_name=robbed")
+    before = {name: (path / name).read_bytes() for name in ("metrics.json", "metrics.jsonl", "config.yaml")}
+    (path / "server_chunks.db").unlink()
+    with pytest.raises(
+        ConfigError, match=r"ends with round 0, metrics.jsonl goes on to round \d: bring the"
+    ):
+        federate(*TOY, "run_name=robbed", "resume=true")
+    assert {name: (path / name).read_bytes() for name in before} == before
+    (path / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match="is no run: .* has no config.yaml"):
+        federate(*TOY, "run_name=robbed", "resume=true")
+
+
 def test_a_run_that_still_runs_is_not_resumed(federate: Federate, data_home: Path) -> None:
     settings = config.compose([f"home={data_home}", *TOY, "run_name=running"])
     running = results.RunDirectory.create(settings)
+    written = (running.path / "config.yaml").read_text()
     with pytest.raises(ConfigError, match="run_name=running is still running"):
-        federate(*TOY, "run_name=running", "resume=true")
+        federate(*TOY, "run_name=running", "resume=true", "checkpoint.keep_rounds=7")
+    assert (running.path / "config.yaml").read_text() == written
     running.fail(Broken("stopped"))
     assert federate(*TOY, "run_name=running", "resume=true")[0]["status"] == "finished"
 

@@ -120,13 +120,17 @@ def export(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def compact(given: argparse.Namespace) -> dict[str, Any]:
-    """Shrink every store and return its bytes before and after."""
-    stores = []
+    """Shrink every store and return its bytes before and after, and what is wrong with those that cannot be read."""
+    stores: list[dict[str, Any]] = []
+    problems: list[str] = []
     for path in find_stores(given.db):
-        with open_store(path) as store:
-            before, after = store.compact()
-        stores.append({"db_path": str(path), "bytes_before": before, "bytes_after": after})
-    return {"stores": stores}
+        try:
+            with open_store(path) as store:
+                before, after = store.compact()
+            stores.append({"db_path": str(path), "bytes_before": before, "bytes_after": after})
+        except CheckpointError as error:
+            problems.append(str(error))
+    return {"stores": stores, "problems": problems}
 
 
 def list_lines(found: dict[str, Any]) -> Iterator[str]:

@@ -53,11 +53,12 @@ class RunError(RuntimeError):
 def run_once(config: Config) -> dict[str, Any]:
     """Run a federation to its end and return its metrics.json; raises RunError, SuperLinkError or ConfigError."""
     path = config.runs_dir / config.run_name
+    earlier = None
     if config.resume:
         check_resumable(config)
-        if (summary := read_json(path / "metrics.json")) and summary["status"] == "finished":
-            return summary
-        (path / "metrics.json").unlink(missing_ok=True)  # how an earlier start failed, which follow() waits not for
+        earlier = read_json(path / "metrics.json")
+        if earlier and earlier["status"] == "finished":
+            return earlier
     elif path.exists():
         raise ConfigError(taken(config))
     cpus = config.deployment.total_cpus or available_cpus()
@@ -75,23 +76,28 @@ def run_once(config: Config) -> dict[str, Any]:
             "run-id"
         ]
         try:
-            return follow(superlink, run_id, path, config.num_rounds)
+            return follow(superlink, run_id, path, config.num_rounds, earlier)
         finally:
             if path.is_dir():
                 superlink.save_log(run_id, path / "log.txt")
 
 
-def follow(superlink: PrivateSuperLink, run_id: str, path: Path, num_rounds: int) -> dict[str, Any]:
-    """Show a run's progress until it ends; return its summary, or raise RunError with the reason it failed for."""
+def follow(
+    superlink: PrivateSuperLink, run_id: str, path: Path, num_rounds: int, earlier: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Show a run's progress until it ends; return its summary, or raise RunError with the reason it failed for.
+
+    `earlier` is the summary of a start that failed, which lies there until the run is resumed.
+    """
     asked = time.monotonic()
     with tqdm(total=num_rounds, unit="round", disable=None, desc="starting", file=sys.stderr) as bar:
-        while (summary := read_json(path / "metrics.json")) is None:
+        while (summary := read_json(path / "metrics.json")) is None or summary == earlier:
             superlink.check_alive()
             show(bar, path)
             if time.monotonic() - asked > STATUS_SECONDS:
                 asked = time.monotonic()
                 status, details = superlink.status(run_id)
-                if status.startswith("finished") and not (path / "metrics.json").exists():
+                if status.startswith("finished") and read_json(path / "metrics.json") in (None, earlier):
                     raise RunError(f"Flower says {status} and there is no metrics.json: {details}")
             time.sleep(LOOK_SECONDS)
         show(bar, path)

@@ -75,9 +75,9 @@ class PrivateSuperLink:
         return str(run["status"]), str(run["status-details"])
 
     def save_log(self, run_id: str, path: Path) -> None:
-        """Write what the apps of a run printed to `path`."""
+        """Add what the apps of a run printed to `path`."""
         command = [_program("flwr"), "log", run_id, "--show"]
-        with path.open("wb") as file:
+        with path.open("ab") as file:
             subprocess.run(command, env=self.env, cwd=self.folder, stdout=file, stderr=subprocess.STDOUT, check=False)
 
     def check_alive(self) -> None:

@@ -16,26 +16,9 @@ from typing import Any, TypedDict
 
 Parts = dict[str, list[tuple[int, int, tuple[int, ...]]]]
 
-ITEM_SIZES = {
-    "bool": 1,
-    "uint8": 1,
-    "uint16": 2,
-    "uint32": 4,
-    "uint64": 8,
-    "int8": 1,
-    "int16": 2,
-    "int32": 4,
-    "int64": 8,
-}
-ITEM_SIZES |= {
-    "float16": 2,
-    "bfloat16": 2,
-    "float32": 4,
-    "float64": 8,
-    "complex32": 4,
-    "complex64": 8,
-    "complex128": 16,
-}
+ITEM_SIZES = {f"{kind}{8 * size}": size for kind in ("int", "uint") for size in (1, 2, 4, 8)}
+ITEM_SIZES |= {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+ITEM_SIZES |= {"complex32": 4, "complex64": 8, "complex128": 16}
 ITEM_SIZES |= {f"float8_{kind}": 1 for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")}
 LARGEST = 1 << 62  # bytes of one tensor, so that no product of sizes overflows
 

@@ -3,19 +3,16 @@
 import json
 import operator
 import os
-from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from flapp.checkpoint import audit
+from flapp.checkpoint import audit, streams
 from flapp.checkpoint.audit import TensorChange, Verification
 from flapp.checkpoint.chunks import (
     CheckpointError,
     Cut,
-    Part,
     Parts,
     cut_evenly,
     cut_tensors,
@@ -28,9 +25,6 @@ from flapp.checkpoint.store import Store
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-HASH_THREADS = 2  # hashlib and blake3 free the GIL; memory bandwidth is used up by two
-HASH_AHEAD = 6  # chunks
 
 
 class ChunkManager:
@@ -124,25 +118,10 @@ class ChunkManager:
                 else cut_tensors(specs, self.chunk_bytes or meta["chunk_bytes"])
             )
             parts = [parts_of(cut, specs) for cut in cuts]
-            chunks = self._hashed(parts, buffers)
+            chunks = streams.hashed(self._store, parts, buffers)
             stored = self._store.put_round(round_num, chunks, facts, self.keep_rounds, pinned)
         digest, new_chunks, new_bytes = stored
         return Saved(round_num, len(specs), len(cuts), new_chunks, size, new_bytes, digest)
-
-    def _hashed(
-        self, chunks: list[list[Part]], buffers: Mapping[str, memoryview]
-    ) -> Iterator[tuple[bytes, list[Part], list[memoryview]]]:
-        """Yield hash, parts and bytes of every chunk, hashing ahead in threads, but no further than the cache holds."""
-        ahead: deque[tuple[Future[bytes], list[Part], list[memoryview]]] = deque()
-        with ThreadPoolExecutor(HASH_THREADS) as threads:
-            for parts in chunks:
-                pieces = _pieces(parts, buffers)
-                ahead.append((threads.submit(self._store.hash, pieces), parts, pieces))
-                if len(ahead) > HASH_AHEAD:
-                    future, parts, pieces = ahead.popleft()
-                    yield future.result(), parts, pieces
-            for future, parts, pieces in ahead:
-                yield future.result(), parts, pieces
 
     def rounds(self) -> list[Round]:
         """Return the stored rounds by their number."""
@@ -200,28 +179,27 @@ class ChunkManager:
         The model must have the same names, shapes and dtypes. Every byte is verified before any of it is used:
         when CheckpointError is raised, nothing is returned and the model is as it was.
         """
-        from flapp.checkpoint.tensors import load_into, new_tensors, raw, reject_foreign
+        from flapp.checkpoint.tensors import (
+            load_into,
+            new_tensors,
+            raw,
+            reject_foreign,
+            shares_memory,
+            written,
+        )
 
         with self._store.transaction():
             entries, specs = self._checked(round_num)
             if model is not None:
-                reject_foreign(f"{self.path}: round {round_num}", specs, model)
+                params = self.model_to_params(model)
+                reject_foreign(f"{self.path}: round {round_num}", specs, params)
+                if streams.fits(entries) and shares_memory(model, params, specs):
+                    streams.verify(self._store, round_num, entries)
+                    streams.fill(self._store, entries, {key: raw(tensor) for key, tensor in params.items()})
+                    return written(model)
             tensors = new_tensors(specs)
-            buffers = {key: raw(tensor) for key, tensor in tensors.items()}
-            self._read(round_num, entries, buffers)
+            streams.read(self._store, round_num, entries, {key: raw(tensor) for key, tensor in tensors.items()})
         return tensors if model is None else load_into(model, tensors)
-
-    def _read(self, round_num: int, entries: list[Entry], buffers: Mapping[str, memoryview]) -> None:
-        """Read chunks to where they belong, verifying in threads what has been read."""
-        with ThreadPoolExecutor(HASH_THREADS) as threads:
-            checks = []
-            for entry in entries:
-                pieces = _pieces(entry.parts, buffers)
-                self._store.read(entry, pieces)
-                checks.append(threads.submit(self._store.damage, round_num, entry, pieces))
-            for check in checks:
-                if damage := check.result():
-                    raise damage
 
     def cleanup_old_rounds(self, keep: int) -> None:
         """Drop all rounds but the `keep` that were saved last."""
@@ -267,10 +245,6 @@ class ChunkManager:
         before = self.path.stat().st_size
         self._store.vacuum()
         return before, self.path.stat().st_size
-
-
-def _pieces(parts: Iterable[Part], buffers: Mapping[str, memoryview]) -> list[memoryview]:
-    return [buffers[part.key][part.offset : part.offset + part.nbytes] for part in parts]
 
 
 def _integer(name: str, value: Any) -> int:

@@ -139,9 +139,7 @@ class Store:
             if type(size := meta.get(name, 1)) is not int or size < 1:
                 raise CheckpointError(f"{self.path} is damaged ({name} is {size!r}): restore the file from a copy")
         self._new_hash = hash_function(meta.get("hash"), self.path)
-        self._db.execute(
-            "PRAGMA cache_size=-2048"
-        )  # SQLite counts it in pages of the size before: 30 MB of 64 KiB ones
+        self._db.execute("PRAGMA cache_size=-2048")  # counted in pages of the size before: 30 MB of 64 KiB ones
         self.meta = meta
 
     def hash(self, pieces: Iterable[memoryview]) -> bytes:
@@ -168,10 +166,12 @@ class Store:
         written: list[tuple[bytes, list[Part]]] = []
         new_chunks = new_bytes = started = 0
         start_writeback = writeback_of(self.path)
+        ((rowid,),) = self._db.execute(sql.LAST_ID)
         for chunk_id, (digest, parts, pieces) in enumerate(chunks):
             size = sum(part.nbytes for part in parts)
             if not self._db.execute(sql.FIND_HASH, digest):
-                ((rowid,),) = self._db.execute(sql.INSERT_DATA, digest, size)
+                rowid += 1
+                self._db.execute(sql.INSERT_DATA, rowid, digest, size)
                 if size:
                     self._db.write_blob(rowid, pieces)
                 new_chunks, new_bytes = new_chunks + 1, new_bytes + size

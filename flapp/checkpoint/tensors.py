@@ -1,6 +1,7 @@
 """Tensors as raw bytes and back: the only part of the store that needs torch."""
 
 import hashlib
+import itertools
 import json
 import mmap
 from collections.abc import Mapping
@@ -114,9 +115,9 @@ def digest_of(tensors: Mapping[str, Tensor | np.ndarray]) -> str:
     return sha256.hexdigest()
 
 
-def reject_foreign(where: str, specs: Mapping[str, Spec], model: nn.Module) -> None:
-    """Raise CheckpointError unless the model has tensors of the same names, shapes and dtypes as `specs`."""
-    found = specs_of(model_to_params(model))
+def reject_foreign(where: str, specs: Mapping[str, Spec], params: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless a model has tensors of the same names, shapes and dtypes as `specs`."""
+    found = specs_of(params)
     if odd := sorted(found.keys() ^ specs.keys()):
         side = "is missing in the model" if odd[0] in specs else "is missing in the round"
         raise CheckpointError(f"{where} is of another model: tensor {odd[0]} {side} ({len(odd)} such tensors)")
@@ -125,7 +126,23 @@ def reject_foreign(where: str, specs: Mapping[str, Spec], model: nn.Module) -> N
             raise CheckpointError(f"{where} is of another model: tensor {key} is {spec}, the model has {found[key]}")
 
 
+def shares_memory(model: nn.Module, params: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> bool:
+    """Say whether `params`, of model_to_params, are the model's own memory and of the kinds `specs`, ties too."""
+    own = model.state_dict()
+    if specs_of(params) != specs or any(key.endswith("_extra_state") for key in own):
+        return False
+    spans = sorted({(t.data_ptr(), t.data_ptr() + t.nbytes) for t in params.values() if t.numel()})
+    apart = all(first[1] <= second[0] for first, second in itertools.pairwise(spans))
+    return apart and all(own[key].data_ptr() == tensor.data_ptr() for key, tensor in params.items())
+
+
 def load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Copy tensors into the model's own, in place, and return it."""
     model.load_state_dict(tensors, strict=True)
+    return model
+
+
+def written(model: nn.Module) -> nn.Module:
+    """Tell autograd that the model's memory has been written, as load_state_dict would, and return the model."""
+    torch.autograd.graph.increment_version([*model.parameters(), *model.buffers()])
     return model

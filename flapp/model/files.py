@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,14 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, **facts: Any) -> str
     from safetensors.torch import save_file
 
     header = json.dumps({"format_version": FORMAT_VERSION, **facts}, sort_keys=True)
-    partial = path.with_name(path.name + ".tmp")
-    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, metadata={"flapp": header})
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # others may be writing the same file
+    try:
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, metadata={"flapp": header})
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return sha256_of_file(path)
 
 

@@ -142,7 +142,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return what lora_state_dict does not: the frozen base, whose file's SHA-256 names it."""
+    """Return what lora_state_dict does not: the frozen base."""
     travels = lora_state_dict(model)
     return {key: tensor for key, tensor in model.state_dict().items() if key not in travels}
 

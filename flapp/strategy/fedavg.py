@@ -166,7 +166,7 @@ class FedAvg(FlowerFedAvg):
         return MetricRecord({key.replace("_", "-"): v for key, v in result.items() if isinstance(v, float)})
 
     def outgoing(self, client_id: str, arrays: ArrayRecord) -> ArrayRecord:
-        """Return what a client is sent of the global model: all of it."""
+        """Return what a client is sent of the global model to train: all of it."""
         return arrays
 
     def instructions(self, kind: str, server_round: int) -> dict[str, Any]:
@@ -198,7 +198,8 @@ class FedAvg(FlowerFedAvg):
         rest = self.instructions(kind, server_round)
         sent = {}
         for name in chosen:
-            content, accepted = self.outgoing(name, arrays), self.accepted.get(name, 0)
+            content = self.outgoing(name, arrays) if kind == TRAIN else arrays
+            accepted = self.accepted.get(name, 0)
             sent[name] = self.roster.order(kind, name, server_round, content, accepted_round=accepted, **rest)
         self.exchange = Exchange(kind, server_round, sent, rest.get("returns"), absent=self.roster.missing())
         self.run.show_progress(server_round, kind, 0, len(sent))

@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord
 from flwr.common import log
 
 from flapp.messages import TRAIN, pack, view
+from flapp.roster import FederationError
 from flapp.strategy.aggregation import weighted_average
 from flapp.strategy.fedavg import FedAvg
 from flapp.strategy.lora_aggregation import RULES, Aggregated, Factors, error_norms, refill, truncate
@@ -67,6 +68,19 @@ class FedLoRA(FedAvg):
         """Log the rule, and what FedAvg logs."""
         log(INFO, "\t├──> adapters of %d layers, aggregated by %s", len(self.layers), self.aggregation)
         super().summary()
+
+    def facts(self) -> dict[str, Any]:
+        """Return what FedAvg does, and which base the adapters are of."""
+        return super().facts() | {"base": self.roster.base_digest}
+
+    def go_on_after(self, done: int, facts: dict[str, Any], state: dict[str, np.ndarray]) -> None:
+        """Go on after `done` rounds; raises FederationError when the base is not the one the run began with."""
+        if (before := facts["base"]) != (now := self.roster.base_digest):
+            raise FederationError(
+                f"the run began over base {before[:12]}, the base is now {now[:12]}: bring back the file that "
+                "model.pretrained named, or start a new run"
+            )
+        super().go_on_after(done, facts, state)
 
     def instructions(self, kind: str, server_round: int) -> dict[str, Any]:
         """Name what is trained and sent back in this round, and what is trained and kept."""

@@ -17,14 +17,20 @@ MOMENTS = ("m_t", "v_t")
 
 
 class ServerOptimizer:
-    """Step from the global model along the average: `fedadam`, `fedyogi` or `fedavgm`; integers take the average."""
+    """Step from the global model along the average: `fedadam`, `fedyogi` or `fedavgm`; integers take the average.
 
-    def __init__(self, name: str, lr: float, momentum: float) -> None:
+    lr is Flower's default for that optimiser if None.
+    """
+
+    def __init__(self, name: str, lr: float | None, momentum: float) -> None:
+        rate: dict[str, Any] = {}
+        if lr is not None:
+            rate = {"server_learning_rate" if name == "fedavgm" else "eta": lr}
         self.flower: Any
         if name == "fedavgm":
-            self.flower = FedAvgM(server_learning_rate=lr, server_momentum=momentum)
+            self.flower = FedAvgM(server_momentum=momentum, **rate)
         else:
-            self.flower = {"fedadam": FedAdam, "fedyogi": FedYogi}[name](eta=lr, beta_1=momentum)
+            self.flower = {"fedadam": FedAdam, "fedyogi": FedYogi}[name](beta_1=momentum, **rate)
 
     def step(self, current: ArrayRecord, average: ArrayRecord, server_round: int) -> ArrayRecord:
         """Return the new global model, in the dtypes of the current one."""

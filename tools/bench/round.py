@@ -43,7 +43,7 @@ def fit_client(task: tuple[Config, int, str, int]) -> None:
     """Train one client in one round, as the ClientApp does, without any message."""
     config, server_round, client_id, threads = task
     torch.set_num_threads(threads)
-    model = client_app.cached_model(config.model, config.dataset, config.train.device)
+    model = client_app.cached_model(config.model, config.dataset, config.train.device, config.train.compile)
     lr = scheduled_lr(config.train.lr, config.train.schedule, server_round, config.num_rounds)
     data = open_client_data(config, Site(), client_id)
     client_app.fit(model, config, Order(client_id, server_round, "", ""), data, lr, config.train.epochs, None, "train")
