@@ -94,6 +94,11 @@ def test_metadata_has_every_field_and_each_is_true(base: Path) -> None:
     assert total == sum(t.numel() for t in whole.values())
 
 
+def test_the_readme_names_every_field() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert not [field for field in FIELDS if f"`{field}`" not in readme.partition("## Split models")[2]]
+
+
 def test_the_same_component_is_always_the_same_bytes(base: Path) -> None:
     before = files_in(base)
     store(base)
