@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flapp.checkpoint.chunks import CheckpointError, join, round_digest
+from flapp.checkpoint import streams
+from flapp.checkpoint.chunks import CheckpointError, Spec, join, layout, round_digest
 from flapp.checkpoint.records import Entry
 from flapp.checkpoint.sql import CHUNKS, ORPHANS, STRAY_ROUNDS
 from flapp.checkpoint.store import Store
@@ -101,20 +102,31 @@ def _metadata_problems(store: Store, round_num: int, digest: str, entries: list[
         yield f"{store.path}: round {round_num}: {error}"
 
 
-def diff(first: "Mapping[str, Tensor]", second: "Mapping[str, Tensor]") -> list[TensorChange]:
-    changes = []
-    for key in {**first, **second}:
-        old, new = first.get(key), second.get(key)
-        if old is None or new is None:
-            tensor = new if old is None else old
-            assert tensor is not None
-            kind = "added" if old is None else "removed"
-            changes.append(TensorChange(key, kind, math.nan, math.nan, tensor.numel()))
-        elif old.shape != new.shape or old.dtype != new.dtype:
-            changes.append(TensorChange(key, "reshaped", math.nan, math.nan, new.numel()))
-        elif change := _change(key, old, new):
-            changes.append(change)
-    return changes
+def diff(store: Store, rounds: tuple[int, int], held: list[list[Entry]]) -> list[TensorChange]:
+    """Compare what two rounds hold; only tensors of one kind, but not of the same chunks, are read."""
+    old, new = (layout((entry.hash, entry.parts) for entry in entries) for entries in held)
+    changes: dict[str, TensorChange | None] = {}
+    for key in {**old, **new}:
+        if key not in old or key not in new or old[key][:2] != new[key][:2]:
+            kind = "added" if key not in old else "removed" if key not in new else "reshaped"
+            changes[key] = TensorChange(key, kind, math.nan, math.nan, math.prod((new.get(key) or old[key])[1]))
+        elif old[key][3] != new[key][3]:
+            changes[key] = None  # takes its place in the order
+    keys = {key for key, change in changes.items() if change is None}
+    a, b = (_read(store, number, entries, keys) for number, entries in zip(rounds, held, strict=True))
+    found = (change or _change(key, a[key], b[key]) for key, change in changes.items())
+    return [change for change in found if change]
+
+
+def _read(store: Store, round_num: int, entries: list[Entry], keys: set[str]) -> "dict[str, Tensor]":
+    """Return tensors of which those in `keys` are whole, and others are where these share a chunk with them."""
+    from flapp.checkpoint.tensors import new_tensors, raw
+
+    entries = [entry for entry in entries if any(part.key in keys for part in entry.parts)]
+    parts = [part for entry in entries for part in entry.parts]
+    tensors = new_tensors({part.key: Spec(part.spec.dtype, part.spec.shape) for part in parts})
+    streams.read(store, round_num, entries, {key: raw(tensor) for key, tensor in tensors.items()})
+    return tensors
 
 
 def _change(key: str, old: "Tensor", new: "Tensor") -> TensorChange | None:

@@ -233,8 +233,8 @@ class ChunkManager:
 
     def diff(self, first: int, second: int) -> list[TensorChange]:
         """Return the tensors that differ between two rounds; those with the same chunks are not read."""
-        a, b = (self.reconstruct_model_from_chunks(number) for number in (first, second))
-        return audit.diff(a, b)
+        with self._store.transaction():
+            return audit.diff(self._store, (first, second), [self._checked(number)[0] for number in (first, second)])
 
     def export(self, round_num: int, path: str | os.PathLike[str]) -> str:
         """Write a round as a safetensors file, whole or not at all, and return the file's SHA-256."""
