@@ -135,7 +135,7 @@ DAMAGES = {
     "UPDATE chunk_metadata SET hash = x'00' WHERE chunk_id = 1": r"layer1.weight\): its bytes are not in the store",
     "UPDATE chunk_metadata SET hash = 5 WHERE chunk_id = 1": r"layer1.weight\): its bytes are not in the store",
     "UPDATE chunk_data SET hash = 'text' WHERE id = 2": r"layer1.weight\): its bytes are not in the store",
-    "UPDATE rounds SET model_digest = 'x'": "another model digest",
+    "UPDATE rounds SET model_digest = 'x'": "round 1: its metadata is damaged",
 }
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -53,12 +53,12 @@ def verify(store: Store) -> Verification:
     problems: list[str] = []
     sizes: dict[int, int] = {}
     with store.transaction():
-        digests = store.model_digests()
+        records = store.records()
         if store.meta:
             problems += _structure_problems(store)
-        for round_num, digest in digests.items():
-            problems += _round_problems(store, round_num, digest, sizes)
-    return Verification(len(digests), len(sizes), sum(sizes.values()), tuple(problems[:MOST_PROBLEMS]))
+        for record in records.values():
+            problems += _round_problems(store, record, sizes)
+    return Verification(len(records), len(sizes), sum(sizes.values()), tuple(problems[:MOST_PROBLEMS]))
 
 
 def _structure_problems(store: Store) -> Iterator[str]:
@@ -67,17 +67,17 @@ def _structure_problems(store: Store) -> Iterator[str]:
             yield f"{store.path}: {text}"
     for (number,) in store.execute(STRAY_ROUNDS):
         yield f"{store.path}: round {number} has chunks, but is no round: save or drop it again"
-    try:
-        store.select_rounds()
-    except CheckpointError as error:
-        yield str(error)
     if orphans := len(store.execute(ORPHANS)):
         yield f"{store.path}: {orphans} chunks belong to no round: they go when a round expires"
 
 
-def _round_problems(store: Store, round_num: int, digest: str, sizes: dict[int, int]) -> Iterator[str]:
+def _round_problems(store: Store, record: tuple[Any, ...], sizes: dict[int, int]) -> Iterator[str]:
     """Yield the problems of a round, and note the size of every chunk that is read, none twice."""
-    entries = []
+    round_num, entries = record[0], []
+    try:
+        store.round(record)
+    except CheckpointError as error:
+        yield str(error)
     for values in store.execute(CHUNKS, round_num):
         try:
             entry = store.entry(round_num, values)
@@ -90,7 +90,7 @@ def _round_problems(store: Store, round_num: int, digest: str, sizes: dict[int, 
                     yield str(damage)
         except CheckpointError as error:
             yield str(error)
-    yield from _metadata_problems(store, round_num, digest, entries)
+    yield from _metadata_problems(store, round_num, record[6], entries)
 
 
 def _metadata_problems(store: Store, round_num: int, digest: str, entries: list[Entry]) -> Iterator[str]:

@@ -126,11 +126,13 @@ class ChunkManager:
     def rounds(self) -> list[Round]:
         """Return the stored rounds by their number."""
         with self._store.transaction():
-            return self._store.select_rounds()
+            return self._store.rounds()
 
     def find_round(self, round_num: int) -> Round | None:
         """Return a stored round, None if it is not there."""
-        return next((found for found in self.rounds() if found.round == round_num), None)
+        with self._store.transaction():
+            record = self._store.records().get(round_num)
+            return self._store.round(record) if record else None
 
     def load_chunks_by_round(self, round_num: int) -> list[Chunk]:
         """Return all chunks of a round, verified."""
@@ -157,16 +159,17 @@ class ChunkManager:
 
     def _checked(self, round_num: int) -> tuple[list[Entry], dict[str, Any]]:
         """Return the chunks and tensors of a round, whose metadata must be whole and as it was saved."""
-        digests = self._store.model_digests()
-        if round_num not in digests:
-            stored = ", ".join(map(str, digests)) or "none"
+        records = self._store.records()
+        if round_num not in records:
+            stored = ", ".join(map(str, records)) or "none"
             raise CheckpointError(f"{self.path} has no round {round_num}: it holds {stored[:200]}")
+        found = self._store.round(records[round_num])
         entries = list(self._store.entries(round_num))
         try:
             specs = join(entry.parts for entry in entries)
         except ValueError as error:
             raise CheckpointError(f"{self.path}: round {round_num}: {error}: restore the file from a copy") from None
-        if round_digest((entry.hash, entry.parts) for entry in entries) != digests[round_num]:
+        if round_digest((entry.hash, entry.parts) for entry in entries) != found.model_digest:
             raise CheckpointError(
                 f"{self.path}: round {round_num}: its metadata is not what was saved (another model digest): "
                 "restore the file from a copy"
@@ -211,7 +214,7 @@ class ChunkManager:
         """Return what the store holds and what it takes on disk, in bytes."""
         with self._store.transaction():
             entries, chunks, stored = self._store.statistics()
-            rounds = self._store.select_rounds()
+            rounds = self._store.rounds()
         logical, size = sum(row.bytes for row in rounds), self.path.stat().st_size
         return {
             "client_id": self.path.stem.removeprefix("client_").removesuffix("_chunks"),
