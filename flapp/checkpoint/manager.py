@@ -180,7 +180,8 @@ class ChunkManager:
         """Return a round's tensors by name, or load them into `model`, in place, and return it.
 
         The model must have the same names, shapes and dtypes. Every byte is verified before any of it is used:
-        when CheckpointError is raised, nothing is returned and the model is as it was.
+        when CheckpointError is raised, nothing is returned and the model is as it was, unless a disk fails between
+        verifying and reading again: the error then says that the model is partly overwritten.
         """
         from flapp.checkpoint.tensors import (
             load_into,
@@ -197,9 +198,9 @@ class ChunkManager:
                 params = self.model_to_params(model)
                 reject_foreign(f"{self.path}: round {round_num}", specs, params)
                 if streams.fits(entries) and shares_memory(model, params, specs):
-                    streams.verify(self._store, round_num, entries)
-                    streams.fill(self._store, entries, {key: raw(tensor) for key, tensor in params.items()})
-                    return written(model)
+                    written(model)
+                    streams.load(self._store, round_num, entries, {key: raw(tensor) for key, tensor in params.items()})
+                    return model
             tensors = new_tensors(specs)
             streams.read(self._store, round_num, entries, {key: raw(tensor) for key, tensor in tensors.items()})
         return tensors if model is None else load_into(model, tensors)
