@@ -165,10 +165,14 @@ def test_a_file_that_is_no_store_is_refused_and_left_alone(tmp_path: Path, engin
         *itertools.product(
             ("created_at", "metrics", "config_digest", "input_digest", "model_digest"), ("x'7b7d'", "NULL")
         ),
-        *(("metrics", value) for value in ("'[}'", "'[]'", "'null'", "''")),
+        *(("metrics", value) for value in ("'[}'", "'[]'", "'null'", "''", "replace(metrics, '0.4', '0.5')")),
+        ("created_at", "replace(created_at, '2', '3')"),
+        *((name, "'another'") for name in ("config_digest", "input_digest", "model_digest", "facts_digest")),
+        *(("saved", value) for value in ("saved + 1", "saved - 4", "NULL", "'text'", "x'00'")),
+        *(("facts_digest", value) for value in ("NULL", "''", "x'00'")),
     ],
 )
-def test_facts_of_a_round_that_are_no_facts_are_refused_and_seen_by_verify(
+def test_facts_of_a_round_that_are_not_those_saved_are_refused_and_seen_by_verify(
     tmp_path: Path, sound: bytes, engine: str, column: str, value: str
 ) -> None:
     (tmp_path / "store.db").write_bytes(sound)
@@ -176,5 +180,11 @@ def test_facts_of_a_round_that_are_no_facts_are_refused_and_seen_by_verify(
         manager._store.execute(f"UPDATE rounds SET {column} = {value} WHERE round = 3")
         with pytest.raises(CheckpointError, match="round 3: its metadata is damaged"):
             manager.rounds()
+        for ask in (manager.find_round, manager.reconstruct_model_from_chunks, manager.load_chunks_by_round):
+            with pytest.raises(CheckpointError, match="round 3: its metadata is damaged") as error:
+                ask(3)
+            assert str(tmp_path / "store.db") in str(error.value)
+            assert "\n" not in str(error.value)
+        assert manager.find_round(4)
         assert any("round 3: its metadata is damaged" in problem for problem in manager.verify().problems)
         assert digest_of(manager.reconstruct_model_from_chunks(4)) == ROUNDS[4]

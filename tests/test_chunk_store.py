@@ -5,7 +5,9 @@ import os
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -135,7 +137,7 @@ DAMAGES = {
     "UPDATE chunk_metadata SET hash = x'00' WHERE chunk_id = 1": r"layer1.weight\): its bytes are not in the store",
     "UPDATE chunk_metadata SET hash = 5 WHERE chunk_id = 1": r"layer1.weight\): its bytes are not in the store",
     "UPDATE chunk_data SET hash = 'text' WHERE id = 2": r"layer1.weight\): its bytes are not in the store",
-    "UPDATE rounds SET model_digest = 'x'": "another model digest",
+    "UPDATE rounds SET model_digest = 'x'": "round 1: its metadata is damaged",
 }
 
 
@@ -299,9 +301,17 @@ def test_a_save_that_fails_in_the_middle_leaves_nothing(
             assert digest_of(store.reconstruct_model_from_chunks(0)) == digest_of(tensors(0))
 
 
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """Return a folder that everybody may read; tmp_path's parents are closed again whenever another pytest starts."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
 @engines
-def test_a_file_that_may_not_be_written_can_be_read(tmp_path: Path, engine: str) -> None:
-    with ChunkManager(tmp_path / "store.db", engine=engine) as store:
+def test_a_file_that_may_not_be_written_can_be_read(open_folder: Path, engine: str) -> None:
+    with ChunkManager(open_folder / "store.db", engine=engine) as store:
         store.save_model_chunks(tensors(0), 0)
     program = f"""
 import os
@@ -309,7 +319,7 @@ import apsw, blake3, torch  # which somebody else might not find
 from flapp.checkpoint import ChunkManager, CheckpointError, digest_of
 digest_of(dict())
 os.setuid(65534)
-store = ChunkManager({str(tmp_path / "store.db")!r}, engine={engine!r})
+store = ChunkManager({str(open_folder / "store.db")!r}, engine={engine!r})
 state = store.reconstruct_model_from_chunks(0)
 print(digest_of(state))
 try:
@@ -317,14 +327,12 @@ try:
 except CheckpointError as error:
     print(error)
 try:
-    ChunkManager({str(tmp_path / "new" / "store.db")!r}, engine={engine!r})
+    ChunkManager({str(open_folder / "new" / "store.db")!r}, engine={engine!r})
 except CheckpointError as error:
     print(error)
 """
     if os.getuid() != 0:
         pytest.skip("needs root, to become somebody who may not write")
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     digest, refused, new = done.stdout.splitlines()

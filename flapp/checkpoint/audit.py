@@ -7,11 +7,12 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flapp.checkpoint.chunks import CheckpointError, join, round_digest
+from flapp.checkpoint import streams
+from flapp.checkpoint.chunks import CheckpointError, Spec, join, layout, round_digest
 from flapp.checkpoint.records import Entry
 from flapp.checkpoint.sql import CHUNKS, ORPHANS, STRAY_ROUNDS
 from flapp.checkpoint.store import Store
@@ -52,12 +53,12 @@ def verify(store: Store) -> Verification:
     problems: list[str] = []
     sizes: dict[int, int] = {}
     with store.transaction():
-        digests = store.model_digests()
+        records = store.records()
         if store.meta:
             problems += _structure_problems(store)
-        for round_num, digest in digests.items():
-            problems += _round_problems(store, round_num, digest, sizes)
-    return Verification(len(digests), len(sizes), sum(sizes.values()), tuple(problems[:MOST_PROBLEMS]))
+        for record in records.values():
+            problems += _round_problems(store, record, sizes)
+    return Verification(len(records), len(sizes), sum(sizes.values()), tuple(problems[:MOST_PROBLEMS]))
 
 
 def _structure_problems(store: Store) -> Iterator[str]:
@@ -66,17 +67,17 @@ def _structure_problems(store: Store) -> Iterator[str]:
             yield f"{store.path}: {text}"
     for (number,) in store.execute(STRAY_ROUNDS):
         yield f"{store.path}: round {number} has chunks, but is no round: save or drop it again"
-    try:
-        store.select_rounds()
-    except CheckpointError as error:
-        yield str(error)
     if orphans := len(store.execute(ORPHANS)):
         yield f"{store.path}: {orphans} chunks belong to no round: they go when a round expires"
 
 
-def _round_problems(store: Store, round_num: int, digest: str, sizes: dict[int, int]) -> Iterator[str]:
+def _round_problems(store: Store, record: tuple[Any, ...], sizes: dict[int, int]) -> Iterator[str]:
     """Yield the problems of a round, and note the size of every chunk that is read, none twice."""
-    entries = []
+    round_num, entries = record[0], []
+    try:
+        store.round(record)
+    except CheckpointError as error:
+        yield str(error)
     for values in store.execute(CHUNKS, round_num):
         try:
             entry = store.entry(round_num, values)
@@ -89,7 +90,7 @@ def _round_problems(store: Store, round_num: int, digest: str, sizes: dict[int, 
                     yield str(damage)
         except CheckpointError as error:
             yield str(error)
-    yield from _metadata_problems(store, round_num, digest, entries)
+    yield from _metadata_problems(store, round_num, record[6], entries)
 
 
 def _metadata_problems(store: Store, round_num: int, digest: str, entries: list[Entry]) -> Iterator[str]:
@@ -101,20 +102,31 @@ def _metadata_problems(store: Store, round_num: int, digest: str, entries: list[
         yield f"{store.path}: round {round_num}: {error}"
 
 
-def diff(first: "Mapping[str, Tensor]", second: "Mapping[str, Tensor]") -> list[TensorChange]:
-    changes = []
-    for key in {**first, **second}:
-        old, new = first.get(key), second.get(key)
-        if old is None or new is None:
-            tensor = new if old is None else old
-            assert tensor is not None
-            kind = "added" if old is None else "removed"
-            changes.append(TensorChange(key, kind, math.nan, math.nan, tensor.numel()))
-        elif old.shape != new.shape or old.dtype != new.dtype:
-            changes.append(TensorChange(key, "reshaped", math.nan, math.nan, new.numel()))
-        elif change := _change(key, old, new):
-            changes.append(change)
-    return changes
+def diff(store: Store, rounds: tuple[int, int], held: list[list[Entry]]) -> list[TensorChange]:
+    """Compare what two rounds hold; only tensors of one kind, but not of the same chunks, are read."""
+    old, new = (layout((entry.hash, entry.parts) for entry in entries) for entries in held)
+    changes: dict[str, TensorChange | None] = {}
+    for key in {**old, **new}:
+        if key not in old or key not in new or old[key][:2] != new[key][:2]:
+            kind = "added" if key not in old else "removed" if key not in new else "reshaped"
+            changes[key] = TensorChange(key, kind, math.nan, math.nan, math.prod((new.get(key) or old[key])[1]))
+        elif old[key][3] != new[key][3]:
+            changes[key] = None  # takes its place in the order
+    keys = {key for key, change in changes.items() if change is None}
+    a, b = (_read(store, number, entries, keys) for number, entries in zip(rounds, held, strict=True))
+    found = (change or _change(key, a[key], b[key]) for key, change in changes.items())
+    return [change for change in found if change]
+
+
+def _read(store: Store, round_num: int, entries: list[Entry], keys: set[str]) -> "dict[str, Tensor]":
+    """Return tensors of which those in `keys` are whole, and others are where these share a chunk with them."""
+    from flapp.checkpoint.tensors import new_tensors, raw
+
+    entries = [entry for entry in entries if any(part.key in keys for part in entry.parts)]
+    parts = [part for entry in entries for part in entry.parts]
+    tensors = new_tensors({part.key: Spec(part.spec.dtype, part.spec.shape) for part in parts})
+    streams.read(store, round_num, entries, {key: raw(tensor) for key, tensor in tensors.items()})
+    return tensors
 
 
 def _change(key: str, old: "Tensor", new: "Tensor") -> TensorChange | None:

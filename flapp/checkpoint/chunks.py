@@ -160,8 +160,8 @@ def join(chunks: Iterable[list[Part]]) -> dict[str, Spec]:
     return specs
 
 
-def round_digest(chunks: Iterable[tuple[bytes, list[Part]]]) -> str:
-    """Return the SHA-256 over the sorted (key, dtype, shape, tie, chunk hashes and ranges) of a round, in hex."""
+def layout(chunks: Iterable[tuple[bytes, list[Part]]]) -> dict[str, list[Any]]:
+    """Return dtype, shape, tie and [start, end, offset in the chunk, hash of the chunk] of each part, by tensor."""
     tensors: dict[str, list[Any]] = {}
     for digest, parts in chunks:
         offset = 0
@@ -170,4 +170,9 @@ def round_digest(chunks: Iterable[tuple[bytes, list[Part]]]) -> str:
             ranges = tensors.setdefault(part.key, [spec.dtype, spec.shape, spec.tied, []])[3]
             ranges.append([part.start, part.end, offset, digest.hex()])
             offset += part.nbytes
-    return hashlib.sha256(json.dumps(sorted(tensors.items())).encode()).hexdigest()
+    return tensors
+
+
+def round_digest(chunks: Iterable[tuple[bytes, list[Part]]]) -> str:
+    """Return the SHA-256 over the sorted (key, dtype, shape, tie, chunk hashes and ranges) of a round, in hex."""
+    return hashlib.sha256(json.dumps(sorted(layout(chunks).items())).encode()).hexdigest()

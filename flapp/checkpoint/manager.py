@@ -126,11 +126,13 @@ class ChunkManager:
     def rounds(self) -> list[Round]:
         """Return the stored rounds by their number."""
         with self._store.transaction():
-            return self._store.select_rounds()
+            return self._store.rounds()
 
     def find_round(self, round_num: int) -> Round | None:
         """Return a stored round, None if it is not there."""
-        return next((found for found in self.rounds() if found.round == round_num), None)
+        with self._store.transaction():
+            record = self._store.records().get(round_num)
+            return self._store.round(record) if record else None
 
     def load_chunks_by_round(self, round_num: int) -> list[Chunk]:
         """Return all chunks of a round, verified."""
@@ -157,16 +159,17 @@ class ChunkManager:
 
     def _checked(self, round_num: int) -> tuple[list[Entry], dict[str, Any]]:
         """Return the chunks and tensors of a round, whose metadata must be whole and as it was saved."""
-        digests = self._store.model_digests()
-        if round_num not in digests:
-            stored = ", ".join(map(str, digests)) or "none"
+        records = self._store.records()
+        if round_num not in records:
+            stored = ", ".join(map(str, records)) or "none"
             raise CheckpointError(f"{self.path} has no round {round_num}: it holds {stored[:200]}")
+        found = self._store.round(records[round_num])
         entries = list(self._store.entries(round_num))
         try:
             specs = join(entry.parts for entry in entries)
         except ValueError as error:
             raise CheckpointError(f"{self.path}: round {round_num}: {error}: restore the file from a copy") from None
-        if round_digest((entry.hash, entry.parts) for entry in entries) != digests[round_num]:
+        if round_digest((entry.hash, entry.parts) for entry in entries) != found.model_digest:
             raise CheckpointError(
                 f"{self.path}: round {round_num}: its metadata is not what was saved (another model digest): "
                 "restore the file from a copy"
@@ -177,7 +180,8 @@ class ChunkManager:
         """Return a round's tensors by name, or load them into `model`, in place, and return it.
 
         The model must have the same names, shapes and dtypes. Every byte is verified before any of it is used:
-        when CheckpointError is raised, nothing is returned and the model is as it was.
+        when CheckpointError is raised, nothing is returned and the model is as it was, unless a disk fails between
+        verifying and reading again: the error then says that the model is partly overwritten.
         """
         from flapp.checkpoint.tensors import (
             load_into,
@@ -194,9 +198,9 @@ class ChunkManager:
                 params = self.model_to_params(model)
                 reject_foreign(f"{self.path}: round {round_num}", specs, params)
                 if streams.fits(entries) and shares_memory(model, params, specs):
-                    streams.verify(self._store, round_num, entries)
-                    streams.fill(self._store, entries, {key: raw(tensor) for key, tensor in params.items()})
-                    return written(model)
+                    written(model)
+                    streams.load(self._store, round_num, entries, {key: raw(tensor) for key, tensor in params.items()})
+                    return model
             tensors = new_tensors(specs)
             streams.read(self._store, round_num, entries, {key: raw(tensor) for key, tensor in tensors.items()})
         return tensors if model is None else load_into(model, tensors)
@@ -211,7 +215,7 @@ class ChunkManager:
         """Return what the store holds and what it takes on disk, in bytes."""
         with self._store.transaction():
             entries, chunks, stored = self._store.statistics()
-            rounds = self._store.select_rounds()
+            rounds = self._store.rounds()
         logical, size = sum(row.bytes for row in rounds), self.path.stat().st_size
         return {
             "client_id": self.path.stem.removeprefix("client_").removesuffix("_chunks"),
@@ -233,8 +237,8 @@ class ChunkManager:
 
     def diff(self, first: int, second: int) -> list[TensorChange]:
         """Return the tensors that differ between two rounds; those with the same chunks are not read."""
-        a, b = (self.reconstruct_model_from_chunks(number) for number in (first, second))
-        return audit.diff(a, b)
+        with self._store.transaction():
+            return audit.diff(self._store, (first, second), [self._checked(number)[0] for number in (first, second)])
 
     def export(self, round_num: int, path: str | os.PathLike[str]) -> str:
         """Write a round as a safetensors file, whole or not at all, and return the file's SHA-256."""

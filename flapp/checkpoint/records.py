@@ -1,5 +1,6 @@
 """What saving and looking at a store answer with."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -56,11 +57,16 @@ class Round:
     bytes: int
 
 
-def read_metrics(created_at: object, metrics: object, *digests: object) -> dict[str, Any]:
-    """Return the metrics among the columns of a round; raises ValueError when these are not what is saved."""
-    if not all(type(column) is str for column in (created_at, metrics, *digests)):
+def facts_digest(*facts: object) -> str:
+    """Return the SHA-256 over a round's number, saved, created_at, metrics and the three digests, in hexadecimal."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def read_metrics(*record: object) -> dict[str, Any]:
+    """Return the metrics of a row of `rounds`; raises ValueError when its facts are not those that were saved."""
+    *facts, digest = record
+    if not all(type(fact) is str for fact in facts[2:]):
         raise ValueError("its metrics, digests or date are no text")
-    read = json.loads(str(metrics))
-    if type(read) is not dict:
-        raise ValueError(f"its metrics are a {type(read).__name__}")
-    return read
+    if facts_digest(*facts) != digest:
+        raise ValueError("another digest of its date, metrics and digests than noted")
+    return dict(json.loads(str(facts[3])))

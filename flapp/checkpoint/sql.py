@@ -4,8 +4,8 @@ SCHEMA = (
     "CREATE TABLE chunk_data(id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, codec INTEGER NOT NULL, data BLOB)",
     "CREATE TABLE chunk_metadata(round INTEGER, chunk_id INTEGER, hash BLOB NOT NULL, parts TEXT, size INTEGER,"
     " PRIMARY KEY(round, chunk_id)) WITHOUT ROWID",
-    "CREATE TABLE rounds(round INTEGER PRIMARY KEY, saved INTEGER, complete INTEGER, created_at TEXT, metrics TEXT,"
-    " config_digest TEXT, input_digest TEXT, model_digest TEXT)",
+    "CREATE TABLE rounds(round INTEGER PRIMARY KEY, saved INTEGER, created_at TEXT, metrics TEXT, config_digest TEXT,"
+    " input_digest TEXT, model_digest TEXT, facts_digest TEXT)",
     "CREATE TABLE store_meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID",
 )
 TABLES = "SELECT name FROM sqlite_schema WHERE type = 'table'"
@@ -15,11 +15,10 @@ FIND_HASH = "SELECT 1 FROM chunk_data WHERE hash = ?"
 LAST_ID = "SELECT coalesce(max(id), 0) FROM chunk_data"
 INSERT_DATA = "INSERT INTO chunk_data VALUES (?, ?, 0, zeroblob(?))"
 INSERT_METADATA = "INSERT INTO chunk_metadata VALUES (?, ?, ?, ?, ?)"
-INSERT_ROUND = "INSERT INTO rounds SELECT ?, coalesce(max(saved), 0) + 1, 1, ?, ?, ?, ?, ? FROM rounds"
-ROUNDS = """SELECT round, created_at, metrics, config_digest, input_digest, model_digest,
-    (SELECT count(*) FROM chunk_metadata m WHERE m.round = r.round),
-    (SELECT coalesce(sum(size), 0) FROM chunk_metadata m WHERE m.round = r.round) FROM rounds r ORDER BY round"""
-MODEL_DIGESTS = "SELECT round, model_digest FROM rounds ORDER BY round"
+NEXT_SAVED = "SELECT coalesce(max(saved), 0) + 1 FROM rounds"
+INSERT_ROUND = "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+RECORDS = "SELECT * FROM rounds ORDER BY round"
+SIZE_OF_ROUND = "SELECT count(*), coalesce(sum(size), 0) FROM chunk_metadata WHERE round = ?"
 FIND_ROUND = "SELECT 1 FROM rounds WHERE round = ?"
 COUNT_METADATA = "SELECT count(*) FROM chunk_metadata"
 COUNT_DATA = "SELECT count(*), coalesce(sum(length(data)), 0) FROM chunk_data"

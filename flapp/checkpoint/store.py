@@ -2,7 +2,7 @@
 
     chunk_data      one row for each different chunk: its hash, codec 0 (raw) and its bytes
     chunk_metadata  (round, chunk_id) -> hash, parts (JSON, see chunks.py) and size in bytes
-    rounds          what a round was saved with; `saved` counts up, so that retention knows the order of saving
+    rounds          what a round was saved with, and the digest of that; `saved` counts up for retention
     store_meta      format version, hash algorithm and how the store cuts
 
 TRUNCATE + FULL survives power cuts, which WAL + NORMAL and DELETE + FULL do not, and writes everything only once.
@@ -21,7 +21,7 @@ from typing import Any
 from flapp.checkpoint import sql
 from flapp.checkpoint.chunks import CheckpointError, Part, decode_parts, encode_parts, round_digest
 from flapp.checkpoint.engines import REASONS, engine_errors, error_code, hash_function, open_engine
-from flapp.checkpoint.records import Entry, Round, read_metrics
+from flapp.checkpoint.records import Entry, Round, facts_digest, read_metrics
 from flapp.checkpoint.writeback import writeback_of
 
 FORMAT_VERSION = 1
@@ -182,7 +182,9 @@ class Store:
             written.append((digest, parts))
         model_digest = round_digest(written)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._db.execute(sql.INSERT_ROUND, round_num, now, *facts, model_digest)
+        ((saved,),) = self._db.execute(sql.NEXT_SAVED)
+        record = (round_num, saved, now, *facts, model_digest)
+        self._db.execute(sql.INSERT_ROUND, *record, facts_digest(*record))
         expired = self._expire(keep, pinned)
         if replaced or expired:
             self._db.execute(sql.DELETE_ORPHANS)
@@ -211,20 +213,24 @@ class Store:
             self._read_meta()
         return bool(self.meta)
 
-    def model_digests(self) -> dict[int, str]:
-        """Return the model digest of every round, inside a transaction."""
-        return dict(self._db.execute(sql.MODEL_DIGESTS)) if self.refresh() else {}
+    def records(self) -> dict[int, tuple[Any, ...]]:
+        """Return the row of every round, to be checked by round(), inside a transaction."""
+        return {row[0]: row for row in self._db.execute(sql.RECORDS)} if self.refresh() else {}
 
-    def select_rounds(self) -> list[Round]:
-        """Return all rounds, inside a transaction."""
-        rows = self._db.execute(sql.ROUNDS) if self.refresh() else []
-        return [Round(row[0], row[1], self._metrics(*row[:6]), *row[3:]) for row in rows]
-
-    def _metrics(self, round_num: int, *facts: object) -> dict[str, Any]:
+    def round(self, record: tuple[Any, ...]) -> Round:
+        """Return what a round was saved with, inside a transaction; raises CheckpointError when that was changed."""
         try:
-            return read_metrics(*facts)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{self.path}: round {round_num}: its metadata is damaged ({error})") from None
+            metrics = read_metrics(*record)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{self.path}: round {record[0]}: its metadata is damaged ({error}): restore the file from a copy"
+            ) from None
+        (sizes,) = self._db.execute(sql.SIZE_OF_ROUND, record[0])
+        return Round(record[0], record[2], metrics, *record[4:7], *sizes)
+
+    def rounds(self) -> list[Round]:
+        """Return all rounds by number, inside a transaction."""
+        return [self.round(record) for record in self.records().values()]
 
     def entries(self, round_num: int) -> Iterator[Entry]:
         """Yield the chunks of a round, inside a transaction; raises CheckpointError for each that cannot be right."""

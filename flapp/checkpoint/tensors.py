@@ -142,7 +142,6 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     return model
 
 
-def written(model: nn.Module) -> nn.Module:
-    """Tell autograd that the model's memory has been written, as load_state_dict would, and return the model."""
+def written(model: nn.Module) -> None:
+    """Tell autograd that the model's memory is written, as load_state_dict would."""
     torch.autograd.graph.increment_version([*model.parameters(), *model.buffers()])
-    return model
