@@ -11,16 +11,7 @@ from flapp.checkpoint.records import Chunk, Round, Saved
 if TYPE_CHECKING:
     from flapp.checkpoint.tensors import digest_of
 
-__all__ = [
-    "CheckpointError",
-    "Chunk",
-    "ChunkManager",
-    "Round",
-    "Saved",
-    "TensorChange",
-    "Verification",
-    "digest_of",
-]
+__all__ = ["CheckpointError", "Chunk", "ChunkManager", "Round", "Saved", "TensorChange", "Verification", "digest_of"]
 
 
 def __getattr__(name: str) -> Any:

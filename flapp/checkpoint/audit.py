@@ -90,16 +90,21 @@ def _round_problems(store: Store, record: tuple[Any, ...], sizes: dict[int, int]
                     yield str(damage)
         except CheckpointError as error:
             yield str(error)
-    yield from _metadata_problems(store, round_num, record[6], entries)
-
-
-def _metadata_problems(store: Store, round_num: int, digest: str, entries: list[Entry]) -> Iterator[str]:
     try:
-        join(entry.parts for entry in entries)
+        check_metadata(store, round_num, record[6], entries)
+    except CheckpointError as error:
+        yield str(error)
+
+
+def check_metadata(store: Store, round_num: int, digest: str, entries: list[Entry]) -> dict[str, Spec]:
+    """Return the tensors of a round; raises CheckpointError unless its chunks are those of its model digest."""
+    try:
+        specs = join(entry.parts for entry in entries)
         if round_digest((entry.hash, entry.parts) for entry in entries) != digest:
-            yield f"{store.path}: round {round_num}: its metadata is not what was saved (another model digest)"
+            raise ValueError("its metadata is not what was saved (another model digest)")
     except ValueError as error:
-        yield f"{store.path}: round {round_num}: {error}"
+        raise CheckpointError(f"{store.path}: round {round_num}: {error}: restore the file from a copy") from None
+    return specs
 
 
 def diff(store: Store, rounds: tuple[int, int], held: list[list[Entry]]) -> list[TensorChange]:

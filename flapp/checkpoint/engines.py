@@ -9,7 +9,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakSet
 
 from flapp.checkpoint.chunks import CheckpointError
@@ -28,35 +28,21 @@ REASONS = {  # what to do, by SQLite's primary result code
 }
 
 
-class Engine(Protocol):
-    """A connection to one database, in autocommit mode until BEGIN."""
-
-    name: str
-    path: Path
-
-    def execute(self, sql: str, *values: Any) -> list[tuple[Any, ...]]: ...
-    def write_blob(self, rowid: int, pieces: Iterable[Any]) -> None: ...
-    def read_blob(self, rowid: int, pieces: Iterable[memoryview]) -> None: ...
-    def vacuum(self) -> None: ...
-    def in_transaction(self) -> bool: ...
-    def close(self) -> None: ...
-
-
-_opened: "WeakSet[Engine]" = WeakSet()
+_opened: "WeakSet[Stdlib]" = WeakSet()
 _opening = threading.Lock()
 
 
 class Stdlib:
-    """Python's sqlite3."""
+    """Python's sqlite3: a connection to one database, in autocommit mode until BEGIN."""
 
     name = "stdlib"
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
-        self._db = sqlite3.connect(path, BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        self._db: Any = sqlite3.connect(path, BUSY_SECONDS, isolation_level=None, check_same_thread=False)
 
     def execute(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        return self._db.execute(sql, values).fetchall()
+        return list(self._db.execute(sql, values))
 
     def write_blob(self, rowid: int, pieces: Iterable[Any]) -> None:
         with self._db.blobopen("chunk_data", "data", rowid) as blob:
@@ -72,7 +58,7 @@ class Stdlib:
         self._db.executescript("PRAGMA incremental_vacuum")  # execute() would stop after its first page
 
     def in_transaction(self) -> bool:
-        return self._db.in_transaction
+        return bool(self._db.in_transaction)
 
     def close(self) -> None:
         self._db.close()
@@ -80,7 +66,7 @@ class Stdlib:
             _opened.discard(self)
 
 
-class Fast:
+class Fast(Stdlib):
     """apsw, with an SQLite of its own."""
 
     name = "fast"
@@ -91,9 +77,6 @@ class Fast:
         self.path = path.resolve()
         self._db = apsw.Connection(str(path))
         self._db.set_busy_timeout(BUSY_SECONDS * 1000)
-
-    def execute(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        return list(self._db.execute(sql, values))
 
     def write_blob(self, rowid: int, pieces: Iterable[Any]) -> None:
         with self._db.blob_open("main", "chunk_data", "data", rowid, True) as blob:
@@ -108,20 +91,12 @@ class Fast:
     def vacuum(self) -> None:
         self.execute("PRAGMA incremental_vacuum")
 
-    def in_transaction(self) -> bool:
-        return bool(self._db.in_transaction)
-
-    def close(self) -> None:
-        self._db.close()
-        with _opening:
-            _opened.discard(self)
-
 
 def has_fast() -> bool:
     return all(importlib.util.find_spec(name) for name in ("apsw", "blake3"))
 
 
-def open_engine(path: Path, engine: str) -> Engine:
+def open_engine(path: Path, engine: str) -> Stdlib:
     """Connect by 'stdlib', 'fast', or 'auto', which is fast where its packages are installed."""
     if engine not in ("auto", "stdlib", "fast"):
         raise CheckpointError(f"engine={engine} is not known: choose one of auto, stdlib, fast")
@@ -134,7 +109,7 @@ def open_engine(path: Path, engine: str) -> Engine:
                 f"{path} is open in this process with engine={other.name}: give the same engine here, because two "
                 "SQLite libraries in one process do not see each other's locks"
             )
-        opened: Engine = kind(path)
+        opened = kind(path)
         _opened.add(opened)
     return opened
 

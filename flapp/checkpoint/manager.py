@@ -10,17 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from flapp.checkpoint import audit, streams
 from flapp.checkpoint.audit import TensorChange, Verification
-from flapp.checkpoint.chunks import (
-    CheckpointError,
-    Cut,
-    Parts,
-    cut_evenly,
-    cut_tensors,
-    join,
-    parts_of,
-    round_digest,
-)
+from flapp.checkpoint.chunks import CheckpointError, Cut, Parts, cut_evenly, cut_tensors, parts_of
 from flapp.checkpoint.records import Chunk, Entry, Round, Saved
+from flapp.checkpoint.sql import CHUNKS
 from flapp.checkpoint.store import Store
 
 if TYPE_CHECKING:
@@ -112,11 +104,8 @@ class ChunkManager:
         with self._store.saving(round_num, size, self.chunk_bytes, self.chunk_num):
             meta = self._store.meta
             chunk_num = self.chunk_num or (None if self.chunk_bytes else meta.get("chunk_num"))
-            cuts = (
-                cut_evenly(specs, chunk_num)
-                if chunk_num
-                else cut_tensors(specs, self.chunk_bytes or meta["chunk_bytes"])
-            )
+            most = self.chunk_bytes or meta["chunk_bytes"]
+            cuts = cut_evenly(specs, chunk_num) if chunk_num else cut_tensors(specs, most)
             parts = [parts_of(cut, specs) for cut in cuts]
             chunks = streams.hashed(self._store, parts, buffers)
             stored = self._store.put_round(round_num, chunks, facts, self.keep_rounds, pinned)
@@ -164,17 +153,8 @@ class ChunkManager:
             stored = ", ".join(map(str, records)) or "none"
             raise CheckpointError(f"{self.path} has no round {round_num}: it holds {stored[:200]}")
         found = self._store.round(records[round_num])
-        entries = list(self._store.entries(round_num))
-        try:
-            specs = join(entry.parts for entry in entries)
-        except ValueError as error:
-            raise CheckpointError(f"{self.path}: round {round_num}: {error}: restore the file from a copy") from None
-        if round_digest((entry.hash, entry.parts) for entry in entries) != found.model_digest:
-            raise CheckpointError(
-                f"{self.path}: round {round_num}: its metadata is not what was saved (another model digest): "
-                "restore the file from a copy"
-            )
-        return entries, specs
+        entries = [self._store.entry(round_num, row) for row in self._store.execute(CHUNKS, round_num)]
+        return entries, audit.check_metadata(self._store, round_num, found.model_digest, entries)
 
     def reconstruct_model_from_chunks(self, round_num: int, model: "nn.Module | None" = None) -> Any:
         """Return a round's tensors by name, or load them into `model`, in place, and return it.
@@ -183,27 +163,24 @@ class ChunkManager:
         when CheckpointError is raised, nothing is returned and the model is as it was, unless a disk fails between
         verifying and reading again: the error then says that the model is partly overwritten.
         """
-        from flapp.checkpoint.tensors import (
-            load_into,
-            new_tensors,
-            raw,
-            reject_foreign,
-            shares_memory,
-            written,
-        )
+        from flapp.checkpoint.tensors import new_tensors, raw, reject_foreign, shares_memory, written
 
         with self._store.transaction():
             entries, specs = self._checked(round_num)
             if model is not None:
                 params = self.model_to_params(model)
                 reject_foreign(f"{self.path}: round {round_num}", specs, params)
-                if streams.fits(entries) and shares_memory(model, params, specs):
+                largest = max((entry.size for entry in entries), default=0)
+                if largest <= streams.VERIFY_BYTES and shares_memory(model, params, specs):
                     written(model)
                     streams.load(self._store, round_num, entries, {key: raw(tensor) for key, tensor in params.items()})
                     return model
             tensors = new_tensors(specs)
             streams.read(self._store, round_num, entries, {key: raw(tensor) for key, tensor in tensors.items()})
-        return tensors if model is None else load_into(model, tensors)
+        if model is None:
+            return tensors
+        model.load_state_dict(tensors, strict=True)
+        return model
 
     def cleanup_old_rounds(self, keep: int) -> None:
         """Drop all rounds but the `keep` that were saved last."""

@@ -55,10 +55,6 @@ class Store:
                 self._db.close()
                 raise
 
-    @property
-    def engine(self) -> str:
-        return self._db.name
-
     def close(self) -> None:
         self._db.close()
 
@@ -126,7 +122,7 @@ class Store:
         ((page_size,),) = self._db.execute("PRAGMA page_size")
         meta = {
             "format_version": FORMAT_VERSION,
-            "hash": "blake3" if self.engine == "fast" else "sha256",
+            "hash": "blake3" if self._db.name == "fast" else "sha256",
             "chunk_bytes": chunk_bytes or sql.chunk_bytes_for(page_size),
         }
         meta |= {"chunk_num": chunk_num} if chunk_num else {}
@@ -232,12 +228,8 @@ class Store:
         """Return all rounds by number, inside a transaction."""
         return [self.round(record) for record in self.records().values()]
 
-    def entries(self, round_num: int) -> Iterator[Entry]:
-        """Yield the chunks of a round, inside a transaction; raises CheckpointError for each that cannot be right."""
-        for row in self._db.execute(sql.CHUNKS, round_num):
-            yield self.entry(round_num, row)
-
     def entry(self, round_num: int, row: tuple[Any, ...]) -> Entry:
+        """Return a chunk of a round from its row of sql.CHUNKS; raises CheckpointError if that cannot be right."""
         chunk_id, digest, text, size, rowid, codec, length, kind = row
         where = f"{self.path}: round {round_num}, chunk {chunk_id}"
         try:
@@ -248,9 +240,7 @@ class Store:
         if rowid is None:
             raise CheckpointError(f"{where}: its bytes are not in the store: restore the file from a copy")
         if codec != 0:
-            raise CheckpointError(
-                f"{where}: it is stored by codec {codec!r}, which this flapp does not know: update flapp"
-            )
+            raise CheckpointError(f"{where}: it is stored by codec {codec!r}, unknown to this flapp: update flapp")
         claimed = sum(part.nbytes for part in parts)
         if kind != "blob" or not size == claimed == length:
             found = f"{length} bytes stored, {size} noted, {claimed} in its parts"

@@ -46,11 +46,6 @@ def _next(store: Store, ahead: deque[Hashing]) -> tuple[bytes, list[Part], list[
     return future.result(), parts, pieces
 
 
-def fits(entries: Iterable[Entry]) -> bool:
-    """Say whether every chunk fits the buffers of verify()."""
-    return all(entry.size <= VERIFY_BYTES for entry in entries)
-
-
 def verify(store: Store, round_num: int, entries: list[Entry]) -> None:
     """Read and verify chunks without keeping them: reading them twice costs less than memory touched for once."""
     largest = max((entry.size for entry in entries), default=0)
@@ -82,11 +77,8 @@ def read(store: Store, round_num: int, entries: list[Entry], buffers: Mapping[st
 
 
 def load(store: Store, round_num: int, entries: list[Entry], buffers: Mapping[str, memoryview]) -> None:
-    """Read chunks into a live model once all are verified, in one transaction, which keeps other writers out.
-
-    Hashing them again would cost 60 %; the file's time of change shows what wrote to it without a lock.
-    """
-    before = store.path.stat().st_mtime_ns
+    """Read chunks into a live model once all are verified, in one transaction, which keeps other writers out."""
+    before = store.path.stat().st_mtime_ns  # shows who wrote without a lock; hashing twice would cost 60 % of a load
     verify(store, round_num, entries)
     try:
         for entry in entries:

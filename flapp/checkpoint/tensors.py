@@ -136,12 +136,6 @@ def shares_memory(model: nn.Module, params: Mapping[str, Tensor], specs: Mapping
     return apart and all(own[key].data_ptr() == tensor.data_ptr() for key, tensor in params.items())
 
 
-def load_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Copy tensors into the model's own, in place, and return it."""
-    model.load_state_dict(tensors, strict=True)
-    return model
-
-
 def written(model: nn.Module) -> None:
     """Tell autograd that the model's memory is written, as load_state_dict would."""
     torch.autograd.graph.increment_version([*model.parameters(), *model.buffers()])

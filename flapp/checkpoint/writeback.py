@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 SYNC_FILE_RANGE_WRITE = 2  # of <fcntl.h>
@@ -30,14 +31,10 @@ def writeback_of(path: Path) -> Callable[[], object]:
 
 
 def _open_descriptor(path: Path) -> int | None:
-    try:
+    with suppress(OSError):
         wanted = path.stat()
         for name in os.listdir("/proc/self/fd"):
-            try:
+            with suppress(OSError):  # listdir's own is closed by now
                 if os.path.samestat(os.fstat(int(name)), wanted):
                     return int(name)
-            except OSError:
-                continue  # listdir's own, closed by now
-    except OSError:
-        pass
     return None
