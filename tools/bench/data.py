@@ -41,7 +41,7 @@ class LocalCIFAR10(CIFAR10):
 
 
 class Float32Memmap(Dataset[tuple[Tensor, int]]):
-    """The seed's format: normalised float32 (N, 3, 224, 224) without a header, 36 GB for the whole of CIFAR-10."""
+    """Raw memmaps: normalised float32 (N, 3, 224, 224) without a header, 36 GB for the whole of CIFAR-10."""
 
     def __init__(self, path: Path, labels: np.ndarray) -> None:
         self.images = np.memmap(path, np.float32, "r", shape=(len(labels), 3, SIZE, SIZE))
@@ -55,7 +55,7 @@ class Float32Memmap(Dataset[tuple[Tensor, int]]):
 
 
 def prepare(folder: Path) -> None:
-    """Write the same random images as torchvision's files, native and resized artifacts, and the seed's memmap."""
+    """Write the same random images as torchvision's files, native and resized artifacts, and a raw float32 memmap."""
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (IMAGES, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, IMAGES)
     theirs = folder / CIFAR10.base_folder
@@ -124,7 +124,7 @@ def speed(folder: Path) -> list[Row]:
         ),
         Row(
             "the same",
-            "the seed's float32 memmap, 4 times the bytes",
+            "a raw float32 memmap, 4 times the bytes",
             seconds["seed"] / seconds["float32"],
             1,
             note="both in the page cache",
