@@ -11,10 +11,10 @@ from pathlib import Path
 
 from flwr.app import ArrayRecord, Context, Message
 
-from flapp.checkpoint import ChunkManager, Round, Saved
+from flapp.checkpoint import ChunkManager, Round, Saved, digest_of
 from flapp.client_data import open_client_data
 from flapp.config import config_digest
-from flapp.messages import Claim, Order, pack, pack_reply, unpack_arrays, unpack_reply, view
+from flapp.messages import Claim, Order, pack, pack_reply, unpack_arrays, unpack_reply, views
 from flapp.settings import Config, Site
 
 
@@ -67,7 +67,7 @@ class ClientStore:
         """Save a reply, and the private tensors in context.state, as this round's."""
         claim, metrics = unpack_reply(reply.content)
         private = self.context.state.array_records.get(private_key(self.order.client_id), ArrayRecord())
-        tensors = {key: view(array) for key, array in (*unpack_arrays(reply.content).items(), *private.items())}
+        tensors = views(unpack_arrays(reply.content)) | views(private)
         with self._open() as store:
             return store.save_model_chunks(
                 tensors,
@@ -100,9 +100,5 @@ class ClientStore:
 
 
 def digest_received(message: Message) -> str:
-    """Return the SHA-256 of a message's model: every name and array, as they travel."""
-    digest = hashlib.sha256()
-    for key, array in sorted(unpack_arrays(message.content).items()):
-        digest.update(f"{key}\0{len(array.data)}\0".encode())
-        digest.update(array.data)
-    return digest.hexdigest()
+    """Return the digest of the model in a message."""
+    return digest_of(views(unpack_arrays(message.content)))

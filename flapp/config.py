@@ -111,6 +111,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path)))
 
 
+@lru_cache(maxsize=8)
 def config_digest(config: Config) -> str:
     """Return the SHA-256 of every setting that a run's bytes may depend on."""
     return hashlib.sha256(json.dumps(_deciding(asdict(config)), sort_keys=True).encode()).hexdigest()

@@ -178,6 +178,11 @@ def view(array: Array) -> np.ndarray:
         raise ValueError(f"not a plain array of {array.dtype} {list(array.shape)} ({error})") from error
 
 
+def views(record: Mapping[str, Array]) -> dict[str, np.ndarray]:
+    """Return the arrays inside a model, each as `view` does."""
+    return {key: view(array) for key, array in record.items()}
+
+
 def pack(values: np.ndarray) -> Array:
     """Return a numpy array as a Flower Array, with one copy where Array(values) makes three."""
     values = np.asarray(values, order="C")

@@ -142,18 +142,16 @@ class RunDirectory:
         Raises ConfigError when it tells of rounds beyond the one that may have been under way.
         """
         self._metrics.seek(0)
+        written = [(text, _parse(text)) for text in self._metrics.read().splitlines(keepends=True)]
+        newest = max((line["round"] for _, line in written if line is not None), default=0)
+        if newest > server_round + 1:
+            self.close()
+            raise ConfigError(
+                f"{self.path / STORE} ends with round {server_round}, metrics.jsonl goes on to round {newest}: bring "
+                "the store back from a copy, or start a new run"
+            )
         kept, last = 0, 0.0
-        for text in self._metrics.read().splitlines(keepends=True):
-            line = _parse(text)
-            if line is not None and line["round"] > server_round + 1:
-                self.close()
-                raise ConfigError(
-                    f"{self.path / STORE} ends with round {server_round}, metrics.jsonl goes on to round "
-                    f"{line['round']}: bring the store back from a copy, or start a new run"
-                )
-        self._metrics.seek(0)
-        for text in self._metrics.read().splitlines(keepends=True):
-            line = _parse(text)
+        for text, line in written:
             if line is None or line["round"] > server_round:
                 break
             self._count(line)

@@ -19,7 +19,7 @@ from flapp.base import Base, keep_base
 from flapp.config import derive_seed, load
 from flapp.data import ClientLoader, OfflineDataset, check_claim, ensure_artifacts, load_manifest
 from flapp.grid import PolledGrid
-from flapp.messages import Claim, pack, view
+from flapp.messages import Claim, pack, views
 from flapp.model import (
     ModelFactory,
     StorageManager,
@@ -67,7 +67,7 @@ def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> None:
     base = keep_base(config.models_dir, frozen) if config.lora.enabled else None
     polled = PolledGrid(grid)
     roster = build_roster(config, polled, base)
-    strategy = build_strategy(config, roster, run, model)
+    strategy = build_strategy(config, roster, run, model, private)
     done = run.last_round()
     if done:
         saved, facts = run.load_round(done)
@@ -134,7 +134,7 @@ def leave_model(config: Config, run: RunDirectory, model: nn.Module, base: Base 
 def split_place(config: Config) -> tuple[Path, str, int, int]:
     """Say where the final model is stored split: the folder, the name of the files and the points."""
     folder = Path(config.split.model_storage_dir or "")
-    return folder, config.run_name.replace("/", "-"), *parse_points(config.split.split_config)
+    return folder, StorageManager.get_model_name(config.run_name), *parse_points(config.split.split_config)
 
 
 def leave_split(config: Config, path: Path) -> None:
@@ -165,8 +165,8 @@ def build_roster(config: Config, grid: Grid, base: Base | None) -> Roster:
     return Roster(grid, list(manifest), config.run_name, config.dataset.classes, check, strict, base=base)
 
 
-def build_strategy(config: Config, roster: Roster, run: RunDirectory, model: nn.Module) -> FedAvg:
-    """Build the strategy that the config names."""
+def build_strategy(config: Config, roster: Roster, run: RunDirectory, model: nn.Module, private: list[str]) -> FedAvg:
+    """Build the strategy that the config names; private are the tensors that each client keeps."""
     settings = config.strategy
     optimizer = None
     if settings.server_optimizer is not None:
@@ -185,14 +185,11 @@ def build_strategy(config: Config, roster: Roster, run: RunDirectory, model: nn.
     }
     if settings.aggregation is None:
         return FedAvg(**common)
-    sent, private = keys_of(config, model)
-    factors = {f"{name}.lora_{ab}" for name in adapted_layers(model) for ab in "AB"}
     dealt = config.lora.rank_by_client or ()
     return FedLoRA(
         **common,
         aggregation=settings.aggregation,
         layers=list(adapted_layers(model)),
-        fixed={key: t.numpy() for key, t in model.state_dict().items() if key in factors - set(sent) - set(private)},
         private=private,
         scaling=config.lora.alpha / config.lora.rank,
         rank=config.lora.rank,
@@ -221,8 +218,7 @@ def end_round(
         evaluate_centrally(config, run, model, server_round, arrays) if config.evaluate.central and evaluated else None
     )
     if server_round:
-        tensors = {key: view(array) for key, array in arrays.items()} | strategy.state(arrays)
-        run.save_round(server_round, tensors, strategy.facts())
+        run.save_round(server_round, views(arrays) | strategy.state(arrays), strategy.facts())
     return found
 
 

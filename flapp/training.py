@@ -66,9 +66,8 @@ class Stepper:
         self.waiting = 0
 
     def _shape_gradients(self) -> None:
-        pairs = [(p, p.grad) for p in self.parameters if p.grad is not None]
         if self.waiting > 1:
-            torch._foreach_div_([grad for _, grad in pairs], self.waiting)
+            torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], self.waiting)
         for p, start in zip(self.parameters, self.start, strict=False):
             if p.grad is not None:
                 p.grad.add_(p - start, alpha=self.rules.proximal_mu)

@@ -16,6 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flapp import client_app, config, server_app
 from flapp.data import Manifest, write_shards
 from flapp.messages import ORDER
+from flapp.strategy import FedAvg
 from tests.leaf_files import Samples, as_leaf, draw_samples, write_leaf
 
 Tamper = Callable[[str, Message], Message]
@@ -101,6 +102,25 @@ def federate(data_home: Path, tmp_path: Path) -> Callable[..., tuple[dict[str, A
         return json.loads((path / "metrics.json").read_text()), path
 
     return run
+
+
+class Broken(RuntimeError):
+    """What the tests break a run with."""
+
+
+def break_off(federate: Callable[..., Any], server_round: int, place: str, *overrides: str) -> None:
+    """Run a federation that breaks off where its strategy comes to `place` in a round."""
+    real = getattr(FedAvg, place)
+
+    def stand_in(strategy: FedAvg, *args: Any) -> Any:
+        if strategy.exchange.server_round == server_round:
+            raise Broken("the power is gone")
+        return real(strategy, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FedAvg, place, stand_in)
+        with pytest.raises(Broken):
+            federate(*overrides)
 
 
 def read_lines(path: Path, kind: str) -> list[dict[str, Any]]:

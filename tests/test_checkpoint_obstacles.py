@@ -1,17 +1,16 @@
 """Full disks, locks, permissions and what else stands in the way give one clear line, and earlier rounds stay."""
 
 import os
-import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from flapp.checkpoint import CheckpointError, ChunkManager, engines
 from tests.checkpoint_rounds import digests_of, expected, is_sound, model_of
+from tests.full_disk import largest_file
 
 ENGINES = ["stdlib", "fast"]
 
@@ -26,17 +25,6 @@ def test_two_engines_in_one_process_never_share_a_file(tmp_path: Path, engine: s
         ChunkManager(tmp_path / "store.db", engine=engine).close()
     with ChunkManager(tmp_path / "store.db", engine=other) as manager:
         assert digests_of(manager) == expected([1])
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Let no file of this process grow beyond `size` bytes, which a write is then told."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def two_rounds(folder: Path, engine: str = "auto") -> ChunkManager:

@@ -21,6 +21,15 @@ SPECS = {
 TOTAL = sum(spec.numel for spec in SPECS.values())
 
 
+def test_arrays_that_may_not_be_written_are_taken_where_they_lie_and_not_copied() -> None:
+    array = np.frombuffer(np.arange(6, dtype=np.float32).tobytes(), np.float32).reshape(2, 3)
+    tensor = ChunkManager.model_to_params({"w": array, "scalar": np.frombuffer(b"\7", np.uint8).reshape(())})["w"]
+    assert not array.flags.writeable
+    assert tensor.data_ptr() == array.__array_interface__["data"][0]
+    assert tensor.tolist() == array.tolist()
+    assert digest_of({"w": array}) == digest_of({"w": array.copy()})
+
+
 @pytest.mark.parametrize("chunk_num", range(1, 40))
 def test_equal_chunks_differ_by_at_most_one_element_and_none_is_empty(chunk_num: int) -> None:
     cuts = cut_evenly(SPECS, chunk_num)

@@ -16,9 +16,8 @@ from flapp.model import load_tensors
 from flapp.roster import FederationError
 from flapp.server_app import initial_model
 from flapp.settings import ConfigError
-from flapp.strategy import RULES, FedAvg
-from tests.conftest import read_lines
-from tests.test_resume import Broken, break_in, in_round
+from flapp.strategy import RULES
+from tests.conftest import break_off, read_lines
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]
 LORA = (
@@ -132,16 +131,11 @@ def test_private_factors_stay_with_their_client_and_personalise_it(federate: Fed
     ],
     ids=" ".join,
 )
-def test_a_broken_run_is_resumed_to_the_same_bytes(
-    federate: Federate, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
-) -> None:
+def test_a_broken_run_is_resumed_to_the_same_bytes(federate: Federate, settings: tuple[str, ...]) -> None:
     settings = (*LORA, "num_rounds=4", "train.steps=2", *settings)
     whole, _ = federate(*settings)
     name = f"run_name=lora-{abs(hash(settings))}"
-    mend = break_in(monkeypatch, FedAvg, "aggregate_train", in_round(3))
-    with pytest.raises(Broken):
-        federate(*settings, name)
-    mend()
+    break_off(federate, 3, "aggregate_train", *settings, name)
     resumed, path = federate(*settings, name, "resume=true")
     assert resumed["model_sha256"] == whole["model_sha256"]
     assert not any(line["failures"] for line in read_lines(path, "train"))
@@ -201,18 +195,13 @@ def test_a_client_without_the_base_gets_it_once_and_one_with_another_is_refused(
     }
 
 
-def test_a_run_is_not_resumed_over_another_base(
-    federate: Federate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_run_is_not_resumed_over_another_base(federate: Federate, tmp_path: Path) -> None:
     _, first = federate(*LORA, "num_rounds=1")
     _, other = federate(*LORA, "num_rounds=1", "seed=5")
     start = tmp_path / "start.safetensors"
     start.write_bytes((first / "model.safetensors").read_bytes())
     settings = (*LORA, f"model.pretrained={start}", "run_name=rebased")
-    mend = break_in(monkeypatch, FedAvg, "aggregate_train", in_round(2))
-    with pytest.raises(Broken):
-        federate(*settings)
-    mend()
+    break_off(federate, 2, "aggregate_train", *settings)
     start.write_bytes((other / "model.safetensors").read_bytes())
     with pytest.raises(FederationError, match="the run began over base .*, the base is now"):
         federate(*settings, "resume=true")

@@ -16,8 +16,7 @@ from flwr.app import Context, RecordDict
 from flapp import client_app, config, results, server_app
 from flapp.checkpoint import ChunkManager
 from flapp.settings import ConfigError
-from flapp.strategy import FedAvg
-from tests.conftest import LocalGrid, read_lines
+from tests.conftest import Broken, LocalGrid, break_off, read_lines
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]
 TOY = ("experiment=toy_regression", "num_rounds=4")
@@ -25,27 +24,6 @@ MOMENTUM = (  # everything that carries state from step to step, or draws at ran
     *("clients=5", "num_rounds=6", "train.optimizer=sgd", "train.momentum=0.9", "train.steps=2", "model.dropout=0.2"),
     *("strategy.fraction_train=0.8", "evaluate.every=2", "evaluate.personal_epochs=0", "train.weight_decay=0.0"),
 )
-
-
-class Broken(RuntimeError):
-    """What the tests break a run with."""
-
-
-def break_in(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, when: Callable[..., bool]) -> Callable[[], None]:
-    """Make owner.name raise when `when` says so of its arguments; call the result to mend it."""
-    real = getattr(owner, name)
-
-    def stand_in(*args: Any, **kwargs: Any) -> Any:
-        if when(*args):
-            raise Broken("the power is gone")
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, stand_in)
-    return lambda: monkeypatch.setattr(owner, name, real)
-
-
-def in_round(number: int) -> Callable[..., bool]:
-    return lambda strategy, *_: strategy.exchange.server_round == number
 
 
 def count_fits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
@@ -64,13 +42,10 @@ def count_fits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("place", ["aggregate_train", "aggregate_evaluate", "configure_evaluate", "facts"])
 def test_a_run_that_broke_off_in_any_phase_is_resumed_to_the_same_bytes_and_figures(
-    federate: Federate, monkeypatch: pytest.MonkeyPatch, place: str
+    federate: Federate, place: str
 ) -> None:
     whole, whole_path = federate(*TOY, "evaluate.central=true")
-    mend = break_in(monkeypatch, FedAvg, place, in_round(3))
-    with pytest.raises(Broken):
-        federate(*TOY, "evaluate.central=true", f"run_name=broken-{place}")
-    mend()
+    break_off(federate, 3, place, *TOY, "evaluate.central=true", f"run_name=broken-{place}")
     resumed, path = federate(*TOY, "evaluate.central=true", f"run_name=broken-{place}", "resume=true")
     same = ("status", "model_sha256", "rounds", "loss", "objective", "bytes_up", "bytes_down")
     assert {key: resumed[key] for key in same} == {key: whole[key] for key in same}
@@ -86,10 +61,7 @@ def test_a_client_that_has_trained_the_round_answers_from_its_store(
 ) -> None:
     whole, _ = federate(*TOY)
     trained = count_fits(monkeypatch)
-    mend = break_in(monkeypatch, FedAvg, "aggregate_train", in_round(3))
-    with pytest.raises(Broken):
-        federate(*TOY, "run_name=replayed")
-    mend()
+    break_off(federate, 3, "aggregate_train", *TOY, "run_name=replayed")
     resumed, _ = federate(*TOY, "run_name=replayed", "resume=true")
     assert resumed["model_sha256"] == whole["model_sha256"]
     assert sorted(trained) == [(str(client), number) for client in range(3) for number in range(1, 5)]
@@ -101,10 +73,7 @@ def test_without_replay_a_client_trains_again_to_the_same_bytes(
 ) -> None:
     whole, _ = federate(*TOY, setting)
     trained = count_fits(monkeypatch)
-    mend = break_in(monkeypatch, FedAvg, "aggregate_train", in_round(2))
-    with pytest.raises(Broken):
-        federate(*TOY, setting, f"run_name={setting.replace('=', '-')}")
-    mend()
+    break_off(federate, 2, "aggregate_train", *TOY, setting, f"run_name={setting.replace('=', '-')}")
     resumed, _ = federate(*TOY, setting, f"run_name={setting.replace('=', '-')}", "resume=true")
     assert resumed["model_sha256"] == whole["model_sha256"]
     assert [client for client, number in trained if number == 2] == ["0", "1", "2"] * 2
@@ -114,10 +83,7 @@ def test_a_client_whose_data_or_store_changed_trains_anew(
     federate: Federate, monkeypatch: pytest.MonkeyPatch, data_home: Path
 ) -> None:
     whole, _ = federate(*TOY)
-    mend = break_in(monkeypatch, FedAvg, "aggregate_train", in_round(3))
-    with pytest.raises(Broken):
-        federate(*TOY, "run_name=spoiled")
-    mend()
+    break_off(federate, 3, "aggregate_train", *TOY, "run_name=spoiled")
     trained = count_fits(monkeypatch)
     stores = data_home / "checkpoints" / "spoiled"
     (stores / "client_0" / "client_0_chunks.db").write_bytes(b"not a database, but long enough to be read as one")
@@ -130,12 +96,9 @@ def test_a_client_whose_data_or_store_changed_trains_anew(
 
 
 def test_changed_settings_are_refused_by_name_and_those_that_do_not_matter_are_not(
-    federate: Federate, monkeypatch: pytest.MonkeyPatch
+    federate: Federate,
 ) -> None:
-    mend = break_in(monkeypatch, FedAvg, "aggregate_train", in_round(2))
-    with pytest.raises(Broken):
-        federate(*TOY, "run_name=changed")
-    mend()
+    break_off(federate, 2, "aggregate_train", *TOY, "run_name=changed")
     with pytest.raises(ConfigError) as caught:
         federate(*TOY, "run_name=changed", "resume=true", "train.lr=0.5", "seed=3")
     assert "other settings (partition.seed was 0, is 3; seed was 0, is 3; train.lr was 0.01, is 0.5)" in str(
@@ -182,14 +145,9 @@ def test_a_run_that_still_runs_is_not_resumed(federate: Federate, data_home: Pat
     assert federate(*TOY, "run_name=running", "resume=true")[0]["status"] == "finished"
 
 
-def test_lines_of_a_round_that_was_not_completed_are_dropped(
-    federate: Federate, monkeypatch: pytest.MonkeyPatch, data_home: Path
-) -> None:
+def test_lines_of_a_round_that_was_not_completed_are_dropped(federate: Federate, data_home: Path) -> None:
     whole, whole_path = federate(*TOY)
-    mend = break_in(monkeypatch, FedAvg, "facts", in_round(3))
-    with pytest.raises(Broken):
-        federate(*TOY, "run_name=torn")
-    mend()
+    break_off(federate, 3, "facts", *TOY, "run_name=torn")
     with (data_home / "runs" / "torn" / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "round": 3, "ti')
     resumed, path = federate(*TOY, "run_name=torn", "resume=true")

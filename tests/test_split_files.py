@@ -4,9 +4,7 @@ import errno
 import json
 import os
 import re
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from flapp.model import COMPONENTS, ModelFactory, StorageManager, read_tensors, save_tensors, sha256_of_file
 from flapp.model.split_files import read_component, read_metadata
+from tests.full_disk import largest_file
 from tests.split_models import compose, draw_images, refusal, write_vit
 
 FIELDS = {
@@ -285,17 +284,6 @@ def test_a_crash_of_a_first_save_leaves_a_pair_or_none(tmp_path: Path, monkeypat
             store_over(base)
     assert read_metadata(pair(base, "bottom")[0]).model_sha256 == sha256_of_file(tmp_path / "seed1.safetensors")
     check_refused(base, "x_1-2_trunk.safetensors cannot be read .*: this component is missing")
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Let no file of this process grow beyond `size` bytes, which a write is then told."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 @pytest.mark.parametrize("size", [300, 100_000, 150_000])

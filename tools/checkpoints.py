@@ -18,7 +18,7 @@ import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,18 @@ def open_store(path: Path) -> ChunkManager:
     return ChunkManager(path, create=False)
 
 
+def visit(path: Path, act: Callable[[ChunkManager], Iterable[str] | None]) -> list[str]:
+    """Let `act` see every store at `path`; return the problems it finds, and those of stores that cannot be read."""
+    problems: list[str] = []
+    for db in find_stores(path):
+        try:
+            with open_store(db) as store:
+                problems += act(store) or ()
+        except CheckpointError as error:
+            problems.append(str(error))
+    return problems
+
+
 def list_rounds(given: argparse.Namespace) -> dict[str, Any]:
     """Return the rounds and statistics of a store."""
     with open_store(given.db) as store:
@@ -61,13 +73,7 @@ def list_rounds(given: argparse.Namespace) -> dict[str, Any]:
 def list_stores(given: argparse.Namespace) -> dict[str, Any]:
     """Return the statistics of every store in a folder, and what is wrong with those that cannot be read."""
     stores: list[dict[str, Any]] = []
-    problems: list[str] = []
-    for path in find_stores(given.db):
-        try:
-            with open_store(path) as store:
-                stores.append(store.get_storage_stats())
-        except CheckpointError as error:
-            problems.append(str(error))
+    problems = visit(given.db, lambda store: stores.append(store.get_storage_stats()))
     return {"stores": stores, "problems": problems}
 
 
@@ -93,18 +99,15 @@ def show(given: argparse.Namespace) -> dict[str, Any]:
 
 def verify(given: argparse.Namespace) -> dict[str, Any]:
     """Return how much of every store was checked, and all problems."""
-    stores = find_stores(given.db)
     totals = Counter(rounds=0, chunks=0, bytes=0)
-    problems: list[str] = []
-    for path in stores:
-        try:
-            with open_store(path) as store:
-                found = store.verify()
-            totals.update(rounds=found.rounds, chunks=found.chunks, bytes=found.bytes)
-            problems += found.problems
-        except CheckpointError as error:
-            problems.append(str(error))
-    return {"stores": len(stores), **totals, "problems": problems}
+
+    def check(store: ChunkManager) -> tuple[str, ...]:
+        found = store.verify()
+        totals.update(rounds=found.rounds, chunks=found.chunks, bytes=found.bytes)
+        return found.problems
+
+    problems = visit(given.db, check)
+    return {"stores": len(find_stores(given.db)), **totals, "problems": problems}
 
 
 def diff(given: argparse.Namespace) -> dict[str, Any]:
@@ -123,14 +126,12 @@ def export(given: argparse.Namespace) -> dict[str, Any]:
 def compact(given: argparse.Namespace) -> dict[str, Any]:
     """Shrink every store and return its bytes before and after, and what is wrong with those that cannot be read."""
     stores: list[dict[str, Any]] = []
-    problems: list[str] = []
-    for path in find_stores(given.db):
-        try:
-            with open_store(path) as store:
-                before, after = store.compact()
-            stores.append({"db_path": str(path), "bytes_before": before, "bytes_after": after})
-        except CheckpointError as error:
-            problems.append(str(error))
+
+    def shrink(store: ChunkManager) -> None:
+        before, after = store.compact()
+        stores.append({"db_path": str(store.path), "bytes_before": before, "bytes_after": after})
+
+    problems = visit(given.db, shrink)
     return {"stores": stores, "problems": problems}
 
 

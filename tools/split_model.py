@@ -30,7 +30,7 @@ def split_run(run: Path, points: Sequence[int], out: Path, check: bool, overwrit
     """Split the model of the run directory `run` and return lines to print; raises ValueError."""
     config = read_finished(run)
     model = build_settings(ModelConfig, config["model"], "model.")
-    name, (p1, p2) = str(config["run_name"]).replace("/", "-"), points
+    name, (p1, p2) = StorageManager.get_model_name(str(config["run_name"])), points
     models = ModelFactory.create_split_models(
         "vit", run / MODEL, p1, p2, "cpu", out, True, name=name, overwrite=overwrite, dropout=model.dropout
     )

@@ -50,25 +50,25 @@ def verify(store: Store, round_num: int, entries: list[Entry]) -> None:
     """Read and verify chunks without keeping them: reading them twice costs less than memory touched for once."""
     largest = max((entry.size for entry in entries), default=0)
     spare = [memoryview(bytearray(largest)) for _ in range(VERIFY_AHEAD)]
-    checks: deque[Future[CheckpointError | None]] = deque()
-    with ThreadPoolExecutor(HASH_THREADS) as threads:
-        for i, entry in enumerate(entries):
-            if len(checks) == VERIFY_AHEAD and (damage := checks.popleft().result()):
-                raise damage
-            data = [spare[i % VERIFY_AHEAD][: entry.size]]
-            store.read(entry, data)
-            checks.append(threads.submit(store.damage, round_num, entry, data))
-        for check in checks:
-            if damage := check.result():
-                raise damage
+    places = ([spare[i % VERIFY_AHEAD][: entry.size]] for i, entry in enumerate(entries))
+    _read_verified(store, round_num, entries, places, VERIFY_AHEAD)
 
 
 def read(store: Store, round_num: int, entries: list[Entry], buffers: Mapping[str, memoryview]) -> None:
     """Read chunks to where they belong, verifying in threads what has been read."""
+    places = (pieces_of(entry.parts, buffers) for entry in entries)
+    _read_verified(store, round_num, entries, places, len(entries))
+
+
+def _read_verified(
+    store: Store, round_num: int, entries: list[Entry], places: Iterable[list[memoryview]], ahead: int
+) -> None:
+    """Read each chunk to its place; before one more than `ahead` are, the first of them has been verified."""
+    checks: deque[Future[CheckpointError | None]] = deque()
     with ThreadPoolExecutor(HASH_THREADS) as threads:
-        checks = []
-        for entry in entries:
-            pieces = pieces_of(entry.parts, buffers)
+        for entry, pieces in zip(entries, places, strict=True):
+            if len(checks) == ahead and (damage := checks.popleft().result()):
+                raise damage
             store.read(entry, pieces)
             checks.append(threads.submit(store.damage, round_num, entry, pieces))
         for check in checks:

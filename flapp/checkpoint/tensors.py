@@ -37,9 +37,9 @@ def model_to_params(model: nn.Module | Mapping[str, Any]) -> dict[str, Tensor]:
 def _as_tensor(key: str, value: Any) -> Tensor:
     if isinstance(value, (np.ndarray, np.generic)):
         array = np.asarray(value, order="C")
-        array = array.astype(array.dtype.newbyteorder("="), copy=not array.flags.writeable)
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
         try:
-            value = torch.from_numpy(array)
+            value = torch.from_numpy(array if array.flags.writeable else np.asarray(_Unlocked(array)))
         except TypeError as error:
             raise CheckpointError(f"tensor {key} cannot be stored: {error}") from None
     if not isinstance(value, Tensor):
@@ -48,6 +48,15 @@ def _as_tensor(key: str, value: Any) -> Tensor:
         kind = f"{dtype_name(value)}, {value.layout}, on {value.device}"
         raise CheckpointError(f"tensor {key} cannot be stored ({kind}): only dense tensors with raw bytes can")
     return value.detach()
+
+
+class _Unlocked:
+    """Show a read-only array as one that torch takes without a warning; nothing here ever writes to it."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array  # keeps its memory alive
+        address, _ = array.__array_interface__["data"]
+        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
 
 
 def _identity(tensor: Tensor) -> Any:

@@ -84,6 +84,11 @@ class StorageManager:
         return Path(base) / component / f"{name}_{p1}-{p2}_{component}{WEIGHTS}"
 
     @staticmethod
+    def get_model_name(run_name: str) -> str:
+        """Return the name of the files of a run's model."""
+        return run_name.replace("/", "-")
+
+    @staticmethod
     def get_model_metadata_path(path: str | Path) -> Path:
         """Return the path of the metadata that belongs to the weights at `path`."""
         path = Path(path)

@@ -41,9 +41,9 @@ def global_keys(state: Iterable[str], travels: Iterable[str], aggregation: str) 
 class FedLoRA(FedAvg):
     """Federated LoRA by the rule `aggregation`; its other arguments are FedAvg's, and these:
 
-    layers: names of the adapted layers; fixed: the factors that never travel; private: keys that each client keeps;
-    scaling: alpha / rank; rank: of the global adapter; ranks: of clients that have less; fresh: a round's new lora_A of
-    every layer, of the global rank and drawn from the seed.
+    layers: names of the adapted layers; private: keys that each client keeps; scaling: alpha / rank; rank: of the
+    global adapter; ranks: of clients that have less; fresh: a round's new lora_A of every layer, of the global rank and
+    drawn from the seed. Factors that never travel are those of the roster's base.
     """
 
     def __init__(
@@ -51,7 +51,6 @@ class FedLoRA(FedAvg):
         *args: Any,
         aggregation: str,
         layers: Sequence[str],
-        fixed: Mapping[str, np.ndarray],
         private: Sequence[str],
         scaling: float,
         rank: int,
@@ -61,7 +60,7 @@ class FedLoRA(FedAvg):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.aggregation, self.rule = aggregation, RULES[aggregation]
-        self.layers, self.fixed, self.private = list(layers), fixed, tuple(private)
+        self.layers, self.private = list(layers), tuple(private)
         self.scaling, self.rank, self.ranks, self.fresh = scaling, rank, ranks, fresh
 
     def summary(self) -> None:
@@ -85,7 +84,8 @@ class FedLoRA(FedAvg):
     def instructions(self, kind: str, server_round: int) -> dict[str, Any]:
         """Name what is trained and sent back in this round, and what is trained and kept."""
         factors = self.rule.travels(server_round) if kind == TRAIN else frozenset("AB")
-        frozen = {f"{layer}.{part}" for layer in self.layers for part in (A, B, WEIGHT) if part[-1] not in factors}
+        parts = [WEIGHT, *(f"lora_{ab}" for ab in "AB" if ab not in factors)]
+        frozen = {f"{layer}.{part}" for layer in self.layers for part in parts}
         return {"returns": tuple(key for key in self.current if key not in frozen), "private": self.private}
 
     def outgoing(self, client_id: str, arrays: ArrayRecord) -> ArrayRecord:
@@ -124,7 +124,10 @@ class FedLoRA(FedAvg):
 
         def factor(key: str) -> np.ndarray | None:
             held = record if key in record else self.current
-            return view(held[key]) if key in held else self.fixed.get(key)
+            return view(held[key]) if key in held else fixed[key].numpy() if key in fixed else None
+
+        assert self.roster.base is not None
+        fixed = self.roster.base.tensors
 
         a, b = factor(f"{layer}.{A}"), factor(f"{layer}.{B}")
         assert a is not None

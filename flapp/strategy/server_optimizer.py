@@ -11,7 +11,7 @@ import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvgM, FedYogi
 
-from flapp.messages import ARRAYS, NUM_EXAMPLES, TRAIN, pack, view
+from flapp.messages import ARRAYS, NUM_EXAMPLES, TRAIN, pack, view, views
 
 MOMENTS = ("m_t", "v_t")
 
@@ -36,7 +36,7 @@ class ServerOptimizer:
         """Return the new global model, in the dtypes of the current one."""
         floats = [key for key, array in average.items() if view(array).dtype.kind == "f"]
         before, after = (ArrayRecord({key: record[key] for key in floats}) for record in (current, average))
-        self.flower.current_arrays = before if isinstance(self.flower, FedAvgM) else _unpack(before)
+        self.flower.current_arrays = before if isinstance(self.flower, FedAvgM) else views(before)
         metrics = MetricRecord({NUM_EXAMPLES: 1})
         reply = Message(RecordDict({ARRAYS: after, "metrics": metrics}), dst_node_id=1, message_type=TRAIN)
         stepped, _ = self.flower.aggregate_train(server_round, [reply])
@@ -60,7 +60,3 @@ class ServerOptimizer:
                 self.flower.momentum_vector = list(moment.values())
             elif moment:
                 setattr(self.flower, name, moment)
-
-
-def _unpack(record: ArrayRecord) -> dict[str, np.ndarray]:
-    return {key: view(array) for key, array in record.items()}

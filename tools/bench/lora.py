@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from flapp.model import add_lora, build_model, mark_only_lora_as_trainable
-from flapp.training import build_optimizer, train
+from flapp.training import StepRules, build_optimizer, train
 from tools.bench import Row, measure
 
 MODEL, SIZE, BATCH, CLASSES = "vit_s_16", 64, 32, 10
@@ -30,14 +30,13 @@ def in_peft(model: nn.Module) -> nn.Module:
     return get_peft_model(copy.deepcopy(model), words)
 
 
-def stepper(model: nn.Module, autocast: bool = False) -> Callable[[], None]:
+def stepper(model: nn.Module, precision: str = "float32") -> Callable[[], None]:
     """Return a function that takes one step of the local loop, with AdamW, on one fixed batch."""
     batches = [(torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(0, CLASSES, (BATCH,)))]
     optimizer = build_optimizer(model, "adamw", 1e-4)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            train(model, batches, optimizer, steps=1)
+        train(model, batches, optimizer, steps=1, rules=StepRules(precision=precision))
 
     return step
 
@@ -46,7 +45,7 @@ def rows() -> list[Row]:
     """Time the steps in turn; every contender starts from the same weights and does the same work."""
     base = build_model(MODEL, (SIZE, SIZE, 3), CLASSES)
     contenders = {"full": stepper(base), "lora": stepper(adapted(base)), "peft": stepper(in_peft(base))}
-    contenders["bf16"] = stepper(adapted(base), autocast=True)
+    contenders["bf16"] = stepper(adapted(base), precision="bfloat16")
     seconds = measure(contenders, repeats=9)
     what = f"LoRA step, {MODEL} at {SIZE} pixels, {', '.join(TARGETS)}, r={RANK}"
     note = f"bfloat16 autocast takes {seconds['bf16'] / seconds['lora']:.2f}x of its time on this CPU"
