@@ -57,7 +57,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> dict[str, Any]:
-    """Gather the clients, run every round, leave the final model in the run directory, and the summary, and return it."""
+    """Gather the clients, run every round, leave the final model and summary in the run directory; return the summary."""
     torch.set_num_threads(config.train.threads)
     if config.split.auto_save_split_models:
         # Only a run that has written its model has been as far as storing it split, and may find files of its own.
@@ -122,7 +122,7 @@ def load_global(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def leave_model(config: Config, run: RunDirectory, model: nn.Module, base: Base | None) -> dict[str, Any]:
-    """Write the final model, adapters folded in, and the adapter alone where it is all that changed; then the summary."""
+    """Write the final model, adapters folded in, and the adapter alone where it is all that changed; then finish."""
     digest = run.save_model(merged_state_dict(model) if base else model.state_dict())
     rule = RULES.get(config.strategy.aggregation or "")
     if base is not None and rule is not None and not rule.folds and not rule.private_b:

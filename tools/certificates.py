@@ -1,7 +1,7 @@
-"""Keys and certificates of a deployment, made by `cryptography` and written so that nobody else can read what is secret.
+"""Keys and certificates of a deployment, made by `cryptography`; nobody else can read what is secret.
 
-    python -m tools.certificates server DIR --host fl.example.org --host 192.0.2.7    of a SuperLink, with a CA of its own
-    python -m tools.certificates site DIR                                             the key pair of a SuperNode
+    python -m tools.certificates server DIR --host fl.example.org      of a SuperLink, with a CA of its own
+    python -m tools.certificates site DIR                              the key pair of a SuperNode
 
     DIR/ca.crt          the CA's certificate: every site and everyone who submits runs needs a copy
         ca.key          its private key (mode 0600): signs the next server certificate; keep it off the server

@@ -1,4 +1,4 @@
-"""SuperLinks that runs are submitted to: any by its address, and a private one, started for one run and stopped for good.
+"""SuperLinks that runs are submitted to: any by its address, and a private one, started for one run and stopped.
 
 The SuperLink that `flwr run` starts by itself is a daemon that keeps the folder, environment and code of its first
 launch; the private one belongs to one run, starts from a neutral folder, and has a home and a port of its own.

@@ -123,9 +123,8 @@ class Child:
         now = time.monotonic()
         if now - self.started > SETTLED_SECONDS:
             self.pause = FIRST_PAUSE
-        say(
-            f"{self.folder.name} (pid {self.process.pid}) ended with {self.process.returncode}; again in {self.pause:g} s"
-        )
+        status, pid = self.process.returncode, self.process.pid
+        say(f"{self.folder.name} (pid {pid}) ended with {status}; again in {self.pause:g} s")
         self.process, self.next_start = None, now + self.pause
         self.pause = min(LONGEST_PAUSE, self.pause * 2)
         return True
