@@ -57,7 +57,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> dict[str, Any]:
-    """Gather the clients, run every round, leave the final model and summary in the run directory; return the summary."""
+    """Gather the clients, run every round, leave the final model and summary in the run directory; return that."""
     torch.set_num_threads(config.train.threads)
     if config.split.auto_save_split_models:
         # Only a run that has written its model has been as far as storing it split, and may find files of its own.
