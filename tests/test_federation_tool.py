@@ -52,7 +52,7 @@ def test_damaged_or_miscounted_shards_are_refused_before_anything_starts(
 ) -> None:
     folder = shards.path.parent
     up = ("up", "--folder", str(tmp_path / "f"), "--shards", str(folder))
-    assert refusal(capsys, *up, "--clients", "5").endswith("has 3: leave --clients out")
+    assert refusal(capsys, *up, "--clients", "5").endswith("holds 3: leave --clients out")
     file = folder / "client_1" / "train.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
