@@ -118,11 +118,16 @@ class SuperLink:
 
 
 class PrivateSuperLink(SuperLink):
-    """Run a simulation SuperLink as a context manager; port None takes a free one."""
+    """Run a simulation SuperLink as a context manager; port None takes a free one.
 
-    def __init__(self, port: int | None = None) -> None:
+    ray_address: of a Ray cluster to simulate the clients in; None has Ray started for the run.
+    """
+
+    def __init__(self, port: int | None = None, ray_address: str | None = None) -> None:
         self.port = port if port is not None else free_port()
         super().__init__(f"{HOST}:{self.port}")
+        if ray_address is not None:
+            self.env["RAY_ADDRESS"] = ray_address
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
