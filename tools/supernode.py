@@ -87,8 +87,8 @@ def replace_names(name: str, **stand_ins: Any) -> None:
 def run_supernode() -> Any:
     """Run Flower's SuperNode, with a SuperExec of ours."""
 
-    def popen(command: list[str], **options: Any) -> Any:
-        assert command[0] == SUPEREXEC and not options, command
+    def popen(command: list[str]) -> Any:
+        assert command[0] == SUPEREXEC, command
         return subprocess.Popen(own_command("superexec", *command[1:]))
 
     replace_names(NODE, time=Pauses(), subprocess=SimpleNamespace(Popen=popen))

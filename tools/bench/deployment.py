@@ -22,10 +22,10 @@ from tools.bench import Row
 from tools.processes import HOST, Processes, SuperLinkError, answers, environment, free_port, program
 from tools.superlink import CONNECTION, SuperLink
 
-TURNS, ROUNDS, NODES = 3, 4, 3
+TURNS, ROUNDS, NODES = 2, 5, 3
 START_SECONDS, RUN_SECONDS = 60, 300
 APP = Path(__file__).resolve().parents[2]
-STOCK_APP = '''
+STOCK_APP = """
 import time
 import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
@@ -33,7 +33,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 
 @client.train()
 def train(message, context):
@@ -53,7 +54,7 @@ def main(grid, context):
     arrays = ArrayRecord([np.zeros((1, 10), np.float32), np.zeros(1, np.float32)])
     strategy = FedAvg(min_train_nodes=NODES, min_evaluate_nodes=NODES, min_available_nodes=NODES)
     strategy.start(grid, arrays, num_rounds=context.run_config["rounds"], evaluate_fn=note_end)
-'''
+"""
 STOCK_PROJECT = """
 [project]
 name = "stock"
