@@ -50,19 +50,27 @@ class Pauses:
         self.pause = FIRST_PAUSE
 
 
-class ClientServer:
-    """The process that clients are forked from, which ends when this one does."""
+class Launcher:
+    """Start a SuperExec's programs: clients as forks of a process that ends when this one does, others as ever."""
 
-    def __init__(self) -> None:
-        self.process: subprocess.Popen[str] | None = None
+    def __init__(self, pauses: Pauses) -> None:
+        self.pauses = pauses
+        self.server: subprocess.Popen[str] | None = None
 
-    def start_client(self, arguments: list[str]) -> None:
-        """Have a client's process started; a server that has ended is started anew."""
-        if self.process is None or self.process.poll() is not None:
-            self.process = subprocess.Popen(own_command("clients"), stdin=subprocess.PIPE, text=True)
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(arguments) + "\n")
-        self.process.stdin.flush()
+    def start(self, command: list[str], **options: Any) -> None:
+        """Stand in for subprocess.Popen; what is to install packages of its own must not inherit ours."""
+        self.pauses.reset()
+        if command[0] == CLIENT and not options and INSTALL not in command:
+            self._fork(command)
+        else:
+            subprocess.Popen(command, **options)
+
+    def _fork(self, command: list[str]) -> None:
+        if self.server is None or self.server.poll() is not None:
+            self.server = subprocess.Popen(own_command("clients"), stdin=subprocess.PIPE, text=True)
+        assert self.server.stdin is not None
+        self.server.stdin.write(json.dumps(command) + "\n")
+        self.server.stdin.flush()
 
 
 def own_command(role: str, *arguments: str) -> list[str]:
@@ -98,17 +106,10 @@ def run_supernode() -> Any:
 
 
 def run_superexec() -> Any:
-    """Run Flower's SuperExec, whose clients are forks; what is to install packages of its own is a new process."""
-    pauses, server = Pauses(), ClientServer()
-
-    def popen(command: list[str], **options: Any) -> Any:
-        pauses.reset()
-        if command[0] != CLIENT or options or INSTALL in command:
-            return subprocess.Popen(command, **options)
-        return server.start_client(command)
-
+    """Run Flower's SuperExec, whose clients are forks."""
+    pauses = Pauses()
     replace_names(EXEC, time=pauses)
-    replace_names(LAUNCH, subprocess=SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL))
+    replace_names(LAUNCH, subprocess=SimpleNamespace(Popen=Launcher(pauses).start, DEVNULL=subprocess.DEVNULL))
     from flwr.supercore.cli import flower_superexec
 
     return flower_superexec()
