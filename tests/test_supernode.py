@@ -146,7 +146,7 @@ def flwr_clientapp():
     sys.exit(3)
 
 sys.modules["flwr.supernode.cli"] = types.SimpleNamespace(flwr_clientapp=flwr_clientapp)
-supernode.NEEDED = ("numpy",)
+supernode.NEEDED = ("numpy.random",)
 supernode.run_clients()
 """
 
