@@ -15,7 +15,8 @@ from pathlib import Path
 
 from tools.bench import Row
 
-TOPICS = ("data", "checkpoint", "lora", "aggregate", "round")  # each a module of tools.bench with rows() -> list[Row]
+# each a module of tools.bench with rows() -> list[Row]
+TOPICS = ("data", "checkpoint", "lora", "aggregate", "round", "deployment")
 
 
 def table(rows: list[Row]) -> str:

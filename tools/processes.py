@@ -6,6 +6,7 @@ whoever its parent has become.
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import sys
@@ -88,10 +89,10 @@ def available_cpus() -> int:
 
 
 def free_port() -> int:
-    """Return a port of this machine that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nothing listens on, of those that the system gives to no outgoing connection meanwhile."""
+    while not is_free(port := random.randrange(20000, 32000)):
+        pass
+    return port
 
 
 def is_free(port: int) -> bool:

@@ -1,0 +1,161 @@
+"""tools.supernode: Flower's SuperNode with shorter waits, and clients that are forks."""
+
+import importlib
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tools import supernode
+from tools.supernode import CLIENT, INSTALL, NODE, Launcher, Pauses, replace_names
+
+ROOT = Path(supernode.__file__).parents[1]
+
+
+class Stopped(Exception):
+    """What ends a loop that has no end."""
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return the list of the pauses made, none of which is really made."""
+    pauses: list[float] = []
+    monkeypatch.setattr(supernode, "time", SimpleNamespace(sleep=pauses.append))
+    return pauses
+
+
+@pytest.fixture
+def node(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return Flower's module with the loop, which is put back afterwards."""
+    module = importlib.import_module(NODE)
+    monkeypatch.setattr(module, "time", module.time)
+    monkeypatch.setattr(module, "subprocess", module.subprocess)
+    return module
+
+
+def test_pauses_grow_up_to_what_is_asked_for(slept: list[float]) -> None:
+    pauses = Pauses()
+    for _ in range(80):
+        pauses.sleep(3)
+    assert slept[0] == supernode.FIRST_PAUSE
+    assert slept == sorted(slept)
+    assert slept[-1] == 3
+    pauses.sleep(0.5)
+    pauses.sleep(3)
+    assert slept[-2:] == [supernode.FIRST_PAUSE] * 2
+    pauses.sleep(0.001)
+    assert slept[-1] == 0.001
+
+
+def test_flowers_own_loop_waits_with_our_pauses_and_shortly_again_after_work(
+    node: Any, slept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pulled = iter([None, None, 1, None])
+    waits = iter([[], [], []])
+
+    @contextmanager
+    def connection(**_: Any) -> Iterator[tuple[Any, ...]]:
+        yield (7, *[None] * 7)
+
+    def pull(**_: Any) -> int | None:
+        return next(pulled)
+
+    def replies(is_reply: bool) -> list[Any]:
+        if (found := next(waits, None)) is None:
+            raise Stopped
+        return found
+
+    state = SimpleNamespace(set_node_id=lambda _: None, get_messages_legacy=replies)
+    factory = SimpleNamespace(state=lambda: state, objectstore_factory=SimpleNamespace(store=lambda: None))
+    monkeypatch.setattr(node, "_init_connection", connection)
+    monkeypatch.setattr(node, "_pull_and_store_message", pull)
+    monkeypatch.setattr(node, "register_signal_handlers", lambda **_: None)
+    replace_names(NODE, time=Pauses())
+    with pytest.raises(Stopped):
+        node.start_client_internal(
+            state_factory=factory, server_address="127.0.0.1:1", node_config={}, isolation="process"
+        )
+    first, second = supernode.FIRST_PAUSE, supernode.FIRST_PAUSE * supernode.GROWTH
+    assert slept == pytest.approx([first, second, first, second, second * supernode.GROWTH])
+
+
+@pytest.mark.parametrize("change", [lambda m: delattr(m, "time"), lambda m: setattr(m, "time", print)])
+def test_a_flower_of_another_build_is_refused_in_one_line(node: Any, change: Any) -> None:
+    change(node)
+    with pytest.raises(SystemExit, match=r"^error: .*start_client_internal has no `time`: use flower-supernode.*$"):
+        replace_names(NODE, time=Pauses())
+
+
+def test_flower_still_calls_what_we_replace() -> None:
+    assert "time.sleep(" in Path(importlib.import_module(NODE).__file__ or "").read_text()
+    assert '["flower-superexec"]' in Path(importlib.import_module(NODE).__file__ or "").read_text()
+    assert "time.sleep(" in Path(importlib.import_module(supernode.EXEC).__file__ or "").read_text()
+    assert "subprocess.Popen(" in Path(importlib.import_module(supernode.LAUNCH).__file__ or "").read_text()
+
+
+class Server:
+    """A server of forks that notes what it is asked for."""
+
+    def __init__(self, command: list[str], **_: Any) -> None:
+        self.command = command
+        self.stdin = io.StringIO()
+        self.ended: int | None = None
+
+    def poll(self) -> int | None:
+        return self.ended
+
+
+def test_clients_are_forked_and_all_else_is_started_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Server] = []
+
+    def popen(command: list[str], **options: Any) -> Server:
+        started.append(Server(command, **options))
+        return started[-1]
+
+    monkeypatch.setattr(supernode, "subprocess", SimpleNamespace(Popen=popen, PIPE=-1))
+    pauses = Pauses()
+    pauses.pause = 9.0
+    launcher = Launcher(pauses)
+    launcher.start([CLIENT, "--token", "one"])
+    launcher.start([CLIENT, "--token", "two"])
+    assert [server.command[-1] for server in started] == ["clients"]
+    assert [json.loads(line)[-1] for line in started[0].stdin.getvalue().splitlines()] == ["one", "two"]
+    assert pauses.pause == supernode.FIRST_PAUSE
+    launcher.start(["flwr-model"])
+    launcher.start([CLIENT, INSTALL])
+    assert [server.command for server in started[1:]] == [["flwr-model"], [CLIENT, INSTALL]]
+    started[0].ended = -9
+    launcher.start([CLIENT, "--token", "three"])
+    assert json.loads(started[-1].stdin.getvalue()) == [CLIENT, "--token", "three"]
+
+
+FORKS = """
+import os, sys, types
+from tools import supernode
+
+def flwr_clientapp():
+    import numpy as np
+    print(sys.argv[1], os.getpid(), np.random.random(), flush=True)
+    sys.exit(3)
+
+sys.modules["flwr.supernode.cli"] = types.SimpleNamespace(flwr_clientapp=flwr_clientapp)
+supernode.NEEDED = ("numpy.random",)
+supernode.run_clients()
+"""
+
+
+def test_every_client_is_a_process_of_its_own_and_draws_noise_of_its_own() -> None:
+    asked = "".join(json.dumps([CLIENT, name]) + "\n" for name in "abc")
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS], input=asked, capture_output=True, text=True, cwd=ROOT, timeout=120, check=True
+    )
+    clients, processes, noise = zip(*[line.split() for line in done.stdout.splitlines()], strict=True)
+    assert sorted(clients) == ["a", "b", "c"]
+    assert len(set(processes)) == len(set(noise)) == 3

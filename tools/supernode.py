@@ -1,0 +1,146 @@
+"""A SuperNode that wastes no time between messages: Flower's own, which asks more often and starts clients faster.
+
+    python -m tools.supernode ARGUMENTS        the arguments of flower-supernode
+
+Flower's SuperNode asks for a message every 3 s and for its client's reply every 0.5 s, its SuperExec looks for work
+every second, and each message starts a new Python, which imports PyTorch. Here each of them asks at short intervals
+first and then ever more rarely, down to Flower's own interval, and a client's process is a fork of one that has
+imported what clients need but has run nothing. What is sent and computed stays the same, to the last byte.
+
+Flower has no settings for this, so names are replaced in three of its modules; other versions of Flower may have no
+such names, and are refused. A SuperNode consists of three processes: this one; `superexec`, which it starts; and
+`clients`, started by that, whose forks are the clients' processes.
+"""
+
+import gc
+import importlib
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+FIRST_PAUSE, GROWTH = 0.02, 1.1  # seconds; pauses come to a tenth of the time waited so far
+NODE, EXEC = "flwr.supernode.start_client_internal", "flwr.supercore.superexec.run_superexec"
+LAUNCH = "flwr.supercore.superexec.executor.subprocess_executor"
+NEEDED = ("flwr.supernode.cli", "safetensors.numpy", "sqlite3", "torch._dynamo", "torchvision.models")
+SUPEREXEC, CLIENT, INSTALL = "flower-superexec", "flwr-clientapp", "--allow-runtime-dependency-installation"
+
+
+class Pauses:
+    """Sleep shortly at first and ever longer, up to what is asked for; shortly again for another kind of wait."""
+
+    def __init__(self) -> None:
+        self.longest = 0.0
+        self.pause = FIRST_PAUSE
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep for `seconds` at most; waits that are asked for in another length are of another kind."""
+        if seconds != self.longest:
+            self.longest = seconds
+            self.reset()
+        time.sleep(min(self.pause, seconds))
+        self.pause = min(self.pause * GROWTH, seconds)
+
+    def reset(self) -> None:
+        """Begin with short pauses again: something has happened."""
+        self.pause = FIRST_PAUSE
+
+
+class Launcher:
+    """Start a SuperExec's programs: clients as forks of a process that ends when this one does, others as ever."""
+
+    def __init__(self, pauses: Pauses) -> None:
+        self.pauses = pauses
+        self.server: subprocess.Popen[str] | None = None
+
+    def start(self, command: list[str], **options: Any) -> None:
+        """Stand in for subprocess.Popen; what is to install packages of its own must not inherit ours."""
+        self.pauses.reset()
+        if command[0] == CLIENT and not options and INSTALL not in command:
+            self._fork(command)
+        else:
+            subprocess.Popen(command, **options)
+
+    def _fork(self, command: list[str]) -> None:
+        if self.server is None or self.server.poll() is not None:
+            self.server = subprocess.Popen(own_command("clients"), stdin=subprocess.PIPE, text=True)
+        assert self.server.stdin is not None
+        self.server.stdin.write(json.dumps(command) + "\n")
+        self.server.stdin.flush()
+
+
+def own_command(role: str, *arguments: str) -> list[str]:
+    """Return the command line of another of this program's processes; -P keeps tools/ out of the clients' path."""
+    return [sys.executable, "-P", os.path.abspath(__file__), role, *arguments]
+
+
+def replace_names(name: str, **stand_ins: Any) -> None:
+    """Replace what a module of Flower's calls `time` or `subprocess`; exits when it does not use them as known."""
+    from flwr.supercore.version import package_version
+
+    module = importlib.import_module(name)
+    for key, stand_in in stand_ins.items():
+        if not isinstance(original := getattr(module, key, None), ModuleType) or original.__name__ != key:
+            sys.exit(
+                f"error: tools.supernode does not fit Flower {package_version}, whose {name} has no `{key}`: "
+                "use flower-supernode, which is slower, or the version of Flower that flapp was tested with"
+            )
+        setattr(module, key, stand_in)
+
+
+def run_supernode() -> Any:
+    """Run Flower's SuperNode, with a SuperExec of ours."""
+
+    def popen(command: list[str]) -> Any:
+        assert command[0] == SUPEREXEC, command
+        return subprocess.Popen(own_command("superexec", *command[1:]))
+
+    replace_names(NODE, time=Pauses(), subprocess=SimpleNamespace(Popen=popen))
+    from flwr.supernode.cli import flower_supernode
+
+    return flower_supernode()
+
+
+def run_superexec() -> Any:
+    """Run Flower's SuperExec, whose clients are forks."""
+    pauses = Pauses()
+    replace_names(EXEC, time=pauses)
+    replace_names(LAUNCH, subprocess=SimpleNamespace(Popen=Launcher(pauses).start, DEVNULL=subprocess.DEVNULL))
+    from flwr.supercore.cli import flower_superexec
+
+    return flower_superexec()
+
+
+def run_clients() -> Any:
+    """Fork a process for every command line that comes in, until no more can come."""
+    for name in NEEDED:
+        importlib.import_module(name)
+    gc.freeze()  # or a fork's first collection copies all memory
+    fork = multiprocessing.get_context("fork")
+    for line in sys.stdin:
+        fork.Process(target=run_client, args=(json.loads(line),)).start()
+
+
+def run_client(arguments: list[str]) -> None:
+    """Be the process of a client, in a fork: all is as imported, but for NumPy's seed.
+
+    NumPy draws that when it is imported. Left alone, every client would add the very same noise for its privacy.
+    """
+    import numpy as np
+    from flwr.supernode.cli import flwr_clientapp
+
+    np.random.seed()
+    sys.argv = arguments
+    flwr_clientapp()
+
+
+if __name__ == "__main__":
+    roles = {"superexec": run_superexec, "clients": run_clients}
+    role = roles.get(sys.argv[1]) if len(sys.argv) > 1 else None
+    if role is not None:
+        del sys.argv[1]
+    sys.exit((role or run_supernode)())
