@@ -31,6 +31,7 @@ from flapp.model import save_tensors
 from flapp.settings import Config, ConfigError
 
 METRICS, STORE = "metrics.jsonl", "server_chunks.db"
+SUMMARY = "summary of the run: "  # before metrics.json in the ServerApp's log, for those who have no access to the file
 
 
 class RunDirectory:

@@ -51,7 +51,8 @@ class Roster:
 
     expected: the ids of all clients of this run; classes: of the dataset, 0 for regression; check: what is wrong with a
     claim, or None; strict: refuse whom check faults, or warn; timeout: seconds for an answer to attest; base: what
-    clients must hold of the model before round 1, and are sent if they lack it. `members` maps
+    clients must hold of the model before round 1, and are sent if they lack it; named: only a node that is registered
+    with the SuperLink as client_<id> may be client <id> (one that is registered as another never may). `members` maps
     client id to Member, `refused` maps the name of a client (or of a node that named none) to the reason, `warnings`
     those let in all the same.
     """
@@ -66,6 +67,7 @@ class Roster:
         strict: bool = True,
         timeout: float = 120.0,
         base: Base | None = None,
+        named: bool = False,
     ) -> None:
         self.grid = grid
         self.expected = list(expected)
@@ -79,13 +81,18 @@ class Roster:
         self.members: dict[str, Member] = {}
         self.refused: dict[str, str] = {}
         self.warnings: dict[str, str] = {}
+        self.named = named
         self._attested: set[int] = set()
+        self._rivals: dict[int, str] = {}  # nodes that claim a member's id: theirs, should that member leave
+        self._names: dict[int, str] = {}  # under which nodes are registered, "" for most
 
     def refresh(self) -> None:
         """Drop clients whose node has left, and attest nodes not seen before."""
-        online = set(self.grid.get_node_ids())
-        self._attested &= online
+        self._names = {node.node_id: node.name for node in self.grid.get_nodes()}
+        online = self._names.keys()
         self.members = {name: member for name, member in self.members.items() if member.node_id in online}
+        self._attested &= {node_id for node_id in online if self._rivals.get(node_id, "") in {"", *self.members}}
+        self._rivals = {node_id: name for node_id, name in self._rivals.items() if node_id in self._attested}
         if new := sorted(online - self._attested):
             found = self._attest(new)
             if self.base and (lacking := sorted({m.node_id for m in found if _lacks_base(m.claim)})):
@@ -185,26 +192,46 @@ class Roster:
 
     def _admit(self, found: list[Member]) -> None:
         """Let in whoever is expected, consistent and alone in claiming an id; of twins seen together, neither."""
-        claimed = Counter(member.claim.client_id for member in found)
-        for member in found:
+        sound = [member for member in found if self._is_sound(member)]
+        claimed = Counter(member.claim.client_id for member in sound)
+        for member in sound:
             name = member.claim.client_id
-            reason = self._fault(member.claim)
-            if claimed[name] > 1:
-                reason = f"{claimed[name]} nodes claim this client id: give each site its own"
-            elif name in self.members:
+            if name in self.members:
                 self.refused[f"node {member.node_id}"] = f"claims client {name}, which another node already is"
-                continue
-            if reason is None and (doubt := self.check_claim(member.claim)):
-                if self.strict:
-                    reason = doubt
-                else:
-                    self.warnings[name] = doubt
-                    log(WARNING, "client %s: %s", name, doubt)
-            if reason is None:
+                self._rivals[member.node_id] = name
+            elif claimed[name] > 1:
+                self.refused[name] = f"{claimed[name]} nodes claim this client id: give each site its own"
+            else:
                 self.members[name] = member
                 self.refused.pop(name, None)
+                self.refused.pop(f"node {member.node_id}", None)
+
+    def _is_sound(self, member: Member) -> bool:
+        """Say whether a claim is its node's to make and has no fault; note why not."""
+        name, node = member.claim.client_id, self._names.get(member.node_id) or str(member.node_id)
+        if imposture := self._imposture(name, node):
+            self.refused[f"node {node}"] = imposture
+            return False
+        reason = self._fault(member.claim)
+        if reason is None and (doubt := self.check_claim(member.claim)):
+            if self.strict:
+                reason = doubt
             else:
-                self.refused[name] = reason
+                self.warnings[name] = doubt
+                log(WARNING, "client %s: %s", name, doubt)
+        if reason is not None:
+            self.refused[f"node {node}" if name in self.members else name] = reason
+        return reason is None
+
+    def _imposture(self, client_id: str, node: str) -> str | None:
+        own = f"client_{client_id}"
+        if node == own or (not self.named and not node.startswith("client_")):
+            return None
+        if node.startswith("client_"):
+            return f"claims client {client_id}, its key is registered as {node}"
+        return (
+            f"claims client {client_id}, its key is not registered as {own}: flwr supernode register KEY --name {own}"
+        )
 
     def _fault(self, claim: Claim) -> str | None:
         if claim.fault:

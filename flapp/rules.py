@@ -14,6 +14,8 @@ PATHS = (
     ("split", "model_storage_dir"),
     ("distributed_data", "shard_path"),
     ("distributed_data", "manifest"),
+    ("deployment", "federation"),
+    ("deployment", "root_certificates"),
 )
 
 

@@ -1,5 +1,6 @@
 """The ServerApp: config, run directory, roster, strategy, and what is left when the rounds are over."""
 
+import json
 import shutil
 from collections.abc import Mapping
 from functools import partial
@@ -33,7 +34,7 @@ from flapp.model import (
     merged_state_dict,
     parse_points,
 )
-from flapp.results import RunDirectory
+from flapp.results import SUMMARY, RunDirectory
 from flapp.roster import Roster
 from flapp.settings import Config, ConfigError
 from flapp.strategy import RULES, FedAvg, FedLoRA, ServerOptimizer, global_keys
@@ -48,14 +49,15 @@ def main(grid: Grid, context: Context) -> None:
     config, _ = load(context.run_config, {})
     run = RunDirectory.reopen(config) if config.resume else RunDirectory.create(config)
     try:
-        run_rounds(grid, run.config, run)
+        summary = run_rounds(grid, run.config, run)
     except Exception as error:
-        run.fail(error)
+        log(INFO, "%s%s", SUMMARY, json.dumps(run.fail(error)))
         raise
+    log(INFO, "%s%s", SUMMARY, json.dumps(summary))
 
 
-def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> None:
-    """Gather the clients, run every round and leave the final model and summary in the run directory."""
+def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> dict[str, Any]:
+    """Gather the clients, run every round, leave the final model and summary in the run directory; return that."""
     torch.set_num_threads(config.train.threads)
     if config.split.auto_save_split_models:
         # Only a run that has written its model has been as far as storing it split, and may find files of its own.
@@ -88,7 +90,7 @@ def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> None:
             evaluate_fn=partial(end_round, config, run, strategy, model),
         )
         load_global(model, result.arrays.to_torch_state_dict())
-    leave_model(config, run, model, base)
+    return leave_model(config, run, model, base)
 
 
 def initial_model(config: Config) -> nn.Module:
@@ -119,7 +121,7 @@ def load_global(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     assert not odd, odd
 
 
-def leave_model(config: Config, run: RunDirectory, model: nn.Module, base: Base | None) -> None:
+def leave_model(config: Config, run: RunDirectory, model: nn.Module, base: Base | None) -> dict[str, Any]:
     """Write the final model, adapters folded in, and the adapter alone where it is all that changed; then finish."""
     digest = run.save_model(merged_state_dict(model) if base else model.state_dict())
     rule = RULES.get(config.strategy.aggregation or "")
@@ -128,7 +130,7 @@ def leave_model(config: Config, run: RunDirectory, model: nn.Module, base: Base 
         export_adapter(model, run.path / "adapter", base.digest)
     if config.split.auto_save_split_models:
         leave_split(config, run.path)
-    run.finish(digest)
+    return run.finish(digest)
 
 
 def split_place(config: Config) -> tuple[Path, str, int, int]:
@@ -147,9 +149,10 @@ def leave_split(config: Config, path: Path) -> None:
 
 def build_roster(config: Config, grid: Grid, base: Base | None) -> Roster:
     """Return the roster of the clients "0" to clients - 1 or, with shards, of those that the manifest lists."""
+    named = config.deployment.named_clients
     if not config.distributed_data.enabled:
         expected = [str(i) for i in range(config.clients)]
-        return Roster(grid, expected, config.run_name, config.dataset.classes, base=base)
+        return Roster(grid, expected, config.run_name, config.dataset.classes, base=base, named=named)
     manifest = load_manifest(config.manifest_path)
     manifest.verify()
     if len(manifest) != config.clients:
@@ -162,7 +165,7 @@ def build_roster(config: Config, grid: Grid, base: Base | None) -> Roster:
         return check_claim(record, claim.client_id, claim.train, claim.val, claim.test, claim.label_hist, digest)
 
     strict = config.distributed_data.strict_check
-    return Roster(grid, list(manifest), config.run_name, config.dataset.classes, check, strict, base=base)
+    return Roster(grid, list(manifest), config.run_name, config.dataset.classes, check, strict, base=base, named=named)
 
 
 def build_strategy(config: Config, roster: Roster, run: RunDirectory, model: nn.Module, private: list[str]) -> FedAvg:

@@ -172,7 +172,11 @@ class DistributedDataConfig:
 
 @dataclass(frozen=True)
 class DeploymentConfig:
-    kind: Literal["simulation"]
+    kind: Literal["simulation", "superlink"]
+    federation: str | None
+    address: str | None
+    root_certificates: str | None
+    named_clients: bool
     port: Annotated[int, Bound(ge=1, le=65535)] | None
     client_cpus: Count
     client_gpus: NotNegative

@@ -18,8 +18,9 @@ import psutil
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
+from tools.processes import TOKEN, SuperLinkError
 from tools.run import APP, final_line, sweep_table
-from tools.superlink import TOKEN, PrivateSuperLink, SuperLinkError
+from tools.superlink import PrivateSuperLink
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]
 TOY = "experiment=toy_regression"

@@ -3,6 +3,7 @@
     python -m tools.run                                        the default experiment
     python -m tools.run experiment=toy_regression seed=3       other settings, in Hydra's grammar
     python -m tools.run run_name=mine resume=true              go on with a run that broke off
+    python -m tools.run deployment=local clients=3             over the SuperNodes of tools.federation
     python -m tools.run -m seed=0,1 train.lr=0.001,0.002       a sweep: every combination, each in its own folder
 
 Exits 0 only when every run went to its end; 1 with one line that says what and how to mend it otherwise.
@@ -14,6 +15,7 @@ import signal
 import sys
 import time
 from concurrent.futures import BrokenExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,10 +28,13 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from flapp.config import CONF, explain, from_tree, to_json
-from flapp.results import check_resumable, taken
+from flapp.results import SUMMARY, check_resumable, taken
 from flapp.settings import Config, ConfigError
 from tools import sweep
-from tools.superlink import SIGNALS, PrivateSuperLink, SuperLinkError, available_cpus
+from tools.federation import FederationError, install_app, known_federation
+from tools.processes import SIGNALS, SuperLinkError, available_cpus
+from tools.superlink import CONNECTION, PrivateSuperLink, SuperLink
+from tools.supervisor import root_certificates
 
 APP = Path(__file__).resolve().parents[1]
 LOOK_SECONDS, STATUS_SECONDS, END_SECONDS = 0.3, 15, 60
@@ -41,57 +46,130 @@ class RunError(RuntimeError):
 
 def run_once(config: Config) -> dict[str, Any]:
     """Run a federation to its end and return its metrics.json; raises RunError, SuperLinkError or ConfigError."""
+    config, superlink = choose_superlink(config)
     path = config.runs_dir / config.run_name
-    earlier = None
-    if config.resume:
+    here, earlier = is_here(superlink), None
+    if here and config.resume:
         check_resumable(config)
         earlier = read_json(path / "metrics.json")
         if earlier and earlier["status"] == "finished":
             return earlier
-    elif path.exists():
+    elif here and path.exists():
         raise ConfigError(taken(config))
-    cpus = config.deployment.total_cpus or available_cpus()
-    if config.deployment.client_cpus > cpus:
-        raise ConfigError(f"deployment.client_cpus={config.deployment.client_cpus} is more than the {cpus} there are")
-    with PrivateSuperLink(config.deployment.port) as superlink:
+    with superlink:
         settings = superlink.folder / "run.toml"
         settings.write_text(f"config-json = {json.dumps(to_json(config), ensure_ascii=False)}\n")
-        federation = (
-            f"num-supernodes={config.clients} init-args-num-cpus={cpus} "
-            f"client-resources-num-cpus={config.deployment.client_cpus} "
-            f"client-resources-num-gpus={config.deployment.client_gpus}"
-        )
-        run_id = superlink.flwr("run", str(APP), "private", "-c", str(settings), "--federation-config", federation)[
-            "run-id"
-        ]
+        words = ["run", str(APP), CONNECTION, "-c", str(settings)]
+        if config.deployment.kind == "simulation":
+            words += ["--federation-config", simulation_words(config)]
+        elif config.deployment.address is None:
+            install_app(Path(str(config.deployment.federation)))
+        run_id = str(superlink.flwr(*words)["run-id"])
         try:
-            return follow(superlink, run_id, path, config.num_rounds, earlier)
+            if here:
+                return follow(superlink, run_id, path, config, earlier)
+            return follow_log(superlink, run_id)
+        except BaseException:
+            superlink.stop_run(run_id)
+            raise
         finally:
-            if path.is_dir():
+            if path.is_dir() and here:
                 superlink.save_log(run_id, path / "log.txt")
 
 
+def choose_superlink(config: Config) -> tuple[Config, SuperLink]:
+    """Return the SuperLink that the run goes to, not entered yet, and the config with what that SuperLink settles."""
+    settings = config.deployment
+    if settings.kind == "simulation":
+        return config, PrivateSuperLink(settings.port)
+    if settings.address is not None:
+        certificates = Path(settings.root_certificates) if settings.root_certificates else None
+        return config, SuperLink(settings.address, certificates)
+    folder = Path(str(settings.federation))
+    federation = known_federation(folder)
+    if len(federation.clients) < config.clients:
+        raise ConfigError(
+            f"clients={config.clients}, but the federation of {folder} has {len(federation.clients)}: "
+            f"set clients={len(federation.clients)}"
+        )
+    config = replace(config, deployment=replace(settings, named_clients=settings.named_clients or federation.tls))
+    return config, SuperLink(federation.address, root_certificates(folder, federation))
+
+
+def is_here(superlink: SuperLink) -> bool:
+    """Say whether the ServerApp runs on this machine, and so leaves its files where we can read them."""
+    return superlink.address.rpartition(":")[0].strip("[]") in ("127.0.0.1", "localhost", "::1")
+
+
+def simulation_words(config: Config) -> str:
+    """Return the size of a simulation in the words of --federation-config; raises ConfigError."""
+    cpus, settings = config.deployment.total_cpus or available_cpus(), config.deployment
+    if settings.client_cpus > cpus:
+        raise ConfigError(f"deployment.client_cpus={settings.client_cpus} is more than the {cpus} there are")
+    return (
+        f"num-supernodes={config.clients} init-args-num-cpus={cpus} "
+        f"client-resources-num-cpus={settings.client_cpus} client-resources-num-gpus={settings.client_gpus}"
+    )
+
+
 def follow(
-    superlink: PrivateSuperLink, run_id: str, path: Path, num_rounds: int, earlier: dict[str, Any] | None
+    superlink: SuperLink, run_id: str, path: Path, config: Config, earlier: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Show a run's progress until it ends; return its summary, or raise RunError with the reason it failed for.
 
     `earlier` is the summary of a start that failed, which lies there until the run is resumed.
     """
     asked = time.monotonic()
-    with tqdm(total=num_rounds, unit="round", disable=None, desc="starting", file=sys.stderr) as bar:
+    with tqdm(total=config.num_rounds, unit="round", disable=None, desc="starting", file=sys.stderr) as bar:
         while (summary := read_json(path / "metrics.json")) is None or summary == earlier:
             superlink.check_alive()
             show(bar, path)
             if time.monotonic() - asked > STATUS_SECONDS:
                 asked = time.monotonic()
-                status, details = superlink.status(run_id)
+                status, details = ask_status(superlink, run_id, config)
                 if status.startswith("finished") and read_json(path / "metrics.json") in (None, earlier):
                     raise RunError(f"Flower says {status} and there is no metrics.json: {details}")
             time.sleep(LOOK_SECONDS)
         show(bar, path)
     if summary["status"] != "finished":
         raise RunError(summary["error"])
+    wait_for_end(superlink, run_id)
+    return summary
+
+
+def follow_log(superlink: SuperLink, run_id: str) -> dict[str, Any]:
+    """Show the log of a run on another machine until it ends; return the summary that the ServerApp logged at its end.
+
+    Raises RunError when it failed.
+    """
+    summary: dict[str, Any] | None = None
+    for line in superlink.read_log(run_id):
+        print(line, file=sys.stderr)
+        _, found, text = line.partition(SUMMARY)
+        if found:
+            summary = json.loads(text)
+    if summary is None:
+        status, details = superlink.status(run_id)
+        raise RunError(f"Flower says {status} and the run has logged no summary: {details}")
+    if summary["status"] != "finished":
+        raise RunError(summary["error"])
+    wait_for_end(superlink, run_id)
+    return summary
+
+
+def ask_status(superlink: SuperLink, run_id: str, config: Config) -> tuple[str, str]:
+    """Return Flower's status of a run and its details; raises RunError when the SuperLink does not know it any more."""
+    try:
+        return superlink.status(run_id)
+    except SuperLinkError as error:
+        raise RunError(
+            f"the SuperLink has lost the run, as one does that was restarted ({error}): go on with it by "
+            f"run_name={config.run_name} resume=true"
+        ) from error
+
+
+def wait_for_end(superlink: SuperLink, run_id: str) -> None:
+    """Wait until Flower, too, says that a run is completed; raises RunError."""
     end = time.monotonic() + END_SECONDS
     while not (status := superlink.status(run_id)[0]).startswith("finished"):
         if time.monotonic() > end:
@@ -99,7 +177,6 @@ def follow(
         time.sleep(LOOK_SECONDS)
     if status != "finished:completed":
         raise RunError(f"the run wrote its results but Flower says {status}")
-    return summary
 
 
 def show(bar: tqdm, path: Path) -> None:
@@ -134,7 +211,7 @@ def job(tree: DictConfig) -> float | None:
             summary = run_once(sweep.as_job(config, hydra_config) if sweep.is_sweep(hydra_config) else config)
             outcome |= {key: summary.get(key) for key in ("status", *sweep.COLUMNS, "run_dir")}
             print(final_line(summary))
-        except (ConfigError, RunError, SuperLinkError, OmegaConfBaseException, OSError) as error:
+        except (ConfigError, RunError, FederationError, SuperLinkError, OmegaConfBaseException, OSError) as error:
             outcome["error"] = str(explain(error) if isinstance(error, OmegaConfBaseException) else error)
             print(f"error: {outcome['error']}", file=sys.stderr)
     return sweep.objective_of(outcome)

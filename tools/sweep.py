@@ -30,7 +30,7 @@ from hydra.types import RunMode
 
 from flapp.results import taken
 from flapp.settings import Config, ConfigError
-from tools.superlink import SWEEP, available_cpus, stop_processes
+from tools.processes import SWEEP, Processes, available_cpus
 
 COLUMNS = {  # of the table
     "objective": ("objective", "{:.4f}"),
@@ -56,7 +56,7 @@ def gathered(outcomes: list[Outcome]) -> Iterator[None]:
     try:
         yield
     finally:
-        stop_processes(str(folder))
+        Processes(str(folder)).stop()
         reports = sorted(folder.glob("*.json"), key=lambda path: int(path.stem))
         outcomes += [json.loads(path.read_text()) for path in reports]
         for left in folder.parent.glob(f"{folder.name}*"):
@@ -68,7 +68,7 @@ def gathered(outcomes: list[Outcome]) -> Iterator[None]:
 def reported(hydra_config: HydraConf) -> Iterator[Outcome]:
     """Give a job its outcome to fill in, failed until it says otherwise, and leave it where `gathered` finds it."""
     folder, number = Path(os.environ[SWEEP]), job_number(hydra_config)
-    outcome: Outcome = {"job": number, "overrides": " ".join(hydra_config.overrides.task), "status": "failed"}
+    outcome: Outcome = {"job": number, "overrides": list(hydra_config.overrides.task), "status": "failed"}
     outcome["folder"] = hydra_config.sweep.dir if is_sweep(hydra_config) else None
     with _stoppable(folder / f"{number}.pid"), _own_lines(hydra_config):
         try:
@@ -191,18 +191,21 @@ def conclude(outcomes: list[Outcome]) -> str:
         if not (folder / SUMMARY).exists() or any(outcome["status"] == "finished" for outcome in outcomes):
             folder.mkdir(parents=True, exist_ok=True)
             partial = folder / f"{SUMMARY}.tmp"
-            partial.write_text(json.dumps(outcomes, indent=1))
+            told = [outcome | {"overrides": " ".join(outcome["overrides"])} for outcome in outcomes]
+            partial.write_text(json.dumps(told, indent=1))
             partial.replace(folder / SUMMARY)
     return sweep_table(outcomes) if folders else ""
 
 
 def sweep_table(outcomes: list[Outcome]) -> str:
-    """Return the table of a sweep: a line a job with its settings, its figures, and its folder or its error."""
+    """Return the table of a sweep: a line a job with its own settings, its figures, and its folder or its error."""
+    common = set.intersection(*(set(outcome["overrides"]) for outcome in outcomes)) if len(outcomes) > 1 else set()
     shown = [key for key in COLUMNS if any(outcome.get(key) is not None for outcome in outcomes)]
     rows = [["job", "overrides", *(COLUMNS[key][0] for key in shown), "run"]]
     for outcome in outcomes:
         figures = ["" if outcome.get(key) is None else COLUMNS[key][1].format(outcome[key]) for key in shown]
         end = outcome["run_dir"] if outcome["status"] == "finished" else f"failed: {outcome['error']}"
-        rows.append([str(outcome["job"]), outcome["overrides"], *figures, end])
+        own = " ".join(word for word in outcome["overrides"] if word not in common)
+        rows.append([str(outcome["job"]), own, *figures, end])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1] + [0]
     return "".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) + "\n" for row in rows)

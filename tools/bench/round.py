@@ -17,8 +17,8 @@ from flapp.messages import Order
 from flapp.settings import Config, Site
 from flapp.training import scheduled_lr
 from tools.bench import Row
+from tools.processes import available_cpus
 from tools.run import run_once
-from tools.superlink import available_cpus
 
 TURNS, ROUNDS = 3, 6
 

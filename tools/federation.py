@@ -1,0 +1,293 @@
+"""A whole federation on this machine: a SuperLink, a SuperNode for each client, and what keeps them running.
+
+    python -m tools.federation up --clients 3              clients "0" to "2", over the data in home
+    python -m tools.federation up --shards DIR             one for each client of a folder of shards, checked first
+    python -m tools.federation up --clients 3 --tls        certificates, and only SuperNodes with registered keys
+    python -m tools.run deployment=local clients=3         run something over it
+    python -m tools.federation status                      what runs; exits 1 unless all of it does
+    python -m tools.federation down
+
+Everything lies in one folder, home/federation unless --folder says otherwise:
+
+    federation.json          what the federation is made of
+    supervisor.json          what runs now; supervisor.log says what ended, and when it was started again
+    ca.crt, ca.key, server.crt, server.key     with --tls; private keys are readable by their owner only
+    superlink/log.txt        what the SuperLink says; its Flower home lies beside
+    client_<id>/log.txt      what a SuperNode says, and its clients' processes; with --tls its site.key and site.pub
+"""
+
+import argparse
+import contextlib
+import fcntl
+import io
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+from flwr.cli.build import build_fab_from_disk
+from flwr.cli.install import install_from_fab
+
+from flapp.data import DataError, load_manifest
+from tools.certificates import make_server_files, make_site_keys
+from tools.processes import HOST, TOKEN, Processes, SuperLinkError, environment, free_port, is_free, last_line
+from tools.superlink import SuperLink
+from tools.supervisor import (
+    FACTS,
+    LOG,
+    SEEN,
+    SUPERLINK,
+    Federation,
+    read_federation,
+    root_certificates,
+    site_name,
+    supervise,
+    write_json,
+)
+from tools.verify_shards import verify_shards
+
+APP = Path(__file__).resolve().parents[1]
+READY_SECONDS, LEAVE_SECONDS, LOOK_SECONDS = 120, 25, 0.3
+
+
+class FederationError(RuntimeError):
+    """A federation that cannot be brought up or found, said in one line."""
+
+
+def up(given: argparse.Namespace) -> int:
+    """Check everything, start the federation, and wait until every SuperNode is in; or take it down again."""
+    folder: Path = given.folder
+    if (supervisor := find_supervisor(folder)) is not None:
+        raise FederationError(f"{folder} has a federation that runs (pid {supervisor.pid}): take it down first")
+    federation = plan(given)
+    sweep(folder)  # what a federation that was killed may have left
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (SEEN, *(f"{each}/{LOG}" for each in (SUPERLINK, *map(site_name, federation.clients)))):
+        (folder / name).unlink(missing_ok=True)
+    if federation.tls:
+        make_server_files(folder, [HOST, "localhost"])
+        for client_id in federation.clients:
+            make_site_keys(folder / site_name(client_id))
+    write_json(folder / FACTS, asdict(federation))
+    if given.foreground:
+        os.environ[TOKEN] = federation.token
+        supervise(folder)
+    env = environment(folder, federation.token) | {"PYTHONPATH": str(APP)}
+    with (folder / "supervisor.log").open("wb") as log:
+        command = [sys.executable, "-m", "tools.supervisor", str(folder)]
+        subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_until_ready(folder, federation)
+    except BaseException:
+        take_down(folder)
+        raise
+    return status(given)
+
+
+def plan(given: argparse.Namespace) -> Federation:
+    """Decide what the federation is made of, and check that it can be; raises FederationError or DataError."""
+    clients = check_shards(given.shards) if given.shards else [str(i) for i in range(given.clients or 0)]
+    if not clients:
+        raise FederationError("how many clients? give --clients N, or --shards DIR")
+    if given.clients not in (None, len(clients)):
+        raise FederationError(
+            f"--clients {given.clients}, but {given.shards} holds {len(clients)}: leave --clients out"
+        )
+    port = given.port or free_port()
+    if not is_free(port):
+        raise FederationError(f"--port {port} is in use on {HOST}: choose another, or leave it out for a free one")
+    shards = str(given.shards.resolve()) if given.shards else None
+    return Federation(
+        secrets.token_hex(16), f"{HOST}:{port}", given.tls, tuple(clients), shards, given.homes, given.threads
+    )
+
+
+def check_shards(folder: Path) -> list[str]:
+    """Verify every shard and the manifest, and return the clients; raises FederationError with the first fault."""
+    for where, check, ok, detail in verify_shards(folder.resolve(), None):
+        if not ok:
+            raise FederationError(f"{where}: {check}: {detail}")
+    return list(load_manifest(folder))
+
+
+def wait_until_ready(folder: Path, federation: Federation) -> None:
+    """Wait until the SuperLink has every SuperNode; raises FederationError saying who is missing and its last words."""
+    end = time.monotonic() + READY_SECONDS
+    missing = ""
+    while time.monotonic() < end:
+        seen = read_seen(folder)
+        if seen is not None and find_supervisor(folder) is None:
+            raise FederationError(f"the supervisor ended: {last_line((folder / 'supervisor.log').read_text())}")
+        if seen is None or not seen["ready"]:
+            missing = SUPERLINK
+        elif (online := count_online(folder, federation)) == len(federation.clients):
+            return
+        else:
+            missing = f"{len(federation.clients) - online} of {len(federation.clients)} SuperNodes"
+        time.sleep(LOOK_SECONDS)
+    logs = {name: folder / name / LOG for name in (SUPERLINK, *map(site_name, federation.clients))}
+    words = "; ".join(f"{name}: {last_line(path.read_text())}" for name, path in logs.items() if path.exists())
+    raise FederationError(f"after {READY_SECONDS} s, not there: {missing}. Last words: {words[:1000]}")
+
+
+def count_online(folder: Path, federation: Federation) -> int:
+    """Return how many SuperNodes the SuperLink says are online."""
+    with SuperLink(federation.address, root_certificates(folder, federation)) as superlink:
+        nodes = superlink.flwr("supernode", "list")["nodes"]
+    return sum(node["status"] == "online" for node in nodes)
+
+
+def status(given: argparse.Namespace) -> int:
+    """Print what runs, and return 0 only when all of it does."""
+    folder: Path = given.folder
+    federation = known_federation(folder)
+    seen = read_seen(folder)
+    if find_supervisor(folder) is None or seen is None:
+        raise FederationError(f"the federation of {folder} is down: bring it up")
+    try:
+        online, fault = count_online(folder, federation), ""
+    except SuperLinkError as error:
+        online, fault = 0, str(error)
+    facts = {
+        "address": federation.address,
+        "tls": federation.tls,
+        "root_certificates": str(folder / "ca.crt") if federation.tls else None,
+        "clients": len(federation.clients),
+        "online": online,
+        **seen,
+    }
+    healthy = online == len(federation.clients) and all(each["pid"] for each in seen["programs"].values())
+    print(json.dumps(facts | {"healthy": healthy}, indent=1) if given.json else table(folder, facts))
+    if fault:
+        print(f"error: {fault}", file=sys.stderr)
+    return int(not healthy)
+
+
+def table(folder: Path, facts: dict[str, Any]) -> str:
+    """Return the status as text: a line a program."""
+    secure = "TLS, registered keys only" if facts["tls"] else "no TLS"
+    lines = [f"SuperLink at {facts['address']} ({secure}): {facts['online']} of {facts['clients']} SuperNodes online"]
+    width = max(map(len, facts["programs"]))
+    for name, program in facts["programs"].items():
+        state = f"pid {program['pid']}" if program["pid"] else "waits to be started again"
+        again = f"  started {program['restarts'] + 1} times" if program["restarts"] else ""
+        lines.append(f"  {name:<{width}}  {state:<12}  {folder / name / LOG}{again}")
+    return "\n".join(lines)
+
+
+def install_app(folder: Path) -> None:
+    """Put the app where the SuperLink and every SuperNode look for it, before the first process there asks for it.
+
+    Two processes that install one app at once would find each other's half.
+    """
+    fab = build_fab_from_disk(APP)
+    federation = known_federation(folder)
+    with (folder / "install.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as unpacked:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.redirect_stdout(io.StringIO()):
+            made = install_from_fab(fab, Path(unpacked), skip_prompt=True)
+        for name in (SUPERLINK, *map(site_name, federation.clients)):
+            place = folder / name / "flwr" / "apps" / made.name
+            if not place.exists():
+                partial = place.with_name(f".{place.name}")
+                shutil.rmtree(partial, ignore_errors=True)
+                shutil.copytree(made, partial)
+                partial.rename(place)
+
+
+def down(given: argparse.Namespace) -> int:
+    """Stop every process of the federation."""
+    known_federation(given.folder)
+    stopped = take_down(given.folder)
+    print(f"stopped {stopped} processes" if stopped else "nothing was running")
+    return 0
+
+
+def take_down(folder: Path) -> int:
+    """Let the supervisor stop its programs in order, then stop what is left; return how many processes there were."""
+    running = len(Processes(read_federation(folder).token).running())
+    if (supervisor := find_supervisor(folder)) is not None:
+        supervisor.terminate()
+        psutil.wait_procs([supervisor], timeout=LEAVE_SECONDS)
+    sweep(folder)
+    return running
+
+
+def sweep(folder: Path) -> None:
+    """Stop every process that carries the token of the folder's last federation."""
+    if (folder / FACTS).exists():
+        Processes(read_federation(folder).token).stop()
+
+
+def known_federation(folder: Path) -> Federation:
+    """Read the federation of a folder; raises FederationError when it never had one."""
+    try:
+        return read_federation(folder)
+    except FileNotFoundError:
+        raise FederationError(f"{folder} has no federation: python -m tools.federation up --clients N") from None
+
+
+def find_supervisor(folder: Path) -> psutil.Process | None:
+    """Return the process that supervises the federation of this folder, if it runs."""
+    if not (folder / FACTS).exists():
+        return None
+    wanted = read_federation(folder).token
+    seen = read_seen(folder)
+    for pid in [seen["pid"]] if seen else psutil.pids():
+        try:
+            process = psutil.Process(pid)
+            if process.environ().get(TOKEN) == wanted and process.is_running():
+                return process
+        except (psutil.Error, OSError):
+            continue
+    return None
+
+
+def read_seen(folder: Path) -> dict[str, Any] | None:
+    """Return what the supervisor last wrote, or None before it has."""
+    path = folder / SEEN
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    home = Path(os.environ.get("FLAPP_HOME") or Path.home() / ".flapp")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["up", "status", "down"])
+    parser.add_argument("--folder", type=Path, default=home / "federation", help="default: %(default)s")
+    parser.add_argument("--clients", type=int, help="how many, with ids 0, 1, ...")
+    parser.add_argument("--shards", type=Path, help="folder of client_<id> folders with a manifest.json")
+    parser.add_argument("--tls", action="store_true", help="encrypt, and let in registered keys only")
+    parser.add_argument("--port", type=int, help="of the SuperLink; default: a free one")
+    parser.add_argument("--threads", type=int, default=1, help="of a client's process; default: 1")
+    parser.add_argument("--homes", action="store_true", help="give each site a home of its own: data, bases, stores")
+    parser.add_argument("--foreground", action="store_true", help="supervise in this process, until it is stopped")
+    parser.add_argument("--json", action="store_true", help="print the status as JSON")
+    given = parser.parse_args(arguments)
+    given.folder = given.folder.resolve()
+    return given
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do what the command line asks and return the exit status."""
+    given = parse(arguments)
+    try:
+        return {"up": up, "status": status, "down": down}[given.command](given)
+    except (FederationError, SuperLinkError, DataError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; what was started has been stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Processes started here and stopped to the last one.
+
+Whatever a SuperLink, a SuperNode or Ray starts in turn carries the same token in its environment, by which it is found
+whoever its parent has become.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+HOST = "127.0.0.1"
+TOKEN = "FLAPP_SUPERLINK"
+SWEEP = "FLAPP_SWEEP"  # a folder after which the SuperLinks of one command are called; see sweep.py
+STOP_SECONDS, KILL_SECONDS = 5, 30
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class SuperLinkError(RuntimeError):
+    """A SuperLink or SuperNode, or a command to it, that did not do its work, said in one line."""
+
+
+class Processes:
+    """Find and stop all processes that carry a token, or one that begins with it, this one excepted."""
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+        self.known: dict[int, psutil.Process] = {}
+
+    def running(self) -> list[psutil.Process]:
+        """List what still runs: by token, and below it, since Ray's workers overwrite their environment."""
+        found: dict[int, psutil.Process] = {}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.pid != os.getpid() and process.environ().get(TOKEN, "").startswith(self.token):
+                    found |= {each.pid: each for each in (process, *process.children(recursive=True))}
+        self.known |= found
+        return [process for process in self.known.values() if _is_running(process)]
+
+    def stop(self) -> None:
+        """Stop them all, first kindly; signals to this process wait until it is done."""
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS} if _in_main_thread() else {}
+        try:
+            for end_process, seconds in ((psutil.Process.terminate, STOP_SECONDS), (psutil.Process.kill, KILL_SECONDS)):
+                end = time.monotonic() + seconds
+                while (left := self.running()) and time.monotonic() < end:
+                    for process in left:
+                        with contextlib.suppress(psutil.NoSuchProcess):
+                            end_process(process)
+                    psutil.wait_procs(left, timeout=1)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def environment(folder: Path, token: str) -> dict[str, str]:
+    """Return an environment that keeps Flower and Ray to this folder and off the network."""
+    programs = str(Path(sys.executable).parent)
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return kept | {
+        "PATH": programs + os.pathsep + kept.get("PATH", ""),
+        "FLWR_HOME": str(folder / "flwr"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TMPDIR": str(folder),
+        TOKEN: token,
+    }
+
+
+def program(name: str) -> str:
+    """Return the path of a program of this Python's environment, activated or not."""
+    path = Path(sys.executable).parent / name
+    if not path.exists():
+        raise SuperLinkError(f"{path} is missing: install flapp into this environment (pip install -e .)")
+    return str(path)
+
+
+def available_cpus() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_port() -> int:
+    """Return a port of this machine that nothing listens on."""
+    with reserve_port() as reserved:
+        return int(reserved.getsockname()[1])
+
+
+def reserve_port() -> socket.socket:
+    """Take a free port: while this socket is open nobody is given it by chance, though a server may listen on it."""
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind((HOST, 0))
+    return reserved
+
+
+def is_free(port: int) -> bool:
+    """Say whether a port of this machine can be listened on."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+        return True
+
+
+def answers(port: int, host: str = HOST) -> bool:
+    """Say whether something listens on a port."""
+    try:
+        with socket.create_connection((host, port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def listens(process: int, port: int) -> bool:
+    """Say whether it is this process, and no other, that listens on a port of this machine."""
+    with contextlib.suppress(psutil.Error):
+        sockets = psutil.Process(process).net_connections("tcp4")
+        return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in sockets)
+    return False
+
+
+def last_line(text: str) -> str:
+    """Return the last line that says anything."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _is_running(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
