@@ -19,7 +19,7 @@ import pytest
 from flwr.cli.build import build_fab_from_disk
 
 from tools.processes import TOKEN, SuperLinkError
-from tools.run import APP, final_line, sweep_table
+from tools.run import APP, final_line
 from tools.superlink import PrivateSuperLink
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]
@@ -88,20 +88,6 @@ def test_the_last_lines_say_what_was_reached_and_where_it_lies() -> None:
     assert text == "finished 3 rounds in 12 s: accuracy 0.5000, loss 1.2500\nmodel ab\nresults in /r"
 
 
-def test_a_sweeps_table_has_a_line_a_job() -> None:
-    table = sweep_table(
-        [
-            {"overrides": "seed=0", "status": "finished", "objective": 0.5, "bytes_up": 12345, "run_dir": "/r/0"},
-            {"overrides": "seed=10", "status": "failed", "error": "why"},
-        ]
-    )
-    assert table.splitlines() == [
-        "job  overrides  objective  bytes up  run",
-        "0    seed=0     0.5000     12,345    /r/0",
-        "1    seed=10                         why",
-    ]
-
-
 @pytest.mark.slow
 def test_a_run_by_command_gives_the_bytes_of_the_run_in_process(tmp_path: Path, federate: Federate) -> None:
     done = run(tmp_path, "model=linear", "num_rounds=2", "clients=4", "run_name=one")
@@ -140,19 +126,6 @@ def test_a_run_whose_clients_all_fail_exits_with_the_reason(tmp_path: Path) -> N
     assert done.returncode == 1
     assert re.fullmatch(r"error: round 1: 0 of 3 clients gave a valid train reply.*lower train.lr.*\n", done.stderr)
     assert json.loads((tmp_path / "runs" / "bad" / "metrics.json").read_text())["status"] == "failed"
-    assert started_processes() == []
-
-
-@pytest.mark.slow
-def test_a_sweep_runs_every_job_and_tells_which_failed(tmp_path: Path) -> None:
-    done = run(tmp_path, "-m", TOY, "num_rounds=1", "train.steps=50", "train.lr=0.01,1e30", "run_name=sweep")
-    assert done.returncode == 1
-    table = done.stdout[done.stdout.index("job  overrides") :].splitlines()
-    assert len(table) == 3
-    summary = json.loads((tmp_path / "runs" / "sweep" / "0" / "metrics.json").read_text())
-    assert table[1].endswith(f"{tmp_path}/runs/sweep/0")
-    assert f"  {summary['objective']:.4f}  " in table[1]
-    assert "lower train.lr" in table[2]
     assert started_processes() == []
 
 

@@ -243,7 +243,7 @@ def main() -> int:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 1
     except BrokenExecutor as error:
-        print(f"error: the sweep broke off: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {str(error).partition('.')[0]}: go on with the sweep by resume=true", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: interrupted; everything that was started has been stopped", file=sys.stderr)
@@ -258,6 +258,8 @@ def main() -> int:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler)  # a second one does not wait for jobs to clean up
     sweep.interrupt_jobs()
     raise KeyboardInterrupt
 

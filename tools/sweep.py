@@ -71,6 +71,7 @@ def reported(hydra_config: HydraConf) -> Iterator[Outcome]:
     outcome: Outcome = {"job": number, "overrides": list(hydra_config.overrides.task), "status": "failed"}
     outcome["folder"] = hydra_config.sweep.dir if is_sweep(hydra_config) else None
     with _stoppable(folder / f"{number}.pid"), _own_lines(hydra_config):
+        _write(folder / f"{number}.json", outcome | {"error": "its process was killed"})  # unless it is written anew
         try:
             yield outcome
         except BaseException as error:
@@ -78,9 +79,7 @@ def reported(hydra_config: HydraConf) -> Iterator[Outcome]:
             outcome["error"] = "interrupted" if interrupted else f"{type(error).__name__}: {error}"
             raise
         finally:
-            partial = folder / f"{number}.tmp"
-            partial.write_text(json.dumps(outcome))
-            partial.rename(folder / f"{number}.json")
+            _write(folder / f"{number}.json", outcome)
 
 
 @contextlib.contextmanager
@@ -101,6 +100,8 @@ def _stoppable(path: Path) -> Iterator[None]:
 
 def interrupt_jobs() -> None:
     """Break off the jobs in other processes, which a launcher would kill, and wait until they have cleaned up."""
+    if SWEEP not in os.environ:
+        return
     folder = Path(os.environ[SWEEP])
     (folder / INTERRUPTED).touch()  # launchers hand out further jobs
     for process in _job_processes(folder):
@@ -143,7 +144,7 @@ def as_job(config: Config, hydra_config: HydraConf) -> Config:
 
 def jobs_at_once(hydra_config: HydraConf) -> int:
     """Return how many jobs the launcher may run side by side: n_jobs of joblib's, which counts -1 as all processors."""
-    jobs = int(hydra_config.launcher.get("n_jobs", 1)) if is_sweep(hydra_config) else 1
+    jobs = int(hydra_config.launcher.get("n_jobs") or 1) if is_sweep(hydra_config) else 1
     return jobs if jobs > 0 else max(1, available_cpus() + 1 + jobs)
 
 
@@ -190,10 +191,7 @@ def conclude(outcomes: list[Outcome]) -> str:
     for folder in folders:  # one, unless the jobs differ in experiment or home
         if not (folder / SUMMARY).exists() or any(outcome["status"] == "finished" for outcome in outcomes):
             folder.mkdir(parents=True, exist_ok=True)
-            partial = folder / f"{SUMMARY}.tmp"
-            told = [outcome | {"overrides": " ".join(outcome["overrides"])} for outcome in outcomes]
-            partial.write_text(json.dumps(told, indent=1))
-            partial.replace(folder / SUMMARY)
+            _write(folder / SUMMARY, [outcome | {"overrides": " ".join(outcome["overrides"])} for outcome in outcomes])
     return sweep_table(outcomes) if folders else ""
 
 
@@ -209,3 +207,9 @@ def sweep_table(outcomes: list[Outcome]) -> str:
         rows.append([str(outcome["job"]), own, *figures, end])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1] + [0]
     return "".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) + "\n" for row in rows)
+
+
+def _write(path: Path, values: Any) -> None:
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(json.dumps(values, indent=1))
+    partial.replace(path)
