@@ -20,7 +20,7 @@ from flwr.cli.build import build_fab_from_disk
 
 from tools.processes import TOKEN, SuperLinkError
 from tools.run import APP, final_line
-from tools.superlink import PrivateSuperLink
+from tools.superlink import CONNECTION, PrivateSuperLink
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]
 TOY = "experiment=toy_regression"
@@ -33,11 +33,13 @@ def run(home: Path, *arguments: str, **settings: Any) -> subprocess.CompletedPro
     return subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=300, **settings)
 
 
-def started_processes() -> list[psutil.Process]:
+def started_processes(home: Path) -> list[psutil.Process]:
+    """List what runs over this home have started and not stopped."""
     found = []
     for process in psutil.process_iter():
         try:
-            if TOKEN in process.environ() and process.status() != psutil.STATUS_ZOMBIE:
+            facts = process.environ()
+            if TOKEN in facts and facts.get("FLAPP_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except (psutil.Error, OSError):
             continue
@@ -98,7 +100,7 @@ def test_a_run_by_command_gives_the_bytes_of_the_run_in_process(tmp_path: Path, 
     expected, _ = federate("model=linear", "num_rounds=2", "clients=4")
     assert summary["model_sha256"] == expected["model_sha256"]
     assert "[ROUND 2/2]" in (path / "log.txt").read_text()
-    assert started_processes() == []
+    assert started_processes(tmp_path) == []
     again = run(tmp_path, "run_name=one")
     assert again.returncode == 1
     assert "run_name=one is taken" in again.stderr
@@ -108,7 +110,7 @@ def test_a_run_by_command_gives_the_bytes_of_the_run_in_process(tmp_path: Path, 
 def test_flwr_run_gives_the_same_bytes_with_flowers_two_default_nodes(tmp_path: Path, federate: Federate) -> None:
     with PrivateSuperLink() as superlink:
         overrides = f'overrides="{TOY} home={tmp_path} run_name=plain"'
-        run_id = superlink.flwr("run", str(APP), "private", "-c", overrides)["run-id"]
+        run_id = superlink.flwr("run", str(APP), CONNECTION, "-c", overrides)["run-id"]
         end = time.monotonic() + 240
         while not superlink.status(run_id)[0].startswith("finished"):
             assert time.monotonic() < end
@@ -117,7 +119,7 @@ def test_flwr_run_gives_the_same_bytes_with_flowers_two_default_nodes(tmp_path: 
     expected, other = federate(TOY)
     assert json.loads((path / "metrics.json").read_text())["model_sha256"] == expected["model_sha256"]
     assert {p.name for p in path.iterdir()} == {p.name for p in other.iterdir()}
-    assert started_processes() == []
+    assert superlink.processes.running() == []
 
 
 @pytest.mark.slow
@@ -126,7 +128,7 @@ def test_a_run_whose_clients_all_fail_exits_with_the_reason(tmp_path: Path) -> N
     assert done.returncode == 1
     assert re.fullmatch(r"error: round 1: 0 of 3 clients gave a valid train reply.*lower train.lr.*\n", done.stderr)
     assert json.loads((tmp_path / "runs" / "bad" / "metrics.json").read_text())["status"] == "failed"
-    assert started_processes() == []
+    assert started_processes(tmp_path) == []
 
 
 @pytest.mark.slow
@@ -143,4 +145,4 @@ def test_an_interrupted_run_leaves_no_process_behind(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said.splitlines()[-1] == "error: interrupted; everything that was started has been stopped"
-    assert started_processes() == []
+    assert started_processes(tmp_path) == []
