@@ -181,6 +181,7 @@ class DeploymentConfig:
     client_cpus: Count
     client_gpus: NotNegative
     total_cpus: Count | None
+    ray_address: str | None
 
 
 @dataclass(frozen=True)

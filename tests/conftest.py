@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import pytest
 from flwr.app import Context, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -25,16 +26,22 @@ Tamper = Callable[[str, Message], Message]
 class LocalGrid(Grid):
     """Hand each message to the ClientApp at once and keep the replies until they are pulled, in a drawn order.
 
-    tamper(client_id, reply) stands between a client and the server.
+    tamper(client_id, reply) stands between a client and the server; names are those that nodes are registered under.
     """
 
     def __init__(
-        self, run_config: dict[str, Any], nodes: list[dict[str, Any]], order: int = 0, tamper: Tamper | None = None
+        self,
+        run_config: dict[str, Any],
+        nodes: list[dict[str, Any]],
+        order: int = 0,
+        tamper: Tamper | None = None,
+        names: list[str] | None = None,
     ) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self.run_config = run_config
         self.random = random.Random(order)
         self.nodes = {self.random.randrange(1, 1 << 62): node for node in nodes}
+        self.names = dict(zip(self.nodes, names or [], strict=False))
         self.tamper = tamper
         self.replies: dict[str, Message] = {}
         self.sent: list[Message] = []
@@ -63,6 +70,9 @@ class LocalGrid(Grid):
     def get_node_ids(self) -> Iterable[int]:
         return list(self.nodes)
 
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [NodeInfo(node_id=node_id, name=self.names.get(node_id, "")) for node_id in self.get_node_ids()]
+
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         raise AssertionError("the ServerApp polls by itself")
 
@@ -89,14 +99,18 @@ def federate(data_home: Path, tmp_path: Path) -> Callable[..., tuple[dict[str, A
     runs = iter(range(1000))
 
     def run(
-        *overrides: str, nodes: list[dict[str, Any]] | None = None, order: int = 0, tamper: Tamper | None = None
+        *overrides: str,
+        nodes: list[dict[str, Any]] | None = None,
+        order: int = 0,
+        tamper: Tamper | None = None,
+        names: list[str] | None = None,
     ) -> tuple[dict[str, Any], Path]:
         name = f"{tmp_path.name}-{next(runs)}"
         settings = config.compose([f"home={data_home}", f"run_name={name}", *overrides])
         run_config = {"config-json": config.to_json(settings)}
         clients = settings.clients
         nodes = nodes or [{"partition-id": i, "num-partitions": clients} for i in range(clients)]
-        grid = LocalGrid(run_config, nodes, order, tamper)
+        grid = LocalGrid(run_config, nodes, order, tamper, names)
         server_app.app(grid, Context(1, 1, {}, RecordDict(), run_config))
         path = settings.runs_dir / settings.run_name
         return json.loads((path / "metrics.json").read_text()), path

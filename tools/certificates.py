@@ -129,7 +129,7 @@ def _write(path: Path, content: bytes, secret: bool = False) -> None:
     os.replace(partial, path)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Make what the command line asks for and say where it is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
@@ -139,7 +139,7 @@ def main() -> int:
     server.add_argument("--days", type=int, default=SERVER_DAYS, help="that its certificate is valid")
     site = kinds.add_parser("site", help="key pair of a SuperNode")
     site.add_argument("folder", type=Path)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     try:
         if given.kind == "server":
             make_server_files(given.folder, given.host, given.days)

@@ -62,7 +62,7 @@ class Processes:
 def environment(folder: Path, token: str) -> dict[str, str]:
     """Return an environment that keeps Flower and Ray to this folder and off the network."""
     programs = str(Path(sys.executable).parent)
-    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "RAY_ADDRESS")}
     return kept | {
         "PATH": programs + os.pathsep + kept.get("PATH", ""),
         "FLWR_HOME": str(folder / "flwr"),

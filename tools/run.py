@@ -81,7 +81,7 @@ def choose_superlink(config: Config) -> tuple[Config, SuperLink]:
     """Return the SuperLink that the run goes to, not entered yet, and the config with what that SuperLink settles."""
     settings = config.deployment
     if settings.kind == "simulation":
-        return config, PrivateSuperLink(settings.port)
+        return config, PrivateSuperLink(settings.port, settings.ray_address)
     if settings.address is not None:
         certificates = Path(settings.root_certificates) if settings.root_certificates else None
         return config, SuperLink(settings.address, certificates)
@@ -104,12 +104,13 @@ def is_here(superlink: SuperLink) -> bool:
 def simulation_words(config: Config) -> str:
     """Return the size of a simulation in the words of --federation-config; raises ConfigError."""
     cpus, settings = config.deployment.total_cpus or available_cpus(), config.deployment
-    if settings.client_cpus > cpus:
+    if settings.client_cpus > cpus and not settings.ray_address:
         raise ConfigError(f"deployment.client_cpus={settings.client_cpus} is more than the {cpus} there are")
-    return (
-        f"num-supernodes={config.clients} init-args-num-cpus={cpus} "
+    words = (
+        f"num-supernodes={config.clients} "
         f"client-resources-num-cpus={settings.client_cpus} client-resources-num-gpus={settings.client_gpus}"
     )
+    return words if settings.ray_address else f"{words} init-args-num-cpus={cpus}"
 
 
 def follow(

@@ -122,12 +122,17 @@ class SuperLink:
 
 
 class PrivateSuperLink(SuperLink):
-    """Run a simulation SuperLink as a context manager; port None takes a free one."""
+    """Run a simulation SuperLink as a context manager; port None takes a free one.
 
-    def __init__(self, port: int | None = None) -> None:
+    ray_address: of a Ray cluster to simulate the clients in; None has Ray started for the run.
+    """
+
+    def __init__(self, port: int | None = None, ray_address: str | None = None) -> None:
         self.reserved = reserve_port() if port is None else socket.socket()
         self.port = int(self.reserved.getsockname()[1]) if port is None else port
         super().__init__(f"{HOST}:{self.port}")
+        if ray_address is not None:
+            self.env["RAY_ADDRESS"] = ray_address
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
