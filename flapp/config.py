@@ -139,6 +139,8 @@ def explain(error: Exception) -> ConfigError:
         return ConfigError(f"{key} is not a setting{hint(key, setting_names())}")
     if "Could not find '" in first:
         group, _, choice = first.split("Could not find '")[1].split("'")[0].rpartition("/")
+        if group.startswith("hydra/"):
+            return ConfigError(f"{group}={choice} is not installed: pip install -e '.[sweep]' brings joblib and optuna")
         choices = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
         return ConfigError(f"{group}={choice} is not known: choose one of {', '.join(choices)}")
     if first.startswith("Missing mandatory value: "):

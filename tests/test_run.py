@@ -19,8 +19,8 @@ import pytest
 from flwr.cli.build import build_fab_from_disk
 
 from tools.processes import TOKEN, SuperLinkError
-from tools.run import APP, final_line, sweep_table
-from tools.superlink import PrivateSuperLink
+from tools.run import APP, final_line
+from tools.superlink import CONNECTION, PrivateSuperLink
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]
 TOY = "experiment=toy_regression"
@@ -33,11 +33,13 @@ def run(home: Path, *arguments: str, **settings: Any) -> subprocess.CompletedPro
     return subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=300, **settings)
 
 
-def started_processes() -> list[psutil.Process]:
+def started_processes(home: Path) -> list[psutil.Process]:
+    """List what runs over this home have started and not stopped."""
     found = []
     for process in psutil.process_iter():
         try:
-            if TOKEN in process.environ() and process.status() != psutil.STATUS_ZOMBIE:
+            facts = process.environ()
+            if TOKEN in facts and facts.get("FLAPP_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except (psutil.Error, OSError):
             continue
@@ -88,20 +90,6 @@ def test_the_last_lines_say_what_was_reached_and_where_it_lies() -> None:
     assert text == "finished 3 rounds in 12 s: accuracy 0.5000, loss 1.2500\nmodel ab\nresults in /r"
 
 
-def test_a_sweeps_table_has_a_line_a_job() -> None:
-    table = sweep_table(
-        [
-            {"overrides": "seed=0", "status": "finished", "objective": 0.5, "bytes_up": 12345, "run_dir": "/r/0"},
-            {"overrides": "seed=10", "status": "failed", "error": "why"},
-        ]
-    )
-    assert table.splitlines() == [
-        "job  overrides  objective  bytes up  run",
-        "0    seed=0     0.5000     12,345    /r/0",
-        "1    seed=10                         why",
-    ]
-
-
 @pytest.mark.slow
 def test_a_run_by_command_gives_the_bytes_of_the_run_in_process(tmp_path: Path, federate: Federate) -> None:
     done = run(tmp_path, "model=linear", "num_rounds=2", "clients=4", "run_name=one")
@@ -112,7 +100,7 @@ def test_a_run_by_command_gives_the_bytes_of_the_run_in_process(tmp_path: Path, 
     expected, _ = federate("model=linear", "num_rounds=2", "clients=4")
     assert summary["model_sha256"] == expected["model_sha256"]
     assert "[ROUND 2/2]" in (path / "log.txt").read_text()
-    assert started_processes() == []
+    assert started_processes(tmp_path) == []
     again = run(tmp_path, "run_name=one")
     assert again.returncode == 1
     assert "run_name=one is taken" in again.stderr
@@ -122,7 +110,7 @@ def test_a_run_by_command_gives_the_bytes_of_the_run_in_process(tmp_path: Path, 
 def test_flwr_run_gives_the_same_bytes_with_flowers_two_default_nodes(tmp_path: Path, federate: Federate) -> None:
     with PrivateSuperLink() as superlink:
         overrides = f'overrides="{TOY} home={tmp_path} run_name=plain"'
-        run_id = superlink.flwr("run", str(APP), "private", "-c", overrides)["run-id"]
+        run_id = superlink.flwr("run", str(APP), CONNECTION, "-c", overrides)["run-id"]
         end = time.monotonic() + 240
         while not superlink.status(run_id)[0].startswith("finished"):
             assert time.monotonic() < end
@@ -131,7 +119,7 @@ def test_flwr_run_gives_the_same_bytes_with_flowers_two_default_nodes(tmp_path: 
     expected, other = federate(TOY)
     assert json.loads((path / "metrics.json").read_text())["model_sha256"] == expected["model_sha256"]
     assert {p.name for p in path.iterdir()} == {p.name for p in other.iterdir()}
-    assert started_processes() == []
+    assert superlink.processes.running() == []
 
 
 @pytest.mark.slow
@@ -140,20 +128,7 @@ def test_a_run_whose_clients_all_fail_exits_with_the_reason(tmp_path: Path) -> N
     assert done.returncode == 1
     assert re.fullmatch(r"error: round 1: 0 of 3 clients gave a valid train reply.*lower train.lr.*\n", done.stderr)
     assert json.loads((tmp_path / "runs" / "bad" / "metrics.json").read_text())["status"] == "failed"
-    assert started_processes() == []
-
-
-@pytest.mark.slow
-def test_a_sweep_runs_every_job_and_tells_which_failed(tmp_path: Path) -> None:
-    done = run(tmp_path, "-m", TOY, "num_rounds=1", "train.steps=50", "train.lr=0.01,1e30", "run_name=sweep")
-    assert done.returncode == 1
-    table = done.stdout[done.stdout.index("job  overrides") :].splitlines()
-    assert len(table) == 3
-    summary = json.loads((tmp_path / "runs" / "sweep" / "0" / "metrics.json").read_text())
-    assert table[1].endswith(f"{tmp_path}/runs/sweep/0")
-    assert f"  {summary['objective']:.4f}  " in table[1]
-    assert "lower train.lr" in table[2]
-    assert started_processes() == []
+    assert started_processes(tmp_path) == []
 
 
 @pytest.mark.slow
@@ -170,4 +145,4 @@ def test_an_interrupted_run_leaves_no_process_behind(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said.splitlines()[-1] == "error: interrupted; everything that was started has been stopped"
-    assert started_processes() == []
+    assert started_processes(tmp_path) == []

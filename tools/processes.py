@@ -18,6 +18,7 @@ import psutil
 
 HOST = "127.0.0.1"
 TOKEN = "FLAPP_SUPERLINK"
+SWEEP = "FLAPP_SWEEP"  # a folder after which the SuperLinks of one command are called; see sweep.py
 STOP_SECONDS, KILL_SECONDS = 5, 30
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -27,7 +28,7 @@ class SuperLinkError(RuntimeError):
 
 
 class Processes:
-    """Find and stop all processes that carry a token, this one excepted."""
+    """Find and stop all processes that carry a token, or one that begins with it, this one excepted."""
 
     def __init__(self, token: str) -> None:
         self.token = token
@@ -38,7 +39,7 @@ class Processes:
         found: dict[int, psutil.Process] = {}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
-                if process.pid != os.getpid() and process.environ().get(TOKEN) == self.token:
+                if process.pid != os.getpid() and process.environ().get(TOKEN, "").startswith(self.token):
                     found |= {each.pid: each for each in (process, *process.children(recursive=True))}
         self.known |= found
         return [process for process in self.known.values() if _is_running(process)]
@@ -95,6 +96,14 @@ def free_port() -> int:
     return port
 
 
+def reserve_port() -> socket.socket:
+    """Take a free port: while this socket is open nobody is given it by chance, though a server may listen on it."""
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind((HOST, 0))
+    return reserved
+
+
 def is_free(port: int) -> bool:
     """Say whether a port of this machine can be listened on."""
     with socket.socket() as probe:
@@ -113,6 +122,14 @@ def answers(port: int, host: str = HOST) -> bool:
             return True
     except OSError:
         return False
+
+
+def listens(process: int, port: int) -> bool:
+    """Say whether it is this process, and no other, that listens on a port of this machine."""
+    with contextlib.suppress(psutil.Error):
+        sockets = psutil.Process(process).net_connections("tcp4")
+        return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in sockets)
+    return False
 
 
 def last_line(text: str) -> str:

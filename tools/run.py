@@ -10,12 +10,11 @@ Exits 0 only when every run went to its end; 1 with one line that says what and 
 """
 
 import json
-import math
 import os
 import signal
 import sys
-import tempfile
 import time
+from concurrent.futures import BrokenExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -24,7 +23,6 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
@@ -32,21 +30,13 @@ from tqdm import tqdm
 from flapp.config import CONF, explain, from_tree, to_json
 from flapp.results import SUMMARY, check_resumable, taken
 from flapp.settings import Config, ConfigError
+from tools import sweep
 from tools.federation import FederationError, install_app, known_federation
-from tools.processes import SuperLinkError, available_cpus
+from tools.processes import SIGNALS, SuperLinkError, available_cpus
 from tools.superlink import CONNECTION, PrivateSuperLink, SuperLink
 from tools.supervisor import root_certificates
 
 APP = Path(__file__).resolve().parents[1]
-SWEEP_LOG = "FLAPP_SWEEP_LOG"  # where the jobs of a sweep report, also from a launcher's other processes
-COLUMNS = {  # of the table of a sweep
-    "objective": ("objective", "{:.4f}"),
-    "accuracy": ("accuracy", "{:.4f}"),
-    "personal_accuracy": ("personal", "{:.4f}"),
-    "bytes_up": ("bytes up", "{:,}"),
-    "bytes_down": ("bytes down", "{:,}"),
-    "aggregation_error": ("aggregation error", "{:.1e}"),
-}
 LOOK_SECONDS, STATUS_SECONDS, END_SECONDS = 0.3, 15, 60
 
 
@@ -214,27 +204,18 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def job(tree: DictConfig) -> float | None:
-    """Run one job for Hydra and return its objective; failures are reported, not raised, and count as NaN."""
+    """Run one job for Hydra, report how it ended, and return its objective; a failure is reported, not raised."""
     hydra_config = HydraConfig.get()
-    sweep = hydra_config.mode == RunMode.MULTIRUN
-    outcome: dict[str, Any] = {"overrides": " ".join(hydra_config.overrides.task)}
-    try:
-        config = from_tree(tree, Path.cwd())
-        if sweep:
-            folder = os.path.relpath(hydra_config.sweep.dir, config.runs_dir)
-            config = replace(config, run_name=f"{folder}/{hydra_config.job.num}")
-        summary = run_once(config)
-        outcome |= {key: summary.get(key) for key in ("status", "run_dir", *COLUMNS)}
-        print(final_line(summary))
-    except (ConfigError, RunError, FederationError, SuperLinkError, OmegaConfBaseException, OSError) as error:
-        said = explain(error) if isinstance(error, OmegaConfBaseException) else error
-        outcome |= {"status": "failed", "error": str(said)}
-        print(f"error: {said}", file=sys.stderr)
-    with open(os.environ[SWEEP_LOG], "a") as log:
-        log.write(json.dumps(outcome) + "\n")
-    if outcome.get("objective") is None:
-        return math.nan if sweep else None
-    return float(outcome["objective"])
+    with sweep.reported(hydra_config) as outcome:
+        try:
+            config = from_tree(tree, Path.cwd())
+            summary = run_once(sweep.as_job(config, hydra_config) if sweep.is_sweep(hydra_config) else config)
+            outcome |= {key: summary.get(key) for key in ("status", *sweep.COLUMNS, "run_dir")}
+            print(final_line(summary))
+        except (ConfigError, RunError, FederationError, SuperLinkError, OmegaConfBaseException, OSError) as error:
+            outcome["error"] = str(explain(error) if isinstance(error, OmegaConfBaseException) else error)
+            print(f"error: {outcome['error']}", file=sys.stderr)
+    return sweep.objective_of(outcome)
 
 
 def final_line(summary: dict[str, Any]) -> str:
@@ -250,46 +231,41 @@ def final_line(summary: dict[str, Any]) -> str:
     )
 
 
-def sweep_table(outcomes: list[dict[str, Any]]) -> str:
-    """Return the table of a sweep: a line a job with its settings, its figures, and its folder or its error."""
-    shown = [key for key in COLUMNS if any(outcome.get(key) is not None for outcome in outcomes)]
-    rows = [["job", "overrides", *(COLUMNS[key][0] for key in shown), "run"]]
-    for number, outcome in enumerate(outcomes):
-        figures = ["" if outcome.get(key) is None else COLUMNS[key][1].format(outcome[key]) for key in shown]
-        rows.append([str(number), outcome["overrides"], *figures, outcome.get("error") or outcome["run_dir"]])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1] + [0]
-    return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows)
-
-
 def main() -> int:
     """Let Hydra compose the command line into jobs, run them, and return the exit status."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, _interrupt)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, who say them in one line
-    sweep = any(argument in ("-m", "--multirun") for argument in sys.argv[1:])
-    handle, name = tempfile.mkstemp(prefix="flapp-sweep-")
-    os.close(handle)
-    log = Path(name)
-    os.environ[SWEEP_LOG] = str(log)
+    outcomes: list[sweep.Outcome] = []
     try:
-        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
+        with sweep.gathered(outcomes):
+            hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
+        return 1
+    except BrokenExecutor as error:
+        print(f"error: {str(error).partition('.')[0]}: go on with the sweep by resume=true", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: interrupted; everything that was started has been stopped", file=sys.stderr)
         return 130
+    except ValueError:
+        if not outcomes or any(outcome["status"] == "finished" for outcome in outcomes):
+            raise
+        return 1  # Optuna's sweeper looks for the best of trials that have all failed
     finally:
-        outcomes = [json.loads(line) for line in log.read_text().splitlines()]
-        log.unlink(missing_ok=True)
-    if sweep and outcomes:
-        print(sweep_table(outcomes))
+        print(sweep.conclude(outcomes), end="")
     return int(any(outcome["status"] != "finished" for outcome in outcomes))
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler)  # a second one does not wait for jobs to clean up
+    sweep.interrupt_jobs()
     raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from tools import run  # so that other processes find job by name, and not by its code
+
+    sys.exit(run.main())

@@ -6,8 +6,9 @@ launch; the private one belongs to one run, starts from a neutral folder, and ha
 
 import contextlib
 import json
-import secrets
+import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -19,14 +20,16 @@ from typing import Any
 from tools.processes import (
     HOST,
     KILL_SECONDS,
+    SWEEP,
     Processes,
     SuperLinkError,
     answers,
     environment,
-    free_port,
     is_free,
     last_line,
+    listens,
     program,
+    reserve_port,
 )
 
 START_SECONDS = 60
@@ -41,8 +44,9 @@ class SuperLink:
 
     def __init__(self, address: str, root_certificates: Path | None = None) -> None:
         self.address = address
-        self.folder = Path(tempfile.mkdtemp(prefix="flapp-"))  # short, because Ray puts sockets below it
-        self.processes = Processes(secrets.token_hex(16))
+        prefix = Path(os.environ.get(SWEEP, "flapp")).name + "-"
+        self.folder = Path(tempfile.mkdtemp(prefix=prefix))  # short, because Ray puts sockets below it
+        self.processes = Processes(str(self.folder))
         self.env = environment(self.folder, self.processes.token)
         secure = "insecure = true" if root_certificates is None else f'root-certificates = "{root_certificates}"'
         home = self.folder / "flwr"
@@ -124,7 +128,8 @@ class PrivateSuperLink(SuperLink):
     """
 
     def __init__(self, port: int | None = None, ray_address: str | None = None) -> None:
-        self.port = port if port is not None else free_port()
+        self.reserved = reserve_port() if port is None else socket.socket()
+        self.port = int(self.reserved.getsockname()[1]) if port is None else port
         super().__init__(f"{HOST}:{self.port}")
         if ray_address is not None:
             self.env["RAY_ADDRESS"] = ray_address
@@ -143,12 +148,11 @@ class PrivateSuperLink(SuperLink):
                 command, env=self.env, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
             )
         end = time.monotonic() + START_SECONDS
-        while not answers(self.port):
+        while not listens(self.process.pid, self.port):
             self.check_alive()
             if time.monotonic() > end:
                 raise SuperLinkError(f"the SuperLink did not answer in {START_SECONDS} s: {last_line(self._log())}")
             time.sleep(0.1)
-        self.check_alive()  # or it was another server that answered
 
     def check_alive(self) -> None:
         """Raise SuperLinkError if the SuperLink has ended by itself."""
@@ -163,6 +167,7 @@ class PrivateSuperLink(SuperLink):
         self.processes.stop()
         if self.process is not None:
             self.process.wait(KILL_SECONDS)
+        self.reserved.close()
         super().stop()
 
     def _log(self) -> str:

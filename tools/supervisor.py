@@ -23,7 +23,7 @@ FACTS, SEEN, LOG = "federation.json", "supervisor.json", "log.txt"
 SUPERLINK = "superlink"
 FIRST_PAUSE, LONGEST_PAUSE, SETTLED_SECONDS = 1.0, 60.0, 60.0  # a SuperNode killed is let in again after 60 s at most
 LOOK_SECONDS, STOP_SECONDS, START_SECONDS, REGISTRARS = 0.3, 8.0, 60.0, 4
-TASK_POLL_SECONDS = "0.1"  # Flower's own is 1: how long a message waits at a SuperNode until its process is started
+SUPERNODE = (sys.executable, "-P", str(Path(__file__).with_name("supernode.py")))
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def supernode_command(folder: Path, federation: Federation, client_id: str) -> l
     if federation.homes:
         settings["home"] = str(site / "home")
     node_config = " ".join(f'{key}="{value}"' for key, value in settings.items())
-    command = [program("flower-supernode"), "--superlink", federation.address, "--node-config", node_config]
+    command = [*SUPERNODE, "--superlink", federation.address, "--node-config", node_config]
     command += ["--host", HOST, "--port", str(free_port()), "--isolation", "subprocess"]
     if not federation.tls:
         return [*command, "--insecure"]
@@ -183,9 +183,8 @@ class Supervisor:
                 time.sleep(0.1)
 
     def _environment(self, child: Child) -> dict[str, str]:
-        threads = str(self.federation.threads)
-        more = {"OMP_NUM_THREADS": threads, "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": TASK_POLL_SECONDS}
-        return environment(child.folder, self.federation.token) | more
+        threads = {"OMP_NUM_THREADS": str(self.federation.threads)}
+        return environment(child.folder, self.federation.token) | threads
 
     def _make_ready(self) -> bool:
         """Register every site's key once the SuperLink answers: it forgets them when it ends."""

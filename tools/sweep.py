@@ -1,0 +1,215 @@
+"""Sweeps: what the jobs of one command report, wherever they run, and what is made of it: a table and sweep.json.
+
+A launcher may run jobs in processes of its own, several at a time, and kill them. FLAPP_SWEEP names a folder that all
+of them find: a job leaves <number>.json there when it ends, and the SuperLink it starts is called after that folder,
+by which it is found and stopped whatever has become of the job.
+
+sweep.json lies in the sweep's folder: a list with an object a job, in order of job: job (number), overrides, status
+(finished or failed), and either objective, accuracy, personal_accuracy, bytes_up, bytes_down, aggregation_error (null
+where there is none) and run_dir, or error.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import psutil
+from hydra.conf import HydraConf
+from hydra.types import RunMode
+
+from flapp.results import taken
+from flapp.settings import Config, ConfigError
+from tools.processes import SWEEP, Processes, available_cpus
+
+COLUMNS = {  # of the table
+    "objective": ("objective", "{:.4f}"),
+    "accuracy": ("accuracy", "{:.4f}"),
+    "personal_accuracy": ("personal", "{:.4f}"),
+    "bytes_up": ("bytes up", "{:,}"),
+    "bytes_down": ("bytes down", "{:,}"),
+    "aggregation_error": ("aggregation error", "{:.1e}"),
+}
+SUMMARY = "sweep.json"
+INTERRUPTED, INTERRUPT_SECONDS = "interrupted", 60
+Outcome = dict[str, Any]
+
+
+@contextlib.contextmanager
+def gathered(outcomes: list[Outcome]) -> Iterator[None]:
+    """Let jobs report, here or in processes started from here, and fill `outcomes` in their order in the end.
+
+    Stops what jobs that were killed have left running.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="flapp-"))
+    os.environ[SWEEP] = str(folder)
+    try:
+        yield
+    finally:
+        Processes(str(folder)).stop()
+        reports = sorted(folder.glob("*.json"), key=lambda path: int(path.stem))
+        outcomes += [json.loads(path.read_text()) for path in reports]
+        for left in folder.parent.glob(f"{folder.name}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        del os.environ[SWEEP]
+
+
+@contextlib.contextmanager
+def reported(hydra_config: HydraConf) -> Iterator[Outcome]:
+    """Give a job its outcome to fill in, failed until it says otherwise, and leave it where `gathered` finds it."""
+    folder, number = Path(os.environ[SWEEP]), job_number(hydra_config)
+    outcome: Outcome = {"job": number, "overrides": list(hydra_config.overrides.task), "status": "failed"}
+    outcome["folder"] = hydra_config.sweep.dir if is_sweep(hydra_config) else None
+    with _stoppable(folder / f"{number}.pid"), _own_lines(hydra_config):
+        _write(folder / f"{number}.json", outcome | {"error": "its process was killed"})  # unless it is written anew
+        try:
+            yield outcome
+        except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            outcome["error"] = "interrupted" if interrupted else f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            _write(folder / f"{number}.json", outcome)
+
+
+@contextlib.contextmanager
+def _stoppable(path: Path) -> Iterator[None]:
+    """Note this process in `path` while a job runs, so that `interrupt_jobs` reaches it in a launcher's process."""
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # such a process: only the command's own interrupts it
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+    if (path.parent / INTERRUPTED).exists():
+        raise KeyboardInterrupt
+    path.write_text(str(os.getpid()))
+    try:
+        yield
+    finally:
+        path.unlink()
+
+
+def interrupt_jobs() -> None:
+    """Break off the jobs in other processes, which a launcher would kill, and wait until they have cleaned up."""
+    if SWEEP not in os.environ:
+        return
+    folder = Path(os.environ[SWEEP])
+    (folder / INTERRUPTED).touch()  # launchers hand out further jobs
+    for process in _job_processes(folder):
+        process.terminate()
+    end = time.monotonic() + INTERRUPT_SECONDS
+    while _job_processes(folder) and time.monotonic() < end:
+        time.sleep(0.1)
+
+
+def _job_processes(folder: Path) -> list[psutil.Process]:
+    """List the children of this process in which jobs run."""
+    running = [path.read_text() for path in folder.glob("*.pid")]
+    return [child for child in psutil.Process().children() if str(child.pid) in running]
+
+
+def is_sweep(hydra_config: HydraConf) -> bool:
+    """Say whether a job is one of several."""
+    return bool(hydra_config.mode == RunMode.MULTIRUN)
+
+
+def job_number(hydra_config: HydraConf) -> int:
+    """Return a job's number in its sweep, 0 of a single run."""
+    return int(hydra_config.job.num) if is_sweep(hydra_config) else 0
+
+
+def as_job(config: Config, hydra_config: HydraConf) -> Config:
+    """Give a job its own run directory in the sweep's, and its share of the processors where several run at once.
+
+    A sweep that is resumed starts the jobs that it had not come to. Raises ConfigError when it is over and not resumed.
+    """
+    path = Path(hydra_config.sweep.dir) / str(job_number(hydra_config))
+    if (path.parent / SUMMARY).exists() and not config.resume:
+        raise ConfigError(taken(config))
+    deployment = config.deployment
+    if (jobs := jobs_at_once(hydra_config)) > 1 and deployment.total_cpus is None:
+        deployment = replace(deployment, total_cpus=max(available_cpus() // jobs, deployment.client_cpus))
+    run_name = os.path.relpath(path, config.runs_dir)
+    return replace(config, run_name=run_name, deployment=deployment, resume=config.resume and path.exists())
+
+
+def jobs_at_once(hydra_config: HydraConf) -> int:
+    """Return how many jobs the launcher may run side by side: n_jobs of joblib's, which counts -1 as all processors."""
+    jobs = int(hydra_config.launcher.get("n_jobs") or 1) if is_sweep(hydra_config) else 1
+    return jobs if jobs > 0 else max(1, available_cpus() + 1 + jobs)
+
+
+@contextlib.contextmanager
+def _own_lines(hydra_config: HydraConf) -> Iterator[None]:
+    """Mark what a job prints with its number while others run beside it; a progress bar finds no terminal then."""
+    if jobs_at_once(hydra_config) == 1:
+        yield
+        return
+    mark = f"[job {job_number(hydra_config)}] "
+    with (
+        contextlib.redirect_stdout(_MarkedLines(sys.stdout, mark)),
+        contextlib.redirect_stderr(_MarkedLines(sys.stderr, mark)),
+    ):
+        print(f"started: {' '.join(hydra_config.overrides.task)}")
+        yield
+
+
+class _MarkedLines(io.TextIOBase):
+    """Write to a stream by whole lines, each with a mark before it, so that processes do not cut up each other's."""
+
+    def __init__(self, stream: TextIO, mark: str) -> None:
+        self.stream, self.mark, self.begun = stream, mark, ""
+
+    def write(self, text: str) -> int:
+        *lines, self.begun = (self.begun + text).split("\n")
+        self.stream.write("".join(f"{self.mark}{line}\n" for line in lines))
+        self.stream.flush()
+        return len(text)
+
+
+def objective_of(outcome: Outcome) -> float | None:
+    """Return what a sweeper is told of a job; of one that failed None, which Optuna's takes for a failed trial."""
+    objective = outcome.get("objective")
+    return None if objective is None or math.isnan(objective) else float(objective)
+
+
+def conclude(outcomes: list[Outcome]) -> str:
+    """Write sweep.json into the folder of the sweep and return its table; of a single run there is neither.
+
+    A sweep of which nothing finished leaves the file of an earlier one under its name.
+    """
+    folders = {Path(folder) for outcome in outcomes if (folder := outcome.pop("folder"))}
+    for folder in folders:  # one, unless the jobs differ in experiment or home
+        if not (folder / SUMMARY).exists() or any(outcome["status"] == "finished" for outcome in outcomes):
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(folder / SUMMARY, [outcome | {"overrides": " ".join(outcome["overrides"])} for outcome in outcomes])
+    return sweep_table(outcomes) if folders else ""
+
+
+def sweep_table(outcomes: list[Outcome]) -> str:
+    """Return the table of a sweep: a line a job with its own settings, its figures, and its folder or its error."""
+    common = set.intersection(*(set(outcome["overrides"]) for outcome in outcomes)) if len(outcomes) > 1 else set()
+    shown = [key for key in COLUMNS if any(outcome.get(key) is not None for outcome in outcomes)]
+    rows = [["job", "overrides", *(COLUMNS[key][0] for key in shown), "run"]]
+    for outcome in outcomes:
+        figures = ["" if outcome.get(key) is None else COLUMNS[key][1].format(outcome[key]) for key in shown]
+        end = outcome["run_dir"] if outcome["status"] == "finished" else f"failed: {outcome['error']}"
+        own = " ".join(word for word in outcome["overrides"] if word not in common)
+        rows.append([str(outcome["job"]), own, *figures, end])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1] + [0]
+    return "".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) + "\n" for row in rows)
+
+
+def _write(path: Path, values: Any) -> None:
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(json.dumps(values, indent=1))
+    partial.replace(path)
