@@ -75,16 +75,13 @@ def check_together(config: Config) -> None:
             "distributed_data.streaming=true gives images as they are stored: set dataset.augment=false and "
             "model.image_size=null",
         ),
+        *metric_rules(config, "evaluate.objective", config.evaluate.objective),
+        *metric_rules(config, "stopping.metric", config.stopping.metric),
         (
-            config.dataset.classes == 0 and config.evaluate.objective != "loss",
-            f"evaluate.objective={config.evaluate.objective} needs classes, dataset={config.dataset.name} has none: "
-            "set evaluate.objective=loss",
-        ),
-        (
-            config.evaluate.objective == "personal_accuracy"
-            and config.evaluate.personal_epochs == 0
-            and strategy.aggregation != "fedsa",
-            "evaluate.objective=personal_accuracy needs fine-tuning: set evaluate.personal_epochs to 1 or more",
+            (config.stopping.metric is not None or config.evaluate.select == "best")
+            and config.evaluate.every >= config.num_rounds,
+            f"evaluate.every={config.evaluate.every} evaluates only the last of num_rounds={config.num_rounds}, so "
+            "there is no round to stop at or to choose: lower it, or set stopping.metric=null and evaluate.select=last",
         ),
         (
             config.dataset.normalization == "imagenet" and (not images or config.dataset.shape[2] != 3),
@@ -174,6 +171,21 @@ def check_together(config: Config) -> None:
             raise ConfigError(message)
     if config.split.auto_save_split_models:
         check_split(config)
+
+
+def metric_rules(config: Config, setting: str, metric: str | None) -> list[tuple[bool, str]]:
+    """Return the rules for a setting that names a metric of evaluations: the metric must be measured."""
+    personal = config.evaluate.personal_epochs > 0 or config.strategy.aggregation == "fedsa"
+    return [
+        (
+            metric not in (None, "loss") and config.dataset.classes == 0,
+            f"{setting}={metric} needs classes, dataset={config.dataset.name} has none: set {setting}=loss",
+        ),
+        (
+            metric == "personal_accuracy" and not personal,
+            f"{setting}={metric} needs fine-tuning: set evaluate.personal_epochs to 1 or more",
+        ),
+    ]
 
 
 def check_split(config: Config) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from flapp import config
+from flapp.convert import setting_names
 from flapp.model import build_model
-from flapp.settings import Config, ConfigError, setting_names
+from flapp.settings import Config, ConfigError
 
 GROUPS = sorted(path.name for path in config.CONF.iterdir() if path.is_dir())
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((config.CONF / group).glob("*.yaml"))]
