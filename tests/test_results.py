@@ -5,7 +5,9 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,7 +54,7 @@ def test_the_phases_of_a_round_add_up_to_its_seconds_and_rounds_to_the_time_betw
     for line in rounds:
         assert tuple(line["phases"]) == PHASES
         assert sum(line["phases"].values()) == pytest.approx(line["seconds"], rel=0.05)
-    for line, after in zip(rounds, rounds[1:], strict=False):
+    for line, after in pairwise(rounds):
         assert after["time"] - line["time"] == pytest.approx(after["seconds"], rel=0.05)
 
 
@@ -143,15 +145,14 @@ def test_a_round_that_was_saved_but_not_noted_keeps_its_row(
     assert [row["round_seconds"] != "" for row in read_csv(path)] == [True, False, True]
 
 
-def test_pauses_between_starts_are_no_part_of_the_time(federate: Federate) -> None:
+def test_pauses_between_starts_are_no_part_of_the_time(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
     break_off(federate, 3, "aggregate_train", *TOY, "run_name=paused")
-    time.sleep(2)
+    later = SimpleNamespace(monotonic=lambda: time.monotonic() + 1000, time=time.time)
+    monkeypatch.setattr(results, "time", later)
     summary, path = federate(*TOY, "run_name=paused", "resume=true")
     times = [line["time"] for line in map(json.loads, (path / "metrics.jsonl").read_text().splitlines())]
     assert times == sorted(times)
-    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
-    assert max(gaps) < 2
-    assert times[-1] <= summary["seconds"]
+    assert times[-1] <= summary["seconds"] < 1000
 
 
 def test_a_run_without_its_lines_is_not_resumed(federate: Federate) -> None:
