@@ -4,6 +4,7 @@
     python -m tools.run experiment=toy_regression seed=3       other settings, in Hydra's grammar
     python -m tools.run run_name=mine resume=true              go on with a run that broke off
     python -m tools.run -m seed=0,1 train.lr=0.001,0.002       a sweep: every combination, each in its own folder
+    python -m tools.run --format json                          JSON lines on stdout instead (see tools/progress.py)
 
 Exits 0 only when every run went to its end; 1 with one line that says what and how to mend it otherwise.
 """
@@ -26,11 +27,11 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from tqdm import tqdm
 
 from flapp.config import CONF, explain, from_tree, to_json
 from flapp.results import check_resumable, taken
 from flapp.settings import Config, ConfigError
+from tools.progress import Progress, announce, is_json, read_json, take_format
 from tools.superlink import PrivateSuperLink, SuperLinkError, available_cpus
 
 APP = Path(__file__).resolve().parents[1]
@@ -47,7 +48,11 @@ LOOK_SECONDS, STATUS_SECONDS, END_SECONDS = 0.3, 15, 60
 
 
 class RunError(RuntimeError):
-    """A run that did not finish, said in one line."""
+    """A run that did not finish, said in one line; `summary` is its metrics.json if it wrote one."""
+
+    def __init__(self, text: str, summary: dict[str, Any] | None = None) -> None:
+        super().__init__(text)
+        self.summary = summary
 
 
 def run_once(config: Config) -> dict[str, Any]:
@@ -76,33 +81,33 @@ def run_once(config: Config) -> dict[str, Any]:
             "run-id"
         ]
         try:
-            return follow(superlink, run_id, path, config.num_rounds, earlier)
+            return follow(superlink, run_id, path, config, earlier)
         finally:
             if path.is_dir():
                 superlink.save_log(run_id, path / "log.txt")
 
 
 def follow(
-    superlink: PrivateSuperLink, run_id: str, path: Path, num_rounds: int, earlier: dict[str, Any] | None
+    superlink: PrivateSuperLink, run_id: str, path: Path, config: Config, earlier: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Show a run's progress until it ends; return its summary, or raise RunError with the reason it failed for.
 
     `earlier` is the summary of a start that failed, which lies there until the run is resumed.
     """
     asked = time.monotonic()
-    with tqdm(total=num_rounds, unit="round", disable=None, desc="starting", file=sys.stderr) as bar:
+    with Progress(config, path) as progress:
         while (summary := read_json(path / "metrics.json")) is None or summary == earlier:
             superlink.check_alive()
-            show(bar, path)
+            progress.look()
             if time.monotonic() - asked > STATUS_SECONDS:
                 asked = time.monotonic()
                 status, details = superlink.status(run_id)
                 if status.startswith("finished") and read_json(path / "metrics.json") in (None, earlier):
                     raise RunError(f"Flower says {status} and there is no metrics.json: {details}")
             time.sleep(LOOK_SECONDS)
-        show(bar, path)
+        progress.look()
     if summary["status"] != "finished":
-        raise RunError(summary["error"])
+        raise RunError(summary["error"], summary)
     end = time.monotonic() + END_SECONDS
     while not (status := superlink.status(run_id)[0]).startswith("finished"):
         if time.monotonic() > end:
@@ -113,45 +118,28 @@ def follow(
     return summary
 
 
-def show(bar: tqdm, path: Path) -> None:
-    """Bring the bar up to date with progress.json and the last figures of metrics.jsonl."""
-    if bar.disable or (now := read_json(path / "progress.json")) is None:
-        return
-    bar.n = now["round"] - 1 if now["replies"] < now["asked"] or now["phase"] == "train" else now["round"]
-    bar.set_description(f"round {now['round']} {now['phase']} {now['replies']}/{now['asked']}", refresh=False)
-    figures: dict[str, str] = {}
-    written = (path / "metrics.jsonl").read_text().rpartition("\n")[0]  # the last line may be half there
-    for line in written.splitlines():
-        values = json.loads(line)
-        if values["kind"] in ("train", "evaluate"):
-            figures |= {key: f"{values[key]:.4f}" for key in ("loss", "accuracy") if values.get(key) is not None}
-    bar.set_postfix(figures, refresh=True)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return a JSON file's content, or None while it is not there."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-
-
 def job(tree: DictConfig) -> float | None:
     """Run one job for Hydra and return its objective; failures are reported, not raised, and count as NaN."""
     hydra_config = HydraConfig.get()
     sweep = hydra_config.mode == RunMode.MULTIRUN
     outcome: dict[str, Any] = {"overrides": " ".join(hydra_config.overrides.task)}
+    run_name = None
     try:
         config = from_tree(tree, Path.cwd())
         if sweep:
             folder = os.path.relpath(hydra_config.sweep.dir, config.runs_dir)
             config = replace(config, run_name=f"{folder}/{hydra_config.job.num}")
+        run_name = config.run_name
+        announce("started", config.run_name, rounds=config.num_rounds)
         summary = run_once(config)
         outcome |= {key: summary.get(key) for key in ("status", "run_dir", *COLUMNS)}
-        print(final_line(summary))
+        announce("finished", config.run_name, summary=summary)
+        if not is_json():
+            print(final_line(summary))
     except (ConfigError, RunError, SuperLinkError, OmegaConfBaseException, OSError) as error:
         said = explain(error) if isinstance(error, OmegaConfBaseException) else error
         outcome |= {"status": "failed", "error": str(said)}
+        announce("failed", run_name, error=str(said), summary=getattr(error, "summary", None))
         print(f"error: {said}", file=sys.stderr)
     with open(os.environ[SWEEP_LOG], "a") as log:
         log.write(json.dumps(outcome) + "\n")
@@ -167,8 +155,9 @@ def final_line(summary: dict[str, Any]) -> str:
         for key in ("accuracy", "personal_accuracy", "loss")
         if summary.get(key) is not None
     ]
+    early = " (stopped early)" if summary.get("stopped_early") else ""
     return (
-        f"finished {summary['rounds']} rounds in {summary['seconds']:.0f} s: {', '.join(figures)}\n"
+        f"finished {summary['rounds']} rounds{early} in {summary['seconds']:.0f} s: {', '.join(figures)}\n"
         f"model {summary['model_sha256']}\nresults in {summary['run_dir']}"
     )
 
@@ -189,6 +178,10 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, who say them in one line
+    try:
+        take_format(sys.argv)
+    except ConfigError as error:
+        return fail(str(error), 1)
     sweep = any(argument in ("-m", "--multirun") for argument in sys.argv[1:])
     handle, name = tempfile.mkstemp(prefix="flapp-sweep-")
     os.close(handle)
@@ -197,17 +190,22 @@ def main() -> int:
     try:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
-        return 1
+        return fail(str(explain(error)), 1)
     except KeyboardInterrupt:
-        print("error: interrupted; everything that was started has been stopped", file=sys.stderr)
-        return 130
+        return fail("interrupted; everything that was started has been stopped", 130)
     finally:
         outcomes = [json.loads(line) for line in log.read_text().splitlines()]
         log.unlink(missing_ok=True)
-    if sweep and outcomes:
+    if sweep and outcomes and not is_json():
         print(sweep_table(outcomes))
     return int(any(outcome["status"] != "finished" for outcome in outcomes))
+
+
+def fail(error: str, status: int) -> int:
+    """Say why nothing more is run, and return the exit status."""
+    announce("failed", None, error=error, summary=None)
+    print(f"error: {error}", file=sys.stderr)
+    return status
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
