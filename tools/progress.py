@@ -22,7 +22,8 @@ from tqdm import tqdm
 from flapp.settings import Config, ConfigError
 
 FORMAT, FORMATS = "FLAPP_FORMAT", ("text", "json")  # in the environment, for a launcher's other processes too
-STARTING, COUNTING = "{desc} [{elapsed}]", "{desc} {n_fmt}/{total_fmt} |{bar}|"
+HYDRA_TO_STDERR = "hydra.hydra_logging.handlers.console.stream=ext://sys.stderr"
+STARTING, COUNTING = "{desc}[{elapsed}]", "{desc}{n_fmt}/{total_fmt} |{bar}|"
 
 
 def take_format(words: list[str]) -> None:
@@ -34,8 +35,10 @@ def take_format(words: list[str]) -> None:
             value = "".join(words[at + 1 : at + 2])
         del words[at : at + (1 if given else 2)]
         if value not in FORMATS:
-            raise ConfigError(f"--format {value} is not known: choose one of {', '.join(FORMATS)}")
+            raise ConfigError(f"--format={value} is not known: choose one of {', '.join(FORMATS)}")
         os.environ[FORMAT] = value
+    if is_json():
+        words.append(HYDRA_TO_STDERR)
 
 
 def is_json() -> bool:
