@@ -55,6 +55,21 @@ def test_every_choice_in_conf_composes_and_builds_its_model(group: str, choice: 
         (["dataset=regression", "model=linear"], "partition=dirichlet needs classes, dataset=regression has none"),
         (["partition.alpha=null"], "partition=dirichlet needs partition.alpha"),
         (["evaluate.personal_epochs=0", "evaluate.objective=personal_accuracy"], "needs fine-tuning"),
+        (
+            ["evaluate.personal_epochs=0", "stopping.metric=personal_accuracy"],
+            "stopping.metric=personal_accuracy needs fine",
+        ),
+        (
+            ["experiment=toy_regression", "stopping.metric=accuracy"],
+            "stopping.metric=accuracy needs classes, dataset=regression has none: set stopping.metric=loss",
+        ),
+        (
+            ["evaluate.every=20", "stopping.metric=loss"],
+            "evaluates only the last of num_rounds=20, so there is no round",
+        ),
+        (["num_rounds=5", "evaluate.select=best"], "evaluate.every=5 evaluates only the last of num_rounds=5"),
+        (["stopping.patience=0"], "stopping.patience=0 is out of range: it must be at least 1"),
+        (["stopping.metric=auc"], "stopping.metric=auc is not known: choose one of accuracy, personal_accuracy, loss"),
         (["dataset.normalization=imagenet"], "needs images of 3 channels, got shape [32, 32, 1]"),
         (["train.momentum=0.9"], "has no meaning for adamw"),
         (["strategy.min_replies=11"], "strategy.min_replies=11 can never be met with 10 clients in a round"),

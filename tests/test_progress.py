@@ -47,7 +47,7 @@ def lines(federate: Federate) -> list[str]:
     return (path / "metrics.jsonl").read_text().splitlines(keepends=True)
 
 
-def answer(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+def choose_format(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     monkeypatch.setenv(FORMAT, form)
 
 
@@ -67,7 +67,7 @@ def json_lines(text: str) -> list[dict[str, Any]]:
 def test_the_format_is_taken_out_of_the_command_line(
     monkeypatch: pytest.MonkeyPatch, words: list[str], left: list[str], form: str
 ) -> None:
-    answer(monkeypatch, "json")
+    choose_format(monkeypatch, "json")
     take_format(words)
     assert [word for word in words if not word.startswith("hydra.")] == left
     assert os.environ[FORMAT] == form
@@ -75,7 +75,7 @@ def test_the_format_is_taken_out_of_the_command_line(
 
 @pytest.mark.parametrize("words", [["--format"], ["--format", "yaml"], ["--format="]])
 def test_another_format_is_refused(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
-    answer(monkeypatch, "text")
+    choose_format(monkeypatch, "text")
     with pytest.raises(ConfigError, match=r"--format=(yaml)? is not known: choose one of text, json"):
         take_format(words)
 
@@ -97,7 +97,9 @@ def test_lines_of_a_round_that_are_dropped_on_resuming_are_not_told(tmp_path: Pa
     path.write_text("".join(lines[: ends[0] + 1]))  # round 1, and the training of round 2
     reader = RoundReader(path)
     assert len(reader.read()) == 1
-    path.write_text("".join(lines[: ends[0]]) + "".join(lines[: ends[0]][:1]) + "".join(lines[ends[0] :]))
+    path.write_text("".join(lines[: ends[0]]))
+    assert reader.read() == []
+    path.write_text("".join([*lines[: ends[0]], lines[0], *lines[ends[0] :]]))  # a roster, and round 2 anew
     assert [values["round"] for values in reader.read()] == [2, 3]
 
 
@@ -105,7 +107,7 @@ def test_json_lines_say_what_each_round_reached(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], federate: Federate, settings: Config
 ) -> None:
     _, path = federate(*TOY)
-    answer(monkeypatch, "json")
+    choose_format(monkeypatch, "json")
     with Progress(settings, path) as resumed:
         resumed.look()
     assert capsys.readouterr() == ("", "")
@@ -133,7 +135,7 @@ def test_nothing_is_shown_where_there_is_no_terminal(
     folder: Path,
     lines: list[str],
 ) -> None:
-    answer(monkeypatch, "text")
+    choose_format(monkeypatch, "text")
     with Progress(settings, folder) as progress:
         (folder / "metrics.jsonl").write_text("".join(lines))
         progress.look()
@@ -143,7 +145,7 @@ def test_nothing_is_shown_where_there_is_no_terminal(
 def test_bars_show_rounds_with_figures_and_the_replies_of_the_phase(
     monkeypatch: pytest.MonkeyPatch, settings: Config, folder: Path, lines: list[str]
 ) -> None:
-    answer(monkeypatch, "text")
+    choose_format(monkeypatch, "text")
     monkeypatch.setattr(sys, "stderr", Terminal())
     with Progress(settings, folder) as progress:
         progress.look()
@@ -164,7 +166,7 @@ def test_bars_show_rounds_with_figures_and_the_replies_of_the_phase(
 def test_a_resumed_run_is_not_shown_what_the_earlier_start_said(
     monkeypatch: pytest.MonkeyPatch, settings: Config, folder: Path, lines: list[str]
 ) -> None:
-    answer(monkeypatch, "text")
+    choose_format(monkeypatch, "text")
     monkeypatch.setattr(sys, "stderr", Terminal())
     (folder / "metrics.jsonl").write_text("".join(lines[:3]))
     (folder / "progress.json").write_text(json.dumps({"round": 2, "phase": "train", "replies": 1, "asked": 3}))
@@ -195,7 +197,7 @@ def test_with_json_stdout_has_nothing_but_lines_of_json(
             raise outcome
         return outcome | {"status": "finished", "run_dir": "/r"}
 
-    answer(monkeypatch, "text")
+    choose_format(monkeypatch, "text")
     monkeypatch.setattr(run, "run_once", run_once)
     monkeypatch.setattr(run.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["run", "--format", "json", *TOY, f"home={tmp_path}", "run_name=j"])
