@@ -28,6 +28,7 @@ def check_together(config: Config) -> None:
             )
     images, train, strategy = len(config.dataset.shape) == 3, config.train, config.strategy
     shards, lora = config.distributed_data, config.lora
+    stopping, every = config.stopping, config.evaluate.every
     sampled = sample_size(strategy.fraction_train, config.clients)
     name = Path(config.run_name)
     rules = [
@@ -78,10 +79,14 @@ def check_together(config: Config) -> None:
         *metric_rules(config, "evaluate.objective", config.evaluate.objective),
         *metric_rules(config, "stopping.metric", config.stopping.metric),
         (
-            (config.stopping.metric is not None or config.evaluate.select == "best")
-            and config.evaluate.every >= config.num_rounds,
-            f"evaluate.every={config.evaluate.every} evaluates only the last of num_rounds={config.num_rounds}, so "
-            "there is no round to stop at or to choose: lower it, or set stopping.metric=null and evaluate.select=last",
+            stopping.metric is not None and every * (1 + stopping.patience) >= config.num_rounds,
+            f"stopping.patience={stopping.patience} evaluations, one in evaluate.every={every} rounds, are never over "
+            f"before num_rounds={config.num_rounds}: lower stopping.patience or evaluate.every",
+        ),
+        (
+            config.evaluate.select == "best" and every >= config.num_rounds,
+            f"evaluate.select=best has only the last round to choose from: lower evaluate.every={every} below "
+            f"num_rounds={config.num_rounds}",
         ),
         (
             config.dataset.normalization == "imagenet" and (not images or config.dataset.shape[2] != 3),

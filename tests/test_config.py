@@ -55,19 +55,16 @@ def test_every_choice_in_conf_composes_and_builds_its_model(group: str, choice: 
         (["dataset=regression", "model=linear"], "partition=dirichlet needs classes, dataset=regression has none"),
         (["partition.alpha=null"], "partition=dirichlet needs partition.alpha"),
         (["evaluate.personal_epochs=0", "evaluate.objective=personal_accuracy"], "needs fine-tuning"),
-        (
-            ["evaluate.personal_epochs=0", "stopping.metric=personal_accuracy"],
-            "stopping.metric=personal_accuracy needs fine",
-        ),
+        (["evaluate.personal_epochs=0", "stopping.metric=personal_accuracy"], "personal_accuracy needs fine-tuning"),
         (
             ["experiment=toy_regression", "stopping.metric=accuracy"],
             "stopping.metric=accuracy needs classes, dataset=regression has none: set stopping.metric=loss",
         ),
+        (["stopping.metric=loss"], "stopping.patience=3 evaluations, one in evaluate.every=5 rounds, are never over"),
         (
-            ["evaluate.every=20", "stopping.metric=loss"],
-            "evaluates only the last of num_rounds=20, so there is no round",
+            ["num_rounds=5", "evaluate.select=best"],
+            "select=best has only the last round to choose from: lower evaluate",
         ),
-        (["num_rounds=5", "evaluate.select=best"], "evaluate.every=5 evaluates only the last of num_rounds=5"),
         (["stopping.patience=0"], "stopping.patience=0 is out of range: it must be at least 1"),
         (["stopping.metric=auc"], "stopping.metric=auc is not known: choose one of accuracy, personal_accuracy, loss"),
         (["dataset.normalization=imagenet"], "needs images of 3 channels, got shape [32, 32, 1]"),

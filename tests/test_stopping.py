@@ -94,8 +94,8 @@ def test_patience_counts_evaluations_and_not_rounds(federate: Federate) -> None:
 def test_a_run_whose_patience_ends_with_its_last_round_was_not_stopped(
     federate: Federate, losses: Callable[[Sequence[float]], None]
 ) -> None:
-    losses((1.0,) * 6)
-    summary, path = federate(*TOY, "stopping.metric=loss", "stopping.patience=5")
+    losses((2.0, 1.0, 1.0, 1.0, 1.0, 1.0))
+    summary, path = federate(*TOY, "stopping.metric=loss", "stopping.patience=4")
     assert (summary["rounds"], summary["stopped_early"]) == (6, False)
     assert read_lines(path, "stop") == []
 
