@@ -207,6 +207,8 @@ def test_with_json_stdout_has_nothing_but_lines_of_json(
     assert found[-1]["summary"]["status"] == ("failed" if status else "finished")
 
 
-def test_the_final_line_says_that_a_run_stopped_early() -> None:
-    summary = {"rounds": 3, "seconds": 12.3, "loss": 1.25, "model_sha256": "ab", "run_dir": "/r"}
-    assert run.final_line(summary | {"stopped_early": True}).startswith("finished 3 rounds (stopped early) in 12 s")
+def test_the_last_lines_say_that_a_run_stopped_early_and_whose_model_it_ends_with() -> None:
+    summary = {"rounds": 3, "seconds": 12.3, "loss": 1.25, "model_sha256": "ab", "run_dir": "/r", "stopped_early": True}
+    text = "finished 3 rounds (stopped early) in 12 s: loss 1.2500\nmodel ab"
+    assert run.final_line(summary | {"selected_round": 3}) == f"{text}\nresults in /r"
+    assert run.final_line(summary | {"selected_round": 2}) == f"{text} of round 2\nresults in /r"

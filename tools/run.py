@@ -156,9 +156,11 @@ def final_line(summary: dict[str, Any]) -> str:
         if summary.get(key) is not None
     ]
     early = " (stopped early)" if summary.get("stopped_early") else ""
+    selected = summary.get("selected_round", summary["rounds"])
+    chosen = f" of round {selected}" if selected != summary["rounds"] else ""
     return (
         f"finished {summary['rounds']} rounds{early} in {summary['seconds']:.0f} s: {', '.join(figures)}\n"
-        f"model {summary['model_sha256']}\nresults in {summary['run_dir']}"
+        f"model {summary['model_sha256']}{chosen}\nresults in {summary['run_dir']}"
     )
 
 
