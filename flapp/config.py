@@ -1,7 +1,7 @@
 """Settings: from conf/ by Hydra, through Flower's run_config and node_config, to one checked, read-only Config.
 
-settings.py names every setting with its type and range; the values live in conf/ only. Front doors compose once
-and ship the result as `config-json`, which the apps read without importing Hydra.
+settings.py names every setting with its type and range, convert.py checks them; the values live in conf/ only. Front
+doors compose once and ship the result as `config-json`, which the apps read without importing Hydra.
 """
 
 import hashlib
@@ -16,12 +16,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from flapp.convert import build, hint, setting_names
 from flapp.rules import PATHS, check_together
-from flapp.settings import Config, ConfigError, Site, build, hint, setting_names
+from flapp.settings import Config, ConfigError, Site
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 FREE = (  # a resumed run may change these: they do not reach its bytes
-    *("home", "run_name", "resume", "deployment", "checkpoint", "split"),
+    *("home", "run_name", "resume", "deployment", "checkpoint", "split", "results"),
     *("strategy.wait_for_clients", "strategy.timeout"),
     *("dataset.source", "dataset.download", "distributed_data.shard_path", "distributed_data.manifest"),
     *("model.pretrained", "lora.adapter"),  # where the start lies; a base is compared by its digest

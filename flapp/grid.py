@@ -13,12 +13,14 @@ FIRST_PAUSE, LONGEST_PAUSE, GROWTH = 0.02, 1.0, 1.1  # seconds; Flower's own gri
 class PolledGrid(Grid):
     """Pass everything on to Flower's grid, but poll for replies quickly at first and ever more slowly.
 
-    on_reply is called with (replies so far, messages sent) whenever replies have come in.
+    on_reply is called with (replies so far, messages sent) whenever replies have come in, on_sent when all messages
+    have been handed over.
     """
 
     def __init__(self, grid: Grid, on_reply: Callable[[int, int], None] = lambda done, sent: None) -> None:
         self.grid = grid
         self.on_reply = on_reply
+        self.on_sent: Callable[[], None] = lambda: None
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send all messages and return the replies that come within `timeout` seconds (None: wait for all)."""
@@ -26,6 +28,7 @@ class PolledGrid(Grid):
         if not sent:
             return []
         waiting = {message_id for message_id in self.grid.push_messages(sent) if message_id}
+        self.on_sent()
         end = time.monotonic() + timeout if timeout is not None else float("inf")
         replies: list[Message] = []
         pause = FIRST_PAUSE

@@ -1,13 +1,18 @@
 """The run directory: everything a run leaves behind, under home/runs/<run_name>.
 
 config.yaml        the resolved config
-metrics.jsonl      one line a round and kind (roster, train, evaluate, central), flushed as it is written
+metrics.jsonl      one line a round and kind (roster, train, evaluate, central, stop, round), flushed as it is written;
+                   time is in seconds since the run began, without the pauses between its starts
+metrics.csv        its numbers, a row a round (metrics_csv.py)
+tensorboard/       events, if results.tensorboard is set (tensorboard.py)
 progress.json      where the run is now: round, phase, replies; for progress bars
-server_chunks.db   the global model after each of the last rounds, and what the server must know to go on from there
-model.safetensors  the final global model
-metrics.json       the summary, written last: status, rounds, accuracy, loss, personal_accuracy, objective,
-                   bytes_up, bytes_down, seconds, model_sha256, aggregation_error (FedLoRA, of the last round),
-                   or status failed and the error
+server_chunks.db   the global model after each of the last rounds, and what the server must know to go on from there;
+                   after the best round too if evaluate.select is best
+model.safetensors  the final global model: of the last round, or of the best one
+metrics.json       the summary, written last: status, rounds, accuracy, loss, personal_accuracy and objective (of the
+                   last evaluation, or of the selected round), best_round and best_value (by evaluate.objective),
+                   selected_round, stopped_early, bytes_up, bytes_down, seconds, model_sha256, aggregation_error
+                   (FedLoRA, of the last round), or status failed and the error
 
 A round is over when server_chunks.db holds it. A resumed run drops the lines of rounds that were not, and goes on.
 """
@@ -18,7 +23,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,8 +33,12 @@ from torch import Tensor
 
 from flapp.checkpoint import ChunkManager
 from flapp.config import config_digest, differences, read_yaml, to_yaml
+from flapp.metrics_csv import MetricsCsv
 from flapp.model import save_tensors
 from flapp.settings import Config, ConfigError
+from flapp.stopwatch import Stopwatch
+from flapp.summary import Summary
+from flapp.tensorboard import Events
 
 METRICS, STORE = "metrics.jsonl", "server_chunks.db"
 SUMMARY = "summary of the run: "  # before metrics.json in the ServerApp's log, for those who have no access to the file
@@ -41,7 +51,10 @@ class RunDirectory:
         self.path = path
         self.config = config
         self.started = time.monotonic()
-        self.totals: dict[str, Any] = {"rounds": 0, "bytes_up": 0, "bytes_down": 0}
+        self.clock = Stopwatch()
+        self.summary = Summary(config)
+        self.table = MetricsCsv(path / "metrics.csv")
+        self.events: Events | None = None
         self._metrics = _open_locked(path / METRICS, config)
         self.store = _open_store(path, config)
 
@@ -66,9 +79,16 @@ class RunDirectory:
         """Open the folder of a run that broke off, cut back to its last complete round; raises ConfigError."""
         run = cls(check_resumable(config), config)
         run._drop_lines_after(run.last_round())
+        run.table.rewrite(run._lines())
         (run.path / "metrics.json").unlink(missing_ok=True)
         _write_text(run.path / "config.yaml", to_yaml(config))
         return run
+
+    def open_events(self) -> None:
+        """Write TensorBoard events from now on, if the config says so; raises ConfigError without its package."""
+        if self.config.results.tensorboard:
+            began = time.time() - (time.monotonic() - self.started)
+            self.events = Events(self.path / "tensorboard", began, self._lines())
 
     def last_round(self) -> int:
         """Return the number of the last complete round, 0 before the first."""
@@ -77,8 +97,16 @@ class RunDirectory:
 
     def save_round(self, server_round: int, state: Mapping[str, Tensor | np.ndarray], facts: Mapping[str, Any]) -> None:
         """Complete a round: keep the global model and the facts that the next rounds need; raises CheckpointError."""
+        self.clock.enter("save")
+        if self.summary.stops_after(server_round):
+            stopping, best = self.config.stopping, self.summary.watched.round
+            self.append("stop", server_round, metric=stopping.metric, best_round=best, patience=stopping.patience)
         os.fsync(self._metrics.fileno())
-        self.store.save_model_chunks(state, server_round, dict(facts), config_digest=config_digest(self.config))
+        pinned, digest = {self.summary.selected_round()}, config_digest(self.config)
+        saved = self.store.save_model_chunks(state, server_round, dict(facts), config_digest=digest, pinned=pinned)
+        store = {"bytes": self.store.path.stat().st_size, "stored": saved.new_bytes, "total": saved.bytes}
+        seconds, phases = self.clock.end()
+        self.append("round", server_round, seconds=seconds, phases=phases, store=store)
 
     def load_round(self, server_round: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors and facts that were saved with a round."""
@@ -89,10 +117,13 @@ class RunDirectory:
 
     def append(self, kind: str, server_round: int, **values: Any) -> None:
         """Add a line to metrics.jsonl; later lines of a kind do not replace earlier ones."""
-        line = {"kind": kind, "round": server_round, "time": round(time.time(), 3), **values}
+        line = {"kind": kind, "round": server_round, "time": self._seconds(), **values}
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
-        self._count(line)
+        self.summary.add(line)
+        self.table.add(line)
+        if self.events:
+            self.events.add(line)
 
     def show_progress(self, server_round: int, phase: str, done: int, asked: int) -> None:
         """Say where the run is, for whoever watches."""
@@ -109,57 +140,61 @@ class RunDirectory:
 
     def finish(self, model_sha256: str) -> dict[str, Any]:
         """Write metrics.json of a run that went to its end, and return it."""
-        objective = self.totals.get(self.config.evaluate.objective)
-        return self._summarize(status="finished", objective=objective, model_sha256=model_sha256)
+        objective = self.summary.totals.get(self.config.evaluate.objective)
+        selected = self.summary.selected_round()
+        return self._summarize(
+            status="finished", objective=objective, model_sha256=model_sha256, selected_round=selected
+        )
 
     def fail(self, error: BaseException) -> dict[str, Any]:
         """Write metrics.json of a run that broke off, and return it."""
         return self._summarize(status="failed", error=_one_line(error))
 
     def _summarize(self, **values: Any) -> dict[str, Any]:
-        seconds = round(time.monotonic() - self.started, 3)
-        summary = {**values, **self.totals, "seconds": seconds, "run_dir": str(self.path)}
+        best = {"best_round": self.summary.best.round, "best_value": self.summary.best.value}
+        summary = {**values, **self.summary.totals, **best, "seconds": self._seconds(), "run_dir": str(self.path)}
         _write_json(self.path / "metrics.json", summary)
         self.close()
         return summary
 
+    def _seconds(self) -> float:
+        return round(time.monotonic() - self.started, 3)
+
     def close(self) -> None:
         """Let go of the folder."""
+        if self.events:
+            self.events.close()
         self.store.close()
         self._metrics.close()
 
-    def _count(self, line: Mapping[str, Any]) -> None:
-        self.totals["rounds"] = max(self.totals["rounds"], line["round"])
-        for key in ("bytes_up", "bytes_down"):
-            self.totals[key] += line.get(key, 0)
-        if "aggregation_error" in line:
-            self.totals["aggregation_error"] = line["aggregation_error"]
-        if line["kind"] == "evaluate":
-            self.totals |= {key: line.get(key) for key in ("accuracy", "loss", "personal_accuracy")}
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        """Yield the lines of metrics.jsonl, which are whole."""
+        self._metrics.seek(0)
+        return map(json.loads, self._metrics)
 
     def _drop_lines_after(self, server_round: int) -> None:
         """Cut metrics.jsonl before the first line of a later round, or one that was not written to its end.
 
-        Raises ConfigError when it tells of rounds beyond the one that may have been under way.
+        Raises ConfigError when it ends before that round, or tells of rounds beyond the one that was under way.
         """
         self._metrics.seek(0)
         written = [(text, _parse(text)) for text in self._metrics.read().splitlines(keepends=True)]
         newest = max((line["round"] for _, line in written if line is not None), default=0)
-        if newest > server_round + 1:
+        whole = takewhile(lambda pair: pair[1] is not None and pair[1]["round"] <= server_round, written)
+        kept = [(text, line) for text, line in whole if line is not None]
+        last = max((line["round"] for _, line in kept), default=0)
+        if newest > server_round + 1 or last < server_round:
             self.close()
+            told = last if last < server_round else newest
             raise ConfigError(
-                f"{self.path / STORE} ends with round {server_round}, metrics.jsonl goes on to round {newest}: bring "
-                "the store back from a copy, or start a new run"
+                f"{self.path / STORE} ends with round {server_round}, metrics.jsonl goes on to round {told}: bring "
+                "the right ones back from a copy, or start a new run"
             )
-        kept, last = 0, 0.0
-        for text, line in written:
-            if line is None or line["round"] > server_round:
-                break
-            self._count(line)
-            if line["kind"] != "roster":  # the first line of each start: what lies before it was a pause
-                self.started -= line["time"] - last
-            kept, last = kept + len(text.encode()), line["time"]
-        self._metrics.truncate(kept)
+        for _, line in kept:
+            self.summary.add(line)
+        if kept:
+            self.started -= kept[-1][1]["time"]
+        self._metrics.truncate(sum(len(text.encode()) for text, _ in kept))
         self._metrics.seek(0, os.SEEK_END)
 
 

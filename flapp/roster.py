@@ -127,6 +127,17 @@ class Roster:
         known = self.members.keys() | self.refused.keys()
         return [name for name in self.expected if name not in known]
 
+    def facts(self) -> dict[str, Any]:
+        """Return what the line `roster` of metrics.jsonl says: who is in, with how much of what, and who is not."""
+        claims = {name: member.claim for name, member in sorted(self.members.items())}
+        return {
+            "clients": len(claims),
+            "refused": self.refused,
+            "warnings": self.warnings,
+            "samples": {name: {"train": c.train, "val": c.val, "test": c.test} for name, c in claims.items()},
+            "label_hist": {name: list(claim.label_hist) for name, claim in claims.items()},
+        }
+
     def refusals(self) -> list[str]:
         """Return one sentence for each refused client or node; equal reasons are said once."""
         groups: dict[str, list[str]] = {}

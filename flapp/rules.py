@@ -30,6 +30,7 @@ def check_together(config: Config) -> None:
             )
     images, train, strategy = len(config.dataset.shape) == 3, config.train, config.strategy
     shards, lora = config.distributed_data, config.lora
+    stopping, every = config.stopping, config.evaluate.every
     sampled = sample_size(strategy.fraction_train, config.clients)
     name = Path(config.run_name)
     rules = [
@@ -77,16 +78,17 @@ def check_together(config: Config) -> None:
             "distributed_data.streaming=true gives images as they are stored: set dataset.augment=false and "
             "model.image_size=null",
         ),
+        *metric_rules(config, "evaluate.objective", config.evaluate.objective),
+        *metric_rules(config, "stopping.metric", config.stopping.metric),
         (
-            config.dataset.classes == 0 and config.evaluate.objective != "loss",
-            f"evaluate.objective={config.evaluate.objective} needs classes, dataset={config.dataset.name} has none: "
-            "set evaluate.objective=loss",
+            stopping.metric is not None and every * (1 + stopping.patience) >= config.num_rounds,
+            f"stopping.patience={stopping.patience} evaluations, one in evaluate.every={every} rounds, are never over "
+            f"before num_rounds={config.num_rounds}: lower stopping.patience or evaluate.every",
         ),
         (
-            config.evaluate.objective == "personal_accuracy"
-            and config.evaluate.personal_epochs == 0
-            and strategy.aggregation != "fedsa",
-            "evaluate.objective=personal_accuracy needs fine-tuning: set evaluate.personal_epochs to 1 or more",
+            config.evaluate.select == "best" and every >= config.num_rounds,
+            f"evaluate.select=best has only the last round to choose from: lower evaluate.every={every} below "
+            f"num_rounds={config.num_rounds}",
         ),
         (
             config.dataset.normalization == "imagenet" and (not images or config.dataset.shape[2] != 3),
@@ -176,6 +178,21 @@ def check_together(config: Config) -> None:
             raise ConfigError(message)
     if config.split.auto_save_split_models:
         check_split(config)
+
+
+def metric_rules(config: Config, setting: str, metric: str | None) -> list[tuple[bool, str]]:
+    """Return the rules for a setting that names a metric of evaluations: the metric must be measured."""
+    personal = config.evaluate.personal_epochs > 0 or config.strategy.aggregation == "fedsa"
+    return [
+        (
+            metric not in (None, "loss") and config.dataset.classes == 0,
+            f"{setting}={metric} needs classes, dataset={config.dataset.name} has none: set {setting}=loss",
+        ),
+        (
+            metric == "personal_accuracy" and not personal,
+            f"{setting}={metric} needs fine-tuning: set evaluate.personal_epochs to 1 or more",
+        ),
+    ]
 
 
 def check_split(config: Config) -> None:

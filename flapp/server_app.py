@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from logging import INFO
 from pathlib import Path
@@ -38,6 +39,7 @@ from flapp.results import SUMMARY, RunDirectory
 from flapp.roster import Roster
 from flapp.settings import Config, ConfigError
 from flapp.strategy import RULES, FedAvg, FedLoRA, ServerOptimizer, global_keys
+from flapp.summary import StoppedEarly
 from flapp.training import evaluate
 
 app = ServerApp()
@@ -59,6 +61,7 @@ def main(grid: Grid, context: Context) -> None:
 def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> dict[str, Any]:
     """Gather the clients, run every round, leave the final model and summary in the run directory; return that."""
     torch.set_num_threads(config.train.threads)
+    run.open_events()
     if config.split.auto_save_split_models:
         # Only a run that has written its model has been as far as storing it split, and may find files of its own.
         StorageManager.prepare(*split_place(config), overwrite=(run.path / "model.safetensors").exists())
@@ -76,21 +79,28 @@ def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> dict[str, Any]:
         load_global(model, {key: saved.pop(key) for key in sent})
         strategy.go_on_after(done, facts, {key: tensor.numpy() for key, tensor in saved.items()})
         log(INFO, "%s goes on after round %d of %d", config.run_name, done, config.num_rounds)
-    if done < config.num_rounds:
+    if done < config.num_rounds and not run.summary.totals["stopped_early"]:
+        polled.on_reply = partial(show_replies, run, strategy)
+        polled.on_sent = partial(run.clock.enter_after, "send", "train")
         roster.wait(config.strategy.wait_for_clients, config.strategy.min_clients)
-        run.append("roster", done, clients=len(roster.members), refused=roster.refused, warnings=roster.warnings)
-        polled.on_reply = lambda done, asked: run.show_progress(
-            strategy.exchange.server_round, strategy.exchange.kind, done, asked
-        )
-        result = strategy.start(
-            polled,
-            ArrayRecord({key: pack(state[key].numpy()) for key in sent}),
-            num_rounds=config.num_rounds - done,
-            timeout=config.strategy.timeout,
-            evaluate_fn=partial(end_round, config, run, strategy, model),
-        )
-        load_global(model, result.arrays.to_torch_state_dict())
+        run.append("roster", done, **roster.facts())
+        with suppress(StoppedEarly):
+            strategy.start(
+                polled,
+                ArrayRecord({key: pack(state[key].numpy()) for key in sent}),
+                num_rounds=config.num_rounds - done,
+                timeout=config.strategy.timeout,
+                evaluate_fn=partial(end_round, config, run, strategy, model),
+            )
+    selected, _ = run.load_round(run.summary.selected_round())
+    load_global(model, {key: selected[key] for key in sent})
     return leave_model(config, run, model, base)
+
+
+def show_replies(run: RunDirectory, strategy: FedAvg, done: int, asked: int) -> None:
+    """Say how many clients have replied: to be let in, while a round is being configured, or in its phase."""
+    kind = "join" if run.clock.phase == "configure" else strategy.exchange.kind
+    run.show_progress(strategy.exchange.server_round, kind, done, asked)
 
 
 def initial_model(config: Config) -> nn.Module:
@@ -212,9 +222,14 @@ def fresh_adapter(config: Config, model: nn.Module, server_round: int) -> dict[s
 def end_round(
     config: Config, run: RunDirectory, strategy: FedAvg, model: nn.Module, flower_round: int, arrays: ArrayRecord
 ) -> MetricRecord | None:
-    """Evaluate on the server if the config says so, then complete the round; Flower calls this before round 1 too."""
+    """Evaluate on the server if the config says so, then complete the round; Flower calls this before round 1 too.
+
+    Raises StoppedEarly after a round that is to be the last.
+    """
+    run.clock.enter("central")
     server_round = strategy.done + flower_round
     if flower_round == 0 and strategy.done:
+        run.clock.start()
         return None  # that round is complete
     evaluated = server_round == 0 or strategy.is_evaluated(server_round)
     found = (
@@ -222,6 +237,10 @@ def end_round(
     )
     if server_round:
         run.save_round(server_round, views(arrays) | strategy.state(arrays), strategy.facts())
+        if run.summary.totals["stopped_early"]:
+            raise StoppedEarly
+    else:
+        run.clock.start()
     return found
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from flapp import config
+from flapp.convert import setting_names
 from flapp.model import build_model
-from flapp.settings import Config, ConfigError, setting_names
+from flapp.settings import Config, ConfigError
 
 GROUPS = sorted(path.name for path in config.CONF.iterdir() if path.is_dir())
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((config.CONF / group).glob("*.yaml"))]
@@ -54,6 +55,18 @@ def test_every_choice_in_conf_composes_and_builds_its_model(group: str, choice: 
         (["dataset=regression", "model=linear"], "partition=dirichlet needs classes, dataset=regression has none"),
         (["partition.alpha=null"], "partition=dirichlet needs partition.alpha"),
         (["evaluate.personal_epochs=0", "evaluate.objective=personal_accuracy"], "needs fine-tuning"),
+        (["evaluate.personal_epochs=0", "stopping.metric=personal_accuracy"], "personal_accuracy needs fine-tuning"),
+        (
+            ["experiment=toy_regression", "stopping.metric=accuracy"],
+            "stopping.metric=accuracy needs classes, dataset=regression has none: set stopping.metric=loss",
+        ),
+        (["stopping.metric=loss"], "stopping.patience=3 evaluations, one in evaluate.every=5 rounds, are never over"),
+        (
+            ["num_rounds=5", "evaluate.select=best"],
+            "select=best has only the last round to choose from: lower evaluate",
+        ),
+        (["stopping.patience=0"], "stopping.patience=0 is out of range: it must be at least 1"),
+        (["stopping.metric=auc"], "stopping.metric=auc is not known: choose one of accuracy, personal_accuracy, loss"),
         (["dataset.normalization=imagenet"], "needs images of 3 channels, got shape [32, 32, 1]"),
         (["train.momentum=0.9"], "has no meaning for adamw"),
         (["strategy.min_replies=11"], "strategy.min_replies=11 can never be met with 10 clients in a round"),

@@ -20,7 +20,7 @@ import pytest
 from tests.conftest import read_lines
 from tools.certificates import make_server_files, make_site_keys
 from tools.processes import HOST, TOKEN, Processes, environment, free_port, program
-from tools.run import APP
+from tools.submit import APP
 from tools.superlink import SuperLink
 from tools.supervisor import Federation, read_federation
 

@@ -19,7 +19,8 @@ import pytest
 from flwr.cli.build import build_fab_from_disk
 
 from tools.processes import TOKEN, SuperLinkError
-from tools.run import APP, final_line
+from tools.run import final_line
+from tools.submit import APP
 from tools.superlink import CONNECTION, PrivateSuperLink
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]

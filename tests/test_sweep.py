@@ -25,7 +25,7 @@ from flapp.settings import ConfigError
 from tests.test_run import TOY, Federate, run, started_processes
 from tools import sweep
 from tools.processes import SWEEP, TOKEN, listens, reserve_port
-from tools.run import APP
+from tools.submit import APP
 
 TWO_AT_A_TIME = ("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 EXTRA = "pip install -e '.[sweep]'"

@@ -19,9 +19,9 @@ from yaml import YAMLError
 
 from flapp.architecture import build
 from flapp.config import read_yaml
+from flapp.convert import build as build_settings
 from flapp.model import COMPONENTS, ModelFactory, SplitModel, StorageManager, read_tensors, sha256_of_file
 from flapp.settings import DatasetConfig, ModelConfig
-from flapp.settings import build as build_settings
 
 MODEL = "model.safetensors"
 

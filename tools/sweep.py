@@ -31,6 +31,7 @@ from hydra.types import RunMode
 from flapp.results import taken
 from flapp.settings import Config, ConfigError
 from tools.processes import SWEEP, Processes, available_cpus
+from tools.progress import is_json
 
 COLUMNS = {  # of the table
     "objective": ("objective", "{:.4f}"),
@@ -156,10 +157,11 @@ def _own_lines(hydra_config: HydraConf) -> Iterator[None]:
         return
     mark = f"[job {job_number(hydra_config)}] "
     with (
-        contextlib.redirect_stdout(_MarkedLines(sys.stdout, mark)),
+        contextlib.redirect_stdout(_MarkedLines(sys.stdout, "" if is_json() else mark)),
         contextlib.redirect_stderr(_MarkedLines(sys.stderr, mark)),
     ):
-        print(f"started: {' '.join(hydra_config.overrides.task)}")
+        if not is_json():
+            print(f"started: {' '.join(hydra_config.overrides.task)}")
         yield
 
 

@@ -126,12 +126,15 @@ class FedAvg(FlowerFedAvg):
     ) -> Iterable[Message]:
         """Draw this round's clients and ask them to train the global model."""
         self.current = arrays
-        return self._ask(TRAIN, self.done + server_round, arrays, self.fraction_train)
+        messages = self._ask(TRAIN, self.done + server_round, arrays, self.fraction_train)
+        self.run.clock.enter("send")
+        return messages
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Draw clients to evaluate the new global model, in the rounds that are evaluated."""
+        self.run.clock.enter("evaluate")
         if not self.is_evaluated(self.done + server_round):
             return []
         return self._ask(EVALUATE, self.done + server_round, arrays, self.fraction_evaluate)
@@ -140,6 +143,7 @@ class FedAvg(FlowerFedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Average the valid replies' models; raises FederationError when there are fewer than min_replies."""
+        self.run.clock.enter("aggregate")
         exchange = self._receive(replies)
         names = sorted(exchange.good)
         metrics = [exchange.good[name][0] for name in names]

@@ -18,7 +18,7 @@ from flapp.settings import Config, Site
 from flapp.training import scheduled_lr
 from tools.bench import Row
 from tools.processes import available_cpus
-from tools.run import run_once
+from tools.submit import run_once
 
 TURNS, ROUNDS = 3, 6
 

@@ -1,0 +1,164 @@
+"""Submit a run to a SuperLink, follow it to its end, and tell the truth about how it ended."""
+
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flapp.config import to_json
+from flapp.results import SUMMARY, check_resumable, taken
+from flapp.settings import Config, ConfigError
+from tools.federation import install_app, known_federation
+from tools.processes import SuperLinkError, available_cpus
+from tools.progress import Progress, read_json
+from tools.superlink import CONNECTION, PrivateSuperLink, SuperLink
+from tools.supervisor import root_certificates
+
+APP = Path(__file__).resolve().parents[1]
+LOOK_SECONDS, STATUS_SECONDS, END_SECONDS = 0.3, 15, 60
+
+
+class RunError(RuntimeError):
+    """A run that did not finish, said in one line; `summary` is its metrics.json if it wrote one."""
+
+    def __init__(self, text: str, summary: dict[str, Any] | None = None) -> None:
+        super().__init__(text)
+        self.summary = summary
+
+
+def run_once(config: Config) -> dict[str, Any]:
+    """Run a federation to its end and return its metrics.json; raises RunError, SuperLinkError or ConfigError."""
+    config, superlink = choose_superlink(config)
+    path = config.runs_dir / config.run_name
+    here, earlier = is_here(superlink), None
+    if here and config.resume:
+        check_resumable(config)
+        earlier = read_json(path / "metrics.json")
+        if earlier and earlier["status"] == "finished":
+            return earlier
+    elif here and path.exists():
+        raise ConfigError(taken(config))
+    with superlink:
+        settings = superlink.folder / "run.toml"
+        settings.write_text(f"config-json = {json.dumps(to_json(config), ensure_ascii=False)}\n")
+        words = ["run", str(APP), CONNECTION, "-c", str(settings)]
+        if config.deployment.kind == "simulation":
+            words += ["--federation-config", simulation_words(config)]
+        elif config.deployment.address is None:
+            install_app(Path(str(config.deployment.federation)))
+        run_id = str(superlink.flwr(*words)["run-id"])
+        try:
+            if here:
+                return follow(superlink, run_id, path, config, earlier)
+            return follow_log(superlink, run_id)
+        except BaseException:
+            superlink.stop_run(run_id)
+            raise
+        finally:
+            if path.is_dir() and here:
+                superlink.save_log(run_id, path / "log.txt")
+
+
+def choose_superlink(config: Config) -> tuple[Config, SuperLink]:
+    """Return the SuperLink that the run goes to, not entered yet, and the config with what that SuperLink settles."""
+    settings = config.deployment
+    if settings.kind == "simulation":
+        return config, PrivateSuperLink(settings.port, settings.ray_address)
+    if settings.address is not None:
+        certificates = Path(settings.root_certificates) if settings.root_certificates else None
+        return config, SuperLink(settings.address, certificates)
+    folder = Path(str(settings.federation))
+    federation = known_federation(folder)
+    if len(federation.clients) < config.clients:
+        raise ConfigError(
+            f"clients={config.clients}, but the federation of {folder} has {len(federation.clients)}: "
+            f"set clients={len(federation.clients)}"
+        )
+    config = replace(config, deployment=replace(settings, named_clients=settings.named_clients or federation.tls))
+    return config, SuperLink(federation.address, root_certificates(folder, federation))
+
+
+def is_here(superlink: SuperLink) -> bool:
+    """Say whether the ServerApp runs on this machine, and so leaves its files where we can read them."""
+    return superlink.address.rpartition(":")[0].strip("[]") in ("127.0.0.1", "localhost", "::1")
+
+
+def simulation_words(config: Config) -> str:
+    """Return the size of a simulation in the words of --federation-config; raises ConfigError."""
+    cpus, settings = config.deployment.total_cpus or available_cpus(), config.deployment
+    if settings.client_cpus > cpus and not settings.ray_address:
+        raise ConfigError(f"deployment.client_cpus={settings.client_cpus} is more than the {cpus} there are")
+    words = (
+        f"num-supernodes={config.clients} "
+        f"client-resources-num-cpus={settings.client_cpus} client-resources-num-gpus={settings.client_gpus}"
+    )
+    return words if settings.ray_address else f"{words} init-args-num-cpus={cpus}"
+
+
+def follow(
+    superlink: SuperLink, run_id: str, path: Path, config: Config, earlier: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Show a run's progress until it ends; return its summary, or raise RunError with the reason it failed for.
+
+    `earlier` is the summary of a start that failed, which lies there until the run is resumed.
+    """
+    asked = time.monotonic()
+    with Progress(config, path) as progress:
+        while (summary := read_json(path / "metrics.json")) is None or summary == earlier:
+            superlink.check_alive()
+            progress.look()
+            if time.monotonic() - asked > STATUS_SECONDS:
+                asked = time.monotonic()
+                status, details = ask_status(superlink, run_id, config)
+                if status.startswith("finished") and read_json(path / "metrics.json") in (None, earlier):
+                    raise RunError(f"Flower says {status} and there is no metrics.json: {details}")
+            time.sleep(LOOK_SECONDS)
+        progress.look()
+    if summary["status"] != "finished":
+        raise RunError(summary["error"], summary)
+    wait_for_end(superlink, run_id)
+    return summary
+
+
+def follow_log(superlink: SuperLink, run_id: str) -> dict[str, Any]:
+    """Show the log of a run on another machine until it ends; return the summary that the ServerApp logged at its end.
+
+    Raises RunError when it failed.
+    """
+    summary: dict[str, Any] | None = None
+    for line in superlink.read_log(run_id):
+        print(line, file=sys.stderr)
+        _, found, text = line.partition(SUMMARY)
+        if found:
+            summary = json.loads(text)
+    if summary is None:
+        status, details = superlink.status(run_id)
+        raise RunError(f"Flower says {status} and the run has logged no summary: {details}")
+    if summary["status"] != "finished":
+        raise RunError(summary["error"], summary)
+    wait_for_end(superlink, run_id)
+    return summary
+
+
+def ask_status(superlink: SuperLink, run_id: str, config: Config) -> tuple[str, str]:
+    """Return Flower's status of a run and its details; raises RunError when the SuperLink does not know it any more."""
+    try:
+        return superlink.status(run_id)
+    except SuperLinkError as error:
+        raise RunError(
+            f"the SuperLink has lost the run, as one does that was restarted ({error}): go on with it by "
+            f"run_name={config.run_name} resume=true"
+        ) from error
+
+
+def wait_for_end(superlink: SuperLink, run_id: str) -> None:
+    """Wait until Flower, too, says that a run is completed; raises RunError."""
+    end = time.monotonic() + END_SECONDS
+    while not (status := superlink.status(run_id)[0]).startswith("finished"):
+        if time.monotonic() > end:
+            raise RunError(f"the run wrote its results but Flower still says {status} after {END_SECONDS} s")
+        time.sleep(LOOK_SECONDS)
+    if status != "finished:completed":
+        raise RunError(f"the run wrote its results but Flower says {status}")
