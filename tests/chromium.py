@@ -1,4 +1,4 @@
-"""Drive a headless Chromium through its DevTools pipe: open a page, resize it, look at it, and hear what it complains of.
+"""Drive a headless Chromium through its DevTools pipe: open a page, look at it, and hear what it complains of.
 
 https://chromedevtools.github.io/devtools-protocol/ by --remote-debugging-pipe: JSON ending in a null byte, read from
 file descriptor 3 and written to 4.

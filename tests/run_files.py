@@ -1,4 +1,4 @@
-"""Write run directories of any size as flapp leaves them, drawn from a seed: for reports of runs that nobody has to run."""
+"""Write run directories of any size as flapp leaves them, drawn from a seed, without running anything."""
 
 import json
 from collections.abc import Iterator

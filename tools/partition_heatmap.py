@@ -59,12 +59,12 @@ def draw_heatmap(tables: dict[str, np.ndarray], classes: Sequence[str], out: Pat
     figure.savefig(out, format="png", dpi=100)
 
 
-def draw_table(axes: "Axes", table: np.ndarray, classes: Sequence[str], top: float, fontsize: float = 7) -> None:
-    """Draw one (clients, classes) table into axes, on a scale from 0 to `top` samples."""
+def draw_table(axes: "Axes", table: np.ndarray, classes: Sequence[str], top: float, fontsize: float | None = 7) -> None:
+    """Draw one (clients, classes) table into axes, on a scale from 0 to `top`; without a fontsize no numbers."""
     image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
     if len(classes) <= 30:
         axes.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 2 else 0)
-    if table.size <= ANNOTATED:
+    if fontsize and table.size <= ANNOTATED:
         for (client, label), count in np.ndenumerate(table):
             shade = "black" if count > 0.6 * top else "white"
             axes.text(label, client, f"{count:.0f}", ha="center", va="center", color=shade, fontsize=fontsize)

@@ -1,7 +1,7 @@
 """Choose the pictures of a run, of several runs side by side, and of a sweep."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -35,17 +35,21 @@ def pictures_of(run: Run) -> dict[str, list[Picture]]:
     """Return the pictures of one run, by section of the page; sections of which nothing is recorded are empty."""
     marks = marks_of(run)
     drawn: dict[str, Iterable[Picture | None]] = {
-        "learning": [
+        "Learning": [
             draw_curves("accuracy", "Accuracy", ACCURACY, _measured(run, "accuracy"), marks),
             draw_curves("loss", "Loss", LOSS, [*_measured(run, "loss"), _trained(run)], marks),
             *(draw_spread(run, key, title, marks) for key, title in SPREADS.items()),
         ],
-        "classes": [draw_classes(run)],
-        "traffic": _traffic(run),
-        "time": [draw_stack("phases", "Time by phase", "seconds of a round", run.phases())],
-        "stores": _stores(run),
+        "Clients and classes": [draw_classes(run)],
+        "Traffic": _traffic(run),
+        "Time of a round": [draw_stack("phases", "Time by phase", "seconds of a round", run.phases())],
+        "Checkpoints": _stores(run),
     }
     return {section: [picture for picture in pictures if picture] for section, pictures in drawn.items()}
+
+
+def by_name(drawn: Mapping[str, list[Picture]], start: str = "") -> dict[str, Picture]:
+    return {f"{start}{picture.name}": picture for pictures in drawn.values() for picture in pictures}
 
 
 def marks_of(run: Run) -> dict[int, str]:
@@ -82,10 +86,12 @@ def compare(runs: list[Run]) -> list[Picture]:
 
 
 def swept(runs: list[Run]) -> list[Picture]:
-    """Return a picture for each setting in which the runs of a sweep differ: the objective over its values."""
+    """Return a picture for each setting in which runs differ, if they are few: the objective over its values."""
+    if len(runs) < 3 or len(differing(runs)) > MOST_SETTINGS:
+        return []
     ended = [(run, value) for run in runs if (value := run.final(run.objective)) is not None]
     drawn = []
-    for key in differing([run for run, _ in ended])[:MOST_SETTINGS]:
+    for key in differing([run for run, _ in ended]):
         values = [(str(run.config.get(key)), value) for run, value in ended]
         drawn.append(draw_setting(key, values, runs[0].objective.replace("_", " ")))
     return drawn

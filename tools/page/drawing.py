@@ -34,7 +34,7 @@ GREY = COLOURS[7]
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 SMALL, WIDE = 4.2, 9.4  # inches wide: 403 and 902 pixels of CSS
 SMALLEST = 9.5  # points: 12.7 pixels, 11.5 where a phone of 390 leaves a figure 366
-MOST_ROWS, MOST_LINES, POINTS_MARKED = 100, 8, 30
+MOST_ROWS, MOST_LINES, MOST_NAMED, POINTS_MARKED = 100, 8, 8, 30
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -81,7 +81,7 @@ class Picture:
         """Return the figure as SVG for a page, with the page's colours in place of its own."""
         out = StringIO()
         with rc_context(STYLE | {"svg.hashsalt": self.name}):
-            self.figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+            self.figure.savefig(out, format="svg", transparent=True, dpi=200, metadata={"Date": None})
         body = out.getvalue().partition("<svg ")[2]
         body = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|\n\s*", " ", body, flags=re.DOTALL)
         body = re.sub(r'<g id="[^"]*"', "<g", body)
@@ -122,7 +122,8 @@ def finish(name: str, axes: Axes, alt: str, note: str = "", wide: bool = False) 
     assert isinstance(figure, Figure)
     handles, labels = axes.get_legend_handles_labels()
     if len(handles) > 1:
-        columns = max(2, 34 // (5 + max(map(len, map(str, labels)))))
+        widest = 34 + 5.4 * max(map(len, map(str, labels)))  # points
+        columns = max(1, int(figure.get_figwidth() * 72 / widest))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=1.8, columnspacing=1.2)
     return Picture(name, figure, f"{axes.get_title(loc='left')}. {alt}", note, wide)
 
@@ -176,7 +177,7 @@ def draw_spread(run: Run, key: str, title: str, marks: Mapping[int, str]) -> Pic
     if not len(x) or len({len(found) for found, _ in bands.values()}) > 1:
         return None
     axes = new_axes(title, "round", key.replace("_", " "))
-    for low, high, alpha in (("min", "max", 0.15), ("p10", "p90", 0.3)):
+    for low, high, alpha in (("min", "max", 0.2), ("p10", "p90", 0.35)):
         label = f"{low} to {high}"
         axes.fill_between(x, bands[low][1], bands[high][1], color=COLOURS[0], alpha=alpha, lw=0, label=label)
         if len(x) == 1:
@@ -225,10 +226,12 @@ def draw_classes(run: Run) -> Picture | None:
     columns, beside = grouped(table.T, MOST_ROWS)
     table = columns.T
     wide = table.shape[0] > 30 or table.shape[1] > 12
-    height = min(8.0, max(3.2, 1.4 + 0.24 * len(table)))
+    height = min(6.0, max(3.2, 1.4 + 0.24 * len(table)))
     axes = new_axes("Samples by client and class", "class", "client", WIDE if wide else SMALL, height)
     axes.grid(visible=False)
-    draw_table(axes, table, [str(i * beside) for i in range(table.shape[1])], max(1.0, float(table.max())))
+    top = max(1.0, float(table.max()))
+    fits = table.shape[1] <= 10 and top < 1000
+    draw_table(axes, table, [str(i * beside) for i in range(table.shape[1])], top, SMALLEST if fits else None)
     if len(held) <= 30:
         axes.set_yticks(range(len(held)), list(held))
     notes = [f"Each row is the sum of {together} of the {len(held):,} clients, by id."] if together > 1 else []
@@ -243,18 +246,24 @@ def draw_classes(run: Run) -> Picture | None:
 
 def draw_setting(key: str, values: Sequence[tuple[str, float]], objective: str) -> Picture:
     """Draw the objective of every run over the values of one setting, and the median of each."""
-    names = sorted({name for name, _ in values}, key=_as_number)
-    axes = new_axes(key, key, objective)
-    found = [[figure for name, figure in values if name == wanted] for wanted in names]
-    for at, figures in enumerate(found):
-        axes.plot([at] * len(figures), figures, "o", color=COLOURS[0], alpha=0.6)
-    axes.plot(range(len(names)), [np.median(figures) for figures in found], "-", color=COLOURS[1], label="median")
-    axes.set_xticks(range(len(names)), [name if len(name) <= 16 else f"{name[:15]}…" for name in names])
-    axes.set_xlim(-0.5, len(names) - 0.5)
-    if sum(map(len, names)) > 40:
-        axes.tick_params(axis="x", labelrotation=90)
-    words = "; ".join(f"{name}: {np.median(figures):.4g}" for name, figures in zip(names, found, strict=True))
-    return finish(f"setting-{key}", axes, f"Medians of {objective}: {words}")
+    found: dict[str, list[float]] = {}
+    for name, figure in sorted(values, key=lambda pair: _as_number(pair[0])):
+        found.setdefault(name, []).append(figure)
+    places = [_as_number(name)[0] for name in found]
+    on_scale = len(found) > MOST_NAMED and np.isfinite(places).all()
+    axes = new_axes(f"{objective[0].upper()}{objective[1:]} by {key}", key, objective)
+    at = places if on_scale else list(range(len(found)))
+    for place, figures in zip(at, found.values(), strict=True):
+        axes.plot([place] * len(figures), figures, "o", color=COLOURS[0], alpha=0.6)
+    axes.plot(at, [np.median(figures) for figures in found.values()], color=COLOURS[1], lw=1 if on_scale else None)
+    if on_scale and min(places) > 0 and max(places) > 50 * min(places):
+        axes.set_xscale("log")
+    if not on_scale:
+        axes.set_xticks(at, [name if len(name) <= 16 else f"{name[:15]}…" for name in found])
+        axes.set_xlim(-0.5, len(found) - 0.5)
+        axes.tick_params(axis="x", labelrotation=90 if sum(map(len, found)) > 36 else 0)
+    words = "; ".join(f"{name}: {np.median(figures):.4g}" for name, figures in list(found.items())[:MOST_NAMED])
+    return finish(f"setting-{key}", axes, f"Medians: {words}")
 
 
 def _as_number(name: str) -> tuple[float, list[tuple[str, int]]]:

@@ -68,14 +68,21 @@ def table(heads: Sequence[object], rows: Sequence[Sequence[object]], right: Iter
     return tag("div", tag("table", tag("thead", lines[0]), tag("tbody", *lines[1:])), class_="scroll")
 
 
+def tiles(pairs: Iterable[tuple[object, object]]) -> Html:
+    """Return names and values side by side, as many as the screen has room for."""
+    return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in pairs))
+
+
 def facts(pairs: Iterable[tuple[object, object]]) -> Html:
     """Return a table of names and values."""
     rows = [tag("tr", tag("th", name), tag("td", value, class_="long")) for name, value in pairs]
     return tag("div", tag("table", tag("tbody", *rows)), class_="scroll") if rows else Html()
 
 
-def figures(pictures: Sequence[Picture]) -> Html:
-    return tag("div", *map(figure, pictures), class_="figures") if pictures else Html()
+def figures(pictures: Sequence[Picture], *beside: Html) -> Html:
+    """Return pictures, and what else is there, side by side or, on a phone, one below the other."""
+    found = [*map(figure, pictures), *filter(None, beside)]
+    return tag("div", *found, class_="figures") if found else Html()
 
 
 def figure(picture: Picture) -> Html:

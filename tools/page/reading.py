@@ -17,9 +17,9 @@ from yaml import YAMLError
 
 from flapp.checkpoint import CheckpointError, ChunkManager
 from flapp.config import read_yaml
-from flapp.results import METRICS, STORE
 from tools.page.run import Clients, Job, Run, Stores, by_number, number
 
+METRICS, STORE = "metrics.jsonl", "server_chunks.db"  # of flapp.results, which would import PyTorch
 RUN_FILES = ("config.yaml", METRICS, "metrics.json")
 STORES_OPENED = 50
 LOG_BYTES, LOG_LINES = 32_768, 40
@@ -65,8 +65,10 @@ def _read_sweep(path: Path) -> tuple[list[tuple[Path, str]], list[Job]]:
     jobs = []
     for index, outcome in enumerate(outcomes if isinstance(outcomes, list) else []):
         objective = number(outcome, "objective")
-        words = [str(outcome.get(key) or "") for key in ("overrides", "status", "error")]
-        jobs.append(Job(str(outcome.get("job", index)), words[0], words[1], objective, words[2]))
+        said = outcome.get("overrides") or ""
+        overrides = " ".join(map(str, said)) if isinstance(said, list) else str(said)
+        status, error = (str(outcome.get(key) or "") for key in ("status", "error"))
+        jobs.append(Job(str(outcome.get("job", index)), overrides, status, objective, error))
     if not below and not jobs:
         raise ReportError(f"{path} is no run and holds none: there is no {', '.join(RUN_FILES)} in it or one below")
     return [(folder, folder.name) for folder in below], jobs
@@ -131,9 +133,9 @@ def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
         return _flat(read_yaml(path))
     except FileNotFoundError:
-        notes.append("config.yaml is not there: no settings")
+        notes.append("config.yaml is not there, so there are no settings")
     except (OSError, ValueError, YAMLError, OmegaConfBaseException, AttributeError) as error:
-        notes.append(f"config.yaml cannot be read ({' '.join(str(error).split())}): no settings")
+        notes.append(f"config.yaml cannot be read ({' '.join(str(error).split())}), so there are no settings")
     return {}
 
 
@@ -159,7 +161,7 @@ def _read_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
                 else:
                     yield line
     except OSError as error:
-        notes.append(f"{METRICS} cannot be read ({error.strerror}): no rounds")
+        notes.append(f"{METRICS} cannot be read ({error.strerror}), so there are no rounds")
     if torn:
         notes.append(f"the last line of {METRICS} was cut off and is left out: the run was writing it")
     if odd:

@@ -1,6 +1,6 @@
 """Say in tables and words what a run did; what is not recorded is said where it would stand."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -26,13 +26,13 @@ def summary_of(run: Run) -> dict[str, object]:
         "status": tag("span", run.status, class_=f"status {run.status}"),
         "rounds": f"{run.rounds} of {run.config.get('num_rounds', NONE)}",
         "accuracy": digits(accuracy),
-        "personal accuracy": digits(run.final("personal_accuracy")),
+        "personal": digits(run.final("personal_accuracy")),
         "loss": digits(run.final("loss")),
-        f"objective ({run.objective.replace('_', ' ')})": digits(run.final(run.objective)),
+        "objective": digits(run.final(run.objective)),
         "best round": NONE if best_round is None else f"{best_round} ({digits(best_value)})",
         "up": in_bytes(run.total("bytes_up")),
         "down": in_bytes(run.total("bytes_down")),
-        "accuracy per MB": NONE if accuracy is None or not sent else f"{accuracy / (sent / MB):.3g}",
+        "accuracy / MB": NONE if accuracy is None or not sent else f"{accuracy / (sent / MB):.3g}",
         "seconds": f"{run.summary['seconds']:,.1f}" if "seconds" in run.summary else NONE,
         "model": tag("code", digest[:12] if digest else NONE),
     }
@@ -46,7 +46,7 @@ def alerts(run: Run, name: str = "") -> Html:
         said.append(tag("p", tag("b", f"{name}Failed: "), error, class_="error"))
     elif run.status == "unfinished":
         said.append(tag("p", tag("b", f"{name}Unfinished: "), _where(run), class_="error"))
-    said += [note(f"{name}{text[0].upper()}{text[1:]}.") for text in run.notes]
+    said += [note(f"{name}{text}.") for text in run.notes]
     starts = [line["round"] for line in run.lines.get("roster", ())][1:]
     if starts:
         said.append(note(f"{name}Resumed after round {', '.join(map(str, starts))}."))
@@ -69,19 +69,11 @@ def _where(run: Run) -> str:
     return text
 
 
-def sections_of(run: Run, drawn: Pictures, level: str = "h2") -> Html:
-    """Return everything about one run below its summary."""
-    parts = (
-        ("Learning", learning(run, drawn["learning"])),
-        ("Clients and classes", clients(run, drawn["classes"])),
-        ("Traffic", traffic(run, drawn["traffic"])),
-        ("Time of a round", times(run, drawn["time"])),
-        ("Checkpoints", checkpoints(run, drawn["stores"])),
-        ("Left out", left_out(run)),
-        ("Digests and settings", settings(run)),
-        ("Log", log(run)),
-    )
-    return join(section(title, body, level=level) for title, body in parts)
+def sections_of(run: Run, drawn: Pictures | None, level: str = "h2") -> Html:
+    """Return everything about one run below its summary; without pictures, only what needs none."""
+    shown = [section(title, act(run, drawn[title]), level=level) for title, act in DRAWN.items()] if drawn else []
+    told = [section(title, act(run), level=level) for title, act in TOLD.items()]
+    return join(shown + told)
 
 
 def learning(run: Run, drawn: Sequence[Picture]) -> Html:
@@ -139,7 +131,7 @@ def times(run: Run, drawn: Sequence[Picture]) -> Html:
         said = _coverage(run)
     else:
         said = f"{NO_ROUND_LINES} Only the times of the two exchanges are known, from the first message to the last."
-    return join([figures(drawn), found, note(said)])
+    return join([figures(drawn, found), note(said)])
 
 
 def share(seconds: np.ndarray, whole: float) -> str:
@@ -160,8 +152,10 @@ def _coverage(run: Run) -> str:
 
 
 def checkpoints(run: Run, drawn: Sequence[Picture]) -> Html:
-    rows = [_store_row(who, found) for who, found in (("server", run.server), ("clients", run.homes)) if found]
-    heads = ["store", "files", "size of files", "rounds kept", "models in them", "stored", "dedup"]
+    stores = {who: found for who, found in (("server", run.server), ("clients", run.homes)) if found}
+    columns = [_store_column(found) for found in stores.values()]
+    heads = ["files", "size of files", "rounds kept", "models in them", "stored once", "deduplication"]
+    held = table(["store", *stores], [list(row) for row in zip(heads, *columns, strict=True)] if stores else [], (1, 2))
     said = []
     if not run.server:
         said.append("The server's store is not in the run directory.")
@@ -177,13 +171,13 @@ def checkpoints(run: Run, drawn: Sequence[Picture]) -> Html:
         said.append(f"No growth by round: {NO_ROUND_LINES}")
     problems = [problem for found in (run.server, run.homes) if found for problem in found.problems]
     said += [f"Not read: {problem}." for problem in problems[:MOST_REASONS]]
-    return join([figures(drawn), table(heads, rows, range(1, 7)), *map(note, said)])
+    return join([figures(drawn, held), *map(note, said)])
 
 
-def _store_row(who: str, found: Stores) -> list[str]:
+def _store_column(found: Stores) -> list[str]:
     sizes = [in_bytes(size) for size in (found.logical_bytes, found.stored_bytes)] if found.opened else [NONE, NONE]
     dedup = f"x {found.logical_bytes / found.stored_bytes:.2f}" if found.stored_bytes else NONE
-    return [who, f"{found.files:,}", in_bytes(found.file_bytes), f"{found.rounds:,}", *sizes, dedup]
+    return [f"{found.files:,}", in_bytes(found.file_bytes), f"{found.rounds:,}", *sizes, dedup]
 
 
 def left_out(run: Run) -> Html:
@@ -247,6 +241,16 @@ def log(run: Run) -> Html:
     if not run.log:
         return note("There is no log.txt: only tools.run leaves one, when the run has ended.")
     return tag("pre", "\n".join(run.log))
+
+
+DRAWN: dict[str, Callable[[Run, Sequence[Picture]], Html]] = {
+    "Learning": learning,
+    "Clients and classes": clients,
+    "Traffic": traffic,
+    "Time of a round": times,
+    "Checkpoints": checkpoints,
+}
+TOLD: dict[str, Callable[[Run], Html]] = {"Left out": left_out, "Digests and settings": settings, "Log": log}
 
 
 def digits(value: float | None) -> str:
