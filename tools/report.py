@@ -25,7 +25,7 @@ from tools.page.drawing import STYLE, Picture
 from tools.page.markup import Html, document, join, section, tag, tiles
 from tools.page.reading import ReportError, read_all
 from tools.page.run import Job, Run
-from tools.page.sections import alerts, sections_of, summary_of
+from tools.page.sections import alerts, objectives, sections_of, summary_of
 from tools.page.several import page_of_several
 
 Pictures = dict[str, Picture]  # by the name of the file
@@ -42,8 +42,8 @@ def page_of(runs: list[Run], jobs: list[Job], title: str) -> tuple[str, Pictures
 
 def page_of_one(run: Run) -> tuple[Html, Pictures]:
     drawn = pictures_of(run)
-    body = [alerts(run), section("Summary", tiles(summary_of(run).items())), sections_of(run, drawn)]
-    return join(body), by_name(drawn)
+    summary = section("Summary", tiles(summary_of(run).items()), objectives([run]))
+    return join([alerts(run), summary, sections_of(run, drawn)]), by_name(drawn)
 
 
 def title_of(paths: Sequence[Path], runs: Sequence[Run]) -> str:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -21,8 +22,9 @@ from tools.page.run import Points, Run, differing
 
 MB = 1e6
 MOST_SETTINGS = 12
-ACCURACY = "accuracy (share of test samples)"
-LOSS = "loss (mean of a sample)"
+ACCURACY = "share of test samples"
+LOSS = "mean of a sample"
+SENT = "MB up and down so far"
 SPREADS = {
     "accuracy": "Accuracy over clients",
     "personal_accuracy": "Personalised accuracy over clients",
@@ -33,11 +35,11 @@ SPREADS = {
 
 def pictures_of(run: Run) -> dict[str, list[Picture]]:
     """Return the pictures of one run, by section of the page; sections of which nothing is recorded are empty."""
-    marks = marks_of(run)
+    marks, training = marks_of(run), Curve("training", run.series("train", "loss"), GREY, 3)
     drawn: dict[str, Iterable[Picture | None]] = {
         "Learning": [
             draw_curves("accuracy", "Accuracy", ACCURACY, _measured(run, "accuracy"), marks),
-            draw_curves("loss", "Loss", LOSS, [*_measured(run, "loss"), _trained(run)], marks),
+            draw_curves("loss", "Loss", LOSS, [*_measured(run, "loss"), training], marks),
             *(draw_spread(run, key, title, marks) for key, title in SPREADS.items()),
         ],
         "Clients and classes": [draw_classes(run)],
@@ -66,21 +68,15 @@ def marks_of(run: Run) -> dict[int, str]:
 
 def compare(runs: list[Run]) -> list[Picture]:
     """Return the curves of several runs, one over the other."""
+    accuracy, personal = (_overlaid(runs, "evaluate", key) for key in ("accuracy", "personal_accuracy"))
+    reached, seconds = _curves(runs, [by_traffic(run) for run in runs]), _overlaid(runs, "round", "seconds")
     drawn = [
-        draw_curves("runs-accuracy", "Accuracy", ACCURACY, _overlaid(runs, "evaluate", "accuracy")),
-        draw_curves(
-            "runs-personal", "Personalised accuracy", ACCURACY, _overlaid(runs, "evaluate", "personal_accuracy")
-        ),
+        draw_curves("runs-accuracy", "Accuracy", ACCURACY, accuracy),
+        draw_curves("runs-personal", "Personalised accuracy", ACCURACY, personal),
         draw_curves("runs-loss", "Loss", LOSS, _overlaid(runs, "evaluate", "loss")),
         draw_curves("runs-train-loss", "Training loss", LOSS, _overlaid(runs, "train", "loss")),
-        draw_curves(
-            "runs-accuracy-by-mb",
-            "Accuracy by traffic",
-            ACCURACY,
-            _curves(runs, [by_traffic(run) for run in runs]),
-            xlabel="MB up and down so far",
-        ),
-        draw_curves("runs-seconds", "Time of a round", "seconds", _overlaid(runs, "round", "seconds"), zero=True),
+        draw_curves("runs-accuracy-by-mb", "Accuracy by traffic", ACCURACY, reached, xlabel=SENT),
+        draw_curves("runs-seconds", "Time of a round", "seconds", seconds, zero=True),
     ]
     return [picture for picture in drawn if picture]
 
@@ -90,11 +86,11 @@ def swept(runs: list[Run]) -> list[Picture]:
     if len(runs) < 3 or len(differing(runs)) > MOST_SETTINGS:
         return []
     ended = [(run, value) for run in runs if (value := run.final(run.objective)) is not None]
-    drawn = []
+    alike: dict[tuple[str, ...], list[str]] = {}  # settings that change together, as seed and partition.seed do
     for key in differing([run for run, _ in ended]):
-        values = [(str(run.config.get(key)), value) for run, value in ended]
-        drawn.append(draw_setting(key, values, runs[0].objective.replace("_", " ")))
-    return drawn
+        alike.setdefault(tuple(str(run.config.get(key)) for run, _ in ended), []).append(key)
+    figures, objective = [value for _, value in ended], runs[0].objective.replace("_", " ")
+    return [draw_setting(" = ".join(keys), names, figures, objective) for names, keys in alike.items()]
 
 
 def by_traffic(run: Run) -> Points:
@@ -127,49 +123,28 @@ def _measured(run: Run, key: str) -> list[Curve]:
     ]
 
 
-def _trained(run: Run) -> Curve:
-    return Curve("training", run.series("train", "loss"), COLOURS[7], 3)
-
-
 def _overlaid(runs: list[Run], kind: str, key: str) -> list[Curve]:
     return _curves(runs, [run.series(kind, key) for run in runs])
 
 
 def _curves(runs: list[Run], points: list[Points]) -> list[Curve]:
-    curves = [
-        Curve(
-            run.label if len(runs) <= MOST_LINES else f"{run.label} (best)",
-            found,
-            colour_of(runs, i),
-            i // 4 if len(runs) <= MOST_LINES else 0,
-        )
-        for i, (run, found) in enumerate(zip(runs, points, strict=True))
-    ]
     if len(runs) <= MOST_LINES:
-        return curves
+        return [Curve(runs[i].label, found, COLOURS[i], i // 4) for i, found in enumerate(points)]
     best = best_of(runs)
-    rest = [Curve("", curve.points, GREY) for i, curve in enumerate(curves) if i != best]
-    return [*rest, curves[best]]
+    rest = [Curve("", found, GREY) for i, found in enumerate(points) if i != best]
+    return [*rest, Curve(f"{runs[best].label} (best)", points[best], COLOURS[0])]
 
 
 def _traffic(run: Run) -> list[Picture | None]:
     up, down = (_per_round(run, key) for key in ("bytes_up", "bytes_down"))
-    sums = [(x, np.cumsum(y)) for x, y in (up, down)]
+    each = [Curve("up", up, COLOURS[0]), Curve("down", down, COLOURS[1], 1)]
+    so_far = [replace(curve, points=(curve.points[0], np.cumsum(curve.points[1]))) for curve in each]
+    reached = [Curve("global", by_traffic(run), COLOURS[0])]
     return [
-        draw_curves("bytes", "Bytes of a round", "MB", _up_and_down(up, down), zero=True),
-        draw_curves("bytes-sum", "Bytes so far", "MB", _up_and_down(*sums), zero=True),
-        draw_curves(
-            "accuracy-by-mb",
-            "Accuracy by traffic",
-            ACCURACY,
-            [Curve("global", by_traffic(run), COLOURS[0])],
-            xlabel="MB up and down so far",
-        ),
+        draw_curves("bytes", "Bytes of a round", "MB", each, zero=True),
+        draw_curves("bytes-sum", "Bytes so far", "MB", so_far, zero=True),
+        draw_curves("accuracy-by-mb", "Accuracy by traffic", ACCURACY, reached, xlabel=SENT),
     ]
-
-
-def _up_and_down(up: Points, down: Points) -> list[Curve]:
-    return [Curve("up", up, COLOURS[0]), Curve("down", down, COLOURS[1], 1)]
 
 
 def _per_round(run: Run, *keys: str) -> Points:

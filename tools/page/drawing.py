@@ -106,8 +106,8 @@ class Curve:
     dashes: int = 0
 
     def words(self) -> str:
-        (x, y), digits = self.points, 4
-        return f"{self.label} {y[0]:.{digits}g} at {x[0]:g}, {y[-1]:.{digits}g} at {x[-1]:g}"
+        x, y = self.points
+        return f"{self.label} {y[0]:.4g} at {x[0]:g}, {y[-1]:.4g} at {x[-1]:g}"
 
 
 def new_axes(title: str, xlabel: str, ylabel: str, width: float = SMALL, height: float = 3.0) -> Axes:
@@ -129,7 +129,7 @@ def finish(name: str, axes: Axes, alt: str, note: str = "", wide: bool = False) 
 
 
 def by_round(axes: Axes) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
 def draw_curves(
@@ -244,10 +244,10 @@ def draw_classes(run: Run) -> Picture | None:
     )
 
 
-def draw_setting(key: str, values: Sequence[tuple[str, float]], objective: str) -> Picture:
+def draw_setting(key: str, values: Sequence[str], results: Sequence[float], objective: str) -> Picture:
     """Draw the objective of every run over the values of one setting, and the median of each."""
     found: dict[str, list[float]] = {}
-    for name, figure in sorted(values, key=lambda pair: _as_number(pair[0])):
+    for name, figure in sorted(zip(values, results, strict=True), key=lambda pair: _as_number(pair[0])):
         found.setdefault(name, []).append(figure)
     places = [_as_number(name)[0] for name in found]
     on_scale = len(found) > MOST_NAMED and np.isfinite(places).all()

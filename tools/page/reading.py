@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +80,7 @@ def read_run(path: Path, label: str = "A") -> Run:
     config = _read_config(path / "config.yaml", notes)
     summary = read_json(path / "metrics.json", {}, notes)
     clients = Clients()
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for line in _read_lines(path / METRICS, notes):
-        lines.setdefault(line["kind"], []).append(clients.fold(line))
+    lines = _read_lines(path / METRICS, clients, notes)
     return Run(
         path,
         label,
@@ -146,26 +144,27 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield the lines of metrics.jsonl that are whole, and note how many are not."""
+def _read_lines(path: Path, clients: Clients, notes: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Return the lines of metrics.jsonl by kind, what is of single clients folded into `clients`; note odd ones."""
+    lines: dict[str, list[dict[str, Any]]] = {}
     odd, torn = 0, False
     try:
         with path.open("rb") as file:
             for raw in file:
                 try:
                     line = json.loads(raw)
-                    line["round"], line["kind"] = int(line["round"]), str(line["kind"])
-                except (ValueError, TypeError, KeyError):
+                    line["round"] = int(line["round"])
+                    lines.setdefault(str(line["kind"]), []).append(clients.fold(line))
+                except (ValueError, TypeError, KeyError, AttributeError):
                     torn = not raw.endswith(b"\n")
                     odd += not torn
-                else:
-                    yield line
     except OSError as error:
         notes.append(f"{METRICS} cannot be read ({error.strerror}), so there are no rounds")
     if torn:
-        notes.append(f"the last line of {METRICS} was cut off and is left out: the run was writing it")
+        notes.append(f"the last line of {METRICS} was cut off and is left out")
     if odd:
         notes.append(f"{odd} lines of {METRICS} are no lines of a run and are left out")
+    return lines
 
 
 def _client_stores(path: Path, config: Mapping[str, Any]) -> Stores | None:

@@ -37,10 +37,10 @@ class Clients:
     def fold(self, line: dict[str, Any]) -> dict[str, Any]:
         """Take what a line says of single clients and return the rest of it."""
         for key in ("client_bytes_up", "client_bytes_down", "client_seconds"):
-            self.sums.setdefault(key, Counter()).update(line.pop(key, {}))
+            self.sums.setdefault(key, Counter()).update(line.pop(key, None) or {})
         self.last |= {key: line.pop(key) for key in list(line) if key.endswith("accuracy_by_client")}
-        self.absent.update(line.pop("absent", ()))
-        for failure in line.pop("failures", ()):
+        self.absent.update(line.pop("absent", None) or ())
+        for failure in line.pop("failures", None) or ():
             found = self.failures.setdefault((line["kind"], failure["reason"]), Failures())
             found.count += 1
             found.rounds.add(line["round"])
@@ -89,7 +89,9 @@ class Run:
 
     @property
     def rounds(self) -> int:
-        return max((line["round"] for kind in self.lines if kind != "stop" for line in self.lines[kind]), default=0)
+        """Return how many rounds are over, or were begun in a run that does not say which are over."""
+        told = self.lines.get("round") or [line for lines in self.lines.values() for line in lines]
+        return max((line["round"] for line in told), default=0)
 
     @property
     def objective(self) -> str:
@@ -137,7 +139,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a sweep as its sweep.json tells it, or as its folder shows."""
+    """One job of a sweep, as its sweep.json tells it."""
 
     number: str
     overrides: str

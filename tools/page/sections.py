@@ -38,6 +38,11 @@ def summary_of(run: Run) -> dict[str, object]:
     }
 
 
+def objectives(runs: Iterable[Run]) -> Html:
+    said = ", ".join(sorted({run.objective.replace("_", " ") for run in runs}))
+    return note(f"The objective, and what makes a round the best, is {said}.") if said else Html()
+
+
 def alerts(run: Run, name: str = "") -> Html:
     """Say first what went wrong: a failure, a run without an end, files that are missing or cut off."""
     said: list[Html] = []
@@ -99,7 +104,7 @@ def clients(run: Run, drawn: Sequence[Picture]) -> Html:
         spent = f"{seconds[name]:,.1f}" if name in seconds else NONE
         rows.append([name, *held, *measured, spent, str(run.clients.failed.get(name, 0))])
     heads = ["client", "train", "val", "test", "accuracy", "personal", "training s", "failures"]
-    what = f"{len(rows)} of {len(names)} clients, lowest accuracy of the last evaluation first"
+    what = f"{len(rows)} of {len(names):,} clients, lowest accuracy of the last evaluation first"
     said = []
     if not drawn and run.config.get("dataset.classes") != 0:
         said.append(note("The samples of each client and class are not recorded."))

@@ -5,11 +5,11 @@ from collections import ChainMap
 import numpy as np
 
 from tools.checkpoints import count
-from tools.page.charts import by_name, colour_of, compare, pictures_of, swept
+from tools.page.charts import best_of, by_name, colour_of, compare, pictures_of, swept
 from tools.page.drawing import MOST_LINES, Picture
 from tools.page.markup import Html, figures, folded, join, note, section, table, tag
 from tools.page.run import Job, Run, differing
-from tools.page.sections import NONE, alerts, digits, sections_of, summary_of
+from tools.page.sections import NONE, alerts, digits, objectives, sections_of, summary_of
 
 MOST_DRAWN = 8  # runs with figures of their own
 
@@ -31,7 +31,7 @@ def page_of_several(runs: list[Run], jobs: list[Job]) -> tuple[Html, dict[str, P
     body = [
         failed_jobs(jobs),
         *(alerts(run, f"Run {run.label}: ") for run in runs),
-        section("Runs", overview(runs)),
+        section("Runs", overview(runs), objectives(runs)),
         section("Jobs of the sweep", jobs_table(jobs)),
         section("Side by side", figures(together), legend(runs)),
         section("By setting", figures(settings), unended(runs) if settings else ""),
@@ -71,7 +71,8 @@ def failed_jobs(jobs: list[Job]) -> Html:
 
 def legend(runs: list[Run]) -> Html:
     if len(runs) > MOST_LINES:
-        return note(f"More than {MOST_LINES} runs: the best by its objective is in colour, the others are grey.")
+        best = runs[best_of(runs)].label
+        return note(f"Of more than {MOST_LINES} runs only the best by its objective, run {best}, has a colour.")
     return note("Runs are called as in the first column of the table.") if runs else Html()
 
 
@@ -93,7 +94,7 @@ def phase_table(runs: list[Run]) -> Html:
     found = {run.label: {name: np.median(seconds) for name, (_, seconds) in run.phases().items()} for run in runs}
     names = list(dict.fromkeys(name for medians in found.values() for name in medians))
     rows = [[label, *(significant(medians.get(name)) for name in names)] for label, medians in found.items()]
-    return table(["run", *(f"{name}, median s" for name in names)], rows, range(1, 9)) if names else Html()
+    return join([table(["run", *names], rows, range(1, 9)), note("Median seconds.")]) if names else Html()
 
 
 def significant(value: float | None) -> str:
