@@ -114,11 +114,13 @@ def test_a_whole_run_is_shown_from_curves_to_digests(whole: Page) -> None:
     assert "not recorded" in whole.said.partition("source")[2]
 
 
-def test_figures_follow_light_and_dark(whole: Page) -> None:
-    drawn = "".join(re.findall(r"<svg.*?</svg>", whole.html, re.DOTALL))
-    assert not [light for light, _ in PALETTE.values() if light in drawn]
-    for name in set(re.findall(r"var\((--[a-z0-9]+)\)", whole.html)):
-        assert whole.html.count(f"{name}:#") == 2, name
+def test_every_colour_follows_light_and_dark(sweep: Path) -> None:
+    style, _, body = sweep.read_text().partition("</style>")
+    assert not [light for light, _ in PALETTE.values() if light in body]
+    used = set(re.findall(r"var\((--[a-z0-9]+)\)", style + body))
+    assert {"--c0", "--ink", "--page", "--bad"} <= used
+    for name in used:
+        assert style.count(f"{name}:#") == 2, name
 
 
 def test_nothing_is_written_into_what_is_reported(home: Path, tmp_path: Path) -> None:

@@ -85,9 +85,7 @@ class Picture:
         body = out.getvalue().partition("<svg ")[2]
         body = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|\n\s*", " ", body, flags=re.DOTALL)
         body = re.sub(r'<g id="[^"]*"', "<g", body)
-        for name, (light, _) in PALETTE.items():
-            body = body.replace(light, f"var(--{name})")
-        return body.partition(">")[2].rpartition("</svg>")[0]
+        return themed(body.partition(">")[2].rpartition("</svg>")[0])
 
     @property
     def size(self) -> tuple[float, float]:
@@ -108,6 +106,13 @@ class Curve:
     def words(self) -> str:
         x, y = self.points
         return f"{self.label} {y[0]:.4g} at {x[0]:g}, {y[-1]:.4g} at {x[-1]:g}"
+
+
+def themed(text: str) -> str:
+    """Put the page's colours, which follow light and dark, in place of the palette's."""
+    for name, (light, _) in PALETTE.items():
+        text = text.replace(light, f"var(--{name})")
+    return text
 
 
 def new_axes(title: str, xlabel: str, ylabel: str, width: float = SMALL, height: float = 3.0) -> Axes:

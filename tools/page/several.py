@@ -6,7 +6,7 @@ import numpy as np
 
 from tools.checkpoints import count
 from tools.page.charts import best_of, by_name, colour_of, compare, pictures_of, swept
-from tools.page.drawing import MOST_LINES, Picture
+from tools.page.drawing import MOST_LINES, Picture, themed
 from tools.page.markup import Html, figures, folded, join, note, section, table, tag
 from tools.page.run import Job, Run, differing
 from tools.page.sections import NONE, alerts, digits, objectives, sections_of, summary_of
@@ -51,7 +51,7 @@ def overview(runs: list[Run]) -> Html:
 
 def swatch(runs: list[Run], index: int) -> Html:
     """Return a run's label behind a patch of its colour."""
-    patch = tag("span", class_="swatch", style=f"background:{colour_of(runs, index)}")
+    patch = tag("span", class_="swatch", style=themed(f"background:{colour_of(runs, index)}"))
     return join([patch, runs[index].label])
 
 
