@@ -12,7 +12,8 @@ import pytest
 from tests.chromium import Chromium, needs_chromium
 from tests.run_files import MODEL_BYTES, add_store, write_run
 from tools import report
-from tools.page import reading
+from tools.page import reading, several
+from tools.page.charts import by_traffic
 from tools.page.drawing import PALETTE, grouped
 from tools.page.sections import ranges
 
@@ -187,6 +188,7 @@ def test_a_running_run_says_where_it_is(tmp_path: Path) -> None:
     page = report_on(tmp_path / "running.html", run)
     assert "still running, or it was killed. progress.json: round 3 of 9, train, 1 of 4 replies" in page.said
     assert "The data have no classes" in page.said
+    assert "metrics.jsonl was last written at" in page.said
 
 
 def test_an_old_run_shows_what_it_has_and_says_what_it_has_not(tmp_path: Path) -> None:
@@ -234,6 +236,16 @@ def test_several_runs_are_compared_in_what_they_differ(tmp_path: Path) -> None:
     assert any(alt.startswith("Accuracy. A ") and "; B " in alt for alt in page.alts)
     per_megabyte = 0.9 / (3 * 3 * 3 * MODEL_BYTES / 1e6)
     assert page.said.count(f"{per_megabyte:.3g}") == 2
+
+
+def test_runs_beyond_the_first_are_told_without_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(several, "MOST_DRAWN", 0)
+    runs = [write_run(tmp_path / "runs" / str(i), 2, 2, 0, seed=i) for i in range(9)]
+    page = report_on(tmp_path / "nine.html", *runs)
+    assert "Only the first 0 runs have figures" in page.said
+    assert not [words for words in ("No bytes", "No growth", "No times", "are not recorded") if words in page.said]
+    best = min(runs, key=lambda run: reading.read_run(run).final("loss") or 0)
+    assert f"only the best by its objective, run {'ABCDEFGHI'[runs.index(best)]}, has a colour" in page.said
 
 
 def test_a_sweep_shows_its_settings_and_the_jobs_that_failed(sweep: Path) -> None:
@@ -292,6 +304,24 @@ def test_odd_files_are_noted_not_fatal(tmp_path: Path) -> None:
     page = report_on(tmp_path / "r.html", run)
     for words in ("3 lines of metrics.jsonl", "metrics.json cannot be read", "config.yaml cannot be read"):
         assert words in page.said
+
+
+def test_the_best_round_is_by_the_objective_of_the_run(tmp_path: Path) -> None:
+    for objective, best in (("accuracy", 2), ("loss", 1)):
+        run = write_run(tmp_path / objective, 3, old=True, evaluate={"objective": objective})
+        figures = [{"accuracy": 0.5, "loss": 0.1}, {"accuracy": 0.9, "loss": 0.5}, {"accuracy": 0.7, "loss": 0.3}]
+        lines = [{"kind": "evaluate", "round": i + 1, **found} for i, found in enumerate(figures)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert reading.read_run(run).best() == (best, figures[best - 1][objective])
+
+
+def test_accuracy_is_set_against_all_bytes_up_to_its_round(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r", 3, old=True)
+    lines = [{"kind": "train", "round": i, "bytes_up": 1_000_000, "bytes_down": 2_000_000} for i in (1, 2, 3)]
+    lines.append({"kind": "evaluate", "round": 2, "accuracy": 0.5, "bytes_up": 0, "bytes_down": 4_000_000})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    megabytes, accuracy = by_traffic(reading.read_run(run))
+    assert (megabytes.tolist(), accuracy.tolist()) == ([10.0], [0.5])
 
 
 def test_failures_are_grouped_by_reason(tmp_path: Path) -> None:

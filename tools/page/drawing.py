@@ -126,7 +126,7 @@ def finish(name: str, axes: Axes, alt: str, note: str = "", wide: bool = False) 
     figure = axes.figure
     assert isinstance(figure, Figure)
     handles, labels = axes.get_legend_handles_labels()
-    if len(handles) > 1:
+    if handles:
         widest = 34 + 5.4 * max(map(len, map(str, labels)))  # points
         columns = max(1, int(figure.get_figwidth() * 72 / widest))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=1.8, columnspacing=1.2)

@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,9 @@ def read_run(path: Path, label: str = "A") -> Run:
     summary = read_json(path / "metrics.json", {}, notes)
     clients = Clients()
     lines = _read_lines(path / METRICS, clients, notes)
+    if lines and not summary:
+        written = datetime.fromtimestamp((path / METRICS).stat().st_mtime, UTC)
+        notes.append(f"{METRICS} was last written at {written:%H:%M:%S on %d %B %Y, UTC}")
     return Run(
         path,
         label,
