@@ -65,11 +65,8 @@ def _read_sweep(path: Path) -> tuple[list[tuple[Path, str]], list[Job]]:
     outcomes = read_json(path / "sweep.json", [])
     jobs = []
     for index, outcome in enumerate(outcomes if isinstance(outcomes, list) else []):
-        objective = number(outcome, "objective")
-        said = outcome.get("overrides") or ""
-        overrides = " ".join(map(str, said)) if isinstance(said, list) else str(said)
-        status, error = (str(outcome.get(key) or "") for key in ("status", "error"))
-        jobs.append(Job(str(outcome.get("job", index)), overrides, status, objective, error))
+        overrides, status, error = (str(outcome.get(key) or "") for key in ("overrides", "status", "error"))
+        jobs.append(Job(str(outcome.get("job", index)), overrides, status, error, number(outcome, "objective")))
     if not below and not jobs:
         raise ReportError(f"{path} is no run and holds none: there is no {', '.join(RUN_FILES)} in it or one below")
     return [(folder, folder.name) for folder in below], jobs

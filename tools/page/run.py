@@ -144,8 +144,8 @@ class Job:
     number: str
     overrides: str
     status: str
-    objective: float | None
     error: str
+    objective: float | None
 
 
 def number(values: Mapping[str, Any], key: str) -> float | None:
