@@ -5,6 +5,7 @@ file descriptor 3 and written to 4.
 """
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -33,8 +34,8 @@ class Chromium:
     def __init__(self) -> None:
         assert EXECUTABLE is not None
         self.folder = tempfile.TemporaryDirectory(prefix="flapp-chromium-", ignore_cleanup_errors=True)
-        theirs_in, ours_out = os.pipe()
-        ours_in, theirs_out = os.pipe()
+        theirs_in, self.writer = _pipe()
+        self.reader, theirs_out = _pipe()
         command = [EXECUTABLE, *FLAGS, "--remote-debugging-pipe", f"--user-data-dir={self.folder.name}", "about:blank"]
         script = f'exec 3<&{theirs_in} 4>&{theirs_out}; exec "$@"'
         self.process = subprocess.Popen(
@@ -45,7 +46,7 @@ class Chromium:
         )
         os.close(theirs_in)
         os.close(theirs_out)
-        self.writer, self.reader = os.fdopen(ours_out, "wb", buffering=0), os.fdopen(ours_in, "rb")
+        self.unread = bytearray()
         self.number = 0
         self.session: str | None = None
         self.events: list[dict[str, Any]] = []
@@ -60,8 +61,8 @@ class Chromium:
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
         self.process.wait(30)
-        self.writer.close()
-        self.reader.close()
+        os.close(self.writer)
+        os.close(self.reader)
         self.folder.cleanup()
 
     def ask(self, method: str, **params: Any) -> dict[str, Any]:
@@ -70,7 +71,7 @@ class Chromium:
         message = {"id": self.number, "method": method, "params": params}
         if self.session:
             message["sessionId"] = self.session
-        self.writer.write(json.dumps(message).encode() + b"\0")
+        os.write(self.writer, json.dumps(message).encode() + b"\0")
         while (answer := self._read()).get("id") != self.number:
             self.events.append(answer)
         if "error" in answer:
@@ -114,10 +115,19 @@ class Chromium:
         return [url for url in sent if not url.startswith("data:")]
 
     def _read(self) -> dict[str, Any]:
-        text = bytearray()
-        while (byte := self.reader.read(1)) != b"\0":
-            if not byte:
+        while (end := self.unread.find(b"\0")) < 0:
+            if not (more := os.read(self.reader, 1 << 20)):
                 raise RuntimeError("chromium has ended")
-            text += byte
-        found: dict[str, Any] = json.loads(text)
+            self.unread += more
+        found: dict[str, Any] = json.loads(self.unread[:end])
+        del self.unread[: end + 1]
         return found
+
+
+def _pipe() -> tuple[int, int]:
+    """Return the two ends of a pipe, neither of which is 3 or 4, which the browser's become."""
+    ends = os.pipe()
+    above = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends]
+    for end in ends:
+        os.close(end)
+    return above[0], above[1]

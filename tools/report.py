@@ -9,7 +9,6 @@ does not record is said in the page. Exits 0, or 1 with one line on standard err
 """
 
 import argparse
-import os
 import re
 import sys
 import warnings
@@ -52,13 +51,6 @@ def title_of(paths: Sequence[Path], runs: Sequence[Run]) -> str:
     return paths[0].absolute().name if len(paths) == 1 else f"{len(runs)} runs"
 
 
-def write(out: Path, html: str) -> None:
-    """Write the page at once."""
-    partial = out.with_name(f".{out.name}.tmp")
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, out)
-
-
 def export(folder: Path, pictures: Pictures) -> None:
     """Write every picture as a PNG on white."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,11 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         runs, jobs = read_all(given.runs)
         html, pictures = page_of(runs, jobs, title_of(given.runs, runs))
-        write(given.out, html)
+        given.out.write_text(html, encoding="utf-8")
         if given.png:
             export(given.png, pictures)
     except (ReportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        said = f"{error.filename} cannot be used ({error.strerror})" if isinstance(error, OSError) else error
+        print(f"error: {said}", file=sys.stderr)
         return 1
     print(given.out)
     return 0

@@ -80,7 +80,7 @@ class Picture:
     def svg(self) -> str:
         """Return the figure as SVG for a page, with the page's colours in place of its own."""
         out = StringIO()
-        with rc_context(STYLE | {"svg.hashsalt": self.name}):
+        with rc_context(STYLE | {"svg.hashsalt": f"{self.name} {self.alt}"}):
             self.figure.savefig(out, format="svg", transparent=True, dpi=200, metadata={"Date": None})
         body = out.getvalue().partition("<svg ")[2]
         body = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|\n\s*", " ", body, flags=re.DOTALL)
