@@ -108,7 +108,7 @@ def test_a_whole_run_is_shown_from_curves_to_digests(whole: Page) -> None:
     for title in ("Bytes of a round", "Bytes so far", "Time by phase", "The server's store"):
         assert title in pictures
     assert "on the server" not in pictures
-    for words in ("best, selected", "configure", "aggregate", "The phases add up to 99.0% of", "patience 1"):
+    for words in ("best, selected", "configure", "aggregate", "The phases add up to 99.0% of", "patience is 1"):
         assert words in whole.said
     assert "m" * 64 in whole.said
     assert "c" * 64 in whole.said

@@ -103,7 +103,7 @@ def add_up(paths: list[Path]) -> Stores:
     for path in paths[:: math.ceil(len(paths) / STORES_OPENED)]:
         journal = Path(f"{path}-journal")
         if journal.exists() and journal.stat().st_size:  # SQLite would roll it back, and so write
-            problems.append(f"{path.name}: a save is under way or was cut short (it has a journal): not read")
+            problems.append(f"{path.name}: a save is under way or was cut short (it has a journal)")
             continue
         try:
             with ChunkManager(path, create=False) as store:

@@ -9,7 +9,7 @@ from tools.page.charts import MB
 from tools.page.drawing import Picture
 from tools.page.markup import Html, facts, figures, folded, join, note, section, table, tag
 from tools.page.reading import STORES_OPENED
-from tools.page.run import Run, Stores
+from tools.page.run import Run, Stores, by_number
 
 MOST_REASONS, MOST_CLIENTS, MOST_NAMES = 20, 20, 12
 NONE = "-"
@@ -32,7 +32,7 @@ def summary_of(run: Run) -> dict[str, object]:
         "best round": NONE if best_round is None else f"{best_round} ({digits(best_value)})",
         "up": in_bytes(run.total("bytes_up")),
         "down": in_bytes(run.total("bytes_down")),
-        "accuracy / MB": NONE if accuracy is None or not sent else f"{accuracy / (sent / MB):.3g}",
+        "accuracy / MB": brief(None if accuracy is None or not sent else accuracy / (sent / MB)),
         "seconds": f"{run.summary['seconds']:,.1f}" if "seconds" in run.summary else NONE,
         "model": tag("code", digest[:12] if digest else NONE),
     }
@@ -56,10 +56,9 @@ def alerts(run: Run, name: str = "") -> Html:
     if starts:
         said.append(note(f"{name}Resumed after round {', '.join(map(str, starts))}."))
     for line in run.lines.get("stop", ())[-1:]:
-        what = (
-            f"{line.get('metric')} was best in round {line.get('best_round')}, patience {line.get('patience')} rounds"
-        )
-        said.append(note(f"{name}Stopped early after round {line['round']}: {what}."))
+        best, patience = line.get("best_round"), line.get("patience")
+        why = f"{line.get('metric')} was best in round {best}, patience is {patience}"
+        said.append(note(f"{name}Stopped early after round {line['round']}: {why}."))
     return join(said)
 
 
@@ -127,20 +126,16 @@ def times(run: Run, drawn: Sequence[Picture]) -> Html:
     if not phases:
         return note("No times are recorded.")
     whole = sum(seconds.sum() for _, seconds in phases.values())
-    rows = [
-        [name, *(f"{value:.3g}" for value in (*np.percentile(seconds, [50, 90]), seconds.sum())), share(seconds, whole)]
-        for name, (_, seconds) in phases.items()
-    ]
+    rows = []
+    for name, (_, seconds) in phases.items():
+        shown = [brief(value) for value in (*np.percentile(seconds, [50, 90]), seconds.sum())]
+        rows.append([name, *shown, f"{seconds.sum() / whole:.1%}"])
     found = table(["phase", "median s", "p90 s", "sum s", "share"], rows, range(1, 5))
     if run.lines.get("round"):
         said = _coverage(run)
     else:
         said = f"{NO_ROUND_LINES} Only the times of the two exchanges are known, from the first message to the last."
     return join([figures(drawn, found), note(said)])
-
-
-def share(seconds: np.ndarray, whole: float) -> str:
-    return f"{seconds.sum() / whole:.1%}"
 
 
 def _coverage(run: Run) -> str:
@@ -165,10 +160,8 @@ def checkpoints(run: Run, drawn: Sequence[Picture]) -> Html:
     if not run.server:
         said.append("The server's store is not in the run directory.")
     if not run.homes:
-        off = run.config.get("checkpoint.enabled") is False
-        said.append(
-            "Clients keep nothing in this run." if off else "No clients' stores of this run are on this machine."
-        )
+        kept = run.config.get("checkpoint.enabled") is not False
+        said.append(f"Clients {'have no stores of this run on this machine' if kept else 'keep nothing in this run'}.")
     elif run.homes.opened < run.homes.files:
         shown = f"{run.homes.opened} of the {run.homes.files:,} clients' stores were opened"
         said.append(f"{shown} (at most {STORES_OPENED}, spread evenly); sizes are of all files.")
@@ -189,13 +182,13 @@ def left_out(run: Run) -> Html:
     """Say who was left out of rounds and why, refused, absent or warned of; nothing is said of nobody."""
     found = sorted(run.clients.failures.items(), key=lambda item: -item[1].count)
     rows = [
-        [kind, reason, f"{failed.count:,}", ranges(failed.rounds), listing(sorted(failed.clients))]
+        [kind, reason, f"{failed.count:,}", ranges(failed.rounds), listing(sorted(failed.clients, key=by_number))]
         for (kind, reason), failed in found[:MOST_REASONS]
     ]
     tables = [table(["exchange", "reason", "times", "rounds", "clients"], rows, (2,))]
     if len(found) > MOST_REASONS:
         tables.append(note(f"{len(found) - MOST_REASONS} more reasons, each given less often, are left out."))
-    for key, title in (("refused", "refused"), ("warnings", "let in with a warning")):
+    for key, title in (("refused", "refused at a start"), ("warnings", "let in with a warning")):
         who: dict[str, list[str]] = {}
         for name, reason in run.roster(key).items():
             who.setdefault(str(reason), []).append(name)
@@ -260,3 +253,10 @@ TOLD: dict[str, Callable[[Run], Html]] = {"Left out": left_out, "Digests and set
 
 def digits(value: float | None) -> str:
     return NONE if value is None else f"{value:.4f}"
+
+
+def brief(value: float | None) -> str:
+    """Return a number in three digits, or all before its point."""
+    if value is None:
+        return NONE
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -9,7 +9,7 @@ from tools.page.charts import best_of, by_name, colour_of, compare, pictures_of,
 from tools.page.drawing import MOST_LINES, Picture, themed
 from tools.page.markup import Html, figures, folded, join, note, section, table, tag
 from tools.page.run import Job, Run, differing
-from tools.page.sections import NONE, alerts, digits, objectives, sections_of, summary_of
+from tools.page.sections import NONE, alerts, brief, digits, objectives, sections_of, summary_of
 
 MOST_DRAWN = 8  # runs with figures of their own
 
@@ -93,9 +93,5 @@ def phase_table(runs: list[Run]) -> Html:
     """Return the median seconds of each phase of each run."""
     found = {run.label: {name: np.median(seconds) for name, (_, seconds) in run.phases().items()} for run in runs}
     names = list(dict.fromkeys(name for medians in found.values() for name in medians))
-    rows = [[label, *(significant(medians.get(name)) for name in names)] for label, medians in found.items()]
+    rows = [[label, *(brief(medians.get(name)) for name in names)] for label, medians in found.items()]
     return join([table(["run", *names], rows, range(1, 9)), note("Median seconds.")]) if names else Html()
-
-
-def significant(value: float | None) -> str:
-    return NONE if value is None else f"{value:.3g}"
