@@ -64,9 +64,14 @@ def jobs_table(jobs: list[Job]) -> Html:
 
 
 def failed_jobs(jobs: list[Job]) -> Html:
-    failed = ", ".join(job.number for job in jobs if job.status != "finished")
-    said = f"{failed.count(',') + 1} of {count(len(jobs), 'job')} failed: "
-    return tag("p", tag("b", said), failed, class_="error") if failed else Html()
+    """Say first how many jobs failed, and for which reasons."""
+    reasons: dict[str, list[str]] = {}
+    for job in jobs:
+        if job.status != "finished":
+            reasons.setdefault(job.error or job.status, []).append(job.number)
+    said = [tag("p", tag("b", f"Job {', '.join(who)}: "), why, class_="error") for why, who in reasons.items()]
+    failed = sum(map(len, reasons.values()))
+    return join([note(f"{failed} of {count(len(jobs), 'job')} failed."), *said]) if failed else Html()
 
 
 def legend(runs: list[Run]) -> Html:
