@@ -7,10 +7,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flapp import data
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ANNOTATED = 400  # cells at most, for their numbers to be readable
 
@@ -50,16 +54,21 @@ def draw_heatmap(tables: dict[str, np.ndarray], classes: Sequence[str], out: Pat
     for axes, (title, table) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
         split = title.split(",")[0]
         top = max(1.0, *(float(other.max()) for name, other in tables.items() if name.startswith(split)))
-        image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
+        draw_table(axes, table, classes, top)
         axes.set(title=f"{title}: {round(float(table.sum())):,} samples", xlabel="class", ylabel="client")
-        if len(classes) <= 30:
-            axes.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 2 else 0)
-        if table.size <= ANNOTATED:
-            for (client, label), count in np.ndenumerate(table):
-                shade = "black" if count > 0.6 * top else "white"
-                axes.text(label, client, f"{count:.0f}", ha="center", va="center", color=shade, fontsize=7)
-        figure.colorbar(image, ax=axes, label="samples")
     figure.savefig(out, format="png", dpi=100)
+
+
+def draw_table(axes: "Axes", table: np.ndarray, classes: Sequence[str], top: float, fontsize: float | None = 7) -> None:
+    """Draw one (clients, classes) table into axes, on a scale from 0 to `top`; without a fontsize no numbers."""
+    image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
+    if len(classes) <= 30:
+        axes.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 2 else 0)
+    if fontsize and table.size <= ANNOTATED:
+        for (client, label), count in np.ndenumerate(table):
+            shade = "black" if count > 0.6 * top else "white"
+            axes.text(label, client, f"{count:.0f}", ha="center", va="center", color=shade, fontsize=fontsize)
+    axes.figure.colorbar(image, ax=axes, label="samples")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

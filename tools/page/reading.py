@@ -1,0 +1,192 @@
+"""Read run directories for the report, tolerant of anything missing: what is not there is said in `notes`.
+
+What one client did in one round is folded together as lines are read, so that 500 rounds of 1,000 clients take little
+memory: sums for bytes and seconds, the last accuracy, failures by reason.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from flapp.checkpoint import CheckpointError, ChunkManager
+from flapp.config import read_yaml
+from tools.page.run import Clients, Job, Run, Stores, by_number, number
+
+METRICS, STORE = "metrics.jsonl", "server_chunks.db"  # of flapp.results, which would import PyTorch
+RUN_FILES = ("config.yaml", METRICS, "metrics.json")
+STORES_OPENED = 50
+LOG_BYTES, LOG_LINES = 32_768, 40
+ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+class ReportError(ValueError):
+    """Something named on the command line that is no run."""
+
+
+def read_all(paths: list[Path]) -> tuple[list[Run], list[Job]]:
+    """Return the runs at `paths`, and the jobs of those that are folders of sweeps; raises ReportError."""
+    folders: list[tuple[Path, str]] = []
+    jobs: list[Job] = []
+    for path in paths:
+        if is_run(path):
+            folders.append((path, ""))
+        else:
+            found, of_sweep = _read_sweep(path)
+            folders += found
+            jobs += of_sweep
+    taken = Counter(label for _, label in folders)
+    labels = [label if label and taken[label] == 1 else letters(i) for i, (_, label) in enumerate(folders)]
+    runs = [read_run(folder, label) for (folder, _), label in zip(folders, labels, strict=True)]
+    return runs, jobs
+
+
+def is_run(path: Path) -> bool:
+    return any((path / name).is_file() for name in RUN_FILES)
+
+
+def letters(index: int) -> str:
+    """Name the runs A to Z, then A1, B1 and so on."""
+    return chr(ord("A") + index % 26) + (str(index // 26) if index >= 26 else "")
+
+
+def _read_sweep(path: Path) -> tuple[list[tuple[Path, str]], list[Job]]:
+    """Return the folders and labels of the runs of a sweep, and its jobs; raises ReportError when there is none."""
+    if not path.is_dir():
+        raise ReportError(f"{path} is no folder: give a run directory (home/runs/<run_name>) or the folder of a sweep")
+    below = sorted((folder for folder in path.iterdir() if is_run(folder)), key=lambda folder: by_number(folder.name))
+    outcomes = read_json(path / "sweep.json", [])
+    jobs = []
+    for index, outcome in enumerate(outcomes if isinstance(outcomes, list) else []):
+        overrides, status, error = (str(outcome.get(key) or "") for key in ("overrides", "status", "error"))
+        jobs.append(Job(str(outcome.get("job", index)), overrides, status, error, number(outcome, "objective")))
+    if not below and not jobs:
+        raise ReportError(f"{path} is no run and holds none: there is no {', '.join(RUN_FILES)} in it or one below")
+    return [(folder, folder.name) for folder in below], jobs
+
+
+def read_run(path: Path, label: str = "A") -> Run:
+    """Read one run directory; nothing in it is written."""
+    notes: list[str] = []
+    config = _read_config(path / "config.yaml", notes)
+    summary = read_json(path / "metrics.json", {}, notes)
+    clients = Clients()
+    lines = _read_lines(path / METRICS, clients, notes)
+    if lines and not summary:
+        written = datetime.fromtimestamp((path / METRICS).stat().st_mtime, UTC)
+        notes.append(f"{METRICS} was last written at {written:%H:%M:%S on %d %B %Y, UTC}")
+    return Run(
+        path,
+        label,
+        config,
+        summary if isinstance(summary, dict) else {},
+        read_json(path / "progress.json", {}),
+        lines,
+        clients,
+        add_up([path / STORE]) if (path / STORE).is_file() else None,
+        _client_stores(path, config),
+        _tail(path / "log.txt"),
+        tuple(notes),
+    )
+
+
+def add_up(paths: list[Path]) -> Stores:
+    """Add up checkpoint stores: all their files, and what is in STORES_OPENED of them, spread evenly."""
+    opened, problems, digest = [], [], ""
+    for path in paths[:: math.ceil(len(paths) / STORES_OPENED)]:
+        journal = Path(f"{path}-journal")
+        if journal.exists() and journal.stat().st_size:  # SQLite would roll it back, and so write
+            problems.append(f"{path.name}: a save is under way or was cut short (it has a journal)")
+            continue
+        try:
+            with ChunkManager(path, create=False) as store:
+                opened.append(store.get_storage_stats())
+                digest = next((row.config_digest for row in reversed(store.rounds())), digest)
+        except CheckpointError as error:
+            problems.append(str(error))
+    sums = {key: sum(stats[key] for stats in opened) for key in ("rounds", "logical_bytes", "stored_bytes")}
+    size = sum(path.stat().st_size for path in paths)
+    return Stores(len(paths), size, len(opened), **sums, config_digest=digest, problems=tuple(problems))
+
+
+def read_json(path: Path, missing: Any, notes: list[str] | None = None) -> Any:
+    """Return a JSON file's content, or `missing`; a file that is not JSON is noted."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return missing
+    except (ValueError, OSError) as error:
+        if notes is not None:
+            notes.append(f"{path.name} cannot be read ({error})")
+        return missing
+
+
+def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        return _flat(read_yaml(path))
+    except FileNotFoundError:
+        notes.append("config.yaml is not there, so there are no settings")
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException, AttributeError) as error:
+        notes.append(f"config.yaml cannot be read ({' '.join(str(error).split())}), so there are no settings")
+    return {}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _read_lines(path: Path, clients: Clients, notes: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Return the lines of metrics.jsonl by kind, what is of single clients folded into `clients`; note odd ones."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    odd, torn = 0, False
+    try:
+        with path.open("rb") as file:
+            for raw in file:
+                try:
+                    line = json.loads(raw)
+                    line["round"] = int(line["round"])
+                    lines.setdefault(str(line["kind"]), []).append(clients.fold(line))
+                except (ValueError, TypeError, KeyError, AttributeError):
+                    torn = not raw.endswith(b"\n")
+                    odd += not torn
+    except OSError as error:
+        notes.append(f"{METRICS} cannot be read ({error.strerror}), so there are no rounds")
+    if torn:
+        notes.append(f"the last line of {METRICS} was cut off and is left out")
+    if odd:
+        notes.append(f"{odd} lines of {METRICS} are no lines of a run and are left out")
+    return lines
+
+
+def _client_stores(path: Path, config: Mapping[str, Any]) -> Stores | None:
+    """Add up the clients' stores of a run, if they are on this machine."""
+    name = str(config.get("run_name") or path.name)
+    homes = [Path(str(config["home"]))] if config.get("home") else []
+    depth = len(Path(name).parts)
+    if depth < len(path.absolute().parents):  # home/runs/<run_name>, wherever home is now
+        homes.append(path.absolute().parents[depth])
+    for home in homes:
+        if found := sorted((home / "checkpoints" / name).glob("client_*/*_chunks.db")):
+            return add_up(found)
+    return None
+
+
+def _tail(path: Path) -> tuple[str, ...]:
+    """Return the last lines of a log, without the colours of a terminal."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - LOG_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ()
+    return tuple(ANSI.sub("", text).splitlines()[-LOG_LINES:])

@@ -1,0 +1,262 @@
+"""Say in tables and words what a run did; what is not recorded is said where it would stand."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from tools.checkpoints import count, in_bytes
+from tools.page.charts import MB
+from tools.page.drawing import Picture
+from tools.page.markup import Html, facts, figures, folded, join, note, section, table, tag
+from tools.page.reading import STORES_OPENED
+from tools.page.run import Run, Stores, by_number
+
+MOST_REASONS, MOST_CLIENTS, MOST_NAMES = 20, 20, 12
+NONE = "-"
+NO_ROUND_LINES = "metrics.jsonl has no line of a whole round: it is of an older flapp, or no round was completed."
+Pictures = Mapping[str, Sequence[Picture]]
+
+
+def summary_of(run: Run) -> dict[str, object]:
+    """Return the columns of the summary."""
+    best_round, best_value = run.best()
+    accuracy, sent = run.final("accuracy"), run.total("bytes_up") + run.total("bytes_down")
+    digest = run.summary.get("model_sha256")
+    return {
+        "status": tag("span", run.status, class_=f"status {run.status}"),
+        "rounds": f"{run.rounds} of {run.config.get('num_rounds', NONE)}",
+        "accuracy": digits(accuracy),
+        "personal": digits(run.final("personal_accuracy")),
+        "loss": digits(run.final("loss")),
+        "objective": digits(run.final(run.objective)),
+        "best round": NONE if best_round is None else f"{best_round} ({digits(best_value)})",
+        "up": in_bytes(run.total("bytes_up")),
+        "down": in_bytes(run.total("bytes_down")),
+        "accuracy / MB": brief(None if accuracy is None or not sent else accuracy / (sent / MB)),
+        "seconds": f"{run.summary['seconds']:,.1f}" if "seconds" in run.summary else NONE,
+        "model": tag("code", digest[:12] if digest else NONE),
+    }
+
+
+def objectives(runs: Iterable[Run]) -> Html:
+    said = ", ".join(sorted({run.objective.replace("_", " ") for run in runs}))
+    return note(f"The objective, and what makes a round the best, is {said}.") if said else Html()
+
+
+def alerts(run: Run, name: str = "") -> Html:
+    """Say first what went wrong: a failure, a run without an end, files that are missing or cut off."""
+    said: list[Html] = []
+    if run.status == "failed":
+        error = run.summary.get("error") or "metrics.json does not say why"
+        said.append(tag("p", tag("b", f"{name}Failed: "), error, class_="error"))
+    elif run.status == "unfinished":
+        said.append(tag("p", tag("b", f"{name}Unfinished: "), _where(run), class_="error"))
+    said += [note(f"{name}{text}.") for text in run.notes]
+    starts = [line["round"] for line in run.lines.get("roster", ())][1:]
+    if starts:
+        said.append(note(f"{name}Resumed after round {', '.join(map(str, starts))}."))
+    for line in run.lines.get("stop", ())[-1:]:
+        best, patience = line.get("best_round"), line.get("patience")
+        why = f"{line.get('metric')} was best in round {best}, patience is {patience}"
+        said.append(note(f"{name}Stopped early after round {line['round']}: {why}."))
+    return join(said)
+
+
+def _where(run: Run) -> str:
+    text = "there is no metrics.json: it is still running, or it was killed."
+    if run.progress:
+        asked = f"{run.progress.get('replies')} of {run.progress.get('asked')} replies"
+        text += f" progress.json: round {run.progress.get('round')} of {run.progress.get('rounds')}"
+        text += f", {run.progress.get('phase')}, {asked}."
+    elif not run.lines:
+        text += " No round has begun."
+    return text
+
+
+def sections_of(run: Run, drawn: Pictures | None, level: str = "h2") -> Html:
+    """Return everything about one run below its summary; without pictures, only what needs none."""
+    shown = [section(title, act(run, drawn[title]), level=level) for title, act in DRAWN.items()] if drawn else []
+    told = [section(title, act(run), level=level) for title, act in TOLD.items()]
+    return join(shown + told)
+
+
+def learning(run: Run, drawn: Sequence[Picture]) -> Html:
+    said = []
+    if not len(run.series("evaluate", "loss")[0]):
+        said.append(note("Nothing has been evaluated, so there is no accuracy and no spread over clients."))
+    elif run.config.get("dataset.classes") == 0:
+        said.append(note("The data have no classes, so there is no accuracy."))
+    if "best_round" not in run.summary and run.best()[0] is not None:
+        said.append(note("metrics.json names no best round; the one marked is the best in metrics.jsonl."))
+    return join([figures(drawn), *said])
+
+
+def clients(run: Run, drawn: Sequence[Picture]) -> Html:
+    samples, accuracy = run.roster("samples"), run.clients.last.get("accuracy_by_client", {})
+    personal = run.clients.last.get("personal_accuracy_by_client", {})
+    names = sorted(samples.keys() | accuracy.keys() | personal.keys(), key=lambda name: accuracy.get(name, 2.0))
+    seconds: Mapping[str, float] = run.clients.sums.get("client_seconds", {})
+    rows = []
+    for name in names[:MOST_CLIENTS]:
+        held = [str((samples.get(name) or {}).get(part, NONE)) for part in ("train", "val", "test")]
+        measured = [digits(found.get(name)) for found in (accuracy, personal)]
+        spent = f"{seconds[name]:,.1f}" if name in seconds else NONE
+        rows.append([name, *held, *measured, spent, str(run.clients.failed.get(name, 0))])
+    heads = ["client", "train", "val", "test", "accuracy", "personal", "training s", "failures"]
+    what = f"{len(rows)} of {len(names):,} clients, lowest accuracy of the last evaluation first"
+    said = []
+    if not drawn and run.config.get("dataset.classes") != 0:
+        said.append(note("The samples of each client and class are not recorded."))
+    return join([figures(drawn), *said, folded(what, table(heads, rows, range(1, 8))) if rows else ""])
+
+
+def traffic(run: Run, drawn: Sequence[Picture]) -> Html:
+    if not drawn:
+        return note("No bytes are recorded.")
+    said = f"{in_bytes(run.total('bytes_up'))} up, {in_bytes(run.total('bytes_down'))} down, counted from the messages"
+    each = [run.clients.sums.get(key) for key in ("client_bytes_up", "client_bytes_down")]
+    if each[0] and each[1]:
+        up, down = (in_bytes(max(found.values())) for found in each if found)
+        said += f"; of one client at most {up} up and {down} down"
+    return join([figures(drawn), note(f"{said}.")])
+
+
+def times(run: Run, drawn: Sequence[Picture]) -> Html:
+    phases = run.phases()
+    if not phases:
+        return note("No times are recorded.")
+    whole = sum(seconds.sum() for _, seconds in phases.values())
+    rows = []
+    for name, (_, seconds) in phases.items():
+        shown = [brief(value) for value in (*np.percentile(seconds, [50, 90]), seconds.sum())]
+        rows.append([name, *shown, f"{seconds.sum() / whole:.1%}"])
+    found = table(["phase", "median s", "p90 s", "sum s", "share"], rows, range(1, 5))
+    if run.lines.get("round"):
+        said = _coverage(run)
+    else:
+        said = f"{NO_ROUND_LINES} Only the times of the two exchanges are known, from the first message to the last."
+    return join([figures(drawn, found), note(said)])
+
+
+def _coverage(run: Run) -> str:
+    """Say how much of the rounds' wall time the phases account for."""
+    ratios = []
+    for line in run.lines["round"]:
+        named = [value for value in (line.get("phases") or {}).values() if isinstance(value, float | int)]
+        if line.get("seconds"):
+            ratios.append(sum(named) / line["seconds"])
+    if not ratios:
+        return "The wall time of the rounds is not recorded."
+    low, middle, high = np.percentile(ratios, [0, 50, 100])
+    return f"The phases add up to {middle:.1%} of a round's wall time (median; {low:.1%} to {high:.1%})."
+
+
+def checkpoints(run: Run, drawn: Sequence[Picture]) -> Html:
+    stores = {who: found for who, found in (("server", run.server), ("clients", run.homes)) if found}
+    columns = [_store_column(found) for found in stores.values()]
+    heads = ["files", "size of files", "rounds kept", "models in them", "stored once", "deduplication"]
+    held = table(["store", *stores], [list(row) for row in zip(heads, *columns, strict=True)] if stores else [], (1, 2))
+    said = []
+    if not run.server:
+        said.append("The server's store is not in the run directory.")
+    if not run.homes:
+        kept = run.config.get("checkpoint.enabled") is not False
+        said.append(f"Clients {'have no stores of this run on this machine' if kept else 'keep nothing in this run'}.")
+    elif run.homes.opened < run.homes.files:
+        shown = f"{run.homes.opened} of the {run.homes.files:,} clients' stores were opened"
+        said.append(f"{shown} (at most {STORES_OPENED}, spread evenly); sizes are of all files.")
+    if not drawn:
+        said.append(f"No growth by round: {NO_ROUND_LINES}")
+    problems = [problem for found in (run.server, run.homes) if found for problem in found.problems]
+    said += [f"Not read: {problem}." for problem in problems[:MOST_REASONS]]
+    return join([figures(drawn, held), *map(note, said)])
+
+
+def _store_column(found: Stores) -> list[str]:
+    sizes = [in_bytes(size) for size in (found.logical_bytes, found.stored_bytes)] if found.opened else [NONE, NONE]
+    dedup = f"x {found.logical_bytes / found.stored_bytes:.2f}" if found.stored_bytes else NONE
+    return [f"{found.files:,}", in_bytes(found.file_bytes), f"{found.rounds:,}", *sizes, dedup]
+
+
+def left_out(run: Run) -> Html:
+    """Say who was left out of rounds and why, refused, absent or warned of; nothing is said of nobody."""
+    found = sorted(run.clients.failures.items(), key=lambda item: -item[1].count)
+    rows = [
+        [kind, reason, f"{failed.count:,}", ranges(failed.rounds), listing(sorted(failed.clients, key=by_number))]
+        for (kind, reason), failed in found[:MOST_REASONS]
+    ]
+    tables = [table(["exchange", "reason", "times", "rounds", "clients"], rows, (2,))]
+    if len(found) > MOST_REASONS:
+        tables.append(note(f"{len(found) - MOST_REASONS} more reasons, each given less often, are left out."))
+    for key, title in (("refused", "refused at a start"), ("warnings", "let in with a warning")):
+        who: dict[str, list[str]] = {}
+        for name, reason in run.roster(key).items():
+            who.setdefault(str(reason), []).append(name)
+        tables.append(table([title, "because it"], [[listing(names), reason] for reason, names in who.items()]))
+    absent = [[name, f"{times:,}"] for name, times in run.clients.absent.most_common(MOST_REASONS)]
+    tables.append(table(["absent", "exchanges"], absent, (1,)))
+    if len(run.clients.absent) > MOST_REASONS:
+        tables.append(note(f"{len(run.clients.absent)} clients were absent at times."))
+    return join(tables) or note("No client failed, was refused or was absent.")
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Write 1, 2, 3, 7 as 1-3, 7."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    words = [str(low) if low == high else f"{low}-{high}" for low, high in spans]
+    return ", ".join(words[:MOST_NAMES]) + (f" and {len(words) - MOST_NAMES} more" if len(words) > MOST_NAMES else "")
+
+
+def listing(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:MOST_NAMES])
+    return shown if len(names) <= MOST_NAMES else f"{shown} and {len(names) - MOST_NAMES:,} more"
+
+
+def settings(run: Run) -> Html:
+    """Return the digests and, folded, every setting."""
+    source = [line["source_digest"] for line in run.lines.get("roster", ()) if line.get("source_digest")]
+    digests = {
+        "run directory": run.path.absolute(),
+        "model": run.summary.get("model_sha256"),
+        "config": run.server.config_digest if run.server else None,
+        "source": source[-1] if source else None,
+    }
+    known = [(name, tag("code", value)) if value else (name, "not recorded") for name, value in digests.items()]
+    rows = [[key, tag("code", value)] for key, value in run.config.items()]
+    every = folded(count(len(rows), "setting"), table(["setting", "value"], rows)) if rows else ""
+    return join([facts(known), every])
+
+
+def log(run: Run) -> Html:
+    """Return the end of the log of a run that did not finish."""
+    if run.status == "finished":
+        return Html()
+    if not run.log:
+        return note("There is no log.txt: only tools.run leaves one, when the run has ended.")
+    return tag("pre", "\n".join(run.log))
+
+
+DRAWN: dict[str, Callable[[Run, Sequence[Picture]], Html]] = {
+    "Learning": learning,
+    "Clients and classes": clients,
+    "Traffic": traffic,
+    "Time of a round": times,
+    "Checkpoints": checkpoints,
+}
+TOLD: dict[str, Callable[[Run], Html]] = {"Left out": left_out, "Digests and settings": settings, "Log": log}
+
+
+def digits(value: float | None) -> str:
+    return NONE if value is None else f"{value:.4f}"
+
+
+def brief(value: float | None) -> str:
+    """Return a number in three digits, or all before its point."""
+    if value is None:
+        return NONE
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,0 +1,102 @@
+"""Set several runs, or the jobs of a sweep, side by side."""
+
+from collections import ChainMap
+
+import numpy as np
+
+from tools.checkpoints import count
+from tools.page.charts import best_of, by_name, colour_of, compare, pictures_of, swept
+from tools.page.drawing import MOST_LINES, Picture, themed
+from tools.page.markup import Html, figures, folded, join, note, section, table, tag
+from tools.page.run import Job, Run, differing
+from tools.page.sections import NONE, alerts, brief, digits, objectives, sections_of, summary_of
+
+MOST_DRAWN = 8  # runs with figures of their own
+
+
+def page_of_several(runs: list[Run], jobs: list[Job]) -> tuple[Html, dict[str, Picture]]:
+    """Return the page of several runs, and its pictures by name."""
+    drawn = [pictures_of(run) for run in runs[:MOST_DRAWN]]
+    together, settings = (compare(runs), swept(runs)) if runs else ([], [])
+    details = [
+        folded(
+            f"{run.label}: {run.name}",
+            sections_of(run, drawn[i] if i < MOST_DRAWN else None, "h3"),
+            opened=run.status == "failed",
+        )
+        for i, run in enumerate(runs)
+    ]
+    if len(runs) > MOST_DRAWN:
+        details.append(note(f"Only the first {MOST_DRAWN} runs have figures here: report the others by themselves."))
+    body = [
+        failed_jobs(jobs),
+        *(alerts(run, f"Run {run.label}: ") for run in runs),
+        section("Runs", overview(runs), objectives(runs)),
+        section("Jobs of the sweep", jobs_table(jobs)),
+        section("Side by side", figures(together), legend(runs)),
+        section("By setting", figures(settings), unended(runs) if settings else ""),
+        section("Differences", differences(runs)),
+        section("Time of a round", phase_table(runs)),
+        section("Each run", *details),
+    ]
+    own = [by_name(found, f"{run.label}-") for run, found in zip(runs, drawn, strict=False)]
+    return join(body), dict(ChainMap(by_name({"": together + settings}), *own))
+
+
+def overview(runs: list[Run]) -> Html:
+    named = [summary_of(run) for run in runs]
+    rows = [[swatch(runs, i), runs[i].name, *found.values()] for i, found in enumerate(named)]
+    return table(["run", "name", *named[0]], rows, range(3, 13)) if rows else Html()
+
+
+def swatch(runs: list[Run], index: int) -> Html:
+    """Return a run's label behind a patch of its colour."""
+    patch = tag("span", class_="swatch", style=themed(f"background:{colour_of(runs, index)}"))
+    return join([patch, runs[index].label])
+
+
+def jobs_table(jobs: list[Job]) -> Html:
+    rows = []
+    for job in jobs:
+        status = tag("span", job.status, class_=f"status {job.status}")
+        rows.append([job.number, job.overrides, status, digits(job.objective), job.error])
+    return table(["job", "overrides", "status", "objective", "error"], rows, (3,))
+
+
+def failed_jobs(jobs: list[Job]) -> Html:
+    """Say first how many jobs failed, and for which reasons."""
+    reasons: dict[str, list[str]] = {}
+    for job in jobs:
+        if job.status != "finished":
+            reasons.setdefault(job.error or job.status, []).append(job.number)
+    said = [tag("p", tag("b", f"Job {', '.join(who)}: "), why, class_="error") for why, who in reasons.items()]
+    failed = sum(map(len, reasons.values()))
+    return join([note(f"{failed} of {count(len(jobs), 'job')} failed."), *said]) if failed else Html()
+
+
+def legend(runs: list[Run]) -> Html:
+    if len(runs) > MOST_LINES:
+        best = runs[best_of(runs)].label
+        return note(f"Of more than {MOST_LINES} runs only the best by its objective, run {best}, has a colour.")
+    return note("Runs are called as in the first column of the table.") if runs else Html()
+
+
+def unended(runs: list[Run]) -> Html:
+    """Say how to read the pictures of settings, and which runs are not in them."""
+    lacking = ", ".join(run.label for run in runs if run.final(run.objective) is None)
+    said = "A dot is a run, the line joins their medians."
+    return note(f"{said} Not drawn, for want of an objective: {lacking}." if lacking else said)
+
+
+def differences(runs: list[Run]) -> Html:
+    rows = [[key, *(tag("code", run.config.get(key, NONE)) for run in runs)] for key in differing(runs)]
+    same = "The settings are the same." if all(run.config for run in runs) else "Not all settings are known."
+    return table(["setting", *(run.label for run in runs)], rows) or note(same)
+
+
+def phase_table(runs: list[Run]) -> Html:
+    """Return the median seconds of each phase of each run."""
+    found = {run.label: {name: np.median(seconds) for name, (_, seconds) in run.phases().items()} for run in runs}
+    names = list(dict.fromkeys(name for medians in found.values() for name in medians))
+    rows = [[label, *(brief(medians.get(name)) for name in names)] for label, medians in found.items()]
+    return join([table(["run", *names], rows, range(1, 9)), note("Median seconds.")]) if names else Html()

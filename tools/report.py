@@ -1,0 +1,86 @@
+"""Write one HTML page about one run, several runs or a sweep, which needs no network and no other file.
+
+    python -m tools.report RUN_DIR --out report.html                 curves, classes, bytes, time, stores, failures
+    python -m tools.report RUN_DIR RUN_DIR --out report.html         ... of each, and what they differ in
+    python -m tools.report SWEEP_DIR --out report.html --png FIGURES ... of a sweep, and its figures as PNG too
+
+RUN_DIR is a folder below home/runs; SWEEP_DIR is one whose folders are runs. Nothing in them is written. What a run
+does not record is said in the page. Exits 0, or 1 with one line on standard error.
+"""
+
+import argparse
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from matplotlib import rc_context
+
+from tools.checkpoints import count
+from tools.page.charts import by_name, pictures_of
+from tools.page.drawing import STYLE, Picture
+from tools.page.markup import Html, document, join, section, tag, tiles
+from tools.page.reading import ReportError, read_all
+from tools.page.run import Job, Run
+from tools.page.sections import alerts, objectives, sections_of, summary_of
+from tools.page.several import page_of_several
+
+Pictures = dict[str, Picture]  # by the name of the file
+
+
+def page_of(runs: list[Run], jobs: list[Job], title: str) -> tuple[str, Pictures]:
+    """Return the page about runs, and its pictures."""
+    now = datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC")
+    head = tag("header", tag("h1", title), tag("p", f"{count(len(runs), 'run')}. Written {now}."))
+    with rc_context(STYLE):
+        body, pictures = page_of_one(runs[0]) if len(runs) == 1 and not jobs else page_of_several(runs, jobs)
+        return document(title, head, body), pictures
+
+
+def page_of_one(run: Run) -> tuple[Html, Pictures]:
+    drawn = pictures_of(run)
+    summary = section("Summary", tiles(summary_of(run).items()), objectives([run]))
+    return join([alerts(run), summary, sections_of(run, drawn)]), by_name(drawn)
+
+
+def title_of(paths: Sequence[Path], runs: Sequence[Run]) -> str:
+    if len(runs) == 1:
+        return runs[0].name
+    return paths[0].absolute().name if len(paths) == 1 else f"{len(runs)} runs"
+
+
+def export(folder: Path, pictures: Pictures) -> None:
+    """Write every picture as a PNG on white."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with rc_context(STYLE):
+        for name, picture in pictures.items():
+            path = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}.png"
+            picture.figure.savefig(path, format="png", dpi=200, facecolor="white")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Report the runs that the command line names; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR")
+    parser.add_argument("--out", type=Path, default=Path("report.html"))
+    parser.add_argument("--png", type=Path, metavar="DIR", help="the figures as PNG files, too")
+    given = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore", "Glyph", UserWarning)  # the browser has fonts for them
+    try:
+        runs, jobs = read_all(given.runs)
+        html, pictures = page_of(runs, jobs, title_of(given.runs, runs))
+        given.out.write_text(html, encoding="utf-8")
+        if given.png:
+            export(given.png, pictures)
+    except (ReportError, OSError) as error:
+        said = f"{error.filename} cannot be used ({error.strerror})" if isinstance(error, OSError) else error
+        print(f"error: {said}", file=sys.stderr)
+        return 1
+    print(given.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
