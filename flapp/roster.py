@@ -134,6 +134,7 @@ class Roster:
             "clients": len(claims),
             "refused": self.refused,
             "warnings": self.warnings,
+            "source_digest": source_digest(),
             "samples": {name: {"train": c.train, "val": c.val, "test": c.test} for name, c in claims.items()},
             "label_hist": {name: list(claim.label_hist) for name, claim in claims.items()},
         }
