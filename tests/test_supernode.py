@@ -142,7 +142,7 @@ from tools import supernode
 
 def flwr_clientapp():
     import numpy as np
-    os.write(1, f"{sys.argv[1]} {os.getpid()} {np.random.random()}\\n".encode())  # at once: others write as well
+    os.write(1, f"{sys.argv[1]} {os.getpid()} {np.random.random()}\\n".encode())
     sys.exit(3)
 
 sys.modules["flwr.supernode.cli"] = types.SimpleNamespace(flwr_clientapp=flwr_clientapp)

@@ -123,7 +123,9 @@ def run_clients() -> Any:
     fork = multiprocessing.get_context("fork")
     for line in sys.stdin:
         fork.Process(target=run_client, args=(json.loads(line),)).start()
-    os._exit(0)  # taking PyTorch apart takes a second; clients see for themselves that their SuperExec is gone
+    for client in multiprocessing.active_children():  # they see for themselves that their SuperExec is gone
+        client.join()
+    os._exit(0)  # taking PyTorch apart would take a second
 
 
 def run_client(arguments: list[str]) -> None:
