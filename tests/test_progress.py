@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging.config
 import os
 import sys
 from collections.abc import Callable
@@ -200,6 +201,7 @@ def test_with_json_stdout_has_nothing_but_lines_of_json(
     choose_format(monkeypatch, "text")
     monkeypatch.setattr(run, "run_once", run_once)
     monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(logging.config, "dictConfig", lambda _: None)  # Hydra would silence the loggers of later tests
     monkeypatch.setattr(sys, "argv", ["run", "--format", "json", *TOY, f"home={tmp_path}", "run_name=j"])
     assert run.main() == status
     found = json_lines(capsys.readouterr().out)

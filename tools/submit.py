@@ -50,9 +50,12 @@ def run_once(config: Config) -> dict[str, Any]:
             install_app(Path(str(config.deployment.federation)))
         run_id = str(superlink.flwr(*words)["run-id"])
         try:
-            if here:
-                return follow(superlink, run_id, path, config, earlier)
-            return follow_log(superlink, run_id)
+            return follow(superlink, run_id, path, config, earlier) if here else follow_log(superlink, run_id)
+        except SuperLinkError as error:
+            raise RunError(
+                f"lost sight of the run ({error}): once its SuperLink is back, go on with it by "
+                f"run_name={config.run_name} resume=true"
+            ) from error
         except BaseException:
             superlink.stop_run(run_id)
             raise
@@ -111,7 +114,7 @@ def follow(
             progress.look()
             if time.monotonic() - asked > STATUS_SECONDS:
                 asked = time.monotonic()
-                status, details = ask_status(superlink, run_id, config)
+                status, details = superlink.status(run_id)
                 if status.startswith("finished") and read_json(path / "metrics.json") in (None, earlier):
                     raise RunError(f"Flower says {status} and there is no metrics.json: {details}")
             time.sleep(LOOK_SECONDS)
@@ -140,17 +143,6 @@ def follow_log(superlink: SuperLink, run_id: str) -> dict[str, Any]:
         raise RunError(summary["error"], summary)
     wait_for_end(superlink, run_id)
     return summary
-
-
-def ask_status(superlink: SuperLink, run_id: str, config: Config) -> tuple[str, str]:
-    """Return Flower's status of a run and its details; raises RunError when the SuperLink does not know it any more."""
-    try:
-        return superlink.status(run_id)
-    except SuperLinkError as error:
-        raise RunError(
-            f"the SuperLink has lost the run, as one does that was restarted ({error}): go on with it by "
-            f"run_name={config.run_name} resume=true"
-        ) from error
 
 
 def wait_for_end(superlink: SuperLink, run_id: str) -> None:
