@@ -2,10 +2,10 @@
 
 import io
 import json
-import logging.config
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,15 @@ def test_a_resumed_run_is_not_shown_what_the_earlier_start_said(
         assert " 1/3 " in str(progress.rounds)
 
 
+@pytest.fixture
+def loggers() -> Iterator[None]:
+    """Let the loggers that Hydra silences speak again in later tests."""
+    yield
+    for logger in map(logging.getLogger, logging.root.manager.loggerDict):
+        logger.disabled = False
+
+
+@pytest.mark.usefixtures("loggers")
 @pytest.mark.parametrize(
     ("outcome", "events", "status"),
     [
@@ -201,7 +210,6 @@ def test_with_json_stdout_has_nothing_but_lines_of_json(
     choose_format(monkeypatch, "text")
     monkeypatch.setattr(run, "run_once", run_once)
     monkeypatch.setattr(run.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(logging.config, "dictConfig", lambda _: None)  # Hydra would silence the loggers of later tests
     monkeypatch.setattr(sys, "argv", ["run", "--format", "json", *TOY, f"home={tmp_path}", "run_name=j"])
     assert run.main() == status
     found = json_lines(capsys.readouterr().out)
