@@ -179,10 +179,10 @@ def test_a_resumed_run_is_not_shown_what_the_earlier_start_said(
 
 @pytest.fixture
 def loggers() -> Iterator[None]:
-    """Let the loggers that Hydra silences speak again in later tests."""
+    """Let loggers speak again in later tests, which Hydra raises to errors only."""
+    level = logging.root.level
     yield
-    for logger in map(logging.getLogger, logging.root.manager.loggerDict):
-        logger.disabled = False
+    logging.root.setLevel(level)
 
 
 @pytest.mark.usefixtures("loggers")
