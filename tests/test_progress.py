@@ -179,10 +179,12 @@ def test_a_resumed_run_is_not_shown_what_the_earlier_start_said(
 
 @pytest.fixture
 def loggers() -> Iterator[None]:
-    """Let loggers speak again in later tests, which Hydra raises to errors only."""
+    """Let loggers speak again in later tests, which Hydra silences or raises to errors only."""
     level = logging.root.level
     yield
     logging.root.setLevel(level)
+    for name in logging.root.manager.loggerDict:
+        logging.getLogger(name).disabled = False
 
 
 @pytest.mark.usefixtures("loggers")
