@@ -1,5 +1,6 @@
 """A real federation with TLS: the bytes of a simulation, outsiders kept out, and what is killed comes back."""
 
+import contextlib
 import json
 import os
 import re
@@ -105,10 +106,13 @@ def find_process(federation: Federation, word: str, folder: str) -> psutil.Proce
 
 
 def find_client(federation: Federation, folder: str) -> psutil.Process | None:
-    """Return the process that handles a message for a client: a fork of what its SuperNode keeps for that."""
+    """Return the process in which a client trains: a fork of what its SuperNode keeps for that, busy for a while."""
     server = find_process(federation, "supernode.py clients", folder)
-    working = [child for child in server.children() if child.status() != psutil.STATUS_ZOMBIE] if server else []
-    return working[0] if working else None
+    for child in server.children() if server else []:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.status() != psutil.STATUS_ZOMBIE and child.cpu_times().user > 1:
+                return child
+    return None
 
 
 def digest_of(summary: str) -> str:
