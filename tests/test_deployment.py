@@ -1,7 +1,6 @@
 """A real federation with TLS: the bytes of a simulation, outsiders kept out, and what is killed comes back."""
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -92,26 +91,23 @@ def reached(home: Path, name: str, server_round: int) -> Callable[[], bool]:
     return trained
 
 
-def find_process(federation: Federation, word: str, folder: str) -> psutil.Process | None:
-    """Return the process of the federation with this word in its command line, started for this folder."""
+def find_processes(federation: Federation, word: str, folder: str) -> Iterator[psutil.Process]:
+    """Yield the processes of the federation with this word in their command line, started for this folder."""
     for process in psutil.process_iter():
-        try:
+        with contextlib.suppress(psutil.Error, OSError):
             env = process.environ()
             ours = env.get(TOKEN) == federation.token and env.get("FLWR_HOME", "").endswith(f"/{folder}/flwr")
-            if ours and word in " ".join(process.cmdline()):
-                return process
-        except (psutil.Error, OSError):
-            continue
-    return None
+            if ours and word in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
 
 
 def find_client(federation: Federation, folder: str) -> psutil.Process | None:
-    """Return the process in which a client trains: a fork of what its SuperNode keeps for that, busy for a while."""
-    server = find_process(federation, "supernode.py clients", folder)
-    for child in server.children() if server else []:
+    """Return the process in which a client trains, busy for a while: a fork of what its SuperNode keeps for that."""
+    for process in find_processes(federation, "supernode.py clients", folder):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if child.status() != psutil.STATUS_ZOMBIE and child.cpu_times().user > 1:
-                return child
+            parent = process.parent()
+            if parent and parent.cmdline() == process.cmdline() and process.cpu_times().user > 1:
+                return process
     return None
 
 
@@ -123,26 +119,22 @@ def digest_of(summary: str) -> str:
 
 
 @pytest.fixture
-def outsider(home: Path, federation: Federation, tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """Return a function that starts a SuperNode of one's own and returns all it says in some seconds."""
-    processes = Processes("outsider")
+def outsider(federation: Federation, tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Return a function that starts a SuperNode of one's own and returns the file of all that it says."""
+    processes = Processes(f"{federation.token}-outsider")
 
-    def start(client_id: str, *secrets: str, seconds: float = 12) -> str:
+    def start(name: str, *secrets: Path) -> Path:
+        ca, key = map(str, secrets)
         command = [program("flower-supernode"), "--superlink", federation.address, "--isolation", "subprocess"]
-        command += ["--node-config", f'client-id="{client_id}"', "--host", HOST, "--port", str(free_port()), *secrets]
-        env = environment(tmp_path, processes.token)
-        with (tmp_path / "said.txt").open("wb") as said:
+        command += ["--node-config", 'client-id="0"', "--host", HOST, "--port", str(free_port())]
+        command += ["--root-certificates", ca, "--auth-supernode-private-key", key]
+        env = environment(tmp_path / name, processes.token)
+        with (tmp_path / f"{name}.txt").open("wb") as said:
             subprocess.Popen(command, env=env, cwd=tmp_path, stdout=said, stderr=said)
-        time.sleep(seconds)
-        return (tmp_path / "said.txt").read_text()
+        return tmp_path / f"{name}.txt"
 
     yield start
     processes.stop()
-
-
-def online(home: Path, federation: Federation) -> int:
-    """Return how many SuperNodes the SuperLink says are online."""
-    return count_online(home / "federation", federation)
 
 
 def test_private_keys_of_a_federation_are_for_their_owner_only(home: Path) -> None:
@@ -160,75 +152,59 @@ def test_two_runs_at_once_end_in_the_bytes_of_their_simulations(home: Path, fede
     assert [digest_of(said) for _, said, _ in ended] == alone
 
 
-def test_plain_http_and_other_authorities_are_refused(
-    home: Path, federation: Federation, outsider: Callable[..., str], tmp_path: Path
-) -> None:
+def test_plain_http_and_other_authorities_are_refused(federation: Federation, tmp_path: Path) -> None:
     with pytest.raises((urllib.error.URLError, ConnectionError)):
         urllib.request.urlopen(f"http://{federation.address}/", timeout=5)
-    make_server_files(tmp_path / "other", [HOST])
-    context = ssl.create_default_context(cafile=str(tmp_path / "other" / "ca.crt"))
+    make_server_files(tmp_path, [HOST])
+    context = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
     with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
         urllib.request.urlopen(f"https://{federation.address}/", timeout=5, context=context)
-    key = str(home / "federation" / "client_0" / "site.key")
-    outsider("0", "--root-certificates", str(tmp_path / "other" / "ca.crt"), "--auth-supernode-private-key", key)
-    assert online(home, federation) == 3
 
 
-def test_a_supernode_whose_key_is_not_registered_stays_out(
-    home: Path, federation: Federation, outsider: Callable[..., str], tmp_path: Path
+def test_supernodes_with_a_wrong_ca_a_strange_key_or_anothers_client_id_are_kept_out(
+    home: Path, federation: Federation, outsider: Callable[..., Path], tmp_path: Path
 ) -> None:
-    make_site_keys(tmp_path / "site")
-    ca, key = home / "federation" / "ca.crt", tmp_path / "site" / "site.key"
-    said = outsider("7", "--root-certificates", str(ca), "--auth-supernode-private-key", str(key))
-    assert "Failed to activate SuperNode" in said
-    assert online(home, federation) == 3
-
-
-def test_a_registered_site_that_claims_anothers_id_is_left_out_of_the_run(
-    home: Path, federation: Federation, outsider: Callable[..., str], tmp_path: Path
-) -> None:
-    make_site_keys(tmp_path / "site")
-    ca, key = home / "federation" / "ca.crt", tmp_path / "site" / "site.key"
-    with SuperLink(federation.address, ca) as superlink:
-        superlink.flwr("supernode", "register", str(key.with_suffix(".pub")), "--name", "client_9")
-    outsider("0", "--root-certificates", str(ca), "--auth-supernode-private-key", str(key))
-    assert online(home, federation) == 4
+    folder = home / "federation"
+    make_server_files(tmp_path, [HOST])
+    for name in ("strange", "known"):
+        make_site_keys(tmp_path / name)
+    with SuperLink(federation.address, folder / "ca.crt") as superlink:
+        superlink.flwr("supernode", "register", str(tmp_path / "known" / "site.pub"), "--name", "client_9")
+    strange = outsider("strange", folder / "ca.crt", tmp_path / "strange" / "site.key")
+    wrong = outsider("wrong", tmp_path / "ca.crt", folder / "client_0" / "site.key")
+    outsider("known", folder / "ca.crt", tmp_path / "known" / "site.key")
+    wait_for(lambda: count_online(folder, federation) == 4)  # the three, and the one that is registered
+    wait_for(lambda: "Failed to activate SuperNode" in strange.read_text())
     status, _, error = finish(submit(home, "claimed", *TOY, "num_rounds=1"))
     assert status == 0, error
-    line = read_lines(home / "runs" / "claimed", "roster")[0]
-    assert line["refused"] == {"node client_9": "claims client 0, its key is registered as client_9"}
+    refused = read_lines(home / "runs" / "claimed", "roster")[0]["refused"]
+    assert refused == {"node client_9": "claims client 0, its key is registered as client_9"}
+    assert count_online(folder, federation) == 4
+    assert "SuperNode ID" not in wrong.read_text()
 
 
-def test_a_client_killed_in_a_round_is_named_and_its_supernode_goes_on(home: Path, federation: Federation) -> None:
-    settings = ("train.steps=20000", "num_rounds=3", "evaluate.every=3", "experiment=toy_regression")
-    run = submit(home, "client", *settings)
-    wait_for(reached(home, "client", 1))
-    order = home / "runs" / "client" / "progress.json"
-    wait_for(lambda: json.loads(order.read_text())["round"] == 2)
-    wait_for(lambda: find_client(federation, "client_1")).kill()
-    status, _, error = finish(run)
-    assert status == 0, error
-    failures = [line["failures"] for line in read_lines(home / "runs" / "client", "train")]
-    assert failures[0] == failures[2] == []
-    assert [failure["client"] for failure in failures[1]] == ["1"]
-
-
-def test_a_supernode_killed_comes_back_and_the_run_goes_on(home: Path, federation: Federation) -> None:
-    run = submit(home, "node", *TOY, "num_rounds=40", "checkpoint=off")
-    wait_for(reached(home, "node", 1))
-    victim = find_process(federation, "supernode.py --superlink", "client_2")
-    assert victim is not None
-    victim.kill()
-    path = home / "runs" / "node"
+def test_a_client_and_a_supernode_killed_in_a_round_are_named_and_take_part_again(
+    home: Path, federation: Federation
+) -> None:
+    run = submit(home, "killed", "experiment=toy_regression", "train.steps=8000", "num_rounds=40", "evaluate.every=40")
+    wait_for(lambda: reached(home, "killed", 1)() and find_client(federation, "client_1")).kill()
+    (supernode,) = find_processes(federation, "supernode.py --superlink", "client_2")
+    supernode.kill()
+    path = home / "runs" / "killed"
 
     def came_back() -> bool:
         lines = read_lines(path, "train")
-        left = [line["round"] for line in lines if line["replies"] < 3]
-        return bool(left) and lines[-1]["replies"] == 3 and lines[-1]["round"] > left[-1]
+        return len(lines) > 2 and lines[-1]["replies"] == 3
 
     wait_for(came_back)
     run.send_signal(signal.SIGINT)
     assert finish(run)[0] == 130
+    failed = [
+        {failure["client"]: failure["reason"] for failure in line["failures"]} for line in read_lines(path, "train")
+    ]
+    assert failed[0] == {}
+    assert failed[1].keys() == {"1", "2"}
+    assert failed[1]["1"] == "failed: ClientApp stopped responding."
     with SuperLink(federation.address, home / "federation" / "ca.crt") as superlink:
         assert {each["status"] for each in superlink.flwr("list")["runs"]} <= {"finished:completed", "finished:stopped"}
 
@@ -239,9 +215,8 @@ def test_a_superlink_killed_comes_back_and_the_run_is_resumed_to_the_same_bytes(
     settings = (*TOY, "num_rounds=5", "train.optimizer=sgd", "train.momentum=0.9")
     run = submit(home, "link", *settings)
     wait_for(reached(home, "link", 2))
-    victim = find_process(federation, "flower-superlink", "superlink")
-    assert victim is not None
-    victim.kill()
+    (superlink,) = find_processes(federation, "flower-superlink", "superlink")
+    superlink.kill()
     status, _, error = finish(run)
     assert status == 1
     assert error.splitlines()[-1].endswith("run_name=link resume=true")
