@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from tests.html_page import Page
@@ -127,14 +128,18 @@ def test_bytes_are_those_of_the_tensors_that_travel() -> None:
     assert rolora.ratio == pytest.approx(2 * whole / (a + b))
 
 
-def test_both_starts_give_the_same_first_batch_but_for_its_order() -> None:
+def test_both_starts_give_a_first_batch_of_the_images_that_were_written(tmp_path: Path) -> None:
     pytest.importorskip("flwr_datasets", reason="the extra `benchmark` is not installed")
     from tools.bench import start
 
-    (row,) = start.rows([9])
-    assert row.ratio is not None
-    assert "9 writers" in row.what
-    assert "1,800 images in all" in row.note
+    images = np.random.default_rng(0).integers(0, 256, (start.IMAGES, 28, 28), dtype=np.uint8)
+    start.write_theirs(tmp_path / "theirs", images, 3)
+    config = start.write_ours(tmp_path, images)
+    written = {image.tobytes() for image in images}
+    for batch in (start.start_theirs(tmp_path / "theirs", 2), start.start_ours(config, 2)):
+        start.assert_batch(batch)
+        pixels = ((batch.numpy() * 0.5 + 0.5) * 255).round().astype(np.uint8)
+        assert len({image.tobytes() for image in pixels} & written) == start.BATCH
 
 
 def test_without_its_package_a_row_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
