@@ -60,7 +60,8 @@ def main(words: list[str] | None = None) -> int:
     topics = TOPICS if "all" in arguments.topics else arguments.topics
     rows = [row for topic in topics for row in rows_of(topic)]
     seconds = round(time.monotonic() - started, 1)
-    print(", ".join(f"{name} {value}" for name, value in machine.items()), f"\n{seconds:.0f} s in all\n")
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(f"{seconds:.0f} s in all\n")
     print(table(rows))
     if arguments.json:
         found = {"machine": machine, "seconds": seconds, "rows": [as_json(row) for row in rows]}
