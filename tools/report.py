@@ -3,6 +3,7 @@
     python -m tools.report RUN_DIR --out report.html                 curves, classes, bytes, time, stores, failures
     python -m tools.report RUN_DIR RUN_DIR --out report.html         ... of each, and what they differ in
     python -m tools.report SWEEP_DIR --out report.html --png FIGURES ... of a sweep, and its figures as PNG too
+    python -m tools.report RUN_DIR --benchmark benchmark.json        ... and what tools.benchmark --json measured
 
 RUN_DIR is a folder below home/runs; SWEEP_DIR is one whose folders are runs. Nothing in them is written. What a run
 does not record is said in the page. Exits 0, or 1 with one line on standard error.
@@ -19,6 +20,7 @@ from pathlib import Path
 from matplotlib import rc_context
 
 from tools.checkpoints import count
+from tools.page.benchmark import benchmark_section
 from tools.page.charts import by_name, pictures_of
 from tools.page.drawing import STYLE, Picture
 from tools.page.markup import Html, document, join, section, tag, tiles
@@ -30,13 +32,13 @@ from tools.page.several import page_of_several
 Pictures = dict[str, Picture]  # by the name of the file
 
 
-def page_of(runs: list[Run], jobs: list[Job], title: str) -> tuple[str, Pictures]:
-    """Return the page about runs, and its pictures."""
+def page_of(runs: list[Run], jobs: list[Job], title: str, *more: Html) -> tuple[str, Pictures]:
+    """Return the page about runs, with more sections at its end, and its pictures."""
     now = datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC")
     head = tag("header", tag("h1", title), tag("p", f"{count(len(runs), 'run')}. Written {now}."))
     with rc_context(STYLE):
         body, pictures = page_of_one(runs[0]) if len(runs) == 1 and not jobs else page_of_several(runs, jobs)
-        return document(title, head, body), pictures
+        return document(title, head, body, *more), pictures
 
 
 def page_of_one(run: Run) -> tuple[Html, Pictures]:
@@ -66,11 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR")
     parser.add_argument("--out", type=Path, default=Path("report.html"))
     parser.add_argument("--png", type=Path, metavar="DIR", help="the figures as PNG files, too")
+    parser.add_argument("--benchmark", type=Path, metavar="JSON", help="what tools.benchmark --json wrote, too")
     given = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", "Glyph", UserWarning)  # the browser has fonts for them
     try:
         runs, jobs = read_all(given.runs)
-        html, pictures = page_of(runs, jobs, title_of(given.runs, runs))
+        more = [benchmark_section(given.benchmark)] if given.benchmark else []
+        html, pictures = page_of(runs, jobs, title_of(given.runs, runs), *more)
         given.out.write_text(html, encoding="utf-8")
         if given.png:
             export(given.png, pictures)

@@ -6,22 +6,55 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+HEADS = ("what", "against", "ratio", "target", "limit", "verdict", "note")
+SLACK = 1.2  # between target and limit, where a row names no limit of its own: ratios move so much from run to run
+
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: `ratio` of `what` against `against`; `target` is the design's, higher_is_better its direction."""
+    """One comparison: `ratio` of `what` against `against`; `target` is the design's, higher_is_better its direction.
+
+    limit is what the ratio must at least reach to be no defect. A row without a ratio was not measured; its note says
+    why.
+    """
 
     what: str
     against: str
-    ratio: float
+    ratio: float | None
     target: float
     higher_is_better: bool = True
     unit: str = "x"
     note: str = ""
+    limit: float | None = None
 
     @property
-    def met(self) -> bool:
-        return self.ratio >= self.target if self.higher_is_better else self.ratio <= self.target
+    def least(self) -> float:
+        """Return the limit: where none is given, the target relaxed by 20 %."""
+        if self.limit is not None:
+            return self.limit
+        return self.target / SLACK if self.higher_is_better else self.target * SLACK
+
+    @property
+    def verdict(self) -> str:
+        """Say how the ratio stands to target and limit: met, within limit, MISSED, or not measured."""
+        if self.ratio is None:
+            return "not measured"
+        return "met" if self._reaches(self.target) else "within limit" if self._reaches(self.least) else "MISSED"
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict in ("met", "within limit")
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the row as text, a cell for each of HEADS."""
+        ratio = "-" if self.ratio is None else f"{self.ratio:.2f}{self.unit}"
+        sign = "" if self.higher_is_better else "at most "
+        marks = (f"{sign}{mark:.3g}{self.unit}" for mark in (self.target, self.least))
+        return (self.what, self.against, ratio, *marks, self.verdict, self.note)
+
+    def _reaches(self, mark: float) -> bool:
+        assert self.ratio is not None
+        return self.ratio >= mark if self.higher_is_better else self.ratio <= mark
 
 
 def measure(

@@ -1,0 +1,52 @@
+"""Bytes that a client sends up in a round of FedLoRA on ViT-B/16 at rank 8, against FedAvg of the same model.
+
+Counted from the reply that a client makes of the tensors that the strategy asks for; their values do not matter, so
+nothing is trained and no pretrained file is read.
+"""
+
+from typing import Any
+
+from flwr.app import ArrayRecord, Message
+from flwr.supercore.task_identity import TaskIdentity
+
+from flapp.config import compose
+from flapp.messages import TRAIN, Claim, Order, pack, pack_order, pack_reply, size_of, source_digest
+from flapp.server_app import build_strategy, initial_model, keys_of
+from flapp.settings import Config
+from tools.bench import Row
+
+WORDS = ("experiment=cifar10_fedlora", "model.pretrained=null")
+FEDAVG = ("strategy=fedavg", "strategy.aggregation=null", "lora=none")
+RULES = ("fedit", "ffa", "rolora")
+
+
+def rows(*words: str) -> list[Row]:
+    """Count what each rule sends up; `words` change the experiment."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # no message is made without
+    whole, *_ = bytes_up(compose([*WORDS, *words, *FEDAVG]))
+    return [row_of(rule, whole, bytes_up(compose([*WORDS, *words, f"strategy.aggregation={rule}"]))) for rule in RULES]
+
+
+def row_of(rule: str, whole: int, sent: list[int]) -> Row:
+    in_turn = " and ".join(f"{count:,}" for count in dict.fromkeys(sent))
+    note = f"{in_turn}{' in turn' if len(set(sent)) > 1 else ''} of {whole:,} bytes a client and round"
+    ratio = len(sent) * whole / sum(sent)
+    return Row(f"bytes up, FedLoRA r=8, {rule}", "FedAvg, same ViT-B", ratio, 200, note=note, limit=150)
+
+
+def bytes_up(config: Config) -> list[int]:
+    """Return the bytes of the model in one client's replies to the first two rounds: some rules take turns."""
+    model = initial_model(config)
+    state = model.state_dict()
+    sent, private = keys_of(config, model)
+    nobody: Any = None  # it neither asks clients nor keeps results here
+    strategy = build_strategy(config, nobody, nobody, model, private)
+    strategy.current = ArrayRecord({key: pack(state[key].numpy()) for key in sent})
+    return [size_of(reply_to(strategy.current, strategy.instructions(TRAIN, number))) for number in (1, 2)]
+
+
+def reply_to(current: ArrayRecord, instructions: dict[str, Any]) -> Message:
+    """Return a client's reply: the tensors that the order asks for, of the global model."""
+    order = Order("0", 1, "", source_digest(), **instructions)
+    returned = ArrayRecord({key: current[key] for key in order.returns or current})
+    return pack_reply(pack_order(1, TRAIN, order), Claim("0"), {}, returned)

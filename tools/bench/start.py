@@ -1,0 +1,127 @@
+"""From a client's start to its first batch, against flwr-datasets.
+
+Each client is one of FEMNIST's writers with 200 images. Ours opens its own shard, checks it against its meta.json, and
+makes a batch of the loader that it trains from. flwr-datasets opens the whole dataset from disk and deals it by
+writer, as each of its clients does, and loads through a DataLoader with a transform, as its documentation shows.
+"""
+
+import contextlib
+import io
+import itertools
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+from flapp.client_data import make_batches, open_client_data, open_once
+from flapp.config import compose
+from flapp.data import write_shards
+from flapp.messages import source_digest, versions
+from flapp.settings import Config, Site
+from tools.bench import Row, measure
+
+WRITERS = (500, 3500)  # FEMNIST has 3,597; what flwr-datasets does grows with their number, what flapp does not
+IMAGES, BATCH, TARGET = 200, 32, 100
+SHARDS = 8  # a client opens its own alone, so that the others need not be there
+WHAT, AGAINST = f"client start to first batch, shard of {IMAGES} images", "flwr-datasets' natural partition"
+
+
+def rows(sizes: Sequence[int] = WRITERS) -> list[Row]:
+    """Compare over datasets of so many writers."""
+    try:
+        import datasets
+        import flwr_datasets  # noqa: F401
+    except ModuleNotFoundError as error:
+        return [Row(WHAT, AGAINST, None, TARGET, note=f"no {error.name}: pip install -e '.[benchmark]'")]
+    datasets.disable_progress_bars()
+    return [compare(writers) for writers in sizes]
+
+
+def compare(writers: int) -> Row:
+    """Start one client after the other by both ways, in turn, with nothing cached but the files' pages."""
+    with tempfile.TemporaryDirectory(prefix="flapp-bench-") as folder:
+        images = np.random.default_rng(0).integers(0, 256, (IMAGES, 28, 28), dtype=np.uint8)
+        write_theirs(Path(folder) / "theirs", images, writers)
+        config = write_ours(Path(folder), images)
+        ways = {"theirs": partial(start_theirs, Path(folder) / "theirs"), "ours": partial(start_ours, config)}
+        seconds = measure({name: for_each_client(way) for name, way in ways.items()})
+    figures = " and ".join(f"{1e3 * seconds[name]:.1f} ms" for name in ways)
+    note = f"{writers * IMAGES:,} images in all; {figures}"
+    return Row(f"{WHAT}, {writers:,} writers", AGAINST, seconds["theirs"] / seconds["ours"], TARGET, note=note)
+
+
+def for_each_client(way: Callable[[int], object]) -> Callable[[], None]:
+    """Return a function that starts one client after the other, over and over."""
+    clients = itertools.cycle(range(SHARDS))
+    return lambda: assert_batch(way(next(clients)))
+
+
+def assert_batch(images: Any) -> None:
+    if images.shape != (BATCH, 1, 28, 28) or images.dtype != torch.float32:
+        raise RuntimeError(f"a first batch is {images.dtype} {tuple(images.shape)}: nothing is compared so")
+
+
+def write_ours(folder: Path, images: np.ndarray) -> Config:
+    """Write SHARDS shards by flapp's own writer and return the config of a run over them."""
+    source = folder / "source"
+    source.mkdir()
+    np.save(source / "images.npy", np.tile(images, (SHARDS, 1, 1)))
+    np.save(source / "labels.npy", np.tile(np.arange(IMAGES) % 62, SHARDS))
+    np.save(source / "writers.npy", np.repeat(np.arange(SHARDS), IMAGES))
+    words = [f"home={folder}", f"clients={SHARDS}", f"train.batch_size={BATCH}"]
+    config = compose(["experiment=femnist_fedavg", *words])
+    write_shards(source, config.shards_dir, "natural", SHARDS)
+    return config
+
+
+def start_ours(config: Config, client: int) -> Any:
+    """Open a client's data as a fresh process does, and return the images of its first batch."""
+    for cached in (open_once, source_digest, versions):
+        cached.cache_clear()
+    data = open_client_data(config, Site(), str(client))
+    return next(iter(make_batches(config, data, "train", torch.device("cpu"), seed=0)))[0]
+
+
+def write_theirs(folder: Path, images: np.ndarray, writers: int) -> None:
+    """Save a dataset with the columns of FEMNIST on the Hugging Face Hub; every writer has the same images."""
+    from datasets import Dataset, Features, Value, concatenate_datasets
+    from datasets import Image as ImageFeature
+
+    columns = {
+        "image": [{"bytes": as_png(image), "path": None} for image in images],
+        "character": [label % 62 for label in range(IMAGES)],
+    }
+    one = Dataset.from_dict(columns, features=Features({"image": ImageFeature(), "character": Value("int64")}))
+    names = [f"f{writer:04d}" for writer in range(writers) for _ in range(IMAGES)]
+    concatenate_datasets([one] * writers).add_column("writer_id", names).save_to_disk(folder)
+
+
+def as_png(image: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, "PNG")
+    return out.getvalue()
+
+
+def start_theirs(folder: Path, client: int) -> Any:
+    """Deal the dataset as a fresh process does, and return the images of a client's first batch."""
+    from datasets import load_from_disk
+    from flwr_datasets.partitioner import NaturalIdPartitioner
+
+    partitioner = NaturalIdPartitioner(partition_by="writer_id")
+    with contextlib.redirect_stderr(io.StringIO()):  # its bar
+        partitioner.dataset = load_from_disk(folder)
+        partition = partitioner.load_partition(client)
+    loader = DataLoader(partition.with_transform(to_tensors), batch_size=BATCH, shuffle=True)
+    return next(iter(loader))["image"]
+
+
+def to_tensors(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    pipeline = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
+    return batch | {"image": [pipeline(image) for image in batch["image"]]}
