@@ -63,9 +63,14 @@ def test_a_second_server_certificate_is_signed_by_the_same_ca(tmp_path: Path) ->
 
 def test_a_ca_without_its_key_makes_no_certificates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_server_files(tmp_path, ["one.example.org"])
-    (tmp_path / "ca.key").unlink()
+    key = (tmp_path / "ca.key").rename(tmp_path / "elsewhere")
     assert main(["server", str(tmp_path), "--host", "one.example.org"]) == 1
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/ca.crt has no ca.key beside it")
+    content = key.rename(tmp_path / "ca.key").read_bytes()
+    (tmp_path / "ca.crt").unlink()
+    assert main(["server", str(tmp_path), "--host", "one.example.org"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/ca.key has no ca.crt beside it")
+    assert (tmp_path / "ca.key").read_bytes() == content
 
 
 def test_private_keys_are_for_their_owner_only_and_stay_when_asked_again(tmp_path: Path) -> None:
@@ -76,8 +81,10 @@ def test_private_keys_are_for_their_owner_only_and_stay_when_asked_again(tmp_pat
     assert {name for name, mode in modes.items() if mode == 0o600} == secret
     assert {name for name, mode in modes.items() if mode == 0o644} == {"ca.crt", "server.crt", "site.pub"}
     private = (tmp_path / "site.key").read_bytes()
+    (tmp_path / "site.key").chmod(0o644)
     make_site_keys(tmp_path)
     assert (tmp_path / "site.key").read_bytes() == private
+    assert stat.S_IMODE((tmp_path / "site.key").stat().st_mode) == 0o600
 
 
 def test_a_sites_public_key_belongs_to_its_private_one(tmp_path: Path) -> None:

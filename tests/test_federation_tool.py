@@ -175,3 +175,58 @@ def test_down_finds_what_a_killed_supervisor_has_left(tmp_path: Path, capsys: py
             process.wait()
     assert federation.main(["down", "--folder", str(tmp_path)]) == 0
     assert capsys.readouterr().out == "nothing was running\n"
+
+
+def test_a_supervisor_in_the_foreground_is_found_and_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "tools.federation",
+        "up",
+        "--folder",
+        str(tmp_path),
+        "--clients",
+        "1",
+        "--foreground",
+    ]
+    attached = subprocess.Popen(command, cwd=federation.APP, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 60
+        while federation.find_supervisor(tmp_path) is None:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        assert "has a federation that runs" in refusal(capsys, "up", "--folder", str(tmp_path), "--clients", "1")
+        assert federation.main(["down", "--folder", str(tmp_path)]) == 0
+        assert attached.wait(30) == 0
+    finally:
+        attached.kill()
+    assert Processes(supervisor.read_federation(tmp_path).token).running() == []
+
+
+def test_a_superlink_that_fails_a_command_is_asked_again(
+    watched: Supervisor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watched.federation = described(tls=True, address=watched.federation.address)
+    with monkeypatch.context() as patch:
+        patch.setattr(supervisor, "answers", lambda port: True)
+        assert not watched._make_ready()  # nobody is there: flwr list fails
+    assert "flwr list failed" in capsys.readouterr().out
+
+
+def test_a_supervisor_that_fails_stops_its_programs(watched: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(supervisor, "write_json", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+    with pytest.raises(OSError, match="the disk is full"):
+        supervisor.supervise(watched.folder)
+    assert Processes(watched.federation.token).running() == []
+
+
+def test_a_federation_that_another_version_described_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / FACTS).write_text('{"token": "x"}')
+    assert refusal(capsys, "status", "--folder", str(tmp_path)).startswith(
+        f"error: {tmp_path}/{FACTS} is not what this"
+    )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from flapp import results, server_app
-from flapp.metrics_csv import COLUMNS
+from flapp.metrics_csv import COLUMNS, MetricsCsv
 from flapp.results import RunDirectory
 from flapp.roster import Roster
 from flapp.settings import ConfigError
@@ -201,3 +201,10 @@ def test_without_its_package_events_are_refused_before_round_one(
         federate(*TOY, "run_name=eventless", "results.tensorboard=true")
     assert (data_home / "runs" / "eventless" / "metrics.jsonl").read_text() == ""
     assert federate(*TOY, "run_name=eventless", "resume=true")[0]["status"] == "finished"
+
+
+def test_the_table_keeps_a_rounds_own_time_when_a_run_is_resumed_again(tmp_path: Path) -> None:
+    lines = [{"kind": "round", "round": 1, "time": 1.5}, {"kind": "roster", "round": 1, "time": 2.0}]
+    table = MetricsCsv(tmp_path / "metrics.csv")
+    table.rewrite(lines)
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[1].startswith("1,1.5,")

@@ -61,6 +61,7 @@ def make_site_keys(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "site.key").exists():
         _write(folder / "site.key", _openssh(ec.generate_private_key(ec.SECP384R1())), secret=True)
+    (folder / "site.key").chmod(0o600)
     key = serialization.load_ssh_private_key((folder / "site.key").read_bytes(), None)
     encoding, form = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     _write(folder / "site.pub", key.public_key().public_bytes(encoding, form) + b"\n")
@@ -68,9 +69,11 @@ def make_site_keys(folder: Path) -> None:
 
 def _load_or_make_ca(folder: Path) -> tuple[PrivateKey, x509.Certificate]:
     paths = folder / "ca.key", folder / "ca.crt"
-    if paths[1].exists():
-        if not paths[0].exists():
-            raise ValueError(f"{paths[1]} has no {paths[0].name} beside it: bring it, or choose another folder")
+    if (there := [path for path in paths if path.exists()]) and len(there) < 2:
+        missing = paths[1 - paths.index(there[0])]
+        raise ValueError(f"{there[0]} has no {missing.name} beside it: bring that back, or choose another folder")
+    if there:
+        paths[0].chmod(0o600)
         key = serialization.load_pem_private_key(paths[0].read_bytes(), None)
         assert isinstance(key, ec.EllipticCurvePrivateKey)
         return key, x509.load_pem_x509_certificate(paths[1].read_bytes())
@@ -145,10 +148,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             make_server_files(given.folder, given.host, given.days)
         else:
             make_site_keys(given.folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print("\n".join(f"wrote {path}" for path in sorted(given.folder.iterdir())))
+    names = ("ca.crt", "ca.key", "server.crt", "server.key") if given.kind == "server" else ("site.key", "site.pub")
+    print("\n".join(str(given.folder / name) for name in names))
     return 0
 
 

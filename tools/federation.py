@@ -49,13 +49,13 @@ from tools.supervisor import (
     read_federation,
     root_certificates,
     site_name,
-    supervise,
     write_json,
 )
 from tools.verify_shards import verify_shards
 
 APP = Path(__file__).resolve().parents[1]
 READY_SECONDS, LEAVE_SECONDS, LOOK_SECONDS = 120, 25, 0.3
+SUPERVISOR_LOG = "supervisor.log"
 
 
 class FederationError(RuntimeError):
@@ -77,15 +77,16 @@ def up(given: argparse.Namespace) -> int:
         for client_id in federation.clients:
             make_site_keys(folder / site_name(client_id))
     write_json(folder / FACTS, asdict(federation))
-    if given.foreground:
-        os.environ[TOKEN] = federation.token
-        supervise(folder)
     env = environment(folder, federation.token) | {"PYTHONPATH": str(APP)}
-    with (folder / "supervisor.log").open("wb") as log:
-        command = [sys.executable, "-m", "tools.supervisor", str(folder)]
-        subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    command = [sys.executable, "-m", "tools.supervisor", str(folder)]
+    if given.foreground:
+        os.execve(command[0], command, env)  # an environment can be read from outside only as a program began with it
+    with (folder / SUPERVISOR_LOG).open("wb") as log:
+        supervisor_process = subprocess.Popen(
+            command, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True
+        )
     try:
-        wait_until_ready(folder, federation)
+        wait_until_ready(folder, federation, supervisor_process)
     except BaseException:
         take_down(folder)
         raise
@@ -118,14 +119,14 @@ def check_shards(folder: Path) -> list[str]:
     return list(load_manifest(folder))
 
 
-def wait_until_ready(folder: Path, federation: Federation) -> None:
+def wait_until_ready(folder: Path, federation: Federation, process: subprocess.Popen[bytes]) -> None:
     """Wait until the SuperLink has every SuperNode; raises FederationError saying who is missing and its last words."""
     end = time.monotonic() + READY_SECONDS
     missing = ""
     while time.monotonic() < end:
         seen = read_seen(folder)
-        if seen is not None and find_supervisor(folder) is None:
-            raise FederationError(f"the supervisor ended: {last_line((folder / 'supervisor.log').read_text())}")
+        if process.poll() is not None:
+            raise FederationError(f"the supervisor ended: {last_line((folder / SUPERVISOR_LOG).read_text())}")
         if seen is None or not seen["ready"]:
             missing = SUPERLINK
         elif (online := count_online(folder, federation)) == len(federation.clients):
@@ -215,7 +216,8 @@ def take_down(folder: Path) -> int:
     """Let the supervisor stop its programs in order, then stop what is left; return how many processes there were."""
     running = len(Processes(read_federation(folder).token).running())
     if (supervisor := find_supervisor(folder)) is not None:
-        supervisor.terminate()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            supervisor.terminate()
         psutil.wait_procs([supervisor], timeout=LEAVE_SECONDS)
     sweep(folder)
     return running
@@ -285,7 +287,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("error: interrupted; what was started has been stopped", file=sys.stderr)
+        stopped = "; what was started has been stopped" if given.command == "up" else ""
+        print(f"error: interrupted{stopped}", file=sys.stderr)
         return 130
 
 

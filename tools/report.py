@@ -75,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs, jobs = read_all(given.runs)
         more = [benchmark_section(given.benchmark)] if given.benchmark else []
         html, pictures = page_of(runs, jobs, title_of(given.runs, runs), *more)
-        given.out.write_text(html, encoding="utf-8")
+        partial = given.out.with_name(given.out.name + ".tmp")
+        partial.write_text(html, encoding="utf-8", errors="replace")  # of paths that are not UTF-8
+        partial.replace(given.out)
         if given.png:
             export(given.png, pictures)
     except (ReportError, OSError) as error:

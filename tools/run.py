@@ -1,4 +1,4 @@
-"""Run the app once, or over a sweep, on a private SuperLink of this machine, and tell the truth about how it ended.
+"""Run the app once, or over a sweep, on a SuperLink, and tell the truth about how it ended.
 
     python -m tools.run                                        the default experiment
     python -m tools.run experiment=toy_regression seed=3       other settings, in Hydra's grammar
@@ -48,7 +48,7 @@ def job(tree: DictConfig) -> float | None:
             announce("finished", run_name, summary=summary)
             if not is_json():
                 print(final_line(summary))
-        except (ConfigError, RunError, FederationError, SuperLinkError, OmegaConfBaseException, OSError) as error:
+        except (RunError, FederationError, SuperLinkError, OmegaConfBaseException, OSError, ValueError) as error:
             outcome["error"] = str(explain(error) if isinstance(error, OmegaConfBaseException) else error)
             fail(outcome["error"], 1, run_name, getattr(error, "summary", None))
     return sweep.objective_of(outcome)
@@ -89,7 +89,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return fail("interrupted; everything that was started has been stopped", 130)
     except ValueError:
-        if not outcomes or any(outcome["status"] == "finished" for outcome in outcomes):
+        if len(outcomes) < 2 or any(outcome["status"] == "finished" for outcome in outcomes):
             raise
         return 1  # Optuna's sweeper looks for the best of trials that have all failed
     finally:

@@ -11,7 +11,7 @@ from flapp.config import to_json
 from flapp.results import SUMMARY, check_resumable, taken
 from flapp.settings import Config, ConfigError
 from tools.federation import install_app, known_federation
-from tools.processes import SuperLinkError, available_cpus
+from tools.processes import HOST, SuperLinkError, available_cpus
 from tools.progress import Progress, read_json
 from tools.superlink import CONNECTION, PrivateSuperLink, SuperLink
 from tools.supervisor import root_certificates
@@ -30,9 +30,8 @@ class RunError(RuntimeError):
 
 def run_once(config: Config) -> dict[str, Any]:
     """Run a federation to its end and return its metrics.json; raises RunError, SuperLinkError or ConfigError."""
-    config, superlink = choose_superlink(config)
     path = config.runs_dir / config.run_name
-    here, earlier = is_here(superlink), None
+    here, earlier = is_here(config), None
     if here and config.resume:
         check_resumable(config)
         earlier = read_json(path / "metrics.json")
@@ -40,6 +39,7 @@ def run_once(config: Config) -> dict[str, Any]:
             return earlier
     elif here and path.exists():
         raise ConfigError(taken(config))
+    config, superlink = choose_superlink(config)
     with superlink:
         settings = superlink.folder / "run.toml"
         settings.write_text(f"config-json = {json.dumps(to_json(config), ensure_ascii=False)}\n")
@@ -52,10 +52,9 @@ def run_once(config: Config) -> dict[str, Any]:
         try:
             return follow(superlink, run_id, path, config, earlier) if here else follow_log(superlink, run_id)
         except SuperLinkError as error:
-            raise RunError(
-                f"lost sight of the run ({error}): once its SuperLink is back, go on with it by "
-                f"run_name={config.run_name} resume=true"
-            ) from error
+            back = "" if config.deployment.kind == "simulation" else "once its SuperLink is back, "
+            fix = f"{back}go on with it by run_name={config.run_name} resume=true"
+            raise RunError(f"lost sight of the run ({error}): {fix}") from error
         except BaseException:
             superlink.stop_run(run_id)
             raise
@@ -83,9 +82,11 @@ def choose_superlink(config: Config) -> tuple[Config, SuperLink]:
     return config, SuperLink(federation.address, root_certificates(folder, federation))
 
 
-def is_here(superlink: SuperLink) -> bool:
+def is_here(config: Config) -> bool:
     """Say whether the ServerApp runs on this machine, and so leaves its files where we can read them."""
-    return superlink.address.rpartition(":")[0].strip("[]") in ("127.0.0.1", "localhost", "::1")
+    address = config.deployment.address
+    host = address.rpartition(":")[0].strip("[]") if config.deployment.kind == "superlink" and address else HOST
+    return host in (HOST, "localhost", "::1")
 
 
 def simulation_words(config: Config) -> str:

@@ -107,7 +107,8 @@ class SuperLink:
     def read_log(self, run_id: str) -> Iterator[str]:
         """Yield what the ServerApp of a run prints, line by line, until the run ends."""
         command = [program("flwr"), "log", run_id, "--stream"]
-        with subprocess.Popen(command, env=self.env, cwd=self.folder, stdout=subprocess.PIPE, text=True) as process:
+        env = self.env | {"PYTHONUNBUFFERED": "1"}  # or lines come by the thousand
+        with subprocess.Popen(command, env=env, cwd=self.folder, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             try:
                 yield from (line.rstrip("\n") for line in process.stdout)

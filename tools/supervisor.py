@@ -22,7 +22,7 @@ from tools.superlink import SuperLink
 FACTS, SEEN, LOG = "federation.json", "supervisor.json", "log.txt"
 SUPERLINK = "superlink"
 FIRST_PAUSE, LONGEST_PAUSE, SETTLED_SECONDS = 1.0, 60.0, 60.0  # a SuperNode killed is let in again after 60 s at most
-LOOK_SECONDS, STOP_SECONDS, START_SECONDS, REGISTRARS = 0.3, 8.0, 60.0, 4
+LOOK_SECONDS, STOP_SECONDS, REGISTRARS = 0.3, 8.0, 4
 SUPERNODE = (sys.executable, "-P", str(Path(__file__).with_name("supernode.py")))
 
 
@@ -48,9 +48,15 @@ class Federation:
 
 
 def read_federation(folder: Path) -> Federation:
-    """Read what `up` has written; raises FileNotFoundError."""
-    values = json.loads((folder / FACTS).read_text())
-    return Federation(**values | {"clients": tuple(values["clients"])})
+    """Read what `up` has written; raises FileNotFoundError, or ValueError when it is not that."""
+    path = folder / FACTS
+    try:
+        values = json.loads(path.read_text())
+        return Federation(**values | {"clients": tuple(values["clients"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not what this flapp writes ({error}): remove it, and bring the federation up"
+        ) from error
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -192,18 +198,18 @@ class Supervisor:
             return False
         if not self.federation.tls:
             return True
-        with SuperLink(self.federation.address, self.folder / "ca.crt") as superlink:
+        try:
+            with SuperLink(self.federation.address, self.folder / "ca.crt") as superlink:
 
-            def register(client_id: str) -> None:
-                name = site_name(client_id)
-                superlink.flwr("supernode", "register", str(self.folder / name / "site.pub"), "--name", name)
+                def register(client_id: str) -> None:
+                    name = site_name(client_id)
+                    superlink.flwr("supernode", "register", str(self.folder / name / "site.pub"), "--name", name)
 
-            try:
                 with ThreadPoolExecutor(REGISTRARS) as threads:
                     list(threads.map(register, self.nodes))
-            except SuperLinkError as error:
-                say(str(error))
-                return False
+        except SuperLinkError as error:
+            say(str(error))
+            return False
         return True
 
 
@@ -219,9 +225,8 @@ def supervise(folder: Path) -> None:
     supervisor = Supervisor(folder)
     try:
         supervisor.run()
-    except SystemExit:
+    finally:
         supervisor.stop()
-        raise
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:

@@ -32,6 +32,7 @@ from flapp.results import taken
 from flapp.settings import Config, ConfigError
 from tools.processes import SWEEP, Processes, available_cpus
 from tools.progress import is_json
+from tools.submit import is_here
 
 COLUMNS = {  # of the table
     "objective": ("objective", "{:.4f}"),
@@ -106,7 +107,8 @@ def interrupt_jobs() -> None:
     folder = Path(os.environ[SWEEP])
     (folder / INTERRUPTED).touch()  # launchers hand out further jobs
     for process in _job_processes(folder):
-        process.terminate()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
     end = time.monotonic() + INTERRUPT_SECONDS
     while _job_processes(folder) and time.monotonic() < end:
         time.sleep(0.1)
@@ -114,7 +116,10 @@ def interrupt_jobs() -> None:
 
 def _job_processes(folder: Path) -> list[psutil.Process]:
     """List the children of this process in which jobs run."""
-    running = [path.read_text() for path in folder.glob("*.pid")]
+    running = []
+    for path in folder.glob("*.pid"):
+        with contextlib.suppress(FileNotFoundError):  # its job has just ended
+            running.append(path.read_text())
     return [child for child in psutil.Process().children() if str(child.pid) in running]
 
 
@@ -133,6 +138,11 @@ def as_job(config: Config, hydra_config: HydraConf) -> Config:
 
     A sweep that is resumed starts the jobs that it had not come to. Raises ConfigError when it is over and not resumed.
     """
+    if not is_here(config):
+        raise ConfigError(
+            f"a sweep reads its runs' folders, which the server at {config.deployment.address} keeps: start the sweep "
+            "on its machine"
+        )
     path = Path(hydra_config.sweep.dir) / str(job_number(hydra_config))
     if (path.parent / SUMMARY).exists() and not config.resume:
         raise ConfigError(taken(config))

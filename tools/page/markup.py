@@ -33,10 +33,6 @@ def join(parts: Iterable[object]) -> Html:
     return Html("".join(part if isinstance(part, Html) else escape(str(part)) for part in parts))
 
 
-def paragraph(*inside: object) -> Html:
-    return tag("p", *inside)
-
-
 def note(*inside: object) -> Html:
     return tag("p", *inside, class_="note")
 

@@ -156,7 +156,7 @@ def _read_lines(path: Path, clients: Clients, notes: list[str]) -> dict[str, lis
                     line = json.loads(raw)
                     line["round"] = int(line["round"])
                     lines.setdefault(str(line["kind"]), []).append(clients.fold(line))
-                except (ValueError, TypeError, KeyError, AttributeError):
+                except (ValueError, OverflowError, TypeError, KeyError, AttributeError):
                     torn = not raw.endswith(b"\n")
                     odd += not torn
     except OSError as error:

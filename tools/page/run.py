@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-PHASES = ("configure", "send", "train", "aggregate", "evaluate", "central", "save")
+from flapp.stopwatch import PHASES
+
 OWN_NAMES = ("run_name", "resume")  # settings in which any two runs differ
 Points = tuple[np.ndarray, np.ndarray]  # rounds and values
 

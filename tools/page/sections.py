@@ -9,7 +9,7 @@ from tools.page.charts import MB
 from tools.page.drawing import Picture
 from tools.page.markup import Html, facts, figures, folded, join, note, section, table, tag
 from tools.page.reading import STORES_OPENED
-from tools.page.run import Run, Stores, by_number
+from tools.page.run import Run, Stores, by_number, number
 
 MOST_REASONS, MOST_CLIENTS, MOST_NAMES = 20, 20, 12
 NONE = "-"
@@ -33,7 +33,7 @@ def summary_of(run: Run) -> dict[str, object]:
         "up": in_bytes(run.total("bytes_up")),
         "down": in_bytes(run.total("bytes_down")),
         "accuracy / MB": brief(None if accuracy is None or not sent else accuracy / (sent / MB)),
-        "seconds": f"{run.summary['seconds']:,.1f}" if "seconds" in run.summary else NONE,
+        "seconds": NONE if (seconds := number(run.summary, "seconds")) is None else f"{seconds:,.1f}",
         "model": tag("code", digest[:12] if digest else NONE),
     }
 
@@ -203,11 +203,11 @@ def left_out(run: Run) -> Html:
 def ranges(numbers: Iterable[int]) -> str:
     """Write 1, 2, 3, 7 as 1-3, 7."""
     spans: list[list[int]] = []
-    for number in sorted(numbers):
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
+    for each in sorted(numbers):
+        if spans and each == spans[-1][1] + 1:
+            spans[-1][1] = each
         else:
-            spans.append([number, number])
+            spans.append([each, each])
     words = [str(low) if low == high else f"{low}-{high}" for low, high in spans]
     return ", ".join(words[:MOST_NAMES]) + (f" and {len(words) - MOST_NAMES} more" if len(words) > MOST_NAMES else "")
 
