@@ -24,6 +24,7 @@ def topic(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], list[R
 
     def put(name: str, rows: Callable[[], list[Row]]) -> None:
         monkeypatch.setitem(sys.modules, f"tools.bench.{name}", SimpleNamespace(rows=rows))
+        monkeypatch.setattr(benchmark, "in_own_process", benchmark.rows_of)
 
     return put
 
@@ -176,3 +177,10 @@ def test_a_file_that_is_no_benchmark_is_refused_in_one_line(
     assert report.main(words) == 1
     assert "out.json is not of tools.benchmark: write it with its --json" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_topic_is_measured_in_a_process_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    (row,) = benchmark.in_own_process("nowhere")
+    assert row.note == "ModuleNotFoundError: No module named 'tools.bench.nowhere'"
+    assert "tools.bench.nowhere" not in sys.modules
+    assert capfd.readouterr().err.startswith("nowhere ...")
