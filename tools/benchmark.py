@@ -3,9 +3,9 @@
     python -m tools.benchmark round aggregate        some topics
     python -m tools.benchmark all --json OUT         every topic, also as JSON, which tools.report --benchmark shows
 
-Ratios are medians of interleaved turns in one process, a new one for each topic; absolute times are no part of them,
-machines are noisy. A row is `met` at its target, `within limit` short of it by no more than such noise, `MISSED` beyond,
-and `not measured` when its topic fails or lacks a package: pip install -e '.[benchmark]' has them all. The JSON is
+Ratios are medians of interleaved turns in one process, a new one for each topic; absolute times are no part of them.
+A row is `met` at its target, `within limit` short of it by no more than a machine's noise, `MISSED` beyond, and
+`not measured` when its topic fails or lacks a package: pip install -e '.[benchmark]' has them all. The JSON is
 {"machine": {...}, "seconds": total, "rows": [...]}. Exits 1 only when a row misses its limit or was not measured.
 """
 
