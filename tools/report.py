@@ -81,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.png:
             export(given.png, pictures)
     except (ReportError, OSError) as error:
-        said = f"{error.filename} cannot be used ({error.strerror})" if isinstance(error, OSError) else error
+        file = str(error.filename).removesuffix(".tmp") if isinstance(error, OSError) else ""
+        said = f"{file} cannot be used ({error.strerror})" if isinstance(error, OSError) else error
         print(f"error: {said}", file=sys.stderr)
         return 1
     print(given.out)
