@@ -27,6 +27,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 ATTEST, BASE, TRAIN, EVALUATE = "query.attest", "query.base", "train", "evaluate"
 ARRAYS, ORDER, METRICS, CLAIM, PIECE = "arrays", "order", "metrics", "claim", "piece"
 NUM_EXAMPLES = "num-examples"
+LONGEST_TEXT, MOST_METRICS, MOST_CLASSES, MOST_PIECES = 500, 64, 1 << 16, 1 << 16  # that a message may hold
 HEADER_ERRORS = (ValueError, TypeError, SyntaxError, TokenError, RecursionError, MemoryError, LookupError)  # of numpy
 
 
@@ -101,7 +102,7 @@ def pack_order(node_id: int, kind: str, order: Order, arrays: ArrayRecord | None
 
 def unpack_order(message: Message) -> Order:
     """Read the order in a message, refusing one from a server that runs other source code."""
-    order = Order(**_fields(message.content, ORDER, Order))
+    order = Order(**_fields(message.content.config_records, ORDER, Order))
     if order.source_digest != source_digest():
         raise MessageError(
             f"flapp here has source {source_digest()[:12]}, the server's has {order.source_digest[:12]}: "
@@ -128,7 +129,7 @@ def unpack_piece(content: RecordDict) -> tuple[int, int, ArrayRecord]:
     """Read a piece of the base: its index, the number of pieces, and the tensors."""
     record = content.config_records.get(PIECE, ConfigRecord())
     index, count = record.get("index"), record.get("count")
-    if type(index) is not int or type(count) is not int or not 0 <= index < count:
+    if type(index) is not int or type(count) is not int or not 0 <= index < count <= MOST_PIECES:
         raise MessageError(f"the message's piece is number {index!r} of {count!r}")
     return index, count, unpack_arrays(content)
 
@@ -138,9 +139,17 @@ def pack_claims(message: Message, claims: list[Claim]) -> Message:
     return Message(RecordDict({f"{CLAIM}-{c.client_id}": _claim_record(c) for c in claims}), reply_to=message)
 
 
-def unpack_claims(content: RecordDict) -> list[Claim]:
-    """Read all claims in an answer to attest, in the order of their names."""
-    return [_read_claim(content, key) for key in sorted(content.config_records) if key.startswith(CLAIM)]
+def unpack_claims(content: RecordDict, most: int) -> list[Claim]:
+    """Read all claims in an answer to attest, in the order of their names.
+
+    Raises MessageError for more than `most` claims, or for any other record.
+    """
+    records = content.config_records
+    if odd := content.keys() - {key for key in records if key.startswith(f"{CLAIM}-")}:
+        raise MessageError(f"sent {len(odd)} records that are not claims, such as {one_line(min(odd))}")
+    if len(records) > most:
+        raise MessageError(f"claims {len(records)} clients, the run has {most}")
+    return [_read_claim(records, key) for key in sorted(records)]
 
 
 def pack_reply(
@@ -153,14 +162,30 @@ def pack_reply(
     return Message(content, reply_to=message)
 
 
-def unpack_reply(content: RecordDict) -> tuple[Claim, dict[str, float]]:
-    """Read who answers and the numbers of a train or evaluate reply; raises MessageError for anything but numbers."""
+def unpack_reply(content: RecordDict, kind: str = TRAIN) -> tuple[Claim, dict[str, float]]:
+    """Read who answers and the numbers of a reply of `kind`.
+
+    Raises MessageError for records that such a reply does not have, for too many metrics, and for lists among them.
+    """
+    expected = {CLAIM, METRICS, ARRAYS} if kind == TRAIN else {CLAIM, METRICS}
+    if odd := content.keys() - expected:
+        raise MessageError(f"sent {len(odd)} records that nobody asked for, such as {one_line(min(odd))}")
     if METRICS not in content.metric_records:
         raise MessageError("the reply carries no metrics")
     metrics = dict(content.metric_records[METRICS])
+    if len(metrics) > MOST_METRICS:
+        raise MessageError(f"sent {len(metrics)} metrics, at most {MOST_METRICS} are read")
     if lists := [name for name, value in metrics.items() if isinstance(value, list)]:
-        raise MessageError(f"the reply's metric {lists[0]} is a list, not a number")
-    return _read_claim(content, CLAIM), metrics  # type: ignore[return-value]
+        raise MessageError(f"the reply's metric {one_line(lists[0])} is a list, not a number")
+    return _read_claim(content.config_records, CLAIM), metrics  # type: ignore[return-value]
+
+
+def one_line(text: str) -> str:
+    """Return a text that somebody else wrote as one printable line of at most LONGEST_TEXT characters."""
+    start = text[: 2 * LONGEST_TEXT]
+    words = "".join(letter if letter.isprintable() else " " for letter in start).split()
+    line = " ".join(words)
+    return line if len(line) <= LONGEST_TEXT and start == text else line[: LONGEST_TEXT - 3] + "..."
 
 
 def view(array: Array) -> np.ndarray:
@@ -207,21 +232,26 @@ def _claim_record(claim: Claim) -> ConfigRecord:
     return _config_record(asdict(claim))
 
 
-def _read_claim(content: RecordDict, key: str) -> Claim:
-    values = _fields(content, key, Claim)
-    if any(type(count) is not int or count < 0 for count in values["label_hist"]):
-        raise MessageError(f"the message's {key} has a label histogram that is not of counts")
-    return Claim(**values)
+def _read_claim(records: Mapping[str, ConfigRecord], key: str) -> Claim:
+    values = _fields(records, key, Claim)
+    histogram = values["label_hist"]
+    if len(histogram) > MOST_CLASSES or any(type(count) is not int or count < 0 for count in histogram):
+        raise MessageError(f"the message's {one_line(key)} has a label histogram that is not of counts")
+    claim = Claim(**values | {"fault": one_line(values["fault"])})
+    if long := [name for name, value in asdict(claim).items() if isinstance(value, str) and len(value) > LONGEST_TEXT]:
+        raise MessageError(f"the message's {one_line(key)} has a {long[0]} of over {LONGEST_TEXT} characters")
+    return claim
 
 
-def _fields(content: RecordDict, key: str, cls: type) -> dict[str, Any]:
+def _fields(records: Mapping[str, ConfigRecord], key: str, cls: type) -> dict[str, Any]:
     """Return a record's values by the field names of `cls`, all of them and with the right types."""
-    if key not in content.config_records:
-        raise MessageError(f"the message carries no {key}")
-    record = content.config_records[key]
+    if key not in records:
+        raise MessageError(f"the message carries no {one_line(key)}")
+    record = records[key]
     values = {name.replace("-", "_"): value for name, value in record.items()}
     expected = {name: list if "tuple" in str(kind) else kind for name, kind in cls.__annotations__.items()}
     wrong = {n for n in expected.keys() | values.keys() if n not in expected or type(values.get(n)) is not expected[n]}
     if wrong:
-        raise MessageError(f"the message's {key} has a missing, foreign or mistyped entry: {', '.join(sorted(wrong))}")
+        named = one_line(", ".join(sorted(wrong)[:12]))
+        raise MessageError(f"the message's {one_line(key)} has a missing, foreign or mistyped entry: {named}")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

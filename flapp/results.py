@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from itertools import takewhile
+from math import isfinite
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -118,7 +119,8 @@ class RunDirectory:
     def append(self, kind: str, server_round: int, **values: Any) -> None:
         """Add a line to metrics.jsonl; later lines of a kind do not replace earlier ones."""
         line = {"kind": kind, "round": server_round, "time": self._seconds(), **values}
-        self._metrics.write(json.dumps(line) + "\n")
+        line = _finite(line)
+        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
         self._metrics.flush()
         self.summary.add(line)
         self.table.add(line)
@@ -252,8 +254,17 @@ def _one_line(error: BaseException) -> str:
     return text if isinstance(error, ValueError | RuntimeError) and text else f"{type(error).__name__}: {text}"
 
 
+def _finite(value: Any) -> Any:
+    """Return plain values with null for NaN and the infinities, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    _write_text(path, json.dumps(values, indent=1))
+    _write_text(path, json.dumps(_finite(values), indent=1, allow_nan=False))
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -23,6 +23,7 @@ from flapp.messages import (
     Claim,
     MessageError,
     Order,
+    one_line,
     pack,
     pack_order,
     pack_piece,
@@ -71,6 +72,7 @@ class Roster:
     ) -> None:
         self.grid = grid
         self.expected = list(expected)
+        self._expected = frozenset(expected)
         self.run_name = run_name
         self.classes = classes
         self.check_claim = check
@@ -179,8 +181,8 @@ class Roster:
             silent.pop(f"node {node_id}", None)
             try:
                 if reply.has_error():
-                    raise MessageError(reply.error.reason)
-                found += [Member(claim, node_id) for claim in unpack_claims(reply.content)]
+                    raise MessageError(one_line(reply.error.reason or ""))
+                found += [Member(claim, node_id) for claim in unpack_claims(reply.content, len(self.expected))]
             except MessageError as error:
                 self.refused[f"node {node_id}"] = str(error)
         self.refused |= silent
@@ -200,10 +202,13 @@ class Roster:
             sent = [pack_piece(node_id, order, index, len(pieces), arrays) for node_id in node_ids]
             for reply in self.grid.send_and_receive(sent, timeout=self.timeout):
                 if reply.has_error():
-                    log(WARNING, "node %d did not take the base: %s", reply.metadata.src_node_id, reply.error.reason)
+                    reason = one_line(reply.error.reason or "")
+                    log(WARNING, "node %d did not take the base: %s", reply.metadata.src_node_id, reason)
 
     def _admit(self, found: list[Member]) -> None:
         """Let in whoever is expected, consistent and alone in claiming an id; of twins seen together, neither."""
+        for member in found:
+            self.refused.pop(f"node {member.node_id}", None)  # it may have failed to answer before
         sound = [member for member in found if self._is_sound(member)]
         claimed = Counter(member.claim.client_id for member in sound)
         for member in sound:
@@ -216,13 +221,17 @@ class Roster:
             else:
                 self.members[name] = member
                 self.refused.pop(name, None)
-                self.refused.pop(f"node {member.node_id}", None)
 
     def _is_sound(self, member: Member) -> bool:
         """Say whether a claim is its node's to make and has no fault; note why not."""
         name, node = member.claim.client_id, self._names.get(member.node_id) or str(member.node_id)
         if imposture := self._imposture(name, node):
             self.refused[f"node {node}"] = imposture
+            return False
+        if name not in self._expected:
+            clients = f"{len(self.expected)} clients of this run ({_listing(self.expected)})"
+            fault = member.claim.fault or f"is not one of the {clients}"
+            self.refused[f"node {node}"] = f"client {one_line(name)}: {fault}"
             return False
         reason = self._fault(member.claim)
         if reason is None and (doubt := self.check_claim(member.claim)):
@@ -248,8 +257,6 @@ class Roster:
     def _fault(self, claim: Claim) -> str | None:
         if claim.fault:
             return claim.fault
-        if claim.client_id not in self.expected:
-            return f"is not one of the {len(self.expected)} clients of this run ({_listing(self.expected)})"
         if claim.source_digest != source_digest():
             return f"runs other source ({claim.source_digest[:12]}) than the server ({source_digest()[:12]})"
         if claim.base_digest != self.base_digest:

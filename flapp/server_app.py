@@ -18,8 +18,9 @@ from torch import nn
 
 from flapp.architecture import adapt, build, choose_device
 from flapp.base import Base, keep_base
+from flapp.client_data import cached_partition
 from flapp.config import derive_seed, load
-from flapp.data import ClientLoader, OfflineDataset, check_claim, ensure_artifacts, load_manifest
+from flapp.data import ClientLoader, OfflineDataset, check_claim, ensure_artifacts, is_prepared, load_manifest
 from flapp.grid import PolledGrid
 from flapp.messages import Claim, pack, views
 from flapp.model import (
@@ -162,7 +163,8 @@ def build_roster(config: Config, grid: Grid, base: Base | None) -> Roster:
     named = config.deployment.named_clients
     if not config.distributed_data.enabled:
         expected = [str(i) for i in range(config.clients)]
-        return Roster(grid, expected, config.run_name, config.dataset.classes, base=base, named=named)
+        known = partial(check_against_partition, config)
+        return Roster(grid, expected, config.run_name, config.dataset.classes, known, base=base, named=named)
     manifest = load_manifest(config.manifest_path)
     manifest.verify()
     if len(manifest) != config.clients:
@@ -176,6 +178,18 @@ def build_roster(config: Config, grid: Grid, base: Base | None) -> Roster:
 
     strict = config.distributed_data.strict_check
     return Roster(grid, list(manifest), config.run_name, config.dataset.classes, check, strict, base=base, named=named)
+
+
+def check_against_partition(config: Config, claim: Claim) -> str | None:
+    """Return what is wrong with a claim where the partition is known, because the data lie on this machine too."""
+    if not is_prepared(config.data_dir / config.dataset.name):
+        return None
+    partition, client = cached_partition(config), int(claim.client_id)
+    held = {"training": (claim.train, len(partition.train[client])), "test": (claim.test, len(partition.test[client]))}
+    for split, (claimed, dealt) in held.items():
+        if claimed != dealt:
+            return f"claims {claimed} {split} samples, the partition gives it {dealt}"
+    return f"claims {claim.val} validation samples, the partition gives it none" if claim.val else None
 
 
 def build_strategy(config: Config, roster: Roster, run: RunDirectory, model: nn.Module, private: list[str]) -> FedAvg:
@@ -193,6 +207,8 @@ def build_strategy(config: Config, roster: Roster, run: RunDirectory, model: nn.
         "fraction_evaluate": settings.fraction_evaluate,
         "weighting": settings.weighting,
         "min_replies": settings.min_replies,
+        "norm_limit": settings.norm_limit,
+        "max_weight_share": settings.max_weight_share,
         "evaluate_every": config.evaluate.every,
         "server_optimizer": optimizer,
     }

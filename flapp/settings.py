@@ -91,6 +91,8 @@ class StrategyConfig:
     server_optimizer: Literal["fedadam", "fedyogi", "fedavgm"] | None
     server_lr: Positive | None
     server_momentum: Annotated[float, Bound(ge=0, le=0.999)]
+    norm_limit: Annotated[float, Bound(gt=1)] | None
+    max_weight_share: Fraction | None
     min_replies: Count
     min_clients: Count | None
     wait_for_clients: Positive

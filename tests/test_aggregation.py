@@ -96,9 +96,11 @@ def test_pickled_objects_are_never_loaded() -> None:
     assert "it holds Python objects" in str(find_fault(record, ArrayRecord({"bias": Array(np.zeros(1))})))
 
 
-def test_large_finite_values_are_no_fault_though_their_sum_overflows() -> None:
-    record = ArrayRecord({"x": Array(np.full(100, 3e38, np.float32))})
-    assert find_fault(record, record) is None
+def test_finite_values_are_refused_only_when_their_squares_overflow_float32() -> None:
+    for value, sound in ((1e19, True), (-1e19, True), (3e38, False), (-3e38, False)):
+        record = ArrayRecord({"x": Array(np.array([0.0, value], np.float32))})
+        fault = find_fault(record, record)
+        assert fault is None if sound else "sent x with values up to 3e+38" in str(fault)
 
 
 def test_the_spread_is_numpys_percentiles() -> None:

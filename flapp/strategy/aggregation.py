@@ -10,17 +10,21 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
-from flapp.messages import pack, view
+from flapp.messages import one_line, pack, view
 
+LARGEST = 1.8e19  # beyond it a square overflows float32, and no optimiser gets any further
 BLOCK = 1 << 17  # elements: two float64 blocks near the level-2 cache, in loops long enough for threads to pay
 THREADS = 2  # numpy frees the GIL in its loops; memory bandwidth is used up by two
 
 
 def find_fault(record: ArrayRecord, expected: Mapping[str, Array]) -> str | None:
-    """Return what makes a model unfit to be averaged with `expected`, or None: keys, shapes, dtypes, NaN and Inf."""
+    """Return what makes a model unfit to be averaged with `expected`, or None.
+
+    Checked are keys, shapes and dtypes, and that every value is finite and at most LARGEST.
+    """
     if record.keys() != expected.keys():
         odd = sorted(set(record) ^ set(expected))
-        return f"has other tensors than the model ({len(odd)} differ, the first is {odd[0]})"
+        return f"has other tensors than the model ({len(odd)} differ, the first is {one_line(odd[0])})"
     for key, array in record.items():
         try:
             values = view(array)
@@ -30,9 +34,21 @@ def find_fault(record: ArrayRecord, expected: Mapping[str, Array]) -> str | None
         if values.shape != wanted.shape or values.dtype != wanted.dtype:
             found, asked = f"{values.dtype} {list(values.shape)}", f"{wanted.dtype} {list(wanted.shape)}"
             return f"sent {key} as {found}, the model has {asked}"
-        if not _is_finite(values):
-            return f"sent {key} with {_count_bad(values)} NaN or infinite values of {values.size}"
+        if fault := find_value_fault(values):
+            return f"sent {key} with {fault}"
     return None
+
+
+def find_value_fault(values: np.ndarray) -> str | None:
+    """Return what makes the values of one tensor unfit to train from, or None."""
+    if values.dtype.kind != "f" or values.size == 0:
+        return None
+    highest, lowest = values.max(), values.min()  # both are NaN if any value is
+    if max(highest, -lowest) <= LARGEST:
+        return None
+    if bad := values.size - np.count_nonzero(np.isfinite(values)):
+        return f"{bad} NaN or infinite values of {values.size}"
+    return f"values up to {max(highest, -lowest):.3g}, whose squares overflow float32"
 
 
 def weighted_average(records: Sequence[ArrayRecord], weights: Sequence[float]) -> ArrayRecord:
@@ -73,18 +89,6 @@ def _average(views: list[np.ndarray], shares: np.ndarray, buffer: np.ndarray) ->
             np.add(block, product, out=block)
         result[part] = np.rint(block) if first.dtype.kind in "iu" else block
     return pack(result.reshape(first.shape))
-
-
-def _is_finite(values: np.ndarray) -> bool:
-    """Say whether all values are finite by one sum, which is not finite if any is not; look closer only then."""
-    if values.dtype.kind != "f" or values.size == 0:
-        return True
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(values.sum())) or bool(np.isfinite(values).all())
-
-
-def _count_bad(values: np.ndarray) -> int:
-    return int(values.size - np.count_nonzero(np.isfinite(values)))
 
 
 def spread(values: Mapping[str, float]) -> dict[str, float]:

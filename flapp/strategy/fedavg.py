@@ -20,6 +20,7 @@ from flapp.messages import (
     TRAIN,
     Claim,
     MessageError,
+    one_line,
     size_of,
     unpack_arrays,
     unpack_reply,
@@ -27,9 +28,13 @@ from flapp.messages import (
 )
 from flapp.results import RunDirectory
 from flapp.roster import FederationError, Roster
-from flapp.strategy.aggregation import find_fault, spread, weighted_average
+from flapp.strategy.aggregation import find_fault, find_value_fault, spread, weighted_average
 from flapp.strategy.alignment import alignment_weights
+from flapp.strategy.bounds import NormBound, cap_shares, update_norm
 from flapp.strategy.server_optimizer import ServerOptimizer
+
+NEVER_NEGATIVE = {"train-loss", "loss-sum", "personal-loss-sum", "seconds"}
+LARGEST_LOSS = float(np.finfo(np.float32).max)  # of one sample
 
 
 @dataclass
@@ -41,6 +46,7 @@ class Exchange:
     sent: dict[str, Message] = field(default_factory=dict)
     returns: tuple[str, ...] | None = None  # the tensors that clients send back; None is all that they were sent
     good: dict[str, tuple[dict[str, float], Message]] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict)  # the length of each good update
     failures: dict[str, str] = field(default_factory=dict)
     absent: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
@@ -66,7 +72,8 @@ class FedAvg(FlowerFedAvg):
     """Federated averaging (McMahan et al. 2017) whose result does not depend on the order of replies.
 
     roster: who may take part; run: where results go; weighting: `num-examples`, `uniform` or `alignment`; min_replies:
-    valid replies a phase needs, or FederationError; evaluate_every: rounds between evaluations, the last is always one.
+    valid replies a phase needs, or FederationError; evaluate_every: rounds between evaluations, the last is always one;
+    norm_limit: the longest update that counts, in medians; max_weight_share: the most that one client counts for.
     Flower counts rounds from 1 at every start; `done` are the rounds of earlier starts, which go before them.
     """
 
@@ -82,6 +89,8 @@ class FedAvg(FlowerFedAvg):
         min_replies: int = 1,
         evaluate_every: int = 1,
         server_optimizer: ServerOptimizer | None = None,
+        norm_limit: float | None = None,
+        max_weight_share: float | None = None,
     ) -> None:
         super().__init__(fraction_train, fraction_evaluate, weighted_by_key=NUM_EXAMPLES, arrayrecord_key=ARRAYS)
         self.roster = roster
@@ -92,6 +101,8 @@ class FedAvg(FlowerFedAvg):
         self.min_replies = min_replies
         self.evaluate_every = evaluate_every
         self.server_optimizer = server_optimizer
+        self.bound = NormBound(norm_limit)
+        self.max_weight_share = max_weight_share
         self.done = 0
         self.current = ArrayRecord()
         self.accepted: dict[str, int] = {}
@@ -103,8 +114,8 @@ class FedAvg(FlowerFedAvg):
         log(INFO, "\t└──> %s; weighted by %s; min_replies %d", drawn, self.weighting, self.min_replies)
 
     def facts(self) -> dict[str, Any]:
-        """Return what a later start must know besides the global model: each client's last accepted round."""
-        return {"accepted": self.accepted}
+        """Return what a later start needs besides the model: the clients' last accepted rounds and recent lengths."""
+        return {"accepted": self.accepted, "update_norms": self.bound.medians}
 
     def state(self, arrays: ArrayRecord) -> dict[str, np.ndarray]:
         """Return the tensors that a later start must have besides the global model."""
@@ -114,6 +125,7 @@ class FedAvg(FlowerFedAvg):
         """Go on after the first `done` rounds, with the facts and tensors of that moment."""
         self.done = done
         self.accepted = dict(facts["accepted"])
+        self.bound.medians = list(facts.get("update_norms", []))
         if self.server_optimizer:
             self.server_optimizer.restore(state)
 
@@ -147,12 +159,15 @@ class FedAvg(FlowerFedAvg):
         exchange = self._receive(replies)
         names = sorted(exchange.good)
         metrics = [exchange.good[name][0] for name in names]
-        examples = [m[NUM_EXAMPLES] for m in metrics]
+        examples, capped = self._cap({name: exchange.good[name][0][NUM_EXAMPLES] for name in names})
         loss = sum(m["train-loss"] * n for m, n in zip(metrics, examples, strict=True)) / sum(examples)
         trained = {name: unpack_arrays(exchange.good[name][1].content) for name in names}
         arrays, found = self.combine(trained, self._weigh(trained, examples))
         if self.server_optimizer:
             arrays = self.server_optimizer.step(self.current, arrays, exchange.server_round)
+        self._check_aggregate(arrays)
+        self.bound.accept(exchange.norms)
+        found |= {"update_norm": self.bound.medians[-1]} | ({"capped": capped} if capped else {})
         busy = {name: round(m["seconds"], 3) for name, m in zip(names, metrics, strict=True) if "seconds" in m}
         self.run.append(TRAIN, exchange.server_round, loss=loss, **found, client_seconds=busy, **exchange.log_line())
         self.accepted |= dict.fromkeys(names, exchange.server_round)
@@ -165,7 +180,10 @@ class FedAvg(FlowerFedAvg):
             return None
         exchange = self._receive(replies)
         tested = {name: m for name, (m, _) in sorted(exchange.good.items()) if m[NUM_EXAMPLES]}
-        result = _totals(tested, "") | _totals(tested, "personal-")
+        weights, capped = self._cap({name: m[NUM_EXAMPLES] for name, m in tested.items()})
+        shares = dict(zip(tested, weights, strict=True))
+        result = _totals(tested, shares, "") | _totals(tested, shares, "personal-")
+        result |= {"capped": capped} if capped else {}
         self.run.append(EVALUATE, exchange.server_round, **result, **exchange.log_line())
         return MetricRecord({key.replace("_", "-"): v for key, v in result.items() if isinstance(v, float)})
 
@@ -186,15 +204,37 @@ class FedAvg(FlowerFedAvg):
             return examples
         if self.weighting == "uniform":
             return [1.0] * len(examples)
-        return alignment_weights([self._update(name, arrays) for name, arrays in trained.items()])
+        updates = [(after - before for after, before in self._pairs(name, a)) for name, a in trained.items()]
+        weights = alignment_weights(updates, [self.exchange.norms[name] for name in trained])
+        return cap_shares(weights, self.max_weight_share)
 
-    def _update(self, name: str, arrays: ArrayRecord) -> Iterator[np.ndarray]:
-        """Yield a client's floating tensors, trained minus received, one at a time."""
+    def _cap(self, examples: dict[str, float]) -> tuple[list[float], dict[str, float]]:
+        """Return the samples that each client counts for, and the shares of those that claim more than they count."""
+        weights = cap_shares(list(examples.values()), self.max_weight_share)
+        total = sum(examples.values())
+        pairs = zip(examples.items(), weights, strict=True)
+        capped = {name: round(claimed / total, 4) for (name, claimed), weight in pairs if weight != claimed}
+        for name, share in capped.items():
+            text = "round %d: client %s claims %.0f %% of the samples, strategy.max_weight_share=%g caps it"
+            log(WARNING, text, self.exchange.server_round, name, 100 * share, self.max_weight_share)
+        return weights, capped
+
+    def _pairs(self, name: str, arrays: ArrayRecord) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield each floating tensor of a client, as trained and as it was sent to the client."""
         sent = unpack_arrays(self.exchange.sent[name].content)
         for key in sorted(arrays):
             values = view(arrays[key])
             if values.dtype.kind == "f":
-                yield values - view(sent[key])
+                yield values, view(sent[key])
+
+    def _check_aggregate(self, arrays: ArrayRecord) -> None:
+        """Refuse a model that nobody could train from, before it becomes a round; raises FederationError."""
+        for key, array in arrays.items():
+            if fault := find_value_fault(view(array)):
+                raise FederationError(
+                    f"round {self.exchange.server_round}: the aggregated {key} has {fault}, so the round is not kept: "
+                    "lower train.lr or strategy.server_lr, or exclude the client that sent it, and set resume=true"
+                )
 
     def _ask(self, kind: str, server_round: int, arrays: ArrayRecord, fraction: float) -> list[Message]:
         self.roster.refresh()
@@ -221,6 +261,9 @@ class FedAvg(FlowerFedAvg):
                 exchange.good[name] = (self._check(name, reply), reply)
             except MessageError as error:
                 exchange.failures[name] = str(error)
+        for name, reason in self.bound.faults(exchange.norms).items():
+            exchange.failures[name] = reason
+            del exchange.good[name], exchange.norms[name]
         exchange.failures |= dict.fromkeys(by_message.values(), "sent no reply in time")
         for name, reason in sorted(exchange.failures.items()):
             log(WARNING, "round %d: client %s %s", exchange.server_round, name, reason)
@@ -238,15 +281,17 @@ class FedAvg(FlowerFedAvg):
     def _check(self, name: str, reply: Message) -> dict[str, float]:
         """Return a reply's metrics if all of it is sound; raises MessageError with the reason otherwise."""
         if reply.has_error():
-            raise MessageError(f"failed: {reply.error.reason}")
-        claim, metrics = unpack_reply(reply.content)
+            raise MessageError(f"failed: {one_line(reply.error.reason or '')}")
+        claim, metrics = unpack_reply(reply.content, self.exchange.kind)
         if fault := self.roster.check(name, claim) or self._find_metric_fault(name, metrics):
             raise MessageError(fault)
         if self.exchange.kind == TRAIN:
             sent = unpack_arrays(self.exchange.sent[name].content)
             wanted = {key: sent[key] for key in self.exchange.returns or sent}
-            if fault := find_fault(unpack_arrays(reply.content), wanted):
+            trained = unpack_arrays(reply.content)
+            if fault := find_fault(trained, wanted):
                 raise MessageError(fault)
+            self.exchange.norms[name] = update_norm(self._pairs(name, trained))
         return metrics
 
     def _find_metric_fault(self, name: str, metrics: dict[str, float]) -> str | None:
@@ -262,26 +307,38 @@ class FedAvg(FlowerFedAvg):
         if odd := sorted(key for key in metrics if key.endswith("correct") and not attested.label_hist):
             return f"sent {odd[0]}, but there are no classes"
         if bad := sorted(key for key, value in metrics.items() if not isfinite(value)):
-            return f"sent {bad[0]}={metrics[bad[0]]}"
+            return f"sent {one_line(bad[0])}={metrics[bad[0]]}"
+        if bad := sorted(key for key, value in metrics.items() if key in NEVER_NEGATIVE and value < 0):
+            return f"sent {bad[0]}={metrics[bad[0]]}, which is never below 0"
         if metrics[NUM_EXAMPLES] != samples:
             return f"sent num-examples={metrics[NUM_EXAMPLES]}, attested {samples}"
         if not all(0 <= value <= samples for key, value in metrics.items() if key.endswith("correct")):
             return f"sent more correct answers than its {samples} samples"
+        most = LARGEST_LOSS * (1 if train else samples)
+        if large := sorted(key for key, value in metrics.items() if key in NEVER_NEGATIVE and value > most):
+            return f"sent {large[0]}={metrics[large[0]]:.3g}, more than {samples} samples can have"
         return None
 
 
-def _totals(tested: dict[str, dict[str, float]], prefix: str) -> dict[str, Any]:
-    """Sum one kind of evaluation over clients; accuracy is None for regression, and all is None where absent."""
+def _totals(tested: dict[str, dict[str, float]], weights: dict[str, float], prefix: str) -> dict[str, Any]:
+    """Sum one kind of evaluation over clients; accuracy is None for regression, and all is None where absent.
+
+    weights: the samples that each client counts for. They are its own number of samples, or fewer if that is capped.
+    """
     out = prefix.replace("-", "_")
     measured = {name: m for name, m in tested.items() if f"{prefix}loss-sum" in m}
-    count = sum(m[NUM_EXAMPLES] for m in measured.values())
+    count = sum(weights[name] for name in measured)
     if not count:
         return {f"{out}loss": None, f"{out}accuracy": None}
-    result: dict[str, Any] = {f"{out}loss": sum(m[f"{prefix}loss-sum"] for m in measured.values()) / count}
+
+    def total(key: str) -> float:
+        return sum(m[key] * (weights[name] / m[NUM_EXAMPLES]) for name, m in measured.items() if key in m)
+
+    result: dict[str, Any] = {f"{out}loss": total(f"{prefix}loss-sum") / count}
     result[f"{out}loss_spread"] = spread({n: m[f"{prefix}loss-sum"] / m[NUM_EXAMPLES] for n, m in measured.items()})
     each = {n: m[f"{prefix}correct"] / m[NUM_EXAMPLES] for n, m in measured.items() if f"{prefix}correct" in m}
     if each:
-        result[f"{out}accuracy"] = sum(m[f"{prefix}correct"] for m in measured.values()) / count
+        result[f"{out}accuracy"] = total(f"{prefix}correct") / count
         result[f"{out}accuracy_spread"] = spread(each)
         result[f"{out}accuracy_by_client"] = each
     return {f"{out}accuracy": None} | result
