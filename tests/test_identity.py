@@ -15,7 +15,7 @@ from flapp.roster import FederationError
 from flapp.settings import ConfigError
 from tests.conftest import LocalGrid, read_lines
 from tools.certificates import make_site_keys
-from tools.submit import refusals
+from tools.submit import failure, refusals
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]
 TOY = ("experiment=toy_regression", "num_rounds=2", "checkpoint=off", "deployment=local")
@@ -245,3 +245,12 @@ def test_a_site_that_comes_back_as_a_new_node_is_let_in_once_its_old_node_is_gon
     first, second = read_lines(path, "train")
     assert (first["replies"], second["replies"]) == (3, 3)
     assert [line["absent"] for line in read_lines(path, "train")] == [[], []]
+
+
+def test_the_error_of_a_failed_run_says_who_was_refused_once() -> None:
+    refused = {"node 7": "has a key that is pinned for no client in /keys"}
+    said = "refused: node 7: has a key that is pinned for no client in /keys"
+    summary = {"error": "round 3: no client is present", "refused": refused, "refused_count": 1}
+    assert str(failure(summary)) == f"round 3: no client is present ({said})"
+    assert str(failure(summary | {"error": f"the run cannot start, {said}"})) == f"the run cannot start, {said}"
+    assert str(failure({"error": "no disk"})) == "no disk"
