@@ -1,8 +1,9 @@
 """The run directory: everything a run leaves behind, under home/runs/<run_name>.
 
 config.yaml        the resolved config
-metrics.jsonl      one line a round and kind (roster, train, evaluate, central, stop, round), flushed as it is written;
-                   time is in seconds since the run began, without the pauses between its starts
+metrics.jsonl      one line a round and kind (roster, refused, train, evaluate, central, stop, round), flushed as it is
+                   written; refused whenever others are refused than the line before says; time is in seconds since
+                   the run began, without the pauses between its starts
 metrics.csv        its numbers, a row a round (metrics_csv.py)
 tensorboard/       events, if results.tensorboard is set (tensorboard.py)
 progress.json      where the run is now: round, phase, replies; for progress bars
@@ -12,7 +13,8 @@ model.safetensors  the final global model: of the last round, or of the best one
 metrics.json       the summary, written last: status, rounds, accuracy, loss, personal_accuracy and objective (of the
                    last evaluation, or of the selected round), best_round and best_value (by evaluate.objective),
                    selected_round, stopped_early, bytes_up, bytes_down, seconds, model_sha256, aggregation_error
-                   (FedLoRA, of the last round), or status failed and the error
+                   (FedLoRA, of the last round), refused (client or node and the reason, the first 20) and
+                   refused_count, or status failed and the error
 
 A round is over when server_chunks.db holds it. A resumed run drops the lines of rounds that were not, and goes on.
 """

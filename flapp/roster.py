@@ -7,16 +7,18 @@ clients (a simulation with fewer nodes than clients); one client lives at one no
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from logging import INFO, WARNING
 from typing import Any
 
 from flwr.app import ArrayRecord, Message
 from flwr.common import log
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from flapp.base import Base, cut_base
+from flapp.client_keys import ClientKeys
 from flapp.config import derive_seed
 from flapp.messages import (
     ATTEST,
@@ -52,9 +54,9 @@ class Roster:
 
     expected: the ids of all clients of this run; classes: of the dataset, 0 for regression; check: what is wrong with a
     claim, or None; strict: refuse whom check faults, or warn; timeout: seconds for an answer to attest; base: what
-    clients must hold of the model before round 1, and are sent if they lack it; named: only a node that is registered
-    with the SuperLink as client_<id> may be client <id> (one that is registered as another never may). `members` maps
-    client id to Member, `refused` maps the name of a client (or of a node that named none) to the reason, `warnings`
+    clients must hold of the model before round 1, and are sent if they lack it; keys: the pinned key of each client.
+    With keys, a node is the client whose key it has; a node with another key is refused, and is sent nothing.
+    `members` maps client id to Member, `refused` maps the name of a client (or of a node) to the reason, `warnings`
     those let in all the same.
     """
 
@@ -68,7 +70,7 @@ class Roster:
         strict: bool = True,
         timeout: float = 120.0,
         base: Base | None = None,
-        named: bool = False,
+        keys: ClientKeys | None = None,
     ) -> None:
         self.grid = grid
         self.expected = list(expected)
@@ -83,20 +85,25 @@ class Roster:
         self.members: dict[str, Member] = {}
         self.refused: dict[str, str] = {}
         self.warnings: dict[str, str] = {}
-        self.named = named
+        self.keys = keys
+        if keys is not None:
+            fix = "has no pinned key: copy its site.pub to"
+            self.refused |= {name: f"{fix} {keys.path(name)}" for name in self.expected if name not in keys}
+        self._reported: dict[str, str] = {}  # who was refused, as the run's lines have it
         self._attested: set[int] = set()
         self._rivals: dict[int, str] = {}  # nodes that claim a member's id: theirs, should that member leave
-        self._names: dict[int, str] = {}  # under which nodes are registered, "" for most
+        self._nodes: dict[int, NodeInfo] = {}  # those online
 
     def refresh(self) -> None:
         """Drop clients whose node has left, and attest nodes not seen before."""
-        self._names = {node.node_id: node.name for node in self.grid.get_nodes()}
-        online = self._names.keys()
+        self._nodes = {node.node_id: node for node in self.grid.get_nodes()}
+        online = self._nodes.keys()
         self.members = {name: member for name, member in self.members.items() if member.node_id in online}
         self._attested &= {node_id for node_id in online if self._rivals.get(node_id, "") in {"", *self.members}}
         self._rivals = {node_id: name for node_id, name in self._rivals.items() if node_id in self._attested}
         if new := sorted(online - self._attested):
-            found = self._attest(new)
+            self._attested |= set(new)
+            found = self._attest([node_id for node_id in new if self._is_known(node_id)])
             if self.base and (lacking := sorted({m.node_id for m in found if _lacks_base(m.claim)})):
                 self._send_base(lacking)
                 again = self._attest(lacking)
@@ -121,7 +128,7 @@ class Roster:
         if missing:
             facts.append(f"missing after {seconds:g} s: {_listing(missing)}")
         if self.refused:
-            facts.append(f"refused: {'; '.join(self.refusals())}")
+            facts.append(describe_refused(self.refused))
         raise FederationError(f"the run cannot start: {', '.join(facts)}")
 
     def missing(self) -> list[str]:
@@ -131,6 +138,7 @@ class Roster:
 
     def facts(self) -> dict[str, Any]:
         """Return what the line `roster` of metrics.jsonl says: who is in, with how much of what, and who is not."""
+        self._reported = dict(self.refused)
         claims = {name: member.claim for name, member in sorted(self.members.items())}
         return {
             "clients": len(claims),
@@ -141,12 +149,11 @@ class Roster:
             "label_hist": {name: list(claim.label_hist) for name, claim in claims.items()},
         }
 
-    def refusals(self) -> list[str]:
-        """Return one sentence for each refused client or node; equal reasons are said once."""
-        groups: dict[str, list[str]] = {}
-        for name, reason in self.refused.items():
-            groups.setdefault(reason, []).append(name)
-        return [f"{_named(names)}: {reason}" for reason, names in groups.items()]
+    def refusals_changed(self) -> bool:
+        """Say whether other nodes or clients are refused than when this or `facts` was last asked."""
+        changed = self._reported != self.refused
+        self._reported = dict(self.refused)
+        return changed
 
     def sample(self, fraction: float, *seed: object) -> list[str]:
         """Draw a fraction of all expected clients from those present, sorted by id: one seed, one answer."""
@@ -173,7 +180,6 @@ class Roster:
 
     def _attest(self, node_ids: list[int]) -> list[Member]:
         messages = [pack_order(node_id, ATTEST, self._own_order()) for node_id in node_ids]
-        self._attested |= set(node_ids)
         silent = {f"node {node_id}": f"gave no answer in {self.timeout:g} s" for node_id in node_ids}
         found: list[Member] = []
         for reply in self.grid.send_and_receive(messages, timeout=self.timeout):
@@ -224,9 +230,9 @@ class Roster:
 
     def _is_sound(self, member: Member) -> bool:
         """Say whether a claim is its node's to make and has no fault; note why not."""
-        name, node = member.claim.client_id, self._names.get(member.node_id) or str(member.node_id)
-        if imposture := self._imposture(name, node):
-            self.refused[f"node {node}"] = imposture
+        name, node = member.claim.client_id, member.node_id
+        if self.keys and name != (owner := self.keys.owner(self._nodes[node].public_key)):
+            self.refused[f"node {node}"] = f"claims client {one_line(name)} with the key pinned for client {owner}"
             return False
         if name not in self._expected:
             clients = f"{len(self.expected)} clients of this run ({_listing(self.expected)})"
@@ -244,15 +250,18 @@ class Roster:
             self.refused[f"node {node}" if name in self.members else name] = reason
         return reason is None
 
-    def _imposture(self, client_id: str, node: str) -> str | None:
-        own = f"client_{client_id}"
-        if node == own or (not self.named and not node.startswith("client_")):
-            return None
-        if node.startswith("client_"):
-            return f"claims client {client_id}, its key is registered as {node}"
-        return (
-            f"claims client {client_id}, its key is not registered as {own}: flwr supernode register KEY --name {own}"
-        )
+    def _is_known(self, node_id: int) -> bool:
+        """Say whether a node may be asked who it is: with pinned keys, only the holder of one; note why not."""
+        node = self._nodes[node_id]
+        if self.keys is None or self.keys.owner(node.public_key) is not None:
+            return True
+        name = node.name.removeprefix("client_")
+        if node.name.startswith("client_") and name in self.keys:
+            reason = f"is registered as client {name} with another key than the one pinned in {self.keys.path(name)}"
+        else:
+            reason = f"has a key that is pinned for no client in {self.keys.folder}"
+        self.refused[f"node {node_id}"] = reason
+        return False
 
     def _fault(self, claim: Claim) -> str | None:
         if claim.fault:
@@ -273,6 +282,14 @@ class Roster:
         if claim.label_hist and sum(claim.label_hist) != claim.train:
             return f"claims {claim.train} training samples but a histogram of {sum(claim.label_hist)}"
         return None
+
+
+def describe_refused(refused: Mapping[str, str]) -> str:
+    """Say in one line who was refused and why; equal reasons are said once."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in refused.items():
+        groups.setdefault(reason, []).append(name)
+    return "refused: " + "; ".join(f"{_named(names)}: {reason}" for reason, names in groups.items())
 
 
 def _lacks_base(claim: Claim) -> bool:

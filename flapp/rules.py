@@ -16,6 +16,7 @@ PATHS = (
     ("distributed_data", "manifest"),
     ("deployment", "federation"),
     ("deployment", "root_certificates"),
+    ("deployment", "client_keys"),
 )
 
 
@@ -171,6 +172,11 @@ def check_together(config: Config) -> None:
         (
             (strategy.min_clients or 0) > config.clients,
             f"strategy.min_clients={strategy.min_clients} is more than clients={config.clients}: lower it",
+        ),
+        (
+            config.deployment.client_keys is not None and config.deployment.kind == "simulation",
+            f"deployment.client_keys={config.deployment.client_keys} pins keys of SuperNodes, and simulated nodes have "
+            "none: leave it out, or set deployment=local",
         ),
     ]
     for broken, message in rules:

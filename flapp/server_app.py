@@ -19,6 +19,7 @@ from torch import nn
 from flapp.architecture import adapt, build, choose_device
 from flapp.base import Base, keep_base
 from flapp.client_data import cached_partition
+from flapp.client_keys import ClientKeys
 from flapp.config import derive_seed, load
 from flapp.data import ClientLoader, OfflineDataset, check_claim, ensure_artifacts, is_prepared, load_manifest
 from flapp.grid import PolledGrid
@@ -83,8 +84,10 @@ def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> dict[str, Any]:
     if done < config.num_rounds and not run.summary.totals["stopped_early"]:
         polled.on_reply = partial(show_replies, run, strategy)
         polled.on_sent = partial(run.clock.enter_after, "send", "train")
-        roster.wait(config.strategy.wait_for_clients, config.strategy.min_clients)
-        run.append("roster", done, **roster.facts())
+        try:
+            roster.wait(config.strategy.wait_for_clients, config.strategy.min_clients)
+        finally:
+            run.append("roster", done, **roster.facts())
         with suppress(StoppedEarly):
             strategy.start(
                 polled,
@@ -160,11 +163,11 @@ def leave_split(config: Config, path: Path) -> None:
 
 def build_roster(config: Config, grid: Grid, base: Base | None) -> Roster:
     """Return the roster of the clients "0" to clients - 1 or, with shards, of those that the manifest lists."""
-    named = config.deployment.named_clients
+    keys = ClientKeys(Path(config.deployment.client_keys)) if config.deployment.client_keys else None
     if not config.distributed_data.enabled:
         expected = [str(i) for i in range(config.clients)]
         known = partial(check_against_partition, config)
-        return Roster(grid, expected, config.run_name, config.dataset.classes, known, base=base, named=named)
+        return Roster(grid, expected, config.run_name, config.dataset.classes, known, base=base, keys=keys)
     manifest = load_manifest(config.manifest_path)
     manifest.verify()
     if len(manifest) != config.clients:
@@ -177,7 +180,7 @@ def build_roster(config: Config, grid: Grid, base: Base | None) -> Roster:
         return check_claim(record, claim.client_id, claim.train, claim.val, claim.test, claim.label_hist, digest)
 
     strict = config.distributed_data.strict_check
-    return Roster(grid, list(manifest), config.run_name, config.dataset.classes, check, strict, base=base, named=named)
+    return Roster(grid, list(manifest), config.run_name, config.dataset.classes, check, strict, base=base, keys=keys)
 
 
 def check_against_partition(config: Config, claim: Claim) -> str | None:

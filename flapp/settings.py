@@ -183,7 +183,7 @@ class DeploymentConfig:
     federation: str | None
     address: str | None
     root_certificates: str | None
-    named_clients: bool
+    client_keys: str | None
     port: Annotated[int, Bound(ge=1, le=65535)] | None
     client_cpus: Count
     client_gpus: NotNegative

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from math import inf, isfinite
 from typing import Any
 
 from flapp.settings import Config
 
 FIGURES = ("accuracy", "loss", "personal_accuracy")
+MOST_REFUSED = 20
 
 
 class StoppedEarly(Exception):
@@ -59,6 +61,9 @@ class Summary:
             self.totals[key] += line.get(key, 0)
         if "aggregation_error" in line:
             self.totals["aggregation_error"] = line["aggregation_error"]
+        if "refused" in line:
+            self.totals["refused"] = dict(islice(line["refused"].items(), MOST_REFUSED))
+            self.totals["refused_count"] = len(line["refused"])
         if line["kind"] == "evaluate":
             self._add_evaluation(line)
         self.totals["stopped_early"] |= line["kind"] == "stop"

@@ -26,7 +26,8 @@ Tamper = Callable[[str, Message], Message]
 class LocalGrid(Grid):
     """Hand each message to the ClientApp at once and keep the replies until they are pulled, in a drawn order.
 
-    tamper(client_id, reply) stands between a client and the server; names are those that nodes are registered under.
+    tamper(client_id, reply) stands between a client and the server; names and keys are those that nodes are registered
+    with.
     """
 
     def __init__(
@@ -36,12 +37,14 @@ class LocalGrid(Grid):
         order: int = 0,
         tamper: Tamper | None = None,
         names: list[str] | None = None,
+        keys: list[bytes] | None = None,
     ) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self.run_config = run_config
         self.random = random.Random(order)
         self.nodes = {self.random.randrange(1, 1 << 62): node for node in nodes}
         self.names = dict(zip(self.nodes, names or [], strict=False))
+        self.keys = dict(zip(self.nodes, keys or [], strict=False))
         self.tamper = tamper
         self.replies: dict[str, Message] = {}
         self.sent: list[Message] = []
@@ -71,7 +74,9 @@ class LocalGrid(Grid):
         return list(self.nodes)
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        return [NodeInfo(node_id=node_id, name=self.names.get(node_id, "")) for node_id in self.get_node_ids()]
+        names, keys = self.names, self.keys
+        ids = self.get_node_ids()
+        return [NodeInfo(node_id=i, name=names.get(i, ""), public_key=keys.get(i, b"")) for i in ids]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         raise AssertionError("the ServerApp polls by itself")
@@ -104,13 +109,14 @@ def federate(data_home: Path, tmp_path: Path) -> Callable[..., tuple[dict[str, A
         order: int = 0,
         tamper: Tamper | None = None,
         names: list[str] | None = None,
+        keys: list[bytes] | None = None,
     ) -> tuple[dict[str, Any], Path]:
         name = f"{tmp_path.name}-{next(runs)}"
         settings = config.compose([f"home={data_home}", f"run_name={name}", *overrides])
         run_config = {"config-json": config.to_json(settings)}
         clients = settings.clients
         nodes = nodes or [{"partition-id": i, "num-partitions": clients} for i in range(clients)]
-        grid = LocalGrid(run_config, nodes, order, tamper, names)
+        grid = LocalGrid(run_config, nodes, order, tamper, names, keys)
         server_app.app(grid, Context(1, 1, {}, RecordDict(), run_config))
         path = settings.runs_dir / settings.run_name
         return json.loads((path / "metrics.json").read_text()), path

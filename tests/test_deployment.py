@@ -118,6 +118,11 @@ def digest_of(summary: str) -> str:
     return found[1]
 
 
+def other_key(folder: Path) -> str:
+    """Return the reason for which who is registered as client 0 is refused."""
+    return f"is registered as client 0 with another key than the one pinned in {folder}/keys/client_0.pub"
+
+
 @pytest.fixture
 def outsider(federation: Federation, tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Return a function that starts a SuperNode of one's own and returns the file of all that it says."""
@@ -161,24 +166,25 @@ def test_plain_http_and_other_authorities_are_refused(federation: Federation, tm
         urllib.request.urlopen(f"https://{federation.address}/", timeout=5, context=context)
 
 
-def test_supernodes_with_a_wrong_ca_a_strange_key_or_anothers_client_id_are_kept_out(
-    home: Path, federation: Federation, outsider: Callable[..., Path], tmp_path: Path
+def test_supernodes_with_a_wrong_ca_a_strange_key_or_anothers_name_are_kept_out(
+    home: Path, federation: Federation, outsider: Callable[..., Path], federate: Federate, tmp_path: Path
 ) -> None:
     folder = home / "federation"
     make_server_files(tmp_path, [HOST])
     for name in ("strange", "known"):
         make_site_keys(tmp_path / name)
     with SuperLink(federation.address, folder / "ca.crt") as superlink:
-        superlink.flwr("supernode", "register", str(tmp_path / "known" / "site.pub"), "--name", "client_9")
+        register = ("supernode", "register", str(tmp_path / "known" / "site.pub"), "--name", "client_0")
+        node = superlink.flwr(*register)["node-id"]
     strange = outsider("strange", folder / "ca.crt", tmp_path / "strange" / "site.key")
     wrong = outsider("wrong", tmp_path / "ca.crt", folder / "client_0" / "site.key")
     outsider("known", folder / "ca.crt", tmp_path / "known" / "site.key")
     wait_for(lambda: count_online(folder, federation) == 4)  # the three, and the one that is registered
     wait_for(lambda: "Failed to activate SuperNode" in strange.read_text())
-    status, _, error = finish(submit(home, "claimed", *TOY, "num_rounds=1"))
+    status, said, error = finish(submit(home, "claimed", *TOY, "num_rounds=1"))
     assert status == 0, error
-    refused = read_lines(home / "runs" / "claimed", "roster")[0]["refused"]
-    assert refused == {"node client_9": "claims client 0, its key is registered as client_9"}
+    assert said.splitlines()[-1] == f"refused: node {node}: {other_key(folder)}"
+    assert digest_of(said) == federate(*TOY, "clients=3", "num_rounds=1")[0]["model_sha256"]
     assert count_online(folder, federation) == 4
     assert "SuperNode ID" not in wrong.read_text()
 
@@ -232,3 +238,34 @@ def test_more_clients_than_sites_are_refused_before_the_run(home: Path) -> None:
     status, _, error = finish(tool(home, "run", "deployment=local", *TOY, "clients=5"))
     assert status == 1
     assert error.splitlines()[-1].endswith("has 3: set clients=3")
+
+
+def test_whoever_unregisters_a_client_and_takes_its_name_does_not_take_its_place(
+    home: Path, federation: Federation, outsider: Callable[..., Path], federate: Federate, tmp_path: Path
+) -> None:
+    folder = home / "federation"
+    make_site_keys(tmp_path / "intruder")
+    with SuperLink(federation.address, folder / "ca.crt") as superlink:
+        nodes = superlink.flwr("supernode", "list")["nodes"]
+        (honest,) = (each["node-id"] for each in nodes if each["name"] == "client_0" and each["status"] == "online")
+        superlink.flwr("supernode", "unregister", str(honest))
+        register = ("supernode", "register", str(tmp_path / "intruder" / "site.pub"), "--name", "client_0")
+        node = superlink.flwr(*register)["node-id"]
+    outsider("intruder", folder / "ca.crt", tmp_path / "intruder" / "site.key")
+    wait_for(lambda: count_online(folder, federation) == 3)
+    patience = "strategy.wait_for_clients=10"
+    status, said, error = finish(submit(home, "taken", *TOY, "num_rounds=2", patience, "strategy.min_clients=2"))
+    assert status == 0, error
+    assert said.splitlines()[-1] == f"refused: node {node}: {other_key(folder)}"
+    assert [line["absent"] for line in read_lines(home / "runs" / "taken", "train")] == [["0"], ["0"]]
+    two, _ = federate(
+        *(*TOY, "deployment=local", "num_rounds=2", "strategy.min_clients=2", "strategy.wait_for_clients=0.1"),
+        nodes=[{"client-id": "1"}, {"client-id": "2"}],
+    )
+    assert digest_of(said) == two["model_sha256"]
+    status, _, error = finish(submit(home, "refused", *TOY, patience))
+    assert status == 1
+    assert error.splitlines()[-1] == (
+        f"error: the run cannot start: 2 of 3 clients joined, missing after 10 s: 0, "
+        f"refused: node {node}: {other_key(folder)}"
+    )

@@ -5,7 +5,7 @@
 
     DIR/ca.crt          the CA's certificate: every site and everyone who submits runs needs a copy
         ca.key          its private key (mode 0600): signs the next server certificate; keep it off the server
-        server.crt      the SuperLink's certificate, for the hosts given, for --days days
+        server.crt      the SuperLink's certificate, for the hosts given and localhost, for --days days
         server.key      its private key (mode 0600)
         site.key        a SuperNode's private key (mode 0600): never leaves the site
         site.pub        its public key, which `flwr supernode register` takes
@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 CA_DAYS, SERVER_DAYS = 3650, 397
+LOOPBACK = ("localhost", "127.0.0.1")  # a SuperLink is also reached from its own machine
 OTHER_USES = (  # of a key, which a CA's is not for
     *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
     *("encipher_only", "decipher_only"),
@@ -37,13 +38,14 @@ PrivateKey = ec.EllipticCurvePrivateKey
 def make_server_files(folder: Path, hosts: Sequence[str], days: int = SERVER_DAYS) -> None:
     """Write the certificate and key of a SuperLink that is reached as `hosts`, names or addresses, and its CA's.
 
-    Raises ValueError when a CA's certificate lies there without its key.
+    The certificate is for localhost and 127.0.0.1 too. Raises ValueError when a CA's certificate lies there without its
+    key.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ca_key, ca = _load_or_make_ca(folder)
     key = ec.generate_private_key(ec.SECP384R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0])])
-    alternatives = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
+    alternatives = x509.SubjectAlternativeName([_general_name(host) for host in dict.fromkeys([*hosts, *LOOPBACK])])
     server = (
         _certificate(name, ca.subject, key, days)
         .add_extension(alternatives, critical=False)

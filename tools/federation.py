@@ -13,6 +13,7 @@ Everything lies in one folder, home/federation unless --folder says otherwise:
     supervisor.json          what runs now; supervisor.log says what ended, and when it was started again
     ca.crt, ca.key, server.crt, server.key     with --tls; private keys are readable by their owner only
     superlink/log.txt        what the SuperLink says; its Flower home lies beside
+    keys/client_<id>.pub     with --tls: the sites' public keys, by which runs recognise clients
     client_<id>/log.txt      what a SuperNode says, and its clients' processes; with --tls its site.key and site.pub
 """
 
@@ -42,6 +43,7 @@ from tools.processes import HOST, TOKEN, Processes, SuperLinkError, environment,
 from tools.superlink import SuperLink
 from tools.supervisor import (
     FACTS,
+    KEYS,
     LOG,
     SEEN,
     SUPERLINK,
@@ -74,8 +76,11 @@ def up(given: argparse.Namespace) -> int:
         (folder / name).unlink(missing_ok=True)
     if federation.tls:
         make_server_files(folder, [HOST, "localhost"])
-        for client_id in federation.clients:
-            make_site_keys(folder / site_name(client_id))
+        shutil.rmtree(folder / KEYS, ignore_errors=True)
+        (folder / KEYS).mkdir()
+        for name in map(site_name, federation.clients):
+            make_site_keys(folder / name)
+            shutil.copy(folder / name / "site.pub", folder / KEYS / f"{name}.pub")
     write_json(folder / FACTS, asdict(federation))
     env = environment(folder, federation.token) | {"PYTHONPATH": str(APP)}
     command = [sys.executable, "-m", "tools.supervisor", str(folder)]

@@ -30,7 +30,7 @@ from tools import sweep
 from tools.federation import FederationError
 from tools.processes import SIGNALS, SuperLinkError
 from tools.progress import announce, is_json, take_format
-from tools.submit import RunError, run_once
+from tools.submit import RunError, refusals, run_once
 
 
 def job(tree: DictConfig) -> float | None:
@@ -64,10 +64,13 @@ def final_line(summary: dict[str, Any]) -> str:
     early = " (stopped early)" if summary.get("stopped_early") else ""
     selected = summary.get("selected_round", summary["rounds"])
     chosen = f" of round {selected}" if selected != summary["rounds"] else ""
-    return (
-        f"finished {summary['rounds']} rounds{early} in {summary['seconds']:.0f} s: {', '.join(figures)}\n"
-        f"model {summary['model_sha256']}{chosen}\nresults in {summary['run_dir']}"
-    )
+    refused = [said] if (said := refusals(summary)) else []
+    lines = [
+        f"finished {summary['rounds']} rounds{early} in {summary['seconds']:.0f} s: {', '.join(figures)}",
+        f"model {summary['model_sha256']}{chosen}",
+        f"results in {summary['run_dir']}",
+    ]
+    return "\n".join(lines + refused)
 
 
 def main() -> int:

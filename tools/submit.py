@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flapp.client_keys import ClientKeys
 from flapp.config import to_json
 from flapp.results import SUMMARY, check_resumable, taken
+from flapp.roster import describe_refused
 from flapp.settings import Config, ConfigError
 from tools.federation import install_app, known_federation
 from tools.processes import HOST, SuperLinkError, available_cpus
 from tools.progress import Progress, read_json
 from tools.superlink import CONNECTION, PrivateSuperLink, SuperLink
-from tools.supervisor import root_certificates
+from tools.supervisor import KEYS, root_certificates
 
 APP = Path(__file__).resolve().parents[1]
 LOOK_SECONDS, STATUS_SECONDS, END_SECONDS = 0.3, 15, 60
@@ -40,6 +42,8 @@ def run_once(config: Config) -> dict[str, Any]:
     elif here and path.exists():
         raise ConfigError(taken(config))
     config, superlink = choose_superlink(config)
+    if here and config.deployment.client_keys is not None:
+        ClientKeys(Path(config.deployment.client_keys))  # the run would end at once if these cannot be read
     with superlink:
         settings = superlink.folder / "run.toml"
         settings.write_text(f"config-json = {json.dumps(to_json(config), ensure_ascii=False)}\n")
@@ -78,7 +82,8 @@ def choose_superlink(config: Config) -> tuple[Config, SuperLink]:
             f"clients={config.clients}, but the federation of {folder} has {len(federation.clients)}: "
             f"set clients={len(federation.clients)}"
         )
-    config = replace(config, deployment=replace(settings, named_clients=settings.named_clients or federation.tls))
+    if federation.tls and settings.client_keys is None:
+        config = replace(config, deployment=replace(settings, client_keys=str(folder / KEYS)))
     return config, SuperLink(federation.address, root_certificates(folder, federation))
 
 
@@ -121,7 +126,7 @@ def follow(
             time.sleep(LOOK_SECONDS)
         progress.look()
     if summary["status"] != "finished":
-        raise RunError(summary["error"], summary)
+        raise failure(summary)
     wait_for_end(superlink, run_id)
     return summary
 
@@ -141,9 +146,24 @@ def follow_log(superlink: SuperLink, run_id: str) -> dict[str, Any]:
         status, details = superlink.status(run_id)
         raise RunError(f"Flower says {status} and the run has logged no summary: {details}")
     if summary["status"] != "finished":
-        raise RunError(summary["error"], summary)
+        raise failure(summary)
     wait_for_end(superlink, run_id)
     return summary
+
+
+def failure(summary: dict[str, Any]) -> RunError:
+    """Return the error of a run that wrote this summary: why it failed, and who was refused unless that says it."""
+    error, refused = str(summary["error"]), refusals(summary)
+    return RunError(f"{error} ({refused})" if refused and "refused: " not in error else error, summary)
+
+
+def refusals(summary: dict[str, Any]) -> str:
+    """Say in one line whom a run refused, or nothing."""
+    refused = summary.get("refused")
+    if not refused:
+        return ""
+    more = summary["refused_count"] - len(refused)
+    return describe_refused(refused) + (f"; and {more} more" if more else "")
 
 
 def wait_for_end(superlink: SuperLink, run_id: str) -> None:

@@ -20,7 +20,7 @@ from tools.processes import HOST, SuperLinkError, answers, environment, free_por
 from tools.superlink import SuperLink
 
 FACTS, SEEN, LOG = "federation.json", "supervisor.json", "log.txt"
-SUPERLINK = "superlink"
+SUPERLINK, KEYS = "superlink", "keys"
 FIRST_PAUSE, LONGEST_PAUSE, SETTLED_SECONDS = 1.0, 60.0, 60.0  # a SuperNode killed is let in again after 60 s at most
 LOOK_SECONDS, STOP_SECONDS, REGISTRARS = 0.3, 8.0, 4
 SUPERNODE = (sys.executable, "-P", str(Path(__file__).with_name("supernode.py")))

@@ -238,6 +238,8 @@ class FedAvg(FlowerFedAvg):
 
     def _ask(self, kind: str, server_round: int, arrays: ArrayRecord, fraction: float) -> list[Message]:
         self.roster.refresh()
+        if self.roster.refusals_changed():
+            self.run.append("refused", server_round, refused=self.roster.refused)
         chosen = self.roster.sample(fraction, self.seed, server_round, kind)
         rest = self.instructions(kind, server_round)
         sent = {}

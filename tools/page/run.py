@@ -133,7 +133,7 @@ class Run:
     def roster(self, key: str) -> dict[str, Any]:
         """Return what the starts of the run say of single clients, the latest first to be believed."""
         said: dict[str, Any] = {}
-        for line in self.lines.get("roster", ()):
+        for line in (*self.lines.get("roster", ()), *self.lines.get("refused", ())):
             said |= line.get(key) or {}
         return dict(sorted(said.items(), key=lambda item: by_number(item[0])))
 

@@ -188,7 +188,7 @@ def left_out(run: Run) -> Html:
     tables = [table(["exchange", "reason", "times", "rounds", "clients"], rows, (2,))]
     if len(found) > MOST_REASONS:
         tables.append(note(f"{len(found) - MOST_REASONS} more reasons, each given less often, are left out."))
-    for key, title in (("refused", "refused at a start"), ("warnings", "let in with a warning")):
+    for key, title in (("refused", "refused"), ("warnings", "let in with a warning")):
         who: dict[str, list[str]] = {}
         for name, reason in run.roster(key).items():
             who.setdefault(str(reason), []).append(name)

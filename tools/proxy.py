@@ -1,0 +1,74 @@
+"""nginx in front of a SuperLink: SuperNodes get through, and nothing else that a SuperLink offers.
+
+    python -m tools.proxy /etc/flapp --listen 0.0.0.0:8000 --superlink 9000
+    nginx -c /etc/flapp/nginx.conf
+
+A SuperLink serves all its APIs at one port, and only the Fleet API, which SuperNodes speak, asks who is there. Whoever
+reaches the Control API may submit apps, stop runs, and register and unregister SuperNodes. So the SuperLink listens on
+the loopback address of its machine, and nginx passes on the calls of the Fleet API.
+
+The folder has what `tools.certificates server` made: nginx shows server.crt to the sites, and checks that the SuperLink
+has it too. nginx.conf and the folder nginx/, for temporary files, are written into it. nginx does not need root: let
+the user who owns the keys run it.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+
+from cryptography import x509
+
+TEMPLATE = Path(__file__).with_name("nginx.conf")
+CALLS = (  # all of Flower's Fleet API but register-node and unregister-node, which authenticated SuperNodes never use
+    *("activate-node", "deactivate-node", "send-node-heartbeat", "get-run", "get-fab"),
+    *("pull-messages", "push-messages", "pull-object", "push-object", "confirm-message-received"),
+)
+NEEDED = ("ca.crt", "server.crt", "server.key")
+
+
+def write_proxy_files(folder: Path, listen: str, superlink: int) -> Path:
+    """Write nginx.conf, and the folder that nginx writes to, into `folder`; return the path of nginx.conf.
+
+    listen: the address:port that sites reach; superlink: the SuperLink's port on 127.0.0.1. Raises ValueError when
+    nginx could not use these, or the certificates in `folder`.
+    """
+    fix = f"python -m tools.certificates server {folder} --host NAME"
+    for name in NEEDED:
+        if not (folder / name).exists():
+            raise ValueError(f"{folder / name} is missing: {fix}")
+    certificate = x509.load_pem_x509_certificate((folder / "server.crt").read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    if "localhost" not in names.get_values_for_type(x509.DNSName):
+        raise ValueError(f"{folder}/server.crt is not for localhost, where nginx reaches the SuperLink: {fix}")
+    if not re.fullmatch(r"[\w.:\[\]-]+:\d+", listen):
+        raise ValueError(f"--listen {listen} is not an address: give HOST:PORT")
+    if not re.fullmatch(r"[\w./-]+", str(folder)):
+        raise ValueError(f"{folder} has characters that mean something to nginx: use a folder with a plain name")
+    run = folder / "nginx"
+    run.mkdir(exist_ok=True)
+    values = {"folder": folder, "run": run, "listen": listen, "superlink": superlink, "calls": "|".join(CALLS)}
+    path = folder / "nginx.conf"
+    path.write_text(Template(TEMPLATE.read_text()).substitute(values))
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the files and say where nginx.conf is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="with ca.crt, server.crt and server.key")
+    parser.add_argument("--listen", default="0.0.0.0:8000", help="where sites come in; default: %(default)s")
+    parser.add_argument("--superlink", type=int, default=9000, help="its port on 127.0.0.1; default: %(default)s")
+    given = parser.parse_args(arguments)
+    try:
+        print(write_proxy_files(given.folder.resolve(), given.listen, given.superlink))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
