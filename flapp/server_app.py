@@ -1,11 +1,12 @@
 """The ServerApp: config, run directory, roster, strategy, and what is left when the rounds are over."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
-from logging import INFO
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run a federation from the config in run_config; raises when it fails, after metrics.json has said why."""
     config, _ = load(context.run_config, {})
+    warn_of_open_ray(grid)
     run = RunDirectory.reopen(config) if config.resume else RunDirectory.create(config)
     try:
         summary = run_rounds(grid, run.config, run)
@@ -58,6 +60,16 @@ def main(grid: Grid, context: Context) -> None:
         log(INFO, "%s%s", SUMMARY, json.dumps(run.fail(error)))
         raise
     log(INFO, "%s%s", SUMMARY, json.dumps(summary))
+
+
+def warn_of_open_ray(grid: Grid) -> None:
+    """Log a warning in a simulation whose Ray asks for no token; this is the process that Flower starts Ray from."""
+    if type(grid).__name__ == "InMemoryGrid" and os.environ.get("RAY_AUTH_MODE") != "token":
+        log(
+            WARNING,
+            "the Ray of this simulation runs code from anybody who reaches its ports: "
+            "use python -m tools.run, or start Flower's SuperLink with RAY_AUTH_MODE=token and a RAY_AUTH_TOKEN",
+        )
 
 
 def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> dict[str, Any]:

@@ -221,7 +221,7 @@ def test_a_superlink_killed_comes_back_and_the_run_is_resumed_to_the_same_bytes(
     settings = (*TOY, "num_rounds=5", "train.optimizer=sgd", "train.momentum=0.9")
     run = submit(home, "link", *settings)
     wait_for(reached(home, "link", 2))
-    (superlink,) = find_processes(federation, "flower-superlink", "superlink")
+    (superlink,) = find_processes(federation, "owner_only.py", "superlink")
     superlink.kill()
     status, _, error = finish(run)
     assert status == 1

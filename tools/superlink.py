@@ -7,15 +7,20 @@ launch; the private one belongs to one run, starts from a neutral folder, and ha
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from packaging.version import Version
 
 from tools.processes import (
     HOST,
@@ -34,6 +39,8 @@ from tools.processes import (
 
 START_SECONDS = 60
 CONNECTION = "flapp"  # what Flower's command line calls the SuperLink
+OWN_SUPERLINK = (sys.executable, "-P", str(Path(__file__).with_name("owner_only.py")))
+RAY_WITH_TOKENS = "2.52.0"  # the first Ray with token authentication
 
 
 class SuperLink:
@@ -129,11 +136,11 @@ class PrivateSuperLink(SuperLink):
     """
 
     def __init__(self, port: int | None = None, ray_address: str | None = None) -> None:
+        ray = ray_environment(ray_address)
         self.reserved = reserve_port() if port is None else socket.socket()
         self.port = int(self.reserved.getsockname()[1]) if port is None else port
         super().__init__(f"{HOST}:{self.port}")
-        if ray_address is not None:
-            self.env["RAY_ADDRESS"] = ray_address
+        self.env |= ray
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -142,7 +149,7 @@ class PrivateSuperLink(SuperLink):
             raise SuperLinkError(
                 f"deployment.port={self.port} is in use on {HOST}: choose another, or set it to null for a free one"
             )
-        command = [program("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
+        command = [*OWN_SUPERLINK, "--insecure", "--simulation", "--isolation", "subprocess"]
         command += ["--host", HOST, "--port", str(self.port), "--disable-runtime-dependency-installation"]
         with (self.folder / "superlink.log").open("wb") as log:
             self.process = subprocess.Popen(
@@ -174,3 +181,25 @@ class PrivateSuperLink(SuperLink):
     def _log(self) -> str:
         path = self.folder / "superlink.log"
         return path.read_text(errors="replace") if path.exists() else ""
+
+
+def ray_environment(ray_address: str | None) -> dict[str, str]:
+    """Return the environment in which Ray asks everybody for a token: Ray listens on all of this machine's addresses.
+
+    A cluster of the run's own gets a fresh token. Another cluster has a token already, named in this process's
+    environment, which the run inherits. Raises SuperLinkError if the installed Ray does not know tokens.
+    """
+    if Version(found := version("ray")) < Version(RAY_WITH_TOKENS):
+        raise SuperLinkError(
+            f"Ray {found} would run code from anybody who reaches its ports: "
+            f"install Ray {RAY_WITH_TOKENS} or later (pip install -U 'flwr[simulation]')"
+        )
+    if ray_address is None:
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        print(
+            f"warning: the Ray cluster at {ray_address} may run code from anybody who reaches it: start all of it "
+            "with RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN, and give this run the same",
+            file=sys.stderr,
+        )
+    return {"RAY_ADDRESS": ray_address}

@@ -14,16 +14,19 @@ such names, and are refused. A SuperNode consists of three processes: this one; 
 
 import gc
 import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 FIRST_PAUSE, GROWTH = 0.05, 1.15  # seconds; pauses come to about a seventh of the time waited so far
+COMMAND = "flwr.supernode.cli.flower_supernode"
 NODE, EXEC = "flwr.supernode.start_client_internal", "flwr.supercore.superexec.run_superexec"
 LAUNCH = "flwr.supercore.superexec.executor.subprocess_executor"
 NEEDED = ("flwr.supernode.cli", "safetensors.numpy", "sqlite3", "torch._dynamo", "torchvision.models")
@@ -92,14 +95,25 @@ def replace_names(name: str, **stand_ins: Any) -> None:
         setattr(module, key, stand_in)
 
 
+def load_sibling(name: str) -> Any:
+    """Load a module of this folder, which -P keeps out of the path."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def run_supernode() -> Any:
-    """Run Flower's SuperNode, with a SuperExec of ours."""
+    """Run Flower's SuperNode, with a SuperExec of ours; its port answers this user only."""
 
     def popen(command: list[str]) -> Any:
         assert command[0] == SUPEREXEC, command
         return subprocess.Popen(own_command("superexec", *command[1:]))
 
     replace_names(NODE, time=Pauses(), subprocess=SimpleNamespace(Popen=popen))
+    load_sibling("owner_only").protect(COMMAND)
     from flwr.supernode.cli import flower_supernode
 
     return flower_supernode()

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tools.processes import HOST, SuperLinkError, answers, environment, free_port, program
-from tools.superlink import SuperLink
+from tools.processes import HOST, SuperLinkError, answers, environment, free_port
+from tools.superlink import OWN_SUPERLINK, SuperLink
 
 FACTS, SEEN, LOG = "federation.json", "supervisor.json", "log.txt"
 SUPERLINK, KEYS = "superlink", "keys"
@@ -77,8 +77,8 @@ def root_certificates(folder: Path, federation: Federation) -> Path | None:
 
 
 def superlink_command(folder: Path, federation: Federation) -> list[str]:
-    """Return the command line of the SuperLink."""
-    command = [program("flower-superlink"), "--host", HOST, "--port", str(federation.port)]
+    """Return the command line of the SuperLink, which answers this user only."""
+    command = [*OWN_SUPERLINK, "--host", HOST, "--port", str(federation.port)]
     command += ["--isolation", "subprocess", "--disable-runtime-dependency-installation"]
     if not federation.tls:
         return [*command, "--insecure"]
