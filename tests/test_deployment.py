@@ -246,9 +246,8 @@ def test_whoever_unregisters_a_client_and_takes_its_name_does_not_take_its_place
     folder = home / "federation"
     make_site_keys(tmp_path / "intruder")
     with SuperLink(federation.address, folder / "ca.crt") as superlink:
-        nodes = superlink.flwr("supernode", "list")["nodes"]
-        (honest,) = (each["node-id"] for each in nodes if each["name"] == "client_0" and each["status"] == "online")
-        superlink.flwr("supernode", "unregister", str(honest))
+        honest = re.findall(r"SuperNode ID: (\d+)", (folder / "client_0" / "log.txt").read_text())[-1]
+        superlink.flwr("supernode", "unregister", honest)
         register = ("supernode", "register", str(tmp_path / "intruder" / "site.pub"), "--name", "client_0")
         node = superlink.flwr(*register)["node-id"]
     outsider("intruder", folder / "ca.crt", tmp_path / "intruder" / "site.key")
