@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 
 from flapp.base import Base, cut_base
 from flapp.config import derive_seed
+from flapp.ledger import ClientLedger
 from flapp.messages import (
     ATTEST,
     Claim,
@@ -26,10 +27,10 @@ from flapp.messages import (
     pack,
     pack_order,
     pack_piece,
-    source_digest,
     unpack_claims,
 )
 from flapp.rules import sample_size
+from flapp.source import source_digest
 
 POLL_SECONDS = 0.5
 
@@ -52,9 +53,9 @@ class Roster:
     expected: the ids of all clients of this run; classes: of the dataset, 0 for regression; check: what is wrong with a
     claim, or None; strict: refuse whom check faults, or warn; timeout: seconds for an answer to attest; base: what
     clients must hold of the model before round 1, and are sent if they lack it; named: only a node that is registered
-    with the SuperLink as client_<id> may be client <id> (one that is registered as another never may). `members` maps
-    client id to Member, `refused` maps the name of a client (or of a node that named none) to the reason, `warnings`
-    those let in all the same.
+    with the SuperLink as client_<id> may be client <id> (one that is registered as another never may); ledger: compares
+    and records the data of those who join. `members` maps client id to Member, `refused` maps the name of a client (or
+    of a node that named none) to the reason, `warnings` those let in all the same.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Roster:
         timeout: float = 120.0,
         base: Base | None = None,
         named: bool = False,
+        ledger: ClientLedger | None = None,
     ) -> None:
         self.grid = grid
         self.expected = list(expected)
@@ -82,6 +84,7 @@ class Roster:
         self.refused: dict[str, str] = {}
         self.warnings: dict[str, str] = {}
         self.named = named
+        self.ledger = ledger
         self._attested: set[int] = set()
         self._rivals: dict[int, str] = {}  # nodes that claim a member's id: theirs, should that member leave
         self._names: dict[int, str] = {}  # under which nodes are registered, "" for most
@@ -113,6 +116,8 @@ class Roster:
             time.sleep(POLL_SECONDS)
             self.refresh()
         missing = self.missing()
+        if self.ledger:
+            self.ledger.refuse_changes(self.members)
         if self.members and (not missing if min_clients is None else len(self.members) >= min_clients):
             return
         facts = [f"{len(self.members)} of {len(self.expected)} clients joined"]
@@ -217,6 +222,8 @@ class Roster:
                 self.members[name] = member
                 self.refused.pop(name, None)
                 self.refused.pop(f"node {member.node_id}", None)
+        if self.ledger:
+            self.ledger.record({name: member.claim.shard_digest for name, member in self.members.items()})
 
     def _is_sound(self, member: Member) -> bool:
         """Say whether a claim is its node's to make and has no fault; note why not."""
@@ -265,7 +272,7 @@ class Roster:
             return f"claims a histogram of {len(claim.label_hist)} classes, the dataset has {self.classes}"
         if claim.label_hist and sum(claim.label_hist) != claim.train:
             return f"claims {claim.train} training samples but a histogram of {sum(claim.label_hist)}"
-        return None
+        return self.ledger.find_fault(claim.client_id, claim.shard_digest) if self.ledger else None
 
 
 def _lacks_base(claim: Claim) -> bool:

@@ -21,6 +21,7 @@ from flapp.base import Base, keep_base
 from flapp.config import derive_seed, load
 from flapp.data import ClientLoader, OfflineDataset, check_claim, ensure_artifacts, load_manifest
 from flapp.grid import PolledGrid
+from flapp.ledger import ClientLedger
 from flapp.messages import Claim, pack, views
 from flapp.model import (
     ModelFactory,
@@ -71,7 +72,7 @@ def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> dict[str, Any]:
     frozen = {key: tensor for key, tensor in state.items() if key not in {*sent, *private}}
     base = keep_base(config.models_dir, frozen) if config.lora.enabled else None
     polled = PolledGrid(grid)
-    roster = build_roster(config, polled, base)
+    roster = build_roster(config, polled, base, ClientLedger(run))
     strategy = build_strategy(config, roster, run, model, private)
     done = run.last_round()
     if done:
@@ -157,12 +158,12 @@ def leave_split(config: Config, path: Path) -> None:
     log(INFO, "stored split at %d and %d in %s", p1, p2, folder)
 
 
-def build_roster(config: Config, grid: Grid, base: Base | None) -> Roster:
+def build_roster(config: Config, grid: Grid, base: Base | None, ledger: ClientLedger) -> Roster:
     """Return the roster of the clients "0" to clients - 1 or, with shards, of those that the manifest lists."""
-    named = config.deployment.named_clients
+    common: dict[str, Any] = {"base": base, "named": config.deployment.named_clients, "ledger": ledger}
     if not config.distributed_data.enabled:
         expected = [str(i) for i in range(config.clients)]
-        return Roster(grid, expected, config.run_name, config.dataset.classes, base=base, named=named)
+        return Roster(grid, expected, config.run_name, config.dataset.classes, **common)
     manifest = load_manifest(config.manifest_path)
     manifest.verify()
     if len(manifest) != config.clients:
@@ -175,7 +176,7 @@ def build_roster(config: Config, grid: Grid, base: Base | None) -> Roster:
         return check_claim(record, claim.client_id, claim.train, claim.val, claim.test, claim.label_hist, digest)
 
     strict = config.distributed_data.strict_check
-    return Roster(grid, list(manifest), config.run_name, config.dataset.classes, check, strict, base=base, named=named)
+    return Roster(grid, list(manifest), config.run_name, config.dataset.classes, check, strict, **common)
 
 
 def build_strategy(config: Config, roster: Roster, run: RunDirectory, model: nn.Module, private: list[str]) -> FedAvg:
