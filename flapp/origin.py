@@ -75,9 +75,10 @@ class Origin:
 
     def source_change(self, last_round: int | None = None) -> str | None:
         """Say how the source differs from the one recorded up to `last_round`; None when it does not, or none is."""
-        before = (self.environment.read(last_round) or [None])[-1]
-        if before is None or before["source_digest"] == source_digest():
+        lines = self.environment.read(last_round)
+        if not lines or lines[-1]["source_digest"] == source_digest():
             return None
+        before = lines[-1]
         old, new = before["files"], {name: hashlib.sha256(data).hexdigest() for name, data in read_source().items()}
         changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
         listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")

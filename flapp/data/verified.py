@@ -1,6 +1,6 @@
 """Opening an artifact whose bytes are compared with its meta.json, once and not by every process.
 
-    <data>/<dataset>/<split>/verified.json   the stamp of the files when their bytes were last compared
+    <data>/<dataset>/<split>.verified.json   the stamp of the files when their bytes were last compared
 
 A process that finds the stamp of the files there does not read them again. In a folder that cannot be written, every
 process compares once for itself.
@@ -15,7 +15,7 @@ from typing import TextIO
 
 from flapp.data.artifact import Artifact, open_artifact
 
-NOTE, FILES = "verified.json", ("meta.json", "images.npy", "labels.npy")
+FILES = ("meta.json", "images.npy", "labels.npy")
 Stamp = tuple[tuple[str | int, ...], ...]
 
 _compared: set[Stamp] = set()
@@ -30,8 +30,9 @@ def open_verified(folder: Path) -> Artifact:
     """Open the split in `folder`, whose bytes must be what meta.json says; raises DataError naming what is wrong."""
     artifact, found = open_artifact(folder), stamp(folder)
     if found not in _compared:
-        with _locked(folder / NOTE) as note:
-            if not _is_noted(folder / NOTE, found):
+        path = folder.with_name(f"{folder.name}.verified.json")
+        with _locked(path) as note:
+            if not _is_noted(path, found):
                 artifact = open_artifact(folder, verify=True)
                 if note:
                     note.truncate(0)
