@@ -40,7 +40,9 @@ class ClientLedger:
 
     def record(self, digests: Mapping[str, str]) -> None:
         """Record the data of clients that have joined, by id."""
-        new = {name: digest for name, digest in digests.items() if self.digests.get(name) != digest}
+        new = {
+            name: digests[name] for name in sorted(digests, key=_by_number) if self.digests.get(name) != digests[name]
+        }
         if not new:
             return
         done = self.run.last_round()
@@ -57,7 +59,12 @@ class ClientLedger:
 
     def refuse_changes(self, members: Collection[str]) -> None:
         """Raise ConfigError when clients that are not members have other data than they had before."""
-        found = [f"client {name}: {self.changed[name]}" for name in sorted(self.changed.keys() - set(members))]
+        names = sorted(self.changed.keys() - set(members), key=_by_number)
+        found = [f"client {name}: {self.changed[name]}" for name in names]
         if found:
             more = f"; and {len(found) - 3} more clients" if len(found) > 3 else ""
             raise ConfigError(f"the run cannot go on: {'; '.join(found[:3])}{more}; {FIX}")
+
+
+def _by_number(client_id: str) -> tuple[int, str]:
+    return len(client_id), client_id

@@ -4,7 +4,8 @@
                         files (the SHA-256 of each source file) and versions (of Python, Flower, PyTorch and NumPy)
     clients.jsonl       a line for each client when it first joins: client and shard_digest (ledger.py)
 
-Each line also has the round that was complete when it was written. Of several lines the last one counts.
+Each line also has the round that was complete when it was written: it is about the rounds after that one. Of several
+lines the last one counts. A run that goes back to a round drops the lines that are about the rounds after it only.
 """
 
 import hashlib
@@ -27,15 +28,15 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self, last_round: int | None = None) -> list[Line]:
-        """Return the complete lines, without those of rounds after `last_round`; raises ConfigError for a damaged one.
+    def read(self, before: int | None = None) -> list[Line]:
+        """Return the lines, or only those written before round `before` was complete; raises ConfigError for damage.
 
         A last line that was cut off while it was written is left out.
         """
         try:
             whole = [text for text in self.path.read_text().splitlines(keepends=True) if text.endswith("\n")]
             lines = [json.loads(text) for text in whole]
-            return [line for line in lines if last_round is None or line["round"] <= last_round]
+            return [line for line in lines if before is None or line["round"] < before]
         except FileNotFoundError:
             return []
         except (ValueError, KeyError, TypeError) as error:
@@ -50,13 +51,13 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def cut(self, last_round: int) -> None:
-        """Remove the lines of rounds after `last_round`, and one that was cut off."""
+    def cut(self, before: int | None) -> None:
+        """Remove all lines but those of `read`."""
         if not self.path.exists():
             return
         partial = self.path.with_name(self.path.name + ".tmp")
         partial.unlink(missing_ok=True)
-        Journal(partial).append(self.read(last_round))
+        Journal(partial).append(self.read(before))
         os.replace(partial, self.path)
 
 
@@ -73,22 +74,21 @@ class Origin:
         facts = {"source_digest": source_digest(), "versions": versions(), "files": files}
         self.environment.append([{"round": server_round, **facts}])
 
-    def source_change(self, last_round: int | None = None) -> str | None:
-        """Say how the source differs from the one recorded up to `last_round`; None when it does not, or none is."""
-        lines = self.environment.read(last_round)
+    def source_change(self, before: int | None) -> str | None:
+        """Say how the source differs from the recorded one (see Journal.read); None if it does not, or none is."""
+        lines = self.environment.read(before)
         if not lines or lines[-1]["source_digest"] == source_digest():
             return None
-        before = lines[-1]
-        old, new = before["files"], {name: hashlib.sha256(data).hexdigest() for name, data in read_source().items()}
+        old, new = lines[-1]["files"], {name: hashlib.sha256(data).hexdigest() for name, data in read_source().items()}
         changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
         listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
-        return f"source digest was {before['source_digest'][:12]}, is {source_digest()[:12]}: {listed} changed"
+        return f"source digest was {lines[-1]['source_digest'][:12]}, is {source_digest()[:12]}: {listed} changed"
 
-    def doubt(self, last_round: int | None = None) -> str | None:
+    def doubt(self, before: int | None) -> str | None:
         """Say what else may lead to other bytes, as a warning: other versions, or a run that recorded nothing."""
-        lines = self.environment.read(last_round)
+        lines = self.environment.read(before)
         if not lines:
             return f"there is no {self.environment.path}, so whether the source is the same cannot be compared"
-        if (before := lines[-1]["versions"]) != versions():
-            return f"the versions were {before}, are {versions()}, so the final bytes may differ"
+        if (old := lines[-1]["versions"]) != versions():
+            return f"the versions were {old}, are {versions()}, so the final bytes may differ"
         return None

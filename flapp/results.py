@@ -88,7 +88,7 @@ class RunDirectory:
         check_source(config)
         run = cls(path, config)
         done = config.resume_from or run.last_round()
-        change, doubt = run.origin.source_change(done), run.origin.doubt(done)
+        change, doubt = run.origin.source_change(config.resume_from), run.origin.doubt(config.resume_from)
         run._drop_rounds_after(done)
         run.table.rewrite(run._lines())
         (run.path / "metrics.json").unlink(missing_ok=True)
@@ -199,8 +199,13 @@ class RunDirectory:
             self.close()
             raise
         for journal in (self.origin.environment, self.origin.clients):
-            journal.cut(server_round)
+            journal.cut(self.config.resume_from)
         self.store.drop_rounds_after(server_round)
+
+    def _is_kept(self, line: Mapping[str, Any], server_round: int) -> bool:
+        """Say whether a line is of rounds up to this one, and not of a start after it that resume_from undoes."""
+        undone = self.config.resume_from is not None and line["kind"] in ("roster", "resumed_anyway")
+        return bool(line["round"] < server_round + (not undone))
 
     def _drop_lines_after(self, server_round: int) -> None:
         """Cut metrics.jsonl before the first line of a later round, or one that was not written to its end.
@@ -211,7 +216,7 @@ class RunDirectory:
         self._metrics.seek(0)
         written = [(text, _parse(text)) for text in self._metrics.read().splitlines(keepends=True)]
         newest = max((line["round"] for _, line in written if line is not None), default=0)
-        whole = takewhile(lambda pair: pair[1] is not None and pair[1]["round"] <= server_round, written)
+        whole = takewhile(lambda pair: pair[1] is not None and self._is_kept(pair[1], server_round), written)
         kept = [(text, line) for text, line in whole if line is not None]
         last = max((line["round"] for _, line in kept), default=0)
         if (newest > server_round + 1 and not self.config.resume_from) or last < server_round:
