@@ -1,7 +1,8 @@
 """What one client holds: its own shard, or its part of a shared artifact; with the claim it makes about it.
 
 Both give the same batches for the same assignment, so that a run over shards (not streamed) and one over the shared
-artifact end in the same bytes. What is opened here survives from message to message inside one process (a Ray actor).
+artifact end in the same bytes. What is opened here survives from message to message inside one process (a Ray actor),
+until one of its files is written again: then it is opened and checked again.
 """
 
 import hashlib
@@ -17,18 +18,22 @@ from torch import Tensor
 
 from flapp.config import derive_seed
 from flapp.data import (
+    SHARD_FILES,
     ClientLoader,
     DataError,
     DistributedShardLoader,
     OfflineDataset,
     Partition,
     ShardStream,
+    Stamp,
     ensure_artifacts,
     label_histogram,
     load_partition,
+    stamp,
 )
-from flapp.messages import Claim, source_digest, versions
+from flapp.messages import Claim
 from flapp.settings import WRITER_PARTITIONS, Config, ConfigError, DatasetConfig, Site
+from flapp.source import source_digest, versions
 from flapp.training import Batches
 
 
@@ -60,23 +65,36 @@ def open_client_data(config: Config, site: Site, client_id: str) -> ClientData:
     """Open what a client holds; raises ConfigError for an unknown client, DataError for data that will not do."""
     if config.distributed_data.streaming:  # it is read anew each round, and so checked anew
         return open_own_shard(config, site, client_id)
-    return open_once(config, site, client_id)
+    return open_once(config, site, client_id, stamp_of_files(config, site, client_id))
 
 
 @lru_cache(maxsize=64)
-def open_once(config: Config, site: Site, client_id: str) -> ClientData:
-    """Open what a client holds and keep it open."""
+def open_once(config: Config, site: Site, client_id: str, files: Stamp) -> ClientData:
+    """Open what a client holds and keep it open while `files` stay as they are."""
     if config.distributed_data.enabled:
         return open_own_shard(config, site, client_id)
     if client_id not in {str(i) for i in range(config.clients)}:
         raise ConfigError(f"client-id {client_id} is not one of the {config.clients} clients 0 to {config.clients - 1}")
-    return open_shared_part(config, int(client_id))
+    return open_shared_part(config, int(client_id), files)
+
+
+def stamp_of_files(config: Config, site: Site, client_id: str) -> Stamp:
+    """Return what differs once a file that a client's samples are read from is written again."""
+    if config.distributed_data.enabled:
+        return stamp(shard_folder(config, site, client_id), SHARD_FILES)
+    folder = ensure_artifacts(config.data_dir, config.dataset.name)
+    return stamp(folder / "train") + stamp(folder / "test") + stamp(folder / "partitions", [writer_partition(config)])
+
+
+def shard_folder(config: Config, site: Site, client_id: str) -> Path:
+    """Return the site's shard-path, in a simulation home/data/<dataset>/shards/client_<id>."""
+    return Path(site.shard_path or config.shards_dir / f"client_{client_id}")
 
 
 def open_own_shard(config: Config, site: Site, client_id: str) -> ClientData:
-    """Open the shard at the site's shard-path, in a simulation at home/data/<dataset>/shards/client_<id>."""
+    """Open the shard of a client."""
     settings = config.distributed_data
-    path = Path(site.shard_path or config.shards_dir / f"client_{client_id}")
+    path = shard_folder(config, site, client_id)
     shard = DistributedShardLoader(
         path, settings.strict_check, settings.streaming, client_id, config.dataset.normalization
     )
@@ -95,12 +113,12 @@ def open_own_shard(config: Config, site: Site, client_id: str) -> ClientData:
     return ClientData({s: (shard.split(s), np.arange(counts[s])) for s in ("train", "test")}, path, claim)
 
 
-def open_shared_part(config: Config, client: int) -> ClientData:
+def open_shared_part(config: Config, client: int, files: Stamp) -> ClientData:
     """Open a client's part of the artifact that all clients share; its digest covers artifacts and indices."""
-    partition = cached_partition(config)
+    partition = cached_partition(config, files)
     splits, digest, modified = {}, hashlib.sha256(), 0.0
     for split, parts in (("train", partition.train), ("test", partition.test)):
-        dataset = cached_dataset(config.data_dir, config.dataset, split)
+        dataset = cached_dataset(config.data_dir, config.dataset, split, files)
         splits[split] = (dataset, parts[client])
         digest.update(dataset.artifact.digest.encode() + parts[client].astype("<i8").tobytes())
         modified = max(modified, (dataset.artifact.path / "labels.npy").stat().st_mtime)
@@ -147,9 +165,9 @@ class OnDevice:
 
 
 @lru_cache(maxsize=8)
-def cached_dataset(data: Path, settings: DatasetConfig, split: str) -> OfflineDataset:
-    """Open a split, preparing an embedded dataset on first use; raises DataError when it is not as configured."""
-    dataset = OfflineDataset(ensure_artifacts(data, settings.name) / split, normalization=settings.normalization)
+def cached_dataset(data: Path, settings: DatasetConfig, split: str, files: Stamp) -> OfflineDataset:
+    """Open a split and keep it open while `files` stay as they are; raises DataError when it is not as configured."""
+    dataset = OfflineDataset(data / settings.name / split, normalization=settings.normalization)
     found = (tuple(dataset.images.shape[1:]), len(dataset.classes))
     if found != (settings.shape, settings.classes):
         raise DataError(
@@ -159,13 +177,18 @@ def cached_dataset(data: Path, settings: DatasetConfig, split: str) -> OfflineDa
     return dataset
 
 
+def open_partition(config: Config) -> Partition:
+    """Return who holds which sample of the shared artifact."""
+    return cached_partition(config, stamp_of_files(config, Site(), ""))
+
+
 @lru_cache(maxsize=8)
-def cached_partition(config: Config) -> Partition:
+def cached_partition(config: Config, files: Stamp) -> Partition:
     """Read the partition of this config's dataset, making and saving it if this process is the first to ask."""
-    artifacts = [cached_dataset(config.data_dir, config.dataset, split).artifact for split in ("train", "test")]
+    artifacts = [cached_dataset(config.data_dir, config.dataset, split, files).artifact for split in ("train", "test")]
     folder = config.data_dir / config.dataset.name / "partitions"
     if config.partition.kind in WRITER_PARTITIONS:
-        return read_writer_partition(config, folder / f"{config.partition.kind}.safetensors")
+        return read_writer_partition(config, folder / writer_partition(config))
     settings = {
         "kind": config.partition.kind,
         "clients": config.clients,
@@ -177,6 +200,11 @@ def cached_partition(config: Config) -> Partition:
     key = derive_seed(*settings.values(), *[artifact.digest for artifact in artifacts])
     path = folder / f"{config.partition.kind}-{key:016x}.safetensors"
     return load_partition(path, train_labels=artifacts[0].labels, test_labels=artifacts[1].labels, **settings)
+
+
+def writer_partition(config: Config) -> str:
+    """Name the file of a partition by writer."""
+    return f"{config.partition.kind}.safetensors"
 
 
 def read_writer_partition(config: Config, path: Path) -> Partition:

@@ -22,7 +22,7 @@ from flapp.settings import Config, ConfigError, Site
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 FREE = (  # a resumed run may change these: they do not reach its bytes
-    *("home", "run_name", "resume", "deployment", "checkpoint", "split", "results"),
+    *("home", "run_name", "resume", "resume_from", "resume_anyway", "deployment", "checkpoint", "split", "results"),
     *("strategy.wait_for_clients", "strategy.timeout"),
     *("dataset.source", "dataset.download", "distributed_data.shard_path", "distributed_data.manifest"),
     *("model.pretrained", "lora.adapter"),  # where the start lies; a base is compared by its digest

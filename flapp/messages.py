@@ -10,19 +10,16 @@
 Both are ConfigRecords, `metrics` a MetricRecord, `arrays` an ArrayRecord of the state dict.
 """
 
-import hashlib
 import io
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from importlib.metadata import version
-from pathlib import Path
 from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from flapp.source import source_digest
 
 ATTEST, BASE, TRAIN, EVALUATE = "query.attest", "query.base", "train", "evaluate"
 ARRAYS, ORDER, METRICS, CLAIM, PIECE = "arrays", "order", "metrics", "claim", "piece"
@@ -73,23 +70,6 @@ class Claim:
     source_digest: str = ""
     versions: str = ""
     fault: str = ""
-
-
-@lru_cache(maxsize=1)
-def source_digest() -> str:
-    """Return the SHA-256 of this package's source files: server and clients must run the same."""
-    package = Path(__file__).resolve().parent
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
-@lru_cache(maxsize=1)
-def versions() -> str:
-    """Return the versions that decide a client's bytes, as one line."""
-    packages = " ".join(f"{name}={version(name)}" for name in ("flwr", "torch", "numpy"))
-    return f"python={platform.python_version()} {packages}"
 
 
 def pack_order(node_id: int, kind: str, order: Order, arrays: ArrayRecord | None = None) -> Message:

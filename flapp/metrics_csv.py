@@ -58,7 +58,7 @@ class MetricsCsv:
         """Write the rows of these lines in place of all that is there."""
         rows: dict[int, dict[str, Any]] = {}
         for line in lines:
-            if line["round"] and line["kind"] != "roster":  # which a later start wrote
+            if line["round"] and line["kind"] in NAMES:  # others may be of a later start
                 rows.setdefault(line["round"], {}).update(_cells(line))
         partial = self.path.with_name(self.path.name + ".tmp")
         partial.write_text(_text(rows.values(), True), newline="")

@@ -1,9 +1,11 @@
 """The run directory: everything a run leaves behind, under home/runs/<run_name>.
 
 config.yaml        the resolved config
-metrics.jsonl      one line a round and kind (roster, refused, train, evaluate, central, stop, round), flushed as it is
-                   written; refused whenever others are refused than the line before says; time is in seconds since
-                   the run began, without the pauses between its starts
+environment.jsonl  the source and the versions that the run began with (origin.py)
+clients.jsonl      the data of each client when it first joined (ledger.py)
+metrics.jsonl      one line a round and kind (roster, refused, train, evaluate, central, stop, round, resumed_anyway),
+                   flushed as it is written; a line `refused` follows whenever the refused clients change; time is in
+                   seconds since the run began, without the pauses between its starts
 metrics.csv        its numbers, a row a round (metrics_csv.py)
 tensorboard/       events, if results.tensorboard is set (tensorboard.py)
 progress.json      where the run is now: round, phase, replies; for progress bars
@@ -14,9 +16,11 @@ metrics.json       the summary, written last: status, rounds, accuracy, loss, pe
                    last evaluation, or of the selected round), best_round and best_value (by evaluate.objective),
                    selected_round, stopped_early, bytes_up, bytes_down, seconds, model_sha256, aggregation_error
                    (FedLoRA, of the last round), refused (client or node and the reason, the first 20) and
-                   refused_count, or status failed and the error
+                   refused_count, resumed_anyway (what had changed when it was resumed all the same, by round), or
+                   status failed and the error
 
-A round is over when server_chunks.db holds it. A resumed run drops the lines of rounds that were not, and goes on.
+A round is over when server_chunks.db holds it. A resumed run drops the lines of rounds that were not, and goes on. With
+resume_from it drops the rounds after that one as well, from every file.
 """
 
 import difflib
@@ -27,17 +31,20 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from itertools import takewhile
+from logging import WARNING
 from math import isfinite
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+from flwr.common import log
 from torch import Tensor
 
 from flapp.checkpoint import ChunkManager
 from flapp.config import config_digest, differences, read_yaml, to_yaml
 from flapp.metrics_csv import MetricsCsv
 from flapp.model import save_tensors
+from flapp.origin import Origin
 from flapp.settings import Config, ConfigError
 from flapp.stopwatch import Stopwatch
 from flapp.summary import Summary
@@ -58,32 +65,42 @@ class RunDirectory:
         self.summary = Summary(config)
         self.table = MetricsCsv(path / "metrics.csv")
         self.events: Events | None = None
+        self.origin = Origin(path)
         self._metrics = _open_locked(path / METRICS, config)
         self.store = _open_store(path, config)
 
     @classmethod
     def create(cls, config: Config) -> "RunDirectory":
         """Make the folder of a new run with its config in it; raises ConfigError when the name is taken."""
-        path = config.runs_dir / config.run_name
-        if path.exists():
-            raise ConfigError(taken(config))
+        path = check_new(config)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            made = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+            made = Path(tempfile.mkdtemp(prefix=".new-", dir=path.parent))
             _write_text(made / "config.yaml", to_yaml(config))
+            Origin(made).record(0)
             made.chmod(0o755)
-            made.rename(path)  # so that a run's folder always has its config
+            made.rename(path)  # so that a run's folder always has its config and origin
         except OSError as error:
             raise ConfigError(f"the run directory {path} cannot be made ({error.strerror}): set home") from error
         return cls(path, config)
 
     @classmethod
     def reopen(cls, config: Config) -> "RunDirectory":
-        """Open the folder of a run that broke off, cut back to its last complete round; raises ConfigError."""
-        run = cls(check_resumable(config), config)
-        run._drop_lines_after(run.last_round())
+        """Open the folder of a run, cut back to its last complete round or to resume_from; raises ConfigError."""
+        path = check_resumable(config)
+        check_source(config)
+        run = cls(path, config)
+        done = config.resume_from or run.last_round()
+        change, doubt = run.origin.source_change(config.resume_from), run.origin.doubt(config.resume_from)
+        run._drop_rounds_after(done)
         run.table.rewrite(run._lines())
         (run.path / "metrics.json").unlink(missing_ok=True)
+        if doubt:
+            log(WARNING, "%s", doubt)
+        if change:
+            run.append("resumed_anyway", done, changed=[change])
+        if change or doubt:
+            run.origin.record(done)
         _write_text(run.path / "config.yaml", to_yaml(config))
         return run
 
@@ -176,26 +193,49 @@ class RunDirectory:
         self._metrics.seek(0)
         return map(json.loads, self._metrics)
 
+    def _drop_rounds_after(self, server_round: int) -> None:
+        """Cut every file back to the end of a round; raises ConfigError, and changes nothing, when that cannot be."""
+        try:
+            if self.config.resume_from:
+                self.load_round(server_round)  # which has to be whole before others go
+            self._drop_lines_after(server_round)
+        except ValueError:
+            self.close()
+            raise
+        for journal in (self.origin.environment, self.origin.clients):
+            journal.cut(self.config.resume_from)
+        self.store.drop_rounds_after(server_round)
+
+    def _is_kept(self, line: Mapping[str, Any], server_round: int) -> bool:
+        """Say whether a line is of rounds up to this one, and not of a start after it that resume_from undoes."""
+        undone = self.config.resume_from is not None and line["kind"] in ("roster", "resumed_anyway")
+        return bool(line["round"] < server_round + (not undone))
+
     def _drop_lines_after(self, server_round: int) -> None:
         """Cut metrics.jsonl before the first line of a later round, or one that was not written to its end.
 
-        Raises ConfigError when it ends before that round, or tells of rounds beyond the one that was under way.
+        Raises ConfigError when it ends before that round, or, without resume_from, has rounds beyond the one that was
+        under way, or when a best round that the run would end with is gone.
         """
         self._metrics.seek(0)
         written = [(text, _parse(text)) for text in self._metrics.read().splitlines(keepends=True)]
         newest = max((line["round"] for _, line in written if line is not None), default=0)
-        whole = takewhile(lambda pair: pair[1] is not None and pair[1]["round"] <= server_round, written)
+        whole = takewhile(lambda pair: pair[1] is not None and self._is_kept(pair[1], server_round), written)
         kept = [(text, line) for text, line in whole if line is not None]
         last = max((line["round"] for _, line in kept), default=0)
-        if newest > server_round + 1 or last < server_round:
-            self.close()
+        if (newest > server_round + 1 and not self.config.resume_from) or last < server_round:
             told = last if last < server_round else newest
             raise ConfigError(
                 f"{self.path / STORE} ends with round {server_round}, metrics.jsonl goes on to round {told}: bring "
-                "the right ones back from a copy, or start a new run"
+                "the right ones back from a copy, go back by resume_from to a round that both have, or start a new run"
             )
         for _, line in kept:
             self.summary.add(line)
+        if self.config.resume_from and not self.store.find_round(selected := self.summary.selected_round()):
+            raise ConfigError(
+                f"resume_from={server_round}: the best round until then was {selected}, which {self.path / STORE} no "
+                "longer holds: choose a later round"
+            )
         if kept:
             self.started -= kept[-1][1]["time"]
         self._metrics.truncate(sum(len(text.encode()) for text, _ in kept))
@@ -208,6 +248,25 @@ def taken(config: Config) -> str:
     return f"run_name={config.run_name} is taken: {path} exists; choose another name, or go on with it by resume=true"
 
 
+def check_new(config: Config) -> Path:
+    """Return the folder that a new run will have; raises ConfigError when it is taken, or inside another run's."""
+    path = config.runs_dir / config.run_name
+    if path.exists():
+        fix = f"{path} exists and is not a run (a sweep's folder has runs inside): choose another name"
+        raise ConfigError(taken(config) if _is_run(path) else f"run_name={config.run_name} is taken: {fix}")
+    for outer in path.parents[: len(Path(config.run_name).parts) - 1]:
+        if _is_run(outer):
+            raise ConfigError(
+                f"run_name={config.run_name} lies inside the folder of run {outer.relative_to(config.runs_dir)}, "
+                "which writes and removes files there: choose another name"
+            )
+    return path
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.yaml").exists()
+
+
 def check_resumable(config: Config) -> Path:
     """Return the folder of the run that config.run_name names; raises ConfigError when it cannot be gone on with."""
     path = config.runs_dir / config.run_name
@@ -216,7 +275,7 @@ def check_resumable(config: Config) -> Path:
         near = difflib.get_close_matches(config.run_name, known, n=1)
         hint = f", did you mean {near[0]}?" if near else ""
         raise ConfigError(f"resume=true finds no run {config.run_name} in {config.runs_dir}: give run_name{hint}")
-    if not (path / "config.yaml").exists():
+    if not _is_run(path):
         raise ConfigError(f"run_name={config.run_name} is no run: {path} has no config.yaml")
     if changed := differences(read_yaml(path / "config.yaml"), config):
         raise ConfigError(
@@ -224,7 +283,26 @@ def check_resumable(config: Config) -> Path:
             "resume with those it began with, or give the new ones another run_name"
         )
     _open_locked(path / METRICS, config).close()
+    if config.resume_from:
+        with ChunkManager(path / STORE, create=False) as store:
+            held = [kept.round for kept in store.rounds()]
+        if config.resume_from not in held:
+            listed = ", ".join(map(str, held)) or "none"
+            raise ConfigError(
+                f"resume_from={config.resume_from} is not among the rounds that {path / STORE} holds: choose one of "
+                f"{listed}"
+            )
     return path
+
+
+def check_source(config: Config) -> None:
+    """Raise ConfigError when the run to be resumed began with other source, unless it is to go on all the same."""
+    change = Origin(config.runs_dir / config.run_name).source_change(config.resume_from)
+    if change and not config.resume_anyway:
+        raise ConfigError(
+            f"run_name={config.run_name} began with other source ({change}): bring that source back, go on with this "
+            "one by resume_anyway=true, or start a new run"
+        )
 
 
 def _open_locked(path: Path, config: Config) -> TextIO:

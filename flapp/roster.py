@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 from flapp.base import Base, cut_base
 from flapp.client_keys import ClientKeys
 from flapp.config import derive_seed
+from flapp.ledger import ClientLedger
 from flapp.messages import (
     ATTEST,
     Claim,
@@ -29,10 +30,10 @@ from flapp.messages import (
     pack,
     pack_order,
     pack_piece,
-    source_digest,
     unpack_claims,
 )
 from flapp.rules import sample_size
+from flapp.source import source_digest
 
 POLL_SECONDS = 0.5
 
@@ -55,9 +56,9 @@ class Roster:
     expected: the ids of all clients of this run; classes: of the dataset, 0 for regression; check: what is wrong with a
     claim, or None; strict: refuse whom check faults, or warn; timeout: seconds for an answer to attest; base: what
     clients must hold of the model before round 1, and are sent if they lack it; keys: the pinned key of each client.
-    With keys, a node is the client whose key it has; a node with another key is refused, and is sent nothing.
-    `members` maps client id to Member, `refused` maps the name of a client (or of a node) to the reason, `warnings`
-    those let in all the same.
+    With keys, a node is the client whose key it has; a node with another key is refused, and is sent nothing. ledger:
+    compares and records the data of those who join. `members` maps client id to Member, `refused` maps the name of a
+    client (or of a node) to the reason, `warnings` those let in all the same.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Roster:
         timeout: float = 120.0,
         base: Base | None = None,
         keys: ClientKeys | None = None,
+        ledger: ClientLedger | None = None,
     ) -> None:
         self.grid = grid
         self.expected = list(expected)
@@ -90,6 +92,7 @@ class Roster:
             fix = "has no pinned key: copy its site.pub to"
             self.refused |= {name: f"{fix} {keys.path(name)}" for name in self.expected if name not in keys}
         self._reported: dict[str, str] = {}  # who was refused, as the run's lines have it
+        self.ledger = ledger
         self._attested: set[int] = set()
         self._rivals: dict[int, str] = {}  # nodes that claim a member's id: theirs, should that member leave
         self._nodes: dict[int, NodeInfo] = {}  # those online
@@ -122,6 +125,8 @@ class Roster:
             time.sleep(POLL_SECONDS)
             self.refresh()
         missing = self.missing()
+        if self.ledger:
+            self.ledger.refuse_changes(self.members)
         if self.members and (not missing if min_clients is None else len(self.members) >= min_clients):
             return
         facts = [f"{len(self.members)} of {len(self.expected)} clients joined"]
@@ -227,6 +232,8 @@ class Roster:
             else:
                 self.members[name] = member
                 self.refused.pop(name, None)
+        if self.ledger:
+            self.ledger.record({name: member.claim.shard_digest for name, member in self.members.items()})
 
     def _is_sound(self, member: Member) -> bool:
         """Say whether a claim is its node's to make and has no fault; note why not."""
@@ -281,7 +288,7 @@ class Roster:
             return f"claims a histogram of {len(claim.label_hist)} classes, the dataset has {self.classes}"
         if claim.label_hist and sum(claim.label_hist) != claim.train:
             return f"claims {claim.train} training samples but a histogram of {sum(claim.label_hist)}"
-        return None
+        return self.ledger.find_fault(claim.client_id, claim.shard_digest) if self.ledger else None
 
 
 def describe_refused(refused: Mapping[str, str]) -> str:

@@ -19,6 +19,8 @@ PATHS = (
     ("deployment", "client_keys"),
 )
 
+NAME_BYTES = 255  # that a file system takes for one name
+
 
 def check_together(config: Config) -> None:
     """Refuse settings that are fine alone but not together: (broken, what is wrong and how to mend it)."""
@@ -33,11 +35,15 @@ def check_together(config: Config) -> None:
     shards, lora = config.distributed_data, config.lora
     stopping, every = config.stopping, config.evaluate.every
     sampled = sample_size(strategy.fraction_train, config.clients)
-    name = Path(config.run_name)
     rules = [
+        *name_rules(config.run_name),
         (
-            name.is_absolute() or ".." in name.parts or not name.parts,
-            f"run_name={config.run_name} leaves home/runs: give a plain name",
+            config.resume_from is not None and not config.resume,
+            f"resume_from={config.resume_from} goes back in a run that has begun: add resume=true",
+        ),
+        (
+            config.resume_anyway and not config.resume,
+            "resume_anyway=true resumes a run although its source or data changed: add resume=true",
         ),
         (
             config.dataset.materialize is not None and not images,
@@ -184,6 +190,26 @@ def check_together(config: Config) -> None:
             raise ConfigError(message)
     if config.split.auto_save_split_models:
         check_split(config)
+
+
+def name_rules(run_name: str) -> list[tuple[bool, str]]:
+    """Return the rules for the name of a run, which names folders: inside home/runs, and of a file system's names."""
+    name = Path(run_name)
+    too_long = [part for part in name.parts if len(part.encode(errors="replace")) > NAME_BYTES]
+    return [
+        (
+            not run_name.isprintable(),
+            f"run_name={run_name!r} has characters that cannot be printed: give a plain name",
+        ),
+        (
+            name.is_absolute() or ".." in name.parts or not name.parts,
+            f"run_name={run_name} leaves home/runs: give a plain name",
+        ),
+        (
+            bool(too_long),
+            f"run_name={run_name} has more than the {NAME_BYTES} bytes of a file name: give a shorter name",
+        ),
+    ]
 
 
 def metric_rules(config: Config, setting: str, metric: str | None) -> list[tuple[bool, str]]:

@@ -19,11 +19,12 @@ from torch import nn
 
 from flapp.architecture import adapt, build, choose_device
 from flapp.base import Base, keep_base
-from flapp.client_data import cached_partition
+from flapp.client_data import open_partition
 from flapp.client_keys import ClientKeys
 from flapp.config import derive_seed, load
 from flapp.data import ClientLoader, OfflineDataset, check_claim, ensure_artifacts, is_prepared, load_manifest
 from flapp.grid import PolledGrid
+from flapp.ledger import ClientLedger
 from flapp.messages import Claim, pack, views
 from flapp.model import (
     ModelFactory,
@@ -85,7 +86,7 @@ def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> dict[str, Any]:
     frozen = {key: tensor for key, tensor in state.items() if key not in {*sent, *private}}
     base = keep_base(config.models_dir, frozen) if config.lora.enabled else None
     polled = PolledGrid(grid)
-    roster = build_roster(config, polled, base)
+    roster = build_roster(config, polled, base, ClientLedger(run))
     strategy = build_strategy(config, roster, run, model, private)
     done = run.last_round()
     if done:
@@ -173,13 +174,14 @@ def leave_split(config: Config, path: Path) -> None:
     log(INFO, "stored split at %d and %d in %s", p1, p2, folder)
 
 
-def build_roster(config: Config, grid: Grid, base: Base | None) -> Roster:
+def build_roster(config: Config, grid: Grid, base: Base | None, ledger: ClientLedger) -> Roster:
     """Return the roster of the clients "0" to clients - 1 or, with shards, of those that the manifest lists."""
     keys = ClientKeys(Path(config.deployment.client_keys)) if config.deployment.client_keys else None
+    common: dict[str, Any] = {"base": base, "keys": keys, "ledger": ledger}
     if not config.distributed_data.enabled:
         expected = [str(i) for i in range(config.clients)]
         known = partial(check_against_partition, config)
-        return Roster(grid, expected, config.run_name, config.dataset.classes, known, base=base, keys=keys)
+        return Roster(grid, expected, config.run_name, config.dataset.classes, known, **common)
     manifest = load_manifest(config.manifest_path)
     manifest.verify()
     if len(manifest) != config.clients:
@@ -192,14 +194,14 @@ def build_roster(config: Config, grid: Grid, base: Base | None) -> Roster:
         return check_claim(record, claim.client_id, claim.train, claim.val, claim.test, claim.label_hist, digest)
 
     strict = config.distributed_data.strict_check
-    return Roster(grid, list(manifest), config.run_name, config.dataset.classes, check, strict, base=base, keys=keys)
+    return Roster(grid, list(manifest), config.run_name, config.dataset.classes, check, strict, **common)
 
 
 def check_against_partition(config: Config, claim: Claim) -> str | None:
     """Return what is wrong with a claim where the partition is known, because the data lie on this machine too."""
     if not is_prepared(config.data_dir / config.dataset.name):
         return None
-    partition, client = cached_partition(config), int(claim.client_id)
+    partition, client = open_partition(config), int(claim.client_id)
     held = {"training": (claim.train, len(partition.train[client])), "test": (claim.test, len(partition.test[client]))}
     for split, (claimed, dealt) in held.items():
         if claimed != dealt:

@@ -212,6 +212,8 @@ class Config:
     clients: Count
     num_rounds: Count
     resume: bool
+    resume_from: Count | None
+    resume_anyway: bool
     dataset: DatasetConfig
     partition: PartitionConfig
     model: ModelConfig

@@ -66,6 +66,9 @@ class Summary:
             self.totals["refused_count"] = len(line["refused"])
         if line["kind"] == "evaluate":
             self._add_evaluation(line)
+        if line["kind"] == "resumed_anyway":
+            notes = self.totals.setdefault("resumed_anyway", [])
+            notes.append({"round": line["round"], "changed": line["changed"]})
         self.totals["stopped_early"] |= line["kind"] == "stop"
 
     def _add_evaluation(self, line: Mapping[str, Any]) -> None:

@@ -8,15 +8,15 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from flapp.data import write_artifact
+from flapp.data import open_artifact, write_artifact
 
 COUNT = 37
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def write_split(folder: Path, images: np.ndarray, layout: str = "NHWC") -> Path:
+def write_split(folder: Path, images: np.ndarray, layout: str = "NHWC", source: str = "0" * 64) -> Path:
     labels = np.arange(len(images)) % 10
-    write_artifact(folder, images, labels, [f"class {i}" for i in range(10)], "0" * 64, layout=layout)
+    write_artifact(folder, images, labels, [f"class {i}" for i in range(10)], source, layout=layout)
     return folder
 
 
@@ -43,5 +43,5 @@ def torchvision_batch(images: np.ndarray, size: int) -> Tensor:
 
 def write_resized(folder: Path, size: int, images: np.ndarray) -> Path:
     """Write the images resized ahead by PIL beside `folder`, as tools.prepare_data does."""
-    resized = np.stack([pil_resize(image, size) for image in images])
-    return write_split(folder.with_name(f"{folder.name}@{size}"), resized.transpose(0, 3, 1, 2), layout="NCHW")
+    resized = np.stack([pil_resize(image, size) for image in images]).transpose(0, 3, 1, 2)
+    return write_split(folder.with_name(f"{folder.name}@{size}"), resized, "NCHW", open_artifact(folder).digest)

@@ -138,6 +138,23 @@ def test_a_run_name_may_not_leave_the_runs_folder() -> None:
             config.compose([f"run_name={name}"])
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a\nb", r"run_name='a\\nb' has characters that cannot be printed"),
+        ("a\x1b[31m", "has characters that cannot be printed"),
+        ("a\u2028b", "has characters that cannot be printed"),
+        ("n" * 256, "has more than the 255 bytes of a file name: give a shorter name"),
+        ("sweep/" + "é" * 128, "has more than the 255 bytes of a file name"),
+    ],
+)
+def test_a_run_name_that_no_folder_can_have_is_refused_in_one_line(name: str, said: str) -> None:
+    values = json.loads(config.to_json(config.compose([]))) | {"run_name": name}
+    with pytest.raises(ConfigError, match=said) as caught:
+        config.from_dict(values)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_seeds_depend_on_every_part_and_on_nothing_else() -> None:
     parts = list(itertools.product((0, 1), ("1", "11"), (1, 11)))
     assert len({config.derive_seed(*p) for p in parts}) == len(parts)

@@ -2,8 +2,10 @@
 
 import json
 import multiprocessing
+import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +21,11 @@ from flapp.data import (
     load_partition,
     make_partition,
     open_artifact,
+    open_verified,
+    verified,
     write_artifact,
 )
+from flapp.data import artifact as artifact_module
 from flapp.data.pixels import to_input
 
 
@@ -51,6 +56,67 @@ def test_the_digest_is_that_of_the_content(folder: Path, tmp_path: Path) -> None
     assert open_artifact(tmp_path / "copy").digest == artifact.digest
     write_artifact(tmp_path / "rolled", artifact.images, np.roll(artifact.labels, 1), artifact.classes, "source")
     assert open_artifact(tmp_path / "rolled").digest != artifact.digest
+
+
+def count_hashing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows whenever an artifact's arrays are hashed."""
+    hashed: list[int] = []
+    real = artifact_module.damaged_blocks
+
+    def damaged_blocks(array: np.ndarray, *rest: Any) -> list[int]:
+        hashed.append(len(array))
+        return real(array, *rest)
+
+    monkeypatch.setattr(artifact_module, "damaged_blocks", damaged_blocks)
+    return hashed
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_the_bytes_of_an_artifact_are_compared_once_by_one_process_where_it_can_leave_a_note(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, writable: bool
+) -> None:
+    note = folder.with_name(f"{folder.name}.verified.json")
+    if not writable:
+        note.mkdir()  # stands for a folder in which no file can be made, which root always can
+    hashed = count_hashing(monkeypatch)
+    for process in range(3):
+        monkeypatch.setattr(verified, "_compared", set())  # as a new process has it
+        for _ in range(2):
+            open_verified(folder)
+        assert len(hashed) == (2 if writable else 2 * (process + 1))
+
+
+def test_an_artifact_whose_files_were_touched_is_compared_again_and_a_change_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_verified(folder)
+    hashed = count_hashing(monkeypatch)
+    path = folder / "images.npy"
+    facts = path.stat()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))  # same inode, size and time of writing
+    with pytest.raises(DataError, match=rf"{path} was changed or damaged .*: delete {folder} and prepare it again"):
+        open_verified(folder)
+    with pytest.raises(DataError, match="was changed or damaged"):
+        OfflineDataset(folder)
+    path.write_bytes(whole)
+    open_verified(folder)
+    assert hashed
+
+
+def test_a_note_that_was_cut_off_or_is_of_other_files_is_not_believed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    open_verified(folder)
+    note = folder.with_name(f"{folder.name}.verified.json")
+    hashed = count_hashing(monkeypatch)
+    for text in ("", note.read_text()[:40], "[[1]]", note.read_text().replace("1", "2")):
+        note.write_text(text)
+        monkeypatch.setattr(verified, "_compared", set())
+        hashed.clear()
+        open_verified(folder)
+        assert hashed, text
 
 
 def test_damage_is_named(folder: Path) -> None:

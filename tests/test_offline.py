@@ -52,9 +52,23 @@ def test_a_transform_gets_a_pil_image_of_the_asked_size_before_the_normalisation
         OfflineDataset(folder, transforms.ToTensor())[0]
 
 
-def test_an_artifact_resized_from_other_images_is_refused(folder: Path) -> None:
-    write_resized(folder, 96, photographs()[::-1])
-    with pytest.raises(DataError, match="train@96 does not hold the images of"):
+def test_a_copy_resized_ahead_of_images_that_were_replaced_is_refused_with_the_command(folder: Path) -> None:
+    write_resized(folder, 96, photographs())
+    assert OfflineDataset(folder, image_size=96).artifact_at(96).path.name == "train@96"
+    changed = photographs()
+    changed[5] = 255 - changed[5]  # neither the first nor the last image
+    write_split(folder, changed)
+    with pytest.raises(DataError) as caught:
+        OfflineDataset(folder, image_size=96)
+    assert f"{folder}@96 does not hold the images of {folder} at 96 pixels: delete it" in str(caught.value)
+    assert "dataset=cifar10 dataset.source=DIR dataset.materialize=96 overwrite=true" in str(caught.value)
+    write_resized(folder, 96, changed)
+    assert OfflineDataset(folder, image_size=96).artifact_at(96).path.name == "train@96"
+
+
+def test_a_copy_of_another_size_under_the_name_of_this_one_is_refused(folder: Path) -> None:
+    write_resized(folder, 64, photographs()).rename(folder.with_name("train@96"))
+    with pytest.raises(DataError, match="train@96 does not hold the images of .* at 96 pixels"):
         OfflineDataset(folder, image_size=96)
 
 

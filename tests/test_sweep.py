@@ -94,6 +94,17 @@ def test_jobs_are_told_of_in_their_order_whatever_order_they_end_in() -> None:
     assert SWEEP not in os.environ
 
 
+def test_a_sweep_in_the_folder_of_a_run_leaves_no_file_there(tmp_path: Path) -> None:
+    finished_run(tmp_path / "runs" / "a", 0.5)
+    before = sorted((tmp_path / "runs" / "a").iterdir())
+    outcomes: list[sweep.Outcome] = []
+    with sweep.gathered(outcomes), sweep.reported(of_job(0, tmp_path / "runs" / "a")):
+        pass
+    outcomes[0]["error"] = "its name is taken"
+    assert "failed: its name is taken" in sweep.conclude(outcomes)
+    assert sorted((tmp_path / "runs" / "a").iterdir()) == before
+
+
 def test_an_error_that_nobody_foresaw_is_in_the_table_and_still_raised() -> None:
     outcomes: list[sweep.Outcome] = []
     with pytest.raises(KeyError), sweep.gathered(outcomes), sweep.reported(of_job(3)):

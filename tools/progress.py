@@ -68,8 +68,8 @@ class RoundReader:
         self.current: list[dict[str, Any]] = []
         self._offset = 0  # behind a complete round: lines that follow are dropped when the run is resumed
 
-    def read(self) -> list[dict[str, Any]]:
-        """Return the figures of the rounds that have ended since the last time."""
+    def read(self, last_round: int | None = None) -> list[dict[str, Any]]:
+        """Return the figures of the rounds that have ended since the last time, up to last_round if it is given."""
         ended: list[dict[str, Any]] = []
         self.current = []
         with suppress(FileNotFoundError), self.path.open("rb") as file:
@@ -77,7 +77,10 @@ class RoundReader:
             for text in file:
                 if not text.endswith(b"\n"):
                     break
-                self.current.append(json.loads(text))
+                line = json.loads(text)
+                if last_round is not None and line["round"] > last_round:
+                    break
+                self.current.append(line)
                 if self.current[-1]["kind"] == "round":
                     ended.append(figures(self.current))
                     self.current, self._offset = [], file.tell()
@@ -101,7 +104,7 @@ class Progress:
     def __init__(self, config: Config, path: Path) -> None:
         self.config, self.path = config, path
         self.reader = RoundReader(path / "metrics.jsonl")
-        earlier = self.reader.read()  # by a start that broke off
+        earlier = self.reader.read(config.resume_from)  # by an earlier start
         self.stale = read_json(path / "progress.json")
         self.totals = {key: sum(found[key] for found in earlier) for key in ("bytes_up", "bytes_down")}
         self.shown: dict[str, str] = {}

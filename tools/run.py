@@ -3,6 +3,7 @@
     python -m tools.run                                        the default experiment
     python -m tools.run experiment=toy_regression seed=3       other settings, in Hydra's grammar
     python -m tools.run run_name=mine resume=true              go on with a run that broke off
+    python -m tools.run run_name=mine resume=true resume_from=7    ... from an earlier round that it still holds
     python -m tools.run deployment=local clients=3             over the SuperNodes of tools.federation
     python -m tools.run -m seed=0,1 train.lr=0.001,0.002       a sweep: every combination, each in its own folder
     python -m tools.run --format json                          JSON lines on stdout instead (see tools/progress.py)
@@ -65,12 +66,23 @@ def final_line(summary: dict[str, Any]) -> str:
     selected = summary.get("selected_round", summary["rounds"])
     chosen = f" of round {selected}" if selected != summary["rounds"] else ""
     refused = [said] if (said := refusals(summary)) else []
+    anyway = [
+        f"resumed anyway after round {note['round']}: {some(note['changed'])}"
+        for note in summary.get("resumed_anyway", [])
+    ]
     lines = [
         f"finished {summary['rounds']} rounds{early} in {summary['seconds']:.0f} s: {', '.join(figures)}",
+        *anyway,
         f"model {summary['model_sha256']}{chosen}",
         f"results in {summary['run_dir']}",
     ]
     return "\n".join(lines + refused)
+
+
+def some(texts: list[str], most: int = 3) -> str:
+    """Return the first few texts in one line, and the number of the others."""
+    more = f"; and {len(texts) - most} more" if len(texts) > most else ""
+    return "; ".join(texts[:most]) + more
 
 
 def main() -> int:

@@ -9,7 +9,9 @@ from typing import Any
 
 from flapp.client_keys import ClientKeys
 from flapp.config import to_json
-from flapp.results import SUMMARY, check_resumable, taken
+from flapp.data import Stamp, stamp
+from flapp.origin import Origin
+from flapp.results import SUMMARY, check_new, check_resumable, check_source
 from flapp.roster import describe_refused
 from flapp.settings import Config, ConfigError
 from tools.federation import install_app, known_federation
@@ -20,6 +22,7 @@ from tools.supervisor import KEYS, root_certificates
 
 APP = Path(__file__).resolve().parents[1]
 LOOK_SECONDS, STATUS_SECONDS, END_SECONDS = 0.3, 15, 60
+CONFIG = ("config.yaml",)
 
 
 class RunError(RuntimeError):
@@ -37,10 +40,14 @@ def run_once(config: Config) -> dict[str, Any]:
     if here and config.resume:
         check_resumable(config)
         earlier = read_json(path / "metrics.json")
-        if earlier and earlier["status"] == "finished":
+        if earlier and earlier["status"] == "finished" and config.resume_from is None:
             return earlier
-    elif here and path.exists():
-        raise ConfigError(taken(config))
+        check_source(config)
+        if doubt := Origin(path).doubt(config.resume_from):
+            print(f"warning: {doubt}", file=sys.stderr)
+    elif here:
+        check_new(config)
+    before = stamp(path, CONFIG)
     config, superlink = choose_superlink(config)
     if here and config.deployment.client_keys is not None:
         ClientKeys(Path(config.deployment.client_keys))  # the run would end at once if these cannot be read
@@ -54,7 +61,7 @@ def run_once(config: Config) -> dict[str, Any]:
             install_app(Path(str(config.deployment.federation)))
         run_id = str(superlink.flwr(*words)["run-id"])
         try:
-            return follow(superlink, run_id, path, config, earlier) if here else follow_log(superlink, run_id)
+            return follow(superlink, run_id, path, config, earlier, before) if here else follow_log(superlink, run_id)
         except SuperLinkError as error:
             back = "" if config.deployment.kind == "simulation" else "once its SuperLink is back, "
             fix = f"{back}go on with it by run_name={config.run_name} resume=true"
@@ -107,17 +114,19 @@ def simulation_words(config: Config) -> str:
 
 
 def follow(
-    superlink: SuperLink, run_id: str, path: Path, config: Config, earlier: dict[str, Any] | None
+    superlink: SuperLink, run_id: str, path: Path, config: Config, earlier: dict[str, Any] | None, before: Stamp
 ) -> dict[str, Any]:
     """Show a run's progress until it ends; return its summary, or raise RunError with the reason it failed for.
 
-    `earlier` is the summary of a start that failed, which lies there until the run is resumed.
+    `earlier` is the summary of an earlier start, which lies there until the run is resumed; `before` is the stamp of
+    its config.yaml, which the run writes anew once it has dropped the rounds that it does not go on from.
     """
     asked = time.monotonic()
     with Progress(config, path) as progress:
         while (summary := read_json(path / "metrics.json")) is None or summary == earlier:
             superlink.check_alive()
-            progress.look()
+            if stamp(path, CONFIG) != before:
+                progress.look()
             if time.monotonic() - asked > STATUS_SECONDS:
                 asked = time.monotonic()
                 status, details = superlink.status(run_id)

@@ -150,7 +150,8 @@ def as_job(config: Config, hydra_config: HydraConf) -> Config:
     if (jobs := jobs_at_once(hydra_config)) > 1 and deployment.total_cpus is None:
         deployment = replace(deployment, total_cpus=max(available_cpus() // jobs, deployment.client_cpus))
     run_name = os.path.relpath(path, config.runs_dir)
-    return replace(config, run_name=run_name, deployment=deployment, resume=config.resume and path.exists())
+    config = replace(config, run_name=run_name, deployment=deployment)
+    return config if path.exists() else replace(config, resume=False, resume_from=None, resume_anyway=False)
 
 
 def jobs_at_once(hydra_config: HydraConf) -> int:
@@ -201,6 +202,8 @@ def conclude(outcomes: list[Outcome]) -> str:
     """
     folders = {Path(folder) for outcome in outcomes if (folder := outcome.pop("folder"))}
     for folder in folders:  # one, unless the jobs differ in experiment or home
+        if (folder / "config.yaml").exists():
+            continue  # the folder of a run, in which every job was refused
         if not (folder / SUMMARY).exists() or any(outcome["status"] == "finished" for outcome in outcomes):
             folder.mkdir(parents=True, exist_ok=True)
             _write(folder / SUMMARY, [outcome | {"overrides": " ".join(outcome["overrides"])} for outcome in outcomes])

@@ -188,6 +188,10 @@ class ChunkManager:
             raise CheckpointError(f"keep={keep} must be at least 1")
         self._store.expire(keep)
 
+    def drop_rounds_after(self, round_num: int) -> None:
+        """Drop all rounds with a higher number."""
+        self._store.drop_after(_round_number(round_num))
+
     def get_storage_stats(self) -> dict[str, Any]:
         """Return what the store holds and what it takes on disk, in bytes."""
         with self._store.transaction():

@@ -192,6 +192,13 @@ class Store:
             if self.refresh() and self._expire(keep, ()):
                 self._db.execute(sql.DELETE_ORPHANS)
 
+    def drop_after(self, round_num: int) -> None:
+        """Drop all rounds with a higher number, and the chunks that no other holds."""
+        with self.transaction("BEGIN IMMEDIATE", "cannot be cut back"):
+            if later := [number for number in self.records() if number > round_num]:
+                self._drop(later)
+                self._db.execute(sql.DELETE_ORPHANS)
+
     def _expire(self, keep: int | None, pinned: Collection[int]) -> list[int]:
         saved = [] if keep is None else [number for (number,) in self._db.execute(sql.NEWEST_FIRST)]
         expired = [number for number in saved[keep:] if number not in pinned]

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 from flapp.data.artifact import Artifact, DataError, arrays_sha256, open_artifact, write_artifact, write_rows
 from flapp.data.blocks import ReadRows
 from flapp.data.cifar import CIFAR, cifar_files, cifar_sha256, download_cifar, read_cifar
-from flapp.data.client_shard import DistributedShardLoader
+from flapp.data.client_shard import SHARD_FILES, DistributedShardLoader
 from flapp.data.embedded import EMBEDDED, ensure_artifacts, is_prepared
 from flapp.data.leaf import open_source
 from flapp.data.manifest import Manifest, ShardRecord, check_claim, load_manifest
 from flapp.data.materialized import materialize, materialized_folder
 from flapp.data.partition import Partition, label_histogram, load_partition, make_partition
 from flapp.data.shards import export_artifacts, open_shard, write_shards
+from flapp.data.verified import Stamp, open_verified, stamp
 
 if TYPE_CHECKING:
     from flapp.data.loader import ClientLoader
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CIFAR",
     "EMBEDDED",
+    "SHARD_FILES",
     "Artifact",
     "ClientLoader",
     "DataError",
@@ -36,6 +38,7 @@ __all__ = [
     "ShardRecord",
     "ShardSplit",
     "ShardStream",
+    "Stamp",
     "arrays_sha256",
     "check_claim",
     "cifar_files",
@@ -53,7 +56,9 @@ __all__ = [
     "open_artifact",
     "open_shard",
     "open_source",
+    "open_verified",
     "read_cifar",
+    "stamp",
     "to_input",
     "write_artifact",
     "write_rows",

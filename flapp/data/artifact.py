@@ -137,7 +137,8 @@ def open_artifact(folder: Path, verify: bool = False) -> Artifact:
     for name, array in (("images", images), ("labels", labels)):
         if verify and (bad := damaged_blocks(array, meta[name]["blocks"])):
             raise DataError(
-                f"{folder / name}.npy is damaged: block {bad[0]} has another SHA-256 than its meta.json says"
+                f"{folder / name}.npy was changed or damaged (block {bad[0]} has another SHA-256 than its meta.json "
+                f"says): delete {folder} and prepare it again"
             )
     return Artifact(folder, images, labels, tuple(meta["classes"]), digest(meta), meta.get("source_sha256", ""), layout)
 

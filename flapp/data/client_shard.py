@@ -36,6 +36,8 @@ _META_TYPES: dict[str, Any] = {
     "digest": str,
 }
 
+SHARD_FILES = ("meta.json", *(f"{split}.safetensors" for split in SPLITS))
+
 log = logging.getLogger(__name__)
 
 
@@ -75,7 +77,7 @@ class DistributedShardLoader:
         self.label_hist: list[int] = real["label_hist"]
         self.sha256: dict[str, str] = real["sha256"]
         self.digest = digest_of(meta | real)
-        self.last_modified = max(path.stat().st_mtime for path in [self.path / "meta.json", *_files(self.path)])
+        self.last_modified = max((self.path / name).stat().st_mtime for name in SHARD_FILES)
         counts = ", ".join(f"{count} {split}" for split, count in self.num_samples.items())
         log.info("client %s: %s samples from %s", self.client_id, counts, self.path)
 
@@ -155,10 +157,6 @@ def _inspect(folder: Path) -> tuple[dict[str, Any], dict[str, SplitFacts], list[
     meta = read_meta(folder)
     found = {split: inspect_split(folder / f"{split}.safetensors") for split in SPLITS}
     return meta, found, _faults(meta, found)
-
-
-def _files(folder: Path) -> list[Path]:
-    return [folder / f"{split}.safetensors" for split in SPLITS]
 
 
 def _real(found: Mapping[str, SplitFacts]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def materialize(folder: Path, size: int, progress: Callable[[int], object] = lam
     Its source_sha256 is the digest of the artifact in `folder`. Goes on where an earlier call was cut off, and calls
     progress(n) for every n images on disk. Raises DataError when 64 of them are not what PIL makes of the same images.
     """
-    native = open_artifact(folder)
+    native = open_artifact(folder, verify=True)
     if native.images.ndim != 4 or native.layout != "NHWC":
         raise DataError(f"{folder} holds no images at native resolution: materialize the split itself, as stored")
 

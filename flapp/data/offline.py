@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flapp.data.artifact import Artifact, DataError, open_artifact
+from flapp.data.artifact import Artifact, DataError
+from flapp.data.embedded import EMBEDDED
 from flapp.data.pixels import NORMALIZATIONS, normalize, resize
+from flapp.data.verified import open_verified
 
 
 class OfflineDataset(Dataset[tuple[Tensor, Any]]):
@@ -33,7 +35,7 @@ class OfflineDataset(Dataset[tuple[Tensor, Any]]):
     ) -> None:
         if normalization not in NORMALIZATIONS:
             raise DataError(f"normalization={normalization} is unknown: choose one of {', '.join(NORMALIZATIONS)}")
-        self.artifact = open_artifact(Path(folder))
+        self.artifact = open_verified(Path(folder))
         self.transform = transform
         self.normalization = normalization
         self.image_size = image_size
@@ -86,7 +88,7 @@ class OfflineDataset(Dataset[tuple[Tensor, Any]]):
     def artifact_at(self, image_size: int | None) -> Artifact:
         """Return the artifact to read for this image size: one resized ahead if there is one, else the stored images.
 
-        Raises DataError when the one resized ahead does not hold this split's images.
+        Raises DataError when the one resized ahead was made of other images than this split holds.
         """
         if image_size not in self._sources:
             folder = self.artifact.path.with_name(f"{self.artifact.path.name}@{image_size}")
@@ -95,16 +97,13 @@ class OfflineDataset(Dataset[tuple[Tensor, Any]]):
         return self._sources[image_size]
 
     def _open_resized(self, folder: Path, image_size: int) -> Artifact:
-        resized, ends = open_artifact(folder), torch.tensor([0, len(self) - 1])
-        expected = resize(read_rows(self.artifact, ends), image_size).int()
-        # Where PIL and F.interpolate differ at all, they do by two levels at most.
-        if (
-            not np.array_equal(resized.labels, self.artifact.labels)
-            or (found := read_rows(resized, ends)).shape != expected.shape
-            or (found.int() - expected).abs().max() > 2
-        ):
+        resized, dataset = open_verified(folder), folder.parent.name
+        if (resized.source_sha256, resized.size) != (self.artifact.digest, (image_size, image_size)):
+            source = "" if dataset in EMBEDDED else " dataset.source=DIR"
             raise DataError(
-                f"{folder} does not hold the images of {self.artifact.path}: delete it and prepare it again"
+                f"{folder} does not hold the images of {self.artifact.path} at {image_size} pixels: delete it, or make "
+                f"it again with python -m tools.prepare_data dataset={dataset}{source} "
+                f"dataset.materialize={image_size} overwrite=true"
             )
         return resized
 

@@ -23,8 +23,8 @@ from torchvision import transforms
 from flapp.client_data import make_batches, open_client_data, open_once
 from flapp.config import compose
 from flapp.data import write_shards
-from flapp.messages import source_digest, versions
 from flapp.settings import Config, Site
+from flapp.source import source_digest, versions
 from tools.bench import Row, measure
 
 WRITERS = (500, 3500)  # FEMNIST has 3,597; what flwr-datasets does grows with their number, what flapp does not
