@@ -1,6 +1,7 @@
 """Who may reach a simulation: Ray asks for a token, and Flower's ports answer only the user who started them."""
 
 import contextlib
+import hashlib
 import multiprocessing
 import os
 import socket
@@ -19,7 +20,9 @@ import grpc
 import psutil
 import pytest
 import uvicorn
+from flwr.cli.build import build_fab_from_disk
 from flwr.proto.control_pb2 import StartRunRequest
+from flwr.proto.fab_pb2 import Fab
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.superlink.grid import InMemoryGrid
 
@@ -27,7 +30,7 @@ from flapp import server_app
 from tests.conftest import LocalGrid
 from tools import owner_only, superlink
 from tools.owner_only import OwnerOnly, find_user, protect
-from tools.processes import HOST, TOKEN, SuperLinkError
+from tools.processes import HOST, TOKEN, SuperLinkError, environment
 from tools.submit import APP
 from tools.superlink import CONNECTION, PrivateSuperLink, ray_environment
 
@@ -83,10 +86,11 @@ def get(port: int) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-def submit_app(port: int) -> str:
+def submit_app(port: int, fab: bytes) -> str:
     """Submit an app to a SuperLink as `flwr run` does."""
     client = ControlHttpClient.from_server_address(f"{HOST}:{port}", True, None, [])
-    return str(client.StartRun(StartRunRequest()))
+    app = Fab(hash_str=hashlib.sha256(fab).hexdigest(), content=fab)
+    return str(client.StartRun(StartRunRequest(fab=app)))
 
 
 def send_and_leave(port: int) -> None:
@@ -169,6 +173,21 @@ def test_a_stranger_who_is_gone_before_the_look_up_is_not_taken_for_root() -> No
             assert find_user(connection) is None
 
 
+def test_a_server_that_cannot_look_up_a_user_refuses(
+    server: tuple[int, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, served = server
+
+    def fail(_: int) -> int:
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(os, "dup", fail)
+    with socket.create_connection((HOST, port), timeout=10) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(12) == b"HTTP/1.1 403"
+    assert served == []
+
+
 @needs_root
 def test_a_port_that_another_user_takes_over_is_looked_up_again(server: tuple[int, list[str]]) -> None:
     port, served = server
@@ -222,6 +241,13 @@ def test_every_simulation_has_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch
     assert {len(token) for token in tokens} == {64}
 
 
+def test_flowers_hidden_grpc_ports_stay_closed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hidden = ("FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_INTERNAL_GRPC_FLEET_API")
+    for name in hidden:
+        monkeypatch.setenv(name, "1")
+    assert not environment(tmp_path, "token").keys() & set(hidden)
+
+
 def test_a_shared_ray_cluster_gets_the_users_token(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,7 +296,7 @@ def test_no_port_of_a_simulation_serves_another_user(tmp_path: Path) -> None:
         wait_for((tmp_path / "runs" / "long" / "progress.json").exists)
         ports = listening(link.processes.running())
         assert [address for address in ports if address[0] == HOST] == [(HOST, link.port)]
-        said = as_stranger(submit_app, link.port)
+        said = as_stranger(submit_app, link.port, build_fab_from_disk(APP))
         assert "403 Forbidden" in said
         assert as_stranger(get, link.port)[0] == 403
         assert len(link.flwr("list")["runs"]) == 1

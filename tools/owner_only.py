@@ -41,14 +41,14 @@ class OwnerOnly(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
 
 def find_user(connection: Any) -> int | None:
-    """Return the uid of the process at the other end of a TCP connection, or None if it is not on this machine."""
-    with socket.socket(fileno=os.dup(connection.fileno())) as same:
-        try:
+    """Return the uid of the process at the other end of a TCP connection, or None if it cannot be found."""
+    try:  # an error that gets out of here would leave the connection open, and uvicorn would serve it
+        with socket.socket(fileno=os.dup(connection.fileno())) as same:
             user = look_up(same.getpeername(), same.getsockname())
             same.getpeername()  # fails if the other end has gone meanwhile, and its port may be somebody else's by now
-        except OSError:
-            return None
-    return user
+            return user
+    except OSError:
+        return None
 
 
 def look_up(peer: tuple[str, int], own: tuple[str, int]) -> int | None:

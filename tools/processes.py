@@ -19,6 +19,8 @@ import psutil
 HOST = "127.0.0.1"
 TOKEN = "FLAPP_SUPERLINK"
 SWEEP = "FLAPP_SWEEP"  # a folder after which the SuperLinks of one command are called; see sweep.py
+# The last two make Flower open further ports, which answer everybody.
+NOT_PASSED_ON = ("PYTHONPATH", "RAY_ADDRESS", "FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_INTERNAL_GRPC_FLEET_API")
 STOP_SECONDS, KILL_SECONDS = 5, 30
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -63,7 +65,7 @@ class Processes:
 def environment(folder: Path, token: str) -> dict[str, str]:
     """Return an environment that keeps Flower and Ray to this folder and off the network."""
     programs = str(Path(sys.executable).parent)
-    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "RAY_ADDRESS")}
+    kept = {key: value for key, value in os.environ.items() if key not in NOT_PASSED_ON}
     return kept | {
         "PATH": programs + os.pathsep + kept.get("PATH", ""),
         "FLWR_HOME": str(folder / "flwr"),
