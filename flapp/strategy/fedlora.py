@@ -121,7 +121,7 @@ class FedLoRA(FedAvg):
 
         aggregation_error is ||applied - ideal||_F / ||ideal||_F over all layers, None where it cannot be known. Applied
         is what the next global model really adds: its B A, and the change of its base weights as they are stored.
-        client_ranks are those that clients have from now on, where these differ from the global rank.
+        client_ranks are those that clients have from now on, where they may differ from the global rank.
         """
         records = list(trained.values())
         adapters = {f"{layer}.{part}" for layer in self.layers for part in (A, B)}
@@ -156,7 +156,8 @@ class FedLoRA(FedAvg):
             return {}
         found = {name: len(view(record[f"{self.layers[0]}.{A}"])) for name, record in trained.items()}
         self.pruned |= {name: rank for name, rank in found.items() if rank < self.rank_of(name)}
-        return {"client_ranks": found} if self.ranks or self.pruned else {}
+        may_differ = self.ranks or self.prune(self.rank) < self.rank
+        return {"client_ranks": found} if may_differ else {}
 
     def _factors(self, record: ArrayRecord, layer: str, weight: float) -> Factors:
         """Return a client's factors: its own, or where it sent none that which all have; no B where it is private."""
