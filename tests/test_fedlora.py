@@ -299,7 +299,7 @@ def test_bytes_up_are_the_adapters_and_the_head(federate: Federate) -> None:
         ),
         (["strategy.aggregation=fedit"], "does not go with strategy=fedavg"),
         (
-            ["strategy=fedlora", "lora=default", "strategy.aggregation=fedsa", "checkpoint=off"],
+            ["strategy=fedlora", "lora=default", *FEDSA, "checkpoint=off"],
             "fedsa keeps each client's B in its chunk store: set checkpoint=recent",
         ),
         *(
@@ -319,7 +319,7 @@ def test_bytes_up_are_the_adapters_and_the_head(federate: Federate) -> None:
         ),
         (["strategy.server_lr=0.1"], "has no effect without strategy.server_optimizer"),
         (
-            ["strategy=fedlora", "lora=default", "strategy.aggregation=fedsa", "lora.adapter=/adapter"],
+            ["strategy=fedlora", "lora=default", *FEDSA, "lora.adapter=/adapter"],
             "lora.adapter gives all clients one B",
         ),
         (
