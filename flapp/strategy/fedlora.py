@@ -120,7 +120,8 @@ class FedLoRA(FedAvg):
         """Aggregate adapters by the rule and average the rest; the line says how far the adapters are from the ideal.
 
         aggregation_error is ||applied - ideal||_F / ||ideal||_F over all layers, None where it cannot be known. Applied
-        is what the next global model really adds: its B A, and the change of its base weights as they are stored.
+        is what the next global model really adds, before any server optimizer steps: its B A, and the change of its
+        base weights as they are stored.
         client_ranks are those that clients have from now on, where they may differ from the global rank.
         """
         records = list(trained.values())
