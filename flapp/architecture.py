@@ -17,6 +17,13 @@ def choose_device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
+def pruned_rank(lora: LoRAConfig, rank: int) -> int:
+    """Return the rank to which a client of `rank` may prune its adapters: `rank` itself where there is no pruning."""
+    if lora.prune_gamma is None:
+        return rank
+    return min(rank, max(lora.rank_min, int(lora.prune_gamma * rank)))
+
+
 def adapt(model: nn.Module, lora: LoRAConfig, rank: int) -> None:
     """Put adapters of `rank` on a model in place; whatever the rank, all scale by lora.alpha / lora.rank."""
     add_lora(model, rank, lora.alpha * rank / lora.rank, lora.targets, lora.dropout)

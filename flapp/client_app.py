@@ -1,8 +1,9 @@
 """The ClientApp: unpack the message, work on this client's own data, pack the reply."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from logging import INFO, WARNING
 
 import torch
@@ -10,7 +11,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common import log
 
-from flapp.architecture import adapt, build, choose_device
+from flapp.architecture import adapt, build, choose_device, pruned_rank
 from flapp.base import find_base, load_base, receive_piece
 from flapp.client_data import ClientData, check_lives_here, clients_at, make_batches, open_client_data
 from flapp.client_store import private_key
@@ -27,6 +28,7 @@ from flapp.messages import (
     unpack_order,
     unpack_piece,
 )
+from flapp.model import adapted_layers, tail_norm, truncate_state
 from flapp.mods import checkpoint_mod, describe, name_errors_mod, privacy_mod
 from flapp.settings import Config, ConfigError, DatasetConfig, ModelConfig, Site
 from flapp.training import StepRules, TrainResult, build_optimizer, evaluate, scheduled_lr, train
@@ -76,17 +78,34 @@ def train_round(message: Message, context: Context) -> Message:
     config, order, data = begin(message, context)
     model = receive_model(config, order, message, context)
     lr = scheduled_lr(config.train.lr, config.train.schedule, order.server_round, config.num_rounds)
-    result = fit(model, config, order, data, lr, config.train.epochs, config.train.steps, "train")
+    learn = partial(fit, model, config, order, data, lr, config.train.epochs, config.train.steps, "train")
+    if config.lora.prune_gamma is None:
+        result, state = learn(), model.state_dict()
+    else:
+        result, state = prune(model, config, learn)
     metrics = {NUM_EXAMPLES: data.claim.train, "train-loss": result.loss, "seconds": time.monotonic() - started}
-    state = model.state_dict()
     if order.private:
         context.state[private_key(order.client_id)] = ArrayRecord({key: state[key] for key in order.private})
     return pack_reply(message, data.claim, metrics, ArrayRecord({key: state[key] for key in order.returns or state}))
 
 
+def prune(
+    model: torch.nn.Module, config: Config, learn: Callable[..., TrainResult]
+) -> tuple[TrainResult, dict[str, torch.Tensor]]:
+    """Train with a penalty on the last ranks, and cut them off if they weigh less afterwards (HetLoRA's self-pruning).
+
+    Return what training did, and the state dict in the rank that this client has from now on.
+    """
+    rank = pruned_rank(config.lora, next(iter(adapted_layers(model).values())).rank)
+    before = tail_norm(model, rank).item()
+    result = learn(lambda: config.lora.prune_penalty * tail_norm(model, rank))
+    state = model.state_dict()
+    return result, truncate_state(state, rank) if tail_norm(model, rank).item() < before else state
+
+
 @app.evaluate()
 def evaluate_round(message: Message, context: Context) -> Message:
-    """Test the received model on this client's test samples, as it is and after local fine-tuning."""
+    """Test the received model, in this client's own rank, on its test samples: as it is and after fine-tuning."""
     config, order, data = begin(message, context)
     model = receive_model(config, replace(order, accepted_round=0), message, context)
     metrics: dict[str, int | float] = {NUM_EXAMPLES: data.claim.test} | test(model, config, data, "")
@@ -164,13 +183,14 @@ def fit(
     epochs: int,
     steps: int | None,
     purpose: str,
+    penalty: Callable[[], torch.Tensor] | None = None,
 ) -> TrainResult:
     """Train in place; shuffling and dropout are drawn from (seed, client, round, purpose), whoever runs it."""
     seeds = [derive_seed(config.seed, order.client_id, order.server_round, purpose, use) for use in ("order", "noise")]
     batches = make_batches(config, data, "train", device_of(model), seeds[0])
     settings = config.train
     optimizer = build_optimizer(model, settings.optimizer, lr, settings.momentum, settings.weight_decay)
-    rules = StepRules(settings.accumulate, settings.clip_norm, settings.proximal_mu, settings.precision)
+    rules = StepRules(settings.accumulate, settings.clip_norm, settings.proximal_mu, settings.precision, penalty)
     return train(model, batches, optimizer, epochs, steps, seeds[1], rules)
 
 

@@ -135,13 +135,33 @@ def check_together(config: Config) -> None:
             "raise lora.rank",
         ),
         (
+            lora.prune_gamma is not None and strategy.aggregation != "hetlora",
+            f"lora.prune_gamma={lora.prune_gamma} lets clients prune their ranks, which "
+            f"strategy.aggregation={strategy.aggregation} does not do: set strategy.aggregation=hetlora or "
+            "lora.prune_gamma=null",
+        ),
+        (
+            lora.prune_gamma is None and lora.prune_penalty > 0,
+            f"lora.prune_penalty={lora.prune_penalty} has no effect without lora.prune_gamma: set one, such as 0.75",
+        ),
+        (
+            lora.prune_gamma is None and lora.rank_min > 1,
+            f"lora.rank_min={lora.rank_min} has no effect without lora.prune_gamma: set one, such as 0.75",
+        ),
+        (
+            lora.rank_min > min(lora.rank_by_client or (lora.rank,)),
+            f"lora.rank_min={lora.rank_min} is more than the smallest rank that a client starts with, "
+            f"{min(lora.rank_by_client or (lora.rank,))}: lower lora.rank_min",
+        ),
+        (
             strategy.aggregation == "fedsa" and not config.checkpoint.enabled,
             "strategy.aggregation=fedsa keeps each client's B in its chunk store: set checkpoint=recent (got "
             "checkpoint.enabled=false)",
         ),
         (
-            lora.rank_by_client is not None and strategy.weighting == "alignment",
-            "strategy.weighting=alignment compares updates of one shape: leave lora.rank_by_client out",
+            (lora.rank_by_client is not None or lora.prune_gamma is not None) and strategy.weighting == "alignment",
+            "strategy.weighting=alignment compares updates of one shape: leave lora.rank_by_client and "
+            "lora.prune_gamma out",
         ),
         (
             strategy.server_optimizer is not None and strategy.aggregation not in (None, "fedit"),
@@ -214,7 +234,8 @@ def name_rules(run_name: str) -> list[tuple[bool, str]]:
 
 def metric_rules(config: Config, setting: str, metric: str | None) -> list[tuple[bool, str]]:
     """Return the rules for a setting that names a metric of evaluations: the metric must be measured."""
-    personal = config.evaluate.personal_epochs > 0 or config.strategy.aggregation == "fedsa"
+    fedsa = config.strategy.aggregation == "fedsa"
+    personal = config.evaluate.personal_epochs > 0 or fedsa
     return [
         (
             metric not in (None, "loss") and config.dataset.classes == 0,
@@ -223,6 +244,12 @@ def metric_rules(config: Config, setting: str, metric: str | None) -> list[tuple
         (
             metric == "personal_accuracy" and not personal,
             f"{setting}={metric} needs fine-tuning: set evaluate.personal_epochs to 1 or more",
+        ),
+        (
+            fedsa and metric in ("accuracy", "loss"),
+            f"{setting}={metric} is of the global model, which lacks every client's B with "
+            f"strategy.aggregation=fedsa: "
+            + (f"set {setting}=personal_accuracy" if config.dataset.classes else "choose another rule"),
         ),
     ]
 

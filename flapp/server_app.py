@@ -17,7 +17,7 @@ from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
-from flapp.architecture import adapt, build, choose_device
+from flapp.architecture import adapt, build, choose_device, pruned_rank
 from flapp.base import Base, keep_base
 from flapp.client_data import open_partition
 from flapp.client_keys import ClientKeys
@@ -240,6 +240,7 @@ def build_strategy(config: Config, roster: Roster, run: RunDirectory, model: nn.
         scaling=config.lora.alpha / config.lora.rank,
         rank=config.lora.rank,
         ranks={name: dealt[i % len(dealt)] for i, name in enumerate(roster.expected)} if dealt else {},
+        prune=partial(pruned_rank, config.lora),
         fresh=partial(fresh_adapter, config, model),
     )
 

@@ -78,6 +78,9 @@ class LoRAConfig:
     targets: tuple[str, ...]
     dropout: Dropout
     rank_by_client: tuple[Count, ...] | None
+    prune_gamma: Annotated[float, Bound(gt=0, le=0.999)] | None
+    prune_penalty: NotNegative
+    rank_min: Count
     adapter: str | None
 
 

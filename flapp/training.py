@@ -1,7 +1,7 @@
 """The local loop: train a model on a client's batches, and evaluate it. Plain PyTorch."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -31,12 +31,16 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class StepRules:
-    """How gradients become a step: batches per step, longest gradient, FedProx's pull, and the precision before."""
+    """How gradients become a step: batches per step, longest gradient, FedProx's pull, and the precision before.
+
+    penalty is a term that each step adds to the loss; its gradient is taken in float32 and counts before clipping.
+    """
 
     accumulate: int = 1
     clip_norm: float | None = None
     proximal_mu: float = 0.0
     precision: str = "float32"
+    penalty: Callable[[], Tensor] | None = None
 
 
 class Stepper:
@@ -68,6 +72,9 @@ class Stepper:
     def _shape_gradients(self) -> None:
         if self.waiting > 1:
             torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], self.waiting)
+        if self.rules.penalty is not None:
+            with torch.enable_grad():
+                self.rules.penalty().backward()
         for p, start in zip(self.parameters, self.start, strict=False):
             if p.grad is not None:
                 p.grad.add_(p - start, alpha=self.rules.proximal_mu)

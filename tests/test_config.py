@@ -17,6 +17,7 @@ CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((config.CON
 NEEDS = {
     ("dataset", "regression"): ["model=linear", "partition=iid", "evaluate.objective=loss"],
     ("lora", "default"): ["strategy=fedlora"],
+    ("lora", "heterogeneous"): ["strategy=fedlora", "strategy.aggregation=hetlora"],
     ("strategy", "fedlora"): ["lora=default"],
     ("experiment", "cifar10_fedlora"): ["model.pretrained=/models/vit_b_16.pth"],
     ("experiment", "cifar100_fedlora"): ["model.pretrained=/models/vit_b_16.pth"],

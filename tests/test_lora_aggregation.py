@@ -1,6 +1,7 @@
 """The eight rules against dense float64 numpy, written without any of their code."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 
 import numpy as np
@@ -150,10 +151,13 @@ def test_flexlora_cut_to_a_clients_rank_is_still_the_best_of_that_rank() -> None
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_hetlora_pads_and_weighs_by_the_norm_of_each_product(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("equal", [False, True])
+def test_hetlora_pads_and_weighs_by_the_norm_of_each_product(shape: tuple[int, int], equal: bool) -> None:
     group = clients("hetlora", shape, 7, [1, 2, 6])
+    if equal:  # the paper's weights: the norms alone
+        group = [client._replace(weight=1.0) for client in group]
     result = RULES["hetlora"].aggregate(group, 8)
-    weights = [client.weight * np.linalg.norm(product(client)) for client in group]
+    weights = [(1 if equal else client.weight) * np.linalg.norm(product(client)) for client in group]
     wanted_a, wanted_b = np.zeros((8, shape[1])), np.zeros((shape[0], 8))
     for client, weight in zip(group, weights, strict=True):
         rank = len(client.A)
@@ -212,6 +216,24 @@ def test_the_error_without_the_big_matrices_is_the_error_with_them(
     found, wanted = applied(result, group), ideal(group)
     assert relative_error(result, group) == pytest.approx(error(found, wanted), rel=1e-6, abs=1e-14)
     assert error_norms(result, group)[1] == pytest.approx(np.linalg.norm(wanted))
+
+
+@pytest.mark.parametrize("word", ["flora", "fedex"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_error_of_what_a_base_really_took_is_that_of_the_dense_change(word: str, shape: tuple[int, int]) -> None:
+    group = clients(word, shape, 3)
+    result = RULES[word].aggregate(group)
+    base = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    folded = reduce(np.matmul, [part.astype(np.float64) for part in result.folded or ()])
+    change = (base + 1e-4 * folded).astype(np.float32).astype(
+        np.float64
+    ) - base  # a small scale, so that rounding shows
+    stored = replace(result, folded=(change / 1e-4,))
+    error_found, norm = error_norms(stored, group)
+    wanted = np.linalg.norm(applied(stored, group) - ideal(group))
+    assert error_found == pytest.approx(wanted, rel=1e-6)
+    assert norm == pytest.approx(np.linalg.norm(ideal(group)))
+    assert error_found > 10 * error_norms(result, group)[0]
 
 
 @pytest.mark.parametrize("word", EXACT)

@@ -50,6 +50,35 @@ def test_three_rounds_are_those_of_flowers_strategy(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["fedadam", "fedyogi", "fedavgm"])
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_three_rounds_are_those_of_the_documented_formulas_in_float64(name: str, momentum: float) -> None:
+    found = steps(ServerOptimizer(name, 0.1, momentum))["w"].numpy()
+    x, b2, tau = START["w"].astype(np.float64), 0.99, 1e-3
+    m, v = np.zeros_like(x), np.zeros_like(x)
+    for t, average in enumerate(AVERAGES, 1):
+        d = average["w"] - x
+        m = momentum * m + (d if name == "fedavgm" else (1 - momentum) * d)
+        if name == "fedavgm":
+            x = x + 0.1 * m
+            continue
+        if name == "fedadam":
+            eta, v = 0.1 * np.sqrt(1 - b2 ** (t + 1)) / (1 - momentum ** (t + 1)), b2 * v + (1 - b2) * d**2
+        else:
+            eta, v = 0.1, v - (1 - b2) * d**2 * np.sign(v - d**2)
+        x = x + eta * m / (np.sqrt(v) + tau)
+    np.testing.assert_allclose(found, x, rtol=1e-5, atol=1e-6)
+
+
+def test_fedadams_first_step_has_adams_bias_correction_of_the_second() -> None:
+    """Reddi et al. have none: their step would be (1 - b1) / sqrt(1 - b2) of the learning rate, 2 here."""
+    average = {"w": START["w"] + np.float32(100), "steps": np.array(5)}
+    step = ServerOptimizer("fedadam", 0.1, 0.8).step(record(START), record(average), 1)["w"].numpy() - START["w"]
+    plain = 0.1 * (1 - 0.8) / np.sqrt(1 - 0.99)
+    correction = np.sqrt(1 - 0.99**2) / (1 - 0.8**2)
+    np.testing.assert_allclose(step, plain * correction, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["fedadam", "fedyogi", "fedavgm"])
 def test_moments_taken_back_go_on_as_if_nothing_had_happened(name: str) -> None:
     whole = steps(ServerOptimizer(name, 0.1, 0.8))
     first, later = ServerOptimizer(name, 0.1, 0.8), ServerOptimizer(name, 0.1, 0.8)

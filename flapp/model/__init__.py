@@ -15,6 +15,8 @@ from flapp.model.lora import (
     mark_only_lora_as_trainable,
     merge_lora,
     merged_state_dict,
+    tail_norm,
+    truncate_state,
     unmerge_lora,
 )
 from flapp.model.pretrained import Pretrained, from_torchvision, load_pretrained, to_torchvision
@@ -55,6 +57,8 @@ __all__ = [
     "read_tensors",
     "save_tensors",
     "sha256_of_file",
+    "tail_norm",
     "to_torchvision",
+    "truncate_state",
     "unmerge_lora",
 ]

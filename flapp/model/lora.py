@@ -141,6 +141,27 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in model.state_dict().items() if key not in frozen}
 
 
+def tail_norm(model: nn.Module, rank: int) -> Tensor:
+    """Return sum ||B[:, rank:]||_F ||A[rank:]||_F over the adapted layers: what the ranks after the first `rank` weigh.
+
+    A scalar with a gradient: the penalty of HetLoRA's self-pruning (Cho et al. 2024, arXiv:2401.06432, section 4).
+    """
+    norm = torch.linalg.vector_norm
+    layers = adapted_layers(model).values()
+    return torch.stack([norm(layer.lora_B[:, rank:]) * norm(layer.lora_A[rank:]) for layer in layers]).sum()
+
+
+def truncate_state(state: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Return a state dict with its adapters cut to their first `rank` ranks; other tensors are not copied."""
+    cut = dict(state)
+    for key, tensor in state.items():
+        if key.endswith(".lora_A"):
+            cut[key] = tensor[:rank].contiguous()
+        elif key.endswith(".lora_B"):
+            cut[key] = tensor[:, :rank].contiguous()
+    return cut
+
+
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return what lora_state_dict does not: the frozen base."""
     travels = lora_state_dict(model)

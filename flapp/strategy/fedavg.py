@@ -1,14 +1,14 @@
 """FedAvg as a Flower strategy: draws clients by id, checks every reply, and averages in an order of its own."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from math import isfinite
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
@@ -188,7 +188,7 @@ class FedAvg(FlowerFedAvg):
         return MetricRecord({key.replace("_", "-"): v for key, v in result.items() if isinstance(v, float)})
 
     def outgoing(self, client_id: str, arrays: ArrayRecord) -> ArrayRecord:
-        """Return what a client is sent of the global model to train: all of it."""
+        """Return what a client is sent of the global model, to train or to evaluate: all of it."""
         return arrays
 
     def instructions(self, kind: str, server_round: int) -> dict[str, Any]:
@@ -221,7 +221,7 @@ class FedAvg(FlowerFedAvg):
 
     def _pairs(self, name: str, arrays: ArrayRecord) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield each floating tensor of a client, as trained and as it was sent to the client."""
-        sent = unpack_arrays(self.exchange.sent[name].content)
+        sent = self.expected(name, arrays)
         for key in sorted(arrays):
             values = view(arrays[key])
             if values.dtype.kind == "f":
@@ -244,8 +244,7 @@ class FedAvg(FlowerFedAvg):
         rest = self.instructions(kind, server_round)
         sent = {}
         for name in chosen:
-            content = self.outgoing(name, arrays) if kind == TRAIN else arrays
-            accepted = self.accepted.get(name, 0)
+            content, accepted = self.outgoing(name, arrays), self.accepted.get(name, 0)
             sent[name] = self.roster.order(kind, name, server_round, content, accepted_round=accepted, **rest)
         self.exchange = Exchange(kind, server_round, sent, rest.get("returns"), absent=self.roster.missing())
         self.run.show_progress(server_round, kind, 0, len(sent))
@@ -288,13 +287,16 @@ class FedAvg(FlowerFedAvg):
         if fault := self.roster.check(name, claim) or self._find_metric_fault(name, metrics):
             raise MessageError(fault)
         if self.exchange.kind == TRAIN:
-            sent = unpack_arrays(self.exchange.sent[name].content)
-            wanted = {key: sent[key] for key in self.exchange.returns or sent}
             trained = unpack_arrays(reply.content)
-            if fault := find_fault(trained, wanted):
+            if fault := find_fault(trained, self.expected(name, trained)):
                 raise MessageError(fault)
             self.exchange.norms[name] = update_norm(self._pairs(name, trained))
         return metrics
+
+    def expected(self, name: str, trained: ArrayRecord) -> Mapping[str, Array]:
+        """Return what `trained`, a client's reply, must fit and is an update of: the tensors it was asked to return."""
+        sent = unpack_arrays(self.exchange.sent[name].content)
+        return {key: sent[key] for key in self.exchange.returns or sent}
 
     def _find_metric_fault(self, name: str, metrics: dict[str, float]) -> str | None:
         attested: Claim = self.roster.members[name].claim

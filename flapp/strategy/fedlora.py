@@ -6,6 +6,7 @@ adapted layers down anew each round: clients keep nothing between rounds, and a 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from logging import INFO
 from typing import Any
@@ -42,7 +43,8 @@ class FedLoRA(FedAvg):
     """Federated LoRA by the rule `aggregation`; its other arguments are FedAvg's, and these:
 
     layers: names of the adapted layers; private: keys that each client keeps; scaling: alpha / rank; rank: of the
-    global adapter; ranks: of clients that have less; fresh: a round's new lora_A of every layer, of the global rank and
+    global adapter; ranks: of clients that begin with less; prune: gives the rank to which a client of a rank may prune
+    itself, which is that rank where clients do not; fresh: a round's new lora_A of every layer, of the global rank and
     drawn from the seed. Factors that never travel are those of the roster's base.
     """
 
@@ -55,13 +57,15 @@ class FedLoRA(FedAvg):
         scaling: float,
         rank: int,
         ranks: Mapping[str, int],
+        prune: Callable[[int], int],
         fresh: Callable[[int], Mapping[str, np.ndarray]],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.aggregation, self.rule = aggregation, RULES[aggregation]
         self.layers, self.private = list(layers), tuple(private)
-        self.scaling, self.rank, self.ranks, self.fresh = scaling, rank, ranks, fresh
+        self.scaling, self.rank, self.ranks, self.prune, self.fresh = scaling, rank, ranks, prune, fresh
+        self.pruned: dict[str, int] = {}
 
     def summary(self) -> None:
         """Log the rule, and what FedAvg logs."""
@@ -69,8 +73,8 @@ class FedLoRA(FedAvg):
         super().summary()
 
     def facts(self) -> dict[str, Any]:
-        """Return what FedAvg does, and which base the adapters are of."""
-        return super().facts() | {"base": self.roster.base_digest}
+        """Return what FedAvg does, which base the adapters are of, and the ranks of clients that pruned themselves."""
+        return super().facts() | {"base": self.roster.base_digest, "pruned": self.pruned}
 
     def go_on_after(self, done: int, facts: dict[str, Any], state: dict[str, np.ndarray]) -> None:
         """Go on after `done` rounds; raises FederationError when the base is not the one the run began with."""
@@ -80,6 +84,7 @@ class FedLoRA(FedAvg):
                 "model.pretrained named, or start a new run"
             )
         super().go_on_after(done, facts, state)
+        self.pruned = dict(facts["pruned"])
 
     def instructions(self, kind: str, server_round: int) -> dict[str, Any]:
         """Name what is trained and sent back in this round, and what is trained and kept."""
@@ -90,18 +95,34 @@ class FedLoRA(FedAvg):
 
     def outgoing(self, client_id: str, arrays: ArrayRecord) -> ArrayRecord:
         """Return the global model with its adapter cut to the client's own rank."""
-        if client_id not in self.ranks:
-            return arrays
+        rank = self.rank_of(client_id)
+        return arrays if rank == self.rank else ArrayRecord(self._cut(arrays, rank))
+
+    def rank_of(self, client_id: str) -> int:
+        """Return the rank that a client has now."""
+        return self.pruned.get(client_id, self.ranks.get(client_id, self.rank))
+
+    def expected(self, name: str, trained: ArrayRecord) -> Mapping[str, Array]:
+        """Return what a reply must fit: what was sent, or that cut to the rank to which the client may prune itself."""
+        wanted, rank, key = super().expected(name, trained), self.prune(self.rank_of(name)), f"{self.layers[0]}.{A}"
+        is_pruned = rank < self.rank_of(name) and key in trained and tuple(trained[key].shape[:1]) == (rank,)
+        return self._cut(wanted, rank) if is_pruned else wanted
+
+    def _cut(self, arrays: Mapping[str, Array], rank: int) -> dict[str, Array]:
+        """Return tensors with every adapter cut to its first `rank` ranks."""
         cut = dict(arrays.items())
         for layer in self.layers:
-            a, b = truncate(view(arrays[f"{layer}.{A}"]), view(arrays[f"{layer}.{B}"]), self.ranks[client_id])
+            a, b = truncate(view(arrays[f"{layer}.{A}"]), view(arrays[f"{layer}.{B}"]), rank)
             cut |= {f"{layer}.{A}": pack(a), f"{layer}.{B}": pack(b)}
-        return ArrayRecord(cut)
+        return cut
 
     def combine(self, trained: dict[str, ArrayRecord], weights: list[float]) -> tuple[ArrayRecord, dict[str, Any]]:
         """Aggregate adapters by the rule and average the rest; the line says how far the adapters are from the ideal.
 
-        aggregation_error is ||applied - ideal||_F / ||ideal||_F over all layers, None where it cannot be known.
+        aggregation_error is ||applied - ideal||_F / ||ideal||_F over all layers, None where it cannot be known. Applied
+        is what the next global model really adds, before any server optimizer steps: its B A, and the change of its
+        base weights as they are stored.
+        client_ranks are those that clients have from now on, where they may differ from the global rank.
         """
         records = list(trained.values())
         adapters = {f"{layer}.{part}" for layer in self.layers for part in (A, B)}
@@ -114,10 +135,30 @@ class FedLoRA(FedAvg):
         for layer in self.layers:
             clients = [self._factors(r, layer, weight) for r, weight in zip(records, weights, strict=True)]
             found = self.rule.aggregate(clients, self.rank if self.rule.any_rank else None)
-            norms.append((0.0, 0.0) if self.rule.private_b else error_norms(found, clients))
-            new |= self._install(layer, found, fresh)
+            installed = self._install(layer, found, fresh)
+            norms.append((0.0, 0.0) if self.rule.private_b else self._error_norms(layer, found, installed, clients))
+            new |= installed
         error, ideal = (sum(norm**2 for norm in column) ** 0.5 for column in zip(*norms, strict=True))
-        return ArrayRecord(new), {"aggregation_error": error / ideal if ideal else None}
+        return ArrayRecord(new), {"aggregation_error": error / ideal if ideal else None} | self._note_ranks(trained)
+
+    def _error_norms(
+        self, layer: str, found: Aggregated, installed: Mapping[str, Array], clients: Sequence[Factors]
+    ) -> tuple[float, float]:
+        """Return the error and the ideal of a layer, where something is folded by the base weight that is stored."""
+        key = f"{layer}.{WEIGHT}"
+        if key in installed:
+            change = np.subtract(view(installed[key]), view(self.current[key]), dtype=np.float64)
+            found = replace(found, folded=(change / self.scaling,))
+        return error_norms(found, clients)
+
+    def _note_ranks(self, trained: Mapping[str, ArrayRecord]) -> dict[str, Any]:
+        """Remember which clients have pruned themselves, and return what the line says of ranks."""
+        if not self.rule.any_rank:
+            return {}
+        found = {name: len(view(record[f"{self.layers[0]}.{A}"])) for name, record in trained.items()}
+        self.pruned |= {name: rank for name, rank in found.items() if rank < self.rank_of(name)}
+        may_differ = self.ranks or self.prune(self.rank) < self.rank
+        return {"client_ranks": found} if may_differ else {}
 
     def _factors(self, record: ArrayRecord, layer: str, weight: float) -> Factors:
         """Return a client's factors: its own, or where it sent none that which all have; no B where it is private."""

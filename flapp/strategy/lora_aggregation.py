@@ -110,8 +110,10 @@ def flexlora(layer: Layer) -> Aggregated:
 def hetlora(layer: Layer) -> Aggregated:
     """Pad to the rank asked and average A and B, weighted by p_k ||B_k A_k||_F; all-zero products fall back to p_k.
 
-    This is the sparsity-weighted aggregation of HetLoRA (Cho et al. 2024, arXiv:2401.06432) on each weight matrix,
-    with the norm of that matrix's own product; its pruning of ranks happens at the clients. `truncate` is the way back.
+    This is the sparsity-weighted aggregation of HetLoRA (Cho et al. 2024, arXiv:2401.06432, section 4), which weighs
+    client k by S_k / sum S, S_k = ||B_k A_k||_F. The paper writes it for one weight matrix; here each adapted matrix
+    has the S_k of its own product. The paper's clients all count the same: equal p_k (strategy.weighting=uniform) give
+    its weights exactly, other p_k multiply them. `truncate` is the way back to a client's rank.
     """
     norms = [_norm(B, A) for A, B in zip(layer.A, layer.B, strict=True)]
     weights = layer.shares * norms
@@ -183,21 +185,27 @@ def error_norms(aggregated: Aggregated, clients: Sequence[Factors]) -> tuple[flo
 
     Applied is B A plus what is folded; with private B (fedsa) it is sum_k p_k B_k A. Both norms come from QR of the
     stacked factors in float64: matrices of out x in are avoided, and so are Gram matrices, which lose half the digits.
+    Only where a dense matrix is folded are there three of out x in, in float64.
     """
     layer = _check(clients, None)
     if not layer.B:
         raise ValueError("the error of an adapter needs every client's B")
     left, right = layer.stacked()
     pairs, count = [(left, right)], len(right)
-    if aggregated.folded is not None:
-        pairs.append(_pair(aggregated.folded))
+    dense: np.ndarray | float = 0.0
+    if aggregated.folded is not None and len(aggregated.folded) == 1:
+        (dense,) = aggregated.folded
+    elif aggregated.folded is not None:
+        pairs.append((aggregated.folded[0], aggregated.folded[1]))
     if aggregated.A is not None:
         B = _total(layer.B, layer.shares) if aggregated.B is None else aggregated.B
         pairs.append((B, aggregated.A))
     lefts, rights = zip(*pairs, strict=True)
-    left, right = _reduce(np.hstack(lefts), np.vstack(rights))
+    left, right = np.hstack(lefts), np.vstack(rights)
+    if isinstance(dense, float):
+        left, right = _reduce(left, right)
     ideal, applied = left[:, :count] @ right[:count], left[:, count:] @ right[count:]
-    return float(np.linalg.norm(applied - ideal)), float(np.linalg.norm(ideal))
+    return float(np.linalg.norm(applied + dense - ideal)), float(np.linalg.norm(ideal))
 
 
 def relative_error(aggregated: Aggregated, clients: Sequence[Factors]) -> float:
@@ -266,10 +274,6 @@ def _fold(left: np.ndarray, right: np.ndarray, dtype: np.dtype) -> tuple[np.ndar
     if left.size + right.size > len(left) * right.shape[1]:
         return ((left @ right).astype(dtype),)
     return left.astype(dtype), right.astype(dtype)
-
-
-def _pair(folded: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
-    return (folded[0], folded[1]) if len(folded) == 2 else (np.eye(len(folded[0])), folded[0])
 
 
 def _truncated_svd(left: np.ndarray, right: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

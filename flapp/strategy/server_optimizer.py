@@ -2,6 +2,20 @@
 
 Flower's strategy is handed the average as if it were the reply of its only client, and gives back its step. Its
 moments are tensors that a resumed run must have, so they are kept with each round.
+
+What Flower 1.41 computes in round t = 1, 2, ..., from the global model x and the average y, with d = y - x, b1 the
+server_momentum, b2 = 0.99, tau = 0.001 and m = v = 0 before round 1:
+
+    fedadam   m = b1 m + (1 - b1) d    v = b2 v + (1 - b2) d^2                       x + eta_t m / (sqrt(v) + tau)
+    fedyogi   m = b1 m + (1 - b1) d    v = v - (1 - b2) d^2 sign(v - d^2)            x + eta m / (sqrt(v) + tau)
+    fedavgm   m = b1 m + d                                                           x + eta m
+
+    eta_t = eta sqrt(1 - b2^(t + 1)) / (1 - b1^(t + 1))
+
+This differs from algorithm 2 of Reddi et al. in two ways. There v begins at tau^2 or more, here at 0. There fedadam
+has no bias correction: eta_t is eta. Flower's is Adam's (Kingma & Ba 2015, arXiv:1412.6980), with the exponent t + 1 in
+place of t. FedAvgM is that of Hsu et al., without a factor 1 - b1: with b1 = 0.9 a steady update moves the model ten
+times as far as with b1 = 0. Rounds are counted from the beginning of the run, also after a resume.
 """
 
 from collections.abc import Mapping
