@@ -130,9 +130,10 @@ def test_clients_that_kept_later_rounds_keep_their_own_tensors_of_the_round_that
     again, _ = federate(*FEDSA, "run_name=private", "resume=true", "resume_from=2")
     assert again["model_sha256"] == whole["model_sha256"]
     assert again["personal_accuracy"] == whole["personal_accuracy"]
-    assert not any(line["failures"] for line in read_lines(path, "train"))
     settings = ("checkpoint.replay=false", "run_name=private", "resume=true", "resume_from=2")
     assert federate(*FEDSA, *settings)[0]["model_sha256"] == whole["model_sha256"]
+    assert rounds_of(path, "roster") == [0, 2]
+    assert not any(line["failures"] for line in read_lines(path, "train"))
 
 
 def test_going_back_before_other_source_was_taken_compares_with_the_source_before_it(
