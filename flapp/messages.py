@@ -12,22 +12,23 @@ Both are ConfigRecords, `metrics` a MetricRecord, `arrays` an ArrayRecord of the
 
 import hashlib
 import io
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from flapp.untrusted import printable, read_npy_header
+
 ATTEST, BASE, TRAIN, EVALUATE = "query.attest", "query.base", "train", "evaluate"
 ARRAYS, ORDER, METRICS, CLAIM, PIECE = "arrays", "order", "metrics", "claim", "piece"
 NUM_EXAMPLES = "num-examples"
-HEADER_ERRORS = (ValueError, TypeError, SyntaxError, TokenError, RecursionError, MemoryError, LookupError)  # of numpy
 
 
 class MessageError(ValueError):
@@ -164,18 +165,15 @@ def unpack_reply(content: RecordDict) -> tuple[Claim, dict[str, float]]:
 
 
 def view(array: Array) -> np.ndarray:
-    """Return the read-only numpy array inside a Flower Array; raises ValueError when its bytes are not one."""
-    stream = io.BytesIO(array.data[:4096])
+    """Return the read-only numpy array inside a Flower Array; raises ValueError unless it is one of plain numbers."""
     try:
-        major, _ = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(stream)
-        if dtype.hasobject:
-            raise ValueError("it holds Python objects")
-        flat = np.frombuffer(array.data, dtype, offset=stream.tell())
+        shape, fortran, dtype, offset = read_npy_header(array.data)
+        if len(array.data) - offset != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"its {len(array.data) - offset:,} bytes are not those of {dtype} {list(shape)}")
+        flat = np.frombuffer(array.data, dtype, math.prod(shape), offset) if math.prod(shape) else np.empty(0, dtype)
         return flat.reshape(shape, order="F" if fortran else "C")
-    except HEADER_ERRORS as error:
-        raise ValueError(f"not a plain array of {array.dtype} {list(array.shape)} ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"not a plain array of {printable(array.dtype, 40)} ({error})") from error
 
 
 def views(record: Mapping[str, Array]) -> dict[str, np.ndarray]:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flapp.untrusted import check_safetensors, parse_json
+
 FORMAT_VERSION = 1
 
 
@@ -39,10 +41,11 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_safetensors(path)
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("flapp", "null"))
+            header = parse_json((file.metadata() or {}).get("flapp", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
     if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path} has no flapp header of format {FORMAT_VERSION}: was it written by flapp?")
@@ -59,7 +62,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {}
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
-        layout = json.loads(file.read(start - 8))
+        layout = parse_json(file.read(start - 8))
         for name, like in mapped.items():
             raw = torch.empty(like.nbytes, dtype=torch.uint8)
             file.seek(start + layout[name]["data_offsets"][0])
