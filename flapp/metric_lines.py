@@ -67,7 +67,7 @@ SUMMARY: dict[str, Check] = {
 
 
 def read_line(text: bytes | str) -> dict[str, Any]:
-    """Return a line of metrics.jsonl; raises ValueError unless it is JSON whose known keys have values of their kind."""
+    """Return a line of metrics.jsonl; raises ValueError unless it is JSON and its known keys hold the right types."""
     line = parse_json(text, surrogates=True)  # the reasons for failures come from clients
     if not isinstance(line, dict) or not {"kind", "round"} <= line.keys():
         raise ValueError("it is not an object with a kind and a round")

@@ -21,6 +21,7 @@ import numpy as np
 from flapp.data.artifact import DataError
 from flapp.untrusted import printable, read_bytes
 
+MOST_TUPLES = 1000
 MOST_FILE = 256 << 20  # bytes; the largest of them has 155 MB
 
 
@@ -116,7 +117,7 @@ def _read_images(path: Path, key: bytes, classes: int) -> tuple[np.ndarray, np.n
     if not all(type(label) is int and 0 <= label < classes for label in labels):
         bad = next(label for label in labels if type(label) is not int or not 0 <= label < classes)
         raise DataError(
-            f"{path} has the label {printable(repr(bad), 40)}: they are whole numbers from 0 to {classes - 1}"
+            f"{path} has the label {bad if type(bad) is int else type(bad).__name__}: they are whole numbers from 0 to {classes - 1}"
         )
     return data.to_numpy().reshape(-1, 3, 32, 32), np.array(labels, dtype=np.int64)
 
@@ -145,7 +146,8 @@ class _Uint8:
 
     def __init__(self, name: Any, *_: Any) -> None:
         if name not in ("u1", b"u1"):
-            raise ValueError(f"an array has the dtype {printable(repr(name), 40)}, not u1")
+            said = printable(name, 40) if isinstance(name, str | bytes) else type(name).__name__
+            raise ValueError(f"an array has the dtype {said}, not u1")
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -197,13 +199,31 @@ def _content(path: Path) -> bytes:
 
 
 def _check_opcodes(pickled: bytes) -> None:
-    """Raise ValueError for lengths beyond the file, and for memo slots for which the unpickler would fill the memory."""
-    slots = 0
+    """Raise ValueError for a pickle that would take memory or time out of all proportion to its length.
+
+    That is: lengths beyond the file, memo slots so high that the unpickler's table fills the memory, and tuples that
+    are used twice or nested deeply, whose hashes take exponential time or overflow the stack. CIFAR's has none of them.
+    """
+    slots = tuples = 0
+    of_tuples: set[int] = set()
+    last = ""
     for opcode, argument, _ in pickletools.genops(pickled):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+        name = opcode.name
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            slot = slots if argument is None else argument
             slots += 1
-            if argument is not None and argument > 2 * slots + 1000:
-                raise ValueError(f"it names memo slot {argument:,} after {slots:,} slots")
+            if slot > 2 * slots + 1000:
+                raise ValueError(f"it names memo slot {slot:,} after {slots:,} slots")
+            if last.startswith("TUPLE"):
+                of_tuples.add(slot)
+        tuples += name.startswith("TUPLE")
+        if (
+            name == "DUP"
+            or tuples > MOST_TUPLES
+            or (name in ("GET", "BINGET", "LONG_BINGET") and argument in of_tuples)
+        ):
+            raise ValueError("it nests or repeats tuples, which no CIFAR file does")
+        last = name
 
 
 def _read(path: Path) -> dict[Any, Any]:
