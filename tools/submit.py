@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flapp.config import to_json
+from flapp.metric_lines import sound_summary
 from flapp.results import SUMMARY, check_resumable, taken
 from flapp.settings import Config, ConfigError
 from tools.federation import install_app, known_federation
@@ -35,8 +36,8 @@ def run_once(config: Config) -> dict[str, Any]:
     if here and config.resume:
         check_resumable(config)
         earlier = read_json(path / "metrics.json")
-        if earlier and earlier["status"] == "finished":
-            return earlier
+        if earlier and earlier.get("status") == "finished":
+            return check_summary(earlier, path / "metrics.json")
     elif here and path.exists():
         raise ConfigError(taken(config))
     config, superlink = choose_superlink(config)
@@ -123,6 +124,15 @@ def follow(
     if summary["status"] != "finished":
         raise RunError(summary["error"], summary)
     wait_for_end(superlink, run_id)
+    return summary
+
+
+def check_summary(summary: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the summary of a finished run; raises ConfigError when it lacks what is said of such a run."""
+    needed = ("rounds", "seconds", "model_sha256", "run_dir")
+    odd = sound_summary(summary)[1] + [key for key in needed if summary.get(key) is None]
+    if odd:
+        raise ConfigError(f"{path} is damaged ({odd[0]}): restore it from a copy, or remove it to end the run again")
     return summary
 
 

@@ -9,7 +9,7 @@ SCHEMA = (
     "CREATE TABLE store_meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID",
 )
 # Exactly what the statements above leave in sqlite_schema, whose order means nothing.
-SCHEMA_ROWS = {("table", sql.split()[2].partition("(")[0], sql) for sql in SCHEMA}
+SCHEMA_ROWS: set[tuple[str, str, str | None]] = {("table", sql.split()[2].partition("(")[0], sql) for sql in SCHEMA}
 SCHEMA_ROWS |= {("index", "sqlite_autoindex_chunk_data_1", None)}
 FIND_SCHEMA = "SELECT type, name, sql FROM sqlite_schema"
 META = "SELECT key, value FROM store_meta"

@@ -116,9 +116,7 @@ def _read_images(path: Path, key: bytes, classes: int) -> tuple[np.ndarray, np.n
         raise DataError(f"{path} has {data.shape[0]} images and {len(labels)} labels: fetch it again")
     if not all(type(label) is int and 0 <= label < classes for label in labels):
         bad = next(label for label in labels if type(label) is not int or not 0 <= label < classes)
-        raise DataError(
-            f"{path} has the label {bad if type(bad) is int else type(bad).__name__}: they are whole numbers from 0 to {classes - 1}"
-        )
+        raise DataError(f"{path} has the label {_in_words(bad)}: they are whole numbers from 0 to {classes - 1}")
     return data.to_numpy().reshape(-1, 3, 32, 32), np.array(labels, dtype=np.int64)
 
 
@@ -146,11 +144,15 @@ class _Uint8:
 
     def __init__(self, name: Any, *_: Any) -> None:
         if name not in ("u1", b"u1"):
-            said = printable(name, 40) if isinstance(name, str | bytes) else type(name).__name__
-            raise ValueError(f"an array has the dtype {said}, not u1")
+            raise ValueError(f"an array has the dtype {_in_words(name)}, not u1")
 
     def __setstate__(self, state: Any) -> None:
         pass
+
+
+def _in_words(value: object) -> str:
+    """Name a value; lists that hold one another many times have a repr of exponential length, so they get none."""
+    return printable(repr(value), 40) if isinstance(value, str | bytes | int | float) else type(value).__name__
 
 
 def _new_array(*_: Any) -> _Array:
@@ -176,7 +178,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
         if (module, name) == ("_codecs", "encode"):
             return self._to_bytes
         if (module, name) not in _STAND_INS:
-            raise _ForbiddenGlobalError(f"{module}.{name}")
+            raise _ForbiddenGlobalError(printable(f"{module}.{name}"))
         return _STAND_INS[module, name]
 
     def _to_bytes(self, text: str, encoding: str) -> bytes:
@@ -217,11 +219,8 @@ def _check_opcodes(pickled: bytes) -> None:
             if last.startswith("TUPLE"):
                 of_tuples.add(slot)
         tuples += name.startswith("TUPLE")
-        if (
-            name == "DUP"
-            or tuples > MOST_TUPLES
-            or (name in ("GET", "BINGET", "LONG_BINGET") and argument in of_tuples)
-        ):
+        again = name in ("GET", "BINGET", "LONG_BINGET") and argument in of_tuples
+        if again or name == "DUP" or tuples > MOST_TUPLES:
             raise ValueError("it nests or repeats tuples, which no CIFAR file does")
         last = name
 

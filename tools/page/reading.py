@@ -187,8 +187,8 @@ def _client_stores(path: Path, config: Mapping[str, Any]) -> Stores | None:
     name = str(config.get("run_name") or path.name)
     if not name.isprintable() or Path(name).is_absolute() or ".." in Path(name).parts:
         return None
-    home = str(config.get("home") or "")
-    homes = [Path(home)] if home.isprintable() and home else []
+    given = str(config.get("home") or "")
+    homes = [Path(given)] if given and given.isprintable() else []
     depth = len(Path(name).parts)
     if depth < len(path.absolute().parents):  # home/runs/<run_name>, wherever home is now
         homes.append(path.absolute().parents[depth])
