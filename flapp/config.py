@@ -30,6 +30,7 @@ FREE = (  # a resumed run may change these: they do not reach its bytes
     *("model.pretrained", "lora.adapter"),  # where the start lies; a base is compared by its digest
 )
 MOST_YAML = 256 << 10  # bytes of a run's config.yaml, which has a few kB
+MOST_NODES = 20_000  # keys and values in it; OmegaConf takes seconds for as many
 MOST_SCALAR = 4096  # characters of a value without quotes: a number of more digits takes quadratic time
 _compose_lock = threading.Lock()  # GlobalHydra is one per process and not thread-safe
 
@@ -136,7 +137,9 @@ def _check_yaml(text: str) -> None:
     import yaml
 
     depth = 0
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    for count, event in enumerate(yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))):
+        if count > MOST_NODES:
+            raise ValueError(f"it has more than {MOST_NODES:,} keys and values")
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             raise ValueError(f"line {event.start_mark.line + 1} has an anchor or alias")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

@@ -72,7 +72,10 @@ def parse_json(
     if text.count(b"[") + text.count(b"{") > DEEPEST:
         _check_depth(value)
     if not surrogates and _SURROGATE.search(text):
-        json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text in it has half of a surrogate pair") from None
     return value
 
 

@@ -45,11 +45,9 @@ class Store:
         self._lock = threading.RLock()
         self._errors = engine_errors()
         with self._one_line("cannot be opened"):
-            existed = path.exists()
+            existed = _is_file(path)
             if not existed and not create:
                 raise CheckpointError(f"{path} is not there: give the path of a checkpoint store")
-            if existed:
-                check_regular(path)
             _make_folder(path.parent)
             self._db = open_engine(path, engine)
             try:
@@ -299,6 +297,24 @@ class Store:
         """Give free pages back to the file system in place: a new file would lose what others are writing."""
         with self._lock, self._one_line("cannot be compacted"):
             self._db.vacuum()
+
+
+def _is_file(path: Path) -> bool:
+    """Say whether there is a file; raises CheckpointError for anything else there or beside, such as a pipe.
+
+    SQLite opens what is beside it as well, and a pipe would block it for ever.
+    """
+    there = []
+    try:
+        for suffix in ("", "-journal", "-wal", "-shm"):
+            with suppress(FileNotFoundError):
+                check_regular(Path(f"{path}{suffix}"))
+                there.append(suffix)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be opened ({error.strerror}: {error.filename}): give the path of a checkpoint store"
+        ) from error
+    return "" in there
 
 
 def _make_folder(folder: Path) -> None:

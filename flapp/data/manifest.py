@@ -108,7 +108,8 @@ class Manifest(Mapping[str, ShardRecord]):
         if hashlib.sha256(b"".join(sorted(entries))).hexdigest() != self.facts["index_sha256"]:
             raise DataError(f"{self.folder / 'clients.idx'} does not index {self._clients}: make the shards again")
         if totals != self.facts["totals"]:
-            raise DataError(f"{self._clients} adds up to {totals}, {self.path} says {self.facts['totals']}")
+            said = printable(self.facts["totals"])
+            raise DataError(f"{self._clients} adds up to {totals}, {self.path} says {said}")
 
     def _lines(self) -> Iterator[bytes]:
         """Yield the lines of clients.jsonl, at most one more than there are clients."""

@@ -95,7 +95,7 @@ def inspect_split(path: Path) -> SplitFacts:
     except DataError:
         raise
     except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged ({error}): make the shard again with {REMEDY}") from error
+        raise DataError(f"{path} is damaged ({printable(error)}): make the shard again with {REMEDY}") from error
     known = (labels >= 0) & (labels < CLASSES)
     fault = None
     if not known.all():

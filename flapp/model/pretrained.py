@@ -84,9 +84,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
             found = _load_pth(path)
     except DAMAGE as error:
         reason = "nothing in it was run" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
-        raise ValueError(f"{path} is damaged or holds more than tensors ({reason or repr(error)})") from error
+        said = printable(reason or repr(error))
+        raise ValueError(f"{path} is damaged or holds more than tensors ({said})") from error
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read ({error})") from error
+        raise ValueError(f"{path} cannot be read ({printable(error)})") from error
     if isinstance(found, Mapping) and len(found) == 1 and isinstance(inner := next(iter(found.values())), Mapping):
         found = inner if set(found) <= {"state_dict", "model"} else found
     if not isinstance(found, Mapping) or not found or not all(isinstance(t, Tensor) for t in found.values()):
