@@ -5,6 +5,7 @@ doors compose once and ship the result as `config-json`, which the apps read wit
 """
 
 import hashlib
+import io
 import json
 import os
 import shlex
@@ -19,6 +20,7 @@ from typing import Any
 from flapp.convert import build, hint, setting_names
 from flapp.rules import PATHS, check_together
 from flapp.settings import Config, ConfigError, Site
+from flapp.untrusted import DEEPEST, parse_json, printable, read_bytes
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 FREE = (  # a resumed run may change these: they do not reach its bytes
@@ -27,6 +29,9 @@ FREE = (  # a resumed run may change these: they do not reach its bytes
     *("dataset.source", "dataset.download", "distributed_data.shard_path", "distributed_data.manifest"),
     *("model.pretrained", "lora.adapter"),  # where the start lies; a base is compared by its digest
 )
+MOST_YAML = 256 << 10  # bytes of a run's config.yaml, which has a few kB
+MOST_NODES = 20_000  # keys and values in it; OmegaConf takes seconds for as many
+MOST_SCALAR = 4096  # characters of a value without quotes: a number of more digits takes quadratic time
 _compose_lock = threading.Lock()  # GlobalHydra is one per process and not thread-safe
 
 
@@ -106,10 +111,42 @@ def to_yaml(config: Config) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the plain values of a file of to_yaml, unchecked: another version of flapp may have written it."""
-    from omegaconf import OmegaConf
+    """Return the plain values of a file of to_yaml, unchecked: another version of flapp may have written it.
 
-    return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path)))
+    Raises ConfigError for content that to_yaml does not write: anchors and aliases, deep nesting, other than plain
+    values; and OSError when the file cannot be read.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        text = read_bytes(path, MOST_YAML).decode()
+        _check_yaml(text)
+        values = parse_json(json.dumps(OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))))
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds {type(values).__name__}, not settings")
+    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        said = printable(" ".join(str(error).split()))
+        raise ConfigError(f"{path} is damaged ({said}): restore the file from a copy") from error
+    return typing.cast(dict[str, Any], values)
+
+
+def _check_yaml(text: str) -> None:
+    """Raise ValueError for YAML whose composition could recurse or multiply: nested deeply, or with anchors."""
+    import yaml
+
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))):
+        if count > MOST_NODES:
+            raise ValueError(f"it has more than {MOST_NODES:,} keys and values")
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            raise ValueError(f"line {event.start_mark.line + 1} has an anchor or alias")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError(f"line {event.start_mark.line + 1} is nested more than {DEEPEST} deep")
+        if isinstance(event, yaml.ScalarEvent) and event.style is None and len(event.value) > MOST_SCALAR:
+            raise ValueError(f"line {event.start_mark.line + 1} has a plain value of {len(event.value):,} characters")
 
 
 @lru_cache(maxsize=8)

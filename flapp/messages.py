@@ -11,21 +11,21 @@ Both are ConfigRecords, `metrics` a MetricRecord, `arrays` an ArrayRecord of the
 """
 
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from flapp.source import source_digest
+from flapp.untrusted import printable, read_npy_header
 
 ATTEST, BASE, TRAIN, EVALUATE = "query.attest", "query.base", "train", "evaluate"
 ARRAYS, ORDER, METRICS, CLAIM, PIECE = "arrays", "order", "metrics", "claim", "piece"
 NUM_EXAMPLES = "num-examples"
 LONGEST_TEXT, MOST_METRICS, MOST_CLASSES, MOST_PIECES = 500, 64, 1 << 16, 1 << 16  # that a message may hold
-HEADER_ERRORS = (ValueError, TypeError, SyntaxError, TokenError, RecursionError, MemoryError, LookupError)  # of numpy
 
 
 class MessageError(ValueError):
@@ -162,25 +162,19 @@ def unpack_reply(content: RecordDict, kind: str = TRAIN) -> tuple[Claim, dict[st
 
 def one_line(text: str) -> str:
     """Return a text that somebody else wrote as one printable line of at most LONGEST_TEXT characters."""
-    start = text[: 2 * LONGEST_TEXT]
-    words = "".join(letter if letter.isprintable() else " " for letter in start).split()
-    line = " ".join(words)
-    return line if len(line) <= LONGEST_TEXT and start == text else line[: LONGEST_TEXT - 3] + "..."
+    return printable(" ".join(text[: 4 * LONGEST_TEXT].split()), LONGEST_TEXT - 3)
 
 
 def view(array: Array) -> np.ndarray:
-    """Return the read-only numpy array inside a Flower Array; raises ValueError when its bytes are not one."""
-    stream = io.BytesIO(array.data[:4096])
+    """Return the read-only numpy array inside a Flower Array; raises ValueError unless it is one of plain numbers."""
     try:
-        major, _ = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(stream)
-        if dtype.hasobject:
-            raise ValueError("it holds Python objects")
-        flat = np.frombuffer(array.data, dtype, offset=stream.tell())
+        shape, fortran, dtype, offset = read_npy_header(array.data)
+        if len(array.data) - offset != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"its {len(array.data) - offset:,} bytes are not those of {dtype} {list(shape)}")
+        flat = np.frombuffer(array.data, dtype, math.prod(shape), offset) if math.prod(shape) else np.empty(0, dtype)
         return flat.reshape(shape, order="F" if fortran else "C")
-    except HEADER_ERRORS as error:
-        raise ValueError(f"not a plain array of {array.dtype} {list(array.shape)} ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"not a plain array of {printable(array.dtype, 40)} ({error})") from error
 
 
 def views(record: Mapping[str, Array]) -> dict[str, np.ndarray]:

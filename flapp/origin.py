@@ -17,6 +17,7 @@ from typing import Any
 
 from flapp.settings import ConfigError
 from flapp.source import read_source, source_digest, versions
+from flapp.untrusted import parse_json
 
 ENVIRONMENT, CLIENTS = "environment.jsonl", "clients.jsonl"
 Line = dict[str, Any]
@@ -35,7 +36,7 @@ class Journal:
         """
         try:
             whole = [text for text in self.path.read_text().splitlines(keepends=True) if text.endswith("\n")]
-            lines = [json.loads(text) for text in whole]
+            lines = [parse_json(text) for text in whole]
             return [line for line in lines if before is None or line["round"] < before]
         except FileNotFoundError:
             return []

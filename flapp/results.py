@@ -42,6 +42,7 @@ from torch import Tensor
 
 from flapp.checkpoint import ChunkManager
 from flapp.config import config_digest, differences, read_yaml, to_yaml
+from flapp.metric_lines import read_line
 from flapp.metrics_csv import MetricsCsv
 from flapp.model import save_tensors
 from flapp.origin import Origin
@@ -307,6 +308,8 @@ def check_source(config: Config) -> None:
 
 def _open_locked(path: Path, config: Config) -> TextIO:
     """Open a file and keep other processes out for as long as it is open; the system lets go when we are killed."""
+    if path.exists() and not path.is_file():  # opening a pipe would block
+        raise ConfigError(f"{path} is not a regular file: restore the run directory from a copy")
     file = path.open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -322,10 +325,10 @@ def _open_store(path: Path, config: Config) -> ChunkManager:
 
 
 def _parse(text: str) -> dict[str, Any] | None:
-    """Return a line of metrics.jsonl, or None when it was torn off."""
+    """Return a line of metrics.jsonl, or None when it was torn off or is not a line of a run."""
     try:
-        return json.loads(text) if text.endswith("\n") else None
-    except json.JSONDecodeError:
+        return read_line(text) if text.endswith("\n") else None
+    except ValueError:
         return None
 
 

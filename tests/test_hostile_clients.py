@@ -231,7 +231,7 @@ def add_record(reply: Message) -> None:
         (set_metric("train-loss", 1e300), "sent train-loss=1e+300, more than"),
         (set_metric("seconds", -1.0), "sent seconds=-1.0, which is never below 0"),
         (set_metric("seconds", float("inf")), "sent seconds=inf"),
-        (add_record, "sent 1 records that nobody asked for, such as [31mextra"),
+        (add_record, "sent 1 records that nobody asked for, such as \\x1b[31mextra"),
         (lambda reply: [set_metric(f"m{i}", 1.0)(reply) for i in range(100)] and None, "metrics, at most 64 are read"),
     ],
     ids=["negative", "beyond", "past", "infinite", "record", "many"],

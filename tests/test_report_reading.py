@@ -40,7 +40,7 @@ def test_odd_files_are_noted_not_fatal(tmp_path: Path) -> None:
     (run / "metrics.json").write_text("{")
     (run / "config.yaml").write_text(": :\n- {")
     page = report_on(tmp_path / "r.html", run)
-    for words in ("3 lines of metrics.jsonl", "metrics.json cannot be read", "config.yaml cannot be read"):
+    for words in ("4 lines of metrics.jsonl", "metrics.json cannot be read", "config.yaml cannot be read"):
         assert words in page.said
 
 

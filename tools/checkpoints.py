@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from flapp.checkpoint import CheckpointError, ChunkManager
+from flapp.untrusted import printable
 
 PATTERN = "*_chunks.db"
+MOST_TEXT = 1000  # characters of one thing that a store says of itself
 Cells = Sequence[str]
 
 
@@ -183,9 +185,11 @@ def show_lines(found: dict[str, Any]) -> Iterator[str]:
         for row in tensors
     ]
     yield from table(("tensor", "dtype", "shape", "bytes", "chunks"), rows, right=(3, 4))
-    yield f"round {found['round']}, {found['created_at']}: {count(len(tensors), 'tensor')}, {in_bytes(found['bytes'])}"
+    created = printable(found["created_at"])
+    yield f"round {found['round']}, {created}: {count(len(tensors), 'tensor')}, {in_bytes(found['bytes'])}"
     for name in ("metrics", "model_digest", "config_digest", "input_digest"):
-        yield f"{name:<13}  {in_words(found[name], width=1000) if name == 'metrics' else found[name] or '-'}"
+        said = in_words(found[name], MOST_TEXT) if name == "metrics" else printable(found[name] or "-", MOST_TEXT)
+        yield f"{name:<13}  {said}"
 
 
 def verify_lines(found: dict[str, Any]) -> Iterator[str]:
@@ -218,6 +222,7 @@ def compact_lines(found: dict[str, Any]) -> Iterator[str]:
 
 def table(heads: Cells, rows: Sequence[Cells], right: Sequence[int]) -> Iterator[str]:
     """Yield aligned lines; the columns in `right` hold numbers."""
+    rows = [[printable(cell, MOST_TEXT) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
     for row in (heads, *rows):
         cells = (
@@ -246,7 +251,7 @@ def in_digits(value: float) -> str:
 def in_words(metrics: dict[str, Any], width: int = 60) -> str:
     """Return metrics on one line, cut off at `width`."""
     words = (f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in metrics.items())
-    text = " ".join(" ".join(words).split())
+    text = printable(" ".join(" ".join(words).split()), width + 1)
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
@@ -294,10 +299,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = act(given)
     except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error, MOST_TEXT)}", file=sys.stderr)
         return 1
     for problem in found.get("problems", ()):
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {printable(problem, MOST_TEXT)}", file=sys.stderr)
     print(json.dumps(finite(found), indent=1) if given.json else "\n".join(lines(found)))
     return int(bool(found.get("problems")))
 

@@ -31,6 +31,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import psutil
@@ -38,6 +39,7 @@ from flwr.cli.build import build_fab_from_disk
 from flwr.cli.install import install_from_fab
 
 from flapp.data import DataError, load_manifest
+from flapp.untrusted import printable, read_json
 from tools.certificates import make_server_files, make_site_keys
 from tools.processes import HOST, TOKEN, Processes, SuperLinkError, environment, free_port, is_free, last_line
 from tools.superlink import SuperLink
@@ -261,7 +263,18 @@ def find_supervisor(folder: Path) -> psutil.Process | None:
 def read_seen(folder: Path) -> dict[str, Any] | None:
     """Return what the supervisor last wrote, or None before it has."""
     path = folder / SEEN
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        seen = read_json(path)
+        programs = [(each["pid"], each["restarts"]) for each in seen["programs"].values()]
+        sound = type(seen["pid"]) is int and seen["pid"] > 0 and type(seen["ready"]) is bool
+        sound = sound and all(type(pid) in (int, NoneType) and type(times) is int for pid, times in programs)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FederationError(f"{path} is damaged ({printable(repr(error))}): remove it") from error
+    if not sound or not all(name.isprintable() for name in seen["programs"]):
+        raise FederationError(f"{path} is not what the supervisor writes: remove it")
+    return dict(seen)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -19,7 +19,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from flapp.metric_lines import read_line
 from flapp.settings import Config, ConfigError
+from flapp.untrusted import printable
+from flapp.untrusted import read_json as parse_file
 
 FORMAT, FORMATS = "FLAPP_FORMAT", ("text", "json")  # in the environment, for a launcher's other processes too
 HYDRA_TO_STDERR = "hydra.hydra_logging.handlers.console.stream=ext://sys.stderr"
@@ -53,11 +56,16 @@ def announce(event: str, run_name: str | None, **values: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return a JSON file's content, or None while it is not there."""
+    """Return the object in a JSON file, or None while it is not there; raises ValueError when it is damaged."""
     try:
-        return json.loads(path.read_text())
+        values = parse_file(path)
     except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({printable(error)}): restore it from a copy, or remove it") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, not an object: restore it from a copy, or remove it")
+    return values
 
 
 class RoundReader:
@@ -77,7 +85,10 @@ class RoundReader:
             for text in file:
                 if not text.endswith(b"\n"):
                     break
-                line = json.loads(text)
+                try:
+                    line = read_line(text)
+                except ValueError:
+                    break  # a resumed run cuts the file there
                 if last_round is not None and line["round"] > last_round:
                     break
                 self.current.append(line)

@@ -7,7 +7,6 @@ their output with that of the whole model, bit for bit. Prints the files; exits 
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from yaml import YAMLError
 
 from flapp.architecture import build
 from flapp.config import read_yaml
 from flapp.convert import build as build_settings
 from flapp.model import COMPONENTS, ModelFactory, SplitModel, StorageManager, read_tensors, sha256_of_file
 from flapp.settings import DatasetConfig, ModelConfig
+from flapp.untrusted import check_safetensors, printable, read_json
 
 MODEL = "model.safetensors"
 
@@ -45,18 +44,21 @@ def split_run(run: Path, points: Sequence[int], out: Path, check: bool, overwrit
 def read_finished(run: Path) -> dict[str, Any]:
     """Return the settings of a run that went to its end, whose model is the one it says."""
     try:
-        config, summary = read_yaml(run / "config.yaml"), json.loads((run / "metrics.json").read_text())
+        config, summary = read_yaml(run / "config.yaml"), read_json(run / "metrics.json")
+        check_safetensors(run / MODEL)
         digest = sha256_of_file(run / MODEL)
         sound = isinstance(summary, dict) and {"run_name", "model", "dataset"} <= config.keys()
-    except (OSError, AttributeError, json.JSONDecodeError, YAMLError) as error:
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{run} is not the directory of a finished run ({reason})") from error
     if not sound:
         raise ValueError(f"{run} is not the directory of a finished run: its config.yaml or metrics.json is damaged")
     if summary.get("status") != "finished":
-        raise ValueError(f"{run} is of a run that {summary.get('status')}: go on with it by resume=true first")
+        status = printable(summary.get("status"))
+        raise ValueError(f"{run} is of a run that {status}: go on with it by resume=true first")
     if summary.get("model_sha256") != digest:
-        raise ValueError(f"{run / MODEL} has SHA-256 {digest[:12]}, metrics.json says {summary.get('model_sha256')}")
+        said = printable(summary.get("model_sha256"))
+        raise ValueError(f"{run / MODEL} has SHA-256 {digest[:12]}, metrics.json says {said}")
     return config
 
 
@@ -98,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         lines = split_run(given.run_dir, given.points, given.out, given.check, given.overwrite)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error, 2000)}", file=sys.stderr)
         return 1
     print("\n".join(lines))
     return 0

@@ -10,6 +10,7 @@ from typing import Any
 from flapp.client_keys import ClientKeys
 from flapp.config import to_json
 from flapp.data import Stamp, stamp
+from flapp.metric_lines import sound_summary
 from flapp.origin import Origin
 from flapp.results import SUMMARY, check_new, check_resumable, check_source
 from flapp.roster import describe_refused
@@ -40,8 +41,8 @@ def run_once(config: Config) -> dict[str, Any]:
     if here and config.resume:
         check_resumable(config)
         earlier = read_json(path / "metrics.json")
-        if earlier and earlier["status"] == "finished" and config.resume_from is None:
-            return earlier
+        if earlier and earlier.get("status") == "finished" and config.resume_from is None:
+            return check_summary(earlier, path / "metrics.json")
         check_source(config)
         if doubt := Origin(path).doubt(config.resume_from):
             print(f"warning: {doubt}", file=sys.stderr)
@@ -137,6 +138,15 @@ def follow(
     if summary["status"] != "finished":
         raise failure(summary)
     wait_for_end(superlink, run_id)
+    return summary
+
+
+def check_summary(summary: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the summary of a finished run; raises ConfigError when it lacks what is said of such a run."""
+    needed = ("rounds", "seconds", "model_sha256", "run_dir")
+    odd = sound_summary(summary)[1] + [key for key in needed if summary.get(key) is None]
+    if odd:
+        raise ConfigError(f"{path} is damaged ({odd[0]}): restore it from a copy, or remove it to end the run again")
     return summary
 
 

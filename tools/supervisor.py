@@ -6,21 +6,25 @@ writes what it sees to <folder>/supervisor.json, and on SIGTERM stops the SuperN
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from flapp.untrusted import printable, read_json
 from tools.processes import HOST, SuperLinkError, answers, environment, free_port
 from tools.superlink import OWN_SUPERLINK, SuperLink
 
 FACTS, SEEN, LOG = "federation.json", "supervisor.json", "log.txt"
 SUPERLINK, KEYS = "superlink", "keys"
+CLIENT_ID = re.compile(r"[^/\0\r\n]{1,100}")
 FIRST_PAUSE, LONGEST_PAUSE, SETTLED_SECONDS = 1.0, 60.0, 60.0  # a SuperNode killed is let in again after 60 s at most
 LOOK_SECONDS, STOP_SECONDS, REGISTRARS = 0.3, 8.0, 4
 SUPERNODE = (sys.executable, "-P", str(Path(__file__).with_name("supernode.py")))
@@ -51,12 +55,28 @@ def read_federation(folder: Path) -> Federation:
     """Read what `up` has written; raises FileNotFoundError, or ValueError when it is not that."""
     path = folder / FACTS
     try:
-        values = json.loads(path.read_text())
-        return Federation(**values | {"clients": tuple(values["clients"])})
+        values = read_json(path)
+        federation = Federation(**values | {"clients": tuple(values["clients"])})
+        if odd := next(_faults(federation), None):
+            raise ValueError(odd)
+        return federation
     except (ValueError, TypeError, KeyError) as error:
+        said = printable(error)
         raise ValueError(
-            f"{path} is not what this flapp writes ({error}): remove it, and bring the federation up"
+            f"{path} is not what this flapp writes ({said}): remove it, and bring the federation up"
         ) from error
+
+
+def _faults(federation: Federation) -> Iterator[str]:
+    """Yield the fields whose values `up` never writes: clients, for one, name folders."""
+    kinds = {"token": str, "address": str, "tls": bool, "homes": bool, "threads": int}
+    yield from (name for name, kind in kinds.items() if type(getattr(federation, name)) is not kind)
+    if not re.fullmatch(r"[0-9A-Za-z.\-]+:[0-9]{1,5}", federation.address):
+        yield "address"
+    if not all(isinstance(name, str) and CLIENT_ID.fullmatch(name) for name in federation.clients):
+        yield "clients"
+    if not isinstance(federation.shards, str | None) or not (federation.shards or "").isprintable():
+        yield "shards"
 
 
 def write_json(path: Path, values: Any) -> None:

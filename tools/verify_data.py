@@ -23,9 +23,11 @@ from flapp import data
 from flapp.data.artifact import digest, open_array, read_meta
 from flapp.data.blocks import block_rows, damaged_blocks
 from flapp.data.materialized import compare_with_pil
+from flapp.untrusted import printable
 from tools.verify_shards import verify_shards
 
 FILES = ("images.npy", "labels.npy", "meta.json")
+MOST_TEXT = 1000  # characters of what a check says
 COMPLETE = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000)}  # of which every class has equally many
 
 
@@ -125,9 +127,9 @@ def verify_split(folder: Path, blocks: int | None) -> Iterator[Check]:
 def answer(folder: Path, name: str, question: Callable[[], str]) -> Check:
     """Ask a question, which returns what it found or raises DataError."""
     try:
-        return Check(str(folder), name, True, question())
+        return Check(str(folder), name, True, printable(question(), MOST_TEXT))
     except data.DataError as error:
-        return Check(str(folder), name, False, " ".join(str(error).split()))
+        return Check(str(folder), name, False, printable(" ".join(str(error).split()), MOST_TEXT))
 
 
 def known(thing: Any) -> Any:

@@ -10,7 +10,9 @@ import numpy as np
 from flapp.data import DataError, DistributedShardLoader, load_manifest
 from flapp.data.client_shard import read_meta
 from flapp.data.split_file import read_blocks
+from flapp.untrusted import printable
 
+MOST_TEXT = 1000  # characters of what a check says
 Facts = tuple[str, str, bool, str]
 
 
@@ -24,7 +26,10 @@ def verify_shards(folder: Path, sample: int | None) -> Iterator[Facts]:
     if not loaded[2]:
         return
     manifest = load_manifest(folder)
-    yield _ask(folder, "hashes and totals", partial(_whole, manifest))
+    whole = _ask(folder, "hashes and totals", partial(_whole, manifest))
+    yield whole
+    if not whole[2]:  # then what is looked up in it need not be there
+        return
     clients = list(manifest)
     yield _ask(folder, "folders", partial(_folders, folder, manifest))
     writers: dict[str, str] = {}
@@ -34,9 +39,9 @@ def verify_shards(folder: Path, sample: int | None) -> Iterator[Facts]:
 
 def _ask(folder: Path, name: str, question: Callable[[], str]) -> Facts:
     try:
-        return str(folder), name, True, question()
+        return str(folder), name, True, printable(question(), MOST_TEXT)
     except DataError as error:
-        return str(folder), name, False, " ".join(str(error).split())
+        return str(folder), name, False, printable(" ".join(str(error).split()), MOST_TEXT)
 
 
 def _whole(manifest: Any) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flapp.checkpoint import streams
-from flapp.checkpoint.chunks import CheckpointError, Spec, join, layout, round_digest
+from flapp.checkpoint.chunks import CheckpointError, Spec, check_believable, join, layout, round_digest
 from flapp.checkpoint.records import Entry
 from flapp.checkpoint.sql import CHUNKS, ORPHANS, STRAY_ROUNDS
 from flapp.checkpoint.store import Store
@@ -92,6 +92,7 @@ def _round_problems(store: Store, record: tuple[Any, ...], sizes: dict[int, int]
             yield str(error)
     try:
         check_metadata(store, round_num, record[6], entries)
+        check_size(store, round_num, entries)
     except CheckpointError as error:
         yield str(error)
 
@@ -105,6 +106,15 @@ def check_metadata(store: Store, round_num: int, digest: str, entries: list[Entr
     except ValueError as error:
         raise CheckpointError(f"{store.path}: round {round_num}: {error}: restore the file from a copy") from None
     return specs
+
+
+def check_size(store: Store, round_num: int, entries: list[Entry]) -> None:
+    """Raise CheckpointError for a round of more bytes than what is stored of it may stand for."""
+    stored = {entry.rowid: entry.size for entry in entries}
+    try:
+        check_believable(sum(entry.size for entry in entries), sum(stored.values()))
+    except ValueError as error:
+        raise CheckpointError(f"{store.path}: round {round_num}: {error}") from None
 
 
 def diff(store: Store, rounds: tuple[int, int], held: list[list[Entry]]) -> list[TensorChange]:

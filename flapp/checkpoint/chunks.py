@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from flapp.untrusted import parse_json, printable
+
 Parts = dict[str, list[tuple[int, int, tuple[int, ...]]]]
 
 ITEM_SIZES = {f"{kind}{8 * size}": size for kind in ("int", "uint") for size in (1, 2, 4, 8)}
@@ -21,6 +23,10 @@ ITEM_SIZES |= {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 
 ITEM_SIZES |= {"complex32": 4, "complex64": 8, "complex128": 16}
 ITEM_SIZES |= {f"float8_{kind}": 1 for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")}
 LARGEST = 1 << 62  # bytes of one tensor, so that no product of sizes overflows
+# A round may hold ALWAYS_BELIEVED bytes, or MOST_REPEATED times those of its different chunks. More must be asked for
+# by a model that has as many: equal chunks are stored once, so a small file can claim a model of any size.
+ALWAYS_BELIEVED = 128 << 20
+MOST_REPEATED = 8
 
 
 class CheckpointError(ValueError):
@@ -125,10 +131,10 @@ def encode_parts(parts: Iterable[Part]) -> str:
 def decode_parts(text: object) -> list[Part]:
     """Read encode_parts' JSON; raises ValueError for anything else, whatever the sizes that it claims."""
     try:
-        ranges = json.loads(text) if isinstance(text, str) else None
+        ranges = parse_json(text, surrogates=True) if isinstance(text, str) else None
         return [_part(key, *row) for key, rows in ranges.items() for row in rows]  # type: ignore[union-attr]
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"its parts are not what flapp writes ({error})") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"its parts are not what flapp writes ({printable(error)})") from None
 
 
 def _part(key: str, start: int, end: int, shape: list[int], dtype: str, tied: str | None = None) -> Part:
@@ -158,6 +164,16 @@ def join(chunks: Iterable[list[Part]]) -> dict[str, Spec]:
         if spec.tied is not None and specs.get(spec.tied) != Spec(spec.dtype, spec.shape):
             raise ValueError(f"tensor {key} is tied to {spec.tied}, which is not there or of another kind")
     return specs
+
+
+def check_believable(claimed: int, stored: int) -> None:
+    """Raise ValueError when a round claims more bytes than its different chunks, of `stored` bytes, may stand for."""
+    most = max(ALWAYS_BELIEVED, MOST_REPEATED * stored)
+    if claimed > most:
+        raise ValueError(
+            f"it claims tensors of {claimed:,} bytes, but its different chunks hold {stored:,}, from which at most "
+            f"{most:,} are read without a model: pass the model that it belongs to, or do not trust the file"
+        )
 
 
 def layout(chunks: Iterable[tuple[bytes, list[Part]]]) -> dict[str, list[Any]]:

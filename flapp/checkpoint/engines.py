@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakSet
 
 from flapp.checkpoint.chunks import CheckpointError
+from flapp.untrusted import printable
 
 BUSY_SECONDS = 60
 NEEDS_FAST = "needs the extra 'fast': pip install \"flapp[fast]\""
@@ -32,6 +33,10 @@ _opened: "WeakSet[Stdlib]" = WeakSet()
 _opening = threading.Lock()
 
 
+# Whoever made the file may want to run code by its schema or by damage: SQLITE_DBCONFIG_* that forbid it.
+SAFE = {"DEFENSIVE": 1, "TRUSTED_SCHEMA": 0, "ENABLE_TRIGGER": 0, "ENABLE_VIEW": 0}
+
+
 class Stdlib:
     """Python's sqlite3: a connection to one database, in autocommit mode until BEGIN."""
 
@@ -40,6 +45,9 @@ class Stdlib:
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
         self._db: Any = sqlite3.connect(path, BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        if hasattr(self._db, "setconfig"):  # since Python 3.12
+            for name, value in SAFE.items():
+                self._db.setconfig(getattr(sqlite3, f"SQLITE_DBCONFIG_{name}"), bool(value))
 
     def execute(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         return list(self._db.execute(sql, values))
@@ -77,6 +85,8 @@ class Fast(Stdlib):
         self.path = path.resolve()
         self._db = apsw.Connection(str(path))
         self._db.set_busy_timeout(BUSY_SECONDS * 1000)
+        for name, value in SAFE.items():
+            self._db.config(getattr(apsw, f"SQLITE_DBCONFIG_{name}"), value)
 
     def write_blob(self, rowid: int, pieces: Iterable[Any]) -> None:
         with self._db.blob_open("main", "chunk_data", "data", rowid, True) as blob:
@@ -135,7 +145,7 @@ def hash_function(name: object, path: Path) -> Callable[[], Any]:
     if name == "sha256":
         return hashlib.sha256
     if name != "blake3":
-        raise CheckpointError(f"{path} hashes by {name!r}, which this flapp does not know: update flapp")
+        raise CheckpointError(f"{path} hashes by {printable(repr(name))}, which this flapp does not know: update flapp")
     try:
         from blake3 import blake3
     except ImportError:

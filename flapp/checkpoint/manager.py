@@ -14,6 +14,7 @@ from flapp.checkpoint.chunks import CheckpointError, Cut, Parts, cut_evenly, cut
 from flapp.checkpoint.records import Chunk, Entry, Round, Saved
 from flapp.checkpoint.sql import CHUNKS
 from flapp.checkpoint.store import Store
+from flapp.untrusted import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -146,27 +147,33 @@ class ChunkManager:
             parts.setdefault(part.key, []).append((part.start, part.end, part.spec.shape))
         return Chunk(entry.chunk_id, entry.hash.hex(), parts, entry.size, bytes(data[0]))
 
-    def _checked(self, round_num: int) -> tuple[list[Entry], dict[str, Any]]:
-        """Return the chunks and tensors of a round, whose metadata must be whole and as it was saved."""
+    def _checked(self, round_num: int, bounded: bool = True) -> tuple[list[Entry], dict[str, Any]]:
+        """Return the chunks and tensors of a round, whose metadata must be whole and as it was saved.
+
+        bounded: nothing else says how large the tensors may be, so refuse a size that is not believable.
+        """
         records = self._store.records()
         if round_num not in records:
             stored = ", ".join(map(str, records)) or "none"
             raise CheckpointError(f"{self.path} has no round {round_num}: it holds {stored[:200]}")
         found = self._store.round(records[round_num])
         entries = [self._store.entry(round_num, row) for row in self._store.execute(CHUNKS, round_num)]
+        if bounded:
+            audit.check_size(self._store, round_num, entries)
         return entries, audit.check_metadata(self._store, round_num, found.model_digest, entries)
 
     def reconstruct_model_from_chunks(self, round_num: int, model: "nn.Module | None" = None) -> Any:
         """Return a round's tensors by name, or load them into `model`, in place, and return it.
 
-        The model must have the same names, shapes and dtypes. Every byte is verified before any of it is used:
+        The model must have the same names, shapes and dtypes. Without one, a round that repeats a few chunks to claim
+        far more bytes than the file holds is refused (see store.py). Every byte is verified before any of it is used:
         when CheckpointError is raised, nothing is returned and the model is as it was, unless a disk fails between
         verifying and reading again: the error then says that the model is partly overwritten.
         """
         from flapp.checkpoint.tensors import new_tensors, raw, reject_foreign, shares_memory, written
 
         with self._store.transaction():
-            entries, specs = self._checked(round_num)
+            entries, specs = self._checked(round_num, bounded=model is None)
             if model is not None:
                 params = self.model_to_params(model)
                 reject_foreign(f"{self.path}: round {round_num}", specs, params)
@@ -247,6 +254,8 @@ def _round_number(value: Any) -> int:
 
 def _json(round_num: int, metrics: Mapping[str, Any] | None) -> str:
     try:
-        return json.dumps(dict(metrics or {}))
+        text = json.dumps(dict(metrics or {}))
+        parse_json(text, surrogates=True)  # what cannot be read must not be saved
+        return text
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"metrics of round {round_num} are not JSON ({error}): pass plain numbers") from None

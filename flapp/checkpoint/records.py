@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flapp.checkpoint.chunks import Part, Parts
+from flapp.untrusted import parse_json
 
 
 @dataclass(frozen=True)
@@ -69,4 +70,4 @@ def read_metrics(*record: object) -> dict[str, Any]:
         raise ValueError("its metrics, digests or date are no text")
     if facts_digest(*facts) != digest:
         raise ValueError("another digest of its date, metrics and digests than noted")
-    return dict(json.loads(str(facts[3])))
+    return dict(parse_json(str(facts[3]), surrogates=True))

@@ -8,7 +8,10 @@ SCHEMA = (
     " input_digest TEXT, model_digest TEXT, facts_digest TEXT)",
     "CREATE TABLE store_meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID",
 )
-TABLES = "SELECT name FROM sqlite_schema WHERE type = 'table'"
+# Exactly what the statements above leave in sqlite_schema, whose order means nothing.
+SCHEMA_ROWS: set[tuple[str, str, str | None]] = {("table", sql.split()[2].partition("(")[0], sql) for sql in SCHEMA}
+SCHEMA_ROWS |= {("index", "sqlite_autoindex_chunk_data_1", None)}
+FIND_SCHEMA = "SELECT type, name, sql FROM sqlite_schema"
 META = "SELECT key, value FROM store_meta"
 INSERT_META = "INSERT INTO store_meta VALUES (?, ?)"
 FIND_HASH = "SELECT 1 FROM chunk_data WHERE hash = ?"
@@ -18,6 +21,7 @@ INSERT_METADATA = "INSERT INTO chunk_metadata VALUES (?, ?, ?, ?, ?)"
 NEXT_SAVED = "SELECT coalesce(max(saved), 0) + 1 FROM rounds"
 INSERT_ROUND = "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 RECORDS = "SELECT * FROM rounds ORDER BY round"
+CHECK_SAVED = "SELECT count(*) FROM chunk_metadata m JOIN chunk_data d ON d.hash = m.hash WHERE m.round = ?"
 SIZE_OF_ROUND = "SELECT count(*), coalesce(sum(size), 0) FROM chunk_metadata WHERE round = ?"
 FIND_ROUND = "SELECT 1 FROM rounds WHERE round = ?"
 COUNT_METADATA = "SELECT count(*) FROM chunk_metadata"

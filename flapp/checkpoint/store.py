@@ -5,6 +5,11 @@
     rounds          what a round was saved with, and the digest of that; `saved` counts up for retention
     store_meta      format version, hash algorithm and how the store cuts
 
+A store may come from somebody else. It is refused unless its schema is exactly that of sql.py: no trigger, view, index,
+virtual table or constraint of anyone else's. The parts of a round must tile each tensor exactly once. Equal chunks are
+stored once, so the size of a round is bounded: by the model that it is loaded into, or else by 128 MiB or 8 times the
+bytes of its different chunks, whichever is more. Models of more equal bytes can be saved, and are loaded into a model.
+
 TRUNCATE + FULL survives power cuts, which WAL + NORMAL and DELETE + FULL do not, and writes everything only once.
 Chunks are inserted before others expire: only pages freed by earlier rounds can be reused without journaling them.
 """
@@ -23,10 +28,11 @@ from flapp.checkpoint.chunks import CheckpointError, Part, decode_parts, encode_
 from flapp.checkpoint.engines import REASONS, engine_errors, error_code, hash_function, open_engine
 from flapp.checkpoint.records import Entry, Round, facts_digest, read_metrics
 from flapp.checkpoint.writeback import writeback_of
+from flapp.untrusted import check_regular, printable
 
 FORMAT_VERSION = 1
 WRITEBACK_BYTES = 16 << 20
-PRAGMAS = ("journal_mode=TRUNCATE", "synchronous=FULL", "secure_delete=OFF", "trusted_schema=OFF")
+PRAGMAS = ("trusted_schema=OFF", "cell_size_check=ON", "journal_mode=TRUNCATE", "synchronous=FULL", "secure_delete=OFF")
 
 
 class Store:
@@ -39,7 +45,7 @@ class Store:
         self._lock = threading.RLock()
         self._errors = engine_errors()
         with self._one_line("cannot be opened"):
-            existed = path.exists()
+            existed = _is_file(path)
             if not existed and not create:
                 raise CheckpointError(f"{path} is not there: give the path of a checkpoint store")
             _make_folder(path.parent)
@@ -84,15 +90,21 @@ class Store:
                 raise
 
     def _read_meta(self) -> None:
-        tables = {name for (name,) in self._db.execute(sql.TABLES)}
-        if not tables:
+        schema = set(self._db.execute(sql.FIND_SCHEMA))
+        if not schema:
             return
-        if "store_meta" not in tables:
+        if ("table", "store_meta") not in {row[:2] for row in schema}:
             raise CheckpointError(f"{self.path} is an SQLite database of something else: {REASONS[26]}")
+        if odd := sorted(schema ^ sql.SCHEMA_ROWS, key=str):
+            names = printable(", ".join(dict.fromkeys(f"{kind} {name}" for kind, name, _ in odd)))
+            raise CheckpointError(
+                f"{self.path} does not have the schema of a flapp checkpoint store ({names}): do not trust it, and "
+                "restore the file from a copy"
+            )
         meta = dict(self._db.execute(sql.META))
         if meta.get("format_version") != FORMAT_VERSION:
-            found = meta.get("format_version")
-            raise CheckpointError(f"{self.path} has format {found!r}, this flapp reads {FORMAT_VERSION}: update flapp")
+            found = printable(repr(meta.get("format_version")))
+            raise CheckpointError(f"{self.path} has format {found}, this flapp reads {FORMAT_VERSION}: update flapp")
         self._use(meta)
 
     @contextmanager
@@ -133,7 +145,9 @@ class Store:
     def _use(self, meta: dict[str, Any]) -> None:
         for name in ("chunk_bytes", "chunk_num"):
             if type(size := meta.get(name, 1)) is not int or size < 1:
-                raise CheckpointError(f"{self.path} is damaged ({name} is {size!r}): restore the file from a copy")
+                raise CheckpointError(
+                    f"{self.path} is damaged ({name} is {printable(repr(size))}): restore the file from a copy"
+                )
         self._new_hash = hash_function(meta.get("hash"), self.path)
         self._db.execute("PRAGMA cache_size=-2048")  # counted in pages of the size before: 30 MB of 64 KiB ones
         self.meta = meta
@@ -184,6 +198,12 @@ class Store:
         expired = self._expire(keep, pinned)
         if replaced or expired:
             self._db.execute(sql.DELETE_ORPHANS)
+        ((kept,),) = self._db.execute(sql.CHECK_SAVED, round_num)
+        if kept != len(written) or not self._db.execute(sql.FIND_ROUND, round_num):
+            raise CheckpointError(
+                f"{self.path} did not keep round {round_num} ({kept} of {len(written)} chunks): restore the file from "
+                "a copy, or move it away to start a new one"
+            )
         return model_digest, new_chunks, new_bytes
 
     def expire(self, keep: int) -> None:
@@ -249,7 +269,7 @@ class Store:
         if codec != 0:
             raise CheckpointError(f"{where}: it is stored by codec {codec!r}, unknown to this flapp: update flapp")
         claimed = sum(part.nbytes for part in parts)
-        if kind != "blob" or not size == claimed == length:
+        if kind != "blob" or type(digest) is not bytes or type(size) is not int or not size == claimed == length:
             found = f"{length} bytes stored, {size} noted, {claimed} in its parts"
             raise CheckpointError(f"{where}: its sizes differ ({found}): restore the file from a copy")
         return Entry(chunk_id, digest, parts, size, rowid)
@@ -284,6 +304,24 @@ class Store:
         """Give free pages back to the file system in place: a new file would lose what others are writing."""
         with self._lock, self._one_line("cannot be compacted"):
             self._db.vacuum()
+
+
+def _is_file(path: Path) -> bool:
+    """Say whether there is a file; raises CheckpointError for anything else there or beside, such as a pipe.
+
+    SQLite opens what is beside it as well, and a pipe would block it for ever.
+    """
+    there = []
+    try:
+        for suffix in ("", "-journal", "-wal", "-shm"):
+            with suppress(FileNotFoundError):
+                check_regular(Path(f"{path}{suffix}"))
+                there.append(suffix)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be opened ({error.strerror}: {error.filename}): give the path of a checkpoint store"
+        ) from error
+    return "" in there
 
 
 def _make_folder(folder: Path) -> None:

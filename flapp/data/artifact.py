@@ -22,13 +22,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 
 from flapp import __version__
 from flapp.data.blocks import JOURNAL, DataError, ReadRows, block_hashes, damaged_blocks, write_npy
+from flapp.untrusted import open_npy, printable, read_json
 
 FORMAT_VERSION = 1
 LAYOUTS = ("NHWC", "NCHW")
@@ -152,16 +152,19 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """Read the meta.json of the split in `folder`; raises DataError when it is missing, damaged or not complete."""
     path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_text())
+        meta = read_json(path)
         arrays = [meta[name] for name in ("images", "labels")]
         lists = [meta["classes"], *(array["blocks"] for array in arrays), [array["dtype"] for array in arrays]]
         sound = all(type(words) is list and all(type(word) is str for word in words) for words in lists)
         sound = sound and all(type(array["shape"]) is list for array in arrays)
-        found = f"format {meta['format_version']}, complete={meta['complete']}, sound={sound}"
+        sound = sound and all(type(n) is int and n >= 0 for array in arrays for n in array["shape"])
+        sound = sound and type(meta.get("source_sha256", "")) is str
+        found = printable(f"format {meta['format_version']}, complete={meta['complete']}, sound={sound}")
     except FileNotFoundError:
         raise DataError(f"no artifact at {folder} (meta.json is missing): prepare the dataset first") from None
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise DataError(f"{path} is damaged ({error!r}): delete {folder} and prepare it again") from error
+        said = printable(repr(error))
+        raise DataError(f"{path} is damaged ({said}): delete {folder} and prepare it again") from error
     if not sound or meta["complete"] is not True or meta["format_version"] != FORMAT_VERSION:
         raise DataError(f"{path} is not a complete artifact of format {FORMAT_VERSION} ({found}): prepare it again")
     return meta
@@ -170,16 +173,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
 def open_array(path: Path, facts: dict[str, Any]) -> np.ndarray:
     """Map a .npy file whose shape and dtype must be those of `facts` and which must end where its array ends."""
     try:
-        # open_memmap, unlike np.load, never considers that a file without a header could be a pickle.
-        array = np.lib.format.open_memmap(path, mode="c")
-        surplus = path.stat().st_size - array.offset - array.nbytes
-    except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:  # the last two from a damaged header
+        array = open_npy(path)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}): delete {path.parent} and prepare it again") from error
     found, expected = (list(array.shape), str(array.dtype)), (facts["shape"], facts["dtype"])
     if found != expected:
         raise DataError(f"{path} holds {found[1]} {found[0]}, its meta.json says {expected[1]} {expected[0]}")
-    if surplus:
-        raise DataError(f"{path} has {surplus:,} bytes behind its array: delete {path.parent} and prepare it again")
     return array
 
 

@@ -1,7 +1,6 @@
 """Which client gets which writer, and which of a writer's samples become train, val and test."""
 
 import hashlib
-import json
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from flapp.data.artifact import DataError
 from flapp.data.leaf import Writer
+from flapp.untrusted import read_json
 
 STRATEGIES = ("round_robin", "random", "natural", "manual")
 SPLITS = ("train", "val", "test")
@@ -112,10 +112,12 @@ def _read_mapping(path: Path) -> dict[str, list[str]]:
         return dict(pairs)
 
     try:
-        mapping = json.loads(path.read_text(), object_pairs_hook=unique)
+        mapping = read_json(path, unique)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): name the JSON file of the mapping") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except DataError:
+        raise
+    except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}): write {{client id: [writer, ...]}}") from error
     if not isinstance(mapping, dict) or not mapping:
         raise DataError(f"{path} must hold {{client id: [writer, ...]}}, got {type(mapping).__name__}")

@@ -9,7 +9,9 @@ the blue plane, row by row; b"labels" or b"fine_labels" are n whole numbers; the
 
 import hashlib
 import io
+import math
 import pickle
+import pickletools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,10 @@ from typing import Any
 import numpy as np
 
 from flapp.data.artifact import DataError
+from flapp.untrusted import printable, read_bytes
+
+MOST_TUPLES = 1000
+MOST_FILE = 256 << 20  # bytes; the largest of them has 155 MB
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ def cifar_files(name: str, source: Path, split: str) -> list[Path]:
 
 def cifar_sha256(paths: list[Path]) -> str:
     """Return the SHA-256 that `sha256sum FILE... | sha256sum` gives in the folder of these files."""
-    lines = (f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in paths)
+    lines = (f"{hashlib.sha256(_content(path)).hexdigest()}  {path.name}\n" for path in paths)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -110,7 +116,7 @@ def _read_images(path: Path, key: bytes, classes: int) -> tuple[np.ndarray, np.n
         raise DataError(f"{path} has {data.shape[0]} images and {len(labels)} labels: fetch it again")
     if not all(type(label) is int and 0 <= label < classes for label in labels):
         bad = next(label for label in labels if type(label) is not int or not 0 <= label < classes)
-        raise DataError(f"{path} has the label {bad!r}: they are whole numbers from 0 to {classes - 1}")
+        raise DataError(f"{path} has the label {_in_words(bad)}: they are whole numbers from 0 to {classes - 1}")
     return data.to_numpy().reshape(-1, 3, 32, 32), np.array(labels, dtype=np.int64)
 
 
@@ -123,8 +129,9 @@ class _Array:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, data = state
-        if not isinstance(dtype, _Uint8) or len(bytes(data)) != int(np.prod(shape)):
-            raise ValueError(f"an array of shape {shape} does not have as many bytes")
+        sizes = all(type(length) is int and length >= 0 for length in shape)
+        if not isinstance(dtype, _Uint8) or type(data) is not bytes or not sizes or len(data) != math.prod(shape):
+            raise ValueError("an array does not have as many bytes as its shape says")
         self.shape, self.order, self.data = tuple(shape), "F" if fortran else "C", data
 
     def to_numpy(self) -> np.ndarray:
@@ -137,18 +144,19 @@ class _Uint8:
 
     def __init__(self, name: Any, *_: Any) -> None:
         if name not in ("u1", b"u1"):
-            raise ValueError(f"an array has the dtype {name!r}, not u1")
+            raise ValueError(f"an array has the dtype {_in_words(name)}, not u1")
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
+def _in_words(value: object) -> str:
+    """Name a value; lists that hold one another many times have a repr of exponential length, so they get none."""
+    return printable(repr(value), 40) if isinstance(value, str | bytes | int | float) else type(value).__name__
+
+
 def _new_array(*_: Any) -> _Array:
     return _Array()
-
-
-def _to_bytes(text: str, encoding: str) -> bytes:
-    return text.encode("latin1")
 
 
 # Unpickling calls what the file names. Here it can name these five things only, and none of them is what it is called:
@@ -158,24 +166,70 @@ _STAND_INS: dict[tuple[str, str], Any] = {
     ("numpy._core.multiarray", "_reconstruct"): _new_array,
     ("numpy", "ndarray"): None,
     ("numpy", "dtype"): _Uint8,
-    ("_codecs", "encode"): _to_bytes,
 }
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content), encoding="bytes")
+        self.left = len(content)  # bytes that may still be made of text: the file holds all of it, once
+
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):
+            return self._to_bytes
         if (module, name) not in _STAND_INS:
-            raise _ForbiddenGlobalError(f"{module}.{name}")
+            raise _ForbiddenGlobalError(printable(f"{module}.{name}"))
         return _STAND_INS[module, name]
+
+    def _to_bytes(self, text: str, encoding: str) -> bytes:
+        self.left -= len(text)
+        if self.left < 0:
+            raise ValueError("it makes more bytes of its text than it holds")
+        return text.encode("latin1")
 
 
 class _ForbiddenGlobalError(Exception):
     """A pickle that wants something that no CIFAR file needs."""
 
 
+def _content(path: Path) -> bytes:
+    """Return the bytes of a file; raises DataError when it cannot be one of CIFAR's."""
+    try:
+        return read_bytes(path, MOST_FILE)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({printable(error)}): fetch it again") from error
+
+
+def _check_opcodes(pickled: bytes) -> None:
+    """Raise ValueError for a pickle that would take memory or time out of all proportion to its length.
+
+    That is: lengths beyond the file, memo slots so high that the unpickler's table fills the memory, and tuples that
+    are used twice or nested deeply, whose hashes take exponential time or overflow the stack. CIFAR's has none of them.
+    """
+    slots = tuples = 0
+    of_tuples: set[int] = set()
+    last = ""
+    for opcode, argument, _ in pickletools.genops(pickled):
+        name = opcode.name
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            slot = slots if argument is None else argument
+            slots += 1
+            if slot > 2 * slots + 1000:
+                raise ValueError(f"it names memo slot {slot:,} after {slots:,} slots")
+            if last.startswith("TUPLE"):
+                of_tuples.add(slot)
+        tuples += name.startswith("TUPLE")
+        again = name in ("GET", "BINGET", "LONG_BINGET") and argument in of_tuples
+        if again or name == "DUP" or tuples > MOST_TUPLES:
+            raise ValueError("it nests or repeats tuples, which no CIFAR file does")
+        last = name
+
+
 def _read(path: Path) -> dict[Any, Any]:
     try:
-        content = _RestrictedUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        pickled = _content(path)
+        _check_opcodes(pickled)
+        content = _RestrictedUnpickler(pickled).load()
     except _ForbiddenGlobalError as error:
         raise DataError(
             f"{path} wants {error}, which no CIFAR file needs: it was not executed; do not trust it"
@@ -192,8 +246,11 @@ def _read(path: Path) -> dict[Any, Any]:
         OverflowError,
         MemoryError,
         ImportError,
+        RecursionError,
     ) as error:
-        raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}): fetch it again") from error
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} cannot be read ({printable(' '.join(str(error).split()))}): fetch it again") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} holds a {type(content).__name__}, not the dict of a CIFAR file: fetch it again")
     return content

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from flapp.data.artifact import DataError
 from flapp.data.assign import SPLITS
 from flapp.data.split_file import REMEDY, SplitFacts, SplitWriter, digest_of, inspect_split, sync_folder, write_synced
+from flapp.untrusted import printable, read_json
 
 if TYPE_CHECKING:
     from flapp.data.shard_dataset import ShardSplit, ShardStream
@@ -97,16 +98,18 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """Read the meta.json of a shard; raises DataError when it is missing or is not one."""
     path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_bytes())
+        meta = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"no shard at {folder} (meta.json is missing): make it with {REMEDY}") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): let this user read it") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is damaged ({error}): make the shard again with {REMEDY}") from error
     wrong = _wrong_key(meta)
     if wrong:
-        raise DataError(f"{path} is not of a shard of format {FORMAT_VERSION} ({wrong}): make it with {REMEDY}")
+        raise DataError(
+            f"{path} is not of a shard of format {FORMAT_VERSION} ({printable(wrong)}): make it with {REMEDY}"
+        )
     return meta
 
 
@@ -172,6 +175,8 @@ def _wrong_key(meta: Any) -> str | None:
     if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION:
         return f"format_version {meta.get('format_version') if isinstance(meta, dict) else 'missing'}"
     wrong = [key for key, kind in _META_TYPES.items() if not isinstance(meta.get(key), kind)]
+    wrong += [] if wrong or all(isinstance(name, str) for name in meta["writers"]) else ["writers"]
+    wrong += [] if wrong or meta["client_id"].isprintable() else ["client_id"]
     return f"{wrong[0]} is missing or of a wrong type" if wrong else None
 
 

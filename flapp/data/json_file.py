@@ -1,6 +1,5 @@
 """A JSON file of any size, walked in a memory map: only what is asked for is parsed, one value at a time."""
 
-import json
 import mmap
 import re
 from collections.abc import Iterator
@@ -8,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from flapp.data.artifact import DataError
+from flapp.untrusted import MOST_BYTES, check_regular, parse_json, printable
 
 _SPACE = re.compile(rb"\s*")
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)  # possessive: nothing is kept to go back to
 _SCALAR = re.compile(rb"[^\s,\[\]{}\"]+")
 _MARK = re.compile(rb'["\[\]{}]')
 
@@ -21,9 +21,13 @@ class JsonFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.at = 0
+        try:
+            size = check_regular(path)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}): copy it again") from error
+        if not size:
+            raise DataError(f"{path} is empty: copy it again from where LEAF wrote it")
         with path.open("rb") as file:
-            if not path.stat().st_size:
-                raise DataError(f"{path} is empty: copy it again from where LEAF wrote it")
             self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def members(self) -> Iterator[str]:
@@ -34,7 +38,9 @@ class JsonFile:
             return
         while True:
             self._peek()
-            key = self.load(*self._skip_scalar(_STRING))
+            key = str(self.load(*self._skip_scalar(_STRING)))
+            if not key.isprintable():
+                raise DataError(f"{self.path} has control characters in the name {printable(repr(key), 80)}: rename it")
             self._take(b":")
             yield key
             if self._take(b",}") == b"}":
@@ -62,7 +68,9 @@ class JsonFile:
     def load(self, start: int, end: int) -> Any:
         """Parse the small value between two bytes."""
         try:
-            return json.loads(self.buffer[start:end])
+            if end - start > MOST_BYTES:
+                raise ValueError(f"a value of {end - start:,} bytes, at most {MOST_BYTES:,} are expected")
+            return parse_json(self.buffer[start:end])
         except ValueError as error:
             raise DataError(f"{self.path} is damaged at byte {start} ({error}): copy it again") from error
 
@@ -70,7 +78,8 @@ class JsonFile:
         """Parse the list between two bytes."""
         value = self.load(start, end)
         if not isinstance(value, list):
-            raise DataError(f"{self.path} holds {value!r} at byte {start} instead of a list: it is not LEAF JSON")
+            said = printable(repr(value))
+            raise DataError(f"{self.path} holds {said} at byte {start} instead of a list: it is not LEAF JSON")
         return value
 
     def end(self) -> None:

@@ -11,7 +11,6 @@ the memory of one writer.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from flapp.data.artifact import DataError
 from flapp.data.json_file import JsonFile
+from flapp.untrusted import open_npy, parse_json, printable
 
 CLASS_NAMES = tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 CLASSES = len(CLASS_NAMES)
@@ -124,15 +124,17 @@ class LeafSource:
     def _check_index(self, file: JsonFile, users: list[Any], counts: list[Any], found: dict[str, "_Part"]) -> None:
         file.end()
         if unlike := sorted({*map(str, users)} ^ found.keys()):
-            raise DataError(f"{file.path}: users and user_data name different writers: {', '.join(unlike[:3])}")
+            names = printable(", ".join(unlike[:3]))
+            raise DataError(f"{file.path}: users and user_data name different writers: {names}")
         if not len(users) == len(counts) == len(found):
             raise DataError(
                 f"{file.path} has {len(users)} users, {len(counts)} num_samples and {len(found)} writers in user_data"
             )
         for user, count in zip(users, counts, strict=True):
-            if count != found[str(user)].count:
+            if type(count) is not int or count != found[str(user)].count:
                 held = found[str(user)].count
-                raise DataError(f"{file.path}: user {user} has {held} labels, num_samples says {count}")
+                said = printable(repr(count))
+                raise DataError(f"{file.path}: user {printable(user)} has {held} labels, num_samples says {said}")
 
     def _find_top(self) -> int:
         """Return the white of this data, 1 or 255: the first fraction, or the first value over 1, decides."""
@@ -183,8 +185,8 @@ class ArraySource:
     def _open(self, name: str) -> np.ndarray:
         path = self.folder / f"{name}.npy"
         try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            return open_npy(path, "r", "biufUS" if name == "writers" else "biuf")
+        except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise DataError(f"{path} cannot be read as an array ({reason}): write it with numpy.save") from error
 
@@ -210,10 +212,13 @@ class _Part:
         labels = self.file.load_list(*self.y)
         for label in labels:
             if type(label) is not int or not 0 <= label < CLASSES:
-                raise DataError(f"{self.file.path}: user {user} has label {label}, FEMNIST has 0 to {CLASSES - 1}")
+                said = printable(repr(label))
+                raise DataError(f"{self.file.path}: user {user} has label {said}, FEMNIST has 0 to {CLASSES - 1}")
         return np.array(labels, dtype=np.int64)
 
     def images(self, user: str, top: int) -> np.ndarray:
+        if self.x[1] - self.x[0] < 2 * PIXELS * self.count:  # a pixel takes two bytes of JSON
+            raise DataError(f"{self.file.path}: user {user} has fewer images in x than the {self.count} labels in y")
         images = np.empty((self.count, PIXELS), np.uint8)
         number = -1
         for number, row in enumerate(self.rows(user)):
@@ -248,8 +253,10 @@ class _Part:
                     f"{self.file.path}: user {user} has something else than rows of pixels in x (byte {at})"
                 )
             try:
-                row = np.array(json.loads(match[1]), dtype=np.float64)
-            except (json.JSONDecodeError, OverflowError) as error:
+                if len(match[1]) > 100 * PIXELS:
+                    raise ValueError(f"an image of {len(match[1]):,} bytes")
+                row = np.array(parse_json(match[1]), dtype=np.float64)
+            except (ValueError, OverflowError) as error:
                 raise DataError(f"{self.file.path}: user {user} has a pixel that is no number ({error})") from error
             if row.size != PIXELS:
                 raise DataError(f"{self.file.path}: user {user} has an image of {row.size} pixels, not {PIXELS}")

@@ -15,6 +15,7 @@ import hashlib
 import json
 import mmap
 import struct
+import sys
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,8 +24,10 @@ from typing import Any, BinaryIO
 
 from flapp.data.artifact import DataError
 from flapp.data.split_file import REMEDY, digest_of, sync_folder, write_synced
+from flapp.untrusted import check_regular, parse_json, printable, read_json
 
 FORMAT_VERSION = 1
+MOST_LINE = 1 << 20  # bytes of a line of clients.jsonl
 _ENTRY = struct.Struct(">8sQ16s")
 
 
@@ -50,9 +53,10 @@ class Manifest(Mapping[str, ShardRecord]):
         index = self.folder / "clients.idx"
         self._index: mmap.mmap | bytes = b""
         try:
+            size = check_regular(index)
             with index.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
-                if found == self.facts["index_sha256"] and len(self):
+                if found == self.facts["index_sha256"] and len(self) and size:
                     self._index = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise DataError(
@@ -67,9 +71,8 @@ class Manifest(Mapping[str, ShardRecord]):
         return self.facts["totals"]["clients"]
 
     def __iter__(self) -> Iterator[str]:
-        with self._open() as lines:
-            for line in lines:
-                yield _parse(line, self._clients).client_id
+        for line in self._lines():
+            yield _parse(line, self._clients).client_id
 
     def __getitem__(self, client_id: str) -> ShardRecord:
         key = _key(client_id)
@@ -94,22 +97,31 @@ class Manifest(Mapping[str, ShardRecord]):
         """Check all of clients.jsonl against its digest, the index and the totals; raises DataError."""
         content, entries, offset = hashlib.sha256(), [], 0
         totals = totals_of(())
-        with self._open() as lines:
-            for line in lines:
-                record = _parse(line, self._clients)
-                content.update(line)
-                entries.append(_pack(record, offset, line))
-                offset += len(line)
-                _add(totals, record)
+        for line in self._lines():
+            record = _parse(line, self._clients)
+            content.update(line)
+            entries.append(_pack(record, offset, line))
+            offset += len(line)
+            _add(totals, record)
         if content.hexdigest() != self.facts["clients_sha256"]:
             raise DataError(f"{self._clients} has another SHA-256 than {self.path} says: make the shards again")
         if hashlib.sha256(b"".join(sorted(entries))).hexdigest() != self.facts["index_sha256"]:
             raise DataError(f"{self.folder / 'clients.idx'} does not index {self._clients}: make the shards again")
         if totals != self.facts["totals"]:
-            raise DataError(f"{self._clients} adds up to {totals}, {self.path} says {self.facts['totals']}")
+            said = printable(self.facts["totals"])
+            raise DataError(f"{self._clients} adds up to {totals}, {self.path} says {said}")
+
+    def _lines(self) -> Iterator[bytes]:
+        """Yield the lines of clients.jsonl, at most one more than there are clients."""
+        with self._open() as file:
+            for _ in range(len(self) + 1):
+                if not (line := file.readline(MOST_LINE)):
+                    return
+                yield line
 
     def _open(self) -> BinaryIO:
         try:
+            check_regular(self._clients)
             return self._clients.open("rb")
         except OSError as error:
             raise DataError(f"{self._clients} cannot be read ({error.strerror}): make the shards again") from error
@@ -123,8 +135,8 @@ class Manifest(Mapping[str, ShardRecord]):
 
     def _read(self, offset: int, line_hash: bytes) -> ShardRecord:
         with self._open() as file:
-            file.seek(offset)
-            line = file.readline()
+            file.seek(min(offset, sys.maxsize))
+            line = file.readline(MOST_LINE)
         if hashlib.sha256(line).digest()[:16] != line_hash:
             raise DataError(f"{self._clients} is damaged at byte {offset}: make the shards again with {REMEDY}")
         return _parse(line, self._clients)
@@ -197,17 +209,18 @@ def check_claim(
 
 def _read_facts(path: Path) -> dict[str, Any]:
     try:
-        facts = json.loads(path.read_bytes())
+        facts = read_json(path)
     except OSError as error:
         raise DataError(f"no manifest at {path} ({error.strerror}): make the shards with {REMEDY}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is damaged ({error}): make the shards again with {REMEDY}") from error
     if not isinstance(facts, dict) or facts.get("format_version") != FORMAT_VERSION:
         found = facts.get("format_version") if isinstance(facts, dict) else type(facts).__name__
+        found = printable(found)
         raise DataError(f"{path} is not a manifest of format {FORMAT_VERSION} (found {found}): make it with {REMEDY}")
     totals = facts.get("totals")
     clients = totals.get("clients") if isinstance(totals, dict) else None
-    if type(clients) is not int or not {"index_sha256", "clients_sha256"} <= facts.keys():
+    if type(clients) is not int or not 0 <= clients < 1 << 31 or not {"index_sha256", "clients_sha256"} <= facts.keys():
         raise DataError(f"{path} lacks totals or digests: make the shards again with {REMEDY}")
     if facts.get("digest") != digest_of(facts):
         raise DataError(f"{path} was changed: it does not have the digest it states; make the shards with {REMEDY}")
@@ -216,16 +229,20 @@ def _read_facts(path: Path) -> dict[str, Any]:
 
 def _parse(line: bytes, path: Path) -> ShardRecord:
     try:
-        values = json.loads(line)
+        values = parse_json(line)
         record = ShardRecord(**values | {"label_hist": tuple(values["label_hist"])})
         counts = [record.num_samples[split] for split in ("train", "val", "test")]
-        sound = all(type(count) is int for count in [*counts, *record.label_hist, record.writers])
+        sound = all(type(n) is int and n >= 0 for n in [*counts, *record.label_hist, record.writers])
+        sound = sound and all(isinstance(text, str) for text in (record.client_id, record.shard, record.digest))
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(
-            f"{path} has a line that is no record ({error!r}): make the shards again with {REMEDY}"
+            f"{path} has a line that is no record ({printable(repr(error))}): make the shards again with {REMEDY}"
         ) from error
-    if not sound or not isinstance(record.shard, str) or not isinstance(record.client_id, str):
-        raise DataError(f"{path} has a record of wrong types ({record.client_id!r}): make the shards again")
+    if not sound:
+        raise DataError(f"{path} has a record of wrong types ({printable(record.client_id)}): make the shards again")
+    if not record.client_id.isprintable() or not record.shard.isprintable():
+        said = f"client {printable(record.client_id)} with shard {printable(record.shard)}"
+        raise DataError(f"{path} has control characters in a name ({said}): make the shards again")
     shard = Path(record.shard)
     if shard.is_absolute() or ".." in shard.parts:
         raise DataError(f"{path}: the shard of client {record.client_id} is {shard}, outside the manifest's folder")

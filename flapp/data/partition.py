@@ -12,8 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from flapp.data.artifact import DataError, locked
+from flapp.untrusted import check_safetensors, printable
 
 MAX_DRAWS = 1000
+SPLITS = ("train", "test")
+KINDS = {f"{split}_{what}": ("I64", 1) for split in SPLITS for what in ("indices", "offsets")} | {
+    "requested": ("F64", 2)
+}
+MOST_HEADER = 64 << 10  # bytes; ours has about 300
 
 
 @dataclass(frozen=True)
@@ -66,20 +72,46 @@ def make_partition(
 def load_partition(path: Path, **settings: object) -> Partition:
     """Read the partition saved at `path`, making it by make_partition(**settings) first if it is missing."""
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
 
     if not path.exists():
         with locked(path.with_suffix(".lock")):
             if not path.exists():
                 save_partition(path, make_partition(**settings))  # type: ignore[arg-type]
     try:
-        saved = load_file(path)
-        train, test = (np.split(saved[f"{s}_indices"], saved[f"{s}_offsets"][1:-1]) for s in ("train", "test"))
-        return Partition(tuple(train), tuple(test), saved["requested"])
-    except (SafetensorError, KeyError) as error:
+        sizes = {f"{s}_indices": len(settings[f"{s}_labels"]) for s in SPLITS if f"{s}_labels" in settings}  # type: ignore[arg-type]
+        return _read_partition(path, sizes)
+    except (SafetensorError, OSError, ValueError) as error:
+        said = printable(error)
         raise DataError(
-            f"{path} is not a saved partition ({error}): delete it, and the next run draws it anew"
+            f"{path} is not a saved partition ({said}): delete it, and the next run draws it anew"
         ) from error
+
+
+def _read_partition(path: Path, sizes: dict[str, int]) -> Partition:
+    """Read a saved partition; raises ValueError unless every array fits the others and the sizes that are known."""
+    from safetensors import safe_open
+
+    check_safetensors(path, MOST_HEADER)
+    with safe_open(path, framework="numpy") as file:
+        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is not a mapping
+        kinds = {name: (part.get_dtype(), len(part.get_shape())) for name, part in found.items()}
+        if kinds != KINDS:
+            raise ValueError(f"it holds {kinds or 'nothing'}")
+        shapes = {name: tuple(part.get_shape()) for name, part in found.items()}
+        if odd := [name for name, size in sizes.items() if shapes[name] != (size,)]:
+            raise ValueError(f"{odd[0]} has {shapes[odd[0]][0]:,} entries, the dataset has {sizes[odd[0]]:,} samples")
+        if not shapes["train_offsets"] == shapes["test_offsets"] == (shapes["requested"][0] + 1,):
+            raise ValueError(f"its arrays are of different numbers of clients: {shapes}")
+        saved = {name: file.get_tensor(name) for name in KINDS}
+    parts = {}
+    for split in SPLITS:
+        indices, offsets = saved[f"{split}_indices"], saved[f"{split}_offsets"]
+        if offsets[0] != 0 or offsets[-1] != len(indices) or (np.diff(offsets) < 0).any():
+            raise ValueError(f"{split}_offsets do not cut {split}_indices into parts")
+        if len(indices) and not (indices.min() >= 0 and indices.max() < len(indices)):
+            raise ValueError(f"{split}_indices are from {indices.min()} to {indices.max()}, of {len(indices)} samples")
+        parts[split] = tuple(np.split(indices, offsets[1:-1]))
+    return Partition(parts["train"], parts["test"], saved["requested"])
 
 
 def label_histogram(labels: np.ndarray, classes: int) -> list[int]:

@@ -17,9 +17,11 @@ from safetensors import SafetensorError, safe_open
 
 from flapp.data.artifact import DataError
 from flapp.data.leaf import CLASSES, PIXELS, SIDE
+from flapp.untrusted import check_safetensors, printable
 
 SAMPLE_BYTES = PIXELS + 8
 REMEDY = "python -m tools.prepare_data dataset=femnist dataset.source=DIR clients=N partition=natural"
+MOST_HEADER = 64 << 10  # bytes; ours has about 150
 _BLOCK = 4096
 
 
@@ -74,6 +76,7 @@ class SplitFacts:
 def inspect_split(path: Path) -> SplitFacts:
     """Read and hash a split's file, a block at a time; raises DataError when it is not such a file at all."""
     try:
+        check_safetensors(path, MOST_HEADER)
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         with safe_open(path, framework="numpy") as tensors:
@@ -81,6 +84,7 @@ def inspect_split(path: Path) -> SplitFacts:
             count = kinds.get("labels", ("", [-1]))[1][:1]
             if kinds != {"images": ("U8", [*count, SIDE, SIDE]), "labels": ("I64", count)}:
                 found = ", ".join(f"{name} {dtype} {shape}" for name, (dtype, shape) in sorted(kinds.items()))
+                found = printable(found)
                 raise DataError(
                     f"{path} holds {found or 'nothing'} instead of images U8 [n, 28, 28] and labels I64 [n]: "
                     f"make it again with {REMEDY}"
@@ -88,8 +92,10 @@ def inspect_split(path: Path) -> SplitFacts:
             labels = tensors.get_tensor("labels")
     except FileNotFoundError:
         raise DataError(f"{path} is missing: make the shard again with {REMEDY}") from None
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is damaged ({error}): make the shard again with {REMEDY}") from error
+    except DataError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged ({printable(error)}): make the shard again with {REMEDY}") from error
     known = (labels >= 0) & (labels < CLASSES)
     fault = None
     if not known.all():

@@ -23,6 +23,7 @@ from torch import nn
 from flapp.model.files import mismatch, save_tensors
 from flapp.model.lora import adapted_layers, load_lora_state_dict, lora_state_dict, merged_state_dict
 from flapp.model.pretrained import read_state, to_torchvision
+from flapp.untrusted import printable, read_json
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 # Settings of a LoraConfig that do not change what its tensors mean; any other must be off.
@@ -102,15 +103,17 @@ def export_merged(model: nn.Module, path: Path, /, **facts: Any) -> str:
 
 def _read_config(path: Path) -> Mapping[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
         fits = config["peft_type"] == "LORA" and type(config["r"]) is int and config["lora_alpha"] > 0
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is missing or no configuration of a PEFT adapter ({error!r})") from error
-    plain = HARMLESS | ({"init_lora_weights"} if config.get("init_lora_weights") in PLAIN_STARTS else set())
+        fits = fits and isinstance(config.get("base_model_name_or_path") or "", str)
+        plain = HARMLESS | ({"init_lora_weights"} if config.get("init_lora_weights") in PLAIN_STARTS else set())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        said = printable(repr(error))
+        raise ValueError(f"{path} is missing or no configuration of a PEFT adapter ({said})") from error
     used = [f"{key}={value!r}" for key, value in config.items() if key not in plain and value not in OFF]
     if not fits or used:
         what = ", ".join(used) or f"peft_type={config['peft_type']}, r={config['r']}, lora_alpha={config['lora_alpha']}"
-        raise ValueError(f"{path} is not plain LoRA: it sets {what}")
+        raise ValueError(f"{path} is not plain LoRA: it sets {printable(what)}")
     return config
 
 

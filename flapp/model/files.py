@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flapp.untrusted import check_safetensors, parse_json, printable
+
 FORMAT_VERSION = 1
 
 
@@ -39,11 +41,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_safetensors(path)
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("flapp", "null"))
+            header = parse_json((file.metadata() or {}).get("flapp", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({printable(error)})") from error
     if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path} has no flapp header of format {FORMAT_VERSION}: was it written by flapp?")
     return tensors, header
@@ -59,7 +62,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {}
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
-        layout = json.loads(file.read(start - 8))
+        layout = parse_json(file.read(start - 8))
         for name, like in mapped.items():
             raw = torch.empty(like.nbytes, dtype=torch.uint8)
             file.seek(start + layout[name]["data_offsets"][0])
@@ -77,7 +80,7 @@ def mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str
         "not the model's": [name for name in found if name not in expected],
         "misshapen": [f"{n} {tuple(found[n].shape)} where the model has {tuple(expected[n].shape)}" for n in both],
     }
-    return "; ".join(f"{len(names)} {kind}, first {names[0]}" for kind, names in faults.items() if names)
+    return "; ".join(f"{len(names)} {kind}, first {printable(names[0])}" for kind, names in faults.items() if names)
 
 
 def sha256_of_file(path: Path) -> str:

@@ -23,12 +23,14 @@ from torch import Tensor, nn
 
 from flapp.model.files import mismatch, sha256_of_file
 from flapp.model.lora import head_of
+from flapp.untrusted import check_regular, check_safetensors, printable
 
 # What zipfile and torch's unpickler are seen to raise for damaged bytes, beside OSError.
 DAMAGE = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, LookupError),
-    *(TypeError, AttributeError, AssertionError),
+    *(TypeError, AttributeError, AssertionError, MemoryError, OverflowError),
 )
+MOST_PICKLE = 16 << 20  # bytes of the names and shapes in a .pth
 POSITIONS = "encoder.pos_embedding"
 OURS = (
     (re.compile(r"\bself_attention\.in_proj_(weight|bias)$"), r"self_attention.qkv.\1"),
@@ -75,16 +77,25 @@ def read_state(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        found: Any = load_file(path) if path.suffix == ".safetensors" else _load_pth(path)
+        if path.suffix == ".safetensors":
+            check_safetensors(path)
+            found: Any = load_file(path)
+        else:
+            found = _load_pth(path)
     except DAMAGE as error:
         reason = "nothing in it was run" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
-        raise ValueError(f"{path} is damaged or holds more than tensors ({reason or repr(error)})") from error
+        said = printable(reason or repr(error))
+        raise ValueError(f"{path} is damaged or holds more than tensors ({said})") from error
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read ({error})") from error
+        raise ValueError(f"{path} cannot be read ({printable(error)})") from error
     if isinstance(found, Mapping) and len(found) == 1 and isinstance(inner := next(iter(found.values())), Mapping):
         found = inner if set(found) <= {"state_dict", "model"} else found
     if not isinstance(found, Mapping) or not found or not all(isinstance(t, Tensor) for t in found.values()):
         raise ValueError(f"{path} holds no state dict, which maps names to tensors and nothing else")
+    if odd := [name for name, tensor in found.items() if not isinstance(name, str) or _repeats_memory(tensor)]:
+        raise ValueError(
+            f"{path}: tensor {printable(odd[0], 80)} is not dense: it claims more bytes than the file holds"
+        )
     return dict(found)
 
 
@@ -106,10 +117,24 @@ def _renamed(name: str, rules: tuple[tuple[re.Pattern[str], str], ...]) -> str:
 
 def _load_pth(path: Path) -> Any:
     """Load a file of torch.save, a zip since torch 1.6, when the CRC of every tensor in it is right."""
+    check_regular(path)
     with zipfile.ZipFile(path) as file:
+        for entry in file.infolist():
+            name = printable(entry.filename, 80)
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile(f"{name} is compressed, which torch.save never does")
+            if name.endswith(".pkl") and entry.file_size > MOST_PICKLE:
+                raise zipfile.BadZipFile(f"{name} has {entry.file_size:,} bytes, at most {MOST_PICKLE:,} are expected")
         if (damaged := file.testzip()) is not None:
             raise zipfile.BadZipFile(f"{damaged} has another CRC-32")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _repeats_memory(tensor: Tensor) -> bool:
+    """Say whether a tensor is not a dense one with bytes of its own, such as one number expanded to any shape."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        return True
+    return tensor.nbytes > tensor.untyped_storage().nbytes()
 
 
 def _differs_in_rows(found: Tensor, own: Tensor) -> bool:

@@ -28,6 +28,10 @@ from flapp.model.split_files import (
     read_component,
     write_components,
 )
+from flapp.untrusted import printable
+
+# What torch and transformers are seen to raise for sizes and names that make no sense.
+BUILD_ERRORS = (ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -210,10 +214,20 @@ class ModelFactory:
     def load_component(cls, path: str | Path, device: str | torch.device = "cpu") -> SplitModel:
         """Build the component stored at `path`, in eval mode, after metadata and digest were found right."""
         found, tensors = read_component(path)
-        p1, p2 = found.split_points
-        about = ((p1, p2), found.num_layers, found.config, found.model_sha256)
-        part = Part(found.model_type, found.name, found.component, *about)
-        model = _skeleton(cls._type(part.model_type), part)
+        check_component(found.component)
+        kind = cls._type(found.model_type)
+        try:
+            p1, p2 = found.split_points
+            check_points(p1, p2, found.num_layers)
+            about = ((p1, p2), found.num_layers, found.config, found.model_sha256)
+            part = Part(found.model_type, found.name, found.component, *about)
+            first, end = part.layers
+            if end - first > len(tensors):
+                raise ValueError(f"{end - first:,} layers of {len(tensors)} tensors")
+            model = _skeleton(kind, part)
+        except BUILD_ERRORS as error:
+            said = printable(repr(error))
+            raise ValueError(f"{path} has metadata from which no {found.component} can be built ({said})") from error
         if fault := mismatch(model.state_dict(), tensors):
             raise ValueError(f"{path} does not fit its metadata: {fault}")
         model = _fill(model, part, tensors)
@@ -224,6 +238,7 @@ class ModelFactory:
     @classmethod
     def _type(cls, model_type: str) -> ModelType:
         if model_type not in cls.types:
+            model_type = printable(model_type, 60)
             raise ValueError(f"model_type={model_type} is not known: choose one of {', '.join(sorted(cls.types))}")
         return cls.types[model_type]()
 

@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from flapp.model.files import FORMAT_VERSION, read_tensors, save_tensors, sha256_of_file
+from flapp.untrusted import check_regular, printable, read_json
 
 COMPONENTS = ("bottom", "trunk", "top")
 WEIGHTS = ".safetensors"
@@ -167,7 +168,8 @@ def read_component(path: str | Path) -> tuple[Metadata, dict[str, Tensor]]:
     for key, value in metadata.facts().items():
         if header.get(key) != value:
             where = StorageManager.get_model_metadata_path(path)
-            raise ValueError(f"{where} says {key}={value}, its weights were saved with {key}={header.get(key)}")
+            said, kept = printable(value), printable(header.get(key))
+            raise ValueError(f"{where} says {key}={said}, its weights were saved with {key}={kept}")
     return metadata, tensors
 
 
@@ -176,6 +178,7 @@ def read_metadata(path: str | Path) -> Metadata:
     path = Path(path)
     where = StorageManager.get_model_metadata_path(path)
     try:
+        check_regular(path)
         found = sha256_of_file(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): this component is missing") from error
@@ -239,13 +242,13 @@ def _check_free(path: Path) -> None:
 
 def _parse(where: Path) -> Metadata:
     try:
-        values = json.loads(where.read_text())
+        values = read_json(where)
     except OSError as error:
         raise ValueError(f"{where} cannot be read ({error.strerror}): weights need their metadata") from error
     except ValueError as error:
         raise ValueError(f"{where} is damaged ({error}): store the split again") from error
     if (fault := next(_faults(values), None)) is not None:
-        raise ValueError(f"{where} is damaged ({fault}): store the split again")
+        raise ValueError(f"{where} is damaged ({printable(fault)}): store the split again")
     return Metadata(**values)
 
 

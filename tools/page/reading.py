@@ -4,7 +4,6 @@ What one client did in one round is folded together as lines are read, so that 5
 memory: sums for bytes and seconds, the last accuracy, failures by reason.
 """
 
-import json
 import math
 import re
 from collections import Counter
@@ -13,11 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from flapp.checkpoint import CheckpointError, ChunkManager
 from flapp.config import read_yaml
+from flapp.metric_lines import read_line, sound_summary
+from flapp.untrusted import MOST_BYTES, check_regular, printable
+from flapp.untrusted import read_json as parse_file
 from tools.page.run import Clients, Job, Run, Stores, by_number, number
 
 METRICS, STORE = "metrics.jsonl", "server_chunks.db"  # of flapp.results, which would import PyTorch
@@ -64,7 +63,7 @@ def _read_sweep(path: Path) -> tuple[list[tuple[Path, str]], list[Job]]:
     below = sorted((folder for folder in path.iterdir() if is_run(folder)), key=lambda folder: by_number(folder.name))
     outcomes = read_json(path / "sweep.json", [])
     jobs = []
-    for index, outcome in enumerate(outcomes if isinstance(outcomes, list) else []):
+    for index, outcome in enumerate(outcome for outcome in outcomes if isinstance(outcome, dict)):
         overrides, status, error = (str(outcome.get(key) or "") for key in ("overrides", "status", "error"))
         jobs.append(Job(str(outcome.get("job", index)), overrides, status, error, number(outcome, "objective")))
     if not below and not jobs:
@@ -76,7 +75,9 @@ def read_run(path: Path, label: str = "A") -> Run:
     """Read one run directory; nothing in it is written."""
     notes: list[str] = []
     config = _read_config(path / "config.yaml", notes)
-    summary = read_json(path / "metrics.json", {}, notes)
+    summary, odd = sound_summary(read_json(path / "metrics.json", {}, notes))
+    if odd:
+        notes.append(f"metrics.json has values of wrong types, which are left out: {', '.join(odd)}")
     clients = Clients()
     lines = _read_lines(path / METRICS, clients, notes)
     if lines and not summary:
@@ -86,8 +87,8 @@ def read_run(path: Path, label: str = "A") -> Run:
         path,
         label,
         config,
-        summary if isinstance(summary, dict) else {},
-        read_json(path / "progress.json", {}),
+        summary,
+        read_json(path / "progress.json", {}, notes),
         lines,
         clients,
         add_up([path / STORE]) if (path / STORE).is_file() else None,
@@ -101,6 +102,9 @@ def add_up(paths: list[Path]) -> Stores:
     """Add up checkpoint stores: all their files, and what is in STORES_OPENED of them, spread evenly."""
     opened, problems, digest = [], [], ""
     for path in paths[:: math.ceil(len(paths) / STORES_OPENED)]:
+        if not path.is_file():
+            problems.append(f"{path.name}: it is not a regular file")
+            continue
         journal = Path(f"{path}-journal")
         if journal.exists() and journal.stat().st_size:  # SQLite would roll it back, and so write
             problems.append(f"{path.name}: a save is under way or was cut short (it has a journal)")
@@ -110,22 +114,27 @@ def add_up(paths: list[Path]) -> Stores:
                 opened.append(store.get_storage_stats())
                 digest = next((row.config_digest for row in reversed(store.rounds())), digest)
         except CheckpointError as error:
-            problems.append(str(error))
+            problems.append(printable(error, 1000))
     sums = {key: sum(stats[key] for stats in opened) for key in ("rounds", "logical_bytes", "stored_bytes")}
     size = sum(path.stat().st_size for path in paths)
     return Stores(len(paths), size, len(opened), **sums, config_digest=digest, problems=tuple(problems))
 
 
 def read_json(path: Path, missing: Any, notes: list[str] | None = None) -> Any:
-    """Return a JSON file's content, or `missing`; a file that is not JSON is noted."""
+    """Return a JSON file's content, or `missing`; a file that is not JSON of that type is noted."""
     try:
-        return json.loads(path.read_text())
+        values = parse_file(path)
     except FileNotFoundError:
         return missing
     except (ValueError, OSError) as error:
         if notes is not None:
-            notes.append(f"{path.name} cannot be read ({error})")
+            notes.append(f"{path.name} cannot be read ({printable(error)})")
         return missing
+    if not isinstance(values, type(missing)):
+        if notes is not None:
+            notes.append(f"{path.name} holds {type(values).__name__} and is left out")
+        return missing
+    return values
 
 
 def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:
@@ -133,8 +142,8 @@ def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:
         return _flat(read_yaml(path))
     except FileNotFoundError:
         notes.append("config.yaml is not there, so there are no settings")
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException, AttributeError) as error:
-        notes.append(f"config.yaml cannot be read ({' '.join(str(error).split())}), so there are no settings")
+    except (OSError, ValueError) as error:
+        notes.append(f"config.yaml cannot be read ({printable(error)}), so there are no settings")
     return {}
 
 
@@ -150,13 +159,18 @@ def _read_lines(path: Path, clients: Clients, notes: list[str]) -> dict[str, lis
     lines: dict[str, list[dict[str, Any]]] = {}
     odd, torn = 0, False
     try:
+        check_regular(path)
         with path.open("rb") as file:
-            for raw in file:
+            while raw := file.readline(MOST_BYTES):
                 try:
-                    line = json.loads(raw)
-                    line["round"] = int(line["round"])
-                    lines.setdefault(str(line["kind"]), []).append(clients.fold(line))
-                except (ValueError, OverflowError, TypeError, KeyError, AttributeError):
+                    line = read_line(raw)
+                    lines.setdefault(line["kind"], []).append(clients.fold(line))
+                except ValueError:
+                    if len(raw) == MOST_BYTES:
+                        notes.append(
+                            f"{METRICS} has a line of more than {MOST_BYTES:,} bytes and is left out from there"
+                        )
+                        break
                     torn = not raw.endswith(b"\n")
                     odd += not torn
     except OSError as error:
@@ -171,7 +185,10 @@ def _read_lines(path: Path, clients: Clients, notes: list[str]) -> dict[str, lis
 def _client_stores(path: Path, config: Mapping[str, Any]) -> Stores | None:
     """Add up the clients' stores of a run, if they are on this machine."""
     name = str(config.get("run_name") or path.name)
-    homes = [Path(str(config["home"]))] if config.get("home") else []
+    if not name.isprintable() or Path(name).is_absolute() or ".." in Path(name).parts:
+        return None
+    given = str(config.get("home") or "")
+    homes = [Path(given)] if given and given.isprintable() else []
     depth = len(Path(name).parts)
     if depth < len(path.absolute().parents):  # home/runs/<run_name>, wherever home is now
         homes.append(path.absolute().parents[depth])
@@ -184,6 +201,7 @@ def _client_stores(path: Path, config: Mapping[str, Any]) -> Stores | None:
 def _tail(path: Path) -> tuple[str, ...]:
     """Return the last lines of a log, without the colours of a terminal."""
     try:
+        check_regular(path)
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - LOG_BYTES))
             text = file.read().decode(errors="replace")

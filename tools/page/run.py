@@ -1,6 +1,5 @@
 """What a run directory says, as the report needs it: lines by kind, clients folded together, stores added up."""
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from flapp.metric_lines import is_finite, is_number
 from flapp.stopwatch import PHASES
 
 OWN_NAMES = ("run_name", "resume")  # settings in which any two runs differ
@@ -110,7 +110,7 @@ class Run:
     def final(self, key: str) -> float | None:
         """Return the last figure of the evaluation, from the summary or else from the lines."""
         value = self.summary.get(key)
-        return value if isinstance(value, float | int) else next(iter(self.series("evaluate", key)[1][::-1]), None)
+        return value if is_number(value) else next(iter(self.series("evaluate", key)[1][::-1]), None)
 
     def best(self) -> tuple[int | None, float | None]:
         """Return the round in which evaluate.objective was best, and its value then."""
@@ -154,7 +154,7 @@ def number(values: Mapping[str, Any], key: str) -> float | None:
     value: Any = values
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
-    return value if isinstance(value, float | int) and math.isfinite(value) else None
+    return value if is_finite(value) else None
 
 
 def by_number(name: str) -> list[tuple[str, int]]:

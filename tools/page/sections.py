@@ -94,7 +94,8 @@ def learning(run: Run, drawn: Sequence[Picture]) -> Html:
 def clients(run: Run, drawn: Sequence[Picture]) -> Html:
     samples, accuracy = run.roster("samples"), run.clients.last.get("accuracy_by_client", {})
     personal = run.clients.last.get("personal_accuracy_by_client", {})
-    names = sorted(samples.keys() | accuracy.keys() | personal.keys(), key=lambda name: accuracy.get(name, 2.0))
+    known = {name: value for name, value in accuracy.items() if value is not None}
+    names = sorted(samples.keys() | accuracy.keys() | personal.keys(), key=lambda name: known.get(name, 2.0))
     seconds: Mapping[str, float] = run.clients.sums.get("client_seconds", {})
     rows = []
     for name in names[:MOST_CLIENTS]:

@@ -1,0 +1,451 @@
+"""Files that somebody else made, with anything where anything else should be, are one line from every reader."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array
+
+from flapp.config import read_yaml
+from flapp.data import DataError, load_manifest, write_shards
+from flapp.data.artifact import open_array, write_artifact
+from flapp.data.cifar import cifar_files, read_cifar
+from flapp.data.leaf import open_source
+from flapp.data.partition import load_partition, make_partition, save_partition
+from flapp.data.split_file import digest_of
+from flapp.messages import view
+from flapp.metric_lines import read_line, sound_summary
+from flapp.model import ModelFactory, export_adapter, import_adapter
+from flapp.model.files import load_tensors, sha256_of_file
+from flapp.model.pretrained import read_state
+from flapp.settings import ConfigError
+from flapp.untrusted import parse_json, printable, read_json
+from tests.adapters import adapted
+from tests.cifar_files import write_cifar
+from tests.html_page import write_sweep
+from tests.leaf_files import as_leaf, draw_samples, write_leaf
+from tests.poison import DEEP, ask, npy, peak, poison, poisoned_json, refuses
+from tests.run_files import write_run
+from tests.split_models import write_vit
+from tools import federation, partition_heatmap, report, split_model, verify_data
+
+MIB = 1 << 20
+DEEP_JSON = [DEEP, '{"a":' * 5000 + "1" + "}" * 5000, "[" * 101 + "]" * 101]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        *((text, "deep") for text in DEEP_JSON),
+        ("[" + "[]," * 1_000_001 + "1]", "lists and objects"),
+        ('"' + "x" * (33 * MIB) + '"', "at most"),
+        (f'{{"a": {2**64}}}', "64 bits"),
+        ("1" + "0" * 5000, "64 bits"),
+        ('{"\\ud800": 1}', "surrogate"),
+        ('["\\uDFFF"]', "surrogate"),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_json_beyond_its_limits_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse_json(text)
+
+
+def test_json_within_its_limits_is_what_json_reads() -> None:
+    value = {"a": [1, -(2**63), 2**64 - 1, 1.5, None, True, "\u00fc\U0001f600"], "b": {"1" * 30: "2" * 30}}
+    assert parse_json(json.dumps(value)) == value
+    assert parse_json("[" * 100 + "]" * 100)
+    assert printable("a\x1b[2J\n\ud800b") == "a\\x1b[2J\\n\\ud800b"
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a folder", "a device"])
+def test_what_is_no_file_is_not_opened(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x"
+    os.mkfifo(path) if kind == "a pipe" else path.mkdir()
+    with pytest.raises(OSError, match="regular file|directory"):
+        read_json(Path("/dev/zero") if kind == "a device" else path)
+
+
+SHAPES = ["(-1,)", "(-2, -2)", "(True, 4)", "(4.0,)", "(10**12,)", "(4000000000000,)", "('4',)", "4", "(4, -1)", "(5,)"]
+KINDS = [
+    *("'V1000000000'", "'V4'", "'S0'", "'S4'", "'U1'", "'O'", "'<M8[s]'", "'<m8[s]'", "'>f4'", "'<c8'", "'<f16'"),
+    *("[('a', '<f4')]", "('<f4', (1,))", "'(2,)<f2'", "1", "None", "'nonsense'"),
+]
+
+
+@pytest.mark.parametrize(("kind", "shape"), [*(("'<f4'", s) for s in SHAPES), *((k, "(4,)") for k in KINDS)])
+def test_an_array_of_other_than_plain_numbers_is_refused_in_messages_and_files(
+    tmp_path: Path, kind: str, shape: str
+) -> None:
+    data = npy(kind, shape) + bytes(16)
+    before = peak()
+    with pytest.raises(ValueError, match="not a plain array of float32") as refused:
+        view(Array("float32", (4,), "numpy.ndarray", data))
+    assert "\n" not in str(refused.value)
+    (tmp_path / "images.npy").write_bytes(data)
+    for facts in ({"shape": [4], "dtype": "float32"}, {"shape": [-1], "dtype": "float32"}):
+        with pytest.raises(DataError, match=r"images.npy cannot be read .*prepare it again") as error:
+            open_array(tmp_path / "images.npy", facts)
+        assert "\n" not in str(error.value)
+    assert peak() - before < 50 * MIB
+
+
+def test_plain_arrays_are_viewed_as_they_are() -> None:
+    for values in (np.float32(3), np.zeros((0, 3)), np.arange(6, dtype=np.int64).reshape(2, 3), np.array([True])):
+        file = io.BytesIO()
+        np.save(file, values)
+        found = view(Array(str(values.dtype), values.shape, "numpy.ndarray", file.getvalue()))
+        assert found.dtype == values.dtype
+        assert np.array_equal(found, values)
+        assert found.shape == values.shape
+
+
+def test_a_message_cannot_break_the_line_that_refuses_it() -> None:
+    with pytest.raises(ValueError, match="not a plain array") as error:
+        view(Array("\x1b[2J\n" * 9, (4,) * 10_000, "numpy.ndarray", b"no array"))
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 300
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 30))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (BOMB, "anchor or alias"),
+        ("a: &a [*a]", "anchor or alias"),
+        ("a: " + DEEP, "nested more than 100 deep"),
+        ("".join("  " * i + "a:\n" for i in range(120)), "nested more than 100 deep"),
+        ("a: [" + "1, " * 50_000 + "1]", "more than 20,000"),
+        ("a: " + "1:" * 3000 + "1", "plain value of|64 bits"),
+        ("a: 0x" + "f" * 4000, "digits"),
+        ("a: " + "x" * 300_000, "at most 262,144 are expected"),
+        ("a: !!python/object/apply:os.system [touch poisoned]", "could not determine a constructor"),
+        ("a: !!binary aGVsbG8=", "not JSON serializable"),
+        ("- 1", "it holds list"),
+        ("a: 1\na: 2", "duplicate key"),
+        ("a: ${", "no viable alternative"),
+        ("\x1b[2J", "not allowed"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_yaml_that_to_yaml_never_writes_is_refused(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=reason) as error:
+        read_yaml(path)
+    assert str(error.value).isprintable()
+    assert str(error.value).startswith(f"{path} is damaged")
+    assert "restore the file from a copy" in str(error.value)
+
+
+NOT_NUMBERS: list[Any] = ["text", "1e3", [1], {"a": 1}, True, "@null", float("inf")]
+
+
+@pytest.mark.parametrize("value", NOT_NUMBERS, ids=str)
+def test_other_things_in_place_of_numbers_are_said_in_the_report(tmp_path: Path, value: Any) -> None:
+    run = write_run(tmp_path / "runs" / "r", 2, 2, 2)
+    value = None if value == "@null" else value
+    keys = (
+        "bytes_up",
+        "bytes_down",
+        "seconds",
+        "best_round",
+        "best_value",
+        "accuracy",
+        "loss",
+        "selected_round",
+        "rounds",
+    )
+    summary = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps(summary | dict.fromkeys(keys, value)))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    each = {"0": value, "1": value}
+    odd = {"client_bytes_up": each, "client_seconds": each, "phases": each, "store": each, "accuracy_by_client": each}
+    odd |= {"loss": value, "bytes_up": value, "seconds": value, "label_hist": each, "samples": each, "failures": [each]}
+    lines += [lines[-1] | {key: wrong} for key, wrong in odd.items()] + [lines[-1] | {"round": value, "kind": value}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ask(report.main, run, "--out", tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert "are no lines of a run and are left out" in page
+    assert ("metrics.json has values of wrong types" in page) == (value is not None)
+
+
+def test_lines_with_wrong_types_are_told_from_lines_of_a_run() -> None:
+    sound = {"kind": "train", "round": 1, "time": 0.5, "loss": float("nan"), "failures": [], "bytes_up": 3}
+    assert read_line(json.dumps(sound))["bytes_up"] == 3
+    for key, value in {"round": -1, "kind": 3, "loss": "x", "failures": [{"client": 1}], "bytes_up": None}.items():
+        with pytest.raises(ValueError, match=f"its {key} is not of the right type"):
+            read_line(json.dumps(sound | {key: value}))
+    assert sound_summary({"status": "finished", "loss": "x", "bytes_up": 1}) == (
+        {"status": "finished", "bytes_up": 1},
+        ["loss"],
+    )
+
+
+def reduced(call: tuple[str, str], argument: bytes) -> bytes:
+    """Return pickle code that calls a global with one argument, a tuple of what `argument` pushes."""
+    module, name = call
+    return f"c{module}\n{name}\n".encode() + b"(" + argument + b"tR"
+
+
+ENCODE = ("_codecs", "encode")
+TEXT = b"X" + struct.pack("<I", 10 * MIB) + b"a" * 10 * MIB
+CIFAR_BOMBS = {
+    "a memo slot far away": b"\x80\x02K\x01r" + struct.pack("<I", 500_000_000) + b".",
+    "a text encoded again and again": b"\x80\x02]("
+    + reduced(ENCODE, TEXT + b"q\x01X\x06\x00\x00\x00latin1q\x02")
+    + reduced(ENCODE, b"h\x01h\x02") * 200
+    + b"e.",
+    "bytes from a number": b"\x80\x02"
+    + reduced(("numpy.core.multiarray", "_reconstruct"), b"")
+    + b"(K\x01(\x8a\x05\x00\x00\x00\x00\x02t"
+    + reduced(("numpy", "dtype"), b"U\x02u1")
+    + b"I00\n\x8a\x05\x00\x00\x00\x00\x02tb.",
+    "tuples of tuples": b"\x80\x02}K\x01"
+    + b"".join(b"q%cK\x00h%c" % (i, i) + b"\x87" for i in range(1, 60))
+    + b"K\x01s.",
+    "tuples nested": b"\x80\x02}K\x01" + b"\x85" * 1_000_000 + b"K\x01s.",
+    "lists of lists": b"\x80\x02}(U\x06labels]q\x01K\x00a"
+    + b"".join(b"0]q%c(h%ch%ce" % (i, i - 1, i - 1) for i in range(2, 60))
+    + b"u.",
+    "a length beyond the file": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"x.",
+    "a huge number": b"\x80\x02\x8b" + struct.pack("<i", 1 << 30) + b".",
+    "nested": b"\x80\x02" + b"](" * 500_000 + b"e" * 500_000 + b".",
+    "code": pickle.dumps(os.system, 2)[:-1] + b"(U\x05echo tR.",
+}
+
+
+@pytest.mark.parametrize("name", CIFAR_BOMBS)
+def test_a_cifar_file_that_would_fill_memory_or_time_is_refused(tmp_path: Path, name: str) -> None:
+    path = write_cifar(tmp_path, images=2) / "test_batch"
+    path.write_bytes(CIFAR_BOMBS[name])
+    before = peak()
+    with pytest.raises(DataError, match=f"^{path}") as error:
+        read_cifar("cifar10", cifar_files("cifar10", tmp_path, "test"))
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1000
+    assert peak() - before < 200 * MIB
+
+
+def test_a_pth_that_claims_more_than_it_holds_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    torch.save({"encoder.pos_embedding": torch.zeros(1).expand(1, 1 + 3000**2, 64)}, path)
+    with pytest.raises(ValueError, match="claims more bytes than the file holds"):
+        read_state(path)
+    torch.save({"a": torch.zeros(20 * MIB)}, path)
+    with zipfile.ZipFile(path) as stored, zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for entry in stored.namelist():
+            bomb.writestr(entry, stored.read(entry))
+    with pytest.raises(ValueError, match="compressed, which torch.save never does"):
+        read_state(tmp_path / "bomb.pth")
+
+
+@pytest.mark.parametrize("length", [1 << 62, 1 << 40, 100 * MIB, 9 * MIB, 17])
+def test_a_safetensors_header_beyond_its_file_or_any_use_is_refused(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "m.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", length))
+        file.truncate(8 if length == 17 else 200 * MIB)  # sparse
+    before = peak()
+    for read in (load_tensors, read_state):
+        with pytest.raises(ValueError, match=r"m.safetensors .*header claims"):
+            read(path)
+    with pytest.raises(DataError, match=r"m.safetensors is not a saved partition .*header claims"):
+        load_partition(path)
+    assert peak() - before < 100 * MIB
+
+
+def test_leaf_labels_without_images_take_no_memory_for_them(tmp_path: Path) -> None:
+    user = {"x": [], "y": [0] * 2_000_000}
+    write_leaf(tmp_path, {"users": ["a"], "num_samples": [len(user["y"])], "user_data": {"a": user}})
+    before = peak()
+    with pytest.raises(DataError, match="fewer images in x than the 2000000 labels"):
+        open_source(tmp_path)
+    assert peak() - before < 400 * MIB
+
+
+def build(folder: Path) -> None:
+    """Write one real file or folder of every kind that is fuzzed."""
+    run = write_run(folder / "run" / "runs" / "r", 2, 3, 4)
+    seen = {"round": 1, "rounds": 2, "phase": "train", "replies": 1, "asked": 3}
+    (run / "progress.json").write_text(json.dumps(seen))
+    write_sweep(folder / "sweep", 1)
+    rng, labels = np.random.default_rng(0), np.arange(40, dtype=np.int64) % 4
+    for i, split in enumerate(("train", "test")):
+        images = rng.integers(1, 255, (40, 8, 8, 1)).astype(np.uint8)
+        write_artifact(folder / "set" / split, images, np.roll(labels, i), list("abcd"), "a" * 64)
+    save_partition(folder / "set" / "part.safetensors", make_partition("iid", labels, labels, 3, 0))
+    leaf = write_leaf(folder / "leaf", as_leaf(draw_samples(20, 12, 30)))
+    write_shards(leaf, folder / "shards", "round_robin", clients=2, seed=1)
+    write_cifar(folder / "cifar", images=4)
+    export_adapter(adapted(), folder / "adapter" / "a", "base")
+    mine = folder / "whole" / "mine"
+    write_vit(mine / "model.safetensors", size=8, dropout=0.1)
+    facts = {"status": "finished", "model_sha256": sha256_of_file(mine / "model.safetensors")}
+    (mine / "metrics.json").write_text(json.dumps(facts))
+    model = {"name": "vit_tiny", "image_size": None, "dropout": 0.1, "channels": None, "pretrained": None}
+    dataset = {"name": "mine", "shape": [8, 8, 1], "classes": 10, "normalization": "half", "source": None}
+    dataset |= {"download": False, "materialize": None, "augment": False}
+    (mine / "config.yaml").write_text(json.dumps({"run_name": "sweep/0", "model": model, "dataset": dataset}))
+    ModelFactory.create_split_models("vit", mine / "model.safetensors", 1, 2, "cpu", folder / "split", True)
+    up = {"token": "ab" * 16, "address": "127.0.0.1:9", "tls": False, "clients": ["0", "1"], "shards": None}
+    (folder / "up").mkdir()
+    (folder / "up" / "federation.json").write_text(json.dumps(up | {"homes": False, "threads": 1}))
+    programs = {"superlink": {"pid": None, "restarts": 0}}
+    (folder / "up" / "supervisor.json").write_text(json.dumps({"pid": 2**22 + 1, "ready": True, "programs": programs}))
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("real")
+    build(folder)
+    return folder
+
+
+def rehash(folder: Path) -> None:
+    """State the digests of what is there now, as whoever poisons shards would."""
+    path, lines = folder / "manifest.json", (folder / "clients.jsonl").read_bytes().splitlines(keepends=True)
+    try:
+        facts, entries, offset = json.loads(path.read_text()), [], 0
+        for line in lines:
+            key = hashlib.sha256(str(json.loads(line)["client_id"]).encode()).digest()[:8]
+            entries.append(struct.pack(">8sQ16s", key, offset, hashlib.sha256(line).digest()[:16]))
+            offset += len(line)
+        index = b"".join(sorted(entries))
+        (folder / "clients.idx").write_bytes(index)
+        facts |= {"index_sha256": hashlib.sha256(index).hexdigest()}
+        facts |= {"clients_sha256": hashlib.sha256(b"".join(lines)).hexdigest()}
+        path.write_text(json.dumps(facts | {"digest": digest_of(facts)}))
+        for meta in folder.glob("*/meta.json"):
+            said = json.loads(meta.read_text())
+            meta.write_text(json.dumps(said | {"digest": digest_of(said)}))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass  # there is nothing to hash in this one
+
+
+def read_all_records(folder: Path) -> None:
+    manifest = load_manifest(folder)
+    for client in manifest:
+        manifest.shard_path(client)
+    manifest.verify()
+
+
+def read_shards(folder: Path) -> None:
+    ask(verify_data.main, folder)
+    rehash(folder)
+    ask(verify_data.main, folder)
+    refuses(DataError, read_all_records, folder)
+
+
+def read_whole(folder: Path) -> None:
+    ask(split_model.main, folder / "mine", "--points", 1, 2, "--out", folder / "out", "--check")
+
+
+# by kind: the files that are poisoned, what reads them, and how many variants are tried
+Fuzzed = tuple[tuple[str, ...], Callable[[Path], object], int]
+FUZZED: dict[str, Fuzzed] = {
+    "run": (
+        ("runs/r/config.yaml", "runs/r/metrics.jsonl", "runs/r/metrics.json", "runs/r/progress.json"),
+        lambda folder: ask(report.main, folder / "runs" / "r", "--out", folder / "r.html"),
+        15,
+    ),
+    "sweep": (
+        ("sweep.json", "0/metrics.json", "0/metrics.jsonl"),
+        lambda folder: ask(report.main, folder, "--out", folder / "r.html"),
+        8,
+    ),
+    "set": (
+        ("train/meta.json", "train/images.npy", "test/labels.npy", "test/meta.json"),
+        lambda folder: ask(verify_data.main, folder),
+        60,
+    ),
+    "partition": (
+        ("part.safetensors", "test/meta.json"),
+        lambda folder: ask(partition_heatmap.main, folder / "part.safetensors", folder, folder / "o.png"),
+        30,
+    ),
+    "shards": (
+        (
+            *("manifest.json", "clients.jsonl", "clients.idx"),
+            *("client_0/meta.json", "client_0/train.safetensors", "client_1/test.safetensors"),
+        ),
+        read_shards,
+        60,
+    ),
+    "leaf": (("all_data_0.json",), lambda folder: refuses(DataError, open_source, folder), 30),
+    "cifar": (
+        ("cifar-10-batches-py/test_batch", "cifar-10-batches-py/batches.meta"),
+        lambda folder: refuses(DataError, lambda: read_cifar("cifar10", cifar_files("cifar10", folder, "test"))),
+        60,
+    ),
+    "adapter": (
+        ("a/adapter_config.json", "a/adapter_model.safetensors"),
+        lambda folder: refuses(ValueError, import_adapter, adapted(), folder / "a"),
+        40,
+    ),
+    "whole": (("mine/metrics.json", "mine/config.yaml", "mine/model.safetensors"), read_whole, 30),
+    "split": (
+        (
+            *("bottom/mine_1-2_bottom_metadata.json", "trunk/mine_1-2_trunk_metadata.json"),
+            *("top/mine_1-2_top_metadata.json", "top/mine_1-2_top.safetensors"),
+        ),
+        lambda folder: refuses(ValueError, ModelFactory.load_split_models, folder),
+        40,
+    ),
+    "up": (
+        ("federation.json", "supervisor.json"),
+        lambda folder: ask(federation.main, "status", "--folder", folder),
+        40,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FUZZED)
+def test_poisoned_files_are_read_or_refused_in_one_line(
+    tmp_path: Path, real: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, read, count = FUZZED[kind]
+    source = real / ("set" if kind == "partition" else kind)
+    rng, before = random.Random(kind), peak()
+    monkeypatch.chdir(tmp_path)
+    for i in range(count):
+        folder = tmp_path / "home" / str(i)
+        shutil.copytree(source, folder)
+        path = folder / rng.choice(files)
+        if path.suffix == ".yaml":
+            import yaml
+
+            name, content = poisoned_json(json.dumps(yaml.safe_load(path.read_text())).encode(), rng)
+            path.write_bytes(content)
+        else:
+            name = poison(path, rng)
+        try:
+            read(folder)
+        except BaseException as error:
+            raise AssertionError(f"{path.name}, variant {i}: {name}") from error
+        shutil.rmtree(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["home"], "something was written elsewhere"
+    assert peak() - before < 500 * MIB
+
+
+@pytest.mark.parametrize("poisoned", [1, 2, 3, 4])
+def test_a_poisoned_run_that_is_reported_is_said_or_left_out(tmp_path: Path, poisoned: int) -> None:
+    run = write_run(tmp_path / "runs" / "r", 1, 2, 2)
+    for name in ("config.yaml", "metrics.json", "metrics.jsonl", "progress.json")[:poisoned]:
+        (run / name).write_text(DEEP + "\n")
+    ask(report.main, run, "--out", tmp_path / "r.html")
+    assert "config.yaml cannot be read" in (tmp_path / "r.html").read_text()
