@@ -46,8 +46,6 @@ class ClientLedger:
         if not new:
             return
         done = self.run.last_round()
-        lines = [{"round": done, "client": name, "shard_digest": digest} for name, digest in new.items()]
-        self.run.origin.clients.append(lines)
         changed = [
             f"client {name}: shard digest was {self.digests[name][:12]}, is {digest[:12]}"
             for name, digest in new.items()
@@ -55,6 +53,8 @@ class ClientLedger:
         ]
         if changed:
             self.run.append("resumed_anyway", done, changed=changed)
+        lines = [{"round": done, "client": name, "shard_digest": digest} for name, digest in new.items()]
+        self.run.origin.clients.append(lines)
         self.digests |= new
 
     def refuse_changes(self, members: Collection[str]) -> None:
