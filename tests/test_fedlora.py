@@ -131,6 +131,30 @@ def test_clients_may_have_different_ranks_where_the_rule_allows(federate: Federa
         assert summary["loss"] == pytest.approx(read_lines(path, "central")[-1]["loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize("rule", ["flexlora", "hetlora"])
+def test_rows_that_nobody_trains_are_drawn_anew_so_that_they_can_learn(federate: Federate, rule: str) -> None:
+    _, path = federate(*LORA, "clients=1", "lora.rank_by_client=[2]", f"strategy.aggregation={rule}")
+    with ChunkManager(path / "server_chunks.db", create=False) as store:
+        tensors = store.reconstruct_model_from_chunks(2)
+    layers = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
+    assert len(layers) == 6
+    for layer in layers:
+        assert tensors[f"{layer}.lora_A"].any(dim=1).all()
+        assert tensors[f"{layer}.lora_B"].any(dim=0).tolist() == [True, True, False, False]
+
+
+def test_the_head_is_averaged_by_the_number_of_samples(federate: Federate) -> None:
+    seen: list[tuple[str, dict[str, np.ndarray]]] = []
+    _, path = federate(*LORA, "num_rounds=1", tamper=listen(seen))
+    (roster,) = read_lines(path, "roster")
+    counts = {name: samples["train"] for name, samples in roster["samples"].items()}
+    assert len(set(counts.values())) > 1
+    final = load_file(path / "model.safetensors")
+    for key in HEAD:
+        exact = sum(sent[key].astype(np.float64) * counts[name] for name, sent in seen) / sum(counts.values())
+        np.testing.assert_array_equal(final[key].numpy(), exact.astype(np.float32))
+
+
 def test_private_factors_stay_with_their_client_and_personalise_it(federate: Federate, data_home: Path) -> None:
     summary, path = federate(*LORA, *FEDSA, "train.steps=10", "run_name=fedsa")
     assert summary["personal_accuracy"] != summary["accuracy"]
@@ -249,6 +273,14 @@ def test_pieces_that_come_twice_or_to_two_nodes_of_one_home_put_one_base_in_plac
     assert base.receive_piece(tmp_path, digest, 2, 2, 3, pieces[2]) == 0
     assert [path.name for path in tmp_path.iterdir()] == [digest]
     assert base.load_base(tmp_path, digest).keys() == tensors.keys()
+
+
+def test_pieces_of_another_base_than_the_one_named_are_not_kept(tmp_path: Path) -> None:
+    digest = base.digest_of({"t": torch.ones(3)})
+    with pytest.raises(base.BaseError, match=f"has digest .*, the server's is {digest[:12]}"):
+        base.receive_piece(tmp_path, digest, 1, 0, 1, {"t": torch.zeros(3)})
+    assert base.find_base(tmp_path, digest) == ""
+    assert base.receive_piece(tmp_path, digest, 1, 0, 1, {"t": torch.ones(3)}) == 0
 
 
 def test_the_adapter_is_exported_for_peft_where_it_is_all_that_changed(federate: Federate) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flapp import origin, results, server_app
+from flapp import client_app, origin, results, server_app
 from flapp.config import compose
 from flapp.data import ensure_artifacts, open_artifact, write_artifact, write_shards
 from flapp.ledger import ClientLedger
@@ -84,6 +84,24 @@ def test_a_run_is_not_resumed_over_data_that_was_prepared_anew_unless_it_is_to_g
     assert note["round"] == 2
     assert [text.split(":")[0] for text in note["changed"]] == ["client 0", "client 1", "client 2"]
     assert f"\nresumed anyway after round 2: {note['changed'][0]}; " in final_line(summary)
+
+
+def test_a_client_with_other_data_does_not_answer_from_its_store(
+    federate: Federate, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (*TOY, f"home={home}", "run_name=no-replay", "evaluate.personal_epochs=0")
+    break_off(federate, 3, "aggregate_train", *settings)
+    prepare_other_data(home)
+    trained: list[int] = []
+    real = client_app.fit
+
+    def fit(*args: Any) -> Any:
+        trained.append(args[2].server_round)
+        return real(*args)
+
+    monkeypatch.setattr(client_app, "fit", fit)
+    federate(*settings, "resume=true", "resume_anyway=true")
+    assert trained.count(3) == 3
 
 
 def test_a_run_that_went_on_anyway_says_so_for_ever_and_goes_on_with_its_new_data(
