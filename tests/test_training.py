@@ -31,6 +31,19 @@ def test_training_takes_the_steps_plain_pytorch_would() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_weight_decay_is_the_optimizers_own(name: str, kind: type[torch.optim.Optimizer]) -> None:
+    ours, plain = model(), model()
+    train(ours, BATCHES, build_optimizer(ours, name, 0.1, weight_decay=0.5))
+    optimizer = kind(plain.parameters(), lr=0.1, weight_decay=0.5)  # type: ignore[call-arg]
+    for x, y in BATCHES:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(plain(x), y).backward()
+        optimizer.step()
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_steps_count_batches_over_as_many_passes_as_needed() -> None:
     for steps in (1, 3, 7):
         net = model()
