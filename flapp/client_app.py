@@ -30,6 +30,7 @@ from flapp.messages import (
 )
 from flapp.model import adapted_layers, tail_norm, truncate_state
 from flapp.mods import checkpoint_mod, describe, name_errors_mod, privacy_mod
+from flapp.privacy import find_sigma
 from flapp.settings import Config, ConfigError, DatasetConfig, ModelConfig, Site
 from flapp.training import StepRules, TrainResult, build_optimizer, evaluate, scheduled_lr, train
 
@@ -51,6 +52,8 @@ def attest_client(message: Message, config: Config, site: Site, client_id: str) 
     """Return one client's claim; what keeps it from taking part becomes the claim's fault, under its own name."""
     try:
         order = unpack_order(message)
+        if config.privacy.enabled:
+            find_sigma(config.privacy)  # fails without its package, before the first round
         data = open_client_data(config, site, client_id)
         base = find_base(config.models_dir, order.base) if order.base else ""
     except Exception as error:  # noqa: BLE001 - one client's fault must not keep its node's others out

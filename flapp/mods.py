@@ -5,7 +5,7 @@ from collections.abc import Callable
 from logging import DEBUG, ERROR, INFO, WARNING
 from typing import TypeVar
 
-from flwr.app import Context, Error, Message
+from flwr.app import ArrayRecord, Context, Error, Message
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common import log
 from flwr.common.constant import ErrorCode
@@ -14,7 +14,8 @@ from flapp.checkpoint import CheckpointError
 from flapp.client_data import check_lives_here
 from flapp.client_store import ClientStore, digest_received
 from flapp.config import load
-from flapp.messages import EVALUATE, TRAIN, unpack_order
+from flapp.messages import ARRAYS, EVALUATE, METRICS, REPLAYED, TRAIN, pack, unpack_arrays, unpack_order, views
+from flapp.privacy import find_sigma, perturb
 
 T = TypeVar("T")
 
@@ -36,8 +37,9 @@ def checkpoint_mod(message: Message, context: Context, call_next: ClientAppCalla
     """Save what a client trains, before the reply leaves; the reply stays as it is.
 
     Private state is put back first, as of the round that the server names. Asked again for a round that it has
-    trained from the same model, data and settings, a client answers from its store. A store that cannot be used is a
-    warning, or with checkpoint.on_error=fail the client's failure.
+    trained from the same model, data and settings, a client answers from its store; with privacy.enabled it says so,
+    because the same bytes again release nothing. A store that cannot be used is a warning, or with
+    checkpoint.on_error=fail the client's failure.
     """
     kind = message.metadata.message_type
     if kind not in (TRAIN, EVALUATE):
@@ -54,6 +56,8 @@ def checkpoint_mod(message: Message, context: Context, call_next: ClientAppCalla
     received = digest_received(message)
     if config.checkpoint.replay and (kept := tolerate(store, lambda: store.find_trained(message, received))):
         log(INFO, "client %s answers round %d from its store", order.client_id, order.server_round)
+        if config.privacy.enabled:
+            kept.content.metric_records[METRICS][REPLAYED] = 1
         return kept
     reply = call_next(message, context)
     if not reply.has_error() and (saved := tolerate(store, lambda: store.save(reply, received))):
@@ -62,18 +66,22 @@ def checkpoint_mod(message: Message, context: Context, call_next: ClientAppCalla
 
 
 def privacy_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Clip what a client trained and add noise, by Flower's LocalDpMod, if the config says so.
+    """Clip a client's update and add noise to it, if the config says so.
 
-    It stands inside checkpoint_mod: what is kept, and sent again, is what left the first time, noise and all.
+    This mod is inside checkpoint_mod. So a client's store holds the noisy update only, and sends the same one again.
+    Flower's LocalDpMod is not used: its sigma is right for an epsilon below 1 only, an update of zero fails, one with a
+    NaN leaves unclipped, and a tensor without dimensions leaves as it is.
     """
     config, _ = load(context.run_config, context.node_config)
     if not config.privacy.enabled or message.metadata.message_type != TRAIN:
         return call_next(message, context)
-    from flwr.clientapp.mod import LocalDpMod
-
-    settings = config.privacy
-    mod = LocalDpMod(settings.clipping_norm, settings.sensitivity, settings.epsilon, settings.delta)
-    return mod(message, context, call_next)
+    sigma = find_sigma(config.privacy)  # before the work, which would be in vain without the package
+    sent = views(unpack_arrays(message.content))
+    reply = call_next(message, context)
+    if not reply.has_error():
+        released = perturb(sent, views(unpack_arrays(reply.content)), config.privacy.clipping_norm, sigma)
+        reply.content[ARRAYS] = ArrayRecord({key: pack(values) for key, values in released.items()})
+    return reply
 
 
 def tolerate(store: ClientStore, action: Callable[[], T]) -> T | None:

@@ -24,10 +24,14 @@ Line = dict[str, Any]
 
 
 class Journal:
-    """A file of JSON lines, each with the round that was complete when it was written."""
+    """A file of JSON lines, each with the round that was complete when it was written.
 
-    def __init__(self, path: Path) -> None:
+    otherwise: what to do when the file is damaged and there is no copy.
+    """
+
+    def __init__(self, path: Path, otherwise: str = "remove it to resume without comparing") -> None:
         self.path = path
+        self.otherwise = otherwise
 
     def read(self, before: int | None = None) -> list[Line]:
         """Return the lines, or only those written before round `before` was complete; raises ConfigError for damage.
@@ -42,7 +46,7 @@ class Journal:
             return []
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{self.path} is damaged ({error}): bring it back from a copy, or remove it to resume without comparing"
+                f"{self.path} is damaged ({error}): bring it back from a copy, or {self.otherwise}"
             ) from error
 
     def append(self, lines: Iterable[Line]) -> None:

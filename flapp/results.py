@@ -11,11 +11,13 @@ tensorboard/       events, if results.tensorboard is set (tensorboard.py)
 progress.json      where the run is now: round, phase, replies; for progress bars
 server_chunks.db   the global model after each of the last rounds, and what the server must know to go on from there;
                    after the best round too if evaluate.select is best
+releases.jsonl     with privacy.enabled, who was asked to train in which round (releases.py); never cut
 model.safetensors  the final global model: of the last round, or of the best one
 metrics.json       the summary, written last: status, rounds, accuracy, loss, personal_accuracy and objective (of the
                    last evaluation, or of the selected round), best_round and best_value (by evaluate.objective),
                    selected_round, stopped_early, bytes_up, bytes_down, seconds, model_sha256, aggregation_error
-                   (FedLoRA, of the last round), refused (client or node and the reason, the first 20) and
+                   (FedLoRA, of the last round), epsilon and delta (with privacy.enabled, of the client that has
+                   released the most updates), refused (client or node and the reason, the first 20) and
                    refused_count, resumed_anyway (what had changed when it was resumed all the same, by round), or
                    status failed and the error
 

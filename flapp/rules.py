@@ -186,6 +186,11 @@ def check_together(config: Config) -> None:
             "part sent back: use fedit or fedavg",
         ),
         (
+            config.privacy.enabled and config.privacy.delta * config.clients >= 1,
+            f"privacy.delta={config.privacy.delta} lets the whole update of one in {config.clients} clients leak: "
+            f"set it far below 1/clients, such as {0.01 / config.clients:.0e}",
+        ),
+        (
             strategy.min_replies > sampled,
             f"strategy.min_replies={strategy.min_replies} can never be met with {sampled} clients in a round: "
             "lower it, or raise clients or strategy.fraction_train",

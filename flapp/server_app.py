@@ -39,6 +39,8 @@ from flapp.model import (
     merged_state_dict,
     parse_points,
 )
+from flapp.privacy import UNPROTECTED, check_floating, describe_plan
+from flapp.releases import ReleaseLedger
 from flapp.results import SUMMARY, RunDirectory
 from flapp.roster import Roster
 from flapp.settings import Config, ConfigError
@@ -85,6 +87,8 @@ def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> dict[str, Any]:
     sent, private = keys_of(config, model)
     frozen = {key: tensor for key, tensor in state.items() if key not in {*sent, *private}}
     base = keep_base(config.models_dir, frozen) if config.lora.enabled else None
+    if config.privacy.enabled:
+        check_floating({key: state[key].numpy() for key in sent})
     polled = PolledGrid(grid)
     roster = build_roster(config, polled, base, ClientLedger(run))
     strategy = build_strategy(config, roster, run, model, private)
@@ -112,6 +116,15 @@ def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> dict[str, Any]:
     selected, _ = run.load_round(run.summary.selected_round())
     load_global(model, {key: selected[key] for key in sent})
     return leave_model(config, run, model, base)
+
+
+def count_releases(run: RunDirectory) -> ReleaseLedger:
+    """Log what local differential privacy protects and what not, and return the count of what clients release."""
+    log(WARNING, "%s", describe_plan(run.config.privacy, run.config.num_rounds))
+    log(
+        WARNING, "privacy.enabled=true protects trained tensors only; these leave a client as they are: %s", UNPROTECTED
+    )
+    return ReleaseLedger(run)
 
 
 def show_replies(run: RunDirectory, strategy: FedAvg, done: int, asked: int) -> None:
@@ -228,6 +241,7 @@ def build_strategy(config: Config, roster: Roster, run: RunDirectory, model: nn.
         "max_weight_share": settings.max_weight_share,
         "evaluate_every": config.evaluate.every,
         "server_optimizer": optimizer,
+        "releases": count_releases(run) if config.privacy.enabled else None,
     }
     if settings.aggregation is None:
         return FedAvg(**common)

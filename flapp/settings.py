@@ -159,7 +159,6 @@ class CheckpointConfig:
 class PrivacyConfig:
     enabled: bool
     clipping_norm: Positive
-    sensitivity: Positive
     epsilon: Positive
     delta: Annotated[float, Bound(gt=0, le=1)]
 

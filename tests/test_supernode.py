@@ -138,11 +138,14 @@ def test_clients_are_forked_and_all_else_is_started_as_ever(monkeypatch: pytest.
 
 FORKS = """
 import os, sys, types
+import numpy as np
+from flapp.privacy import perturb
 from tools import supernode
 
 def flwr_clientapp():
-    import numpy as np
-    os.write(1, f"{sys.argv[1]} {os.getpid()} {np.random.random()}\\n".encode())
+    zero = {"w": np.zeros(1)}
+    noise = perturb(zero, zero, clipping_norm=1.0, sigma=1.0)["w"][0]
+    os.write(1, f"{sys.argv[1]} {os.getpid()} {noise}\\n".encode())
     sys.exit(3)
 
 sys.modules["flwr.supernode.cli"] = types.SimpleNamespace(flwr_clientapp=flwr_clientapp)

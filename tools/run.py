@@ -26,6 +26,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from flapp.config import CONF, explain, from_tree
+from flapp.privacy import describe_plan
 from flapp.settings import ConfigError
 from tools import sweep
 from tools.federation import FederationError
@@ -44,6 +45,8 @@ def job(tree: DictConfig) -> float | None:
             config = sweep.as_job(config, hydra_config) if sweep.is_sweep(hydra_config) else config
             run_name = config.run_name
             announce("started", run_name, rounds=config.num_rounds)
+            if config.privacy.enabled:
+                print(describe_plan(config.privacy, config.num_rounds), file=sys.stderr)
             summary = run_once(config)
             outcome |= {key: summary.get(key) for key in ("status", *sweep.COLUMNS, "run_dir")}
             announce("finished", run_name, summary=summary)
@@ -70,9 +73,12 @@ def final_line(summary: dict[str, Any]) -> str:
         f"resumed anyway after round {note['round']}: {some(note['changed'])}"
         for note in summary.get("resumed_anyway", [])
     ]
+    spent = "epsilon {epsilon:.4g} (delta {delta:g}) for the client that released the most updates"
+    private = [spent.format(**summary)] if "epsilon" in summary else []
     lines = [
         f"finished {summary['rounds']} rounds{early} in {summary['seconds']:.0f} s: {', '.join(figures)}",
         *anyway,
+        *private,
         f"model {summary['model_sha256']}{chosen}",
         f"results in {summary['run_dir']}",
     ]

@@ -143,14 +143,12 @@ def run_clients() -> Any:
 
 
 def run_client(arguments: list[str]) -> None:
-    """Be the process of a client, in a fork: all is as imported, but for NumPy's seed.
+    """Be the process of a client, in a fork: all is as imported.
 
-    NumPy draws that when it is imported. Left alone, every client would add the very same noise for its privacy.
+    NumPy's global generator is in the same state in every fork. The noise for privacy is drawn from a new one.
     """
-    import numpy as np
     from flwr.supernode.cli import flwr_clientapp
 
-    np.random.seed()
     sys.argv = arguments
     flwr_clientapp()
 

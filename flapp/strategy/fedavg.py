@@ -17,6 +17,7 @@ from flapp.messages import (
     ARRAYS,
     EVALUATE,
     NUM_EXAMPLES,
+    REPLAYED,
     TRAIN,
     Claim,
     MessageError,
@@ -26,6 +27,7 @@ from flapp.messages import (
     unpack_reply,
     view,
 )
+from flapp.releases import ReleaseLedger
 from flapp.results import RunDirectory
 from flapp.roster import FederationError, Roster
 from flapp.strategy.aggregation import find_fault, find_value_fault, spread, weighted_average
@@ -73,7 +75,8 @@ class FedAvg(FlowerFedAvg):
 
     roster: who may take part; run: where results go; weighting: `num-examples`, `uniform` or `alignment`; min_replies:
     valid replies a phase needs, or FederationError; evaluate_every: rounds between evaluations, the last is always one;
-    norm_limit: the longest update that counts, in medians; max_weight_share: the most that one client counts for.
+    norm_limit: the longest update that counts, in medians; max_weight_share: the most that one client counts for;
+    releases: counts what clients release, with privacy.enabled.
     Flower counts rounds from 1 at every start; `done` are the rounds of earlier starts, which go before them.
     """
 
@@ -91,6 +94,7 @@ class FedAvg(FlowerFedAvg):
         server_optimizer: ServerOptimizer | None = None,
         norm_limit: float | None = None,
         max_weight_share: float | None = None,
+        releases: ReleaseLedger | None = None,
     ) -> None:
         super().__init__(fraction_train, fraction_evaluate, weighted_by_key=NUM_EXAMPLES, arrayrecord_key=ARRAYS)
         self.roster = roster
@@ -103,6 +107,7 @@ class FedAvg(FlowerFedAvg):
         self.server_optimizer = server_optimizer
         self.bound = NormBound(norm_limit)
         self.max_weight_share = max_weight_share
+        self.releases = releases
         self.done = 0
         self.current = ArrayRecord()
         self.accepted: dict[str, int] = {}
@@ -169,7 +174,7 @@ class FedAvg(FlowerFedAvg):
         self.bound.accept(exchange.norms)
         found |= {"update_norm": self.bound.medians[-1]} | ({"capped": capped} if capped else {})
         busy = {name: round(m["seconds"], 3) for name, m in zip(names, metrics, strict=True) if "seconds" in m}
-        self.run.append(TRAIN, exchange.server_round, loss=loss, **found, client_seconds=busy, **exchange.log_line())
+        self.run.append(TRAIN, exchange.server_round, loss=loss, **found, client_seconds=busy, **self._log_line())
         self.accepted |= dict.fromkeys(names, exchange.server_round)
         exchange.good.clear()  # every client's model, which evaluation has no use for
         return arrays, MetricRecord({"train-loss": loss})
@@ -184,7 +189,7 @@ class FedAvg(FlowerFedAvg):
         shares = dict(zip(tested, weights, strict=True))
         result = _totals(tested, shares, "") | _totals(tested, shares, "personal-")
         result |= {"capped": capped} if capped else {}
-        self.run.append(EVALUATE, exchange.server_round, **result, **exchange.log_line())
+        self.run.append(EVALUATE, exchange.server_round, **result, **self._log_line())
         return MetricRecord({key.replace("_", "-"): v for key, v in result.items() if isinstance(v, float)})
 
     def outgoing(self, client_id: str, arrays: ArrayRecord) -> ArrayRecord:
@@ -246,6 +251,8 @@ class FedAvg(FlowerFedAvg):
         for name in chosen:
             content, accepted = self.outgoing(name, arrays), self.accepted.get(name, 0)
             sent[name] = self.roster.order(kind, name, server_round, content, accepted_round=accepted, **rest)
+        if self.releases and kind == TRAIN:
+            self.releases.ask(server_round, chosen)
         self.exchange = Exchange(kind, server_round, sent, rest.get("returns"), absent=self.roster.missing())
         self.run.show_progress(server_round, kind, 0, len(sent))
         return list(sent.values())
@@ -262,6 +269,9 @@ class FedAvg(FlowerFedAvg):
                 exchange.good[name] = (self._check(name, reply), reply)
             except MessageError as error:
                 exchange.failures[name] = str(error)
+        if self.releases and exchange.kind == TRAIN:
+            replayed = [name for name, (metrics, _) in exchange.good.items() if metrics.get(REPLAYED)]
+            self.releases.replay(exchange.server_round, replayed)
         for name, reason in self.bound.faults(exchange.norms).items():
             exchange.failures[name] = reason
             del exchange.good[name], exchange.norms[name]
@@ -271,13 +281,20 @@ class FedAvg(FlowerFedAvg):
         # Fewer may be asked to evaluate than min_replies, never to train: clients that left count as no reply.
         needed = self.min_replies if exchange.kind == TRAIN else min(self.min_replies, max(1, len(exchange.sent)))
         if len(exchange.good) < needed:
-            self.run.append(exchange.kind, exchange.server_round, **exchange.log_line())
+            self.run.append(exchange.kind, exchange.server_round, **self._log_line())
             reasons = "; ".join(f"client {n}: {r}" for n, r in sorted(exchange.failures.items())[:3])
             raise FederationError(
                 f"round {exchange.server_round}: {len(exchange.good)} of {len(exchange.sent)} clients gave a valid "
                 f"{exchange.kind} reply, strategy.min_replies={self.min_replies} ({reasons or 'no client is present'})"
             )
         return exchange
+
+    def _log_line(self) -> dict[str, Any]:
+        """Return what the line of this phase says in any case; after training, also the epsilon so far."""
+        line = self.exchange.log_line()
+        if self.releases and self.exchange.kind == TRAIN:
+            line["epsilon"] = self.releases.spent()["epsilon"]
+        return line
 
     def _check(self, name: str, reply: Message) -> dict[str, float]:
         """Return a reply's metrics if all of it is sound; raises MessageError with the reason otherwise."""

@@ -1,0 +1,112 @@
+"""Local differential privacy: the Gaussian mechanism on each client's own update, and what many updates add up to.
+
+A client releases w + clip(u) + noise, where w is the model that it was sent and u is its update. Two neighbours are any
+two updates of one client, whatever its data and however many samples they differ in. Both lie in a ball of radius
+clipping_norm, so they are at most 2 * clipping_norm apart: that is the l2 sensitivity. (Where a neighbour is a client
+that sends no update at all, or zeros, the sensitivity would be clipping_norm. The server sees who takes part, so that
+would protect less.)
+
+The noise is the least that gives (epsilon, delta): the analytic Gaussian mechanism (Balle and Wang 2018,
+arXiv:1805.06530), by the package dp-accounting. T releases with a noise multiplier z are as private as one with
+z / sqrt(T) (Dong, Roth and Su 2019, arXiv:1905.02383). Nothing is taken off for clients that are drawn at random: the
+server knows whom it has asked.
+"""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from math import hypot, isfinite, sqrt
+from types import ModuleType
+
+import numpy as np
+
+from flapp.settings import ConfigError, PrivacyConfig
+
+UNPROTECTED = (
+    "numbers of samples, label histograms, shard digests, training losses, durations, evaluation results and the texts "
+    "of errors"
+)
+
+
+def find_sigma(settings: PrivacyConfig) -> float:
+    """Return the standard deviation of the noise on every number of a released update.
+
+    Raises ConfigError without the package dp-accounting.
+    """
+    return 2 * settings.clipping_norm * _noise_multiplier(settings.epsilon, settings.delta)
+
+
+@lru_cache(maxsize=64)
+def total_epsilon(settings: PrivacyConfig, releases: int) -> float:
+    """Return the epsilon, at settings.delta, of all that a client has told after so many releases.
+
+    Raises ConfigError without the package dp-accounting.
+    """
+    if releases == 0:
+        return 0.0
+    multiplier = _noise_multiplier(settings.epsilon, settings.delta)
+    return float(_gaussian().get_epsilon_gaussian(multiplier / sqrt(releases), settings.delta))
+
+
+def describe_plan(settings: PrivacyConfig, num_rounds: int) -> str:
+    """Say in one line what the settings promise for one round and for all; raises ConfigError as find_sigma does."""
+    total = total_epsilon(settings, num_rounds)
+    return (
+        f"local differential privacy: updates are clipped to length {settings.clipping_norm:g}, noise has standard "
+        f"deviation {find_sigma(settings):.4g}; epsilon is {settings.epsilon:g} for one round and {total:.4g} for a "
+        f"client that trains in all {num_rounds} rounds (delta {settings.delta:g})"
+    )
+
+
+def perturb(
+    sent: Mapping[str, np.ndarray], trained: Mapping[str, np.ndarray], clipping_norm: float, sigma: float
+) -> dict[str, np.ndarray]:
+    """Return the tensors of `sent` plus the update to `trained`, clipped, plus noise N(0, sigma^2) on every number.
+
+    The update is clipped as one vector over all tensors. All of it is computed in float64 and rounded once, at the
+    end. The noise is drawn from fresh entropy of the operating system. Raises ValueError when the tensors do not match
+    or one of them is not of floating point, FloatingPointError when the update is not finite.
+    """
+    if sent.keys() != trained.keys():
+        raise ValueError(f"only one of the sent and the trained model has {min(sent.keys() ^ trained.keys())}")
+    check_floating(trained)
+    norm = hypot(*(float(np.linalg.norm(_update(sent[key], trained[key]).ravel())) for key in trained))
+    if not isfinite(norm):
+        raise FloatingPointError("the update is not finite, so it cannot be clipped: lower train.lr")
+    scale = min(1.0, clipping_norm / norm) if norm else 1.0
+    generator = np.random.default_rng()
+    return {
+        key: (sent[key] + scale * _update(sent[key], after) + generator.normal(0.0, sigma, after.shape)).astype(
+            after.dtype
+        )
+        for key, after in trained.items()
+    }
+
+
+def check_floating(tensors: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError when a tensor is not of floating point, to which no noise can be added."""
+    if odd := [key for key, values in tensors.items() if values.dtype.kind != "f"]:
+        raise ValueError(
+            f"privacy.enabled=true cannot add noise to {odd[0]}, which is of {tensors[odd[0]].dtype}: "
+            "choose a model whose tensors are all of floating point"
+        )
+
+
+def _update(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    return np.subtract(after, before, dtype=np.float64)
+
+
+@lru_cache(maxsize=8)
+def _noise_multiplier(epsilon: float, delta: float) -> float:
+    """Return sigma / sensitivity of the analytic Gaussian mechanism."""
+    return float(_gaussian().get_sigma_gaussian(epsilon, delta))
+
+
+def _gaussian() -> ModuleType:
+    try:
+        from dp_accounting import gaussian_mechanism  # only who asks for privacy pays for SciPy
+    except ImportError as error:
+        raise ConfigError(
+            f"privacy.enabled=true needs the package dp-accounting ({error}): "
+            'pip install -e ".[privacy]", or set privacy.enabled=false'
+        ) from error
+    return gaussian_mechanism
