@@ -24,6 +24,7 @@ from flapp.source import source_digest
 ATTEST, BASE, TRAIN, EVALUATE = "query.attest", "query.base", "train", "evaluate"
 ARRAYS, ORDER, METRICS, CLAIM, PIECE = "arrays", "order", "metrics", "claim", "piece"
 NUM_EXAMPLES = "num-examples"
+VAL = "val-"  # starts the names of metrics that are of validation samples
 LONGEST_TEXT, MOST_METRICS, MOST_CLASSES, MOST_PIECES = 500, 64, 1 << 16, 1 << 16  # that a message may hold
 HEADER_ERRORS = (ValueError, TypeError, SyntaxError, TokenError, RecursionError, MemoryError, LookupError)  # of numpy
 

@@ -57,9 +57,10 @@ def job(tree: DictConfig) -> float | None:
 
 def final_line(summary: dict[str, Any]) -> str:
     """Say how a run ended, in one paragraph."""
+    shown = dict.fromkeys(("accuracy", "personal_accuracy", "loss", summary.get("objective_metric", "loss")))
     figures = [
-        f"{key.replace('_', ' ')} {summary[key]:.4f}"
-        for key in ("accuracy", "personal_accuracy", "loss")
+        f"{key.replace('val_', 'validation ').replace('_', ' ')} {summary[key]:.4f}"
+        for key in shown
         if summary.get(key) is not None
     ]
     early = " (stopped early)" if summary.get("stopped_early") else ""

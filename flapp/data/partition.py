@@ -2,11 +2,11 @@
 
 A saved partition is one safetensors file: per split, `<split>_indices` (every sample once, client after client)
 and `<split>_offsets` (clients + 1), with `requested`, the float (clients, classes) table of training samples
-that the draw asked for.
+that the draw asked for. Only a partition by writer has the split val saved; `hold_out` adds it to others.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,15 @@ MAX_DRAWS = 1000
 
 @dataclass(frozen=True)
 class Partition:
-    """Sample indices of each client, sorted; requested is the (clients, classes) table behind the draw."""
+    """Sample indices of each client, sorted; requested is the (clients, classes) table behind the draw.
+
+    train and val index the train artifact, test the test artifact; val is empty when nothing is held out.
+    """
 
     train: tuple[np.ndarray, ...]
     test: tuple[np.ndarray, ...]
     requested: np.ndarray
+    val: tuple[np.ndarray, ...] = ()
 
 
 def make_partition(
@@ -74,12 +78,31 @@ def load_partition(path: Path, **settings: object) -> Partition:
                 save_partition(path, make_partition(**settings))  # type: ignore[arg-type]
     try:
         saved = load_file(path)
-        train, test = (np.split(saved[f"{s}_indices"], saved[f"{s}_offsets"][1:-1]) for s in ("train", "test"))
-        return Partition(tuple(train), tuple(test), saved["requested"])
+        splits = ("train", "test", "val") if "val_indices" in saved else ("train", "test")
+        parts = {s: tuple(np.split(saved[f"{s}_indices"], saved[f"{s}_offsets"][1:-1])) for s in splits}
+        return Partition(**parts, requested=saved["requested"])
     except (SafetensorError, KeyError) as error:
         raise DataError(
             f"{path} is not a saved partition ({error}): delete it, and the next run draws it anew"
         ) from error
+
+
+def hold_out(partition: Partition, train_labels: np.ndarray, fraction: float, seed: int) -> Partition:
+    """Return the partition with a fraction of each client's training samples moved to its validation samples.
+
+    They are drawn from (seed, client) and spread evenly over the client's labels. A client of two samples or more holds
+    out at least one and keeps at least one.
+    """
+    train, val = [], []
+    for client, rows in enumerate(partition.train):
+        count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+        rng = np.random.default_rng((seed, client))
+        order = rng.permutation(rows)
+        by_label = order[np.argsort(train_labels[order], kind="stable")]
+        places = (np.arange(count) + rng.random()) * len(rows) / max(1, count)
+        val.append(np.sort(by_label[places.astype(np.int64)]))
+        train.append(np.setdiff1d(rows, val[-1], assume_unique=True))
+    return replace(partition, train=tuple(train), val=tuple(val))
 
 
 def label_histogram(labels: np.ndarray, classes: int) -> list[int]:
@@ -93,7 +116,8 @@ def save_partition(path: Path, partition: Partition) -> None:
 
     # safetensors writes the memory as it lies, so a transposed table has to be laid out in C order first.
     arrays = {"requested": np.ascontiguousarray(partition.requested, dtype=np.float64)}
-    for split, parts in (("train", partition.train), ("test", partition.test)):
+    saved = {"train": partition.train, "test": partition.test} | ({"val": partition.val} if partition.val else {})
+    for split, parts in saved.items():
         arrays[f"{split}_indices"] = np.concatenate(parts)
         arrays[f"{split}_offsets"] = np.cumsum([0, *map(len, parts)])
     partial = path.with_suffix(".tmp")

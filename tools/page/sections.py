@@ -39,7 +39,7 @@ def summary_of(run: Run) -> dict[str, object]:
 
 
 def objectives(runs: Iterable[Run]) -> Html:
-    said = ", ".join(sorted({run.objective.replace("_", " ") for run in runs}))
+    said = ", ".join(sorted({run.objective_words for run in runs}))
     return note(f"The objective, and what makes a round the best, is {said}.") if said else Html()
 
 
