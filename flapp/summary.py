@@ -51,6 +51,11 @@ def figure_of(config: Config, metric: str) -> str:
     return f"val_{metric}" if config.validates else metric
 
 
+def in_words(figure: str) -> str:
+    """Return the name of a figure as people read it, such as `validation accuracy` for val_accuracy."""
+    return figure.replace("val_", "validation ").replace("_", " ")
+
+
 class Summary:
     """Add up lines; `totals` is what metrics.json says of them, `best` is by evaluate.objective."""
 

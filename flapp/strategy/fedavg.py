@@ -34,7 +34,8 @@ from flapp.strategy.alignment import alignment_weights
 from flapp.strategy.bounds import NormBound, cap_shares, update_norm
 from flapp.strategy.server_optimizer import ServerOptimizer
 
-NEVER_NEGATIVE = ("loss", "loss-sum", "seconds")  # how such metrics' names end
+LOSS_SUMS = {f"{start}{kind}loss-sum" for start in ("", VAL) for kind in ("", "personal-")}
+NEVER_NEGATIVE = {"train-loss", "seconds", *LOSS_SUMS}
 LARGEST_LOSS = float(np.finfo(np.float32).max)  # of one sample
 
 
@@ -319,18 +320,18 @@ class FedAvg(FlowerFedAvg):
         if missing := sorted(needed - metrics.keys()):
             return f"sent no {missing[0]}"
         if odd := sorted(key for key in metrics if key.endswith("correct") and not attested.label_hist):
-            return f"sent {odd[0]}, but there are no classes"
+            return f"sent {one_line(odd[0])}, but there are no classes"
         if bad := sorted(key for key, value in metrics.items() if not isfinite(value)):
             return f"sent {one_line(bad[0])}={metrics[bad[0]]}"
-        if bad := sorted(key for key, value in metrics.items() if key.endswith(NEVER_NEGATIVE) and value < 0):
+        if bad := sorted(key for key, value in metrics.items() if key in NEVER_NEGATIVE and value < 0):
             return f"sent {bad[0]}={metrics[bad[0]]}, which is never below 0"
         if metrics[NUM_EXAMPLES] != samples:
             return f"sent num-examples={metrics[NUM_EXAMPLES]}, attested {samples}"
         counted = {key: value for key, value in metrics.items() if key.endswith("correct")}
         if odd := sorted(key for key, value in counted.items() if not 0 <= value <= held[key]):
-            return f"sent {odd[0]}={metrics[odd[0]]}, more correct answers than its {held[odd[0]]} samples"
-        losses = {key: value for key, value in metrics.items() if key.endswith(NEVER_NEGATIVE)}
-        if large := sorted(key for key, value in losses.items() if value > LARGEST_LOSS * (1 if train else held[key])):
+            return f"sent {one_line(odd[0])}={metrics[odd[0]]}, more correct answers than its {held[odd[0]]} samples"
+        most = {key: LARGEST_LOSS * (1 if train else held[key]) for key in NEVER_NEGATIVE & metrics.keys()}
+        if large := sorted(key for key in most if metrics[key] > most[key]):
             return f"sent {large[0]}={metrics[large[0]]:.3g}, more than {held[large[0]]} samples can have"
         return None
 

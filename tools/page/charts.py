@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from flapp.summary import in_words
 from tools.page.drawing import (
     COLOURS,
     GREY,
@@ -89,7 +90,7 @@ def swept(runs: list[Run]) -> list[Picture]:
     alike: dict[tuple[str, ...], list[str]] = {}  # settings that change together, as seed and partition.seed do
     for key in differing([run for run, _ in ended]):
         alike.setdefault(tuple(str(run.config.get(key)) for run, _ in ended), []).append(key)
-    figures, objective = [value for _, value in ended], runs[0].objective_words
+    figures, objective = [value for _, value in ended], in_words(runs[0].objective)
     return [draw_setting(" = ".join(keys), names, figures, objective) for names, keys in alike.items()]
 
 

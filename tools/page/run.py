@@ -100,10 +100,6 @@ class Run:
         name = str(self.config.get("evaluate.objective") or "accuracy")
         return f"val_{name}" if len(self.series("evaluate", f"val_{name}")[0]) else name
 
-    @property
-    def objective_words(self) -> str:
-        return self.objective.replace("val_", "validation ").replace("_", " ")
-
     def series(self, kind: str, key: str) -> Points:
         """Return the rounds in which a kind of line has a finite number under a key (a.b if nested), and these."""
         found = {line["round"]: value for line in self.lines.get(kind, ()) if (value := number(line, key)) is not None}
