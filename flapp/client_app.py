@@ -19,6 +19,7 @@ from flapp.config import derive_seed, load
 from flapp.messages import (
     METRICS,
     NUM_EXAMPLES,
+    VAL,
     Claim,
     MessageError,
     Order,
@@ -108,11 +109,14 @@ def prune(
 
 @app.evaluate()
 def evaluate_round(message: Message, context: Context) -> Message:
-    """Test the received model, in this client's own rank, on its test samples: as it is and after fine-tuning."""
+    """Evaluate the received model, in this client's own rank: as it is, and after fine-tuning on its training samples.
+
+    Both are measured on its test samples and, where the run validates, on its validation samples.
+    """
     config, order, data = begin(message, context)
     model = receive_model(config, replace(order, accepted_round=0), message, context)
     metrics: dict[str, int | float] = {NUM_EXAMPLES: data.claim.test} | test(model, config, data, "")
-    if data.claim.test:
+    if data.claim.test or data.claim.val:
         try:
             if personalize(model, config, order, data, context):
                 metrics |= test(model, config, data, "personal-")
@@ -198,11 +202,17 @@ def fit(
 
 
 def test(model: torch.nn.Module, config: Config, data: ClientData, prefix: str) -> dict[str, int | float]:
-    """Evaluate on this client's test samples and return the sums as metrics; `correct` only where there are classes."""
-    found = evaluate(model, make_batches(config, data, "test", device_of(model), None))
-    metrics: dict[str, int | float] = {f"{prefix}loss-sum": found.loss_sum}
-    if config.dataset.classes:
-        metrics[f"{prefix}correct"] = found.correct
+    """Evaluate on this client's test samples and on its validation samples, if it has the split, never on others.
+
+    Return the sums as metrics, those of validation with `val-` before them; `correct` only where there are classes.
+    """
+    metrics: dict[str, int | float] = {}
+    for split, start in (("test", ""), ("val", VAL)):
+        if split in data.splits:
+            found = evaluate(model, make_batches(config, data, split, device_of(model), None))
+            metrics[f"{start}{prefix}loss-sum"] = found.loss_sum
+            if config.dataset.classes:
+                metrics[f"{start}{prefix}correct"] = found.correct
     return metrics
 
 

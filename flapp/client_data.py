@@ -27,6 +27,7 @@ from flapp.data import (
     ShardStream,
     Stamp,
     ensure_artifacts,
+    hold_out,
     label_histogram,
     load_partition,
     stamp,
@@ -110,15 +111,16 @@ def open_own_shard(config: Config, site: Site, client_id: str) -> ClientData:
         source_digest=source_digest(),
         versions=versions(),
     )
-    return ClientData({s: (shard.split(s), np.arange(counts[s])) for s in ("train", "test")}, path, claim)
+    return ClientData({split: (shard.split(split), np.arange(count)) for split, count in counts.items()}, path, claim)
 
 
 def open_shared_part(config: Config, client: int, files: Stamp) -> ClientData:
     """Open a client's part of the artifact that all clients share; its digest covers artifacts and indices."""
     partition = cached_partition(config, files)
     splits, digest, modified = {}, hashlib.sha256(), 0.0
-    for split, parts in (("train", partition.train), ("test", partition.test)):
-        dataset = cached_dataset(config.data_dir, config.dataset, split, files)
+    held = {"train": partition.train, "test": partition.test} | ({"val": partition.val} if partition.val else {})
+    for split, parts in held.items():
+        dataset = cached_dataset(config.data_dir, config.dataset, "test" if split == "test" else "train", files)
         splits[split] = (dataset, parts[client])
         digest.update(dataset.artifact.digest.encode() + parts[client].astype("<i8").tobytes())
         modified = max(modified, (dataset.artifact.path / "labels.npy").stat().st_mtime)
@@ -126,7 +128,8 @@ def open_shared_part(config: Config, client: int, files: Stamp) -> ClientData:
     claim = Claim(
         str(client),
         train=len(rows),
-        test=len(splits["test"][1]),
+        val=len(partition.val[client]) if partition.val else 0,
+        test=len(partition.test[client]),
         label_hist=tuple(label_histogram(dataset.artifact.labels[rows], config.dataset.classes)),
         shard_digest=digest.hexdigest(),
         last_modified=modified,
@@ -184,7 +187,10 @@ def open_partition(config: Config) -> Partition:
 
 @lru_cache(maxsize=8)
 def cached_partition(config: Config, files: Stamp) -> Partition:
-    """Read the partition of this config's dataset, making and saving it if this process is the first to ask."""
+    """Read the partition of this config's dataset, making and saving it if this process is the first to ask.
+
+    Where training samples are held out for validation, they are its val.
+    """
     artifacts = [cached_dataset(config.data_dir, config.dataset, split, files).artifact for split in ("train", "test")]
     folder = config.data_dir / config.dataset.name / "partitions"
     if config.partition.kind in WRITER_PARTITIONS:
@@ -199,7 +205,11 @@ def cached_partition(config: Config, files: Stamp) -> Partition:
     }
     key = derive_seed(*settings.values(), *[artifact.digest for artifact in artifacts])
     path = folder / f"{config.partition.kind}-{key:016x}.safetensors"
-    return load_partition(path, train_labels=artifacts[0].labels, test_labels=artifacts[1].labels, **settings)
+    partition = load_partition(path, train_labels=artifacts[0].labels, test_labels=artifacts[1].labels, **settings)
+    if not config.held_out:
+        return partition
+    seed = derive_seed(config.partition.seed, "validation")
+    return hold_out(partition, artifacts[0].labels, config.held_out, seed)
 
 
 def writer_partition(config: Config) -> str:
@@ -209,13 +219,15 @@ def writer_partition(config: Config) -> str:
 
 def read_writer_partition(config: Config, path: Path) -> Partition:
     """Read the partition by writer that was exported with the shards; raises DataError when it is of other clients."""
+    fix = (
+        f"make it with python -m tools.prepare_data dataset={config.dataset.name} dataset.source=DIR "
+        f"partition={config.partition.kind} clients={config.clients} distributed_data.enabled=false"
+    )
     if not path.exists():
-        raise DataError(
-            f"partition={config.partition.kind} has no {path}: make it with python -m tools.prepare_data "
-            f"dataset={config.dataset.name} dataset.source=DIR partition={config.partition.kind} "
-            f"clients={config.clients} distributed_data.enabled=false"
-        )
+        raise DataError(f"partition={config.partition.kind} has no {path}: {fix}")
     partition = load_partition(path)
+    if not partition.val:
+        raise DataError(f"{path} has no validation samples, so an older flapp wrote it: {fix}")
     if len(partition.train) != config.clients:
         raise DataError(f"{path} is of {len(partition.train)} clients: set clients={len(partition.train)}")
     return partition

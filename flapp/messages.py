@@ -25,6 +25,7 @@ from flapp.untrusted import printable, read_npy_header
 ATTEST, BASE, TRAIN, EVALUATE = "query.attest", "query.base", "train", "evaluate"
 ARRAYS, ORDER, METRICS, CLAIM, PIECE = "arrays", "order", "metrics", "claim", "piece"
 NUM_EXAMPLES, REPLAYED = "num-examples", "replayed"
+VAL = "val-"  # starts the names of metrics that are of validation samples
 LONGEST_TEXT, MOST_METRICS, MOST_CLASSES, MOST_PIECES = 500, 64, 1 << 16, 1 << 16  # that a message may hold
 
 

@@ -13,9 +13,10 @@ from typing import Any
 from flapp.stopwatch import PHASES
 
 EXCHANGE = ("asked", "replies", "absent", "failures", "bytes_down", "bytes_up", "seconds")
+MEASURED = ("loss", "accuracy", "personal_loss", "personal_accuracy")
 NAMES = {
     "train": ("loss", "aggregation_error", *EXCHANGE),
-    "evaluate": ("loss", "accuracy", "personal_loss", "personal_accuracy", *EXCHANGE),
+    "evaluate": (*MEASURED, *(f"val_{figure}" for figure in MEASURED), *EXCHANGE),
     "central": ("loss", "accuracy"),
     "round": ("seconds", *(f"phases_{phase}" for phase in PHASES), "store_bytes", "store_stored", "store_total"),
 }

@@ -13,13 +13,15 @@ server_chunks.db   the global model after each of the last rounds, and what the 
                    after the best round too if evaluate.select is best
 releases.jsonl     with privacy.enabled, who was asked to train in which round (releases.py); never cut
 model.safetensors  the final global model: of the last round, or of the best one
-metrics.json       the summary, written last: status, rounds, accuracy, loss, personal_accuracy and objective (of the
-                   last evaluation, or of the selected round), best_round and best_value (by evaluate.objective),
-                   selected_round, stopped_early, bytes_up, bytes_down, seconds, model_sha256, aggregation_error
-                   (FedLoRA, of the last round), epsilon and delta (with privacy.enabled, of the client that has
-                   released the most updates), refused (client or node and the reason, the first 20) and
-                   refused_count, resumed_anyway (what had changed when it was resumed all the same, by round), or
-                   status failed and the error
+metrics.json       the summary, written last: status, rounds, accuracy, loss, personal_accuracy (of the clients' test
+                   samples), val_accuracy, val_loss, val_personal_accuracy (of their validation samples, if the run
+                   has any) and objective, all of the last evaluation or of the selected round; objective_metric (the
+                   figure that objective, best_round and best_value are of: evaluate.objective, of validation samples
+                   if there are any), best_round, best_value, selected_round, stopped_early, bytes_up, bytes_down,
+                   seconds, model_sha256, aggregation_error (FedLoRA, of the last round), epsilon and delta (with
+                   privacy.enabled, of the client that has released the most updates), refused (client or node and
+                   the reason, the first 20) and refused_count, resumed_anyway (what had changed when it was resumed
+                   all the same, by round), or status failed and the error
 
 A round is over when server_chunks.db holds it. A resumed run drops the lines of rounds that were not, and goes on. With
 resume_from it drops the rounds after that one as well, from every file.
@@ -122,8 +124,8 @@ class RunDirectory:
         """Complete a round: keep the global model and the facts that the next rounds need; raises CheckpointError."""
         self.clock.enter("save")
         if self.summary.stops_after(server_round):
-            stopping, best = self.config.stopping, self.summary.watched.round
-            self.append("stop", server_round, metric=stopping.metric, best_round=best, patience=stopping.patience)
+            watched, patience = self.summary.watched, self.config.stopping.patience
+            self.append("stop", server_round, metric=watched.metric, best_round=watched.round, patience=patience)
         os.fsync(self._metrics.fileno())
         pinned, digest = {self.summary.selected_round()}, config_digest(self.config)
         saved = self.store.save_model_chunks(state, server_round, dict(facts), config_digest=digest, pinned=pinned)
@@ -164,7 +166,7 @@ class RunDirectory:
 
     def finish(self, model_sha256: str) -> dict[str, Any]:
         """Write metrics.json of a run that went to its end, and return it."""
-        objective = self.summary.totals.get(self.config.evaluate.objective)
+        objective = self.summary.totals.get(self.summary.best.metric)
         selected = self.summary.selected_round()
         return self._summarize(
             status="finished", objective=objective, model_sha256=model_sha256, selected_round=selected
@@ -175,7 +177,8 @@ class RunDirectory:
         return self._summarize(status="failed", error=_one_line(error))
 
     def _summarize(self, **values: Any) -> dict[str, Any]:
-        best = {"best_round": self.summary.best.round, "best_value": self.summary.best.value}
+        found = self.summary.best
+        best = {"objective_metric": found.metric, "best_round": found.round, "best_value": found.value}
         summary = {**values, **self.summary.totals, **best, "seconds": self._seconds(), "run_dir": str(self.path)}
         _write_json(self.path / "metrics.json", summary)
         self.close()

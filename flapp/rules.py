@@ -3,7 +3,7 @@
 from functools import reduce
 from pathlib import Path
 
-from flapp.settings import RANKS_MAY_DIFFER, WRITER_PARTITIONS, Config, ConfigError
+from flapp.settings import RANKS_MAY_DIFFER, VALIDATION_FRACTION, WRITER_PARTITIONS, Config, ConfigError
 
 PATHS = (
     ("home",),
@@ -87,6 +87,7 @@ def check_together(config: Config) -> None:
         ),
         *metric_rules(config, "evaluate.objective", config.evaluate.objective),
         *metric_rules(config, "stopping.metric", config.stopping.metric),
+        *validation_rules(config),
         (
             stopping.metric is not None and every * (1 + stopping.patience) >= config.num_rounds,
             f"stopping.patience={stopping.patience} evaluations, one in evaluate.every={every} rounds, are never over "
@@ -255,6 +256,25 @@ def metric_rules(config: Config, setting: str, metric: str | None) -> list[tuple
             f"{setting}={metric} is of the global model, which lacks every client's B with "
             f"strategy.aggregation=fedsa: "
             + (f"set {setting}=personal_accuracy" if config.dataset.classes else "choose another rule"),
+        ),
+    ]
+
+
+def validation_rules(config: Config) -> list[tuple[bool, str]]:
+    """Return the rules for what is held out for validation: whatever chooses needs some, and shards have their own."""
+    fraction, writers = config.evaluate.validation_fraction, config.partition.kind in WRITER_PARTITIONS
+    best, metric = config.evaluate.select == "best", config.stopping.metric
+    chooser = "evaluate.select=best" if best else f"stopping.metric={metric}"
+    return [
+        (
+            fraction is not None and writers,
+            f"evaluate.validation_fraction={fraction} holds out training samples, and clients of "
+            f"partition={config.partition.kind} have validation samples of their own: set it to null",
+        ),
+        (
+            config.chooses and fraction == 0,
+            f"{chooser} chooses by validation samples, and evaluate.validation_fraction={fraction} holds out none: set "
+            f"it to null (which holds out {VALIDATION_FRACTION:g}) or to another fraction",
         ),
     ]
 

@@ -42,7 +42,7 @@ from flapp.model import (
 from flapp.privacy import UNPROTECTED, check_floating, describe_plan
 from flapp.releases import ReleaseLedger
 from flapp.results import SUMMARY, RunDirectory
-from flapp.roster import Roster
+from flapp.roster import FederationError, Roster
 from flapp.settings import Config, ConfigError
 from flapp.strategy import RULES, FedAvg, FedLoRA, ServerOptimizer, global_keys
 from flapp.summary import StoppedEarly
@@ -105,6 +105,7 @@ def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> dict[str, Any]:
             roster.wait(config.strategy.wait_for_clients, config.strategy.min_clients)
         finally:
             run.append("roster", done, **roster.facts())
+        check_validation(config, roster)
         with suppress(StoppedEarly):
             strategy.start(
                 polled,
@@ -215,11 +216,24 @@ def check_against_partition(config: Config, claim: Claim) -> str | None:
     if not is_prepared(config.data_dir / config.dataset.name):
         return None
     partition, client = open_partition(config), int(claim.client_id)
-    held = {"training": (claim.train, len(partition.train[client])), "test": (claim.test, len(partition.test[client]))}
-    for split, (claimed, dealt) in held.items():
-        if claimed != dealt:
-            return f"claims {claimed} {split} samples, the partition gives it {dealt}"
-    return f"claims {claim.val} validation samples, the partition gives it none" if claim.val else None
+    dealt = {
+        "training": (claim.train, len(partition.train[client])),
+        "validation": (claim.val, len(partition.val[client]) if partition.val else 0),
+        "test": (claim.test, len(partition.test[client])),
+    }
+    for split, (claimed, given) in dealt.items():
+        if claimed != given:
+            return f"claims {claimed} {split} samples, the partition gives it {given}"
+    return None
+
+
+def check_validation(config: Config, roster: Roster) -> None:
+    """Raise FederationError when the run chooses by validation samples and no client has any."""
+    if config.chooses and not any(member.claim.val for member in roster.members.values()):
+        raise FederationError(
+            "evaluate.select=best and stopping.metric choose by validation samples, of which no client has any: set "
+            "evaluate.select=last and stopping.metric=null, or give the clients more samples"
+        )
 
 
 def build_strategy(config: Config, roster: Roster, run: RunDirectory, model: nn.Module, private: list[str]) -> FedAvg:
@@ -240,6 +254,7 @@ def build_strategy(config: Config, roster: Roster, run: RunDirectory, model: nn.
         "norm_limit": settings.norm_limit,
         "max_weight_share": settings.max_weight_share,
         "evaluate_every": config.evaluate.every,
+        "validates": config.validates,
         "server_optimizer": optimizer,
         "releases": count_releases(run) if config.privacy.enabled else None,
     }
@@ -295,7 +310,7 @@ def end_round(
 def evaluate_centrally(
     config: Config, run: RunDirectory, model: nn.Module, server_round: int, arrays: ArrayRecord
 ) -> MetricRecord:
-    """Evaluate the global model on the whole test artifact."""
+    """Evaluate the global model on the whole test artifact, for the record: nothing chooses by it."""
     folder = ensure_artifacts(config.data_dir, config.dataset.name) / "test"
     dataset = OfflineDataset(folder, normalization=config.dataset.normalization)
     load_global(model, arrays.to_torch_state_dict())

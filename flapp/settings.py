@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 RANKS_MAY_DIFFER = ("flora", "flexlora", "hetlora")  # rules of aggregation
+VALIDATION_FRACTION = 0.2  # of the training samples, where something chooses and nothing else is said
 WRITER_PARTITIONS = ("natural", "round_robin", "random", "manual")  # made with the shards, of whole writers
 
 
@@ -130,6 +131,7 @@ class EvaluateConfig:
     central: bool
     objective: Literal["accuracy", "personal_accuracy", "loss"]
     select: Literal["last", "best"]
+    validation_fraction: Annotated[float, Bound(ge=0, le=0.9)] | None
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,24 @@ class Config:
     privacy: PrivacyConfig
     distributed_data: DistributedDataConfig
     deployment: DeploymentConfig
+
+    @property
+    def chooses(self) -> bool:
+        """Say whether this run chooses by evaluations: when to stop, or which round to end with."""
+        return self.evaluate.select == "best" or self.stopping.metric is not None
+
+    @property
+    def held_out(self) -> float:
+        """Return the share of each client's training samples that is held out for validation."""
+        fraction = self.evaluate.validation_fraction
+        if fraction is not None or self.partition.kind in WRITER_PARTITIONS:  # writers' samples are split already
+            return fraction or 0.0
+        return VALIDATION_FRACTION if self.chooses else 0.0
+
+    @property
+    def validates(self) -> bool:
+        """Say whether evaluations also measure the clients' validation samples; choices and objective go by these."""
+        return self.partition.kind in WRITER_PARTITIONS or self.held_out > 0
 
     @property
     def data_dir(self) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 from flapp.settings import Config
 
 FIGURES = ("accuracy", "loss", "personal_accuracy")
+VALIDATION_FIGURES = tuple(f"val_{figure}" for figure in FIGURES)
 MOST_REFUSED = 20
 
 
@@ -42,7 +43,17 @@ class Best:
     def _score(self, value: float | None) -> float:
         if value is None or not isfinite(value):
             return -inf
-        return -value if self.metric == "loss" else value
+        return -value if self.metric.endswith("loss") else value
+
+
+def figure_of(config: Config, metric: str) -> str:
+    """Name the figure by which this run chooses where a setting says `metric`: of validation samples, if it has any."""
+    return f"val_{metric}" if config.validates else metric
+
+
+def in_words(figure: str) -> str:
+    """Return the name of a figure as people read it, such as `validation accuracy` for val_accuracy."""
+    return figure.replace("val_", "validation ").replace("_", " ")
 
 
 class Summary:
@@ -51,8 +62,10 @@ class Summary:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.totals: dict[str, Any] = {"rounds": 0, "bytes_up": 0, "bytes_down": 0, "stopped_early": False}
-        self.best = Best(config.evaluate.objective)
-        self.watched = Best(config.stopping.metric or config.evaluate.objective, config.stopping.min_delta)
+        self.figures = FIGURES + (VALIDATION_FIGURES if config.validates else ())
+        self.best = Best(figure_of(config, config.evaluate.objective))
+        watched = config.stopping.metric or config.evaluate.objective
+        self.watched = Best(figure_of(config, watched), config.stopping.min_delta)
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Take a line."""
@@ -75,7 +88,7 @@ class Summary:
         best = self.best.add(line["round"], line.get(self.best.metric))
         self.watched.add(line["round"], line.get(self.watched.metric))
         if best or self.config.evaluate.select == "last" or self.best.round is None:
-            self.totals |= {key: line.get(key) for key in FIGURES}
+            self.totals |= {key: line.get(key) for key in self.figures}
 
     def selected_round(self) -> int:
         """Name the round whose model and figures the run would end with: the last if there is no best."""

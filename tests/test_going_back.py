@@ -115,7 +115,7 @@ def test_a_round_whose_best_one_is_gone_is_refused_where_the_run_ends_with_the_b
     edited = [json.loads(text) for text in lines]
     for line in edited:
         if line["kind"] == "evaluate":
-            line["loss"] = abs(line["round"] - 2)  # the best until round 5 was 2, which is no longer held
+            line["val_loss"] = abs(line["round"] - 2)  # the best until round 5 was 2, which is no longer held
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in edited))
     with pytest.raises(ConfigError, match=r"resume_from=4: the best round until then was 2, which .* no longer holds"):
         federate(*settings, "resume=true", "resume_from=4")

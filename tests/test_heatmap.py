@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from flapp import data
+from flapp.data.partition import save_partition
 from tools import partition_heatmap
 
 
@@ -29,6 +30,17 @@ def test_every_sample_is_counted_once(partition: tuple[Path, Path]) -> None:
     for split in ("train", "test"):
         labels = data.open_artifact(partition[1] / split).labels
         assert tables[f"{split}, actual"].sum(axis=0).tolist() == np.bincount(labels).tolist()
+
+
+def test_training_samples_that_are_saved_as_validation_samples_are_not_counted_as_training(
+    partition: tuple[Path, Path], tmp_path: Path
+) -> None:
+    path, folder = partition
+    labels = data.open_artifact(folder / "train").labels
+    held = data.hold_out(data.load_partition(path), labels, 0.2, seed=0)
+    save_partition(tmp_path / "held.safetensors", held)
+    tables, _ = partition_heatmap.read_tables(tmp_path / "held.safetensors", folder)
+    assert tables["train, actual"].sum() == sum(map(len, held.train)) < len(labels)
 
 
 def test_the_tool_draws_a_png(partition: tuple[Path, Path], tmp_path: Path) -> None:

@@ -53,6 +53,16 @@ def test_the_best_round_is_by_the_objective_of_the_run(tmp_path: Path) -> None:
         assert reading.read_run(run).best() == (best, figures[best - 1][objective])
 
 
+def test_a_run_with_validation_figures_is_judged_by_them_and_shows_them(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r", 3, evaluate={"objective": "loss"})
+    (run / "metrics.json").unlink()
+    lines = [{"kind": "evaluate", "round": i, "loss": 1.0 * i, "val_loss": 4.0 - i} for i in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert reading.read_run(run).best() == (3, 1.0)
+    page = report_on(tmp_path / "r.html", run)
+    assert "The objective, and what makes a round the best, is validation loss." in page.said
+
+
 def test_accuracy_is_set_against_all_bytes_up_to_its_round(tmp_path: Path) -> None:
     run = write_run(tmp_path / "r", 3, old=True)
     lines = [{"kind": "train", "round": i, "bytes_up": 1_000_000, "bytes_down": 2_000_000} for i in (1, 2, 3)]

@@ -100,7 +100,7 @@ def test_the_roster_line_says_who_holds_how_much_of_what(federate: Federate) -> 
 
 
 def test_the_table_has_a_row_a_round_and_the_same_columns_in_every_run(federate: Federate) -> None:
-    _, path = federate(*DIGITS, "evaluate.central=true")
+    _, path = federate(*DIGITS, "evaluate.central=true", "evaluate.validation_fraction=0.2")
     rows = read_csv(path)
     assert [row["round"] for row in rows] == ["1", "2"]
     assert list(rows[0]) == COLUMNS

@@ -89,6 +89,9 @@ def test_the_last_lines_say_what_was_reached_and_where_it_lies() -> None:
     summary = {"rounds": 3, "seconds": 12.3, "accuracy": 0.5, "personal_accuracy": None, "loss": 1.25}
     text = final_line(summary | {"model_sha256": "ab", "run_dir": "/r"})
     assert text == "finished 3 rounds in 12 s: accuracy 0.5000, loss 1.2500\nmodel ab\nresults in /r"
+    chosen = {"objective_metric": "val_accuracy", "val_accuracy": 0.75, "val_loss": 9.0, "selected_round": 2}
+    text = final_line(summary | chosen | {"model_sha256": "ab", "run_dir": "/r"})
+    assert "12 s: accuracy 0.5000, loss 1.2500, validation accuracy 0.7500\nmodel ab of round 2\n" in text
 
 
 @pytest.mark.slow

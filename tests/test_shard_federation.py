@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Message
 
 from flapp import messages
-from flapp.data import export_artifacts, write_shards
+from flapp.data import export_artifacts, load_manifest, write_shards
 from flapp.roster import FederationError
 from tests.conftest import read_lines
 from tests.leaf_files import Samples, as_leaf, write_leaf
@@ -92,6 +92,37 @@ def test_streaming_reads_the_same_samples(federate: Federate, femnist: Path) -> 
     assert streamed["model_sha256"] == again["model_sha256"]
     losses = [line["loss"] for line in read_lines(path, "evaluate")]
     assert losses[-1] < losses[0]
+
+
+def test_the_best_round_by_the_shards_validation_samples_costs_no_training_sample(
+    federate: Federate, femnist: Path
+) -> None:
+    settings = (*SHARDS, "num_rounds=6", "train.lr=5.0", "evaluate.select=best")
+    own, path = federate(*settings)
+    shared, other = federate(*settings, "distributed_data.enabled=false")
+    assert own["model_sha256"] == shared["model_sha256"]
+    assert own["selected_round"] == shared["selected_round"] < 6
+    samples = load_manifest(femnist / "shards").facts["totals"]
+    for run in (path, other):
+        held = read_lines(run, "roster")[0]["samples"].values()
+        assert {split: sum(each[split] for each in held) for split in ("train", "val", "test")} == {
+            split: samples[split] for split in ("train", "val", "test")
+        }
+    measured = ("accuracy", "val_accuracy", "val_loss", "val_personal_accuracy")
+    lines, others = read_lines(path, "evaluate"), read_lines(other, "evaluate")
+    assert [[line[key] for key in measured] for line in lines] == [[line[key] for key in measured] for line in others]
+    assert own["val_accuracy"] == max(line["val_accuracy"] for line in lines)
+
+
+def test_a_streamed_shards_validation_samples_choose_as_those_in_memory_do(federate: Federate, femnist: Path) -> None:
+    streamed, path = federate(*SHARDS, "distributed_data.streaming=true", "evaluate.select=best", "train.lr=5.0")
+    lines = read_lines(path, "evaluate")
+    best = max(lines, key=lambda line: line["val_accuracy"])
+    assert (streamed["selected_round"], streamed["val_accuracy"]) == (best["round"], best["val_accuracy"])
+    assert streamed["accuracy"] == best["accuracy"]
+    untrained = ("num_rounds=1", "train.lr=1e-30", "evaluate.personal_epochs=0")
+    found = [federate(*SHARDS, *untrained, f"distributed_data.streaming={how}")[0] for how in ("true", "false")]
+    assert found[0]["val_loss"] == pytest.approx(found[1]["val_loss"])
 
 
 def test_a_client_on_anothers_shard_refuses_itself(federate: Federate, femnist: Path) -> None:

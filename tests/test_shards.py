@@ -224,8 +224,8 @@ def test_shards_and_the_exported_artifacts_train_the_same_model(shards: Manifest
         train(model, loader, torch.optim.SGD(model.parameters(), lr=0.1), epochs=2)
         return model
 
-    for split in ("train", "test"):
-        shared = OfflineDataset(tmp_path / "femnist" / split)
+    for split, artifact in (("train", "train"), ("val", "train"), ("test", "test")):
+        shared = OfflineDataset(tmp_path / "femnist" / artifact)
         assert shared.classes == shard_dataset.ShardSplit.classes
         for client in shards:
             own = DistributedShardLoader(shards.shard_path(client)).split(split)

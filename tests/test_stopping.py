@@ -26,13 +26,17 @@ FOLDS = (
 
 @pytest.fixture
 def losses(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[float]], None]:
-    """Return a function that gives the evaluations of later runs these losses, by round."""
+    """Return a function that gives the evaluations of later runs these validation losses, by round.
+
+    Their test losses have the opposite order, so that a choice by those would be another one.
+    """
     real = RunDirectory.append
 
     def script(values: Sequence[float]) -> None:
         def append(run: RunDirectory, kind: str, server_round: int, **rest: Any) -> None:
             if kind == "evaluate":
-                rest["loss"] = values[server_round - 1]
+                rest["val_loss"] = values[server_round - 1]
+                rest["loss"] = -values[server_round - 1]
             real(run, kind, server_round, **rest)
 
         monkeypatch.setattr(RunDirectory, "append", append)
@@ -79,10 +83,10 @@ def test_only_more_than_min_delta_over_the_last_improvement_is_one_again() -> No
 def test_a_run_stops_when_patience_is_over_and_says_so(federate: Federate) -> None:
     summary, path = federate(*TOY, *STOP)
     assert (summary["rounds"], summary["stopped_early"], summary["selected_round"]) == (4, True, 4)
-    assert (summary["best_round"], summary["best_value"], summary["loss"]) == (2, 3.0, 3.0)
+    assert (summary["best_round"], summary["best_value"], summary["loss"]) == (2, 3.0, -3.0)
     assert [line["round"] for line in read_lines(path, "train")] == [1, 2, 3, 4]
     (line,) = read_lines(path, "stop")
-    assert (line["round"], line["metric"], line["best_round"], line["patience"]) == (4, "loss", 2, 2)
+    assert (line["round"], line["metric"], line["best_round"], line["patience"]) == (4, "val_loss", 2, 2)
 
 
 @pytest.mark.usefixtures("losses")
@@ -107,7 +111,7 @@ def test_the_best_rounds_model_and_figures_are_what_the_run_ends_with(
 ) -> None:
     rounds = 2 if settings is TOY else 1  # of patience, to end with the same round as the last
     first, _ = federate(*settings, "stopping.metric=loss", f"stopping.patience={rounds}", *BEST)
-    assert (first["selected_round"], first["loss"], first["objective"]) == (2, 3.0, 3.0)
+    assert (first["selected_round"], first["objective"], first["val_loss"], first["loss"]) == (2, 3.0, 3.0, -3.0)
     last, path = federate(*settings, "stopping.metric=loss", f"stopping.patience={rounds}")
     assert last["selected_round"] == last["rounds"] == first["rounds"]
     assert first["model_sha256"] != last["model_sha256"]

@@ -36,7 +36,8 @@ needs_optuna = pytest.mark.skipif(not importlib.util.find_spec("hydra_plugins.hy
 def of_job(number: int, folder: Path = Path("/sweep"), **launcher: Any) -> Any:
     """Return what Hydra tells a job of a sweep about itself."""
     facts = {"mode": RunMode.MULTIRUN, "job": {"num": number}, "sweep": {"dir": str(folder)}, "launcher": launcher}
-    return OmegaConf.create(facts | {"overrides": {"task": [f"seed={number}"]}})
+    sweeper = {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"}
+    return OmegaConf.create(facts | {"overrides": {"task": [f"seed={number}"]}, "sweeper": sweeper})
 
 
 @contextlib.contextmanager
@@ -249,6 +250,19 @@ def test_of_eight_jobs_two_at_a_time_one_fails_and_seven_count(tmp_path: Path) -
     assert done.stderr.startswith("[job 5] error: run_name=eight/5 was run")
 
 
+def test_a_sweeper_that_searches_has_its_jobs_hold_out_validation_samples(tmp_path: Path) -> None:
+    searched = of_job(0, tmp_path / "runs" / "s")
+    searched.sweeper["_target_"] = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
+    home = f"home={tmp_path}"
+    assert sweep.as_job(config.compose([home]), searched).held_out == 0.2
+    assert sweep.as_job(config.compose([home, "evaluate.validation_fraction=0.1"]), searched).held_out == 0.1
+    assert sweep.as_job(config.compose([home]), of_job(0, tmp_path / "runs" / "s")).held_out == 0
+    shards = sweep.as_job(config.compose([home, "experiment=femnist_fedavg"]), searched)
+    assert shards.evaluate.validation_fraction is None
+    with pytest.raises(ConfigError, match=r"validation_fraction=0 makes that a figure of test samples: leave it out"):
+        sweep.as_job(config.compose([home, "evaluate.validation_fraction=0"]), searched)
+
+
 @needs_optuna
 @pytest.mark.parametrize(("limit", "failures"), [(0.01, range(1, 6)), (0.0, [6])], ids=["some fail", "all fail"])
 def test_optuna_searches_on_after_failed_trials(tmp_path: Path, limit: float, failures: Any) -> None:
@@ -259,6 +273,7 @@ def test_optuna_searches_on_after_failed_trials(tmp_path: Path, limit: float, fa
         def stand_in(config):
             if config.train.lr > {limit}:
                 raise run.RunError("too high")
+            assert config.held_out == 0.2, config.held_out
             facts = {{"rounds": 1, "seconds": 1, "model_sha256": "ab", "run_dir": config.run_name}}
             return facts | {{"status": "finished", "objective": config.train.lr}}
 

@@ -33,7 +33,7 @@ def read_tables(partition: Path, dataset: Path) -> tuple[dict[str, np.ndarray], 
     classes = len(train.classes)
     if not classes:
         raise data.DataError(f"{dataset} has no classes to count: choose a dataset for classification")
-    for name, parts, artifact in (("train", saved.train, train), ("test", saved.test, test)):
+    for name, parts, artifact in (("train", (*saved.train, *saved.val), train), ("test", saved.test, test)):
         if not np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(artifact.labels))):
             raise data.DataError(f"{partition} is no partition of {dataset / name}: give the dataset it was made for")
     tables = {

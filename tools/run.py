@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from flapp.config import CONF, explain, from_tree
 from flapp.privacy import describe_plan
 from flapp.settings import ConfigError
+from flapp.summary import in_words
 from tools import sweep
 from tools.federation import FederationError
 from tools.processes import SIGNALS, SuperLinkError
@@ -60,11 +61,8 @@ def job(tree: DictConfig) -> float | None:
 
 def final_line(summary: dict[str, Any]) -> str:
     """Say how a run ended, in one paragraph."""
-    figures = [
-        f"{key.replace('_', ' ')} {summary[key]:.4f}"
-        for key in ("accuracy", "personal_accuracy", "loss")
-        if summary.get(key) is not None
-    ]
+    shown = dict.fromkeys(("accuracy", "personal_accuracy", "loss", summary.get("objective_metric", "loss")))
+    figures = [f"{in_words(key)} {summary[key]:.4f}" for key in shown if summary.get(key) is not None]
     early = " (stopped early)" if summary.get("stopped_early") else ""
     selected = summary.get("selected_round", summary["rounds"])
     chosen = f" of round {selected}" if selected != summary["rounds"] else ""

@@ -29,7 +29,7 @@ from hydra.conf import HydraConf
 from hydra.types import RunMode
 
 from flapp.results import taken
-from flapp.settings import Config, ConfigError
+from flapp.settings import VALIDATION_FRACTION, Config, ConfigError
 from tools.processes import SWEEP, Processes, available_cpus
 from tools.progress import is_json
 from tools.submit import is_here
@@ -136,7 +136,8 @@ def job_number(hydra_config: HydraConf) -> int:
 def as_job(config: Config, hydra_config: HydraConf) -> Config:
     """Give a job its own run directory in the sweep's, and its share of the processors where several run at once.
 
-    A sweep that is resumed starts the jobs that it had not come to. Raises ConfigError when it is over and not resumed.
+    A sweep that is resumed starts the jobs that it had not come to. A sweeper that searches goes by the objective, so
+    its jobs hold out validation samples. Raises ConfigError when the sweep is over and not resumed.
     """
     if not is_here(config):
         raise ConfigError(
@@ -151,7 +152,25 @@ def as_job(config: Config, hydra_config: HydraConf) -> Config:
         deployment = replace(deployment, total_cpus=max(available_cpus() // jobs, deployment.client_cpus))
     run_name = os.path.relpath(path, config.runs_dir)
     config = replace(config, run_name=run_name, deployment=deployment)
+    config = validated(config) if searches(hydra_config) else config
     return config if path.exists() else replace(config, resume=False, resume_from=None, resume_anyway=False)
+
+
+def searches(hydra_config: HydraConf) -> bool:
+    """Say whether the sweeper chooses settings by the objective, as all but Hydra's own do, which runs a given list."""
+    return not str(hydra_config.sweeper["_target_"]).endswith(".BasicSweeper")
+
+
+def validated(config: Config) -> Config:
+    """Return the config with an objective that is of validation samples; raises ConfigError when it forbids them."""
+    if config.validates:
+        return config
+    if (fraction := config.evaluate.validation_fraction) is not None:
+        raise ConfigError(
+            f"a sweeper that searches goes by the objective, and evaluate.validation_fraction={fraction:g} makes that "
+            f"a figure of test samples: leave it out (which holds out {VALIDATION_FRACTION:g}) or set another fraction"
+        )
+    return replace(config, evaluate=replace(config.evaluate, validation_fraction=VALIDATION_FRACTION))
 
 
 def jobs_at_once(hydra_config: HydraConf) -> int:

@@ -11,7 +11,7 @@ from flapp.data.embedded import EMBEDDED, ensure_artifacts, is_prepared
 from flapp.data.leaf import open_source
 from flapp.data.manifest import Manifest, ShardRecord, check_claim, load_manifest
 from flapp.data.materialized import materialize, materialized_folder
-from flapp.data.partition import Partition, label_histogram, load_partition, make_partition
+from flapp.data.partition import Partition, hold_out, label_histogram, load_partition, make_partition
 from flapp.data.shards import export_artifacts, open_shard, write_shards
 from flapp.data.verified import Stamp, open_verified, stamp
 
@@ -46,6 +46,7 @@ __all__ = [
     "download_cifar",
     "ensure_artifacts",
     "export_artifacts",
+    "hold_out",
     "is_prepared",
     "label_histogram",
     "load_manifest",

@@ -2,11 +2,11 @@
 
 A saved partition is one safetensors file: per split, `<split>_indices` (every sample once, client after client)
 and `<split>_offsets` (clients + 1), with `requested`, the float (clients, classes) table of training samples
-that the draw asked for.
+that the draw asked for. Only a partition by writer has the split val saved; `hold_out` adds it to others.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +16,20 @@ from flapp.untrusted import check_safetensors, printable
 
 MAX_DRAWS = 1000
 SPLITS = ("train", "test")
-KINDS = {f"{split}_{what}": ("I64", 1) for split in SPLITS for what in ("indices", "offsets")} | {
-    "requested": ("F64", 2)
-}
 MOST_HEADER = 64 << 10  # bytes; ours has about 300
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Sample indices of each client, sorted; requested is the (clients, classes) table behind the draw."""
+    """Sample indices of each client, sorted; requested is the (clients, classes) table behind the draw.
+
+    train and val index the train artifact, test the test artifact; val is empty when nothing is held out.
+    """
 
     train: tuple[np.ndarray, ...]
     test: tuple[np.ndarray, ...]
     requested: np.ndarray
+    val: tuple[np.ndarray, ...] = ()
 
 
 def make_partition(
@@ -87,6 +88,12 @@ def load_partition(path: Path, **settings: object) -> Partition:
         ) from error
 
 
+def kinds_of(splits: tuple[str, ...]) -> dict[str, tuple[str, int]]:
+    """Return the dtype and the number of axes of each tensor in the file of a partition."""
+    names = [f"{split}_{what}" for split in splits for what in ("indices", "offsets")]
+    return dict.fromkeys(names, ("I64", 1)) | {"requested": ("F64", 2)}
+
+
 def _read_partition(path: Path, sizes: dict[str, int]) -> Partition:
     """Read a saved partition; raises ValueError unless every array fits the others and the sizes that are known."""
     from safetensors import safe_open
@@ -95,23 +102,46 @@ def _read_partition(path: Path, sizes: dict[str, int]) -> Partition:
     with safe_open(path, framework="numpy") as file:
         found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is not a mapping
         kinds = {name: (part.get_dtype(), len(part.get_shape())) for name, part in found.items()}
-        if kinds != KINDS:
+        splits = (*SPLITS, "val") if "val_indices" in found else SPLITS
+        if kinds != kinds_of(splits):
             raise ValueError(f"it holds {kinds or 'nothing'}")
         shapes = {name: tuple(part.get_shape()) for name, part in found.items()}
         if odd := [name for name, size in sizes.items() if shapes[name] != (size,)]:
             raise ValueError(f"{odd[0]} has {shapes[odd[0]][0]:,} entries, the dataset has {sizes[odd[0]]:,} samples")
-        if not shapes["train_offsets"] == shapes["test_offsets"] == (shapes["requested"][0] + 1,):
+        if {shapes[f"{split}_offsets"] for split in splits} != {(shapes["requested"][0] + 1,)}:
             raise ValueError(f"its arrays are of different numbers of clients: {shapes}")
-        saved = {name: file.get_tensor(name) for name in KINDS}
+        saved = {name: file.get_tensor(name) for name in kinds}
     parts = {}
-    for split in SPLITS:
+    samples = {"test": shapes["test_indices"][0]}
+    samples["train"] = samples["val"] = sum(shapes[f"{split}_indices"][0] for split in splits) - samples["test"]
+    for split in splits:
         indices, offsets = saved[f"{split}_indices"], saved[f"{split}_offsets"]
         if offsets[0] != 0 or offsets[-1] != len(indices) or (np.diff(offsets) < 0).any():
             raise ValueError(f"{split}_offsets do not cut {split}_indices into parts")
-        if len(indices) and not (indices.min() >= 0 and indices.max() < len(indices)):
-            raise ValueError(f"{split}_indices are from {indices.min()} to {indices.max()}, of {len(indices)} samples")
+        if len(indices) and not (indices.min() >= 0 and indices.max() < samples[split]):
+            raise ValueError(
+                f"{split}_indices are from {indices.min()} to {indices.max()}, of {samples[split]} samples"
+            )
         parts[split] = tuple(np.split(indices, offsets[1:-1]))
-    return Partition(parts["train"], parts["test"], saved["requested"])
+    return Partition(requested=saved["requested"], **parts)
+
+
+def hold_out(partition: Partition, train_labels: np.ndarray, fraction: float, seed: int) -> Partition:
+    """Return the partition with a fraction of each client's training samples moved to its validation samples.
+
+    They are drawn from (seed, client) and spread evenly over the client's labels. A client of two samples or more holds
+    out at least one and keeps at least one.
+    """
+    train, val = [], []
+    for client, rows in enumerate(partition.train):
+        count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+        rng = np.random.default_rng((seed, client))
+        order = rng.permutation(rows)
+        by_label = order[np.argsort(train_labels[order], kind="stable")]
+        places = (np.arange(count) + rng.random()) * len(rows) / max(1, count)
+        val.append(np.sort(by_label[places.astype(np.int64)]))
+        train.append(np.setdiff1d(rows, val[-1], assume_unique=True))
+    return replace(partition, train=tuple(train), val=tuple(val))
 
 
 def label_histogram(labels: np.ndarray, classes: int) -> list[int]:
@@ -125,7 +155,8 @@ def save_partition(path: Path, partition: Partition) -> None:
 
     # safetensors writes the memory as it lies, so a transposed table has to be laid out in C order first.
     arrays = {"requested": np.ascontiguousarray(partition.requested, dtype=np.float64)}
-    for split, parts in (("train", partition.train), ("test", partition.test)):
+    saved = {"train": partition.train, "test": partition.test} | ({"val": partition.val} if partition.val else {})
+    for split, parts in saved.items():
         arrays[f"{split}_indices"] = np.concatenate(parts)
         arrays[f"{split}_offsets"] = np.cumsum([0, *map(len, parts)])
     partial = path.with_suffix(".tmp")

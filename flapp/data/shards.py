@@ -74,10 +74,11 @@ def write_shards(
 
 
 def export_artifacts(manifest: Path, folder: Path) -> Path:
-    """Write the train and test samples of all shards as shared artifacts, and return the saved partition over them.
+    """Write the samples of all shards as shared artifacts, and return the saved partition over them.
 
-    Client k of the partition holds the samples of shard k in the same order. Images are uint8 (N, 28, 28, 1); val
-    stays with the shards. Raises DataError unless the client ids are 0 to clients - 1, as a partition counts them.
+    Client k of the partition holds the samples of shard k in the same order. Images are uint8 (N, 28, 28, 1); the train
+    artifact has the training samples of all clients first, then their validation samples. Raises DataError unless the
+    client ids are 0 to clients - 1, as a partition counts them.
     """
     records = load_manifest(manifest)
     records.verify()
@@ -87,23 +88,24 @@ def export_artifacts(manifest: Path, folder: Path) -> Path:
     for strategy in STRATEGIES:  # what deals the samples that are there now must not outlive them
         (folder / "partitions" / f"{strategy}.safetensors").unlink(missing_ok=True)
     parts: dict[str, tuple[np.ndarray, ...]] = {}
-    for split in ("train", "test"):
-        counts = [records[client].num_samples[split] for client in ids]
-        images, labels = np.empty((sum(counts), SIDE, SIDE, 1), np.uint8), np.empty(sum(counts), np.int64)
+    for artifact, splits in (("train", ("train", "val")), ("test", ("test",))):
+        held = [(split, client, records[client].num_samples[split]) for split in splits for client in ids]
+        total = sum(count for _, _, count in held)
+        images, labels = np.empty((total, SIDE, SIDE, 1), np.uint8), np.empty(total, np.int64)
         at = 0
-        for client in ids:
+        for split, client, count in held:
             shard = open_shard(records, client)
-            for some, names in read_blocks(shard.path / f"{split}.safetensors", shard.num_samples[split], 4096):
+            parts[split] = (*parts.get(split, ()), np.arange(at, at + count))
+            for some, names in read_blocks(shard.path / f"{split}.safetensors", count, 4096):
                 images[at : at + len(names), ..., 0], labels[at : at + len(names)] = some, names
                 at += len(names)
         source = hashlib.sha256(images.data)
         source.update(labels.data)
-        write_artifact(folder / split, images, labels, list(CLASS_NAMES), source.hexdigest())
-        parts[split] = tuple(np.split(np.arange(len(labels)), np.cumsum(counts)[:-1]))
+        write_artifact(folder / artifact, images, labels, list(CLASS_NAMES), source.hexdigest())
     requested = np.array([records[client].label_hist for client in ids], dtype=np.float64)
     path = folder / "partitions" / f"{records.facts['strategy']}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_partition(path, Partition(parts["train"], parts["test"], requested))
+    save_partition(path, Partition(**parts, requested=requested))
     return path
 
 

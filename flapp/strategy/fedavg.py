@@ -19,6 +19,7 @@ from flapp.messages import (
     NUM_EXAMPLES,
     REPLAYED,
     TRAIN,
+    VAL,
     Claim,
     MessageError,
     one_line,
@@ -35,7 +36,8 @@ from flapp.strategy.alignment import alignment_weights
 from flapp.strategy.bounds import NormBound, cap_shares, update_norm
 from flapp.strategy.server_optimizer import ServerOptimizer
 
-NEVER_NEGATIVE = {"train-loss", "loss-sum", "personal-loss-sum", "seconds"}
+LOSS_SUMS = {f"{start}{kind}loss-sum" for start in ("", VAL) for kind in ("", "personal-")}
+NEVER_NEGATIVE = {"train-loss", "seconds", *LOSS_SUMS}
 LARGEST_LOSS = float(np.finfo(np.float32).max)  # of one sample
 
 
@@ -76,7 +78,8 @@ class FedAvg(FlowerFedAvg):
     roster: who may take part; run: where results go; weighting: `num-examples`, `uniform` or `alignment`; min_replies:
     valid replies a phase needs, or FederationError; evaluate_every: rounds between evaluations, the last is always one;
     norm_limit: the longest update that counts, in medians; max_weight_share: the most that one client counts for;
-    releases: counts what clients release, with privacy.enabled.
+    releases: counts what clients release, with privacy.enabled; validates: whether evaluations must also have figures
+    of validation samples.
     Flower counts rounds from 1 at every start; `done` are the rounds of earlier starts, which go before them.
     """
 
@@ -95,6 +98,7 @@ class FedAvg(FlowerFedAvg):
         norm_limit: float | None = None,
         max_weight_share: float | None = None,
         releases: ReleaseLedger | None = None,
+        validates: bool = False,
     ) -> None:
         super().__init__(fraction_train, fraction_evaluate, weighted_by_key=NUM_EXAMPLES, arrayrecord_key=ARRAYS)
         self.roster = roster
@@ -108,6 +112,7 @@ class FedAvg(FlowerFedAvg):
         self.bound = NormBound(norm_limit)
         self.max_weight_share = max_weight_share
         self.releases = releases
+        self.validates = validates
         self.done = 0
         self.current = ArrayRecord()
         self.accepted: dict[str, int] = {}
@@ -184,13 +189,21 @@ class FedAvg(FlowerFedAvg):
         if not self.is_evaluated(self.done + server_round):
             return None
         exchange = self._receive(replies)
-        tested = {name: m for name, (m, _) in sorted(exchange.good.items()) if m[NUM_EXAMPLES]}
-        weights, capped = self._cap({name: m[NUM_EXAMPLES] for name, m in tested.items()})
-        shares = dict(zip(tested, weights, strict=True))
-        result = _totals(tested, shares, "") | _totals(tested, shares, "personal-")
-        result |= {"capped": capped} if capped else {}
+        claims = {name: self.roster.members[name].claim for name in sorted(exchange.good)}
+        result = self._add_up({name: claim.test for name, claim in claims.items()}, "")
+        if self.validates:
+            result |= self._add_up({name: claim.val for name, claim in claims.items()}, VAL)
         self.run.append(EVALUATE, exchange.server_round, **result, **self._log_line())
         return MetricRecord({key.replace("_", "-"): v for key, v in result.items() if isinstance(v, float)})
+
+    def _add_up(self, held: dict[str, int], start: str) -> dict[str, Any]:
+        """Return the figures of one split, of which each client holds so many samples; `start` begins their names."""
+        held = {name: count for name, count in held.items() if count}
+        metrics = {name: self.exchange.good[name][0] for name in held}
+        weights, capped = self._cap(held)
+        shares = dict(zip(held, weights, strict=True))
+        result = _totals(metrics, held, shares, start) | _totals(metrics, held, shares, f"{start}personal-")
+        return result | ({f"{start}capped".replace("-", "_"): capped} if capped else {})
 
     def outgoing(self, client_id: str, arrays: ArrayRecord) -> ArrayRecord:
         """Return what a client is sent of the global model, to train or to evaluate: all of it."""
@@ -213,7 +226,7 @@ class FedAvg(FlowerFedAvg):
         weights = alignment_weights(updates, [self.exchange.norms[name] for name in trained])
         return cap_shares(weights, self.max_weight_share)
 
-    def _cap(self, examples: dict[str, float]) -> tuple[list[float], dict[str, float]]:
+    def _cap(self, examples: Mapping[str, float]) -> tuple[list[float], dict[str, float]]:
         """Return the samples that each client counts for, and the shares of those that claim more than they count."""
         weights = cap_shares(list(examples.values()), self.max_weight_share)
         total = sum(examples.values())
@@ -319,45 +332,53 @@ class FedAvg(FlowerFedAvg):
         attested: Claim = self.roster.members[name].claim
         train = self.exchange.kind == TRAIN
         samples = attested.train if train else attested.test
-        needed = {NUM_EXAMPLES, "train-loss"} if train else {NUM_EXAMPLES, "loss-sum"}
-        for prefix in () if train else ("", "personal-"):
-            if attested.label_hist and f"{prefix}loss-sum" in metrics:
-                needed.add(f"{prefix}correct")
+        held = {key: attested.val if key.startswith(VAL) else samples for key in metrics}
+        needed = {NUM_EXAMPLES} | ({"train-loss"} if train else self._sums_needed(attested, metrics))
         if missing := sorted(needed - metrics.keys()):
             return f"sent no {missing[0]}"
         if odd := sorted(key for key in metrics if key.endswith("correct") and not attested.label_hist):
-            return f"sent {odd[0]}, but there are no classes"
+            return f"sent {one_line(odd[0])}, but there are no classes"
         if bad := sorted(key for key, value in metrics.items() if not isfinite(value)):
             return f"sent {one_line(bad[0])}={metrics[bad[0]]}"
         if bad := sorted(key for key, value in metrics.items() if key in NEVER_NEGATIVE and value < 0):
             return f"sent {bad[0]}={metrics[bad[0]]}, which is never below 0"
         if metrics[NUM_EXAMPLES] != samples:
             return f"sent num-examples={metrics[NUM_EXAMPLES]}, attested {samples}"
-        if not all(0 <= value <= samples for key, value in metrics.items() if key.endswith("correct")):
-            return f"sent more correct answers than its {samples} samples"
-        most = LARGEST_LOSS * (1 if train else samples)
-        if large := sorted(key for key, value in metrics.items() if key in NEVER_NEGATIVE and value > most):
-            return f"sent {large[0]}={metrics[large[0]]:.3g}, more than {samples} samples can have"
+        counted = {key: value for key, value in metrics.items() if key.endswith("correct")}
+        if odd := sorted(key for key, value in counted.items() if not 0 <= value <= held[key]):
+            return f"sent {one_line(odd[0])}={metrics[odd[0]]}, more correct answers than its {held[odd[0]]} samples"
+        most = {key: LARGEST_LOSS * (1 if train else held[key]) for key in NEVER_NEGATIVE & metrics.keys()}
+        if large := sorted(key for key in most if metrics[key] > most[key]):
+            return f"sent {large[0]}={metrics[large[0]]:.3g}, more than {held[large[0]]} samples can have"
         return None
 
+    def _sums_needed(self, attested: Claim, metrics: Mapping[str, float]) -> set[str]:
+        """Name the sums that an evaluation must have; with one of a personalised model, all of them."""
+        starts = ("", VAL) if self.validates else ("",)
+        kinds = ("", "personal-") if any("personal-" in key for key in metrics) else ("",)
+        sums = ("loss-sum", "correct") if attested.label_hist else ("loss-sum",)
+        return {f"{start}{kind}{total}" for start in starts for kind in kinds for total in sums}
 
-def _totals(tested: dict[str, dict[str, float]], weights: dict[str, float], prefix: str) -> dict[str, Any]:
+
+def _totals(
+    metrics: dict[str, dict[str, float]], held: dict[str, int], weights: dict[str, float], prefix: str
+) -> dict[str, Any]:
     """Sum one kind of evaluation over clients; accuracy is None for regression, and all is None where absent.
 
-    weights: the samples that each client counts for. They are its own number of samples, or fewer if that is capped.
+    held: the samples that each client has; weights: those that it counts for, which are fewer if they are capped.
     """
     out = prefix.replace("-", "_")
-    measured = {name: m for name, m in tested.items() if f"{prefix}loss-sum" in m}
+    measured = {name: m for name, m in metrics.items() if f"{prefix}loss-sum" in m}
     count = sum(weights[name] for name in measured)
     if not count:
         return {f"{out}loss": None, f"{out}accuracy": None}
 
     def total(key: str) -> float:
-        return sum(m[key] * (weights[name] / m[NUM_EXAMPLES]) for name, m in measured.items() if key in m)
+        return sum(m[key] * (weights[name] / held[name]) for name, m in measured.items() if key in m)
 
     result: dict[str, Any] = {f"{out}loss": total(f"{prefix}loss-sum") / count}
-    result[f"{out}loss_spread"] = spread({n: m[f"{prefix}loss-sum"] / m[NUM_EXAMPLES] for n, m in measured.items()})
-    each = {n: m[f"{prefix}correct"] / m[NUM_EXAMPLES] for n, m in measured.items() if f"{prefix}correct" in m}
+    result[f"{out}loss_spread"] = spread({n: m[f"{prefix}loss-sum"] / held[n] for n, m in measured.items()})
+    each = {n: m[f"{prefix}correct"] / held[n] for n, m in measured.items() if f"{prefix}correct" in m}
     if each:
         result[f"{out}accuracy"] = total(f"{prefix}correct") / count
         result[f"{out}accuracy_spread"] = spread(each)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from flapp.summary import in_words
 from tools.page.drawing import (
     COLOURS,
     GREY,
@@ -22,7 +23,7 @@ from tools.page.run import Points, Run, differing
 
 MB = 1e6
 MOST_SETTINGS = 12
-ACCURACY = "share of test samples"
+ACCURACY = "share of samples"
 LOSS = "mean of a sample"
 SENT = "MB up and down so far"
 SPREADS = {
@@ -89,7 +90,7 @@ def swept(runs: list[Run]) -> list[Picture]:
     alike: dict[tuple[str, ...], list[str]] = {}  # settings that change together, as seed and partition.seed do
     for key in differing([run for run, _ in ended]):
         alike.setdefault(tuple(str(run.config.get(key)) for run, _ in ended), []).append(key)
-    figures, objective = [value for _, value in ended], runs[0].objective.replace("_", " ")
+    figures, objective = [value for _, value in ended], in_words(runs[0].objective)
     return [draw_setting(" = ".join(keys), names, figures, objective) for names, keys in alike.items()]
 
 
@@ -110,7 +111,7 @@ def colour_of(runs: list[Run], index: int) -> str:
 
 def best_of(runs: list[Run]) -> int:
     """Return the index of the run with the best objective."""
-    sign = -1 if runs[0].objective == "loss" else 1
+    sign = -1 if runs[0].objective.endswith("loss") else 1
     values = [value if (value := run.final(run.objective)) is not None else -sign * np.inf for run in runs]
     return max(range(len(runs)), key=lambda i: sign * values[i])
 
@@ -120,6 +121,7 @@ def _measured(run: Run, key: str) -> list[Curve]:
         Curve("global", run.series("evaluate", key), COLOURS[0]),
         Curve("personalised", run.series("evaluate", f"personal_{key}"), COLOURS[1], 1),
         Curve("on the server", run.series("central", key), COLOURS[2], 2),
+        Curve("validation", run.series("evaluate", f"val_{key}"), COLOURS[3], 3),
     ]
 
 

@@ -96,7 +96,9 @@ class Run:
 
     @property
     def objective(self) -> str:
-        return str(self.config.get("evaluate.objective") or "accuracy")
+        """Name the figure that rounds and runs are compared by: of validation samples where they are measured."""
+        name = str(self.config.get("evaluate.objective") or "accuracy")
+        return f"val_{name}" if len(self.series("evaluate", f"val_{name}")[0]) else name
 
     def series(self, kind: str, key: str) -> Points:
         """Return the rounds in which a kind of line has a finite number under a key (a.b if nested), and these."""
@@ -119,7 +121,7 @@ class Run:
         rounds, values = self.series("evaluate", self.objective)
         if not len(values):
             return None, None
-        at = int(values.argmin() if self.objective == "loss" else values.argmax())
+        at = int(values.argmin() if self.objective.endswith("loss") else values.argmax())
         return int(rounds[at]), float(values[at])
 
     def phases(self) -> dict[str, Points]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from flapp.summary import in_words
 from tools.checkpoints import count, in_bytes
 from tools.page.charts import MB
 from tools.page.drawing import Picture
@@ -39,7 +40,7 @@ def summary_of(run: Run) -> dict[str, object]:
 
 
 def objectives(runs: Iterable[Run]) -> Html:
-    said = ", ".join(sorted({run.objective.replace("_", " ") for run in runs}))
+    said = ", ".join(sorted({in_words(run.objective) for run in runs}))
     return note(f"The objective, and what makes a round the best, is {said}.") if said else Html()
 
 
@@ -57,7 +58,7 @@ def alerts(run: Run, name: str = "") -> Html:
         said.append(note(f"{name}Resumed after round {', '.join(map(str, starts))}."))
     for line in run.lines.get("stop", ())[-1:]:
         best, patience = line.get("best_round"), line.get("patience")
-        why = f"{line.get('metric')} was best in round {best}, patience is {patience}"
+        why = f"{in_words(str(line.get('metric')))} was best in round {best}, patience is {patience}"
         said.append(note(f"{name}Stopped early after round {line['round']}: {why}."))
     return join(said)
 
