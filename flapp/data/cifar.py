@@ -22,6 +22,7 @@ from flapp.data.artifact import DataError
 from flapp.untrusted import printable, read_bytes
 
 MOST_TUPLES = 1000
+MOST_OPCODES = 1_000_000  # the largest of the files has 300,000
 MOST_FILE = 256 << 20  # bytes; the largest of them has 155 MB
 
 
@@ -209,7 +210,9 @@ def _check_opcodes(pickled: bytes) -> None:
     slots = tuples = 0
     of_tuples: set[int] = set()
     last = ""
-    for opcode, argument, _ in pickletools.genops(pickled):
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(pickled)):
+        if count > MOST_OPCODES:
+            raise ValueError(f"it has more than {MOST_OPCODES:,} opcodes")
         name = opcode.name
         if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             slot = slots if argument is None else argument
