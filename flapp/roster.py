@@ -129,12 +129,11 @@ class Roster:
             self.ledger.refuse_changes(self.members)
         if self.members and (not missing if min_clients is None else len(self.members) >= min_clients):
             return
-        facts = [f"{len(self.members)} of {len(self.expected)} clients joined"]
+        reasons = [by_reason(self.refused)] if self.refused else []
         if missing:
-            facts.append(f"missing after {seconds:g} s: {_listing(missing)}")
-        if self.refused:
-            facts.append(describe_refused(self.refused))
-        raise FederationError(f"the run cannot start: {', '.join(facts)}")
+            reasons.append(f"missing after {seconds:g} s: {_named(missing)}")
+        joined = f"{len(self.members)} of {len(self.expected)} clients joined"
+        raise FederationError(f"the run cannot start: {'; '.join(reasons)} ({joined})")
 
     def missing(self) -> list[str]:
         """Name the expected clients that were neither let in nor refused."""
@@ -293,10 +292,19 @@ class Roster:
 
 def describe_refused(refused: Mapping[str, str]) -> str:
     """Say in one line who was refused and why; equal reasons are said once."""
+    return f"refused: {by_reason(refused)}"
+
+
+def by_reason(reasons: Mapping[str, str], most: int | None = None) -> str:
+    """Say in one line whom each reason is about, for clients (or nodes) by name; at most the `most` commonest."""
     groups: dict[str, list[str]] = {}
-    for name, reason in refused.items():
+    for name, reason in reasons.items():
         groups.setdefault(reason, []).append(name)
-    return "refused: " + "; ".join(f"{_named(names)}: {reason}" for reason, names in groups.items())
+    if most is not None:
+        groups = dict(sorted(groups.items(), key=lambda group: -len(group[1])))
+    shown = [f"{_named(names)}: {reason}" for reason, names in groups.items()][:most]
+    more = [f"and {len(groups) - len(shown)} more reasons"] if len(groups) > len(shown) else []
+    return "; ".join(shown + more)
 
 
 def _lacks_base(claim: Claim) -> bool:
@@ -311,5 +319,15 @@ def _named(names: list[str]) -> str:
 
 
 def _listing(names: Sequence[str], most: int = 12) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+    """List names, three or more numbers in a row as `0 to 9`, and of many parts only the first."""
+    runs: list[list[str]] = []
+    for name in names:
+        if runs and name.isdecimal() and runs[-1][-1].isdecimal() and int(name) == int(runs[-1][-1]) + 1:
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    parts: list[tuple[str, int]] = []  # what is written, and how many names it stands for
+    for run in runs:
+        parts += [(f"{run[0]} to {run[-1]}", len(run))] if len(run) > 2 else [(name, 1) for name in run]
+    left = sum(count for _, count in parts[most:])
+    return ", ".join(text for text, _ in parts[:most]) + (f" and {left} more" if left else "")

@@ -28,7 +28,7 @@ import psutil
 from hydra.conf import HydraConf
 from hydra.types import RunMode
 
-from flapp.results import taken
+from flapp.run_names import taken
 from flapp.settings import Config, ConfigError
 from tools.processes import SWEEP, Processes, available_cpus
 from tools.progress import is_json

@@ -54,7 +54,9 @@ def build_vit(name: str, image_size: int, channels: int, classes: int, dropout: 
     """
     patch, layers, heads, width, mlp = SIZES[name]
     if image_size % patch:
-        raise ValueError(f"model={name} cuts images into {patch}-pixel patches, which do not divide {image_size}")
+        raise ValueError(
+            f"model={name} cuts images into {patch}-pixel patches, which do not divide {image_size}: set model.image_size"
+        )
     vit = ViT(image_size, patch, layers, heads, width, mlp, dropout=dropout, num_classes=classes)
     if channels != 3:
         vit.conv_proj = nn.Conv2d(channels, width, patch, stride=patch)

@@ -27,7 +27,7 @@ from flapp.messages import (
     view,
 )
 from flapp.results import RunDirectory
-from flapp.roster import FederationError, Roster
+from flapp.roster import FederationError, Roster, by_reason
 from flapp.strategy.aggregation import find_fault, find_value_fault, spread, weighted_average
 from flapp.strategy.alignment import alignment_weights
 from flapp.strategy.bounds import NormBound, cap_shares, update_norm
@@ -272,10 +272,10 @@ class FedAvg(FlowerFedAvg):
         needed = self.min_replies if exchange.kind == TRAIN else min(self.min_replies, max(1, len(exchange.sent)))
         if len(exchange.good) < needed:
             self.run.append(exchange.kind, exchange.server_round, **exchange.log_line())
-            reasons = "; ".join(f"client {n}: {r}" for n, r in sorted(exchange.failures.items())[:3])
             raise FederationError(
-                f"round {exchange.server_round}: {len(exchange.good)} of {len(exchange.sent)} clients gave a valid "
-                f"{exchange.kind} reply, strategy.min_replies={self.min_replies} ({reasons or 'no client is present'})"
+                f"round {exchange.server_round}: {by_reason(exchange.failures, 3) or 'no client is present'} "
+                f"({len(exchange.good)} of {len(exchange.sent)} clients gave a valid {exchange.kind} reply, "
+                f"strategy.min_replies={self.min_replies})"
             )
         return exchange
 
