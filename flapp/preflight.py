@@ -26,7 +26,7 @@ from flapp.settings import WRITER_PARTITIONS, Config, ConfigError
 from flapp.tensorboard import check_installed
 
 QUICK_BYTES = 1 << 30  # of images that are hashed for the first time
-QUICK_SHARES = 50_000  # clients x classes: a thousand Dirichlet draws of so many shares take a second
+QUICK_SHARES = 15_000  # clients x classes: a thousand Dirichlet draws of so many shares take a second
 DIGITS_BASE = "digits_base"  # the run that conf/experiment/digits_fedlora.yaml starts from
 
 
