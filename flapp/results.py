@@ -37,22 +37,23 @@ from itertools import takewhile
 from logging import WARNING
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.common import log
-from torch import Tensor
 
 from flapp.checkpoint import ChunkManager
 from flapp.config import config_digest, differences, read_yaml, to_yaml
 from flapp.metrics_csv import MetricsCsv
-from flapp.model import save_tensors
 from flapp.origin import Origin
 from flapp.run_names import METRICS, STORE, check_new, is_run, open_locked, parse, put_in_place, restarts
 from flapp.settings import Config, ConfigError
 from flapp.stopwatch import Stopwatch
 from flapp.summary import Summary
 from flapp.tensorboard import Events
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUMMARY = "summary of the run: "  # before metrics.json in the ServerApp's log, for those who have no access to the file
 
@@ -127,7 +128,9 @@ class RunDirectory:
         rounds = self.store.rounds()
         return rounds[-1].round if rounds else 0
 
-    def save_round(self, server_round: int, state: Mapping[str, Tensor | np.ndarray], facts: Mapping[str, Any]) -> None:
+    def save_round(
+        self, server_round: int, state: "Mapping[str, Tensor | np.ndarray]", facts: Mapping[str, Any]
+    ) -> None:
         """Complete a round: keep the global model and the facts that the next rounds need; raises CheckpointError."""
         self.clock.enter("save")
         if self.summary.stops_after(server_round):
@@ -140,7 +143,7 @@ class RunDirectory:
         seconds, phases = self.clock.end()
         self.append("round", server_round, seconds=seconds, phases=phases, store=store)
 
-    def load_round(self, server_round: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def load_round(self, server_round: int) -> "tuple[dict[str, Tensor], dict[str, Any]]":
         """Return the tensors and facts that were saved with a round."""
         kept = self.store.find_round(server_round)
         if kept is None or kept.config_digest != config_digest(self.config):
@@ -166,8 +169,10 @@ class RunDirectory:
             {"round": server_round, "rounds": rounds, "phase": phase, "replies": done, "asked": asked},
         )
 
-    def save_model(self, state: Mapping[str, Tensor]) -> str:
+    def save_model(self, state: "Mapping[str, Tensor]") -> str:
         """Write model.safetensors and return its SHA-256; the same model is always the same bytes."""
+        from flapp.model import save_tensors  # imports PyTorch, which tools.run does without
+
         facts = {"model": self.config.model.name, "shape": self.config.dataset.shape}
         return save_tensors(state, self.path / "model.safetensors", **facts, classes=self.config.dataset.classes)
 

@@ -7,7 +7,7 @@ clients (a simulation with fewer nodes than clients); one client lives at one no
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from logging import INFO, WARNING
 from typing import Any
@@ -21,6 +21,7 @@ from flapp.base import Base, cut_base
 from flapp.client_keys import ClientKeys
 from flapp.config import derive_seed
 from flapp.ledger import ClientLedger
+from flapp.listing import by_reason, list_names, name_clients
 from flapp.messages import (
     ATTEST,
     Claim,
@@ -131,7 +132,7 @@ class Roster:
             return
         reasons = [by_reason(self.refused)] if self.refused else []
         if missing:
-            reasons.append(f"missing after {seconds:g} s: {_named(missing)}")
+            reasons.append(f"missing after {seconds:g} s: {name_clients(missing)}")
         joined = f"{len(self.members)} of {len(self.expected)} clients joined"
         raise FederationError(f"the run cannot start: {'; '.join(reasons)} ({joined})")
 
@@ -241,7 +242,7 @@ class Roster:
             self.refused[f"node {node}"] = f"claims client {one_line(name)} with the key pinned for client {owner}"
             return False
         if name not in self._expected:
-            clients = f"{len(self.expected)} clients of this run ({_listing(self.expected)})"
+            clients = f"{len(self.expected)} clients of this run ({list_names(self.expected)})"
             fault = member.claim.fault or f"is not one of the {clients}"
             self.refused[f"node {node}"] = f"client {one_line(name)}: {fault}"
             return False
@@ -290,44 +291,5 @@ class Roster:
         return self.ledger.find_fault(claim.client_id, claim.shard_digest) if self.ledger else None
 
 
-def describe_refused(refused: Mapping[str, str]) -> str:
-    """Say in one line who was refused and why; equal reasons are said once."""
-    return f"refused: {by_reason(refused)}"
-
-
-def by_reason(reasons: Mapping[str, str], most: int | None = None) -> str:
-    """Say in one line whom each reason is about, for clients (or nodes) by name; at most the `most` commonest."""
-    groups: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        groups.setdefault(reason, []).append(name)
-    if most is not None:
-        groups = dict(sorted(groups.items(), key=lambda group: -len(group[1])))
-    shown = [f"{_named(names)}: {reason}" for reason, names in groups.items()][:most]
-    more = [f"and {len(groups) - len(shown)} more reasons"] if len(groups) > len(shown) else []
-    return "; ".join(shown + more)
-
-
 def _lacks_base(claim: Claim) -> bool:
     return not claim.fault and not claim.base_digest
-
-
-def _named(names: list[str]) -> str:
-    nodes = [name for name in names if name.startswith("node ")]
-    clients = sorted((name for name in names if not name.startswith("node ")), key=lambda name: (len(name), name))
-    parts = [f"client{'s' * (len(clients) > 1)} {_listing(clients)}"] if clients else []
-    return ", ".join(parts + ([_listing(nodes)] if nodes else []))
-
-
-def _listing(names: Sequence[str], most: int = 12) -> str:
-    """List names, three or more numbers in a row as `0 to 9`, and of many parts only the first."""
-    runs: list[list[str]] = []
-    for name in names:
-        if runs and name.isdecimal() and runs[-1][-1].isdecimal() and int(name) == int(runs[-1][-1]) + 1:
-            runs[-1].append(name)
-        else:
-            runs.append([name])
-    parts: list[tuple[str, int]] = []  # what is written, and how many names it stands for
-    for run in runs:
-        parts += [(f"{run[0]} to {run[-1]}", len(run))] if len(run) > 2 else [(name, 1) for name in run]
-    left = sum(count for _, count in parts[most:])
-    return ", ".join(text for text, _ in parts[:most]) + (f" and {left} more" if left else "")

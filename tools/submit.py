@@ -9,10 +9,10 @@ from typing import Any
 
 from flapp.config import to_json
 from flapp.data import Stamp, stamp
+from flapp.listing import describe_refused
 from flapp.origin import Origin
 from flapp.preflight import check_run
 from flapp.results import SUMMARY, check_resumable, check_source
-from flapp.roster import describe_refused
 from flapp.run_names import check_new, restarts
 from flapp.settings import Config, ConfigError
 from tools.federation import install_app, known_federation

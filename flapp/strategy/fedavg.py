@@ -13,6 +13,7 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
+from flapp.listing import by_reason
 from flapp.messages import (
     ARRAYS,
     EVALUATE,
@@ -27,7 +28,7 @@ from flapp.messages import (
     view,
 )
 from flapp.results import RunDirectory
-from flapp.roster import FederationError, Roster, by_reason
+from flapp.roster import FederationError, Roster
 from flapp.strategy.aggregation import find_fault, find_value_fault, spread, weighted_average
 from flapp.strategy.alignment import alignment_weights
 from flapp.strategy.bounds import NormBound, cap_shares, update_norm
