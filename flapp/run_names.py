@@ -62,7 +62,8 @@ def is_run(path: Path) -> bool:
 
 def _has_no_round(path: Path) -> bool:
     """Say whether no file in the folder of a run tells of a complete round."""
-    if (path / "model.safetensors").exists():
+    summary = path / "metrics.json"
+    if (path / "model.safetensors").exists() or (summary.exists() and _read(summary).get("status") != "failed"):
         return False
     lines = [parse(text) for text in (path / METRICS).read_text().splitlines(keepends=True)]
     if any(line.get("kind") == "round" or line.get("round", 0) > 1 for line in lines if line is not None):
@@ -74,6 +75,11 @@ def _has_no_round(path: Path) -> bool:
             return not store.rounds()
     except CheckpointError:
         return False
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text())
+    return found if isinstance(found, dict) else {}
 
 
 def put_in_place(made: Path, path: Path, config: Config) -> None:
