@@ -43,10 +43,11 @@ def check_run(config: Config, clients_here: bool, quick: bool = False) -> None:
         ClientKeys(Path(config.deployment.client_keys))
     if config.distributed_data.enabled:
         check_shards(config, clients_here)
-    elif clients_here or config.evaluate.central:
+    is_divided = clients_here and not config.distributed_data.enabled
+    if is_divided or config.evaluate.central:
         check_dataset(config)
     check_device(config, clients_here)
-    if clients_here and not config.distributed_data.enabled:
+    if is_divided:
         check_partition(config, quick)
     check_model(config)
 
@@ -136,7 +137,7 @@ def check_model(config: Config) -> None:
     import torch
 
     from flapp.architecture import adapt, build, split_place
-    from flapp.model import StorageManager, check_adapter, check_pretrained
+    from flapp.model import StorageManager, check_adapter, check_pretrained, mark_only_lora_as_trainable
 
     if config.split.auto_save_split_models:
         left = config.resume and (config.runs_dir / config.run_name / "model.safetensors").exists()
@@ -147,6 +148,7 @@ def check_model(config: Config) -> None:
         check_pretrained(model, Path(config.model.pretrained))
     if config.lora.enabled:
         adapt(model, config.lora, config.lora.rank)
+        mark_only_lora_as_trainable(model)
     if config.lora.adapter is not None:
         check_adapter(model, Path(config.lora.adapter))
 
