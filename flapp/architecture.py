@@ -1,10 +1,12 @@
 """The model that the settings describe, as server and clients build it; its weights come from elsewhere."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
-from flapp.model import add_lora, build_model
-from flapp.settings import DatasetConfig, LoRAConfig, ModelConfig
+from flapp.model import StorageManager, add_lora, build_model, parse_points
+from flapp.settings import Config, DatasetConfig, LoRAConfig, ModelConfig
 
 
 def build(model: ModelConfig, dataset: DatasetConfig) -> nn.Module:
@@ -27,3 +29,9 @@ def pruned_rank(lora: LoRAConfig, rank: int) -> int:
 def adapt(model: nn.Module, lora: LoRAConfig, rank: int) -> None:
     """Put adapters of `rank` on a model in place; whatever the rank, all scale by lora.alpha / lora.rank."""
     add_lora(model, rank, lora.alpha * rank / lora.rank, lora.targets, lora.dropout)
+
+
+def split_place(config: Config) -> tuple[Path, str, int, int]:
+    """Say where the final model is stored split: the folder, the name of the files and the points."""
+    folder = Path(config.split.model_storage_dir or "")
+    return folder, StorageManager.get_model_name(config.run_name), *parse_points(config.split.split_config)

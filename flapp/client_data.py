@@ -26,6 +26,7 @@ from flapp.data import (
     Partition,
     ShardStream,
     Stamp,
+    check_samples,
     ensure_artifacts,
     hold_out,
     label_histogram,
@@ -171,12 +172,7 @@ class OnDevice:
 def cached_dataset(data: Path, settings: DatasetConfig, split: str, files: Stamp) -> OfflineDataset:
     """Open a split and keep it open while `files` stay as they are; raises DataError when it is not as configured."""
     dataset = OfflineDataset(data / settings.name / split, normalization=settings.normalization)
-    found = (tuple(dataset.images.shape[1:]), len(dataset.classes))
-    if found != (settings.shape, settings.classes):
-        raise DataError(
-            f"dataset {settings.name} has samples of shape {found[0]} in {found[1]} classes, the config says "
-            f"{settings.shape} in {settings.classes}: set dataset.shape and dataset.classes"
-        )
+    check_samples(dataset.artifact, settings.shape, settings.classes)
     return dataset
 
 

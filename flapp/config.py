@@ -175,6 +175,14 @@ def explain(error: Exception) -> ConfigError:
     if first.startswith("Could not override '"):
         key = first.split("'")[1]
         return ConfigError(f"{key} is not a setting{hint(key, setting_names())}")
+    if first.startswith(("Ambiguous value for argument '", "Sweep parameters '")):
+        word = first.split("'", 1)[1].rpartition("'")[0]
+        key, _, values = word.partition("=")
+        listed = f"; a list is written {key}=[{values}]" if first.startswith("Ambiguous") else ""
+        return ConfigError(
+            f"{word} is several values, of which a run takes one: add -m to run once with each "
+            f"(python -m tools.run -m {shlex.quote(word)}){listed}"
+        )
     if "Could not find '" in first:
         group, _, choice = first.split("Could not find '")[1].split("'")[0].rpartition("/")
         if group.startswith("hydra/"):

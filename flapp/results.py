@@ -23,14 +23,17 @@ metrics.json       the summary, written last: status, rounds, accuracy, loss, pe
                    the reason, the first 20) and refused_count, resumed_anyway (what had changed when it was resumed
                    all the same, by round), or status failed and the error
 
+A run that ended before its first round was complete is a failed start: a new start of its name replaces all of it but
+log.txt, which tools.run adds to.
+
 A round is over when server_chunks.db holds it. A resumed run drops the lines of rounds that were not, and goes on. With
 resume_from it drops the rounds after that one as well, from every file.
 """
 
 import difflib
-import fcntl
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -38,24 +41,24 @@ from itertools import takewhile
 from logging import WARNING
 from math import isfinite
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.common import log
-from torch import Tensor
 
 from flapp.checkpoint import ChunkManager
 from flapp.config import config_digest, differences, read_yaml, to_yaml
-from flapp.metric_lines import read_line
 from flapp.metrics_csv import MetricsCsv
-from flapp.model import save_tensors
 from flapp.origin import Origin
+from flapp.run_names import METRICS, STORE, check_new, is_run, open_locked, parse, put_in_place, restarts
 from flapp.settings import Config, ConfigError
 from flapp.stopwatch import Stopwatch
 from flapp.summary import Summary
 from flapp.tensorboard import Events
 
-METRICS, STORE = "metrics.jsonl", "server_chunks.db"
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SUMMARY = "summary of the run: "  # before metrics.json in the ServerApp's log, for those who have no access to the file
 
 
@@ -71,27 +74,36 @@ class RunDirectory:
         self.table = MetricsCsv(path / "metrics.csv")
         self.events: Events | None = None
         self.origin = Origin(path)
-        self._metrics = _open_locked(path / METRICS, config)
+        self._metrics = open_locked(path / METRICS, config)
         self.store = _open_store(path, config)
 
     @classmethod
     def create(cls, config: Config) -> "RunDirectory":
         """Make the folder of a new run with its config in it; raises ConfigError when the name is taken."""
         path = check_new(config)
+        made: Path | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             made = Path(tempfile.mkdtemp(prefix=".new-", dir=path.parent))
             _write_text(made / "config.yaml", to_yaml(config))
             Origin(made).record(0)
             made.chmod(0o755)
-            made.rename(path)  # so that a run's folder always has its config and origin
+            put_in_place(made, path, config)  # so that a run's folder always has its config and origin
         except OSError as error:
             raise ConfigError(f"the run directory {path} cannot be made ({error.strerror}): set home") from error
+        finally:
+            if made:
+                shutil.rmtree(made, ignore_errors=True)
         return cls(path, config)
 
     @classmethod
     def reopen(cls, config: Config) -> "RunDirectory":
-        """Open the folder of a run, cut back to its last complete round or to resume_from; raises ConfigError."""
+        """Open the folder of a run, cut back to its last complete round or to resume_from; raises ConfigError.
+
+        A failed start has nothing to go back to, and is replaced.
+        """
+        if restarts(config):
+            return cls.create(config)
         path = check_resumable(config)
         check_source(config)
         run = cls(path, config)
@@ -120,7 +132,9 @@ class RunDirectory:
         rounds = self.store.rounds()
         return rounds[-1].round if rounds else 0
 
-    def save_round(self, server_round: int, state: Mapping[str, Tensor | np.ndarray], facts: Mapping[str, Any]) -> None:
+    def save_round(
+        self, server_round: int, state: "Mapping[str, Tensor | np.ndarray]", facts: Mapping[str, Any]
+    ) -> None:
         """Complete a round: keep the global model and the facts that the next rounds need; raises CheckpointError."""
         self.clock.enter("save")
         if self.summary.stops_after(server_round):
@@ -133,7 +147,7 @@ class RunDirectory:
         seconds, phases = self.clock.end()
         self.append("round", server_round, seconds=seconds, phases=phases, store=store)
 
-    def load_round(self, server_round: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def load_round(self, server_round: int) -> "tuple[dict[str, Tensor], dict[str, Any]]":
         """Return the tensors and facts that were saved with a round."""
         kept = self.store.find_round(server_round)
         if kept is None or kept.config_digest != config_digest(self.config):
@@ -159,8 +173,10 @@ class RunDirectory:
             {"round": server_round, "rounds": rounds, "phase": phase, "replies": done, "asked": asked},
         )
 
-    def save_model(self, state: Mapping[str, Tensor]) -> str:
+    def save_model(self, state: "Mapping[str, Tensor]") -> str:
         """Write model.safetensors and return its SHA-256; the same model is always the same bytes."""
+        from flapp.model import save_tensors  # imports PyTorch, which tools.run does without
+
         facts = {"model": self.config.model.name, "shape": self.config.dataset.shape}
         return save_tensors(state, self.path / "model.safetensors", **facts, classes=self.config.dataset.classes)
 
@@ -224,7 +240,7 @@ class RunDirectory:
         under way, or when a best round that the run would end with is gone.
         """
         self._metrics.seek(0)
-        written = [(text, _parse(text)) for text in self._metrics.read().splitlines(keepends=True)]
+        written = [(text, parse(text)) for text in self._metrics.read().splitlines(keepends=True)]
         newest = max((line["round"] for _, line in written if line is not None), default=0)
         whole = takewhile(lambda pair: pair[1] is not None and self._is_kept(pair[1], server_round), written)
         kept = [(text, line) for text, line in whole if line is not None]
@@ -248,31 +264,6 @@ class RunDirectory:
         self._metrics.seek(0, os.SEEK_END)
 
 
-def taken(config: Config) -> str:
-    """Say that a new run cannot have the name it asks for."""
-    path = config.runs_dir / config.run_name
-    return f"run_name={config.run_name} is taken: {path} exists; choose another name, or go on with it by resume=true"
-
-
-def check_new(config: Config) -> Path:
-    """Return the folder that a new run will have; raises ConfigError when it is taken, or inside another run's."""
-    path = config.runs_dir / config.run_name
-    if path.exists():
-        fix = f"{path} exists and is not a run (a sweep's folder has runs inside): choose another name"
-        raise ConfigError(taken(config) if _is_run(path) else f"run_name={config.run_name} is taken: {fix}")
-    for outer in path.parents[: len(Path(config.run_name).parts) - 1]:
-        if _is_run(outer):
-            raise ConfigError(
-                f"run_name={config.run_name} lies inside the folder of run {outer.relative_to(config.runs_dir)}, "
-                "which writes and removes files there: choose another name"
-            )
-    return path
-
-
-def _is_run(path: Path) -> bool:
-    return (path / "config.yaml").exists()
-
-
 def check_resumable(config: Config) -> Path:
     """Return the folder of the run that config.run_name names; raises ConfigError when it cannot be gone on with."""
     path = config.runs_dir / config.run_name
@@ -281,14 +272,14 @@ def check_resumable(config: Config) -> Path:
         near = difflib.get_close_matches(config.run_name, known, n=1)
         hint = f", did you mean {near[0]}?" if near else ""
         raise ConfigError(f"resume=true finds no run {config.run_name} in {config.runs_dir}: give run_name{hint}")
-    if not _is_run(path):
+    if not is_run(path):
         raise ConfigError(f"run_name={config.run_name} is no run: {path} has no config.yaml")
     if changed := differences(read_yaml(path / "config.yaml"), config):
         raise ConfigError(
             f"run_name={config.run_name} was run with other settings ({'; '.join(changed)}): "
             "resume with those it began with, or give the new ones another run_name"
         )
-    _open_locked(path / METRICS, config).close()
+    open_locked(path / METRICS, config).close()
     if config.resume_from:
         with ChunkManager(path / STORE, create=False) as store:
             held = [kept.round for kept in store.rounds()]
@@ -311,30 +302,9 @@ def check_source(config: Config) -> None:
         )
 
 
-def _open_locked(path: Path, config: Config) -> TextIO:
-    """Open a file and keep other processes out for as long as it is open; the system lets go when we are killed."""
-    if path.exists() and not path.is_file():  # opening a pipe would block
-        raise ConfigError(f"{path} is not a regular file: restore the run directory from a copy")
-    file = path.open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ConfigError(f"run_name={config.run_name} is still running: stop it before resume=true") from None
-    return file
-
-
 def _open_store(path: Path, config: Config) -> ChunkManager:
     cut = config.checkpoint
     return ChunkManager(path / STORE, cut.keep_rounds, cut.chunk_bytes, cut.chunk_num, cut.engine)
-
-
-def _parse(text: str) -> dict[str, Any] | None:
-    """Return a line of metrics.jsonl, or None when it was torn off or is not a line of a run."""
-    try:
-        return read_line(text) if text.endswith("\n") else None
-    except ValueError:
-        return None
 
 
 def _one_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ clients (a simulation with fewer nodes than clients); one client lives at one no
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from logging import INFO, WARNING
 from typing import Any
@@ -21,6 +21,7 @@ from flapp.base import Base, cut_base
 from flapp.client_keys import ClientKeys
 from flapp.config import derive_seed
 from flapp.ledger import ClientLedger
+from flapp.listing import by_reason, list_names, name_clients
 from flapp.messages import (
     ATTEST,
     Claim,
@@ -129,12 +130,11 @@ class Roster:
             self.ledger.refuse_changes(self.members)
         if self.members and (not missing if min_clients is None else len(self.members) >= min_clients):
             return
-        facts = [f"{len(self.members)} of {len(self.expected)} clients joined"]
+        reasons = [by_reason(self.refused)] if self.refused else []
         if missing:
-            facts.append(f"missing after {seconds:g} s: {_listing(missing)}")
-        if self.refused:
-            facts.append(describe_refused(self.refused))
-        raise FederationError(f"the run cannot start: {', '.join(facts)}")
+            reasons.append(f"missing after {seconds:g} s: {name_clients(missing)}")
+        joined = f"{len(self.members)} of {len(self.expected)} clients joined"
+        raise FederationError(f"the run cannot start: {'; '.join(reasons)} ({joined})")
 
     def missing(self) -> list[str]:
         """Name the expected clients that were neither let in nor refused."""
@@ -242,7 +242,7 @@ class Roster:
             self.refused[f"node {node}"] = f"claims client {one_line(name)} with the key pinned for client {owner}"
             return False
         if name not in self._expected:
-            clients = f"{len(self.expected)} clients of this run ({_listing(self.expected)})"
+            clients = f"{len(self.expected)} clients of this run ({list_names(self.expected)})"
             fault = member.claim.fault or f"is not one of the {clients}"
             self.refused[f"node {node}"] = f"client {one_line(name)}: {fault}"
             return False
@@ -291,25 +291,5 @@ class Roster:
         return self.ledger.find_fault(claim.client_id, claim.shard_digest) if self.ledger else None
 
 
-def describe_refused(refused: Mapping[str, str]) -> str:
-    """Say in one line who was refused and why; equal reasons are said once."""
-    groups: dict[str, list[str]] = {}
-    for name, reason in refused.items():
-        groups.setdefault(reason, []).append(name)
-    return "refused: " + "; ".join(f"{_named(names)}: {reason}" for reason, names in groups.items())
-
-
 def _lacks_base(claim: Claim) -> bool:
     return not claim.fault and not claim.base_digest
-
-
-def _named(names: list[str]) -> str:
-    nodes = [name for name in names if name.startswith("node ")]
-    clients = sorted((name for name in names if not name.startswith("node ")), key=lambda name: (len(name), name))
-    parts = [f"client{'s' * (len(clients) > 1)} {_listing(clients)}"] if clients else []
-    return ", ".join(parts + ([_listing(nodes)] if nodes else []))
-
-
-def _listing(names: Sequence[str], most: int = 12) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -17,12 +17,12 @@ from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
-from flapp.architecture import adapt, build, choose_device, pruned_rank
+from flapp.architecture import adapt, build, choose_device, pruned_rank, split_place
 from flapp.base import Base, keep_base
 from flapp.client_data import open_partition
 from flapp.client_keys import ClientKeys
 from flapp.config import derive_seed, load
-from flapp.data import ClientLoader, OfflineDataset, check_claim, ensure_artifacts, is_prepared, load_manifest
+from flapp.data import ClientLoader, OfflineDataset, check_claim, ensure_artifacts, is_prepared, open_manifest
 from flapp.grid import PolledGrid
 from flapp.ledger import ClientLedger
 from flapp.messages import Claim, pack, views
@@ -37,13 +37,13 @@ from flapp.model import (
     lora_state_dict,
     mark_only_lora_as_trainable,
     merged_state_dict,
-    parse_points,
 )
+from flapp.preflight import check_run
 from flapp.privacy import UNPROTECTED, check_floating, describe_plan
 from flapp.releases import ReleaseLedger
 from flapp.results import SUMMARY, RunDirectory
 from flapp.roster import FederationError, Roster
-from flapp.settings import Config, ConfigError
+from flapp.settings import Config
 from flapp.strategy import RULES, FedAvg, FedLoRA, ServerOptimizer, global_keys
 from flapp.summary import StoppedEarly
 from flapp.training import evaluate
@@ -56,7 +56,12 @@ def main(grid: Grid, context: Context) -> None:
     """Run a federation from the config in run_config; raises when it fails, after metrics.json has said why."""
     config, _ = load(context.run_config, {})
     warn_of_open_ray(grid)
-    run = RunDirectory.reopen(config) if config.resume else RunDirectory.create(config)
+    try:
+        check_run(config, clients_here=is_simulated(grid) and config.deployment.ray_address is None)
+        run = RunDirectory.reopen(config) if config.resume else RunDirectory.create(config)
+    except ValueError as error:
+        log(INFO, "%s%s", SUMMARY, json.dumps({"status": "failed", "error": str(error)}))
+        raise
     try:
         summary = run_rounds(grid, run.config, run)
     except Exception as error:
@@ -65,9 +70,14 @@ def main(grid: Grid, context: Context) -> None:
     log(INFO, "%s%s", SUMMARY, json.dumps(summary))
 
 
+def is_simulated(grid: Grid) -> bool:
+    """Say whether Flower simulates the clients; this is then the process that it starts Ray from."""
+    return type(grid).__name__ == "InMemoryGrid"
+
+
 def warn_of_open_ray(grid: Grid) -> None:
-    """Log a warning in a simulation whose Ray asks for no token; this is the process that Flower starts Ray from."""
-    if type(grid).__name__ == "InMemoryGrid" and os.environ.get("RAY_AUTH_MODE") != "token":
+    """Log a warning in a simulation whose Ray asks for no token."""
+    if is_simulated(grid) and os.environ.get("RAY_AUTH_MODE") != "token":
         log(
             WARNING,
             "the Ray of this simulation runs code from anybody who reaches its ports: "
@@ -174,12 +184,6 @@ def leave_model(config: Config, run: RunDirectory, model: nn.Module, base: Base 
     return run.finish(digest)
 
 
-def split_place(config: Config) -> tuple[Path, str, int, int]:
-    """Say where the final model is stored split: the folder, the name of the files and the points."""
-    folder = Path(config.split.model_storage_dir or "")
-    return folder, StorageManager.get_model_name(config.run_name), *parse_points(config.split.split_config)
-
-
 def leave_split(config: Config, path: Path) -> None:
     """Store the final model of the run directory `path` split as well."""
     folder, name, p1, p2 = split_place(config)
@@ -196,12 +200,7 @@ def build_roster(config: Config, grid: Grid, base: Base | None, ledger: ClientLe
         expected = [str(i) for i in range(config.clients)]
         known = partial(check_against_partition, config)
         return Roster(grid, expected, config.run_name, config.dataset.classes, known, **common)
-    manifest = load_manifest(config.manifest_path)
-    manifest.verify()
-    if len(manifest) != config.clients:
-        raise ConfigError(f"{manifest.path} lists {len(manifest)} clients: set clients={len(manifest)}")
-    if (strategy := manifest.facts["strategy"]) != config.partition.kind:
-        raise ConfigError(f"{manifest.path} is of shards cut by partition={strategy}: set partition={strategy}")
+    manifest = open_manifest(config.manifest_path, config.clients, config.partition.kind)
 
     def check(claim: Claim) -> str | None:
         record, digest = manifest.get(claim.client_id), claim.shard_digest

@@ -1,11 +1,21 @@
 """TensorBoard events: every number of metrics.jsonl as a scalar <kind>/<key> over rounds."""
 
+import importlib.util
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from flapp.metrics_csv import scalars
 from flapp.settings import ConfigError
+
+
+def check_installed() -> None:
+    """Raise ConfigError when the package tensorboard is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError(
+            "results.tensorboard=true needs the package tensorboard, which is not installed: "
+            'pip install -e ".[tensorboard]", or set results.tensorboard=false'
+        )
 
 
 class Events:
@@ -16,13 +26,9 @@ class Events:
     """
 
     def __init__(self, folder: Path, began: float, lines: Iterable[Mapping[str, Any]]) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # only who asks for events pays for it
-        except ImportError as error:
-            raise ConfigError(
-                f"results.tensorboard=true needs the package tensorboard ({error}): "
-                'pip install -e ".[tensorboard]", or set results.tensorboard=false'
-            ) from error
+        check_installed()
+        from torch.utils.tensorboard import SummaryWriter  # only who asks for events pays for it
+
         self._began = began
         self._writer = SummaryWriter(str(folder), purge_step=0 if folder.exists() else None)
         for line in lines:

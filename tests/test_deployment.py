@@ -265,6 +265,6 @@ def test_whoever_unregisters_a_client_and_takes_its_name_does_not_take_its_place
     status, _, error = finish(submit(home, "refused", *TOY, patience))
     assert status == 1
     assert error.splitlines()[-1] == (
-        f"error: the run cannot start: 2 of 3 clients joined, missing after 10 s: 0, "
-        f"refused: node {node}: {other_key(folder)}"
+        f"error: the run cannot start: node {node}: {other_key(folder)}; missing after 10 s: client 0 "
+        "(2 of 3 clients joined)"
     )

@@ -53,7 +53,7 @@ def test_a_run_that_saved_a_poisoned_round_goes_on_from_the_round_before_to_the_
 
     with monkeypatch.context() as patch:
         patch.setattr(FedAvg, "combine", poisoned)
-        with pytest.raises(FederationError, match="round 4: 0 of 3 clients gave a valid train reply"):
+        with pytest.raises(FederationError, match="round 4: .*0 of 3 clients gave a valid train reply"):
             federate(*settings, "run_name=poisoned")
     for _ in range(2):  # for ever
         with pytest.raises(FederationError, match="round 4: 0 of 3"):

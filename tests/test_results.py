@@ -197,10 +197,9 @@ def test_without_its_package_events_are_refused_before_round_one(
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(ConfigError, match=r'needs the package tensorboard .*pip install -e "\.\[tensorboard\]"'):
+    with pytest.raises(ConfigError, match=r'needs the package tensorboard, .*pip install -e "\.\[tensorboard\]"'):
         federate(*TOY, "run_name=eventless", "results.tensorboard=true")
-    assert (data_home / "runs" / "eventless" / "metrics.jsonl").read_text() == ""
-    assert federate(*TOY, "run_name=eventless", "resume=true")[0]["status"] == "finished"
+    assert not (data_home / "runs" / "eventless").exists()
 
 
 def test_the_table_keeps_a_rounds_own_time_when_a_run_is_resumed_again(tmp_path: Path) -> None:

@@ -130,7 +130,9 @@ def test_flwr_run_gives_the_same_bytes_with_flowers_two_default_nodes(tmp_path: 
 def test_a_run_whose_clients_all_fail_exits_with_the_reason(tmp_path: Path) -> None:
     done = run(tmp_path, TOY, "train.lr=1e30", "train.steps=50", "run_name=bad")
     assert done.returncode == 1
-    assert re.fullmatch(r"error: round 1: 0 of 3 clients gave a valid train reply.*lower train.lr.*\n", done.stderr)
+    assert re.fullmatch(
+        r"error: round 1: clients 0 to 2: .*lower train.lr.*0 of 3 clients gave a valid train reply.*\n", done.stderr
+    )
     assert json.loads((tmp_path / "runs" / "bad" / "metrics.json").read_text())["status"] == "failed"
     assert started_processes(tmp_path) == []
 

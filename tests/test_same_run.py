@@ -126,7 +126,7 @@ def test_an_array_that_was_edited_is_refused_by_name_in_a_first_run_and_a_resume
     settings = (*TOY, f"home={home}", "run_name=edited-later")
     break_off(federate, 3, "aggregate_train", *settings)
     path = edit_array(home, name)
-    said = rf"clients 0, 1, 2: {path} was changed or damaged .*: delete {path.parent} and prepare it again"
+    said = rf"clients 0 to 2: {path} was changed or damaged .*: delete {path.parent} and prepare it again"
     for words in (("run_name=edited-later", "resume=true"), ("run_name=edited-before",)):
         with pytest.raises(FederationError, match=said):
             federate(*TOY, f"home={home}", *words)

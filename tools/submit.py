@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flapp.client_keys import ClientKeys
 from flapp.config import to_json
 from flapp.data import Stamp, stamp
+from flapp.listing import describe_refused
 from flapp.metric_lines import sound_summary
 from flapp.origin import Origin
-from flapp.results import SUMMARY, check_new, check_resumable, check_source
-from flapp.roster import describe_refused
+from flapp.preflight import check_run
+from flapp.results import SUMMARY, check_resumable, check_source
+from flapp.run_names import check_new, restarts
 from flapp.settings import Config, ConfigError
 from tools.federation import install_app, known_federation
 from tools.processes import HOST, SuperLinkError, available_cpus
@@ -24,6 +25,7 @@ from tools.supervisor import KEYS, root_certificates
 APP = Path(__file__).resolve().parents[1]
 LOOK_SECONDS, STATUS_SECONDS, END_SECONDS = 0.3, 15, 60
 CONFIG = ("config.yaml",)
+REPLACED = "run {} ended before its first round was complete: this start replaces its folder and keeps its log.txt"
 
 
 class RunError(RuntimeError):
@@ -38,7 +40,9 @@ def run_once(config: Config) -> dict[str, Any]:
     """Run a federation to its end and return its metrics.json; raises RunError, SuperLinkError or ConfigError."""
     path = config.runs_dir / config.run_name
     here, earlier = is_here(config), None
-    if here and config.resume:
+    if here and restarts(config):
+        earlier = read_json(path / "metrics.json")
+    elif here and config.resume:
         check_resumable(config)
         earlier = read_json(path / "metrics.json")
         if earlier and earlier.get("status") == "finished" and config.resume_from is None:
@@ -48,16 +52,19 @@ def run_once(config: Config) -> dict[str, Any]:
             print(f"warning: {doubt}", file=sys.stderr)
     elif here:
         check_new(config)
+    simulation = simulation_words(config) if config.deployment.kind == "simulation" else ""
+    if here:
+        check_run(config, clients_here=is_home_shared(config), quick=True)
+        if restarts(config):
+            print(f"note: {REPLACED.format(config.run_name)}", file=sys.stderr)
     before = stamp(path, CONFIG)
     config, superlink = choose_superlink(config)
-    if here and config.deployment.client_keys is not None:
-        ClientKeys(Path(config.deployment.client_keys))  # the run would end at once if these cannot be read
     with superlink:
         settings = superlink.folder / "run.toml"
         settings.write_text(f"config-json = {json.dumps(to_json(config), ensure_ascii=False)}\n")
         words = ["run", str(APP), CONNECTION, "-c", str(settings)]
-        if config.deployment.kind == "simulation":
-            words += ["--federation-config", simulation_words(config)]
+        if simulation:
+            words += ["--federation-config", simulation]
         elif config.deployment.address is None:
             install_app(Path(str(config.deployment.federation)))
         run_id = str(superlink.flwr(*words)["run-id"])
@@ -100,6 +107,17 @@ def is_here(config: Config) -> bool:
     address = config.deployment.address
     host = address.rpartition(":")[0].strip("[]") if config.deployment.kind == "superlink" and address else HOST
     return host in (HOST, "localhost", "::1")
+
+
+def is_home_shared(config: Config) -> bool:
+    """Say whether the clients run on this machine and read their data from the run's home."""
+    settings = config.deployment
+    if settings.kind == "simulation":
+        return settings.ray_address is None
+    if settings.address is not None:
+        return False
+    federation = known_federation(Path(str(settings.federation)))
+    return not federation.homes and federation.shards is None
 
 
 def simulation_words(config: Config) -> str:
@@ -173,7 +191,8 @@ def follow_log(superlink: SuperLink, run_id: str) -> dict[str, Any]:
 def failure(summary: dict[str, Any]) -> RunError:
     """Return the error of a run that wrote this summary: why it failed, and who was refused unless that says it."""
     error, refused = str(summary["error"]), refusals(summary)
-    return RunError(f"{error} ({refused})" if refused and "refused: " not in error else error, summary)
+    is_said = all(reason in error for reason in (summary.get("refused") or {}).values())
+    return RunError(error if is_said else f"{error} ({refused})", summary)
 
 
 def refusals(summary: dict[str, Any]) -> str:

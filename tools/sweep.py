@@ -28,11 +28,11 @@ import psutil
 from hydra.conf import HydraConf
 from hydra.types import RunMode
 
-from flapp.results import taken
+from flapp.run_names import taken
 from flapp.settings import VALIDATION_FRACTION, Config, ConfigError
 from tools.processes import SWEEP, Processes, available_cpus
 from tools.progress import is_json
-from tools.submit import is_here
+from tools.submit import CONFIG, is_here
 
 COLUMNS = {  # of the table
     "objective": ("objective", "{:.4f}"),
@@ -217,16 +217,28 @@ def objective_of(outcome: Outcome) -> float | None:
 def conclude(outcomes: list[Outcome]) -> str:
     """Write sweep.json into the folder of the sweep and return its table; of a single run there is neither.
 
-    A sweep of which nothing finished leaves the file of an earlier one under its name.
+    A sweep of which nothing finished leaves the file of an earlier one under its name, and one in which no run has
+    begun leaves nothing.
     """
     folders = {Path(folder) for outcome in outcomes if (folder := outcome.pop("folder"))}
     for folder in folders:  # one, unless the jobs differ in experiment or home
         if (folder / "config.yaml").exists():
             continue  # the folder of a run, in which every job was refused
-        if not (folder / SUMMARY).exists() or any(outcome["status"] == "finished" for outcome in outcomes):
+        is_finished = any(outcome["status"] == "finished" for outcome in outcomes)
+        if not is_finished and not list(folder.glob(f"*/{CONFIG[0]}")):
+            _remove_unbegun(folder)
+        elif is_finished or not (folder / SUMMARY).exists():
             folder.mkdir(parents=True, exist_ok=True)
             _write(folder / SUMMARY, [outcome | {"overrides": " ".join(outcome["overrides"])} for outcome in outcomes])
     return sweep_table(outcomes) if folders else ""
+
+
+def _remove_unbegun(folder: Path) -> None:
+    """Remove the folder that Hydra made for a sweep, unless there is more in it than Hydra's own file."""
+    with contextlib.suppress(OSError):
+        if list(folder.iterdir()) == [folder / "multirun.yaml"]:
+            (folder / "multirun.yaml").unlink()
+        folder.rmdir()
 
 
 def sweep_table(outcomes: list[Outcome]) -> str:

@@ -3,17 +3,32 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flapp.data.artifact import Artifact, DataError, arrays_sha256, open_artifact, write_artifact, write_rows
+from flapp.data.artifact import (
+    Artifact,
+    DataError,
+    arrays_sha256,
+    check_samples,
+    open_artifact,
+    write_artifact,
+    write_rows,
+)
 from flapp.data.blocks import ReadRows
 from flapp.data.cifar import CIFAR, cifar_files, cifar_sha256, download_cifar, read_cifar
-from flapp.data.client_shard import SHARD_FILES, DistributedShardLoader
+from flapp.data.client_shard import SHARD_FILES, DistributedShardLoader, read_meta
 from flapp.data.embedded import EMBEDDED, ensure_artifacts, is_prepared
 from flapp.data.leaf import open_source
-from flapp.data.manifest import Manifest, ShardRecord, check_claim, load_manifest
+from flapp.data.manifest import Manifest, ShardRecord, check_claim, load_manifest, open_manifest
 from flapp.data.materialized import materialize, materialized_folder
-from flapp.data.partition import Partition, hold_out, label_histogram, load_partition, make_partition
+from flapp.data.partition import (
+    Partition,
+    check_enough,
+    hold_out,
+    label_histogram,
+    load_partition,
+    make_partition,
+)
 from flapp.data.shards import export_artifacts, open_shard, write_shards
-from flapp.data.verified import Stamp, open_verified, stamp
+from flapp.data.verified import Stamp, is_verified, open_verified, stamp
 
 if TYPE_CHECKING:
     from flapp.data.loader import ClientLoader
@@ -41,6 +56,8 @@ __all__ = [
     "Stamp",
     "arrays_sha256",
     "check_claim",
+    "check_enough",
+    "check_samples",
     "cifar_files",
     "cifar_sha256",
     "download_cifar",
@@ -48,6 +65,7 @@ __all__ = [
     "export_artifacts",
     "hold_out",
     "is_prepared",
+    "is_verified",
     "label_histogram",
     "load_manifest",
     "load_partition",
@@ -55,10 +73,12 @@ __all__ = [
     "materialize",
     "materialized_folder",
     "open_artifact",
+    "open_manifest",
     "open_shard",
     "open_source",
     "open_verified",
     "read_cifar",
+    "read_meta",
     "stamp",
     "to_input",
     "write_artifact",

@@ -143,6 +143,17 @@ def open_artifact(folder: Path, verify: bool = False) -> Artifact:
     return Artifact(folder, images, labels, tuple(meta["classes"]), digest(meta), meta.get("source_sha256", ""), layout)
 
 
+def check_samples(artifact: Artifact, shape: Sequence[int], classes: int) -> None:
+    """Raise DataError unless an artifact holds samples of `shape` in `classes` classes, as the settings say."""
+    found, wanted = (list(artifact.images.shape[1:]), len(artifact.classes)), (list(shape), classes)
+    if found != wanted:
+        raise DataError(
+            f"dataset {artifact.path.parent.name} has samples of shape {found[0]} in {found[1]} classes, the settings "
+            f"say {wanted[0]} in {wanted[1]}: set dataset.shape={str(found[0]).replace(' ', '')} "
+            f"dataset.classes={found[1]}"
+        )
+
+
 def digest(meta: dict[str, Any]) -> str:
     """Return the SHA-256 of the block hashes in `meta`, which names the content of an artifact."""
     return hashlib.sha256("".join(meta["images"]["blocks"] + meta["labels"]["blocks"]).encode()).hexdigest()

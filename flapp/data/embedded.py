@@ -57,8 +57,8 @@ def ensure_artifacts(data: Path, name: str) -> Path:
     if name not in EMBEDDED:
         raise DataError(
             f"dataset {name} is not prepared: {folder} has no train and test artifacts; prepare it with "
-            f"python -m tools.prepare_data dataset={name} (your own with flapp.data.write_artifact), "
-            "or choose dataset=digits, which needs no files"
+            f"python -m tools.prepare_data dataset={name} dataset.source=DIR (your own with "
+            "flapp.data.write_artifact), or choose dataset=digits, which needs no files"
         )
     with locked(data / f"{name}.lock"):
         if not is_prepared(folder):

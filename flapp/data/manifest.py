@@ -148,6 +148,17 @@ def load_manifest(path: str | Path) -> Manifest:
     return Manifest(path / "manifest.json" if path.is_dir() else path)
 
 
+def open_manifest(path: str | Path, clients: int, strategy: str) -> Manifest:
+    """Open a manifest of the shards of `clients` clients, cut by `strategy`, and verify it; raises DataError."""
+    manifest = load_manifest(path)
+    if len(manifest) != clients:
+        raise DataError(f"{manifest.path} lists {len(manifest)} clients: set clients={len(manifest)}")
+    if (found := manifest.facts["strategy"]) != strategy:
+        raise DataError(f"{manifest.path} is of shards cut by partition={found}: set partition={found}")
+    manifest.verify()
+    return manifest
+
+
 def write_manifest(folder: Path, records: Sequence[ShardRecord], facts: Mapping[str, Any]) -> Manifest:
     """Write clients.jsonl, clients.idx and, last, manifest.json with `facts` and the totals; return it opened."""
     lines = [(json.dumps(asdict(record), sort_keys=True) + "\n").encode() for record in records]

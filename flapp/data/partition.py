@@ -48,11 +48,12 @@ def make_partition(
     `pathological`, classes_per_client classes each (McMahan et al. 2017, arXiv:1602.05629). Raises DataError,
     with the numbers, when min_size training samples for everyone cannot be had.
     """
+    check_enough(kind, len(train_labels), clients, min_size)
     rng = np.random.default_rng(seed)
     if kind != "iid" and train_labels.dtype.kind != "i":
         raise DataError(f"partition={kind} needs class labels, got {train_labels.dtype}: set partition=iid")
     if kind == "iid":
-        return _iid(train_labels, test_labels, clients, min_size, rng)
+        return _iid(train_labels, test_labels, clients, rng)
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     counts = np.bincount(train_labels, minlength=classes)
     if kind == "pathological":
@@ -68,6 +69,17 @@ def make_partition(
         )
     train = _deal(train_labels, shares, rng)
     return Partition(train, _deal(test_labels, shares, rng), shares * counts)
+
+
+def check_enough(kind: str, samples: int, clients: int, min_size: int) -> None:
+    """Raise DataError when there are fewer training samples than min_size for each client."""
+    if clients * min_size > samples:
+        most = samples // min_size
+        lower = f"clients to at most {most}, or partition.min_size" if most else "partition.min_size"
+        raise DataError(
+            f"partition={kind} cannot give each of clients={clients} partition.min_size={min_size} of {samples} "
+            f"training samples: lower {lower}"
+        )
 
 
 def load_partition(path: Path, **settings: object) -> Partition:
@@ -166,14 +178,7 @@ def save_partition(path: Path, partition: Partition) -> None:
     partial.replace(path)
 
 
-def _iid(
-    train_labels: np.ndarray, test_labels: np.ndarray, clients: int, min_size: int, rng: np.random.Generator
-) -> Partition:
-    if len(train_labels) // clients < min_size:
-        raise DataError(
-            f"partition=iid gives each of {clients} clients {len(train_labels) // clients} of {len(train_labels)} "
-            f"training samples, partition.min_size={min_size}: take fewer clients"
-        )
+def _iid(train_labels: np.ndarray, test_labels: np.ndarray, clients: int, rng: np.random.Generator) -> Partition:
     train, test = (
         tuple(np.sort(part) for part in np.array_split(rng.permutation(len(labels)), clients))
         for labels in (train_labels, test_labels)

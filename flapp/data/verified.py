@@ -30,7 +30,7 @@ def open_verified(folder: Path) -> Artifact:
     """Open the split in `folder`, whose bytes must be what meta.json says; raises DataError naming what is wrong."""
     artifact, found = open_artifact(folder), stamp(folder)
     if found not in _compared:
-        path = folder.with_name(f"{folder.name}.verified.json")
+        path = _note(folder)
         with _locked(path) as note:
             if not _is_noted(path, found):
                 artifact = open_artifact(folder, verify=True)
@@ -39,6 +39,16 @@ def open_verified(folder: Path) -> Artifact:
                     note.write(json.dumps(found))
         _compared.add(found)
     return artifact
+
+
+def is_verified(folder: Path) -> bool:
+    """Say whether the bytes of the split in `folder` have been compared since they were last written."""
+    found = stamp(folder)
+    return found in _compared or _is_noted(_note(folder), found)
+
+
+def _note(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.verified.json")
 
 
 def _stamp(path: Path) -> tuple[str | int, ...]:

@@ -1,6 +1,6 @@
 """Models, their adapters and safetensors files of both; knows neither Flower, Hydra nor data."""
 
-from flapp.model.adapter_files import Adapter, export_adapter, export_merged, import_adapter
+from flapp.model.adapter_files import Adapter, check_adapter, export_adapter, export_merged, import_adapter
 from flapp.model.build import BUILDERS, build_model
 from flapp.model.files import load_tensors, read_tensors, save_tensors, sha256_of_file
 from flapp.model.lora import (
@@ -19,7 +19,7 @@ from flapp.model.lora import (
     truncate_state,
     unmerge_lora,
 )
-from flapp.model.pretrained import Pretrained, from_torchvision, load_pretrained, to_torchvision
+from flapp.model.pretrained import Pretrained, check_pretrained, from_torchvision, load_pretrained, to_torchvision
 from flapp.model.split import ModelFactory, ModelType, SplitModel, Whole, check_points, parse_points
 from flapp.model.split_files import COMPONENTS, Metadata, StorageManager
 
@@ -39,7 +39,9 @@ __all__ = [
     "add_lora",
     "base_state_dict",
     "build_model",
+    "check_adapter",
     "check_points",
+    "check_pretrained",
     "draw_lora_A",
     "export_adapter",
     "export_merged",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from flapp.model.files import mismatch, save_tensors
 from flapp.model.lora import adapted_layers, load_lora_state_dict, lora_state_dict, merged_state_dict
@@ -79,6 +79,17 @@ def import_adapter(model: nn.Module, folder: Path) -> Adapter:
     Raises ValueError when rank, alpha, layers or shapes differ from the model's, and naming the setting when the
     files use something of PEFT's that is not plain LoRA, such as DoRA or trained biases.
     """
+    adapter, tensors = _read_fitting(model, folder)
+    load_lora_state_dict(model, tensors)
+    return adapter
+
+
+def check_adapter(model: nn.Module, folder: Path) -> None:
+    """Raise ValueError where import_adapter would; `model` may be on the meta device."""
+    _read_fitting(model, folder)
+
+
+def _read_fitting(model: nn.Module, folder: Path) -> tuple[Adapter, dict[str, Tensor]]:
     config = _read_config(folder / CONFIG)
     for name, layer in adapted_layers(model).items():
         if (layer.rank, layer.alpha) != (config["r"], config["lora_alpha"]):
@@ -89,8 +100,7 @@ def import_adapter(model: nn.Module, folder: Path) -> Adapter:
     tensors = {_from_peft(key): tensor for key, tensor in read_state(folder / WEIGHTS).items()}
     if fault := mismatch(lora_state_dict(model), tensors):
         raise ValueError(f"{folder} does not fit this {type(model).__name__} with its lora.targets: {fault}")
-    load_lora_state_dict(model, tensors)
-    return Adapter(config.get("base_model_name_or_path") or "", config["r"], config["lora_alpha"])
+    return Adapter(config.get("base_model_name_or_path") or "", config["r"], config["lora_alpha"]), tensors
 
 
 def export_merged(model: nn.Module, path: Path, /, **facts: Any) -> str:

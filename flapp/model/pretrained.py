@@ -31,6 +31,7 @@ DAMAGE = (
     *(TypeError, AttributeError, AssertionError, MemoryError, OverflowError),
 )
 MOST_PICKLE = 16 << 20  # bytes of the names and shapes in a .pth
+CHECKED_BYTES = 64 << 20  # of a file of weights that is read whole before a run starts
 POSITIONS = "encoder.pos_embedding"
 OURS = (
     (re.compile(r"\bself_attention\.in_proj_(weight|bias)$"), r"self_attention.qkv.\1"),
@@ -59,20 +60,38 @@ def load_pretrained(model: nn.Module, path: Path) -> Pretrained:
     A head for another number of classes stays as the model has it; position embeddings for another image size are
     interpolated as torchvision does (bicubic). Raises ValueError for a file that is missing, unsafe or does not fit.
     """
-    state, own = from_torchvision(read_state(path)), model.state_dict()
+    state, head_loaded, interpolated = _fit(model, read_state(path), path)
+    model.load_state_dict(state)
+    return Pretrained(sha256_of_file(path), head_loaded, interpolated)
+
+
+def check_pretrained(model: nn.Module, path: Path) -> None:
+    """Raise ValueError where load_pretrained would, from names and shapes alone; `model` may be on the meta device.
+
+    Only a file of at most CHECKED_BYTES is also read for damage.
+    """
+    _fit(model, read_state(path, is_checked=path.stat().st_size <= CHECKED_BYTES), path)
+
+
+def _fit(model: nn.Module, found: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], bool, bool]:
+    """Return the state that `model` takes from `found`, whether its head is among it, and whether positions changed."""
+    state, own = from_torchvision(found), model.state_dict()
     interpolated = _interpolate_positions(state, model)
     head = [name for name in own if name.startswith(head_of(model) + ".")]
     head_loaded = not all(name in state and _differs_in_rows(state[name], own[name]) for name in head)
     state |= {} if head_loaded else {name: own[name] for name in head}
     if fault := mismatch(own, state):
-        hint = "; build it with channels=3 to show it grey images" if "first conv_proj.weight (" in fault else ""
-        raise ValueError(f"{path} does not fit this {type(model).__name__}: {fault}{hint}")
-    model.load_state_dict(state)
-    return Pretrained(sha256_of_file(path), head_loaded, interpolated)
+        grey = "first conv_proj.weight (" in fault
+        hint = "build it with channels=3 to show it grey images" if grey else "give weights of this very model"
+        raise ValueError(f"{path} does not fit this {type(model).__name__}: {fault}; {hint}")
+    return state, head_loaded, interpolated
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Read a state dict, bare or as {"state_dict": ...} or {"model": ...}, running no code that is in the file."""
+def read_state(path: Path, is_checked: bool = True) -> dict[str, Tensor]:
+    """Read a state dict, bare or as {"state_dict": ...} or {"model": ...}, running no code that is in the file.
+
+    is_checked: whether the CRCs of a .pth are compared, which reads all of it.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -81,7 +100,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             check_safetensors(path)
             found: Any = load_file(path)
         else:
-            found = _load_pth(path)
+            found = _load_pth(path, is_checked)
     except DAMAGE as error:
         reason = "nothing in it was run" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
         said = printable(reason or repr(error))
@@ -115,7 +134,7 @@ def _renamed(name: str, rules: tuple[tuple[re.Pattern[str], str], ...]) -> str:
     return name
 
 
-def _load_pth(path: Path) -> Any:
+def _load_pth(path: Path, is_checked: bool) -> Any:
     """Load a file of torch.save, a zip since torch 1.6, when the CRC of every tensor in it is right."""
     check_regular(path)
     with zipfile.ZipFile(path) as file:
@@ -125,7 +144,7 @@ def _load_pth(path: Path) -> Any:
                 raise zipfile.BadZipFile(f"{name} is compressed, which torch.save never does")
             if name.endswith(".pkl") and entry.file_size > MOST_PICKLE:
                 raise zipfile.BadZipFile(f"{name} has {entry.file_size:,} bytes, at most {MOST_PICKLE:,} are expected")
-        if (damaged := file.testzip()) is not None:
+        if is_checked and (damaged := file.testzip()) is not None:
             raise zipfile.BadZipFile(f"{damaged} has another CRC-32")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 

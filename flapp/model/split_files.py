@@ -111,12 +111,20 @@ class StorageManager:
     def prepare(base: str | Path, name: str, p1: int, p2: int, overwrite: bool = False) -> None:
         """Make the folders for a split that comes later; raises ValueError when it could not be stored there."""
         StorageManager.create_storage_directories(base)
+        StorageManager.check(base, name, p1, p2, overwrite)
+
+    @staticmethod
+    def check(base: str | Path, name: str, p1: int, p2: int, overwrite: bool = False) -> None:
+        """Raise ValueError when a split could not be stored below `base`; makes no folder."""
         for component in COMPONENTS:
             path = StorageManager.get_split_model_path(base, name, p1, p2, component)
             if not overwrite:
                 _check_free(path)
-            if not os.access(path.parent, os.W_OK | os.X_OK):
-                raise ValueError(f"{path.parent} is not writable: change its permissions or name another folder")
+            nearest = next(folder for folder in path.parents if os.path.exists(folder))
+            if not nearest.is_dir():
+                raise ValueError(f"{nearest} is not a folder: name another storage folder")
+            if not os.access(nearest, os.W_OK | os.X_OK):
+                raise ValueError(f"{nearest} is not writable: change its permissions or name another folder")
 
     @staticmethod
     def find_splits(base: str | Path) -> list[tuple[str, int, int]]:

@@ -54,7 +54,10 @@ def build_vit(name: str, image_size: int, channels: int, classes: int, dropout: 
     """
     patch, layers, heads, width, mlp = SIZES[name]
     if image_size % patch:
-        raise ValueError(f"model={name} cuts images into {patch}-pixel patches, which do not divide {image_size}")
+        raise ValueError(
+            f"model={name} cuts images into {patch}-pixel patches, which do not divide {image_size}: "
+            f"set model.image_size to a multiple of {patch}"
+        )
     vit = ViT(image_size, patch, layers, heads, width, mlp, dropout=dropout, num_classes=classes)
     if channels != 3:
         vit.conv_proj = nn.Conv2d(channels, width, patch, stride=patch)

@@ -13,6 +13,7 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
+from flapp.listing import by_reason
 from flapp.messages import (
     ARRAYS,
     EVALUATE,
@@ -295,10 +296,10 @@ class FedAvg(FlowerFedAvg):
         needed = self.min_replies if exchange.kind == TRAIN else min(self.min_replies, max(1, len(exchange.sent)))
         if len(exchange.good) < needed:
             self.run.append(exchange.kind, exchange.server_round, **self._log_line())
-            reasons = "; ".join(f"client {n}: {r}" for n, r in sorted(exchange.failures.items())[:3])
             raise FederationError(
-                f"round {exchange.server_round}: {len(exchange.good)} of {len(exchange.sent)} clients gave a valid "
-                f"{exchange.kind} reply, strategy.min_replies={self.min_replies} ({reasons or 'no client is present'})"
+                f"round {exchange.server_round}: {by_reason(exchange.failures, 3) or 'no client is present'} "
+                f"({len(exchange.good)} of {len(exchange.sent)} clients gave a valid {exchange.kind} reply, "
+                f"strategy.min_replies={self.min_replies})"
             )
         return exchange
 

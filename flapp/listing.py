@@ -1,0 +1,43 @@
+"""Clients and what is said of them, in one line however many they are."""
+
+from collections.abc import Mapping, Sequence
+
+
+def describe_refused(refused: Mapping[str, str]) -> str:
+    """Say in one line who was refused and why; equal reasons are said once."""
+    return f"refused: {by_reason(refused)}"
+
+
+def by_reason(reasons: Mapping[str, str], most: int | None = None) -> str:
+    """Say in one line whom each reason is about, for clients (or nodes) by name; at most the `most` commonest."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        groups.setdefault(reason, []).append(name)
+    if most is not None:
+        groups = dict(sorted(groups.items(), key=lambda group: -len(group[1])))
+    shown = [f"{name_clients(names)}: {reason}" for reason, names in groups.items()][:most]
+    more = [f"and {len(groups) - len(shown)} more reasons"] if len(groups) > len(shown) else []
+    return "; ".join(shown + more)
+
+
+def name_clients(names: Sequence[str]) -> str:
+    """Name clients by their ids, and nodes, in one clause."""
+    nodes = [name for name in names if name.startswith("node ")]
+    clients = sorted((name for name in names if not name.startswith("node ")), key=lambda name: (len(name), name))
+    parts = [f"client{'s' * (len(clients) > 1)} {list_names(clients)}"] if clients else []
+    return ", ".join(parts + ([list_names(nodes)] if nodes else []))
+
+
+def list_names(names: Sequence[str], most: int = 12) -> str:
+    """List names, three or more numbers in a row as `0 to 9`, and of many parts only the first."""
+    runs: list[list[str]] = []
+    for name in names:
+        if runs and name.isdecimal() and runs[-1][-1].isdecimal() and int(name) == int(runs[-1][-1]) + 1:
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    parts: list[tuple[str, int]] = []  # what is written, and how many names it stands for
+    for run in runs:
+        parts += [(f"{run[0]} to {run[-1]}", len(run))] if len(run) > 2 else [(name, 1) for name in run]
+    left = sum(count for _, count in parts[most:])
+    return ", ".join(text for text, _ in parts[:most]) + (f" and {left} more" if left else "")

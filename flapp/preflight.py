@@ -1,0 +1,178 @@
+"""What can be known to be wrong with a run before it starts.
+
+tools.run asks here before it starts any process, the ServerApp before it makes the run's folder and waits for clients.
+Each check is the one that the server or a client would make later. Those that need PyTorch come last and import it
+late: a fault that is found without it is said a second earlier.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from flapp.checkpoint.engines import NEEDS_FAST, has_fast
+from flapp.client_keys import ClientKeys
+from flapp.data import (
+    Artifact,
+    check_enough,
+    check_samples,
+    ensure_artifacts,
+    is_verified,
+    open_artifact,
+    open_manifest,
+    read_meta,
+)
+from flapp.settings import WRITER_PARTITIONS, Config, ConfigError
+from flapp.tensorboard import check_installed
+
+QUICK_BYTES = 1 << 30  # of images that are hashed for the first time
+QUICK_SHARES = 15_000  # clients x classes: a thousand Dirichlet draws of so many shares take a second
+DIGITS_BASE = "digits_base"  # the run that conf/experiment/digits_fedlora.yaml starts from
+
+
+def check_run(config: Config, clients_here: bool, quick: bool = False) -> None:
+    """Raise ConfigError or another ValueError, in one line with the fix, for a fault that no client could get around.
+
+    clients_here: whether the clients run on this machine and read their data from the run's home. quick: leave out
+    what may take more than a second. Datasets that need no download are prepared, and a new partition is saved.
+    """
+    check_home(config)
+    check_packages(config)
+    check_files(config)
+    if config.deployment.client_keys is not None:
+        ClientKeys(Path(config.deployment.client_keys))
+    if config.distributed_data.enabled:
+        check_shards(config, clients_here)
+    is_divided = clients_here and not config.distributed_data.enabled
+    if is_divided or config.evaluate.central:
+        check_dataset(config)
+    check_device(config, clients_here)
+    if is_divided:
+        check_partition(config, quick)
+    check_model(config)
+
+
+def check_home(config: Config) -> None:
+    """Refuse a home in which the run's folder cannot be made."""
+    nearest = next(folder for folder in (config.runs_dir, *config.runs_dir.parents) if os.path.exists(folder))
+    fix = "set home to a folder that you may write"
+    if not nearest.is_dir():
+        raise ConfigError(f"home={config.home} cannot be used: {nearest} is not a folder; {fix}")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"home={config.home} cannot be used: {nearest} is not writable; {fix}")
+
+
+def check_packages(config: Config) -> None:
+    """Refuse settings that need a package that is not installed."""
+    if config.results.tensorboard:
+        check_installed()
+    if config.checkpoint.engine == "fast" and not has_fast():
+        raise ConfigError(f"checkpoint.engine=fast {NEEDS_FAST}, or set checkpoint.engine=auto")
+
+
+def check_files(config: Config) -> None:
+    """Refuse weights and adapters to start from that are not there."""
+    weights, adapter = config.model.pretrained, config.lora.adapter
+    if weights is not None and not Path(weights).is_file():
+        raise ConfigError(f"model.pretrained={weights} is not a file: {_origin_of(Path(weights), config)}")
+    if adapter is not None and not Path(adapter).is_dir():
+        raise ConfigError(f"lora.adapter={adapter} is not a folder: {_origin_of(Path(adapter), config)}")
+
+
+def check_dataset(config: Config) -> None:
+    """Refuse a dataset that is not prepared, or holds other samples than the settings say."""
+    for artifact in _open_splits(config):
+        check_samples(artifact, config.dataset.shape, config.dataset.classes)
+
+
+def check_shards(config: Config, clients_here: bool) -> None:
+    """Refuse a manifest of other clients, and shards of which none is there; a client without one is left out later."""
+    manifest = open_manifest(config.manifest_path, config.clients, config.partition.kind)
+    if clients_here and not any((_shard_of(config, client) / "meta.json").exists() for client in manifest):
+        read_meta(_shard_of(config, next(iter(manifest))))
+
+
+def check_partition(config: Config, quick: bool) -> None:
+    """Refuse a partition that cannot be made for so many clients, and save it if it can."""
+    train, test = _open_splits(config)
+    if config.partition.kind not in WRITER_PARTITIONS:
+        check_enough(config.partition.kind, len(train.labels), config.clients, config.partition.min_size)
+    unread = sum(split.images.nbytes for split in (train, test) if not is_verified(split.path))
+    if quick and (unread > QUICK_BYTES or config.clients * config.dataset.classes > QUICK_SHARES):
+        return
+    from flapp.client_data import open_partition
+
+    open_partition(config)
+
+
+def check_device(config: Config, clients_here: bool) -> None:
+    """Refuse a device, or a compiler for it, that this machine lacks though server or clients need it here."""
+    import torch
+
+    from flapp.architecture import choose_device
+
+    settings = config.train
+    if not (clients_here or config.evaluate.central):
+        return
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device=cuda, but PyTorch finds no CUDA device here: set train.device=auto or cpu")
+    gpus = config.deployment.client_gpus
+    if config.deployment.kind == "simulation" and clients_here and gpus > torch.cuda.device_count():
+        raise ConfigError(
+            f"deployment.client_gpus={gpus:g} is more than the {torch.cuda.device_count()} GPUs there are: lower it"
+        )
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch.compile does
+    if settings.compile and choose_device(settings.device) == "cpu" and clients_here and not shutil.which(compiler):
+        raise ConfigError(
+            f"train.compile=true needs a C++ compiler, and {compiler} is not on the PATH: install one, name one in "
+            "CXX, or set train.compile=false"
+        )
+
+
+def check_model(config: Config) -> None:
+    """Refuse a model that cannot be built, started from its files, adapted, or stored split, as the settings say.
+
+    It is built without memory for its weights, and of files only names and shapes are compared.
+    """
+    import torch
+
+    from flapp.architecture import adapt, build, split_place
+    from flapp.model import StorageManager, check_adapter, check_pretrained, mark_only_lora_as_trainable
+
+    if config.split.auto_save_split_models:
+        left = config.resume and (config.runs_dir / config.run_name / "model.safetensors").exists()
+        StorageManager.check(*split_place(config), overwrite=left)
+    with torch.device("meta"):
+        model = build(config.model, config.dataset)
+    if config.model.pretrained is not None:
+        check_pretrained(model, Path(config.model.pretrained))
+    if config.lora.enabled:
+        adapt(model, config.lora, config.lora.rank)
+        mark_only_lora_as_trainable(model)
+    if config.lora.adapter is not None:
+        check_adapter(model, Path(config.lora.adapter))
+
+
+def _open_splits(config: Config) -> tuple[Artifact, Artifact]:
+    """Open both splits, without reading their images."""
+    folder = ensure_artifacts(config.data_dir, config.dataset.name)
+    return open_artifact(folder / "train"), open_artifact(folder / "test")
+
+
+def _shard_of(config: Config, client_id: str) -> Path:
+    return config.shards_dir / f"client_{client_id}"
+
+
+def _origin_of(path: Path, config: Config) -> str:
+    """Say where a missing file to start from would come from."""
+    if not path.is_relative_to(config.runs_dir) or path.parent == config.runs_dir:
+        return "give the path of one that exists"
+    run = path.parent
+    name = run.relative_to(config.runs_dir)
+    default = Path(os.environ.get("FLAPP_HOME") or Path.home() / ".flapp")
+    home = "" if Path(config.home) == default else f" home={config.home}"
+    if (run / "config.yaml").exists():
+        return f"run {name} has not left it; finish that run, with its settings and run_name={name} resume=true"
+    if str(name) == DIGITS_BASE:
+        return f"make it first with python -m tools.run run_name={name}{home}"
+    return f"there is no run {name}; make it first, or give the path of one that exists"
