@@ -17,7 +17,8 @@ from tokenize import TokenError
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 
 from flapp.source import source_digest
 
@@ -26,6 +27,12 @@ ARRAYS, ORDER, METRICS, CLAIM, PIECE = "arrays", "order", "metrics", "claim", "p
 NUM_EXAMPLES = "num-examples"
 LONGEST_TEXT, MOST_METRICS, MOST_CLASSES, MOST_PIECES = 500, 64, 1 << 16, 1 << 16  # that a message may hold
 HEADER_ERRORS = (ValueError, TypeError, SyntaxError, TokenError, RecursionError, MemoryError, LookupError)  # of numpy
+LOST = {  # what Flower's own error codes mean; other errors come with the reason of whoever raised them
+    ErrorCode.NODE_UNAVAILABLE: "its node stopped answering (killed, out of memory, or disconnected)",
+    ErrorCode.MESSAGE_UNAVAILABLE: "its node left the federation, or did not answer before the message expired",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "its answer expired before it could be read",
+    ErrorCode.CLIENT_APP_CRASHED: "its process ended before it answered (killed, or out of memory)",
+}
 
 
 class MessageError(ValueError):
@@ -158,6 +165,11 @@ def unpack_reply(content: RecordDict, kind: str = TRAIN) -> tuple[Claim, dict[st
     if lists := [name for name, value in metrics.items() if isinstance(value, list)]:
         raise MessageError(f"the reply's metric {one_line(lists[0])} is a list, not a number")
     return _read_claim(content.config_records, CLAIM), metrics  # type: ignore[return-value]
+
+
+def describe_error(error: Error) -> str:
+    """Say in one line why a message was not answered, in plain words where Flower's say little."""
+    return LOST.get(error.code) or one_line(error.reason or "")
 
 
 def one_line(text: str) -> str:

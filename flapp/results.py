@@ -18,23 +18,25 @@ metrics.json       the summary, written last: status, rounds, accuracy, loss, pe
                    (FedLoRA, of the last round), refused (client or node and the reason, the first 20) and
                    refused_count, resumed_anyway (what had changed when it was resumed all the same, by round), or
                    status failed and the error
+running.json       only while a process writes here: its pid and Flower's id of the run (run_lock.py)
 
 A round is over when server_chunks.db holds it. A resumed run drops the lines of rounds that were not, and goes on. With
 resume_from it drops the rounds after that one as well, from every file.
 """
 
 import difflib
-import fcntl
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import takewhile
 from logging import WARNING
 from math import isfinite
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from flwr.common import log
@@ -45,19 +47,24 @@ from flapp.config import config_digest, differences, read_yaml, to_yaml
 from flapp.metrics_csv import MetricsCsv
 from flapp.model import save_tensors
 from flapp.origin import Origin
+from flapp.run_lock import RUNNING, lock_run, name_holder
 from flapp.settings import Config, ConfigError
 from flapp.stopwatch import Stopwatch
 from flapp.summary import Summary
 from flapp.tensorboard import Events
 
-METRICS, STORE = "metrics.jsonl", "server_chunks.db"
+STORE = "server_chunks.db"
+UNFINISHED, UNFINISHED_SECONDS = ".new-", 600  # a folder that will be a run's in a moment, or whose maker was killed
 SUMMARY = "summary of the run: "  # before metrics.json in the ServerApp's log, for those who have no access to the file
 
 
 class RunDirectory:
-    """Write the files of one run, of which no other process may be writing; `path` is its folder."""
+    """Write the files of one run, of which no other process may be writing.
 
-    def __init__(self, path: Path, config: Config) -> None:
+    path: the run's folder; run_id: Flower's id of the run.
+    """
+
+    def __init__(self, path: Path, config: Config, run_id: int | None = None) -> None:
         self.path = path
         self.config = config
         self.started = time.monotonic()
@@ -66,30 +73,32 @@ class RunDirectory:
         self.table = MetricsCsv(path / "metrics.csv")
         self.events: Events | None = None
         self.origin = Origin(path)
-        self._metrics = _open_locked(path / METRICS, config)
+        self._metrics = lock_run(path, config.run_name)
+        name_holder(path, run_id)
         self.store = _open_store(path, config)
 
     @classmethod
-    def create(cls, config: Config) -> "RunDirectory":
+    def create(cls, config: Config, run_id: int | None = None) -> "RunDirectory":
         """Make the folder of a new run with its config in it; raises ConfigError when the name is taken."""
         path = check_new(config)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            made = Path(tempfile.mkdtemp(prefix=".new-", dir=path.parent))
+            _remove_unfinished(path.parent)
+            made = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=path.parent))
             _write_text(made / "config.yaml", to_yaml(config))
             Origin(made).record(0)
             made.chmod(0o755)
             made.rename(path)  # so that a run's folder always has its config and origin
         except OSError as error:
             raise ConfigError(f"the run directory {path} cannot be made ({error.strerror}): set home") from error
-        return cls(path, config)
+        return cls(path, config, run_id)
 
     @classmethod
-    def reopen(cls, config: Config) -> "RunDirectory":
+    def reopen(cls, config: Config, run_id: int | None = None) -> "RunDirectory":
         """Open the folder of a run, cut back to its last complete round or to resume_from; raises ConfigError."""
         path = check_resumable(config)
         check_source(config)
-        run = cls(path, config)
+        run = cls(path, config, run_id)
         done = config.resume_from or run.last_round()
         change, doubt = run.origin.source_change(config.resume_from), run.origin.doubt(config.resume_from)
         run._drop_rounds_after(done)
@@ -186,6 +195,7 @@ class RunDirectory:
         if self.events:
             self.events.close()
         self.store.close()
+        (self.path / RUNNING).unlink(missing_ok=True)
         self._metrics.close()
 
     def _lines(self) -> Iterator[dict[str, Any]]:
@@ -242,6 +252,14 @@ class RunDirectory:
         self._metrics.seek(0, os.SEEK_END)
 
 
+def _remove_unfinished(folder: Path) -> None:
+    """Remove folders of runs that were killed while their folder was made, which takes a moment."""
+    for left in folder.glob(f"{UNFINISHED}*"):
+        with suppress(FileNotFoundError):  # another start removes it too
+            if time.time() - left.stat().st_mtime > UNFINISHED_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+
+
 def taken(config: Config) -> str:
     """Say that a new run cannot have the name it asks for."""
     path = config.runs_dir / config.run_name
@@ -282,7 +300,7 @@ def check_resumable(config: Config) -> Path:
             f"run_name={config.run_name} was run with other settings ({'; '.join(changed)}): "
             "resume with those it began with, or give the new ones another run_name"
         )
-    _open_locked(path / METRICS, config).close()
+    lock_run(path, config.run_name).close()
     if config.resume_from:
         with ChunkManager(path / STORE, create=False) as store:
             held = [kept.round for kept in store.rounds()]
@@ -303,17 +321,6 @@ def check_source(config: Config) -> None:
             f"run_name={config.run_name} began with other source ({change}): bring that source back, go on with this "
             "one by resume_anyway=true, or start a new run"
         )
-
-
-def _open_locked(path: Path, config: Config) -> TextIO:
-    """Open a file and keep other processes out for as long as it is open; the system lets go when we are killed."""
-    file = path.open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ConfigError(f"run_name={config.run_name} is still running: stop it before resume=true") from None
-    return file
 
 
 def _open_store(path: Path, config: Config) -> ChunkManager:

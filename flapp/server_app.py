@@ -54,7 +54,8 @@ def main(grid: Grid, context: Context) -> None:
     """Run a federation from the config in run_config; raises when it fails, after metrics.json has said why."""
     config, _ = load(context.run_config, {})
     warn_of_open_ray(grid)
-    run = RunDirectory.reopen(config) if config.resume else RunDirectory.create(config)
+    open_run = RunDirectory.reopen if config.resume else RunDirectory.create
+    run = open_run(config, context.run_id)
     try:
         summary = run_rounds(grid, run.config, run)
     except Exception as error:
