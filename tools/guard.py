@@ -1,11 +1,11 @@
 """A guard: a small process that cleans up after a program that was killed and could not do so itself.
 
-    python -m tools.guard NAME VALUE [FOLDER ...]      started by `guarded`, never by hand
+    python -m tools.guard PID NAME VALUE [FOLDER ...]      started by `guarded`, never by hand
 
-The program holds the other end of the guard's standard input. The system closes it when the program ends, however it
-ends. If the program has not sent GOODBYE by then, the guard stops all processes that carry the variable NAME=VALUE in
-their environment, and removes each FOLDER and the folders next to it whose names begin with its name. The guard has a
-session of its own, so that neither Ctrl-C nor a closed terminal ends it together with the program.
+The program, process PID, holds the other end of the guard's standard input, which the system closes when the program
+ends, however it ends. Unless the program has sent GOODBYE by then, the guard stops all processes that carry the variable
+NAME=VALUE in their environment, and removes each FOLDER and the folders next to it whose names begin with its name. The
+guard has a session of its own, so that neither Ctrl-C nor a closed terminal ends it together with the program.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ def guarded(name: str, value: str, *folders: Path) -> Iterator[None]:
 
     The guard itself does not carry the variable.
     """
-    command = [sys.executable, "-m", "tools.guard", name, value, *map(str, folders)]
+    command = [sys.executable, "-m", "tools.guard", str(os.getpid()), name, value, *map(str, folders)]
     env = {key: text for key, text in os.environ.items() if key != name}
     guard = subprocess.Popen(
         command, cwd=APP, env=env, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
@@ -37,9 +37,8 @@ def guarded(name: str, value: str, *folders: Path) -> Iterator[None]:
         guard.communicate(GOODBYE)
 
 
-def main(name: str, value: str, *folders: str) -> None:
+def main(pid: str, name: str, value: str, *folders: str) -> None:
     """Wait until the program ends, and clean up unless it says that it has done so."""
-    owner = os.getppid()
     if sys.stdin.buffer.read(len(GOODBYE)) == GOODBYE:
         return
     from tools.processes import Processes  # here, because most guards never need it
@@ -51,7 +50,7 @@ def main(name: str, value: str, *folders: str) -> None:
         for left in folder.parent.glob(f"{folder.name}*"):
             shutil.rmtree(left, ignore_errors=True)
     with contextlib.suppress(OSError):  # the terminal may be gone
-        print(f"pid {owner} was killed; its guard stopped the {stopped} processes it left running", file=sys.stderr)
+        print(f"pid {pid} was killed; its guard stopped the {stopped} processes it left running", file=sys.stderr)
 
 
 if __name__ == "__main__":
