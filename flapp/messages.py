@@ -11,6 +11,7 @@ Both are ConfigRecords, `metrics` a MetricRecord, `arrays` an ArrayRecord of the
 """
 
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from tokenize import TokenError
@@ -33,6 +34,9 @@ LOST = {  # what Flower's own error codes mean; other errors come with the reaso
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "its answer expired before it could be read",
     ErrorCode.CLIENT_APP_CRASHED: "its process ended before it answered (killed, or out of memory)",
 }
+RAY_LOST = re.compile(
+    r"<class 'ray\.exceptions\.(ActorDied|ActorUnavailable|NodeDied|OutOfMemory|WorkerCrashed)Error'>"
+)
 
 
 class MessageError(ValueError):
@@ -169,7 +173,9 @@ def unpack_reply(content: RecordDict, kind: str = TRAIN) -> tuple[Claim, dict[st
 
 def describe_error(error: Error) -> str:
     """Say in one line why a message was not answered, in plain words where Flower's say little."""
-    return LOST.get(error.code) or one_line(error.reason or "")
+    reason = error.reason or ""
+    code = ErrorCode.CLIENT_APP_CRASHED if RAY_LOST.match(reason) else error.code
+    return LOST.get(code) or one_line(reason)
 
 
 def one_line(text: str) -> str:

@@ -40,7 +40,7 @@ from flwr.cli.install import install_from_fab
 
 from flapp.data import DataError, load_manifest
 from tools.certificates import make_server_files, make_site_keys
-from tools.processes import HOST, TOKEN, Processes, SuperLinkError, environment, free_port, is_free, last_line
+from tools.processes import HOST, TOKEN, Processes, SuperLinkError, environment, free_port, is_free, last_line, lives
 from tools.superlink import SuperLink
 from tools.supervisor import (
     FACTS,
@@ -59,10 +59,8 @@ from tools.verify_shards import verify_shards
 APP = Path(__file__).resolve().parents[1]
 READY_SECONDS, LEAVE_SECONDS, LOOK_SECONDS = 120, 25, 0.3
 SUPERVISOR_LOG = "supervisor.log"
-NODE_ID, LOG_BYTES = (
-    re.compile(r"SuperNode ID: (\d+)"),
-    1 << 16,
-)  # of a start of a SuperNode: its first lines hold the id
+NODE_ID = re.compile(r"SuperNode ID: (\d+)")
+LOG_BYTES = 1 << 16  # of what a SuperNode says after its start, in which its id is looked for
 
 
 class FederationError(RuntimeError):
@@ -159,17 +157,16 @@ def online_nodes(folder: Path, federation: Federation) -> set[str]:
 def find_missing(folder: Path, programs: dict[str, Any], online: set[str]) -> list[str]:
     """Name the SuperNodes that do not run now, or whose present process is not a node that is online."""
     names = [name for name in programs if name != SUPERLINK]
-    return [name for name in names if node_of(folder / name / LOG, programs[name]) not in online]
+    return [name for name in names if online.isdisjoint(node_ids(folder / name / LOG, programs[name]))]
 
 
-def node_of(log: Path, program: dict[str, Any]) -> str | None:
-    """Return the node id that a SuperNode's present process has written into its log; None if it is dead or has not."""
-    if program["pid"] is None or not psutil.pid_exists(program["pid"]):
-        return None
+def node_ids(log: Path, program: dict[str, Any]) -> list[str]:
+    """Return the node ids that a SuperNode has logged since its last start; none if its process is dead."""
+    if program["pid"] is None or not lives(program["pid"]):
+        return []
     with log.open("rb") as file:
         file.seek(program["log_start"])
-        found = NODE_ID.findall(file.read(LOG_BYTES).decode(errors="replace"))
-    return found[0] if found else None
+        return NODE_ID.findall(file.read(LOG_BYTES).decode(errors="replace"))
 
 
 def status(given: argparse.Namespace) -> int:

@@ -3,9 +3,9 @@
     python -m tools.guard PID NAME VALUE [FOLDER ...]      started by `guarded`, never by hand
 
 The program, process PID, holds the other end of the guard's standard input, which the system closes when the program
-ends, however it ends. Unless the program has sent GOODBYE by then, the guard stops all processes that carry the variable
-NAME=VALUE in their environment, and removes each FOLDER and the folders next to it whose names begin with its name. The
-guard has a session of its own, so that neither Ctrl-C nor a closed terminal ends it together with the program.
+ends, however it ends. If the program has not sent GOODBYE by then, the guard stops all processes that carry the
+variable NAME=VALUE in their environment, and removes each FOLDER and the folders next to it whose names begin with its
+name. The guard has a session of its own, so that neither Ctrl-C nor a closed terminal ends it with the program.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def main(pid: str, name: str, value: str, *folders: str) -> None:
     for folder in map(Path, folders):
         for left in folder.parent.glob(f"{folder.name}*"):
             shutil.rmtree(left, ignore_errors=True)
-    with contextlib.suppress(OSError):  # the terminal may be gone
+    with contextlib.suppress(OSError):  # if the terminal is gone
         print(f"pid {pid} was killed; its guard stopped the {stopped} processes it left running", file=sys.stderr)
 
 

@@ -160,6 +160,13 @@ def listens(process: int, port: int) -> bool:
     return False
 
 
+def lives(pid: int) -> bool:
+    """Say whether a process of this pid runs."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return _is_running(psutil.Process(pid))
+    return False
+
+
 def last_line(text: str) -> str:
     """Return the last line that says anything."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -85,13 +85,14 @@ def environment_of_writer(path: Path, holder: dict[str, Any]) -> dict[str, str]:
 
 
 def stop_submitted(values: dict[str, Any], holder: dict[str, Any]) -> list[int]:
-    """Have the SuperLink that a run was submitted to stop it."""
+    """Have the SuperLink that a run was submitted to stop it; raises StopError."""
+    run_id = holder.get("run_id")
+    if run_id is None:
+        raise StopError("the run is still starting: try again in a moment")
     _, superlink = choose_superlink(from_dict(values))
     with superlink:
         try:
-            superlink.flwr("stop", str(holder["run_id"]))
+            superlink.flwr("stop", str(run_id))
         except SuperLinkError as error:
-            raise StopError(
-                f"{error} (asked the SuperLink at {superlink.address} for run {holder['run_id']})"
-            ) from error
+            raise StopError(f"{error} (asked the SuperLink at {superlink.address} for run {run_id})") from error
     return [holder["pid"]]
