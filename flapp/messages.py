@@ -12,12 +12,14 @@ Both are ConfigRecords, `metrics` a MetricRecord, `arrays` an ArrayRecord of the
 
 import io
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 
 from flapp.source import source_digest
 from flapp.untrusted import printable, read_npy_header
@@ -27,6 +29,15 @@ ARRAYS, ORDER, METRICS, CLAIM, PIECE = "arrays", "order", "metrics", "claim", "p
 NUM_EXAMPLES, REPLAYED = "num-examples", "replayed"
 VAL = "val-"  # starts the names of metrics that are of validation samples
 LONGEST_TEXT, MOST_METRICS, MOST_CLASSES, MOST_PIECES = 500, 64, 1 << 16, 1 << 16  # that a message may hold
+LOST = {  # what Flower's own error codes mean; other errors come with the reason of whoever raised them
+    ErrorCode.NODE_UNAVAILABLE: "its node stopped answering (killed, out of memory, or disconnected)",
+    ErrorCode.MESSAGE_UNAVAILABLE: "its node left the federation, or did not answer before the message expired",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "its answer expired before it could be read",
+    ErrorCode.CLIENT_APP_CRASHED: "its process ended before it answered (killed, or out of memory)",
+}
+RAY_LOST = re.compile(
+    r"<class 'ray\.exceptions\.(ActorDied|ActorUnavailable|NodeDied|OutOfMemory|WorkerCrashed)Error'>"
+)
 
 
 class MessageError(ValueError):
@@ -159,6 +170,13 @@ def unpack_reply(content: RecordDict, kind: str = TRAIN) -> tuple[Claim, dict[st
     if lists := [name for name, value in metrics.items() if isinstance(value, list)]:
         raise MessageError(f"the reply's metric {one_line(lists[0])} is a list, not a number")
     return _read_claim(content.config_records, CLAIM), metrics  # type: ignore[return-value]
+
+
+def describe_error(error: Error) -> str:
+    """Say in one line why a message was not answered, in plain words where Flower's say little."""
+    reason = error.reason or ""
+    code = ErrorCode.CLIENT_APP_CRASHED if RAY_LOST.match(reason) else error.code
+    return LOST.get(code) or one_line(reason)
 
 
 def one_line(text: str) -> str:

@@ -25,6 +25,7 @@ metrics.json       the summary, written last: status, rounds, accuracy, loss, pe
 
 A run that ended before its first round was complete is a failed start: a new start of its name replaces all of it but
 log.txt, which tools.run adds to.
+running.json       only while a process writes here: its pid and Flower's id of the run (run_lock.py)
 
 A round is over when server_chunks.db holds it. A resumed run drops the lines of rounds that were not, and goes on. With
 resume_from it drops the rounds after that one as well, from every file.
@@ -37,6 +38,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import takewhile
 from logging import WARNING
 from math import isfinite
@@ -50,7 +52,8 @@ from flapp.checkpoint import ChunkManager
 from flapp.config import config_digest, differences, read_yaml, to_yaml
 from flapp.metrics_csv import MetricsCsv
 from flapp.origin import Origin
-from flapp.run_names import METRICS, STORE, check_new, is_run, open_locked, parse, put_in_place, restarts
+from flapp.run_lock import RUNNING, lock_run, name_holder
+from flapp.run_names import STORE, check_new, is_run, parse, put_in_place, restarts
 from flapp.settings import Config, ConfigError
 from flapp.stopwatch import Stopwatch
 from flapp.summary import Summary
@@ -59,13 +62,17 @@ from flapp.tensorboard import Events
 if TYPE_CHECKING:
     from torch import Tensor
 
+UNFINISHED, UNFINISHED_SECONDS = ".new-", 600  # a folder that will be a run's in a moment, or whose maker was killed
 SUMMARY = "summary of the run: "  # before metrics.json in the ServerApp's log, for those who have no access to the file
 
 
 class RunDirectory:
-    """Write the files of one run, of which no other process may be writing; `path` is its folder."""
+    """Write the files of one run, of which no other process may be writing.
 
-    def __init__(self, path: Path, config: Config) -> None:
+    path: the run's folder; run_id: Flower's id of the run.
+    """
+
+    def __init__(self, path: Path, config: Config, run_id: int | None = None) -> None:
         self.path = path
         self.config = config
         self.started = time.monotonic()
@@ -74,17 +81,19 @@ class RunDirectory:
         self.table = MetricsCsv(path / "metrics.csv")
         self.events: Events | None = None
         self.origin = Origin(path)
-        self._metrics = open_locked(path / METRICS, config)
+        self._metrics = lock_run(path, config.run_name)
+        name_holder(path, run_id)
         self.store = _open_store(path, config)
 
     @classmethod
-    def create(cls, config: Config) -> "RunDirectory":
+    def create(cls, config: Config, run_id: int | None = None) -> "RunDirectory":
         """Make the folder of a new run with its config in it; raises ConfigError when the name is taken."""
         path = check_new(config)
         made: Path | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            made = Path(tempfile.mkdtemp(prefix=".new-", dir=path.parent))
+            _remove_unfinished(path.parent)
+            made = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=path.parent))
             _write_text(made / "config.yaml", to_yaml(config))
             Origin(made).record(0)
             made.chmod(0o755)
@@ -94,19 +103,19 @@ class RunDirectory:
         finally:
             if made:
                 shutil.rmtree(made, ignore_errors=True)
-        return cls(path, config)
+        return cls(path, config, run_id)
 
     @classmethod
-    def reopen(cls, config: Config) -> "RunDirectory":
+    def reopen(cls, config: Config, run_id: int | None = None) -> "RunDirectory":
         """Open the folder of a run, cut back to its last complete round or to resume_from; raises ConfigError.
 
         A failed start has nothing to go back to, and is replaced.
         """
         if restarts(config):
-            return cls.create(config)
+            return cls.create(config, run_id)
         path = check_resumable(config)
         check_source(config)
-        run = cls(path, config)
+        run = cls(path, config, run_id)
         done = config.resume_from or run.last_round()
         change, doubt = run.origin.source_change(config.resume_from), run.origin.doubt(config.resume_from)
         run._drop_rounds_after(done)
@@ -208,6 +217,7 @@ class RunDirectory:
         if self.events:
             self.events.close()
         self.store.close()
+        (self.path / RUNNING).unlink(missing_ok=True)
         self._metrics.close()
 
     def _lines(self) -> Iterator[dict[str, Any]]:
@@ -264,6 +274,14 @@ class RunDirectory:
         self._metrics.seek(0, os.SEEK_END)
 
 
+def _remove_unfinished(folder: Path) -> None:
+    """Remove folders of runs that were killed while their folder was made, which takes a moment."""
+    for left in folder.glob(f"{UNFINISHED}*"):
+        with suppress(FileNotFoundError):  # another start removes it too
+            if time.time() - left.stat().st_mtime > UNFINISHED_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+
+
 def check_resumable(config: Config) -> Path:
     """Return the folder of the run that config.run_name names; raises ConfigError when it cannot be gone on with."""
     path = config.runs_dir / config.run_name
@@ -279,7 +297,7 @@ def check_resumable(config: Config) -> Path:
             f"run_name={config.run_name} was run with other settings ({'; '.join(changed)}): "
             "resume with those it began with, or give the new ones another run_name"
         )
-    open_locked(path / METRICS, config).close()
+    lock_run(path, config.run_name).close()
     if config.resume_from:
         with ChunkManager(path / STORE, create=False) as store:
             held = [kept.round for kept in store.rounds()]

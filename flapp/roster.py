@@ -7,7 +7,7 @@ clients (a simulation with fewer nodes than clients); one client lives at one no
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from logging import INFO, WARNING
 from typing import Any
@@ -27,6 +27,7 @@ from flapp.messages import (
     Claim,
     MessageError,
     Order,
+    describe_error,
     one_line,
     pack,
     pack_order,
@@ -187,17 +188,23 @@ class Roster:
         messages = [pack_order(node_id, ATTEST, self._own_order()) for node_id in node_ids]
         silent = {f"node {node_id}": f"gave no answer in {self.timeout:g} s" for node_id in node_ids}
         found: list[Member] = []
-        for reply in self.grid.send_and_receive(messages, timeout=self.timeout):
-            node_id = reply.metadata.src_node_id
+        for node_id, reply in self._answers(messages):
             silent.pop(f"node {node_id}", None)
             try:
                 if reply.has_error():
-                    raise MessageError(one_line(reply.error.reason or ""))
+                    raise MessageError(describe_error(reply.error))
                 found += [Member(claim, node_id) for claim in unpack_claims(reply.content, len(self.expected))]
             except MessageError as error:
                 self.refused[f"node {node_id}"] = str(error)
         self.refused |= silent
         return found
+
+    def _answers(self, messages: list[Message]) -> Iterator[tuple[int, Message]]:
+        """Send messages and yield the answers, each with the node asked: Flower answers for nodes that are gone."""
+        replies = self.grid.send_and_receive(messages, timeout=self.timeout)
+        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+        for reply in replies:
+            yield asked[reply.metadata.reply_to_message_id], reply
 
     def _own_order(self) -> Order:
         return Order("", 0, self.run_name, source_digest(), base=self.base_digest)
@@ -211,10 +218,9 @@ class Roster:
             arrays = ArrayRecord({key: pack(tensor.numpy()) for key, tensor in piece.items()})
             order = self._own_order()
             sent = [pack_piece(node_id, order, index, len(pieces), arrays) for node_id in node_ids]
-            for reply in self.grid.send_and_receive(sent, timeout=self.timeout):
+            for node_id, reply in self._answers(sent):
                 if reply.has_error():
-                    reason = one_line(reply.error.reason or "")
-                    log(WARNING, "node %d did not take the base: %s", reply.metadata.src_node_id, reason)
+                    log(WARNING, "node %d did not take the base: %s", node_id, describe_error(reply.error))
 
     def _admit(self, found: list[Member]) -> None:
         """Let in whoever is expected, consistent and alone in claiming an id; of twins seen together, neither."""

@@ -4,20 +4,17 @@ A run that ended before its first round was complete is a failed start. The next
 all but log.txt, whatever the settings of either.
 """
 
-import fcntl
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from flapp.checkpoint import CheckpointError, ChunkManager
 from flapp.metric_lines import read_line, sound_summary
+from flapp.run_lock import METRICS, held_lock
 from flapp.settings import Config, ConfigError
 from flapp.untrusted import read_json
 
-METRICS, STORE = "metrics.jsonl", "server_chunks.db"
+STORE = "server_chunks.db"
 
 
 def taken(config: Config) -> str:
@@ -36,8 +33,8 @@ def is_failed_start(path: Path) -> bool:
     if not is_run(path):
         return False
     try:
-        with _lock(path / METRICS) as lock:
-            return lock is not None and _has_no_round(path)
+        with held_lock(path) as held:
+            return held and _has_no_round(path)
     except (OSError, ValueError):
         return False  # a folder that we may not write, or a file that is damaged
 
@@ -88,8 +85,8 @@ def put_in_place(made: Path, path: Path, config: Config) -> None:
     if not path.exists():
         made.rename(path)
         return
-    with _lock(path / METRICS) as lock:
-        if lock is None or not _has_no_round(path):
+    with held_lock(path) as held:
+        if not held or not _has_no_round(path):
             raise ConfigError(taken(config))
         if (path / "log.txt").exists():
             shutil.copy(path / "log.txt", made)
@@ -97,33 +94,6 @@ def put_in_place(made: Path, path: Path, config: Config) -> None:
         path.rename(old)
         made.rename(path)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def open_locked(path: Path, config: Config) -> TextIO:
-    """Open a file and keep other processes out for as long as it is open; the system lets go when we are killed."""
-    if path.exists() and not path.is_file():  # opening a pipe would block
-        raise ConfigError(f"{path} is not a regular file: restore the run directory from a copy")
-    file = path.open("a+")
-    if not _is_locked(file, path):
-        file.close()
-        raise ConfigError(f"run_name={config.run_name} is still running: stop it before resume=true")
-    return file
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[TextIO | None]:
-    """Hold the lock of a run's file meanwhile; None when another process has it."""
-    with path.open("a+") as file:
-        yield file if _is_locked(file, path) else None
-
-
-def _is_locked(file: TextIO, path: Path) -> bool:
-    """Lock an open file, which must still be the one at `path`, and say whether that was possible."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except (BlockingIOError, FileNotFoundError):
-        return False
 
 
 def parse(text: str) -> dict[str, Any] | None:

@@ -91,7 +91,7 @@ def test_a_program_that_ends_at_once_is_started_again_after_pauses_that_double(
         now = child.next_start
         assert child.is_due()
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
-    assert child.facts() == {"pid": None, "restarts": 7}
+    assert child.facts() == {"pid": None, "restarts": 7, "log_start": 0}
 
 
 def test_a_program_that_ran_for_long_is_started_again_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

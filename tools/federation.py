@@ -4,7 +4,7 @@
     python -m tools.federation up --shards DIR             one for each client of a folder of shards, checked first
     python -m tools.federation up --clients 3 --tls        certificates, and only SuperNodes with registered keys
     python -m tools.run deployment=local clients=3         run something over it
-    python -m tools.federation status                      what runs; exits 1 unless all of it does
+    python -m tools.federation status                      what runs now; exits 1 unless all of it does
     python -m tools.federation down
 
 Everything lies in one folder, home/federation unless --folder says otherwise:
@@ -23,6 +23,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -41,7 +42,7 @@ from flwr.cli.install import install_from_fab
 from flapp.data import DataError, load_manifest
 from flapp.untrusted import printable, read_json
 from tools.certificates import make_server_files, make_site_keys
-from tools.processes import HOST, TOKEN, Processes, SuperLinkError, environment, free_port, is_free, last_line
+from tools.processes import HOST, TOKEN, Processes, SuperLinkError, environment, free_port, is_free, last_line, lives
 from tools.superlink import SuperLink
 from tools.supervisor import (
     FACTS,
@@ -60,6 +61,8 @@ from tools.verify_shards import verify_shards
 APP = Path(__file__).resolve().parents[1]
 READY_SECONDS, LEAVE_SECONDS, LOOK_SECONDS = 120, 25, 0.3
 SUPERVISOR_LOG = "supervisor.log"
+NODE_ID = re.compile(r"SuperNode ID: (\d+)")
+LOG_BYTES = 1 << 16  # of what a SuperNode says after its start, in which its id is looked for
 
 
 class FederationError(RuntimeError):
@@ -136,21 +139,36 @@ def wait_until_ready(folder: Path, federation: Federation, process: subprocess.P
             raise FederationError(f"the supervisor ended: {last_line((folder / SUPERVISOR_LOG).read_text())}")
         if seen is None or not seen["ready"]:
             missing = SUPERLINK
-        elif (online := count_online(folder, federation)) == len(federation.clients):
-            return
+        elif missing_nodes := find_missing(folder, seen["programs"], online_nodes(folder, federation)):
+            missing = f"{len(missing_nodes)} of {len(federation.clients)} SuperNodes"
         else:
-            missing = f"{len(federation.clients) - online} of {len(federation.clients)} SuperNodes"
+            return
         time.sleep(LOOK_SECONDS)
     logs = {name: folder / name / LOG for name in (SUPERLINK, *map(site_name, federation.clients))}
     words = "; ".join(f"{name}: {last_line(path.read_text())}" for name, path in logs.items() if path.exists())
     raise FederationError(f"after {READY_SECONDS} s, not there: {missing}. Last words: {words[:1000]}")
 
 
-def count_online(folder: Path, federation: Federation) -> int:
-    """Return how many SuperNodes the SuperLink says are online."""
+def online_nodes(folder: Path, federation: Federation) -> set[str]:
+    """Return the ids of the nodes that the SuperLink says are online; a dead one stays so for up to a minute."""
     with SuperLink(federation.address, root_certificates(folder, federation)) as superlink:
         nodes = superlink.flwr("supernode", "list")["nodes"]
-    return sum(node["status"] == "online" for node in nodes)
+    return {str(node["node-id"]) for node in nodes if node["status"] == "online"}
+
+
+def find_missing(folder: Path, programs: dict[str, Any], online: set[str]) -> list[str]:
+    """Name the SuperNodes that do not run now, or whose present process is not a node that is online."""
+    names = [name for name in programs if name != SUPERLINK]
+    return [name for name in names if online.isdisjoint(node_ids(folder / name / LOG, programs[name]))]
+
+
+def node_ids(log: Path, program: dict[str, Any]) -> list[str]:
+    """Return the node ids that a SuperNode has logged since its last start; none if its process is dead."""
+    if program["pid"] is None or not lives(program["pid"]):
+        return []
+    with log.open("rb") as file:
+        file.seek(program["log_start"])
+        return NODE_ID.findall(file.read(LOG_BYTES).decode(errors="replace"))
 
 
 def status(given: argparse.Namespace) -> int:
@@ -159,24 +177,40 @@ def status(given: argparse.Namespace) -> int:
     federation = known_federation(folder)
     seen = read_seen(folder)
     if find_supervisor(folder) is None or seen is None:
-        raise FederationError(f"the federation of {folder} is down: bring it up")
+        raise FederationError(describe_down(folder, federation, seen))
     try:
-        online, fault = count_online(folder, federation), ""
+        online, fault = online_nodes(folder, federation), ""
     except SuperLinkError as error:
-        online, fault = 0, str(error)
+        online, fault = set(), str(error)
+    missing = find_missing(folder, seen["programs"], online)
     facts = {
         "address": federation.address,
         "tls": federation.tls,
         "root_certificates": str(folder / "ca.crt") if federation.tls else None,
         "clients": len(federation.clients),
-        "online": online,
+        "online": len(federation.clients) - len(missing),
+        "missing": missing,
         **seen,
     }
-    healthy = online == len(federation.clients) and all(each["pid"] for each in seen["programs"].values())
+    healthy = not missing and all(each["pid"] for each in seen["programs"].values())
     print(json.dumps(facts | {"healthy": healthy}, indent=1) if given.json else table(folder, facts))
     if fault:
         print(f"error: {fault}", file=sys.stderr)
     return int(not healthy)
+
+
+def describe_down(folder: Path, federation: Federation, seen: dict[str, Any] | None) -> str:
+    """Say in one line that no supervisor runs, whether it was killed, and what to do."""
+    left = [process.pid for process in Processes(federation.token).running()]
+    if left:
+        pids = ", ".join(map(str, left))
+        return (
+            f"the supervisor of {folder} is gone, and {len(left)} of its processes still run (pids {pids}): "
+            "take the federation down, then bring it up"
+        )
+    if seen is None:
+        return f"the federation of {folder} is down: bring it up"
+    return f"the supervisor of {folder} (pid {seen['pid']}) was killed and its programs have been stopped: bring it up"
 
 
 def table(folder: Path, facts: dict[str, Any]) -> str:
@@ -185,7 +219,8 @@ def table(folder: Path, facts: dict[str, Any]) -> str:
     lines = [f"SuperLink at {facts['address']} ({secure}): {facts['online']} of {facts['clients']} SuperNodes online"]
     width = max(map(len, facts["programs"]))
     for name, program in facts["programs"].items():
-        state = f"pid {program['pid']}" if program["pid"] else "waits to be started again"
+        offline = " (not online)" if name in facts["missing"] else ""
+        state = f"pid {program['pid']}{offline}" if program["pid"] else "waits to be started again"
         again = f"  started {program['restarts'] + 1} times" if program["restarts"] else ""
         lines.append(f"  {name:<{width}}  {state:<12}  {folder / name / LOG}{again}")
     return "\n".join(lines)

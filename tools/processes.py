@@ -5,6 +5,7 @@ whoever its parent has become.
 """
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -18,10 +19,14 @@ import psutil
 
 HOST = "127.0.0.1"
 TOKEN = "FLAPP_SUPERLINK"
-SWEEP = "FLAPP_SWEEP"  # a folder after which the SuperLinks of one command are called; see sweep.py
+SWEEP, OWNER = (
+    "FLAPP_SWEEP",
+    "owner",
+)  # a folder after which the SuperLinks of one command are called, and a file there; see sweep.py
 # The last two make Flower open further ports, which answer everybody.
 NOT_PASSED_ON = ("PYTHONPATH", "RAY_ADDRESS", "FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_INTERNAL_GRPC_FLEET_API")
 STOP_SECONDS, KILL_SECONDS = 5, 30
+CLOCK_SECONDS = 5  # by which the system's clock, and with it the start of a process, may be adjusted
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -30,10 +35,14 @@ class SuperLinkError(RuntimeError):
 
 
 class Processes:
-    """Find and stop all processes that carry a token, or one that begins with it, this one excepted."""
+    """Find and stop all processes that carry a token, or one that begins with it, this one excepted.
 
-    def __init__(self, token: str) -> None:
+    variable: of the environment, in which they carry it.
+    """
+
+    def __init__(self, token: str, variable: str = TOKEN) -> None:
         self.token = token
+        self.variable = variable
         self.known: dict[int, psutil.Process] = {}
 
     def running(self) -> list[psutil.Process]:
@@ -41,7 +50,7 @@ class Processes:
         found: dict[int, psutil.Process] = {}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
-                if process.pid != os.getpid() and process.environ().get(TOKEN, "").startswith(self.token):
+                if process.pid != os.getpid() and process.environ().get(self.variable, "").startswith(self.token):
                     found |= {each.pid: each for each in (process, *process.children(recursive=True))}
         self.known |= found
         return [process for process in self.known.values() if _is_running(process)]
@@ -60,6 +69,23 @@ class Processes:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def note_process(path: Path) -> None:
+    """Write into a file which process this is."""
+    process = psutil.Process()
+    path.write_text(json.dumps([process.pid, process.create_time()]))
+
+
+def noted_process(path: Path) -> psutil.Process | None:
+    """Return the process that a file of note_process names, if it still runs and is not another of the same pid."""
+    try:
+        pid, began = json.loads(path.read_text())
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - began) < CLOCK_SECONDS
+    except (OSError, ValueError, psutil.Error):
+        return None
+    return process if same and _is_running(process) else None
 
 
 def environment(folder: Path, token: str) -> dict[str, str]:
@@ -131,6 +157,13 @@ def listens(process: int, port: int) -> bool:
     with contextlib.suppress(psutil.Error):
         sockets = psutil.Process(process).net_connections("tcp4")
         return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in sockets)
+    return False
+
+
+def lives(pid: int) -> bool:
+    """Say whether a process of this pid runs."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return _is_running(psutil.Process(pid))
     return False
 
 

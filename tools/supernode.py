@@ -18,8 +18,10 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -110,13 +112,21 @@ def run_supernode() -> Any:
 
     def popen(command: list[str]) -> Any:
         assert command[0] == SUPEREXEC, command
-        return subprocess.Popen(own_command("superexec", *command[1:]))
+        process = subprocess.Popen(own_command("superexec", *command[1:]))
+        threading.Thread(target=end_with, args=(process,), daemon=True).start()
+        return process
 
     replace_names(NODE, time=Pauses(), subprocess=SimpleNamespace(Popen=popen))
     load_sibling("owner_only").protect(COMMAND)
     from flwr.supernode.cli import flower_supernode
 
     return flower_supernode()
+
+
+def end_with(process: subprocess.Popen[bytes]) -> None:
+    """End this process when `process` does: a SuperNode without its SuperExec is online but answers nothing."""
+    process.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run_superexec() -> Any:

@@ -1,7 +1,8 @@
 """Keep a SuperLink and its SuperNodes running: whatever ends is started again, after a pause that grows.
 
 `python -m tools.federation up` starts this program and leaves it to run by itself. It reads <folder>/federation.json,
-writes what it sees to <folder>/supervisor.json, and on SIGTERM stops the SuperNodes and then the SuperLink.
+writes what it sees to <folder>/supervisor.json, and on SIGTERM stops the SuperNodes and then the SuperLink, and removes
+supervisor.json. If it is killed, its guard stops them; supervisor.json stays.
 """
 
 import json
@@ -19,7 +20,8 @@ from types import FrameType
 from typing import Any
 
 from flapp.untrusted import printable, read_json
-from tools.processes import HOST, SuperLinkError, answers, environment, free_port
+from tools.guard import guarded
+from tools.processes import HOST, TOKEN, SuperLinkError, answers, environment, free_port
 from tools.superlink import OWN_SUPERLINK, SuperLink
 
 FACTS, SEEN, LOG = "federation.json", "supervisor.json", "log.txt"
@@ -131,6 +133,7 @@ class Child:
         self.folder = folder
         self.process: subprocess.Popen[bytes] | None = None
         self.restarts = -1
+        self.log_start = 0  # bytes of the log that earlier starts have written
         self.started = self.next_start = 0.0
         self.pause = FIRST_PAUSE
 
@@ -138,6 +141,7 @@ class Child:
         """Start the program from its own folder, its words added to its log."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / LOG).open("ab") as log:
+            self.log_start = log.tell()
             self.process = subprocess.Popen(command, env=env, cwd=self.folder, stdout=log, stderr=log)
         self.started = time.monotonic()
         self.restarts += 1
@@ -166,7 +170,8 @@ class Child:
 
     def facts(self) -> dict[str, Any]:
         """Return what `status` shows."""
-        return {"pid": self.process.pid if self.process else None, "restarts": max(0, self.restarts)}
+        pid = self.process.pid if self.process else None
+        return {"pid": pid, "restarts": max(0, self.restarts), "log_start": self.log_start}
 
 
 class Supervisor:
@@ -243,10 +248,12 @@ def supervise(folder: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
     supervisor = Supervisor(folder)
-    try:
-        supervisor.run()
-    finally:
-        supervisor.stop()
+    with guarded(TOKEN, supervisor.federation.token):
+        try:
+            supervisor.run()
+        finally:
+            supervisor.stop()
+            (folder / SEEN).unlink(missing_ok=True)
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:

@@ -30,7 +30,8 @@ from hydra.types import RunMode
 
 from flapp.run_names import taken
 from flapp.settings import VALIDATION_FRACTION, Config, ConfigError
-from tools.processes import SWEEP, Processes, available_cpus
+from tools.guard import guarded
+from tools.processes import OWNER, SWEEP, Processes, available_cpus, note_process
 from tools.progress import is_json
 from tools.submit import CONFIG, is_here
 
@@ -51,19 +52,21 @@ Outcome = dict[str, Any]
 def gathered(outcomes: list[Outcome]) -> Iterator[None]:
     """Let jobs report, here or in processes started from here, and fill `outcomes` in their order in the end.
 
-    Stops what jobs that were killed have left running.
+    Stops what jobs that were killed have left running. If this process itself is killed, its guard does.
     """
     folder = Path(tempfile.mkdtemp(prefix="flapp-"))
-    os.environ[SWEEP] = str(folder)
-    try:
-        yield
-    finally:
-        Processes(str(folder)).stop()
-        reports = sorted(folder.glob("*.json"), key=lambda path: int(path.stem))
-        outcomes += [json.loads(path.read_text()) for path in reports]
-        for left in folder.parent.glob(f"{folder.name}*"):
-            shutil.rmtree(left, ignore_errors=True)
-        del os.environ[SWEEP]
+    with guarded(SWEEP, str(folder), folder):
+        note_process(folder / OWNER)
+        os.environ[SWEEP] = str(folder)
+        try:
+            yield
+        finally:
+            Processes(str(folder)).stop()
+            reports = sorted(folder.glob("*.json"), key=lambda path: int(path.stem))
+            outcomes += [json.loads(path.read_text()) for path in reports]
+            for left in folder.parent.glob(f"{folder.name}*"):
+                shutil.rmtree(left, ignore_errors=True)
+            del os.environ[SWEEP]
 
 
 @contextlib.contextmanager

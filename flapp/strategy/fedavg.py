@@ -23,6 +23,7 @@ from flapp.messages import (
     VAL,
     Claim,
     MessageError,
+    describe_error,
     one_line,
     size_of,
     unpack_arrays,
@@ -313,7 +314,7 @@ class FedAvg(FlowerFedAvg):
     def _check(self, name: str, reply: Message) -> dict[str, float]:
         """Return a reply's metrics if all of it is sound; raises MessageError with the reason otherwise."""
         if reply.has_error():
-            raise MessageError(f"failed: {one_line(reply.error.reason or '')}")
+            raise MessageError(f"failed: {describe_error(reply.error)}")
         claim, metrics = unpack_reply(reply.content, self.exchange.kind)
         if fault := self.roster.check(name, claim) or self._find_metric_fault(name, metrics):
             raise MessageError(fault)
