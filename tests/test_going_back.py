@@ -23,7 +23,8 @@ from tools.progress import RoundReader
 Federate = Callable[..., tuple[dict[str, Any], Path]]
 TOY = ("experiment=toy_regression", "num_rounds=5", "checkpoint.keep_rounds=3")
 FEDSA = (
-    *("dataset=digits", "strategy=fedlora", "strategy.aggregation=fedsa", "lora=default", "lora.rank=2", "clients=2"),
+    *("dataset=digits", "strategy=fedlora", "strategy.aggregation=fedsa", "evaluate.objective=personal_accuracy"),
+    *("lora=default", "lora.rank=2", "clients=2"),
     *("num_rounds=4", "train.steps=2", "evaluate.every=4", "checkpoint.keep_rounds=3"),
 )
 
