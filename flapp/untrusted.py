@@ -128,7 +128,7 @@ def open_npy(path: Path, mode: str = "c", kinds: str = "biuf") -> np.ndarray:
         shape, fortran, dtype, offset = read_npy_header(file.read(NPY_HEADER), kinds)
     needed = offset + math.prod(shape) * dtype.itemsize
     if needed != size:
-        more = f"{size - needed:,} bytes behind its array" if size > needed else f"{needed - size:,} bytes too few"
+        more = f"{size - needed:,} bytes behind its array" if size > needed else f"{needed - size:,} bytes too few for its array"
         raise ValueError(f"it has {more}")
     if needed == offset:
         return np.empty(shape, dtype)
