@@ -128,8 +128,8 @@ def open_npy(path: Path, mode: str = "c", kinds: str = "biuf") -> np.ndarray:
         shape, fortran, dtype, offset = read_npy_header(file.read(NPY_HEADER), kinds)
     needed = offset + math.prod(shape) * dtype.itemsize
     if needed != size:
-        more = f"{size - needed:,} bytes behind its array" if size > needed else f"{needed - size:,} bytes too few"
-        raise ValueError(f"it has {more}")
+        fault = "behind" if size > needed else "too few for"
+        raise ValueError(f"it has {abs(size - needed):,} bytes {fault} its array")
     if needed == offset:
         return np.empty(shape, dtype)
     return np.memmap(path, dtype, mode, offset, shape, "F" if fortran else "C")  # type: ignore[call-overload]

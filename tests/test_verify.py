@@ -133,7 +133,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "an empty file": (lambda s: (s / "images.npy").write_bytes(b""), "images header and length", "no .npy header"),
     "pickled images": (save("images", lambda a: a.astype(object), True), "images header and length", "Python objects"),
     "pickled labels": (save("labels", lambda a: a.astype(object), True), "labels header and length", "Python objects"),
-    "a truncated file": (truncate, "images header and length", "mmap length is greater than file size"),
+    "a truncated file": (truncate, "images header and length", "too few"),
     "a file of double size": (double, "images header and length", "11,520 bytes behind its array"),
     "float images": (save("images", lambda a: a.astype(np.float32)), "images header and length", "holds float32"),
     "int32 labels": (save("labels", lambda a: a.astype(np.int32)), "labels header and length", "holds int32"),
