@@ -466,7 +466,7 @@ def test_a_killed_run_ends_within_seconds_and_is_resumed_to_the_same_bytes(
         time.sleep(random.uniform(0, 2))
     (folder,) = (each for each in temporary.iterdir() if (each / OWNER).exists())
     run.kill()
-    wait_for(lambda: not Processes(str(folder), SWEEP).running() and not list(temporary.iterdir()))
+    wait_for(lambda: not Processes(str(folder), SWEEP).running() and not list(temporary.glob("flapp-*")))
     check_end(tool, path, federate, *TOY, ROUNDS)
 
 
@@ -495,7 +495,7 @@ def test_an_orphan_without_a_guard_is_named_and_stopped(
     finally:
         guard.resume()
     guard.wait(GONE_SECONDS)
-    assert list(temporary.iterdir()) == []
+    assert list(temporary.glob("flapp-*")) == []
     check_end(tool, path, federate, *TOY, ROUNDS)
 
 
@@ -509,7 +509,7 @@ def test_stop_interrupts_a_run_as_ctrl_c_does(tool: Callable[..., Any], tmp_path
     status, _, error = finish(run)
     assert status == 130
     assert error.splitlines()[-1] == "error: interrupted; everything that was started has been stopped"
-    assert not list(temporary.iterdir())
+    assert not list(temporary.glob("flapp-*"))
 
 
 @pytest.mark.slow
