@@ -19,12 +19,12 @@ from yaml import YAMLError
 from flapp.checkpoint import CheckpointError, ChunkManager
 from flapp.config import read_yaml
 from tools.page.run import Clients, Job, Run, Stores, by_number, number
+from tools.superlink import ANSI
 
 METRICS, STORE = "metrics.jsonl", "server_chunks.db"  # of flapp.results, which would import PyTorch
 RUN_FILES = ("config.yaml", METRICS, "metrics.json")
 STORES_OPENED = 50
 LOG_BYTES, LOG_LINES = 32_768, 40
-ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class ReportError(ValueError):
