@@ -256,7 +256,7 @@ def test_optuna_searches_on_after_failed_trials(tmp_path: Path, limit: float, fa
         import sys
         from tools import run
 
-        def stand_in(config):
+        def stand_in(config, on_start):
             if config.train.lr > {limit}:
                 raise run.RunError("too high")
             facts = {{"rounds": 1, "seconds": 1, "model_sha256": "ab", "run_dir": config.run_name}}

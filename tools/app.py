@@ -14,7 +14,7 @@ SHIPPED = ("pyproject.toml", "README.md")  # a wheel has them in the package, be
 
 @contextmanager
 def app_folder() -> Iterator[Path]:
-    """Give a folder with pyproject.toml, flapp/ and conf/: the checkout, or a temporary copy of what a wheel installed."""
+    """Give a folder with pyproject.toml, flapp/ and conf/: the checkout, or a temporary copy of an installed wheel."""
     if CONF.parent != PACKAGE:
         yield APP
         return

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flapp.checkpoint import CheckpointError, ChunkManager
-from flapp.results import STORE
+from tools.page.reading import STORE
 
 REPLACED = ("run_name=", "resume=", "resume_from=")
 
