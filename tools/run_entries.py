@@ -16,7 +16,7 @@ from flapp.config import compose
 from flapp.settings import ConfigError
 from tools.page.reading import METRICS, flat, read_config, read_json
 
-BARE = re.compile(r"[A-Za-z0-9_./-]+")  # a value that needs no quotes in Hydra's grammar
+BARE = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")  # a string that needs no quotes in Hydra's grammar
 OWN = ("home", "run_name", "experiment", "resume", "resume_from", "resume_anyway")  # settings that say nothing here
 
 
@@ -154,7 +154,10 @@ def word(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(word, value))}]"
     text = str(value).lower() if isinstance(value, bool) else str(value)
-    if not isinstance(value, str) or (BARE.fullmatch(text) and text.lower() not in ("null", "true", "false")):
+    if not isinstance(value, str) or (
+        BARE.fullmatch(text) and text.lower() not in ("null", "true", "false", "inf", "nan")
+    ):
         return text
-    quoted = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{quoted}'"
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(text, Quote.single).with_quotes()
