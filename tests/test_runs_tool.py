@@ -122,7 +122,8 @@ def test_json_gives_sizes_in_bytes_with_split_models(home: Path, flapp_runs: Com
 
 def test_show_says_which_settings_differ_and_how_to_resume(home: Path, flapp_runs: Command) -> None:
     path = write_real_run(home, "mine", "experiment=toy_regression", "num_rounds=9", "train.clip_norm=2.5")
-    (path / "log.txt").write_text("".join(f"line {i}\n" for i in range(9)))
+    lines = [f"INFO 2026-11-21 10:00:00,00{i}:      line {i}\nINFO 2026-11-21 10:00:00,123:      \n" for i in range(9)]
+    (path / "log.txt").write_text("".join(lines) + "INFO 2026-11-21 10:00:00,009: " + "word " * 50 + "\n")
     status, out, _ = flapp_runs("show", "mine")
     words = "experiment=toy_regression num_rounds=9 train.clip_norm=2.5"
     assert status == 0
@@ -130,7 +131,10 @@ def test_show_says_which_settings_differ_and_how_to_resume(home: Path, flapp_run
     assert f"  settings           {words}\n" in out
     assert out.endswith(
         "last lines of log.txt:\n"
-        + "".join(f"  line {i}\n" for i in range(4, 9))
+        + "".join(f"  INFO 2026-11-21 10:00:00,00{i}: line {i}\n" for i in range(5, 9))
+        + "  INFO 2026-11-21 10:00:00,009: "
+        + "word " * 23
+        + "...\n"
         + f"resume with: flapp run {words} run_name=mine resume=true\n"
     )
 

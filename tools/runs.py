@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -28,7 +29,8 @@ from tools.resuming import complete_rounds, resume_command
 from tools.run_entries import Entry, RunsError, changed_words, describe, find_runs, jobs_of, locked
 
 SWEEP_FILES = ("sweep.json", "multirun.yaml", "optimization_results.yaml")
-LAST_LINES = 5
+LAST_LINES, LOG_WIDTH = 5, 150
+EMPTY = "INFO 2026-11-21 10:00:00,123:"  # what Flower's log says where it leaves a line empty
 FIGURES = ("error", "accuracy", "personal_accuracy", "loss", "bytes_up", "bytes_down", "seconds", "model_sha256")
 
 
@@ -75,7 +77,8 @@ def show(given: argparse.Namespace) -> dict[str, Any]:
     if entry.status in ("interrupted", "failed") and complete_rounds(path):
         place = [] if given.home == default_home() else [f"home={given.home}"]
         resume = resume_command([*words, *place], entry.name)
-    more = {"summary": read_json(path / "metrics.json", {}), "log": tail(path / "log.txt")[-LAST_LINES:]}
+    log = [line for line in tail(path / "log.txt") if len(line.split()) > len(EMPTY.split())]
+    more = {"summary": read_json(path / "metrics.json", {}), "log": log[-LAST_LINES:]}
     return {**asdict(entry), "path": str(path), "changed": words, **more, "resume": resume}
 
 
@@ -89,7 +92,7 @@ def show_lines(found: dict[str, Any]) -> Iterator[str]:
     yield from (f"  {key:<18} {value}" for key, value in facts.items())
     if found["log"]:
         yield "last lines of log.txt:"
-        yield from (f"  {line}" for line in found["log"])
+        yield from (f"  {textwrap.shorten(line, LOG_WIDTH, placeholder=' ...')}" for line in found["log"])
     if found["resume"]:
         yield f"resume with: {found['resume']}"
 
