@@ -90,8 +90,8 @@ def name_override(words: Sequence[str]) -> list[str]:
     is_swept = experiment is not None and not PLAIN.fullmatch(experiment)
     if "run_name" in given or not (is_swept or any(chosen)):
         return []
-    first = None if is_swept or (chosen[0] and experiment is None) else "${experiment}"
-    parts = [*([first] if first else []), *(value for value in chosen if value and PLAIN.fullmatch(value))]
+    parts = [] if is_swept or (chosen[0] and experiment is None) else ["${experiment}"]
+    parts += [value for value in chosen if value and PLAIN.fullmatch(value)]
     return [f"run_name='{'_'.join(parts) or 'sweep'}-${{now:%Y%m%d-%H%M%S}}'"]
 
 

@@ -67,7 +67,7 @@ def job(tree: DictConfig) -> float | None:
                 print(final_line(summary))
         except (RunError, FederationError, SuperLinkError, OmegaConfBaseException, OSError, ValueError) as error:
             outcome["error"] = str(explain(error) if isinstance(error, OmegaConfBaseException) else error)
-            if "resume" in outcome["error"]:
+            if "resume=true" in outcome["error"]:
                 outcome["resumable"] = None  # the error says itself how to go on
             fail(outcome["error"], 1, run_name, getattr(error, "summary", None))
     return sweep.objective_of(outcome)
@@ -151,7 +151,7 @@ def run_jobs(outcomes: list[sweep.Outcome]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         return fail(str(explain(error)), 1)
     except BrokenExecutor as error:
-        return fail(f"{str(error).partition('.')[0]}: go on with the sweep by resume=true", 1)
+        return fail(f"{str(error).partition('.')[0]}: resume the sweep with resume=true", 1)
     except KeyboardInterrupt:
         return fail("interrupted; everything that was started has been stopped", 130)
     except ValueError:

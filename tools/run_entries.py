@@ -26,7 +26,7 @@ class RunsError(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One run of the list; sizes in bytes, started in local time."""
+    """One run of the list; sizes in bytes; started: the last time that it was, in local time."""
 
     name: str
     status: str

@@ -1,6 +1,6 @@
 """List, show and remove the runs below home/runs.
 
-    flapp runs list                        every run: status, rounds, accuracy, when it started, what it takes on disk
+    flapp runs list                        every run: status, rounds, accuracy, last start, sizes on disk
     flapp runs show NAME                   its settings, figures and last lines, and the command that resumes it
     flapp runs remove NAME... [--yes]      its folder and its clients' stores, after asking; of a sweep, all its runs
 

@@ -53,12 +53,12 @@ def run_once(config: Config, on_start: Callable[[], object] = lambda: None) -> d
     elif here:
         check_new(config)
     before = stamp(path, CONFIG)
-    config, superlink = choose_superlink(config)
-    if here and config.deployment.client_keys is not None:
-        ClientKeys(Path(config.deployment.client_keys))  # the run would end at once if these cannot be read
     federation_words = []
     if config.deployment.kind == "simulation":
         federation_words = ["--federation-config", simulation_words(config)]
+    config, superlink = choose_superlink(config)
+    if here and config.deployment.client_keys is not None:
+        ClientKeys(Path(config.deployment.client_keys))  # the run would end at once if these cannot be read
     on_start()
     with superlink, app_folder() as app:
         settings = superlink.folder / "run.toml"
