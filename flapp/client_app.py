@@ -10,6 +10,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common import log
+from flwr.common.logger import update_console_handler
 
 from flapp.architecture import adapt, build, choose_device, pruned_rank
 from flapp.base import find_base, load_base, receive_piece
@@ -36,6 +37,7 @@ from flapp.settings import Config, ConfigError, DatasetConfig, ModelConfig, Site
 from flapp.training import StepRules, TrainResult, build_optimizer, evaluate, scheduled_lr, train
 
 app = ClientApp(mods=[name_errors_mod, checkpoint_mod, privacy_mod])
+update_console_handler(timestamps=True)  # in the process that runs the app
 
 
 @app.query("attest")

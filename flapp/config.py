@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 import threading
 import typing
@@ -22,7 +23,8 @@ from flapp.rules import PATHS, check_together
 from flapp.settings import Config, ConfigError, Site
 from flapp.untrusted import DEEPEST, parse_json, printable, read_bytes
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+PACKAGE = Path(__file__).resolve().parent
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # of a wheel, or of a checkout
 FREE = (  # a resumed run may change these: they do not reach its bytes
     *("home", "run_name", "resume", "resume_from", "resume_anyway", "deployment", "checkpoint", "split", "results"),
     *("strategy.wait_for_clients", "strategy.timeout"),
@@ -32,6 +34,7 @@ FREE = (  # a resumed run may change these: they do not reach its bytes
 MOST_YAML = 256 << 10  # bytes of a run's config.yaml, which has a few kB
 MOST_NODES = 20_000  # keys and values in it; OmegaConf takes seconds for as many
 MOST_SCALAR = 4096  # characters of a value without quotes: a number of more digits takes quadratic time
+PLAIN = re.compile(r"[A-Za-z0-9._-]+")  # a value that can be part of a run's name: one choice, not a sweep of several
 _compose_lock = threading.Lock()  # GlobalHydra is one per process and not thread-safe
 
 
@@ -73,10 +76,28 @@ def compose(overrides: Sequence[str], base: Path | None = None) -> Config:
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(CONF), version_base="1.3"):
-                tree = hydra_compose("config", overrides=list(overrides))
+                tree = hydra_compose("config", overrides=[*overrides, *name_override(overrides)])
             return from_tree(tree, base)
         except (HydraException, OmegaConfBaseException) as error:
             raise explain(error) from error
+
+
+def name_override(words: Sequence[str]) -> list[str]:
+    """Return an override of run_name for a command that chooses a dataset, model or strategy, or sweeps experiments.
+
+    The name then says what was chosen: the experiment, unless only a dataset replaces it, then dataset, model and
+    strategy. Choices that a sweep varies are left out. Empty when run_name is given, or when the default in
+    conf/config.yaml (experiment and time) is right.
+    """
+    given = {key: value.strip("'\"") for key, _, value in (word.partition("=") for word in words)}
+    chosen = [given.get("dataset.name", given.get("dataset")), given.get("model"), given.get("strategy")]
+    experiment = given.get("experiment")
+    is_swept = experiment is not None and not PLAIN.fullmatch(experiment)
+    if "run_name" in given or not (is_swept or any(chosen)):
+        return []
+    parts = [] if is_swept or (chosen[0] and experiment is None) else ["${experiment}"]
+    parts += [value for value in chosen if value and PLAIN.fullmatch(value)]
+    return [f"run_name='{'_'.join(parts) or 'sweep'}-${{now:%Y%m%d-%H%M%S}}'"]
 
 
 def from_tree(tree: Any, base: Path | None = None) -> Config:

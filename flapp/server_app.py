@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.common import log
+from flwr.common.logger import update_console_handler
 from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
@@ -49,6 +50,7 @@ from flapp.summary import StoppedEarly
 from flapp.training import evaluate
 
 app = ServerApp()
+update_console_handler(timestamps=True)  # in the process that runs the app
 
 
 @app.main()

@@ -160,8 +160,10 @@ def test_bars_show_rounds_with_figures_and_the_replies_of_the_phase(
         progress.look()
         assert "round 3 train: 1/3" in str(progress.replies)
         assert " 2/3 " in str(progress.rounds)
-        loss = next(json.loads(line)["loss"] for line in reversed(lines[:-2]) if json.loads(line)["kind"] == "train")
-        assert f"loss={loss:.4f}, up=1.80kB, down=2.70kB" in str(progress.rounds)
+        written = [json.loads(line) for line in reversed(lines[:-2])]
+        train, test = (next(line["loss"] for line in written if line["kind"] == kind) for kind in ("train", "evaluate"))
+        figures = f"train loss={train:.4f}, test loss={test:.4f}, up=1.80kB, down=2.70kB"
+        assert figures in str(progress.rounds)
 
 
 def test_a_resumed_run_is_not_shown_what_the_earlier_start_said(
@@ -204,7 +206,8 @@ def test_with_json_stdout_has_nothing_but_lines_of_json(
     events: list[str],
     status: int,
 ) -> None:
-    def run_once(settings: Config) -> dict[str, Any]:
+    def run_once(settings: Config, on_start: Callable[[], object]) -> dict[str, Any]:
+        on_start()
         if isinstance(outcome, Exception):
             raise outcome
         return outcome | {"status": "finished", "run_dir": "/r"}
@@ -216,6 +219,7 @@ def test_with_json_stdout_has_nothing_but_lines_of_json(
     assert run.main() == status
     found = json_lines(capsys.readouterr().out)
     assert [(line["event"], line["run_name"]) for line in found] == [(event, "j") for event in events]
+    assert found[0]["parameters"] == 11
     assert found[-1]["summary"]["status"] == ("failed" if status else "finished")
 
 

@@ -103,7 +103,9 @@ def test_a_run_by_command_gives_the_bytes_of_the_run_in_process(tmp_path: Path, 
     summary = json.loads((path / "metrics.json").read_text())
     expected, _ = federate("model=linear", "num_rounds=2", "clients=4")
     assert summary["model_sha256"] == expected["model_sha256"]
-    assert "[ROUND 2/2]" in (path / "log.txt").read_text()
+    log = (path / "log.txt").read_text()
+    assert re.search(r"^INFO \d{4}-\d\d-\d\d [\d:,]+: +\[ROUND 2/2\]$", log, re.MULTILINE)
+    assert "\x1b" not in log
     assert started_processes(tmp_path) == []
     again = run(tmp_path, "run_name=one")
     assert again.returncode == 1
@@ -130,9 +132,11 @@ def test_flwr_run_gives_the_same_bytes_with_flowers_two_default_nodes(tmp_path: 
 def test_a_run_whose_clients_all_fail_exits_with_the_reason(tmp_path: Path) -> None:
     done = run(tmp_path, TOY, "train.lr=1e30", "train.steps=50", "run_name=bad")
     assert done.returncode == 1
-    assert re.fullmatch(
-        r"error: round 1: clients 0 to 2: .*lower train.lr.*0 of 3 clients gave a valid train reply.*\n", done.stderr
-    )
+    *_, error, hint = done.stderr.splitlines()
+    said = r"error: round 1: clients 0 to 2: .*lower train.lr.*0 of 3 clients gave a valid train reply.*"
+    assert re.fullmatch(said, error)
+    words = f"{TOY} train.lr=1e30 train.steps=50 run_name=bad"
+    assert hint == f"no round was complete; to start again: python -m tools.run {words}"
     assert json.loads((tmp_path / "runs" / "bad" / "metrics.json").read_text())["status"] == "failed"
     assert started_processes(tmp_path) == []
 
@@ -150,5 +154,7 @@ def test_an_interrupted_run_leaves_no_process_behind(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.splitlines()[-1] == "error: interrupted; everything that was started has been stopped"
+    *_, error, hint = said.splitlines()
+    assert error == "error: interrupted; everything that was started has been stopped"
+    assert hint.startswith(("no round was complete; to start again: ", "rounds 1 to "))
     assert started_processes(tmp_path) == []

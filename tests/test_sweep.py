@@ -270,7 +270,7 @@ def test_optuna_searches_on_after_failed_trials(tmp_path: Path, limit: float, fa
         import sys
         from tools import run
 
-        def stand_in(config):
+        def stand_in(config, on_start):
             if config.train.lr > {limit}:
                 raise run.RunError("too high")
             assert config.held_out == 0.2, config.held_out

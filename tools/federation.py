@@ -41,6 +41,7 @@ from flwr.cli.install import install_from_fab
 
 from flapp.data import DataError, load_manifest
 from flapp.untrusted import printable, read_json
+from tools.app import APP, app_folder
 from tools.certificates import make_server_files, make_site_keys
 from tools.processes import HOST, TOKEN, Processes, SuperLinkError, environment, free_port, is_free, last_line, lives
 from tools.superlink import SuperLink
@@ -58,7 +59,6 @@ from tools.supervisor import (
 )
 from tools.verify_shards import verify_shards
 
-APP = Path(__file__).resolve().parents[1]
 READY_SECONDS, LEAVE_SECONDS, LOOK_SECONDS = 120, 25, 0.3
 SUPERVISOR_LOG = "supervisor.log"
 NODE_ID = re.compile(r"SuperNode ID: (\d+)")
@@ -231,7 +231,8 @@ def install_app(folder: Path) -> None:
 
     Two processes that install one app at once would find each other's half.
     """
-    fab = build_fab_from_disk(APP)
+    with app_folder() as app:
+        fab = build_fab_from_disk(app)
     federation = known_federation(folder)
     with (folder / "install.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as unpacked:
         fcntl.flock(lock, fcntl.LOCK_EX)

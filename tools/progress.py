@@ -2,7 +2,7 @@
 
 Every line has `event` and `run_name` (null where the settings did not make a run), and:
 
-    started    rounds
+    started    rounds, and what the run is about to do: see tools/overview.py
     round      round, rounds, train_loss; loss, accuracy, personal_accuracy (null unless evaluated); bytes_up,
                bytes_down and seconds of this round
     finished   summary: what metrics.json says
@@ -145,9 +145,8 @@ class Progress:
             self._show_replies()
 
     def _show_figures(self, found: dict[str, Any]) -> None:
-        """Put the latest loss and accuracy beside the rounds, and all the bytes that have travelled."""
-        loss = found["loss"] if found["loss"] is not None else found["train_loss"]
-        latest = {"loss": loss, "accuracy": found["accuracy"]}
+        """Put the latest losses and accuracy beside the rounds, and all the bytes that have travelled."""
+        latest = {"train loss": found["train_loss"], "test loss": found["loss"], "accuracy": found["accuracy"]}
         self.shown |= {key: f"{value:.4f}" for key, value in latest.items() if value is not None}
         sizes = {key.removeprefix("bytes_"): tqdm.format_sizeof(value, "B") for key, value in self.totals.items()}
         self.rounds.set_postfix(self.shown | sizes)

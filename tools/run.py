@@ -1,39 +1,56 @@
-"""Run the app once, or over a sweep, on a SuperLink, and tell the truth about how it ended.
-
-    python -m tools.run                                        the default experiment
-    python -m tools.run experiment=toy_regression seed=3       other settings, in Hydra's grammar
-    python -m tools.run run_name=mine resume=true              go on with a run that broke off
-    python -m tools.run run_name=mine resume=true resume_from=7    ... from an earlier round that it still holds
-    python -m tools.run deployment=local clients=3             over the SuperNodes of tools.federation
-    python -m tools.run -m seed=0,1 train.lr=0.001,0.002       a sweep: every combination, each in its own folder
-    python -m tools.run --format json                          JSON lines on stdout instead (see tools/progress.py)
-
-Exits 0 only when every run went to its end; 1 with one line that says what and how to mend it otherwise.
-"""
+"""Run the app once, or over a sweep, on a SuperLink, and tell the truth about how it ended; HELP says how to use it."""
 
 import os
 import signal
 import sys
+import textwrap
 from concurrent.futures import BrokenExecutor
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from flapp.config import CONF, explain, from_tree
+from flapp.config import CONF, explain, from_tree, name_override
 from flapp.privacy import describe_plan
-from flapp.settings import ConfigError
+from flapp.settings import Config, ConfigError
 from flapp.summary import in_words
 from tools import sweep
 from tools.federation import FederationError
+from tools.overview import job_line, overview, start_lines
 from tools.processes import SIGNALS, SuperLinkError
 from tools.progress import announce, is_json, take_format
-from tools.submit import RunError, refusals, run_once
+from tools.resuming import advice, complete_rounds, resume_command, run_command
+from tools.submit import RunError, is_here, refusals, run_once
+
+HELP = """\
+Train one model with many clients: a federated run, or a sweep of runs, on this machine or over real SuperNodes.
+
+  {run}                                        the default: a small ViT on ten clients with digits
+  {run} experiment=toy_regression seed=3       another experiment and another setting
+  {run} model=cnn clients=20 train.lr=0.001    your own combination
+  {run} -m seed=0,1 train.lr=0.001,0.002       a sweep: every combination, each in its own folder
+  {run} run_name=mine resume=true              resume a run that was interrupted or failed
+
+Settings are written key=value, in Hydra's grammar. These choose a whole group of settings:
+
+{groups}
+
+  --cfg job            print every setting with its value, and run nothing (the files are in {conf})
+  -m, --multirun       a sweep over values separated by commas; hydra/launcher=joblib runs jobs side by side
+  --format json        print events as JSON lines on stdout instead of bars and text
+  --hydra-help         Hydra's own options
+
+Results are in home/runs/<run_name>; home is ~/.flapp, or FLAPP_HOME, or home=DIR. deployment=local runs over the
+SuperNodes of `flapp federation up`. resume_from=7 goes back to round 7, if it is still kept.
+Exit status: 0 if every run finished, 1 if one failed or was refused (one line says why), 130 if interrupted.
+"""
 
 
 def job(tree: DictConfig) -> float | None:
@@ -45,18 +62,34 @@ def job(tree: DictConfig) -> float | None:
             config = from_tree(tree, Path.cwd())
             config = sweep.as_job(config, hydra_config) if sweep.is_sweep(hydra_config) else config
             run_name = config.run_name
-            announce("started", run_name, rounds=config.num_rounds)
-            if config.privacy.enabled:
-                print(describe_plan(config.privacy, config.num_rounds), file=sys.stderr)
-            summary = run_once(config)
+            summary = run_once(config, partial(start, config, hydra_config, outcome))
             outcome |= {key: summary.get(key) for key in ("status", *sweep.COLUMNS, "run_dir")}
             announce("finished", run_name, summary=summary)
             if not is_json():
                 print(final_line(summary))
         except (RunError, FederationError, SuperLinkError, OmegaConfBaseException, OSError, ValueError) as error:
             outcome["error"] = str(explain(error) if isinstance(error, OmegaConfBaseException) else error)
+            if "resume=true" in outcome["error"]:
+                outcome["resumable"] = None  # the error says itself how to go on
             fail(outcome["error"], 1, run_name, getattr(error, "summary", None))
     return sweep.objective_of(outcome)
+
+
+def start(config: Config, hydra_config: HydraConf, outcome: sweep.Outcome) -> None:
+    """Say what a run is about to do, and note that it can be resumed from now on."""
+    facts = overview(config, is_here(config))
+    announce("started", config.run_name, **facts)
+    if sweep.is_sweep(hydra_config):
+        mark = sweep.job_mark(hydra_config) if sweep.jobs_at_once(hydra_config) == 1 else ""
+        lines = [mark + job_line(list(hydra_config.overrides.task), facts)]
+    else:
+        lines = start_lines(config.run_name, facts)
+    if not is_json():
+        print("\n".join(lines), file=sys.stderr)
+    if config.privacy.enabled:
+        print(describe_plan(config.privacy, config.num_rounds), file=sys.stderr)
+    if is_here(config):
+        outcome["resumable"] = (config.run_name, facts["run_dir"])
 
 
 def final_line(summary: dict[str, Any]) -> str:
@@ -91,12 +124,30 @@ def some(texts: list[str], most: int = 3) -> str:
 
 def main() -> int:
     """Let Hydra compose the command line into jobs, run them, and return the exit status."""
+    words = sys.argv[1:]
+    if {"-h", "--help"} & set(words):
+        print(help_text(), end="")
+        return 0
     for number in SIGNALS:
         signal.signal(number, _interrupt)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, who say them in one line
     outcomes: list[sweep.Outcome] = []
     try:
+        return run_jobs(outcomes)
+    finally:
+        hint = how_to_go_on(outcomes, words)
+        table = sweep.conclude(outcomes)
+        if not is_json():
+            print(table, end="")
+        if hint:
+            print(hint, file=sys.stderr)
+
+
+def run_jobs(outcomes: list[sweep.Outcome]) -> int:
+    """Run what the command line asks for, fill in the outcome of every job, and return the exit status."""
+    try:
         take_format(sys.argv)
+        sys.argv += name_override(sys.argv[1:])
         with sweep.gathered(outcomes):
             hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     except ConfigError as error:
@@ -104,18 +155,37 @@ def main() -> int:
     except (HydraException, OmegaConfBaseException) as error:
         return fail(str(explain(error)), 1)
     except BrokenExecutor as error:
-        return fail(f"{str(error).partition('.')[0]}: go on with the sweep by resume=true", 1)
+        return fail(f"{str(error).partition('.')[0]}: resume the sweep with resume=true", 1)
     except KeyboardInterrupt:
         return fail("interrupted; everything that was started has been stopped", 130)
     except ValueError:
         if len(outcomes) < 2 or any(outcome["status"] == "finished" for outcome in outcomes):
             raise
         return 1  # Optuna's sweeper looks for the best of trials that have all failed
-    finally:
-        table = sweep.conclude(outcomes)
-        if not is_json():
-            print(table, end="")
     return int(any(outcome["status"] != "finished" for outcome in outcomes))
+
+
+def how_to_go_on(outcomes: list[sweep.Outcome], words: list[str]) -> str | None:
+    """Return the command that resumes a run or sweep that did not finish; None if it did, or if it never started."""
+    left = [outcome for outcome in outcomes if outcome["status"] != "finished" and outcome["resumable"]]
+    if not left:
+        return None
+    run_name, path = left[0]["resumable"]
+    if left[0]["folder"]:
+        return f"resume the sweep with: {resume_command(words, str(Path(run_name).parent))}"
+    return advice(words, run_name, complete_rounds(Path(path)))
+
+
+def help_text() -> str:
+    """Return HELP with the groups of settings that conf/ offers and how flapp was called."""
+    groups = sorted(folder for folder in CONF.iterdir() if folder.is_dir())
+    choices = {folder.name: ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) for folder in groups}
+    width = max(map(len, choices)) + 1
+    lines = [
+        textwrap.fill(text, 118, initial_indent=f"  {name + '=':<{width}} ", subsequent_indent=" " * (width + 3))
+        for name, text in choices.items()
+    ]
+    return HELP.format(run=run_command(), groups="\n".join(lines), conf=CONF)
 
 
 def fail(error: str, status: int, run_name: str | None = None, summary: dict[str, Any] | None = None) -> int:

@@ -1,50 +1,226 @@
-"""Manage the runs of a home.
+"""List, show, stop and remove the runs below home/runs.
 
-    python -m tools.runs stop NAME         stop a run that is still running, also after its command was killed
+    flapp runs list                        every run: status, rounds, accuracy, last start, sizes on disk
+    flapp runs show NAME                   its settings, figures and last lines, and the command that resumes it
+    flapp runs stop NAME                   stop it if it is running, also after its command was killed
+    flapp runs remove NAME... [--yes]      its folder and its clients' stores, after asking; of a sweep, all its runs
 
-A run that was started over a private SuperLink is stopped by SIGTERM to its command. If the command is gone, the
-processes that it left behind are stopped. A job of a sweep is stopped together with the sweep. A run of a federation is
-stopped by its SuperLink, which keeps running.
+A run is finished, failed, running, or interrupted (it does not run, and has not said how it ended). Sizes are those of
+the run directory and of the clients' stores in home/checkpoints; stores that sites keep elsewhere are not counted.
+Split models (split=auto) are counted as well, and stay when a run is removed. --json prints the same for machines.
+Exits 0, or 1 with one line on standard error.
 """
 
 import argparse
+import json
 import os
+import shutil
+import signal
 import sys
-from pathlib import Path
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from flapp.settings import ConfigError
-from tools.federation import FederationError
-from tools.processes import SuperLinkError
-from tools.stop import StopError, stop_run
+from flapp.run_lock import held_lock
+from tools.checkpoints import finite, in_bytes
+from tools.page.reading import read_json, tail
+from tools.resuming import complete_rounds, resume_command
+from tools.run_entries import Entry, RunsError, changed_words, describe, find_runs, jobs_of
+
+SWEEP_FILES = ("sweep.json", "multirun.yaml", "optimization_results.yaml")
+LAST_LINES, LOG_WIDTH = 5, 150
+EMPTY = "INFO 2026-11-21 10:00:00,123:"  # what Flower's log says where it leaves a line empty
+FIGURES = ("error", "accuracy", "personal_accuracy", "loss", "bytes_up", "bytes_down", "seconds", "model_sha256")
 
 
-def stop(given: argparse.Namespace) -> int:
-    """Stop a run, and say how to continue it."""
-    stopped = stop_run(given.home / "runs", given.run_name)
-    if stopped is None:
-        print(f"{given.run_name} is not running")
-    else:
-        print(f"stopped {given.run_name} (pids {', '.join(map(str, stopped))})")
-        print(f"continue it with its settings and run_name={given.run_name} resume=true")
+def list_runs(given: argparse.Namespace) -> dict[str, Any]:
+    """Return the entries of all runs."""
+    return {"runs": [asdict(describe(given.home, name)) for name in find_runs(given.home / "runs")]}
+
+
+def list_lines(found: dict[str, Any]) -> Iterator[str]:
+    """Yield a table; the jobs of a sweep stand below its name."""
+    runs = [Entry(**values) for values in found["runs"]]
+    if not runs:
+        yield "no runs"
+        return
+    width = max(len(run.name) for run in runs) + 2
+    yield f"{'run':<{width}}  {'status':<11}  {'rounds':>9}  accuracy  {'started':<16}  {'folder':>9}  {'stores':>9}"
+    group = ""
+    for run in runs:
+        folder, _, job = run.name.rpartition("/")
+        if folder and folder != group:
+            yield f"{folder}/"
+        group = folder
+        accuracy = "-" if run.accuracy is None else f"{run.accuracy:.4f}"
+        yield (
+            f"{f'  {job}' if folder else job:<{width}}  {run.status:<11}  {f'{run.rounds}/{run.num_rounds}':>9}  "
+            f"{accuracy:>8}  {run.started:<16}  {in_bytes(run.run_bytes):>9}  {in_bytes(run.store_bytes):>9}"
+        )
+    total, split = (sum(map(size, runs)) for size in (_size, lambda run: run.split_bytes))
+    splits = f", {in_bytes(split)} of it split models" if split else ""
+    yield f"{len(runs)} run{'s' * (len(runs) != 1)}, {in_bytes(total)} in all{splits}"
+
+
+def _size(run: Entry) -> int:
+    return run.run_bytes + run.store_bytes + run.split_bytes
+
+
+def show(given: argparse.Namespace) -> dict[str, Any]:
+    """Return what is known of one run."""
+    names = jobs_of(given.home, given.name)
+    if len(names) > 1 or names[0] != str(PurePosixPath(given.name)):
+        raise RunsError(f"{given.name} is a sweep: name one of its runs, such as {names[0]}")
+    path = given.home / "runs" / names[0]
+    entry, words, resume = describe(given.home, names[0]), changed_words(path), None
+    if entry.status in ("interrupted", "failed") and complete_rounds(path):
+        place = [] if given.home == default_home() else [f"home={given.home}"]
+        resume = resume_command([*words, *place], entry.name)
+    log = [line for line in tail(path / "log.txt") if len(line.split()) > len(EMPTY.split())]
+    more = {"summary": read_json(path / "metrics.json", {}), "log": log[-LAST_LINES:]}
+    return {**asdict(entry), "path": str(path), "changed": words, **more, "resume": resume}
+
+
+def show_lines(found: dict[str, Any]) -> Iterator[str]:
+    """Yield a run's facts, a line each."""
+    yield f"{found['name']}: {found['status']}, {found['rounds']} of {found['num_rounds']} rounds"
+    sizes = {"run directory": "run_bytes", "client stores": "store_bytes", "split models": "split_bytes"}
+    held = ", ".join(f"{name} {in_bytes(found[key])}" for name, key in sizes.items() if found[key])
+    facts = {"folder": found["path"], "size": held, "started": found["started"], "settings": " ".join(found["changed"])}
+    facts |= {key: found["summary"][key] for key in FIGURES if found["summary"].get(key) is not None}
+    yield from (f"  {key:<18} {value}" for key, value in facts.items())
+    if found["log"]:
+        yield "last lines of log.txt:"
+        yield from (f"  {textwrap.shorten(line, LOG_WIDTH, placeholder=' ...')}" for line in found["log"])
+    if found["resume"]:
+        yield f"resume with: {found['resume']}"
+
+
+def remove(given: argparse.Namespace) -> dict[str, Any]:
+    """Remove runs and their clients' stores; nothing if one of them cannot be removed."""
+    runs, stores = given.home / "runs", given.home / "checkpoints"
+    names = list(dict.fromkeys(each for name in given.names for each in jobs_of(given.home, name)))
+    entries = [describe(given.home, name) for name in names]
+    folders = [folder / name for name in names for folder in (runs, stores)]
+    if links := [place for folder in folders for place in links_on(given.home, folder)]:
+        raise RunsError(f"{links[0]} is a symbolic link: remove it and what it points to yourself")
+    with ExitStack() as locks:
+        for name in names:
+            if not locks.enter_context(held_lock(runs / name)):
+                raise RunsError(f"{name} is running: stop it first with flapp runs stop {name}")
+        freed = sum(entry.run_bytes + entry.store_bytes for entry in entries)
+        confirm(given.yes, names, freed)
+        for folder in folders:
+            remove_folder(folder)
+    for folder in {parent for name in names for parent in PurePosixPath(name).parents[:-1]}:
+        remove_sweep(runs / folder)
+        remove_sweep(stores / folder)
+    return {"removed": names, "freed_bytes": freed, "kept_split_bytes": sum(entry.split_bytes for entry in entries)}
+
+
+def links_on(home: Path, folder: Path) -> list[Path]:
+    """List the symbolic links among a folder below home/runs or home/checkpoints and the folders it lies in there."""
+    below = folder.relative_to(home).parts
+    places = [home.joinpath(*below[:depth]) for depth in range(2, len(below) + 1)]
+    return [place for place in places if place.is_symlink()]
+
+
+def confirm(is_sure: bool, names: list[str], size: int) -> None:
+    """Ask before anything is removed; raises RunsError if the answer is no, or if there is nobody to ask."""
+    what = names[0] if len(names) == 1 else f"{len(names)} runs ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+    if is_sure:
+        return
+    if not sys.stdin.isatty():
+        raise RunsError(f"nothing was removed, because there is no terminal to ask on: add --yes to remove {what}")
+    print(f"Remove {what} and their client stores, {in_bytes(size)}? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise RunsError("nothing was removed")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder if it is there; it is hidden first, so that a crash does not leave half a run under its name."""
+    if folder.is_dir():
+        hidden = folder.with_name(f".removed-{folder.name}-{os.getpid()}")
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def remove_sweep(folder: Path) -> None:
+    """Remove the folder of a sweep, unless it still holds more than the files about the sweep."""
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= set(SWEEP_FILES):
+        shutil.rmtree(folder)
+
+
+def remove_lines(found: dict[str, Any]) -> Iterator[str]:
+    """Yield what was removed."""
+    yield f"removed {', '.join(found['removed'])}: {in_bytes(found['freed_bytes'])} freed"
+    if found["kept_split_bytes"]:
+        yield f"split models are kept: {in_bytes(found['kept_split_bytes'])}"
+
+
+def stop(given: argparse.Namespace) -> dict[str, Any]:
+    """Stop a run, whoever waits for it; its pids are null if it was not running."""
+    from tools.stop import stop_run  # it imports Flower
+
+    return {"name": given.name, "pids": stop_run(given.home / "runs", given.name)}
+
+
+def stop_lines(found: dict[str, Any]) -> Iterator[str]:
+    """Yield what was stopped, and how to continue it."""
+    if found["pids"] is None:
+        yield f"{found['name']} is not running"
+        return
+    yield f"stopped {found['name']} (pids {', '.join(map(str, found['pids']))})"
+    yield f"continue it with its settings and run_name={found['name']} resume=true"
+
+
+Command = tuple[Callable[[argparse.Namespace], dict[str, Any]], Callable[[dict[str, Any]], Iterator[str]]]
+COMMANDS: dict[str, Command] = {
+    "list": (list_runs, list_lines),
+    "show": (show, show_lines),
+    "stop": (stop, stop_lines),
+    "remove": (remove, remove_lines),
+}
+
+
+def default_home() -> Path:
+    """Return the home that commands use unless it is given."""
+    return Path(os.environ.get("FLAPP_HOME") or Path.home() / ".flapp").absolute()
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in COMMANDS:
+        command = commands.add_parser(name)
+        command.add_argument("--home", type=Path, default=default_home(), help="default: %(default)s")
+        command.add_argument("--json", action="store_true", help="print JSON")
+    for name in ("show", "stop"):
+        commands.choices[name].add_argument("name", metavar="NAME")
+    commands.choices["remove"].add_argument("names", nargs="+", metavar="NAME")
+    commands.choices["remove"].add_argument("--yes", action="store_true", help="do not ask")
+    given = parser.parse_args(arguments)
+    given.home = given.home.absolute()
+    return given
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line asks for; returns the exit status."""
+    given = parse(arguments)
+    act, lines = COMMANDS[given.command]
+    try:
+        found = act(given)
+    except (OSError, RuntimeError, ValueError) as error:  # of several tools, each with one line
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(finite(found), indent=1) if given.json else "\n".join(lines(found)))
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Do what the command line asks and return the exit status."""
-    home = Path(os.environ.get("FLAPP_HOME") or Path.home() / ".flapp")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="command")
-    stopping = commands.add_parser("stop", help="stop a run that is still running")
-    stopping.add_argument("run_name")
-    stopping.add_argument("--home", type=Path, default=home, help="default: %(default)s")
-    stopping.set_defaults(command=stop)
-    given = parser.parse_args(arguments)
-    try:
-        return int(given.command(given))
-    except (StopError, FederationError, SuperLinkError, ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
-
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

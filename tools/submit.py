@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from flapp.preflight import check_run
 from flapp.results import SUMMARY, check_resumable, check_source
 from flapp.run_names import check_new, restarts
 from flapp.settings import Config, ConfigError
+from tools.app import APP as APP
+from tools.app import app_folder
 from tools.federation import install_app, known_federation
 from tools.processes import HOST, SuperLinkError, available_cpus
 from tools.progress import Progress, read_json
 from tools.superlink import CONNECTION, PrivateSuperLink, SuperLink
 from tools.supervisor import KEYS, root_certificates
 
-APP = Path(__file__).resolve().parents[1]
 LOOK_SECONDS, STATUS_SECONDS, END_SECONDS = 0.3, 15, 60
 CONFIG = ("config.yaml",)
 REPLACED = "run {} ended before its first round was complete: this start replaces its folder and keeps its log.txt"
@@ -36,8 +38,11 @@ class RunError(RuntimeError):
         self.summary = summary
 
 
-def run_once(config: Config) -> dict[str, Any]:
-    """Run a federation to its end and return its metrics.json; raises RunError, SuperLinkError or ConfigError."""
+def run_once(config: Config, on_start: Callable[[], object] = lambda: None) -> dict[str, Any]:
+    """Run a federation to its end and return its metrics.json; raises RunError, SuperLinkError or ConfigError.
+
+    on_start is called when the settings have been checked, before the first process starts.
+    """
     path = config.runs_dir / config.run_name
     here, earlier = is_here(config), None
     if here and restarts(config):
@@ -52,21 +57,21 @@ def run_once(config: Config) -> dict[str, Any]:
             print(f"warning: {doubt}", file=sys.stderr)
     elif here:
         check_new(config)
-    simulation = simulation_words(config) if config.deployment.kind == "simulation" else ""
+    is_simulation = config.deployment.kind == "simulation"
+    federation_words = ["--federation-config", simulation_words(config)] if is_simulation else []
     if here:
         check_run(config, clients_here=is_home_shared(config), quick=True)
         if restarts(config):
             print(f"note: {REPLACED.format(config.run_name)}", file=sys.stderr)
     before = stamp(path, CONFIG)
     config, superlink = choose_superlink(config)
-    with superlink:
+    on_start()
+    with superlink, app_folder() as app:
         settings = superlink.folder / "run.toml"
         settings.write_text(f"config-json = {json.dumps(to_json(config), ensure_ascii=False)}\n")
-        words = ["run", str(APP), CONNECTION, "-c", str(settings)]
-        if simulation:
-            words += ["--federation-config", simulation]
-        elif config.deployment.address is None:
+        if config.deployment.kind == "superlink" and config.deployment.address is None:
             install_app(Path(str(config.deployment.federation)))
+        words = ["run", str(app), CONNECTION, "-c", str(settings), *federation_words]
         run_id = str(superlink.flwr(*words)["run-id"])
         try:
             return follow(superlink, run_id, path, config, earlier, before) if here else follow_log(superlink, run_id)

@@ -7,6 +7,7 @@ launch; the private one belongs to one run, starts from a neutral folder, and ha
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -37,6 +38,7 @@ from tools.processes import (
     reserve_port,
 )
 
+ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # codes of a terminal: colours, cursor
 START_SECONDS = 60
 CONNECTION = "flapp"  # what Flower's command line calls the SuperLink
 OWN_SUPERLINK = (sys.executable, "-P", str(Path(__file__).with_name("owner_only.py")))
@@ -123,10 +125,15 @@ class SuperLink:
                 process.terminate()
 
     def save_log(self, run_id: str, path: Path) -> None:
-        """Add what the apps of a run printed to `path`."""
+        """Add what the apps of a run printed to `path`, without the codes that colour a terminal."""
         command = [program("flwr"), "log", run_id, "--show"]
-        with path.open("ab") as file:
-            subprocess.run(command, env=self.env, cwd=self.folder, stdout=file, stderr=subprocess.STDOUT, check=False)
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with (
+            subprocess.Popen(command, env=self.env, cwd=self.folder, **pipes) as process,
+            path.open("a", encoding="utf-8") as file,
+        ):
+            assert process.stdout is not None
+            file.writelines(ANSI.sub("", line.decode(errors="replace")) for line in process.stdout)
 
 
 class PrivateSuperLink(SuperLink):

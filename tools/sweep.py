@@ -75,6 +75,7 @@ def reported(hydra_config: HydraConf) -> Iterator[Outcome]:
     folder, number = Path(os.environ[SWEEP]), job_number(hydra_config)
     outcome: Outcome = {"job": number, "overrides": list(hydra_config.overrides.task), "status": "failed"}
     outcome["folder"] = hydra_config.sweep.dir if is_sweep(hydra_config) else None
+    outcome["resumable"] = None  # run name and folder, once the job has started
     with _stoppable(folder / f"{number}.pid"), _own_lines(hydra_config):
         _write(folder / f"{number}.json", outcome | {"error": "its process was killed"})  # unless it is written anew
         try:
@@ -188,14 +189,17 @@ def _own_lines(hydra_config: HydraConf) -> Iterator[None]:
     if jobs_at_once(hydra_config) == 1:
         yield
         return
-    mark = f"[job {job_number(hydra_config)}] "
+    mark = job_mark(hydra_config)
     with (
         contextlib.redirect_stdout(_MarkedLines(sys.stdout, "" if is_json() else mark)),
         contextlib.redirect_stderr(_MarkedLines(sys.stderr, mark)),
     ):
-        if not is_json():
-            print(f"started: {' '.join(hydra_config.overrides.task)}")
         yield
+
+
+def job_mark(hydra_config: HydraConf) -> str:
+    """Return what marks the lines of a job."""
+    return f"[job {job_number(hydra_config)}] "
 
 
 class _MarkedLines(io.TextIOBase):
@@ -224,6 +228,8 @@ def conclude(outcomes: list[Outcome]) -> str:
     begun leaves nothing.
     """
     folders = {Path(folder) for outcome in outcomes if (folder := outcome.pop("folder"))}
+    for outcome in outcomes:
+        outcome.pop("resumable", None)
     for folder in folders:  # one, unless the jobs differ in experiment or home
         if (folder / "config.yaml").exists():
             continue  # the folder of a run, in which every job was refused

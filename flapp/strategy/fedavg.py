@@ -122,7 +122,7 @@ class FedAvg(FlowerFedAvg):
 
     def summary(self) -> None:
         """Log what Flower logs of a strategy, in our words."""
-        drawn = f"{self.fraction_train:g} of the clients train, {self.fraction_evaluate:g} evaluate"
+        drawn = f"{100 * self.fraction_train:g} % of the clients train, {100 * self.fraction_evaluate:g} % evaluate"
         log(INFO, "\t└──> %s; weighted by %s; min_replies %d", drawn, self.weighting, self.min_replies)
 
     def facts(self) -> dict[str, Any]:

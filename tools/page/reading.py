@@ -5,7 +5,6 @@ memory: sums for bytes and seconds, the last accuracy, failures by reason.
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -18,12 +17,12 @@ from flapp.metric_lines import read_line, sound_summary
 from flapp.untrusted import MOST_BYTES, check_regular, printable
 from flapp.untrusted import read_json as parse_file
 from tools.page.run import Clients, Job, Run, Stores, by_number, number
+from tools.superlink import ANSI
 
 METRICS, STORE = "metrics.jsonl", "server_chunks.db"  # of flapp.results, which would import PyTorch
 RUN_FILES = ("config.yaml", METRICS, "metrics.json")
 STORES_OPENED = 50
 LOG_BYTES, LOG_LINES = 32_768, 40
-ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class ReportError(ValueError):
@@ -74,7 +73,7 @@ def _read_sweep(path: Path) -> tuple[list[tuple[Path, str]], list[Job]]:
 def read_run(path: Path, label: str = "A") -> Run:
     """Read one run directory; nothing in it is written."""
     notes: list[str] = []
-    config = _read_config(path / "config.yaml", notes)
+    config = read_config(path / "config.yaml", notes)
     summary, odd = sound_summary(read_json(path / "metrics.json", {}, notes))
     if odd:
         notes.append(f"metrics.json has values of wrong types, which are left out: {', '.join(odd)}")
@@ -93,7 +92,7 @@ def read_run(path: Path, label: str = "A") -> Run:
         clients,
         add_up([path / STORE]) if (path / STORE).is_file() else None,
         _client_stores(path, config),
-        _tail(path / "log.txt"),
+        tail(path / "log.txt"),
         tuple(notes),
     )
 
@@ -137,9 +136,10 @@ def read_json(path: Path, missing: Any, notes: list[str] | None = None) -> Any:
     return values
 
 
-def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:
+def read_config(path: Path, notes: list[str]) -> dict[str, Any]:
+    """Return the settings in a config.yaml by dotted name; none, and a note, if it cannot be read."""
     try:
-        return _flat(read_yaml(path))
+        return flat(read_yaml(path))
     except FileNotFoundError:
         notes.append("config.yaml is not there, so there are no settings")
     except (OSError, ValueError) as error:
@@ -147,11 +147,12 @@ def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted name."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def _read_lines(path: Path, clients: Clients, notes: list[str]) -> dict[str, list[dict[str, Any]]]:
@@ -198,7 +199,7 @@ def _client_stores(path: Path, config: Mapping[str, Any]) -> Stores | None:
     return None
 
 
-def _tail(path: Path) -> tuple[str, ...]:
+def tail(path: Path) -> tuple[str, ...]:
     """Return the last lines of a log, without the colours of a terminal."""
     try:
         check_regular(path)

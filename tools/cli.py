@@ -1,0 +1,68 @@
+"""The command `flapp`: each of its commands is one of the modules `python -m tools.NAME`."""
+
+import importlib
+import signal
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+COMMANDS = {  # name: module, what it does
+    "run": ("run", "train: one run or a sweep; `flapp run --help` says how"),
+    "runs": ("runs", "list, show and remove runs"),
+    "report": ("report", "write one HTML page about one run or several"),
+    "prepare": ("prepare_data", "turn the files of a dataset into what runs read, once"),
+    "verify": ("verify_data", "check prepared data and shards against their digests"),
+    "heatmap": ("partition_heatmap", "draw who holds which classes"),
+    "checkpoints": ("checkpoints", "look into what server and clients have kept"),
+    "split": ("split_model", "cut the model of a run into bottom, trunk and top"),
+    "federation": ("federation", "a SuperLink and SuperNodes on this machine: up, status, down"),
+    "certificates": ("certificates", "make keys and certificates for a deployment"),
+    "proxy": ("proxy", "write the configuration of a proxy in front of a SuperLink"),
+    "benchmark": ("benchmark", "measure flapp on this machine"),
+}
+INTERRUPTED = 130
+
+
+def usage() -> str:
+    """List the commands, one line each."""
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return (
+        "flapp: federated training of image models with Flower.\n\n"
+        f"usage: flapp COMMAND ...\n\n{commands}\n\n"
+        "`flapp COMMAND --help` explains a command, `flapp --version` prints the version.\n"
+        "Start with `flapp run`: it trains a small vision transformer on ten clients in about two minutes."
+    )
+
+
+def installed_version() -> str:
+    """Return the version of the installed package."""
+    try:
+        return version("flapp")
+    except PackageNotFoundError:
+        return "not installed (pip install -e .)"
+
+
+def main() -> int:
+    """Run the command that the command line names; returns the exit status."""
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        print(f"flapp {installed_version()}")
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"error: {words[0]} is not a command of flapp: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    if words[0] in ("runs", "checkpoints", "verify"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends them quietly
+    sys.argv = [f"flapp {words[0]}", *words[1:]]
+    try:
+        return int(importlib.import_module(f"tools.{COMMANDS[words[0]][0]}").main())
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

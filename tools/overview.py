@@ -1,0 +1,118 @@
+"""What a run is about to do, said when it starts: in three lines, or one for a job of a sweep.
+
+The JSON event `started` has the same as fields: run_dir, rounds, model, parameters, trained_parameters, dataset,
+samples ({"train", "test"}, null unless the data are prepared on this machine), clients, clients_a_round, strategy,
+aggregation, bytes_down and bytes_up (of the model, for one client in one training round; messages add a little).
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from flapp.architecture import adapt, build
+from flapp.data import is_prepared, load_manifest, open_artifact
+from flapp.model import adapted_layers, mark_only_lora_as_trainable
+from flapp.rules import sample_size
+from flapp.server_app import keys_of
+from flapp.settings import Config
+from flapp.strategy import RULES
+from tools.checkpoints import in_bytes
+
+
+def overview(config: Config, is_here: bool = True) -> dict[str, Any]:
+    """Return the facts above; the model is built without its weights. Raises ValueError when it cannot be built.
+
+    is_here: whether the run's data are on this machine.
+    """
+    with torch.device("meta"):
+        model = build(config.model, config.dataset)
+        if config.lora.enabled:
+            adapt(model, config.lora, config.lora.rank)
+            mark_only_lora_as_trainable(model)
+    down, up = traffic(config, model)
+    return {
+        "run_dir": str(config.runs_dir / config.run_name),
+        "rounds": config.num_rounds,
+        "model": config.model.name,
+        "parameters": sum(tensor.numel() for tensor in model.parameters()),
+        "trained_parameters": sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad),
+        "dataset": config.dataset.name,
+        "samples": count_samples(config) if is_here else None,
+        "clients": config.clients,
+        "clients_a_round": sample_size(config.strategy.fraction_train, config.clients),
+        "strategy": config.strategy.name,
+        "aggregation": config.strategy.aggregation,
+        "bytes_down": down,
+        "bytes_up": up,
+    }
+
+
+def traffic(config: Config, model: nn.Module) -> tuple[int, int]:
+    """Return the bytes of tensors that a client receives and sends in a training round.
+
+    A rule that sends A and B in turn counts with the mean of two rounds; a client of lower rank sends less.
+    """
+    state, (sent, _) = model.state_dict(), keys_of(config, model)
+    sizes = {key: state[key].numel() * state[key].element_size() for key in sent}
+    down = sum(sizes.values())
+    if config.strategy.aggregation is None:
+        return down, down
+    rule, layers = RULES[config.strategy.aggregation], set(adapted_layers(model))
+
+    def is_returned(key: str, server_round: int) -> bool:
+        layer, _, part = key.rpartition(".")
+        return layer not in layers or part in {f"lora_{factor}" for factor in rule.travels(server_round)}
+
+    return down, sum(size for key, size in sizes.items() for number in (1, 2) if is_returned(key, number)) // 2
+
+
+def count_samples(config: Config) -> dict[str, int] | None:
+    """Return the training and test samples of all clients, or None while the data are not prepared."""
+    if config.distributed_data.enabled:
+        if not config.manifest_path.exists():
+            return None
+        totals = load_manifest(config.manifest_path).facts["totals"]
+        return {split: totals[split] for split in ("train", "test")}
+    folder = config.data_dir / config.dataset.name
+    if not is_prepared(folder):
+        return None
+    return {split: len(open_artifact(folder / split).labels) for split in ("train", "test")}
+
+
+def start_lines(run_name: str, facts: dict[str, Any]) -> list[str]:
+    """Say the facts in three lines."""
+    each = f"a client receives {in_bytes(facts['bytes_down'])} and sends {in_bytes(facts['bytes_up'])} a round"
+    return [
+        f"run {run_name} in {facts['run_dir']}",
+        f"{_model(facts)} on {_dataset(facts)}, {_clients(facts)}",
+        f"{_strategy(facts)}: {each}",
+    ]
+
+
+def job_line(words: list[str], facts: dict[str, Any]) -> str:
+    """Say the facts of one job of a sweep, with its own settings, in a line."""
+    return f"started: {' '.join(words)}; {_model(facts)} on {facts['dataset']}, {_clients(facts)}; {_strategy(facts)}"
+
+
+def _model(facts: dict[str, Any]) -> str:
+    trained = facts["trained_parameters"]
+    part = f", {trained:,} trained" if trained < facts["parameters"] else ""
+    return f"{facts['model']} ({facts['parameters']:,} parameters{part})"
+
+
+def _dataset(facts: dict[str, Any]) -> str:
+    samples = facts["samples"]
+    held = f" ({samples['train']:,} training and {samples['test']:,} test samples)" if samples else ""
+    return f"{facts['dataset']}{held}"
+
+
+def _clients(facts: dict[str, Any]) -> str:
+    clients, drawn = facts["clients"], facts["clients_a_round"]
+    counted = f"{clients:,} client{'s' * (clients != 1)}"
+    return f"{counted}, {drawn:,} a round" if drawn < clients else counted
+
+
+def _strategy(facts: dict[str, Any]) -> str:
+    rule = f" ({facts['aggregation']})" if facts["aggregation"] else ""
+    return f"{facts['strategy']}{rule}, {facts['rounds']} rounds"
