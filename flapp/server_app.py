@@ -17,7 +17,7 @@ from flwr.common import log
 from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
-from flapp.architecture import adapt, build, choose_device, pruned_rank
+from flapp.architecture import adapt, build, choose_device, find_oversize, pruned_rank
 from flapp.base import Base, keep_base
 from flapp.client_data import open_partition
 from flapp.client_keys import ClientKeys
@@ -101,6 +101,9 @@ def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> dict[str, Any]:
             roster.wait(config.strategy.wait_for_clients, config.strategy.min_clients)
         finally:
             run.append("roster", done, **roster.facts())
+        samples = sum(member.claim.train for member in roster.members.values())
+        if warning := find_oversize(config.model, config.dataset, samples):
+            log(WARNING, "%s", warning)
         with suppress(StoppedEarly):
             strategy.start(
                 polled,
