@@ -31,7 +31,7 @@ from tools.submit import APP
 README = (APP / "README.md").read_text()
 PROGRAMS = r"python3?|pip|flwr|flower-\w+|ray|nginx|tensorboard|pre-commit"
 PLACEHOLDERS = {"DIR", "RUN_DIR", "PATH", "FILE", "DB", "PARTITION", "DATASET"}  # allowed in tables and prose only
-READS_RUNS = re.compile(r"python -m tools\.(report|checkpoints|split_model|verify_data) (?!.*--benchmark)")
+READS_RUNS = re.compile(r"python -m tools\.(report|checkpoints|split_model|verify_data) (?!.*(--benchmark|runs/lrs))")
 
 
 def blocks(language: str) -> list[str]:
@@ -224,8 +224,7 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     run_config = {"config-json": config.to_json(settings)}
     nodes = [{"partition-id": i, "num-partitions": 2} for i in range(2)]
     server_app.app(LocalGrid(run_config, nodes), Context(1, 1, {}, RecordDict(), run_config))
-    for name in ("other", "lrs/0", "lrs/1", "lrs/2"):
-        shutil.copytree(runs / "mine", runs / name)
+    shutil.copytree(runs / "mine", runs / "other")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(folder))
         patch.setenv("DB", str(folder / ".flapp/checkpoints/mine/client_0/client_0_chunks.db"))
@@ -270,11 +269,9 @@ def test_the_run_over_your_own_data_takes_what_the_python_block_wrote(user: Path
 def test_a_sweep_and_its_report_run_as_pasted_into_a_shell(tmp_path: Path) -> None:
     lines = [command for command in pasted() if re.search(r"run_name=lrs|runs/lrs", command)]
     assert len(lines) == 2
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").symlink_to(sys.executable)
     env = {key: value for key, value in os.environ.items() if key != "FLAPP_HOME"}
-    env |= {"HOME": str(tmp_path), "PYTHONPATH": str(APP), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    script = "\n".join(["set -e", *lines])
+    env |= {"HOME": str(tmp_path), "PYTHONPATH": str(APP)}
+    script = "\n".join(["set -e", f'python() {{ {shlex.quote(sys.executable)} "$@"; }}', *lines])
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr
     assert "lr=0.003" in (tmp_path / "sweep.html").read_text()
