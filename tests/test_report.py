@@ -204,6 +204,15 @@ def test_what_differs_of_model_or_strategy_is_a_column(tmp_path: Path) -> None:
     assert "clients 3" in " ".join(said.split())
 
 
+def test_an_objective_without_a_column_of_its_own_gets_one(tmp_path: Path) -> None:
+    for objective, heads in (("val_accuracy", "loss objective best round"), ("loss", "loss best round")):
+        runs = [
+            write_run(tmp_path / objective / str(seed), 1, 3, 4, seed=seed, evaluate={"objective": objective})
+            for seed in (0, 1)
+        ]
+        assert f"personal {heads}" in " ".join(report_on(tmp_path / "two.html", *runs).said.split())
+
+
 def test_legends_name_the_settings_in_which_runs_differ(tmp_path: Path) -> None:
     settings = [(0, 0.1, True), (0, 0.5, True), (1, 0.5, False)]
     runs = [

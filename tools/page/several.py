@@ -12,6 +12,7 @@ from tools.page.run import Job, Run, differing
 from tools.page.sections import NONE, alerts, brief, digits, objectives, sections_of, setup_of, summary_of
 
 MOST_DRAWN = 8  # runs with figures of their own
+SHOWN = ("accuracy", "personal_accuracy", "loss")  # objectives that have a column anyway
 
 
 def page_of_several(runs: list[Run], jobs: list[Job]) -> tuple[Html, dict[str, Picture]]:
@@ -56,14 +57,16 @@ def columns_of(runs: list[Run]) -> list[str]:
 
 
 def overview(runs: list[Run]) -> Html:
-    own = columns_of(runs)
-    named = [{key: said for key, said in summary_of(run).items() if key != "objective"} for run in runs]
+    own, named = columns_of(runs), [summary_of(run) for run in runs]
+    if all(run.objective in SHOWN for run in runs):
+        for found in named:
+            del found["objective"]
     rows = []
     for i, found in enumerate(named):
         told = [runs[i].differs, runs[i].name, *(setup_of(runs[i])[key] for key in own)]
         rows.append([swatch(runs, i), *(tag("div", text, class_="narrow") for text in told), *found.values()])
-    first = 4 + len(own)
-    return table(["run", "settings", "name", *own, *named[0]], rows, range(first, first + 9)) if rows else Html()
+    first = 4 + len(own)  # behind the status, which is text; the last column is the digest
+    return table(["run", "settings", "name", *own, *named[0]], rows, range(first, len(rows[0]) - 1)) if rows else Html()
 
 
 def swatch(runs: list[Run], index: int) -> Html:
