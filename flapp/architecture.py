@@ -8,10 +8,34 @@ from torch import nn
 from flapp.model import StorageManager, add_lora, build_model, parse_points
 from flapp.settings import Config, DatasetConfig, LoRAConfig, ModelConfig
 
+LARGEST_IMAGE = (
+    32  # pixels, up to which the dense layer of `cnn` has 8.4 million weights or fewer; LEAF's images have 28
+)
+MOST_PARAMETERS = 100  # for each training sample
+
 
 def build(model: ModelConfig, dataset: DatasetConfig) -> nn.Module:
     """Build the model for samples of a dataset, with weights drawn from torch's global generator."""
     return build_model(model.name, dataset.shape, dataset.classes, model.image_size, model.dropout, model.channels)
+
+
+def find_oversize(model: ModelConfig, dataset: DatasetConfig, samples: int) -> str | None:
+    """Return a warning where the dense layer of `cnn` outgrows the training samples, or None.
+
+    Its weights grow with the square of the image size: at 64 pixels they are 99 % of 34 million parameters.
+    """
+    size = model.image_size or dataset.shape[0]
+    if model.name != "cnn" or size <= LARGEST_IMAGE:
+        return None
+    with torch.device("meta"):  # without memory for the weights
+        built = build(model, dataset)
+    dense, whole = (sum(p.numel() for p in part.parameters()) for part in (built.get_submodule("fc1"), built))
+    if whole <= MOST_PARAMETERS * samples:
+        return None
+    return (
+        f"model=cnn on images of {size} pixels has {whole / 1e6:.1f} million parameters, {dense / whole:.1%} of them "
+        f"in its dense layer, for {samples:,} training samples: set model=vit_tiny or model.image_size=28"
+    )
 
 
 def choose_device(name: str) -> str:

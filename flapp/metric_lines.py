@@ -43,6 +43,10 @@ def _is_failure(value: Any) -> bool:
     return isinstance(value, dict) and is_text(value.get("client")) and is_text(value.get("reason"))
 
 
+def _is_change(value: Any) -> bool:
+    return isinstance(value, dict) and is_round(value.get("round")) and _list_of(is_text)(value.get("changed"))
+
+
 LINE: dict[str, Check] = {
     **{"kind": is_text, "round": is_round, "time": is_finite, "seconds": is_number, "source_digest": is_text},
     **dict.fromkeys(("bytes_up", "bytes_down"), is_finite),
@@ -56,6 +60,8 @@ LINE: dict[str, Check] = {
     **dict.fromkeys(("refused", "warnings"), _object_of(is_text)),
     **{"aggregation_error": _or_none(is_number), "absent": _list_of(is_text), "failures": _list_of(_is_failure)},
     **{"samples": _object_of(_object_of(is_number)), "label_hist": _object_of(_list_of(is_finite))},
+    **{"capped": _object_of(is_finite), "client_ranks": _object_of(is_number), "update_norm": _or_none(is_number)},
+    "changed": _list_of(is_text),
 }
 SUMMARY: dict[str, Check] = {
     **dict.fromkeys(("status", "error", "model_sha256", "run_dir"), is_text),
@@ -63,6 +69,7 @@ SUMMARY: dict[str, Check] = {
     **dict.fromkeys(("rounds", "best_round", "selected_round"), is_round),
     **dict.fromkeys(("accuracy", "loss", "personal_accuracy", "personal_loss", "objective"), is_number),
     **dict.fromkeys(("best_value", "aggregation_error"), is_number),
+    **{"refused": _object_of(is_text), "refused_count": is_round, "resumed_anyway": _list_of(_is_change)},
 }
 
 

@@ -18,7 +18,7 @@ from flwr.common.logger import update_console_handler
 from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
-from flapp.architecture import adapt, build, choose_device, pruned_rank, split_place
+from flapp.architecture import adapt, build, choose_device, find_oversize, pruned_rank, split_place
 from flapp.base import Base, keep_base
 from flapp.client_data import open_partition
 from flapp.client_keys import ClientKeys
@@ -119,6 +119,9 @@ def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> dict[str, Any]:
         finally:
             run.append("roster", done, **roster.facts())
         check_validation(config, roster)
+        samples = sum(member.claim.train for member in roster.members.values())
+        if warning := find_oversize(config.model, config.dataset, samples):
+            log(WARNING, "%s", warning)
         with suppress(StoppedEarly):
             strategy.start(
                 polled,

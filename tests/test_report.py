@@ -177,6 +177,96 @@ def test_several_runs_are_compared_in_what_they_differ(tmp_path: Path) -> None:
     assert page.said.count(f"{per_megabyte:.3g}") == 2
 
 
+def test_the_summary_names_model_dataset_clients_and_strategy(tmp_path: Path) -> None:
+    settings = {
+        "model": {"name": "vit_tiny", "image_size": 28},
+        "lora": {"enabled": True, "rank": 4},
+        "partition": {"kind": "dirichlet"},
+        "strategy": {"name": "fedlora", "aggregation": "fedit", "fraction_train": 0.25},
+    }
+    runs = [write_run(tmp_path / "runs" / str(seed), 1, 8, 4, seed=seed, **settings) for seed in (0, 1)]
+    said = report_on(tmp_path / "one.html", runs[0]).said.partition("Summary")[2]
+    for words in (
+        "model vit_tiny at 28 pixels with adapters of rank 4",
+        "dataset made (dirichlet)",
+        "clients 8, 25% in a round",
+        "strategy fedlora, fedit",
+    ):
+        assert words in said
+    assert "strategy fedlora, fedit" in report_on(tmp_path / "two.html", *runs).said
+
+
+def test_what_differs_of_model_or_strategy_is_a_column(tmp_path: Path) -> None:
+    models = ("vit_tiny", "cnn")
+    runs = [write_run(tmp_path / "runs" / name, 1, 3, 4, model={"name": name}) for name in models]
+    said = report_on(tmp_path / "two.html", *runs).said.partition("Runs")[2].partition("Side by side")[0]
+    assert "run settings name model status" in " ".join(said.split())
+    assert "clients 3" in " ".join(said.split())
+
+
+def test_an_objective_without_a_column_of_its_own_gets_one(tmp_path: Path) -> None:
+    for objective, heads in (("val_accuracy", "loss objective best round"), ("loss", "loss best round")):
+        runs = [
+            write_run(tmp_path / objective / str(seed), 1, 3, 4, seed=seed, evaluate={"objective": objective})
+            for seed in (0, 1)
+        ]
+        assert f"personal {heads}" in " ".join(report_on(tmp_path / "two.html", *runs).said.split())
+
+
+def test_legends_name_the_settings_in_which_runs_differ(tmp_path: Path) -> None:
+    settings = [(0, 0.1, True), (0, 0.5, True), (1, 0.5, False)]
+    runs = [
+        write_run(tmp_path / "runs" / f"r{i}", 2, 3, 4, seed=seed, partition={"seed": seed}, train={"lr": lr, "x": x})
+        for i, (seed, lr, x) in enumerate(settings)
+    ]
+    page = report_on(tmp_path / "three.html", *runs)
+    (alt,) = [alt for alt in page.alts if alt.startswith("Accuracy. A (")]
+    for name in ("A (seed=0, lr=0.1, x=true) ", "B (seed=0, lr=0.5, x=true) ", "C (seed=1, lr=0.5, x=false) "):
+        assert name in alt
+        assert f">{name.strip()}<" in page.html  # in the picture's legend, which is text
+
+
+def test_legends_of_runs_with_equal_settings_name_the_runs(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "runs" / name, 2, 3, 4) for name in ("mine", "other")]
+    page = report_on(tmp_path / "two.html", *runs)
+    assert any(alt.startswith("Accuracy. A (mine) ") and "; B (other) " in alt for alt in page.alts)
+
+
+def test_who_was_refused_or_capped_and_what_a_resume_passed_over_is_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs" / "r", rounds=3, clients=3)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "train":
+            line |= {"capped": {"1": 0.5 + line["round"] / 10}, "update_norm": 2.5, "client_ranks": {"2": 3}}
+    lines.append({"kind": "refused", "round": 3, "time": 4.0, "refused": {"node 7": "has an <odd> key"}})
+    lines.append({"kind": "resumed_anyway", "round": 2, "time": 4.0, "changed": ["source digest was 1, is 2"]})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report_on(tmp_path / "r.html", run)
+    said = " ".join(page.said.split())
+    head, left_out = said.partition("Summary")[0], said.partition("Left out")[2].partition("Digests")[0]
+    assert "Resumed anyway after round 2, though this had changed: source digest was 1, is 2." in head
+    assert "Clients or nodes refused: 1." in head
+    assert "node 7 has an <odd> key" in left_out
+    assert "capped claimed share of the samples rounds 1 80.0% 1-3" in left_out
+    assert any(alt.startswith("Length of updates. median 2.5 at 1") for alt in page.alts)
+    assert "accuracy personal rank training s failures" in said
+
+
+def test_a_run_without_lines_has_refusals_and_changes_of_its_summary(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs" / "r", rounds=1)
+    (run / "metrics.jsonl").unlink()
+    told = {"refused": {"4": "runs other source"}, "refused_count": 25}
+    told["resumed_anyway"] = [{"round": 1, "changed": ["client 0: shard digest was a, is b"]}]
+    (run / "metrics.json").write_text(json.dumps(json.loads((run / "metrics.json").read_text()) | told))
+    said = report_on(tmp_path / "r.html", run).said
+    for words in (
+        "refused: 25.",
+        "runs other source",
+        "after round 1, though this had changed: client 0: shard digest",
+    ):
+        assert words in said
+
+
 def test_runs_beyond_the_first_are_told_without_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(several, "MOST_DRAWN", 0)
     runs = [write_run(tmp_path / "runs" / str(i), 2, 2, 0, seed=i) for i in range(9)]

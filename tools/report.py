@@ -26,7 +26,7 @@ from tools.page.drawing import STYLE, Picture
 from tools.page.markup import Html, document, join, section, tag, tiles
 from tools.page.reading import ReportError, read_all
 from tools.page.run import Job, Run
-from tools.page.sections import alerts, objectives, sections_of, summary_of
+from tools.page.sections import alerts, objectives, sections_of, setup_of, summary_of
 from tools.page.several import page_of_several
 
 Pictures = dict[str, Picture]  # by the name of the file
@@ -43,7 +43,7 @@ def page_of(runs: list[Run], jobs: list[Job], title: str, *more: Html) -> tuple[
 
 def page_of_one(run: Run) -> tuple[Html, Pictures]:
     drawn = pictures_of(run)
-    summary = section("Summary", tiles(summary_of(run).items()), objectives([run]))
+    summary = section("Summary", tiles((setup_of(run) | summary_of(run)).items()), objectives([run]))
     return join([alerts(run), summary, sections_of(run, drawn)]), by_name(drawn)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from flapp.config import to_json
-from flapp.data import Stamp, stamp
+from flapp.data import DataError, Stamp, load_manifest, stamp
+from flapp.data.artifact import read_meta
 from flapp.listing import describe_refused
 from flapp.metric_lines import sound_summary
 from flapp.origin import Origin
@@ -145,6 +146,7 @@ def follow(
     `earlier` is the summary of an earlier start, which lies there until the run is resumed; `before` is the stamp of
     its config.yaml, which the run writes anew once it has dropped the rounds that it does not go on from.
     """
+    warn_of_size(config)
     asked = time.monotonic()
     with Progress(config, path) as progress:
         while (summary := read_json(path / "metrics.json")) is None or summary == earlier:
@@ -162,6 +164,23 @@ def follow(
         raise failure(summary)
     wait_for_end(superlink, run_id)
     return summary
+
+
+def warn_of_size(config: Config) -> None:
+    """Print a warning about a model too large for the data, where the data are here; the ServerApp logs it too."""
+    if config.model.name != "cnn":
+        return
+    from flapp.architecture import find_oversize  # imports PyTorch
+
+    try:
+        if config.distributed_data.enabled:
+            samples = int(load_manifest(config.manifest_path).facts["totals"]["train"])
+        else:
+            samples = read_meta(config.data_dir / config.dataset.name / "train")["labels"]["shape"][0]
+    except DataError:
+        return  # the data are elsewhere, or not prepared yet
+    if warning := find_oversize(config.model, config.dataset, samples):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def check_summary(summary: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -37,11 +37,13 @@ SPREADS = {
 def pictures_of(run: Run) -> dict[str, list[Picture]]:
     """Return the pictures of one run, by section of the page; sections of which nothing is recorded are empty."""
     marks, training = marks_of(run), Curve("training", run.series("train", "loss"), GREY, 3)
+    updates = Curve("median", run.series("train", "update_norm"), COLOURS[0])
     drawn: dict[str, Iterable[Picture | None]] = {
         "Learning": [
             draw_curves("accuracy", "Accuracy", ACCURACY, _measured(run, "accuracy"), marks),
             draw_curves("loss", "Loss", LOSS, [*_measured(run, "loss"), training], marks),
             *(draw_spread(run, key, title, marks) for key, title in SPREADS.items()),
+            draw_curves("updates", "Length of updates", "median over clients", [updates], zero=True),
         ],
         "Clients and classes": [draw_classes(run)],
         "Traffic": _traffic(run),
@@ -131,10 +133,10 @@ def _overlaid(runs: list[Run], kind: str, key: str) -> list[Curve]:
 
 def _curves(runs: list[Run], points: list[Points]) -> list[Curve]:
     if len(runs) <= MOST_LINES:
-        return [Curve(runs[i].label, found, COLOURS[i], i // 4) for i, found in enumerate(points)]
+        return [Curve(runs[i].title, found, COLOURS[i], i // 4) for i, found in enumerate(points)]
     best = best_of(runs)
     rest = [Curve("", found, GREY) for i, found in enumerate(points) if i != best]
-    return [*rest, Curve(f"{runs[best].label} (best)", points[best], COLOURS[0])]
+    return [*rest, Curve(f"{runs[best].title}, the best", points[best], COLOURS[0])]
 
 
 def _traffic(run: Run) -> list[Picture | None]:

@@ -7,6 +7,7 @@ memory: sums for bytes and seconds, the last accuracy, failures by reason.
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from flapp.config import read_yaml
 from flapp.metric_lines import read_line, sound_summary
 from flapp.untrusted import MOST_BYTES, check_regular, printable
 from flapp.untrusted import read_json as parse_file
-from tools.page.run import Clients, Job, Run, Stores, by_number, number
+from tools.page.run import Clients, Job, Run, Stores, by_number, names_of, number
 from tools.superlink import ANSI
 
 METRICS, STORE = "metrics.jsonl", "server_chunks.db"  # of flapp.results, which would import PyTorch
@@ -43,6 +44,8 @@ def read_all(paths: list[Path]) -> tuple[list[Run], list[Job]]:
     taken = Counter(label for _, label in folders)
     labels = [label if label and taken[label] == 1 else letters(i) for i, (_, label) in enumerate(folders)]
     runs = [read_run(folder, label) for (folder, _), label in zip(folders, labels, strict=True)]
+    if len(runs) > 1:
+        runs = [replace(run, differs=name) for run, name in zip(runs, names_of(runs), strict=True)]
     return runs, jobs
 
 

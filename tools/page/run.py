@@ -12,7 +12,9 @@ import numpy as np
 from flapp.metric_lines import is_finite, is_number
 from flapp.stopwatch import PHASES
 
-OWN_NAMES = ("run_name", "resume")  # settings in which any two runs differ
+OWN_NAMES = ("run_name", "resume", "resume_from", "resume_anyway")  # settings in which any two runs may differ
+PLACES = ("home", "deployment.", "split.")  # settings, or the groups of them, that say where a run took place
+MOST_NAMED, LONGEST_NAME = 3, 38  # settings in the name of a run in legends, and its characters
 Points = tuple[np.ndarray, np.ndarray]  # rounds and values
 
 
@@ -26,20 +28,32 @@ class Failures:
 
 
 @dataclass
+class Capped:
+    """A client that claimed more than the share of the samples that one may count for: the largest, and when."""
+
+    share: float = 0.0
+    rounds: set[int] = field(default_factory=set)
+
+
+@dataclass
 class Clients:
     """What the lines say of single clients, folded over the rounds."""
 
     sums: dict[str, Counter[str]] = field(default_factory=dict)  # client_bytes_up, client_bytes_down, client_seconds
-    last: dict[str, dict[str, float]] = field(default_factory=dict)  # accuracy_by_client and the personal one
+    last: dict[str, dict[str, float]] = field(
+        default_factory=dict
+    )  # accuracy_by_client, the personal one, client_ranks
     failures: dict[tuple[str, str], Failures] = field(default_factory=dict)  # by kind and reason
     failed: Counter[str] = field(default_factory=Counter)
     absent: Counter[str] = field(default_factory=Counter)
+    capped: dict[str, Capped] = field(default_factory=dict)
 
     def fold(self, line: dict[str, Any]) -> dict[str, Any]:
         """Take what a line says of single clients and return the rest of it."""
         for key in ("client_bytes_up", "client_bytes_down", "client_seconds"):
             self.sums.setdefault(key, Counter()).update(line.pop(key, None) or {})
-        self.last |= {key: line.pop(key) for key in list(line) if key.endswith("accuracy_by_client")}
+        last = [key for key in line if key.endswith("accuracy_by_client") or key == "client_ranks"]
+        self.last |= {key: line.pop(key) for key in last}
         self.absent.update(line.pop("absent", None) or ())
         for failure in line.pop("failures", None) or ():
             found = self.failures.setdefault((line["kind"], failure["reason"]), Failures())
@@ -47,6 +61,10 @@ class Clients:
             found.rounds.add(line["round"])
             found.clients.add(failure["client"])
             self.failed[failure["client"]] += 1
+        for name, share in (line.pop("capped", None) or {}).items():
+            capped = self.capped.setdefault(name, Capped())
+            capped.share = max(capped.share, share)
+            capped.rounds.add(line["round"])
         return line
 
 
@@ -66,7 +84,7 @@ class Stores:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run directory says; `label` is what figures call it."""
+    """What one run directory says; `label` is its letter or number, `differs` what sets it apart from the others."""
 
     path: Path
     label: str
@@ -79,6 +97,12 @@ class Run:
     homes: Stores | None  # of the clients
     log: tuple[str, ...]
     notes: tuple[str, ...]
+    differs: str = ""
+
+    @property
+    def title(self) -> str:
+        """Return what legends call the run."""
+        return f"{self.label} ({self.differs})" if self.differs else self.label
 
     @property
     def name(self) -> str:
@@ -134,10 +158,15 @@ class Run:
 
     def roster(self, key: str) -> dict[str, Any]:
         """Return what the starts of the run say of single clients, the latest first to be believed."""
-        said: dict[str, Any] = {}
+        said: dict[str, Any] = dict(self.summary.get(key) or {}) if key == "refused" else {}
         for line in (*self.lines.get("roster", ()), *self.lines.get("refused", ())):
             said |= line.get(key) or {}
         return dict(sorted(said.items(), key=lambda item: by_number(item[0])))
+
+    def resumed_anyway(self) -> list[tuple[int, list[str]]]:
+        """Return after which rounds the run was resumed although something had changed, and what."""
+        lines = self.lines.get("resumed_anyway") or self.summary.get("resumed_anyway") or ()
+        return [(line["round"], line.get("changed") or ["not recorded what"]) for line in lines]
 
 
 @dataclass(frozen=True)
@@ -162,6 +191,38 @@ def number(values: Mapping[str, Any], key: str) -> float | None:
 def by_number(name: str) -> list[tuple[str, int]]:
     """Return a key that sorts client 2 before client 10."""
     return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
+
+
+def names_of(runs: list[Run]) -> list[str]:
+    """Say for each of several runs how its settings differ from the others', as `lr=0.1, seed=0`, or its name.
+
+    Settings with the same values, such as seed and partition.seed, are said once, by the shortest of their names.
+    """
+    alike: dict[tuple[str, ...], str] = {}
+    for key in differing(runs):
+        if not key.startswith(PLACES):
+            values = tuple(repr(run.config.get(key)) for run in runs)
+            alike[values] = min(alike.get(values, key), key, key=_length)
+    every = list(dict.fromkeys(key for run in runs for key in run.config))
+    keys = sorted(alike.values(), key=every.index)
+    said = [", ".join(f"{short(key)}={_brief(run.config.get(key))}" for key in keys[:MOST_NAMED]) for run in runs]
+    more = ", …" if len(keys) > MOST_NAMED else ""
+    names = [text + more if text and run.config else run.name for text, run in zip(said, runs, strict=True)]
+    return [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in names]
+
+
+def short(key: str) -> str:
+    """Return the last part of a setting's name, or its group where that says more: train.lr is lr, model.name model."""
+    group, _, last = key.rpartition(".")
+    return group.rpartition(".")[2] if group and last in ("name", "kind", "enabled") else last
+
+
+def _length(key: str) -> tuple[int, int, str]:
+    return key.count("."), len(key), key
+
+
+def _brief(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def differing(runs: list[Run]) -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from flapp.metric_lines import is_number
 from flapp.summary import in_words
 from tools.checkpoints import count, in_bytes
 from tools.page.charts import MB
@@ -16,6 +17,27 @@ MOST_REASONS, MOST_CLIENTS, MOST_NAMES = 20, 20, 12
 NONE = "-"
 NO_ROUND_LINES = "metrics.jsonl has no line of a whole round: it is of an older flapp, or no round was completed."
 Pictures = Mapping[str, Sequence[Picture]]
+
+
+def setup_of(run: Run) -> dict[str, object]:
+    """Return what was trained on which data, by how many clients and by which rule."""
+    found = run.config.get
+    model, strategy = [found("model.name", NONE)], [found("strategy.name", NONE)]
+    if size := found("model.image_size"):
+        model.append(f"at {size} pixels")
+    if found("lora.enabled"):
+        model.append(f"with adapters of rank {found('lora.rank', NONE)}")
+    strategy += [found(key) for key in ("strategy.aggregation", "strategy.server_optimizer") if found(key)]
+    clients, share = str(found("clients", NONE)), found("strategy.fraction_train")
+    if is_number(share) and share < 1:
+        clients += f", {share:.3g} of them in a round" if share < 0.01 else f", {share:.0%} in a round"
+    partition = f" ({found('partition.kind')})" if found("partition.kind") else ""
+    return {
+        "model": " ".join(map(str, model)),
+        "dataset": f"{found('dataset.name', NONE)}{partition}",
+        "clients": clients,
+        "strategy": ", ".join(map(str, strategy)),
+    }
 
 
 def summary_of(run: Run) -> dict[str, object]:
@@ -35,7 +57,7 @@ def summary_of(run: Run) -> dict[str, object]:
         "down": in_bytes(run.total("bytes_down")),
         "accuracy / MB": brief(None if accuracy is None or not sent else accuracy / (sent / MB)),
         "seconds": NONE if (seconds := number(run.summary, "seconds")) is None else f"{seconds:,.1f}",
-        "model": tag("code", digest[:12] if digest else NONE),
+        "SHA-256": tag("code", digest[:12] if digest else NONE),
     }
 
 
@@ -56,6 +78,11 @@ def alerts(run: Run, name: str = "") -> Html:
     starts = [line["round"] for line in run.lines.get("roster", ())][1:]
     if starts:
         said.append(note(f"{name}Resumed after round {', '.join(map(str, starts))}."))
+    for after, changed in run.resumed_anyway():
+        text = f"Resumed anyway after round {after}, though this had changed: {listing(changed, '; ')}."
+        said.append(tag("p", tag("b", name), text, class_="warning"))
+    if refused := max(len(run.roster("refused")), int(run.summary.get("refused_count") or 0)):
+        said.append(note(f"{name}Clients or nodes refused: {refused:,}. Section Left out has the reasons."))
     for line in run.lines.get("stop", ())[-1:]:
         best, patience = line.get("best_round"), line.get("patience")
         why = f"{in_words(str(line.get('metric')))} was best in round {best}, patience is {patience}"
@@ -98,18 +125,30 @@ def clients(run: Run, drawn: Sequence[Picture]) -> Html:
     known = {name: value for name, value in accuracy.items() if value is not None}
     names = sorted(samples.keys() | accuracy.keys() | personal.keys(), key=lambda name: known.get(name, 2.0))
     seconds: Mapping[str, float] = run.clients.sums.get("client_seconds", {})
+    ranks = run.clients.last.get("client_ranks", {})
     rows = []
     for name in names[:MOST_CLIENTS]:
         held = [str((samples.get(name) or {}).get(part, NONE)) for part in ("train", "val", "test")]
         measured = [digits(found.get(name)) for found in (accuracy, personal)]
         spent = f"{seconds[name]:,.1f}" if name in seconds else NONE
-        rows.append([name, *held, *measured, spent, str(run.clients.failed.get(name, 0))])
-    heads = ["client", "train", "val", "test", "accuracy", "personal", "training s", "failures"]
+        rank = [f"{ranks[name]:g}" if name in ranks else NONE] if ranks else []
+        rows.append([name, *held, *measured, *rank, spent, str(run.clients.failed.get(name, 0))])
+    heads = [
+        "client",
+        "train",
+        "val",
+        "test",
+        "accuracy",
+        "personal",
+        *["rank"] * bool(ranks),
+        "training s",
+        "failures",
+    ]
     what = f"{len(rows)} of {len(names):,} clients, lowest accuracy of the last evaluation first"
     said = []
     if not drawn and run.config.get("dataset.classes") != 0:
         said.append(note("The samples of each client and class are not recorded."))
-    return join([figures(drawn), *said, folded(what, table(heads, rows, range(1, 8))) if rows else ""])
+    return join([figures(drawn), *said, folded(what, table(heads, rows, range(1, len(heads)))) if rows else ""])
 
 
 def traffic(run: Run, drawn: Sequence[Picture]) -> Html:
@@ -181,7 +220,7 @@ def _store_column(found: Stores) -> list[str]:
 
 
 def left_out(run: Run) -> Html:
-    """Say who was left out of rounds and why, refused, absent or warned of; nothing is said of nobody."""
+    """Say who was left out of rounds and why, refused, warned of, absent or capped; nothing is said of nobody."""
     found = sorted(run.clients.failures.items(), key=lambda item: -item[1].count)
     rows = [
         [kind, reason, f"{failed.count:,}", ranges(failed.rounds), listing(sorted(failed.clients, key=by_number))]
@@ -199,7 +238,14 @@ def left_out(run: Run) -> Html:
     tables.append(table(["absent", "exchanges"], absent, (1,)))
     if len(run.clients.absent) > MOST_REASONS:
         tables.append(note(f"{len(run.clients.absent)} clients were absent at times."))
-    return join(tables) or note("No client failed, was refused or was absent.")
+    by_share = sorted(run.clients.capped.items(), key=lambda item: -item[1].share)
+    capped = [[name, f"{found.share:.1%}", ranges(found.rounds)] for name, found in by_share[:MOST_REASONS]]
+    tables.append(table(["capped", "claimed share of the samples", "rounds"], capped, (1,)))
+    if capped:
+        limit = run.config.get("strategy.max_weight_share", NONE)
+        more = f" {len(by_share):,} clients were capped." if len(by_share) > len(capped) else ""
+        tables.append(note(f"A client counts for at most strategy.max_weight_share={limit} of a round.{more}"))
+    return join(tables) or note("No client failed, was refused, absent or capped.")
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -214,8 +260,8 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join(words[:MOST_NAMES]) + (f" and {len(words) - MOST_NAMES} more" if len(words) > MOST_NAMES else "")
 
 
-def listing(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:MOST_NAMES])
+def listing(names: Sequence[str], between: str = ", ") -> str:
+    shown = between.join(names[:MOST_NAMES])
     return shown if len(names) <= MOST_NAMES else f"{shown} and {len(names) - MOST_NAMES:,} more"
 
 

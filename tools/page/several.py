@@ -7,11 +7,12 @@ import numpy as np
 from tools.checkpoints import count
 from tools.page.charts import best_of, by_name, colour_of, compare, pictures_of, swept
 from tools.page.drawing import MOST_LINES, Picture, themed
-from tools.page.markup import Html, figures, folded, join, note, section, table, tag
+from tools.page.markup import Html, figures, folded, join, note, section, table, tag, tiles
 from tools.page.run import Job, Run, differing
-from tools.page.sections import NONE, alerts, brief, digits, objectives, sections_of, summary_of
+from tools.page.sections import NONE, alerts, brief, digits, objectives, sections_of, setup_of, summary_of
 
 MOST_DRAWN = 8  # runs with figures of their own
+SHOWN = ("accuracy", "personal_accuracy", "loss")  # objectives that have a column anyway
 
 
 def page_of_several(runs: list[Run], jobs: list[Job]) -> tuple[Html, dict[str, Picture]]:
@@ -20,7 +21,7 @@ def page_of_several(runs: list[Run], jobs: list[Job]) -> tuple[Html, dict[str, P
     together, settings = (compare(runs), swept(runs)) if runs else ([], [])
     details = [
         folded(
-            f"{run.label}: {run.name}",
+            f"{run.title}: {run.name}",
             sections_of(run, drawn[i] if i < MOST_DRAWN else None, "h3"),
             opened=run.status == "failed",
         )
@@ -31,7 +32,7 @@ def page_of_several(runs: list[Run], jobs: list[Job]) -> tuple[Html, dict[str, P
     body = [
         failed_jobs(jobs),
         *(alerts(run, f"Run {run.label}: ") for run in runs),
-        section("Runs", overview(runs), objectives(runs)),
+        section("Runs", alike(runs), overview(runs), objectives(runs)),
         section("Jobs of the sweep", jobs_table(jobs)),
         section("Side by side", figures(together), legend(runs)),
         section("By setting", figures(settings), unended(runs) if settings else ""),
@@ -43,10 +44,29 @@ def page_of_several(runs: list[Run], jobs: list[Job]) -> tuple[Html, dict[str, P
     return join(body), dict(ChainMap(by_name({"": together + settings}), *own))
 
 
+def alike(runs: list[Run]) -> Html:
+    """Say of what all runs have alike of model, dataset, clients and strategy."""
+    own = columns_of(runs)
+    return tiles((key, value) for key, value in setup_of(runs[0]).items() if key not in own) if runs else Html()
+
+
+def columns_of(runs: list[Run]) -> list[str]:
+    """Name what differs of model, dataset, clients and strategy."""
+    setups = [setup_of(run) for run in runs]
+    return [key for key in setups[0] if len({setup[key] for setup in setups}) > 1] if runs else []
+
+
 def overview(runs: list[Run]) -> Html:
-    named = [summary_of(run) for run in runs]
-    rows = [[swatch(runs, i), runs[i].name, *found.values()] for i, found in enumerate(named)]
-    return table(["run", "name", *named[0]], rows, range(3, 13)) if rows else Html()
+    own, named = columns_of(runs), [summary_of(run) for run in runs]
+    if all(run.objective in SHOWN for run in runs):
+        for found in named:
+            del found["objective"]
+    rows = []
+    for i, found in enumerate(named):
+        told = [runs[i].differs, runs[i].name, *(setup_of(runs[i])[key] for key in own)]
+        rows.append([swatch(runs, i), *(tag("div", text, class_="narrow") for text in told), *found.values()])
+    first = 4 + len(own)  # behind the status, which is text; the last column is the digest
+    return table(["run", "settings", "name", *own, *named[0]], rows, range(first, len(rows[0]) - 1)) if rows else Html()
 
 
 def swatch(runs: list[Run], index: int) -> Html:
@@ -78,7 +98,7 @@ def legend(runs: list[Run]) -> Html:
     if len(runs) > MOST_LINES:
         best = runs[best_of(runs)].label
         return note(f"Of more than {MOST_LINES} runs only the best by its objective, run {best}, has a colour.")
-    return note("Runs are called as in the first column of the table.") if runs else Html()
+    return note("A legend names the settings in which a run differs from the others.") if runs else Html()
 
 
 def unended(runs: list[Run]) -> Html:

@@ -1,0 +1,278 @@
+"""Every Python block of README.md runs as pasted, and every command is run or read by the program that it is for.
+
+A command that no line of CHECKS knows fails: whoever adds one says here how it is checked.
+"""
+
+import argparse
+import configparser
+import importlib
+import itertools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from flwr.app import Context, RecordDict
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from flapp import config, server_app
+from flapp.convert import setting_names
+from tests.conftest import LocalGrid
+from tools.submit import APP
+
+README = (APP / "README.md").read_text()
+PROGRAMS = r"python3?|pip|flwr|flower-\w+|ray|nginx|tensorboard|pre-commit"
+PLACEHOLDERS = {"DIR", "RUN_DIR", "PATH", "FILE", "DB", "PARTITION", "DATASET"}  # allowed in tables and prose only
+READS_RUNS = re.compile(r"python -m tools\.(report|checkpoints|split_model|verify_data) (?!.*(--benchmark|runs/lrs))")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def pasted() -> list[str]:
+    """Return the commands of the bash blocks, without comments, a line of several as several."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    lines = [re.sub(r"(^|\s+)#.*", "", line) for line in lines]
+    return [" ".join(part.split()) for line in lines if line for part in re.split(r" && | &$", line) if part]
+
+
+def mentioned() -> list[str]:
+    """Return the commands in tables and prose."""
+    text = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
+    return re.findall(rf"`((?:{PROGRAMS}) [^`]+)`", text)
+
+
+def words_of(command: str) -> list[str]:
+    return [os.path.expandvars(os.path.expanduser(word)) for word in shlex.split(command)]
+
+
+def composes(command: str) -> None:
+    """Compose every job of a command of Hydra's words, as far as they are settings of flapp."""
+    words = shlex.split(re.sub(r"^python -m tools\.\w+|--cfg job|--format json", "", command))
+    jobs = []
+    for override in OverridesParser.create().parse_overrides([word for word in words if word != "-m"]):
+        key = override.get_key_element()
+        if override.is_sweep_override():
+            interval = override.value() if override.is_interval_sweep() else None
+            values = [interval.start, interval.end] if interval else list(override.sweep_string_iterator())
+            jobs.append([f"{key}={value}" for value in values])
+        elif not key.startswith("hydra"):
+            jobs.append([override.input_line or ""])
+    for job in itertools.product(*jobs):
+        config.compose(list(job), Path("/nowhere"))
+
+
+class Parsed(Exception):
+    """The arguments were understood."""
+
+
+def is_parsed(command: str) -> None:
+    """Let one of our tools read its arguments, and nothing more."""
+    _, _, module, *words = words_of(command)
+    real = argparse.ArgumentParser.parse_args
+
+    def parse_only(parser: argparse.ArgumentParser, given: Sequence[str] | None = None, *_: Any) -> None:
+        real(parser, given)
+        raise Parsed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+        patch.setattr(sys, "argv", [module, *words])
+        with pytest.raises(Parsed):
+            importlib.import_module(module).main(words)
+
+
+def is_superlink(command: str) -> None:
+    from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
+
+    _parse_args_run_superlink().parse_args(words_of(command)[1:])
+
+
+def is_supernode(command: str) -> None:
+    from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
+
+    given = _parse_args_run_supernode().parse_args(words_of(command)[3:])
+    config.read_site(tomllib.loads("\n".join(re.findall(r'\S+=".*?"', given.node_config))))
+
+
+def is_flwr(command: str) -> None:
+    """Let Flower's command line read it; settings in `overrides` are composed."""
+    from flwr.cli.app import app
+    from typer.main import get_command
+
+    words = words_of(command)
+    reads(get_command(app), words)
+    if "-c" in words:
+        composes(tomllib.loads(words[words.index("-c") + 1])["overrides"])
+
+
+def is_ray(command: str) -> None:
+    from ray.scripts.scripts import cli
+
+    reads(cli, words_of(command))
+
+
+def reads(command: Any, words: list[str], parent: Any = None) -> None:
+    """Parse the words of a command line of click's; raises click.UsageError for those it does not know."""
+    with command.make_context(words[0], words[1:], parent=parent) as context:
+        if hasattr(command, "resolve_command"):
+            name, inner, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+            reads(inner, [name, *rest], context)
+
+
+def is_installed(command: str) -> None:
+    """See that the extras named are in pyproject.toml."""
+    project = tomllib.loads((APP / "pyproject.toml").read_text())["project"]
+    extras = re.search(r"\[(.*?)\]", command)
+    assert not extras or set(extras[1].split(",")) <= project["optional-dependencies"].keys()
+
+
+def registers(command: str) -> None:
+    match = re.fullmatch(r"for key in (\S+)/client_\*\.pub; do (flwr .*); done", command)
+    assert match
+    is_flwr(match[2].replace("$key", f"{match[1]}/client_3.pub").replace("$(basename $key .pub)", "client_3"))
+
+
+def is_known(command: str) -> None:
+    """Take a command that is checked by what comes after it in README.md, or that needs a program of others."""
+
+
+CHECKS: dict[str, Callable[[str], None]] = {
+    r"python -m tools\.(run|prepare_data)\b.*": composes,
+    r"python -m tools\.(federation|certificates|proxy|benchmark|report|checkpoints|split_model) .*": is_parsed,
+    r"python -m tools\.(verify_data|partition_heatmap) .*": is_parsed,
+    r"python -m tools\.supernode .*": is_supernode,
+    r"flower-superlink .*": is_superlink,
+    r"flwr .*": is_flwr,
+    r"for key in .*": registers,
+    r"ray start .*": is_ray,
+    r"pip install (-e (\.|[\"']\.\[[a-z,]+\][\"'])|torch torchvision --index-url \S+)": is_installed,
+    r"python -m pytest|pre-commit install|\.ci/run": is_known,
+    r"python3 -m venv \.venv|\. \.venv/bin/activate": is_known,
+    r"DB=\S+|export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=\$\(cat \S+\)": is_known,
+    r"nginx -c /etc/flapp/nginx\.conf": is_known,  # tests/test_proxy.py runs it
+    r"tensorboard --logdir \S+": is_known,
+}
+
+
+@pytest.mark.parametrize("command", dict.fromkeys([*pasted(), *mentioned()]))
+def test_every_command_is_of_a_known_kind_and_is_understood(command: str) -> None:
+    fitting = [check for pattern, check in CHECKS.items() if re.fullmatch(pattern, command)]
+    assert len(fitting) == 1, f"say in CHECKS how this command is checked: {command}"
+    fitting[0](command)
+
+
+def test_commands_that_are_not_understood_are_noticed() -> None:
+    for check, command, error in (
+        (composes, "python -m tools.run modle=cnn", config.ConfigError),
+        (composes, "python -m tools.run -m model=cnn train.lr=0.1,fast", config.ConfigError),
+        (is_parsed, "python -m tools.report --output x", SystemExit),
+        (is_superlink, "flower-superlink --prot 1", SystemExit),
+        (is_supernode, "python -m tools.supernode --node-config 'client=\"3\"'", config.ConfigError),
+        (is_flwr, "flwr run . --steram", Exception),
+        (is_flwr, "flwr run . -c 'overrides=\"modle=cnn\"'", config.ConfigError),
+        (is_ray, "ray start --haed", click.UsageError),
+        (is_installed, "pip install -e '.[swep]'", AssertionError),
+    ):
+        with pytest.raises(error):
+            check(command)
+
+
+def test_pasted_commands_have_no_placeholders_and_name_what_earlier_ones_made() -> None:
+    made = {"client_0", "mine"}
+    for command in pasted():
+        assert not PLACEHOLDERS & set(re.findall(r"(?<![$\w])[A-Z_]+(?![\w=])", command)), command
+        made |= set(re.findall(r"run_name=(\S+)", command))
+        assert set(re.findall(r"~/\.flapp/(?:runs|checkpoints)/(\w+)", command)) <= made, command
+    assert "python -m tools.run run_name=mine" in pasted()[:4]
+
+
+def test_settings_in_tables_and_links_exist() -> None:
+    known = setting_names()
+    for key in re.findall(r"^\| `([\w.]+)=", README, re.MULTILINE):
+        assert key in known or (APP / "conf" / key).is_dir(), key
+    anchors = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in re.findall(r"^#+ (.*)", README, re.M)}
+    for target in re.findall(r"\]\((?!http)(.*?)\)", README):
+        assert target[1:] in anchors if target.startswith("#") else (APP / target).exists(), target
+
+
+def test_configuration_files_are_well_formed() -> None:
+    (superlinks,) = map(tomllib.loads, blocks("toml"))
+    assert superlinks["superlink"][superlinks["superlink"]["default"]]["address"] == "127.0.0.1:9000"
+    (unit,) = blocks("ini")
+    units = configparser.ConfigParser(strict=False, interpolation=None)
+    units.read_string(unit)
+    assert "tools/supernode.py" in units["Service"]["ExecStart"]
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Return the folder of a user who has made the runs of README.md: smaller ones, with as many rounds."""
+    folder = tmp_path_factory.mktemp("user")
+    runs = folder / ".flapp" / "runs"
+    small = ["clients=2", "train.steps=1", "train.batch_size=2", "evaluate.every=20", "evaluate.personal_epochs=0"]
+    settings = config.compose([f"home={folder / '.flapp'}", "run_name=mine", *small])
+    run_config = {"config-json": config.to_json(settings)}
+    nodes = [{"partition-id": i, "num-partitions": 2} for i in range(2)]
+    server_app.app(LocalGrid(run_config, nodes), Context(1, 1, {}, RecordDict(), run_config))
+    shutil.copytree(runs / "mine", runs / "other")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(folder))
+        patch.setenv("DB", str(folder / ".flapp/checkpoints/mine/client_0/client_0_chunks.db"))
+        patch.chdir(folder)
+        yield folder
+
+
+@pytest.mark.parametrize(
+    "command", [each for each in dict.fromkeys([*pasted(), *mentioned()]) if READS_RUNS.match(each)]
+)
+def test_commands_about_the_readers_own_runs_work(user: Path, command: str) -> None:
+    _, _, module, *words = words_of(command)
+    assert importlib.import_module(module).main(words) == 0
+
+
+def test_the_variable_of_the_checkpoint_examples_is_the_store_of_a_client(user: Path) -> None:
+    (assignment,) = [command for command in pasted() if command.startswith("DB=")]
+    assert os.path.expanduser(assignment.removeprefix("DB=")) == os.environ["DB"]
+    assert Path(os.environ["DB"]).is_file()
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_every_python_block_runs_by_itself(user: Path, number: int) -> None:
+    block = blocks("python")[number]
+    if "transformers" in block:
+        pytest.importorskip("transformers")
+    exec(compile(block, f"block {number + 1} of README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_the_run_over_your_own_data_takes_what_the_python_block_wrote(user: Path) -> None:
+    (block,) = [block for block in blocks("python") if "write_artifact" in block]
+    (command,) = [command for command in pasted() if "dataset=custom" in command]
+    exec(compile(block, "README.md", "exec"), {})
+    small = ["clients=2", "num_rounds=1", "train.steps=1", "train.batch_size=2", "evaluate.personal_epochs=0"]
+    words = [f"home={user / '.flapp'}", *shlex.split(command)[3:], *small]
+    run_config = {"config-json": config.to_json(config.compose(words))}
+    nodes = [{"partition-id": i, "num-partitions": 2} for i in range(2)]
+    server_app.app(LocalGrid(run_config, nodes), Context(1, 1, {}, RecordDict(), run_config))
+
+
+@pytest.mark.slow
+def test_a_sweep_and_its_report_run_as_pasted_into_a_shell(tmp_path: Path) -> None:
+    lines = [command for command in pasted() if re.search(r"run_name=lrs|runs/lrs", command)]
+    assert len(lines) == 2
+    env = {key: value for key, value in os.environ.items() if key != "FLAPP_HOME"}
+    env |= {"HOME": str(tmp_path), "PYTHONPATH": str(APP)}
+    script = "\n".join(["set -e", f'python() {{ {shlex.quote(sys.executable)} "$@"; }}', *lines])
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stderr
+    assert "lr=0.003" in (tmp_path / "sweep.html").read_text()
+    assert list((tmp_path / "figures").glob("*.png"))
