@@ -34,8 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from flwr.cli.build import build_fab_from_disk
-from flwr.cli.install import install_from_fab
 
 from flapp.data import DataError, load_manifest
 from tools.certificates import make_server_files, make_site_keys
@@ -194,6 +192,9 @@ def install_app(folder: Path) -> None:
 
     Two processes that install one app at once would find each other's half.
     """
+    from flwr.cli.build import build_fab_from_disk  # half a second, for local federations only
+    from flwr.cli.install import install_from_fab
+
     fab = build_fab_from_disk(APP)
     federation = known_federation(folder)
     with (folder / "install.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as unpacked:
