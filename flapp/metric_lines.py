@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 from flapp.untrusted import parse_json
 
@@ -10,7 +10,7 @@ Check = Callable[[Any], bool]
 LAST_ROUND = 1 << 31
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """Say whether a value is a number; True and False are not, NaN and infinities are."""
     return type(value) in (int, float)
 

@@ -46,6 +46,8 @@ def check_run(config: Config, clients_here: bool, quick: bool = False) -> None:
     is_divided = clients_here and not config.distributed_data.enabled
     if is_divided or config.evaluate.central:
         check_dataset(config)
+    if is_divided:
+        check_enough_samples(config)
     check_device(config, clients_here)
     if is_divided:
         check_partition(config, quick)
@@ -92,12 +94,16 @@ def check_shards(config: Config, clients_here: bool) -> None:
         read_meta(_shard_of(config, next(iter(manifest))))
 
 
+def check_enough_samples(config: Config) -> None:
+    """Refuse more clients than there are samples for, which takes no partition to know."""
+    if config.partition.kind not in WRITER_PARTITIONS:
+        train, _ = _open_splits(config)
+        check_enough(config.partition.kind, len(train.labels), config.clients, config.partition.min_size)
+
+
 def check_partition(config: Config, quick: bool) -> None:
     """Refuse a partition that cannot be made for so many clients, and save it if it can."""
-    train, test = _open_splits(config)
-    if config.partition.kind not in WRITER_PARTITIONS:
-        check_enough(config.partition.kind, len(train.labels), config.clients, config.partition.min_size)
-    unread = sum(split.images.nbytes for split in (train, test) if not is_verified(split.path))
+    unread = sum(split.images.nbytes for split in _open_splits(config) if not is_verified(split.path))
     if quick and (unread > QUICK_BYTES or config.clients * config.dataset.classes > QUICK_SHARES):
         return
     from flapp.client_data import open_partition
@@ -107,16 +113,16 @@ def check_partition(config: Config, quick: bool) -> None:
 
 def check_device(config: Config, clients_here: bool) -> None:
     """Refuse a device, or a compiler for it, that this machine lacks though server or clients need it here."""
+    settings, gpus = config.train, config.deployment.client_gpus
+    is_plain = settings.device != "cuda" and not gpus and not settings.compile
+    if is_plain or not (clients_here or config.evaluate.central):
+        return
     import torch
 
     from flapp.architecture import choose_device
 
-    settings = config.train
-    if not (clients_here or config.evaluate.central):
-        return
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device=cuda, but PyTorch finds no CUDA device here: set train.device=auto or cpu")
-    gpus = config.deployment.client_gpus
     if config.deployment.kind == "simulation" and clients_here and gpus > torch.cuda.device_count():
         raise ConfigError(
             f"deployment.client_gpus={gpus:g} is more than the {torch.cuda.device_count()} GPUs there are: lower it"

@@ -230,10 +230,8 @@ def test_a_server_that_waits_in_vain_names_who_is_missing(federate: Federate) ->
 
 def test_a_dataset_that_is_not_there_fails_with_the_way_to_mend_it(federate: Federate) -> None:
     settings = ("dataset=custom", "dataset.name=nowhere", "dataset.shape=[8,8,1]", "dataset.classes=3")
-    with pytest.raises(
-        FederationError,
-        match=r"cannot start: clients 0 to 2: dataset nowhere is not prepared.*\(0 of 3 clients joined\)$",
-    ):
+    said = r"cannot start: clients 0 to 2: dataset nowhere is not prepared.*\(0 of 3 clients joined\)$"
+    with pytest.raises(FederationError, match=said):
         federate(*settings, "clients=3", "model=linear")
 
 

@@ -36,8 +36,6 @@ from types import NoneType
 from typing import Any
 
 import psutil
-from flwr.cli.build import build_fab_from_disk
-from flwr.cli.install import install_from_fab
 
 from flapp.data import DataError, load_manifest
 from flapp.untrusted import printable, read_json
@@ -231,6 +229,9 @@ def install_app(folder: Path) -> None:
 
     Two processes that install one app at once would find each other's half.
     """
+    from flwr.cli.build import build_fab_from_disk  # half a second, for local federations only
+    from flwr.cli.install import install_from_fab
+
     with app_folder() as app:
         fab = build_fab_from_disk(app)
     federation = known_federation(folder)
