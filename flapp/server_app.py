@@ -60,8 +60,8 @@ def main(grid: Grid, context: Context) -> None:
     warn_of_open_ray(grid)
     try:
         check_run(config, clients_here=is_simulated(grid) and config.deployment.ray_address is None)
-        open_run = RunDirectory.reopen if config.resume else RunDirectory.create
-        run = open_run(config, context.run_id)
+        run_id = context.run_id
+        run = RunDirectory.reopen(config, run_id) if config.resume else RunDirectory.create(config, run_id)
     except ValueError as error:
         log(INFO, "%s%s", SUMMARY, json.dumps({"status": "failed", "error": str(error)}))
         raise
