@@ -16,7 +16,7 @@ import torch
 from flapp.architecture import build
 from flapp.config import CONF, compose, name_override
 from flapp.data import ensure_artifacts
-from flapp.results import METRICS
+from flapp.run_lock import METRICS
 from flapp.settings import Config
 from flapp.source import read_source
 from tests.run_files import add_store, write_run
