@@ -8,9 +8,7 @@ from torch import nn
 from flapp.model import StorageManager, add_lora, build_model, parse_points
 from flapp.settings import Config, DatasetConfig, LoRAConfig, ModelConfig
 
-LARGEST_IMAGE = (
-    32  # pixels, up to which the dense layer of `cnn` has 8.4 million weights or fewer; LEAF's images have 28
-)
+LARGEST_IMAGE = 32  # pixels: the dense layer of `cnn` then has 8.4 million weights; LEAF's images have 28 pixels
 MOST_PARAMETERS = 100  # for each training sample
 
 

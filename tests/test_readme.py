@@ -266,13 +266,14 @@ def test_the_run_over_your_own_data_takes_what_the_python_block_wrote(user: Path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_sweep_and_its_report_run_as_pasted_into_a_shell(tmp_path: Path) -> None:
     lines = [command for command in pasted() if re.search(r"run_name=lrs|runs/lrs", command)]
     assert len(lines) == 2
     env = {key: value for key, value in os.environ.items() if key != "FLAPP_HOME"}
     env |= {"HOME": str(tmp_path), "PYTHONPATH": str(APP)}
     script = "\n".join(["set -e", f'python() {{ {shlex.quote(sys.executable)} "$@"; }}', *lines])
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=580)
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1100)
     assert done.returncode == 0, done.stderr
     assert "lr=0.003" in (tmp_path / "sweep.html").read_text()
     assert list((tmp_path / "figures").glob("*.png"))

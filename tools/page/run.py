@@ -40,9 +40,7 @@ class Clients:
     """What the lines say of single clients, folded over the rounds."""
 
     sums: dict[str, Counter[str]] = field(default_factory=dict)  # client_bytes_up, client_bytes_down, client_seconds
-    last: dict[str, dict[str, float]] = field(
-        default_factory=dict
-    )  # accuracy_by_client, the personal one, client_ranks
+    last: dict[str, dict[str, float]] = field(default_factory=dict)  # the accuracies by client, and client_ranks
     failures: dict[tuple[str, str], Failures] = field(default_factory=dict)  # by kind and reason
     failed: Counter[str] = field(default_factory=Counter)
     absent: Counter[str] = field(default_factory=Counter)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from flapp.metric_lines import is_number
 from flapp.summary import in_words
 from tools.checkpoints import count, in_bytes
 from tools.page.charts import MB
@@ -29,7 +28,7 @@ def setup_of(run: Run) -> dict[str, object]:
         model.append(f"with adapters of rank {found('lora.rank', NONE)}")
     strategy += [found(key) for key in ("strategy.aggregation", "strategy.server_optimizer") if found(key)]
     clients, share = str(found("clients", NONE)), found("strategy.fraction_train")
-    if is_number(share) and share < 1:
+    if isinstance(share, int | float) and share < 1:
         clients += f", {share:.3g} of them in a round" if share < 0.01 else f", {share:.0%} in a round"
     partition = f" ({found('partition.kind')})" if found("partition.kind") else ""
     return {
@@ -133,17 +132,9 @@ def clients(run: Run, drawn: Sequence[Picture]) -> Html:
         spent = f"{seconds[name]:,.1f}" if name in seconds else NONE
         rank = [f"{ranks[name]:g}" if name in ranks else NONE] if ranks else []
         rows.append([name, *held, *measured, *rank, spent, str(run.clients.failed.get(name, 0))])
-    heads = [
-        "client",
-        "train",
-        "val",
-        "test",
-        "accuracy",
-        "personal",
-        *["rank"] * bool(ranks),
-        "training s",
-        "failures",
-    ]
+    heads = ["client", "train", "val", "test", "accuracy", "personal", "training s", "failures"]
+    if ranks:
+        heads.insert(6, "rank")
     what = f"{len(rows)} of {len(names):,} clients, lowest accuracy of the last evaluation first"
     said = []
     if not drawn and run.config.get("dataset.classes") != 0:

@@ -45,13 +45,13 @@ def page_of_several(runs: list[Run], jobs: list[Job]) -> tuple[Html, dict[str, P
 
 
 def alike(runs: list[Run]) -> Html:
-    """Say of what all runs have alike of model, dataset, clients and strategy."""
+    """Show which of model, dataset, clients and strategy all runs have in common."""
     own = columns_of(runs)
     return tiles((key, value) for key, value in setup_of(runs[0]).items() if key not in own) if runs else Html()
 
 
 def columns_of(runs: list[Run]) -> list[str]:
-    """Name what differs of model, dataset, clients and strategy."""
+    """Name those of model, dataset, clients and strategy in which runs differ."""
     setups = [setup_of(run) for run in runs]
     return [key for key in setups[0] if len({setup[key] for setup in setups}) > 1] if runs else []
 
