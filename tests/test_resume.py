@@ -15,6 +15,7 @@ from flwr.app import Context, RecordDict
 
 from flapp import client_app, config, results, server_app
 from flapp.checkpoint import ChunkManager
+from flapp.model import save_tensors
 from flapp.settings import ConfigError
 from tests.conftest import Broken, LocalGrid, break_off, read_lines
 
@@ -162,7 +163,7 @@ def test_the_server_keeps_the_global_model_of_the_last_rounds(federate: Federate
         assert [kept.round for kept in store.rounds()] == [3, 4]
         assert store.rounds()[-1].metrics["accepted"] == {"0": 4, "1": 4, "2": 4}
         assert (
-            results.save_tensors(
+            save_tensors(
                 store.reconstruct_model_from_chunks(4),
                 path / "again.safetensors",
                 model="linear",
