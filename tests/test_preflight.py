@@ -298,6 +298,14 @@ def test_a_run_with_a_complete_round_is_never_replaced(federate: Federate, data_
         assert {name: (path / name).read_bytes() for name in before} == before
 
 
+def test_a_round_that_only_the_store_has_is_a_complete_round(federate: Federate, data_home: Path) -> None:
+    break_off(federate, 2, "aggregate_train", *TOY, "run_name=cut")
+    metrics = data_home / "runs" / "cut" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(line for line in lines if json.loads(line)["round"] == 0))
+    assert not is_failed_start(metrics.parent)
+
+
 def test_a_store_that_is_damaged_is_no_sign_of_a_failed_start(federate: Federate, data_home: Path) -> None:
     break_off(federate, 1, "aggregate_train", *TOY, "run_name=unreadable")
     path = data_home / "runs" / "unreadable"
