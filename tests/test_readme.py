@@ -26,10 +26,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from flapp import config, server_app
 from flapp.convert import setting_names
 from tests.conftest import LocalGrid
+from tools import cli
 from tools.submit import APP
 
 README = (APP / "README.md").read_text()
-PROGRAMS = r"python3?|pip|flwr|flower-\w+|ray|nginx|tensorboard|pre-commit"
+PROGRAMS = r"flapp|python3?|pip|flwr|flower-\w+|ray|nginx|tensorboard|pre-commit"
 PLACEHOLDERS = {"DIR", "RUN_DIR", "PATH", "FILE", "DB", "PARTITION", "DATASET"}  # allowed in tables and prose only
 READS_RUNS = re.compile(r"python -m tools\.(report|checkpoints|split_model|verify_data) (?!.*(--benchmark|runs/lrs))")
 
@@ -91,6 +92,16 @@ def is_parsed(command: str) -> None:
             importlib.import_module(module).main(words)
 
 
+def is_flapp(command: str) -> None:
+    """Check a command of `flapp` as that of the module behind it."""
+    if command == "flapp --help":
+        return
+    _, name, *words = shlex.split(command)
+    module = cli.COMMANDS[name][0]
+    check = composes if module in ("run", "prepare_data") else is_parsed
+    check(shlex.join(["python", "-m", f"tools.{module}", *words]))
+
+
 def is_superlink(command: str) -> None:
     from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
 
@@ -150,6 +161,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     r"python -m tools\.(run|prepare_data)\b.*": composes,
     r"python -m tools\.(federation|certificates|proxy|benchmark|report|checkpoints|split_model) .*": is_parsed,
     r"python -m tools\.(verify_data|partition_heatmap) .*": is_parsed,
+    r"flapp .*": is_flapp,
     r"python -m tools\.supernode .*": is_supernode,
     r"flower-superlink .*": is_superlink,
     r"flwr .*": is_flwr,

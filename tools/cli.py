@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 COMMANDS = {  # name: module, what it does
     "run": ("run", "train: one run or a sweep; `flapp run --help` says how"),
-    "runs": ("runs", "list, show and remove runs"),
+    "runs": ("runs", "list, show, stop and remove runs"),
     "report": ("report", "write one HTML page about one run or several"),
     "prepare": ("prepare_data", "turn the files of a dataset into what runs read, once"),
     "verify": ("verify_data", "check prepared data and shards against their digests"),
