@@ -208,6 +208,7 @@ def test_an_interrupted_run_without_a_complete_round_says_that_the_same_command_
 def test_an_interrupted_sweep_says_the_command_that_resumes_all_of_it(
     main: Any, capsys: pytest.CaptureFixture[str], home: Path
 ) -> None:
+    write_run(home / "runs" / "toys" / "0", status=None)  # the job that is interrupted has begun
     assert main(KeyboardInterrupt(), "-m", TOY, "run_name=toys", "seed=0,1") == 130
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith(f"[job 0] started: {TOY} run_name=toys seed=0; linear (11 parameters)")
