@@ -501,7 +501,7 @@ def test_an_orphan_without_a_guard_is_named_and_stopped(
 
 @pytest.mark.slow
 def test_stop_interrupts_a_run_as_ctrl_c_does(tool: Callable[..., Any], tmp_path: Path, temporary: Path) -> None:
-    run = tool("run", *TOY, ROUNDS, "run_name=stopped")
+    run = tool("run", *TOY, "num_rounds=1000", "run_name=stopped")
     wait_for(lambda: reached(tmp_path / "runs" / "stopped", 1), 240)
     status, said, error = finish(tool("runs", "stop", "stopped"))
     assert status == 0, error
