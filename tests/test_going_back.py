@@ -57,7 +57,7 @@ def test_a_run_that_saved_a_poisoned_round_goes_on_from_the_round_before_to_the_
         with pytest.raises(FederationError, match="round 4: .*0 of 3 clients gave a valid train reply"):
             federate(*settings, "run_name=poisoned")
     for _ in range(2):  # for ever
-        with pytest.raises(FederationError, match="round 4: 0 of 3"):
+        with pytest.raises(FederationError, match=r"round 4: .*0 of 3 clients"):
             federate(*settings, "run_name=poisoned", "resume=true")
     summary, path = federate(*settings, "run_name=poisoned", "resume=true", "resume_from=2")
     same = ("model_sha256", "loss", "objective", "rounds", "bytes_up", "bytes_down", "best_round")

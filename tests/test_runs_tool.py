@@ -223,7 +223,7 @@ def test_a_running_run_is_not_removed_and_neither_are_those_named_with_it(home: 
     with (home / "runs" / "sweep" / "7" / "metrics.jsonl").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         status, _, error = flapp_runs("remove", "done", "sweep", "--yes")
-    assert (status, error) == (1, "error: sweep/7 is running: stop it first\n")
+    assert (status, error) == (1, "error: sweep/7 is running: stop it first with flapp runs stop sweep/7\n")
     assert files_in(home) == before
 
 

@@ -60,7 +60,7 @@ def test_a_run_whose_model_could_not_be_stored_fails_before_round_one(
 ) -> None:
     monkeypatch.setattr(Roster, "wait", lambda *_: pytest.fail("the run began"))
     (tmp_path / "split").write_text("in the way")
-    with pytest.raises(ValueError, match="split/bottom cannot be made"):
+    with pytest.raises(ValueError, match="split is not a folder: name another storage folder"):
         federate(*ONE_ROUND, *auto(tmp_path / "split"))
     (tmp_path / "other/top").mkdir(parents=True)
     name = f"{tmp_path.name}-1"  # of the next run
