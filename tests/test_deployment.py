@@ -264,7 +264,7 @@ def test_whoever_unregisters_a_client_and_takes_its_name_does_not_take_its_place
     assert digest_of(said) == two["model_sha256"]
     status, _, error = finish(submit(home, "refused", *TOY, patience))
     assert status == 1
-    assert error.splitlines()[-1] == (
+    assert error.splitlines()[-2] == (
         f"error: the run cannot start: node {node}: {other_key(folder)}; missing after 10 s: client 0 "
         "(2 of 3 clients joined)"
     )

@@ -508,7 +508,7 @@ def test_stop_interrupts_a_run_as_ctrl_c_does(tool: Callable[..., Any], tmp_path
     assert said.startswith(f"stopped stopped (pids {run.pid}, ")
     status, _, error = finish(run)
     assert status == 130
-    assert error.splitlines()[-1] == "error: interrupted; everything that was started has been stopped"
+    assert error.splitlines()[-2] == "error: interrupted; everything that was started has been stopped"
     assert not list(temporary.glob("flapp-*"))
 
 
