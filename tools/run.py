@@ -23,7 +23,6 @@ from flapp.settings import Config, ConfigError
 from flapp.summary import in_words
 from tools import sweep
 from tools.federation import FederationError
-from tools.overview import job_line, overview, start_lines
 from tools.processes import SIGNALS, SuperLinkError
 from tools.progress import announce, is_json, take_format
 from tools.resuming import advice, complete_rounds, resume_command, run_command
@@ -77,6 +76,8 @@ def job(tree: DictConfig) -> float | None:
 
 def start(config: Config, hydra_config: HydraConf, outcome: sweep.Outcome) -> None:
     """Say what a run is about to do, and note that it can be resumed from now on."""
+    from tools.overview import job_line, overview, start_lines  # imports PyTorch, which no mistake should wait for
+
     facts = overview(config, is_here(config))
     announce("started", config.run_name, **facts)
     if sweep.is_sweep(hydra_config):
@@ -84,6 +85,8 @@ def start(config: Config, hydra_config: HydraConf, outcome: sweep.Outcome) -> No
         lines = [mark + job_line(list(hydra_config.overrides.task), facts)]
     else:
         lines = start_lines(config.run_name, facts)
+    if is_here(config) and config.resume and (done := config.resume_from or complete_rounds(Path(facts["run_dir"]))):
+        lines.append(f"resuming after round {done} of {config.num_rounds}")
     if not is_json():
         print("\n".join(lines), file=sys.stderr)
     if config.privacy.enabled:

@@ -57,7 +57,7 @@ def describe(home: Path, name: str) -> Entry:
     return Entry(
         name,
         "running" if find_holder(path) is not None else str(summary.get("status", "interrupted")),
-        int(summary.get("rounds") or last_round(path)),
+        last_round(path) or (0 if summary.get("status") == "failed" else int(summary.get("rounds") or 0)),
         int(config.get("num_rounds", 0)),
         summary.get("accuracy"),
         summary.get("loss"),
