@@ -8,14 +8,14 @@ from flwr.common import log
 from flapp.results import RunDirectory
 from flapp.settings import ConfigError
 
-FIX = "bring its data back, or go on with other data by resume=true resume_anyway=true"
+FIX = "bring its data back, or use the other data with resume=true resume_anyway=true"
 
 
 class ClientLedger:
     """Compare the data of clients that join with what they had before, and record it when it is their first time.
 
-    With resume_anyway, other data is let in, recorded, and noted in metrics.jsonl. `changed` says what is wrong with
-    whom.
+    With resume_anyway, other data is let in, recorded, and noted in metrics.jsonl. `changed` maps the clients that were
+    refused to what changed.
     """
 
     def __init__(self, run: RunDirectory) -> None:

@@ -1,4 +1,4 @@
-"""What a run began with, so that no later start goes on with something else unnoticed.
+"""What a run began with, so that a later start notices when something else takes its place.
 
     environment.jsonl   a line at the first start, and at each start that found another environment: source_digest,
                         files (the SHA-256 of each source file) and versions (of Python, Flower, PyTorch and NumPy)

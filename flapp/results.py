@@ -11,6 +11,7 @@ tensorboard/       events, if results.tensorboard is set (tensorboard.py)
 progress.json      where the run is now: round, phase, replies; for progress bars
 server_chunks.db   the global model after each of the last rounds, and what the server must know to go on from there;
                    after the best round too if evaluate.select is best
+running.json       only while a process writes here: its pid and Flower's id of the run (run_lock.py)
 releases.jsonl     with privacy.enabled, who was asked to train in which round (releases.py); never cut
 model.safetensors  the final global model: of the last round, or of the best one
 metrics.json       the summary, written last: status, rounds, accuracy, loss, personal_accuracy (of the clients' test
@@ -20,12 +21,11 @@ metrics.json       the summary, written last: status, rounds, accuracy, loss, pe
                    if there are any), best_round, best_value, selected_round, stopped_early, bytes_up, bytes_down,
                    seconds, model_sha256, aggregation_error (FedLoRA, of the last round), epsilon and delta (with
                    privacy.enabled, of the client that has released the most updates), refused (client or node and
-                   the reason, the first 20) and refused_count, resumed_anyway (what had changed when it was resumed
-                   all the same, by round), or status failed and the error
+                   the reason, the first 20) and refused_count, resumed_anyway (what had changed when the run was
+                   resumed with resume_anyway, by round), or status failed and the error
 
 A run that ended before its first round was complete is a failed start: a new start of its name replaces all of it but
 log.txt, which tools.run adds to.
-running.json       only while a process writes here: its pid and Flower's id of the run (run_lock.py)
 
 A round is over when server_chunks.db holds it. A resumed run drops the lines of rounds that were not, and goes on. With
 resume_from it drops the rounds after that one as well, from every file.
@@ -283,7 +283,7 @@ def _remove_unfinished(folder: Path) -> None:
 
 
 def check_resumable(config: Config) -> Path:
-    """Return the folder of the run that config.run_name names; raises ConfigError when it cannot be gone on with."""
+    """Return the folder of the run that config.run_name names; raises ConfigError when the run cannot be resumed."""
     path = config.runs_dir / config.run_name
     if not path.is_dir():
         known = [folder.name for folder in config.runs_dir.glob("[!.]*/")]
@@ -311,12 +311,12 @@ def check_resumable(config: Config) -> Path:
 
 
 def check_source(config: Config) -> None:
-    """Raise ConfigError when the run to be resumed began with other source, unless it is to go on all the same."""
+    """Raise ConfigError when the run to be resumed began with other source, unless resume_anyway is set."""
     change = Origin(config.runs_dir / config.run_name).source_change(config.resume_from)
     if change and not config.resume_anyway:
         raise ConfigError(
-            f"run_name={config.run_name} began with other source ({change}): bring that source back, go on with this "
-            "one by resume_anyway=true, or start a new run"
+            f"run_name={config.run_name} began with other source ({change}): bring that source back, set "
+            "resume_anyway=true to use this one, or start a new run"
         )
 
 

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import socket
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -11,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import WAIT_SECONDS
 from tools.processes import HOST
 
-WAIT_SECONDS = 240
 STRANGER = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="acting as another user takes root")
 
@@ -36,15 +35,6 @@ def as_stranger(action: Callable[..., Any], *arguments: Any) -> Any:
     process.join(WAIT_SECONDS)
     assert here.poll()
     return here.recv()
-
-
-def wait_for(condition: Callable[[], Any]) -> Any:
-    """Wait until a condition holds, and return what it is."""
-    end = time.monotonic() + WAIT_SECONDS
-    while not (found := condition()):
-        assert time.monotonic() < end
-        time.sleep(0.2)
-    return found
 
 
 def get(port: int) -> tuple[int, str]:

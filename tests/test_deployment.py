@@ -7,7 +7,6 @@ import signal
 import ssl
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import psutil
 import pytest
 
 from tests.conftest import read_lines
+from tests.waiting import wait_for
 from tools.certificates import make_server_files, make_site_keys
 from tools.federation import online_nodes
 from tools.processes import HOST, TOKEN, Processes, environment, free_port, program
@@ -29,7 +29,6 @@ pytestmark = pytest.mark.slow
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]
 TOY = ("experiment=toy_regression", "evaluate.every=2")
-WAIT_SECONDS = 240
 
 
 def tool(home: Path, module: str, *arguments: str) -> subprocess.Popen[str]:
@@ -44,15 +43,6 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Wait for a tool and return its exit status, and what it said."""
     out, err = process.communicate(timeout=400)
     return process.returncode, out, err
-
-
-def wait_for(condition: Callable[[], Any]) -> Any:
-    """Wait until a condition holds, and return what it is."""
-    end = time.monotonic() + WAIT_SECONDS
-    while not (found := condition()):
-        assert time.monotonic() < end
-        time.sleep(0.2)
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from flapp.results import RunDirectory
 from flapp.roster import Roster
 from flapp.settings import ConfigError
 from tests.conftest import LocalGrid, read_lines
+from tests.waiting import wait_for
 from tools import federation, runs
 from tools.guard import guarded
 from tools.processes import OWNER, SWEEP, TOKEN, Processes, note_process, noted_process
@@ -46,15 +47,6 @@ with guarded("FLAPP_ORPHAN", sys.argv[1], Path(sys.argv[1])):
     print("ready", flush=True)
     time.sleep(600)
 """
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = GONE_SECONDS) -> Any:
-    """Wait until a condition holds, and return what it is."""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    return found
 
 
 # The guard
@@ -226,7 +218,7 @@ def test_stop_interrupts_the_command_where_it_lives_even_suspended(
 ) -> None:
     command = [sys.executable, "-c", OWNER_SCRIPT, str(tmp_path / OWNER)]
     owner = subprocess.Popen(command, cwd=APP, stdin=subprocess.PIPE)
-    wait_for(lambda: noted_process(tmp_path / OWNER))
+    wait_for(lambda: noted_process(tmp_path / OWNER), GONE_SECONDS)
     owner.send_signal(signal.SIGSTOP)
     process = orphan(str(tmp_path / "flapp-x"))
     assert stop_run(running.config.runs_dir, running.config.run_name) == [owner.pid, process.pid]
@@ -474,7 +466,7 @@ def test_a_killed_run_ends_within_seconds_and_is_resumed_to_the_same_bytes(
         time.sleep(random.uniform(0, 2))
     (folder,) = (each for each in temporary.iterdir() if (each / OWNER).exists())
     run.kill()
-    wait_for(lambda: not Processes(str(folder), SWEEP).running() and not list(temporary.glob("flapp-*")))
+    wait_for(lambda: not Processes(str(folder), SWEEP).running() and not list(temporary.glob("flapp-*")), GONE_SECONDS)
     check_end(tool, path, federate, *TOY, ROUNDS)
 
 
@@ -559,7 +551,7 @@ def test_what_is_killed_in_a_federation_is_not_online_and_ends_with_its_supervis
         assert status == 0, error
         assert healthy()
         supervisor.kill()
-        wait_for(lambda: not processes.running())
+        wait_for(lambda: not processes.running(), GONE_SECONDS)
         status, _, error = finish(tool("federation", "status"))
         assert (status, error.count("was killed and its programs have been stopped: bring it up")) == (1, 1)
         assert finish(tool("federation", "down"))[:2] == (0, "nothing was running\n")

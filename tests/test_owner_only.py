@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import uvicorn
 
-from tests.strangers import as_stranger, get, needs_root, send_and_leave, wait_for
+from tests.strangers import as_stranger, get, needs_root, send_and_leave
+from tests.waiting import wait_for
 from tools import owner_only
 from tools.owner_only import OwnerOnly, find_user, protect
 from tools.processes import HOST

@@ -19,7 +19,8 @@ from flwr.superlink.grid import InMemoryGrid
 
 from flapp import server_app
 from tests.conftest import LocalGrid
-from tests.strangers import WAIT_SECONDS, as_stranger, get, needs_root, wait_for
+from tests.strangers import as_stranger, get, needs_root
+from tests.waiting import WAIT_SECONDS, wait_for
 from tools import superlink
 from tools.processes import HOST, TOKEN, SuperLinkError, environment
 from tools.submit import APP

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flapp.config import to_json
-from flapp.data import DataError, Stamp, load_manifest, stamp
-from flapp.data.artifact import read_meta
+from flapp.data import Stamp, stamp
 from flapp.listing import describe_refused
 from flapp.metric_lines import sound_summary
 from flapp.origin import Origin
@@ -78,7 +77,7 @@ def run_once(config: Config, on_start: Callable[[], object] = lambda: None) -> d
             return follow(superlink, run_id, path, config, earlier, before) if here else follow_log(superlink, run_id)
         except SuperLinkError as error:
             back = "" if config.deployment.kind == "simulation" else "once its SuperLink is back, "
-            fix = f"{back}go on with it by run_name={config.run_name} resume=true"
+            fix = f"{back}resume it with run_name={config.run_name} resume=true"
             raise RunError(f"lost sight of the run ({error}): {fix}") from error
         except BaseException:
             superlink.stop_run(run_id)
@@ -171,15 +170,10 @@ def warn_of_size(config: Config) -> None:
     if config.model.name != "cnn":
         return
     from flapp.architecture import find_oversize  # imports PyTorch
+    from tools.overview import count_samples  # so does this
 
-    try:
-        if config.distributed_data.enabled:
-            samples = int(load_manifest(config.manifest_path).facts["totals"]["train"])
-        else:
-            samples = read_meta(config.data_dir / config.dataset.name / "train")["labels"]["shape"][0]
-    except DataError:
-        return  # the data are elsewhere, or not prepared yet
-    if warning := find_oversize(config.model, config.dataset, samples):
+    samples = count_samples(config)
+    if samples and (warning := find_oversize(config.model, config.dataset, samples["train"])):
         print(f"warning: {warning}", file=sys.stderr)
 
 
