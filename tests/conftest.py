@@ -2,8 +2,9 @@
 
 import copy
 import json
+import logging.config
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -90,6 +91,14 @@ class LocalGrid(Grid):
     @property
     def run(self) -> Any:
         raise AssertionError("nothing asks for the run")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def keep_log_handlers() -> Iterator[None]:
+    """Keep Hydra from closing every log handler of this process: absl's would close pytest's own output with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging.config, "_clearExistingHandlers", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session")
