@@ -31,12 +31,12 @@ from flapp.messages import (
     unpack_piece,
 )
 from flapp.model import adapted_layers, tail_norm, truncate_state
-from flapp.mods import checkpoint_mod, describe, name_errors_mod, privacy_mod
+from flapp.mods import checkpoint_mod, describe, group_mod, name_errors_mod, privacy_mod
 from flapp.privacy import find_sigma
 from flapp.settings import Config, ConfigError, DatasetConfig, ModelConfig, Site
 from flapp.training import StepRules, TrainResult, build_optimizer, evaluate, scheduled_lr, train
 
-app = ClientApp(mods=[name_errors_mod, checkpoint_mod, privacy_mod])
+app = ClientApp(mods=[group_mod, name_errors_mod, checkpoint_mod, privacy_mod])
 update_console_handler(timestamps=True)  # in the process that runs the app
 
 

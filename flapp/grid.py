@@ -13,13 +13,14 @@ FIRST_PAUSE, LONGEST_PAUSE, GROWTH = 0.02, 1.0, 1.1  # seconds; Flower's own gri
 class PolledGrid(Grid):
     """Pass everything on to Flower's grid, but poll for replies quickly at first and ever more slowly.
 
-    on_reply is called with (replies so far, messages sent) whenever replies have come in, on_sent when all messages
-    have been handed over.
+    on_reply is called with (new replies, replies so far, messages sent) whenever replies have come in, on_sent when all
+    messages have been handed over. is_simulated: whether any node can serve any client.
     """
 
-    def __init__(self, grid: Grid, on_reply: Callable[[int, int], None] = lambda done, sent: None) -> None:
+    def __init__(self, grid: Grid, is_simulated: bool = False) -> None:
         self.grid = grid
-        self.on_reply = on_reply
+        self.is_simulated = is_simulated
+        self.on_reply: Callable[[list[Message], int, int], None] = lambda new, done, sent: None
         self.on_sent: Callable[[], None] = lambda: None
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
@@ -37,7 +38,7 @@ class PolledGrid(Grid):
             replies += new
             waiting -= {reply.metadata.reply_to_message_id for reply in new}
             if new:
-                self.on_reply(len(replies), len(sent))
+                self.on_reply(new, len(replies), len(sent))
             if not waiting or time.monotonic() >= end:
                 break
             pause = FIRST_PAUSE if new else min(LONGEST_PAUSE, pause * GROWTH)

@@ -2,9 +2,11 @@
 
 from collections.abc import Collection, Mapping
 from logging import WARNING
+from typing import Any
 
 from flwr.common import log
 
+from flapp.messages import Claim
 from flapp.results import RunDirectory
 from flapp.settings import ConfigError
 
@@ -38,11 +40,10 @@ class ClientLedger:
         self.changed[client_id] = change
         return f"{change}; {FIX}"
 
-    def record(self, digests: Mapping[str, str]) -> None:
+    def record(self, claims: Mapping[str, Claim]) -> None:
         """Record the data of clients that have joined, by id."""
-        new = {
-            name: digests[name] for name in sorted(digests, key=_by_number) if self.digests.get(name) != digests[name]
-        }
+        changed_names = (name for name, claim in claims.items() if self.digests.get(name) != claim.shard_digest)
+        new = {name: claims[name].shard_digest for name in sorted(changed_names, key=_by_number)}
         if not new:
             return
         done = self.run.last_round()
@@ -53,7 +54,7 @@ class ClientLedger:
         ]
         if changed:
             self.run.append("resumed_anyway", done, changed=changed)
-        lines = [{"round": done, "client": name, "shard_digest": digest} for name, digest in new.items()]
+        lines = [{"kind": "client", "round": done, "client": name, **_held(claims[name])} for name in new]
         self.run.origin.clients.append(lines)
         self.digests |= new
 
@@ -64,6 +65,12 @@ class ClientLedger:
         if found:
             more = f"; and {len(found) - 3} more clients" if len(found) > 3 else ""
             raise ConfigError(f"the run cannot go on: {'; '.join(found[:3])}{more}; {FIX}")
+
+
+def _held(claim: Claim) -> dict[str, Any]:
+    """Return what a line says of a client's data."""
+    samples = {"train": claim.train, "val": claim.val, "test": claim.test}
+    return {"shard_digest": claim.shard_digest, **samples, "labels": list(claim.label_hist)}
 
 
 def _by_number(client_id: str) -> tuple[int, str]:

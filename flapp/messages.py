@@ -1,7 +1,7 @@
 """The words in our messages: packed and unpacked here and nowhere else.
 
     type          server to client                       client to server
-    query.attest  order                                  claim-<client id> for each client at the node
+    query.attest  order                                  claims: columns, an entry for each client at the node
     query.base    order, piece, arrays (of the base)     metrics (pieces still missing)
     train         order, arrays (the global model)       arrays (the trained model), metrics, claim
     evaluate      order, arrays                          metrics, claim
@@ -11,6 +11,7 @@ Both are ConfigRecords, `metrics` a MetricRecord, `arrays` an ArrayRecord of the
 """
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from flapp.source import source_digest
 from flapp.untrusted import printable, read_npy_header
 
 ATTEST, BASE, TRAIN, EVALUATE = "query.attest", "query.base", "train", "evaluate"
-ARRAYS, ORDER, METRICS, CLAIM, PIECE = "arrays", "order", "metrics", "claim", "piece"
+ARRAYS, ORDER, METRICS, CLAIM, CLAIMS, PIECE = "arrays", "order", "metrics", "claim", "claims", "piece"
 NUM_EXAMPLES, REPLAYED = "num-examples", "replayed"
 VAL = "val-"  # starts the names of metrics that are of validation samples
 LONGEST_TEXT, MOST_METRICS, MOST_CLASSES, MOST_PIECES = 500, 64, 1 << 16, 1 << 16  # that a message may hold
@@ -84,12 +85,23 @@ class Claim:
     fault: str = ""
 
 
+CLAIM_FIELDS: dict[str, type] = {
+    name: list if "tuple" in str(kind) else kind for name, kind in Claim.__annotations__.items()
+}
+
+
 def pack_order(node_id: int, kind: str, order: Order, arrays: ArrayRecord | None = None) -> Message:
     """Build the message of `kind` that asks node `node_id` for `order`."""
-    content = RecordDict({ORDER: _config_record(asdict(order))})
+    content = order_content(order, arrays)
+    return Message(content, dst_node_id=node_id, message_type=kind, group_id=str(order.server_round))
+
+
+def order_content(order: Order, arrays: ArrayRecord | None = None) -> RecordDict:
+    """Return what a message with this order carries."""
+    content = RecordDict({ORDER: _config_record(vars(order))})
     if arrays is not None:
         content[ARRAYS] = arrays
-    return Message(content, dst_node_id=node_id, message_type=kind, group_id=str(order.server_round))
+    return content
 
 
 def unpack_order(message: Message) -> Order:
@@ -127,21 +139,50 @@ def unpack_piece(content: RecordDict) -> tuple[int, int, ArrayRecord]:
 
 
 def pack_claims(message: Message, claims: list[Claim]) -> Message:
-    """Answer an attest message with every client that lives at this node."""
-    return Message(RecordDict({f"{CLAIM}-{c.client_id}": _claim_record(c) for c in claims}), reply_to=message)
+    """Answer an attest message with every client that this node speaks for: columns, with one entry a client."""
+    columns: dict[str, list[Any]] = {name: [getattr(claim, name) for claim in claims] for name in CLAIM_FIELDS}
+    columns["label_hist"] = [count for claim in claims for count in claim.label_hist]
+    columns["classes"] = [len(claim.label_hist) for claim in claims]
+    return Message(RecordDict({CLAIMS: _config_record(columns)}), reply_to=message)
 
 
 def unpack_claims(content: RecordDict, most: int) -> list[Claim]:
-    """Read all claims in an answer to attest, in the order of their names.
+    """Read all claims in an answer to attest.
 
-    Raises MessageError for more than `most` claims, or for any other record.
+    Raises MessageError for more than `most` claims, for any other record, and for columns that are not of claims.
     """
-    records = content.config_records
-    if odd := content.keys() - {key for key in records if key.startswith(f"{CLAIM}-")}:
+    if odd := content.keys() - {CLAIMS}:
         raise MessageError(f"sent {len(odd)} records that are not claims, such as {one_line(min(odd))}")
-    if len(records) > most:
-        raise MessageError(f"claims {len(records)} clients, the run has {most}")
-    return [_read_claim(records, key) for key in sorted(records)]
+    if CLAIMS not in content.config_records:
+        raise MessageError("the message carries no claims")
+    records: dict[str, Any] = dict(content.config_records[CLAIMS])
+    columns = {name.replace("-", "_"): values for name, values in records.items()}
+    if wrong := columns.keys() ^ {*CLAIM_FIELDS, "classes"}:
+        raise MessageError(f"its claims have a missing or foreign entry: {one_line(min(wrong))}")
+    count = len(columns["client_id"]) if isinstance(columns["client_id"], list) else 0
+    if count > most:
+        raise MessageError(f"claims {count} clients, the run has {most}")
+    counts, sizes = columns["label_hist"], columns["classes"]
+    if not _is_column(sizes, int, count) or any(not 0 <= size <= MOST_CLASSES for size in sizes):
+        raise MessageError("its claims have a label histogram that is not of counts")
+    if not _is_column(counts, int, sum(sizes)) or any(number < 0 for number in counts):
+        raise MessageError("its claims have a label histogram that is not of counts")
+    ends = list(itertools.accumulate(sizes, initial=0))
+    rest: dict[str, list[Any]] = {"label_hist": [tuple(counts[i:j]) for i, j in itertools.pairwise(ends)]}
+    for name, kind in CLAIM_FIELDS.items():
+        if name != "label_hist":
+            rest[name] = columns[name]
+            if not _is_column(columns[name], kind, count):
+                raise MessageError(f"its claims have a mistyped entry: {name}")
+            if kind is str and name != "fault" and any(len(text) > LONGEST_TEXT for text in rest[name]):
+                raise MessageError(f"its claims have a {name} of over {LONGEST_TEXT} characters")
+    rest["fault"] = [one_line(text) for text in rest["fault"]]
+    return [Claim(**dict(zip(rest, values, strict=True))) for values in zip(*rest.values(), strict=True)]
+
+
+def _is_column(values: Any, kind: type, count: int) -> bool:
+    """Say whether values are a list of `count` entries of one type."""
+    return isinstance(values, list) and len(values) == count and all(type(value) is kind for value in values)
 
 
 def pack_reply(
@@ -204,10 +245,35 @@ def views(record: Mapping[str, Array]) -> dict[str, np.ndarray]:
 def pack(values: np.ndarray) -> Array:
     """Return a numpy array as a Flower Array, with one copy where Array(values) makes three."""
     values = np.asarray(values, order="C")
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
-    data = b"".join((header.getvalue(), values.data))
+    data = b"".join((_npy_header(values), values.data))
     return Array(str(values.dtype), values.shape, "numpy.ndarray", data)
+
+
+def allocate(shape: tuple[int, ...], dtype: np.dtype) -> tuple[Array, np.ndarray]:
+    """Return a Flower Array of zeros, and the numpy array inside it, through which it can be written."""
+    header = _npy_header(np.broadcast_to(np.zeros((), dtype), shape))
+    count = math.prod(shape)
+    data = bytearray(len(header) + count * dtype.itemsize)
+    data[: len(header)] = header
+    inside = np.frombuffer(data, dtype, count, len(header)) if count else np.empty(0, dtype)
+    array = Array(str(dtype), shape, "numpy.ndarray", b"")
+    array.data = data  # type: ignore[assignment]  # the constructor takes bytes only
+    return array, inside.reshape(shape)
+
+
+def as_record(arrays: Mapping[str, Array]) -> ArrayRecord:
+    """Return Arrays as an ArrayRecord, without the copies of them that ArrayRecord(dict) makes."""
+    record = ArrayRecord()
+    for key, array in arrays.items():
+        record[key] = array
+    return record
+
+
+def _npy_header(values: np.ndarray) -> bytes:
+    header = io.BytesIO()
+    facts = {"descr": np.lib.format.dtype_to_descr(values.dtype), "fortran_order": False, "shape": values.shape}
+    np.lib.format.write_array_header_1_0(header, facts)
+    return header.getvalue()
 
 
 def size_of(message: Message) -> int:
@@ -222,7 +288,7 @@ def _config_record(values: Mapping[str, Any]) -> ConfigRecord:
 
 
 def _claim_record(claim: Claim) -> ConfigRecord:
-    return _config_record(asdict(claim))
+    return _config_record(vars(claim))
 
 
 def _read_claim(records: Mapping[str, ConfigRecord], key: str) -> Claim:

@@ -61,7 +61,8 @@ LINE: dict[str, Check] = {
     **{"aggregation_error": _or_none(is_number), "absent": _list_of(is_text), "failures": _list_of(_is_failure)},
     **{"samples": _object_of(_object_of(is_number)), "label_hist": _object_of(_list_of(is_finite))},
     **{"capped": _object_of(is_finite), "client_ranks": _object_of(is_number), "update_norm": _or_none(is_number)},
-    "changed": _list_of(is_text),
+    **{"changed": _list_of(is_text), "absent_count": is_round},
+    **{"client": is_text, "train": is_number, "val": is_number, "test": is_number, "labels": _list_of(is_finite)},
 }
 SUMMARY: dict[str, Check] = {
     **dict.fromkeys(("status", "error", "model_sha256", "run_dir"), is_text),

@@ -11,13 +11,86 @@ from flwr.common import log
 from flwr.common.constant import ErrorCode
 
 from flapp.checkpoint import CheckpointError
+from flapp.checks import find_claim_fault, find_fault, find_metric_fault, find_norm_fault, floating_pairs, update_norm
 from flapp.client_data import check_lives_here
-from flapp.client_store import ClientStore, digest_received
+from flapp.client_store import ClientStore, digest_received, private_key
 from flapp.config import load
-from flapp.messages import ARRAYS, EVALUATE, METRICS, REPLAYED, TRAIN, pack, unpack_arrays, unpack_order, views
+from flapp.groups import GROUP, UPDATE_NORM, Asked, Group, Outcome, cut_rank, for_one, pack_outcomes, unpack_group
+from flapp.messages import (
+    ARRAYS,
+    EVALUATE,
+    METRICS,
+    REPLAYED,
+    TRAIN,
+    MessageError,
+    Order,
+    describe_error,
+    one_line,
+    pack,
+    unpack_arrays,
+    unpack_order,
+    unpack_reply,
+    views,
+)
 from flapp.privacy import find_sigma, perturb
+from flapp.sums import WeightedSum
 
 T = TypeVar("T")
+
+
+def group_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Serve the clients of a group one after another, each with a message of its own, and answer for all of them.
+
+    A client that fails is named with its reason, and the others count. This mod is the outermost one: everything inside
+    is an app for a single client.
+    """
+    if not message.has_content() or GROUP not in message.content.config_records:
+        return call_next(message, context)
+    return name_errors_mod(message, context, lambda message, context: serve_group(message, context, call_next))
+
+
+def serve_group(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Return the answer to a group's message; raises MessageError for one that cannot be read."""
+    order, group, arrays = unpack_order(message), unpack_group(message), unpack_arrays(message.content)
+    total, outcomes = WeightedSum(), []
+    for asked in group.asked:
+        received = cut_rank(arrays, asked.rank) if asked.rank else arrays
+        try:
+            reply = call_next(for_one(message, order, asked, received), context)
+            outcome = examine(reply, message.metadata.message_type, order, group, asked, received)
+            if group.is_summed and outcome.arrays is not None:
+                total.add([(outcome.arrays, asked.weight)])
+                outcome.arrays = None
+        except MessageError as error:
+            outcome = Outcome(asked.client_id, failure=one_line(str(error)))
+        context.state.pop(private_key(asked.client_id), None)  # its store has it, and another node may be next
+        outcomes.append(outcome)
+    return pack_outcomes(message, outcomes, total.arrays or None)
+
+
+def examine(reply: Message, kind: str, order: Order, group: Group, asked: Asked, received: ArrayRecord) -> Outcome:
+    """Return what came of a client; raises MessageError for a reply that cannot count, with the server's reasons.
+
+    Only tensors for a sum are examined here, others by the server, which gets them.
+    """
+    if reply.has_error():
+        raise MessageError(f"failed: {describe_error(reply.error)}")
+    claim, metrics = unpack_reply(reply.content, kind)
+    fault = find_claim_fault(claim, asked.client_id, asked.shard_digest)
+    if fault := fault or find_metric_fault(kind, claim, metrics, group.validates):
+        raise MessageError(fault)
+    outcome = Outcome(asked.client_id, "", claim.shard_digest, metrics)
+    if kind == TRAIN:
+        outcome.arrays = unpack_arrays(reply.content)
+    if outcome.arrays is not None and group.is_summed:
+        expected = {key: received[key] for key in order.returns or received}
+        if fault := find_fault(outcome.arrays, expected):
+            raise MessageError(fault)
+        norm = update_norm(floating_pairs(outcome.arrays, expected))
+        if fault := find_norm_fault(norm, group.norm_limit, None):
+            raise MessageError(fault)
+        outcome.metrics = metrics | {UPDATE_NORM: norm}
+    return outcome
 
 
 def name_errors_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:

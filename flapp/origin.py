@@ -2,7 +2,8 @@
 
     environment.jsonl   a line at the first start, and at each start that found another environment: source_digest,
                         files (the SHA-256 of each source file) and versions (of Python, Flower, PyTorch and NumPy)
-    clients.jsonl       a line for each client when it first joins: client and shard_digest (ledger.py)
+    clients.jsonl       a line for each client when it first joins: client, shard_digest, samples (train, val
+                        and test) and labels (training samples of each class) (ledger.py)
 
 Each line also has the round that was complete when it was written: it is about the rounds after that one. Of several
 lines the last one counts. A run that goes back to a round drops the lines that are about the rounds after it only.

@@ -1,7 +1,8 @@
 """Who is in the federation: which client lives at which node, what it claims, and who is drawn for a round.
 
 Flower's node ids are random and change from run to run; a client id is what stays. One node may host several
-clients (a simulation with fewer nodes than clients); one client lives at one node.
+clients (a simulation with fewer nodes than clients); one client lives at one node. In a simulation any node can serve
+any client, and each node answers for its share of the clients.
 """
 
 import random
@@ -18,6 +19,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from flapp.base import Base, cut_base
+from flapp.checks import find_claim_fault
 from flapp.client_keys import ClientKeys
 from flapp.config import derive_seed
 from flapp.ledger import ClientLedger
@@ -59,8 +61,9 @@ class Roster:
     claim, or None; strict: refuse whom check faults, or warn; timeout: seconds for an answer to attest; base: what
     clients must hold of the model before round 1, and are sent if they lack it; keys: the pinned key of each client.
     With keys, a node is the client whose key it has; a node with another key is refused, and is sent nothing. ledger:
-    compares and records the data of those who join. `members` maps client id to Member, `refused` maps the name of a
-    client (or of a node) to the reason, `warnings` those let in all the same.
+    compares and records the data of those who join; any_node: whether any node can serve any client. `members` maps
+    client id to Member, `refused` maps the name of a client (or of a node) to the reason, `warnings` those let in all
+    the same.
     """
 
     def __init__(
@@ -75,10 +78,12 @@ class Roster:
         base: Base | None = None,
         keys: ClientKeys | None = None,
         ledger: ClientLedger | None = None,
+        any_node: bool = False,
     ) -> None:
         self.grid = grid
         self.expected = list(expected)
         self._expected = frozenset(expected)
+        self.any_node = any_node
         self.run_name = run_name
         self.classes = classes
         self.check_claim = check
@@ -98,11 +103,18 @@ class Roster:
         self._attested: set[int] = set()
         self._rivals: dict[int, str] = {}  # nodes that claim a member's id: theirs, should that member leave
         self._nodes: dict[int, NodeInfo] = {}  # those online
+        self._node_ids: list[int] = []
+        self._present: list[str] | None = None  # the members' ids, sorted
+        self._missing: list[str] | None = None
 
     def refresh(self) -> None:
         """Drop clients whose node has left, and attest nodes not seen before."""
         self._nodes = {node.node_id: node for node in self.grid.get_nodes()}
         online = self._nodes.keys()
+        if online == self._attested and not self._rivals:
+            return
+        self._present = self._missing = None
+        self._node_ids = sorted(online)
         self.members = {name: member for name, member in self.members.items() if member.node_id in online}
         self._attested &= {node_id for node_id in online if self._rivals.get(node_id, "") in {"", *self.members}}
         self._rivals = {node_id: name for node_id, name in self._rivals.items() if node_id in self._attested}
@@ -139,20 +151,19 @@ class Roster:
 
     def missing(self) -> list[str]:
         """Name the expected clients that were neither let in nor refused."""
-        known = self.members.keys() | self.refused.keys()
-        return [name for name in self.expected if name not in known]
+        if self._missing is None:
+            known = self.members.keys() | self.refused.keys()
+            self._missing = [name for name in self.expected if name not in known]
+        return self._missing
 
     def facts(self) -> dict[str, Any]:
-        """Return what the line `roster` of metrics.jsonl says: who is in, with how much of what, and who is not."""
+        """Return what the line `roster` of metrics.jsonl says: how many are in, and who is not."""
         self._reported = dict(self.refused)
-        claims = {name: member.claim for name, member in sorted(self.members.items())}
         return {
-            "clients": len(claims),
+            "clients": len(self.members),
             "refused": self.refused,
             "warnings": self.warnings,
             "source_digest": source_digest(),
-            "samples": {name: {"train": c.train, "val": c.val, "test": c.test} for name, c in claims.items()},
-            "label_hist": {name: list(claim.label_hist) for name, claim in claims.items()},
         }
 
     def refusals_changed(self) -> bool:
@@ -163,29 +174,31 @@ class Roster:
 
     def sample(self, fraction: float, *seed: object) -> list[str]:
         """Draw a fraction of all expected clients from those present, sorted by id: one seed, one answer."""
-        present = sorted(self.members)
-        count = min(sample_size(fraction, len(self.expected)), len(present))
-        return sorted(random.Random(derive_seed(*seed)).sample(present, count))
+        if self._present is None:
+            self._present = sorted(self.members)
+        count = min(sample_size(fraction, len(self.expected)), len(self._present))
+        return sorted(random.Random(derive_seed(*seed)).sample(self._present, count))
 
-    def order(self, kind: str, client_id: str, server_round: int, arrays: ArrayRecord, **rest: Any) -> Message:
-        """Build the message that asks a member to train or evaluate the model in this round; rest as in Order."""
-        order = Order(client_id, server_round, self.run_name, source_digest(), base=self.base_digest, **rest)
-        return pack_order(self.members[client_id].node_id, kind, order, arrays)
+    def order(self, server_round: int, **rest: Any) -> Order:
+        """Return what members are asked in a round, without a client's own fields; rest as in Order."""
+        return Order("", server_round, self.run_name, source_digest(), base=self.base_digest, **rest)
+
+    def node_of(self, client_id: str, index: int) -> int:
+        """Return the node that serves a member; in a simulation they take turns by the index of the message."""
+        if self.any_node:
+            return self._node_ids[index % len(self._node_ids)]
+        return self.members[client_id].node_id
 
     def check(self, client_id: str, claim: Claim) -> str | None:
         """Return what is wrong with a reply's claim against the one the client was let in with, or None."""
         member = self.members.get(client_id)
         if member is None:
             return "is no longer in the federation"
-        if claim.client_id != client_id:
-            return f"answered as client {claim.client_id}"
-        if claim.shard_digest != member.claim.shard_digest:
-            found, attested = claim.shard_digest[:12], member.claim.shard_digest[:12]
-            return f"its data changed: shard digest {found}, attested as {attested}"
-        return self.check_claim(claim) if self.strict else None
+        fault = find_claim_fault(claim, client_id, member.claim.shard_digest)
+        return fault or (self.check_claim(claim) if self.strict else None)
 
     def _attest(self, node_ids: list[int]) -> list[Member]:
-        messages = [pack_order(node_id, ATTEST, self._own_order()) for node_id in node_ids]
+        messages = [pack_order(node_id, ATTEST, self.order(0)) for node_id in node_ids]
         silent = {f"node {node_id}": f"gave no answer in {self.timeout:g} s" for node_id in node_ids}
         found: list[Member] = []
         for node_id, reply in self._answers(messages):
@@ -206,9 +219,6 @@ class Roster:
         for reply in replies:
             yield asked[reply.metadata.reply_to_message_id], reply
 
-    def _own_order(self) -> Order:
-        return Order("", 0, self.run_name, source_digest(), base=self.base_digest)
-
     def _send_base(self, node_ids: list[int]) -> None:
         """Send the base piece by piece to nodes that lack it; what goes wrong shows when they are attested again."""
         assert self.base is not None
@@ -216,7 +226,7 @@ class Roster:
         pieces = list(cut_base(self.base.tensors))
         for index, piece in enumerate(pieces):
             arrays = ArrayRecord({key: pack(tensor.numpy()) for key, tensor in piece.items()})
-            order = self._own_order()
+            order = self.order(0)
             sent = [pack_piece(node_id, order, index, len(pieces), arrays) for node_id in node_ids]
             for node_id, reply in self._answers(sent):
                 if reply.has_error():
@@ -239,7 +249,7 @@ class Roster:
                 self.members[name] = member
                 self.refused.pop(name, None)
         if self.ledger:
-            self.ledger.record({name: member.claim.shard_digest for name, member in self.members.items()})
+            self.ledger.record({name: member.claim for name, member in self.members.items()})
 
     def _is_sound(self, member: Member) -> bool:
         """Say whether a claim is its node's to make and has no fault; note why not."""

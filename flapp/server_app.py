@@ -3,16 +3,16 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.common import log
 from flwr.common.logger import update_console_handler
 from flwr.serverapp import Grid, ServerApp
@@ -102,7 +102,7 @@ def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> dict[str, Any]:
     base = keep_base(config.models_dir, frozen) if config.lora.enabled else None
     if config.privacy.enabled:
         check_floating({key: state[key].numpy() for key in sent})
-    polled = PolledGrid(grid)
+    polled = PolledGrid(grid, is_simulated(grid))
     roster = build_roster(config, polled, base, ClientLedger(run))
     strategy = build_strategy(config, roster, run, model, private)
     done = run.last_round()
@@ -112,7 +112,7 @@ def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> dict[str, Any]:
         strategy.go_on_after(done, facts, {key: tensor.numpy() for key, tensor in saved.items()})
         log(INFO, "%s goes on after round %d of %d", config.run_name, done, config.num_rounds)
     if done < config.num_rounds and not run.summary.totals["stopped_early"]:
-        polled.on_reply = partial(show_replies, run, strategy)
+        polled.on_reply = partial(take_replies, run, strategy)
         polled.on_sent = partial(run.clock.enter_after, "send", "train")
         try:
             roster.wait(config.strategy.wait_for_clients, config.strategy.min_clients)
@@ -144,10 +144,14 @@ def count_releases(run: RunDirectory) -> ReleaseLedger:
     return ReleaseLedger(run)
 
 
-def show_replies(run: RunDirectory, strategy: FedAvg, done: int, asked: int) -> None:
-    """Say how many clients have replied: to be let in, while a round is being configured, or in its phase."""
-    kind = "join" if run.clock.phase == "configure" else strategy.exchange.kind
-    run.show_progress(strategy.exchange.server_round, kind, done, asked)
+def take_replies(run: RunDirectory, strategy: FedAvg, new: Sequence[Message], done: int, asked: int) -> None:
+    """Hand over replies as they come, and say how many clients have replied, or how many nodes while clients join."""
+    if run.clock.phase == "configure":
+        run.show_progress(strategy.phase.server_round, "join", done, asked)
+        return
+    strategy.take(new)
+    phase = strategy.phase
+    run.show_progress(phase.server_round, phase.kind, phase.done(), len(phase.names))
 
 
 def initial_model(config: Config) -> nn.Module:
@@ -198,13 +202,13 @@ def leave_split(config: Config, path: Path) -> None:
     log(INFO, "stored split at %d and %d in %s", p1, p2, folder)
 
 
-def build_roster(config: Config, grid: Grid, base: Base | None, ledger: ClientLedger) -> Roster:
+def build_roster(config: Config, grid: PolledGrid, base: Base | None, ledger: ClientLedger) -> Roster:
     """Return the roster of the clients "0" to clients - 1 or, with shards, of those that the manifest lists."""
     keys = ClientKeys(Path(config.deployment.client_keys)) if config.deployment.client_keys else None
-    common: dict[str, Any] = {"base": base, "keys": keys, "ledger": ledger}
+    common: dict[str, Any] = {"base": base, "keys": keys, "ledger": ledger, "any_node": grid.is_simulated}
     if not config.distributed_data.enabled:
         expected = [str(i) for i in range(config.clients)]
-        known = partial(check_against_partition, config)
+        known = partial(check_against_partition, cache(partial(samples_dealt, config)))
         return Roster(grid, expected, config.run_name, config.dataset.classes, known, **common)
     manifest = open_manifest(config.manifest_path, config.clients, config.partition.kind)
 
@@ -216,19 +220,27 @@ def build_roster(config: Config, grid: Grid, base: Base | None, ledger: ClientLe
     return Roster(grid, list(manifest), config.run_name, config.dataset.classes, check, strict, **common)
 
 
-def check_against_partition(config: Config, claim: Claim) -> str | None:
-    """Return what is wrong with a claim where the partition is known, because the data lie on this machine too."""
+def samples_dealt(config: Config) -> list[tuple[int, int, int]] | None:
+    """Return each client's training, validation and test samples, if the data lie on this machine too."""
     if not is_prepared(config.data_dir / config.dataset.name):
         return None
-    partition, client = open_partition(config), int(claim.client_id)
-    dealt = {
-        "training": (claim.train, len(partition.train[client])),
-        "validation": (claim.val, len(partition.val[client]) if partition.val else 0),
-        "test": (claim.test, len(partition.test[client])),
-    }
-    for split, (claimed, given) in dealt.items():
-        if claimed != given:
-            return f"claims {claimed} {split} samples, the partition gives it {given}"
+    partition = open_partition(config)
+    held_out = [len(rows) for rows in partition.val] if partition.val else [0] * len(partition.train)
+    pairs = zip(partition.train, held_out, partition.test, strict=True)
+    return [(len(train), val, len(test)) for train, val, test in pairs]
+
+
+def check_against_partition(dealt: Callable[[], list[tuple[int, int, int]] | None], claim: Claim) -> str | None:
+    """Return what is wrong with a claim where the partition is known; see samples_dealt."""
+    known = dealt()
+    if known is None:
+        return None
+    claimed = (claim.train, claim.val, claim.test)
+    for split, said, given in zip(
+        ("training", "validation", "test"), claimed, known[int(claim.client_id)], strict=True
+    ):
+        if said != given:
+            return f"claims {said} {split} samples, the partition gives it {given}"
     return None
 
 

@@ -142,7 +142,7 @@ def break_off(federate: Callable[..., Any], server_round: int, place: str, *over
     real = getattr(FedAvg, place)
 
     def stand_in(strategy: FedAvg, *args: Any) -> Any:
-        if strategy.exchange.server_round == server_round:
+        if strategy.phase.server_round == server_round:
             raise Broken("the power is gone")
         return real(strategy, *args)
 

@@ -5,8 +5,10 @@ import pytest
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
+from flapp.checks import find_fault
 from flapp.messages import pack, view
-from flapp.strategy.aggregation import BLOCK, find_fault, spread, weighted_average
+from flapp.strategy.evaluation import spread
+from flapp.sums import BLOCK, weighted_average
 
 SHAPES = {"weight": (BLOCK + 7, 2), "bias": (5,), "scalar": (), "empty": (0, 3)}
 

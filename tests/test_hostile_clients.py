@@ -11,10 +11,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from safetensors.torch import load_file
 
 from flapp import messages
+from flapp.checks import update_norm
 from flapp.messages import ARRAYS, CLAIM, METRICS, NUM_EXAMPLES, Claim, MessageError, pack_claims, unpack_claims
 from flapp.roster import FederationError
 from flapp.settings import ConfigError
-from flapp.strategy.bounds import NormBound, cap_shares, update_norm
+from flapp.strategy.bounds import NormBound, cap_shares
 from tests.conftest import break_off, read_lines
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]

@@ -1,26 +1,13 @@
 """Bounds on what one client can do to a round: the length of its update, and its share of an average."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 
-import numpy as np
+from flapp.checks import find_norm_fault
 
-BLOCK = 1 << 17  # elements: a float64 block near the level-2 cache
 REMEMBERED = 2  # rounds: rolora trains another factor in every second one
-
-
-def update_norm(tensors: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
-    """Return the Euclidean length of an update, given as pairs (trained, received) of tensors, in float64."""
-    squares, buffer = 0.0, np.empty(BLOCK)
-    for trained, received in tensors:
-        after, before = trained.reshape(-1), received.reshape(-1)
-        for start in range(0, after.size, BLOCK):
-            part = slice(start, start + BLOCK)
-            block = buffer[: after[part].size]
-            np.subtract(after[part], before[part], out=block, dtype=np.float64)
-            squares += float(np.einsum("i,i->", block, block))
-    return squares**0.5
 
 
 @dataclass
@@ -35,20 +22,26 @@ class NormBound:
     multiple: float | None
     medians: list[float] = field(default_factory=list)  # of the last rounds, oldest first
 
-    def limit(self, norms: Mapping[str, float]) -> float | None:
-        """Return the longest update that counts in a round with these update lengths; None for no limit."""
-        medians = self.medians or ([median_low(norms.values())] if norms else [])
-        typical = max(medians, default=0.0)
-        return self.multiple * typical if self.multiple is not None and typical > 0 else None
+    def known_limit(self) -> float | None:
+        """Return the longest update that counts in the next round; None where the round's own median decides it."""
+        if self.multiple is None:
+            return math.inf
+        return self._of_median(max(self.medians)) if self.medians else None
 
-    def faults(self, norms: Mapping[str, float]) -> dict[str, str]:
+    def limit(self, norms: Mapping[str, float]) -> float:
+        """Return the longest update that counts in a round with these update lengths."""
+        known = self.known_limit()
+        if known is not None:
+            return known
+        return self._of_median(median_low(norms.values())) if norms else math.inf
+
+    def _of_median(self, typical: float) -> float:
+        return self.multiple * typical if self.multiple is not None and typical > 0 else math.inf
+
+    def faults(self, norms: Mapping[str, float], limit: float) -> dict[str, str]:
         """Return why clients are left out of a round, by client, given the length of each update."""
-        limit = self.limit(norms)
-        if limit is None:
-            return {}
-        most = f"the limit is {limit:.3g} ({self.multiple:g} times the median)"
-        fix = "if its data explain this, raise strategy.norm_limit"
-        return {n: f"sent an update of length {norm:.3g}, {most}: {fix}" for n, norm in norms.items() if norm > limit}
+        found = {name: find_norm_fault(norm, limit, self.multiple) for name, norm in norms.items()}
+        return {name: fault for name, fault in found.items() if fault}
 
     def accept(self, norms: Mapping[str, float]) -> None:
         """Remember the updates that a round has accepted."""

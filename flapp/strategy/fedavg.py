@@ -1,18 +1,27 @@
 """FedAvg as a Flower strategy: draws clients by id, checks every reply, and averages in an order of its own."""
 
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from logging import INFO, WARNING
-from math import isfinite
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
+from flapp.checks import (
+    find_fault,
+    find_metric_fault,
+    find_norm_fault,
+    find_sum_fault,
+    find_value_fault,
+    floating_pairs,
+    update_norm,
+)
+from flapp.groups import UPDATE_NORM, Asked, Group, cut_rank, pack_group, unpack_outcomes
 from flapp.listing import by_reason
 from flapp.messages import (
     ARRAYS,
@@ -21,11 +30,9 @@ from flapp.messages import (
     REPLAYED,
     TRAIN,
     VAL,
-    Claim,
     MessageError,
     describe_error,
-    one_line,
-    size_of,
+    pack_order,
     unpack_arrays,
     unpack_reply,
     view,
@@ -33,45 +40,12 @@ from flapp.messages import (
 from flapp.releases import ReleaseLedger
 from flapp.results import RunDirectory
 from flapp.roster import FederationError, Roster
-from flapp.strategy.aggregation import find_fault, find_value_fault, spread, weighted_average
 from flapp.strategy.alignment import alignment_weights
-from flapp.strategy.bounds import NormBound, cap_shares, update_norm
+from flapp.strategy.bounds import NormBound, cap_shares
+from flapp.strategy.evaluation import totals
+from flapp.strategy.phase import Phase, byte_sizes
 from flapp.strategy.server_optimizer import ServerOptimizer
-
-LOSS_SUMS = {f"{start}{kind}loss-sum" for start in ("", VAL) for kind in ("", "personal-")}
-NEVER_NEGATIVE = {"train-loss", "seconds", *LOSS_SUMS}
-LARGEST_LOSS = float(np.finfo(np.float32).max)  # of one sample
-
-
-@dataclass
-class Exchange:
-    """One phase of one round: what was asked of whom, what came back well, and who failed for which reason."""
-
-    kind: str
-    server_round: int
-    sent: dict[str, Message] = field(default_factory=dict)
-    returns: tuple[str, ...] | None = None  # the tensors that clients send back; None is all that they were sent
-    good: dict[str, tuple[dict[str, float], Message]] = field(default_factory=dict)
-    norms: dict[str, float] = field(default_factory=dict)  # the length of each good update
-    failures: dict[str, str] = field(default_factory=dict)
-    absent: list[str] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
-
-    def log_line(self) -> dict[str, Any]:
-        """Return what every line of metrics.jsonl says of a phase; bytes are those of the models sent."""
-        down = {name: size_of(message) for name, message in self.sent.items()}
-        up = {name: size_of(message) for name, (_, message) in sorted(self.good.items())}
-        return {
-            "asked": len(self.sent),
-            "replies": len(self.good),
-            "absent": self.absent,
-            "failures": [{"client": name, "reason": reason} for name, reason in sorted(self.failures.items())],
-            "bytes_down": sum(down.values()),
-            "bytes_up": sum(up.values()),
-            "client_bytes_down": down,
-            "client_bytes_up": up,
-            "seconds": round(time.monotonic() - self.started, 3),
-        }
+from flapp.sums import WeightedSum, weighted_average
 
 
 class FedAvg(FlowerFedAvg):
@@ -118,7 +92,10 @@ class FedAvg(FlowerFedAvg):
         self.done = 0
         self.current = ArrayRecord()
         self.accepted: dict[str, int] = {}
-        self.exchange = Exchange(TRAIN, 0)
+        self.remembers = False  # whether clients are told the last round that was accepted from them
+        self.phase = Phase(TRAIN, 0)
+        self.timeout: float | None = None
+        self._examples: dict[str, float] = {}
 
     def summary(self) -> None:
         """Log what Flower logs of a strategy, in our words."""
@@ -150,7 +127,7 @@ class FedAvg(FlowerFedAvg):
     ) -> Iterable[Message]:
         """Draw this round's clients and ask them to train the global model."""
         self.current = arrays
-        messages = self._ask(TRAIN, self.done + server_round, arrays, self.fraction_train)
+        messages = self._ask(TRAIN, self.done + server_round, self.fraction_train)
         self.run.clock.enter("send")
         return messages
 
@@ -161,72 +138,93 @@ class FedAvg(FlowerFedAvg):
         self.run.clock.enter("evaluate")
         if not self.is_evaluated(self.done + server_round):
             return []
-        return self._ask(EVALUATE, self.done + server_round, arrays, self.fraction_evaluate)
+        self.current = arrays
+        return self._ask(EVALUATE, self.done + server_round, self.fraction_evaluate)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Average the valid replies' models; raises FederationError when there are fewer than min_replies."""
         self.run.clock.enter("aggregate")
-        exchange = self._receive(replies)
-        names = sorted(exchange.good)
-        metrics = [exchange.good[name][0] for name in names]
-        examples, capped = self._cap({name: exchange.good[name][0][NUM_EXAMPLES] for name in names})
-        loss = sum(m["train-loss"] * n for m, n in zip(metrics, examples, strict=True)) / sum(examples)
-        trained = {name: unpack_arrays(exchange.good[name][1].content) for name in names}
-        arrays, found = self.combine(trained, self._weigh(trained, examples))
+        phase = self._receive(replies)
+        names = sorted(phase.metrics)
+        examples = [self._examples[name] for name in names]
+        loss = sum(phase.metrics[n]["train-loss"] * count for n, count in zip(names, examples, strict=True))
+        loss /= sum(examples)
+        arrays, found = self._average(phase) if self.is_summed(phase) else self._combine_each(phase)
         if self.server_optimizer:
-            arrays = self.server_optimizer.step(self.current, arrays, exchange.server_round)
+            arrays = self.server_optimizer.step(self.current, arrays, phase.server_round)
         self._check_aggregate(arrays)
-        self.bound.accept(exchange.norms)
-        found |= {"update_norm": self.bound.medians[-1]} | ({"capped": capped} if capped else {})
-        busy = {name: round(m["seconds"], 3) for name, m in zip(names, metrics, strict=True) if "seconds" in m}
-        self.run.append(TRAIN, exchange.server_round, loss=loss, **found, client_seconds=busy, **self._log_line())
-        self.accepted |= dict.fromkeys(names, exchange.server_round)
-        exchange.good.clear()  # every client's model, which evaluation has no use for
+        self.bound.accept(phase.norms)
+        found |= {"update_norm": self.bound.medians[-1]}
+        if capped := {name: share for name, share in phase.capped.items() if name in phase.metrics}:
+            found["capped"] = capped
+        busy = {name: round(m["seconds"], 3) for name, m in sorted(phase.metrics.items()) if "seconds" in m}
+        self.run.append(TRAIN, phase.server_round, loss=loss, **found, client_seconds=busy, **self._log_line())
+        if self.remembers:
+            self.accepted |= dict.fromkeys(names, phase.server_round)
         return arrays, MetricRecord({"train-loss": loss})
+
+    def _average(self, phase: Phase) -> tuple[ArrayRecord, dict[str, Any]]:
+        phase.fold(is_over=True)
+        return self.combine_sum(phase.total, phase.weight())
+
+    def _combine_each(self, phase: Phase) -> tuple[ArrayRecord, dict[str, Any]]:
+        trained = {name: phase.trained.pop(name) for name in sorted(phase.trained)}
+        if self.weighting != "alignment":
+            return self.combine(trained, [phase.weights[name] for name in trained])
+        updates = [
+            (after - before for after, before in floating_pairs(arrays, self.expected(name, arrays)))
+            for name, arrays in trained.items()
+        ]
+        weights = alignment_weights(updates, [phase.norms[name] for name in trained])
+        return self.combine(trained, cap_shares(weights, self.max_weight_share))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Add up correct answers and losses over clients: exact, not a mean of means; log the spread over clients."""
         if not self.is_evaluated(self.done + server_round):
             return None
-        exchange = self._receive(replies)
-        claims = {name: self.roster.members[name].claim for name in sorted(exchange.good)}
+        phase = self._receive(replies)
+        claims = {name: self.roster.members[name].claim for name in sorted(phase.metrics)}
         result = self._add_up({name: claim.test for name, claim in claims.items()}, "")
         if self.validates:
             result |= self._add_up({name: claim.val for name, claim in claims.items()}, VAL)
-        self.run.append(EVALUATE, exchange.server_round, **result, **self._log_line())
+        self.run.append(EVALUATE, phase.server_round, **result, **self._log_line())
         return MetricRecord({key.replace("_", "-"): v for key, v in result.items() if isinstance(v, float)})
 
     def _add_up(self, held: dict[str, int], start: str) -> dict[str, Any]:
         """Return the figures of one split, of which each client holds so many samples; `start` begins their names."""
         held = {name: count for name, count in held.items() if count}
-        metrics = {name: self.exchange.good[name][0] for name in held}
+        metrics = {name: self.phase.metrics[name] for name in held}
         weights, capped = self._cap(held)
         shares = dict(zip(held, weights, strict=True))
-        result = _totals(metrics, held, shares, start) | _totals(metrics, held, shares, f"{start}personal-")
+        result = totals(metrics, held, shares, start) | totals(metrics, held, shares, f"{start}personal-")
         return result | ({f"{start}capped".replace("-", "_"): capped} if capped else {})
 
-    def outgoing(self, client_id: str, arrays: ArrayRecord) -> ArrayRecord:
-        """Return what a client is sent of the global model, to train or to evaluate: all of it."""
-        return arrays
+    def outgoing(self, client_id: str) -> ArrayRecord:
+        """Return what a client is sent of the global model, to train or to evaluate."""
+        rank = self.rank_sent(client_id)
+        return cut_rank(self.current, rank) if rank else self.current
+
+    def rank_sent(self, client_id: str) -> int:
+        """Return the rank to which a client's adapters are cut, 0 where they are not."""
+        return 0
 
     def instructions(self, kind: str, server_round: int) -> dict[str, Any]:
         """Return the fields of an order that say what to train and send back; none, and it is everything."""
         return {}
 
-    def combine(self, trained: dict[str, ArrayRecord], weights: list[float]) -> tuple[ArrayRecord, dict[str, Any]]:
-        """Return the new global model, of clients sorted by id, and what the round's line of metrics says of it."""
-        return weighted_average(list(trained.values()), weights), {}
+    def is_summed(self, phase: Phase) -> bool:
+        """Say whether the round's average is made of sums; otherwise every client's tensors are needed at once."""
+        return self.weighting != "alignment"
 
-    def _weigh(self, trained: dict[str, ArrayRecord], examples: list[float]) -> list[float]:
-        if self.weighting == NUM_EXAMPLES:
-            return examples
-        if self.weighting == "uniform":
-            return [1.0] * len(examples)
-        updates = [(after - before for after, before in self._pairs(name, a)) for name, a in trained.items()]
-        weights = alignment_weights(updates, [self.exchange.norms[name] for name in trained])
-        return cap_shares(weights, self.max_weight_share)
+    def combine_sum(self, total: WeightedSum, weight: float) -> tuple[ArrayRecord, dict[str, Any]]:
+        """Return the new global model, of the weighted sum of all, and what the round's line of metrics says of it."""
+        return total.mean(weight, self.current), {}
+
+    def combine(self, trained: dict[str, ArrayRecord], weights: list[float]) -> tuple[ArrayRecord, dict[str, Any]]:
+        """Return the same of each client's tensors, sorted by id."""
+        return weighted_average(list(trained.values()), weights), {}
 
     def _cap(self, examples: Mapping[str, float]) -> tuple[list[float], dict[str, float]]:
         """Return the samples that each client counts for, and the shares of those that claim more than they count."""
@@ -236,153 +234,203 @@ class FedAvg(FlowerFedAvg):
         capped = {name: round(claimed / total, 4) for (name, claimed), weight in pairs if weight != claimed}
         for name, share in capped.items():
             text = "round %d: client %s claims %.0f %% of the samples, strategy.max_weight_share=%g caps it"
-            log(WARNING, text, self.exchange.server_round, name, 100 * share, self.max_weight_share)
+            log(WARNING, text, self.phase.server_round, name, 100 * share, self.max_weight_share)
         return weights, capped
-
-    def _pairs(self, name: str, arrays: ArrayRecord) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield each floating tensor of a client, as trained and as it was sent to the client."""
-        sent = self.expected(name, arrays)
-        for key in sorted(arrays):
-            values = view(arrays[key])
-            if values.dtype.kind == "f":
-                yield values, view(sent[key])
 
     def _check_aggregate(self, arrays: ArrayRecord) -> None:
         """Refuse a model that nobody could train from, before it becomes a round; raises FederationError."""
         for key, array in arrays.items():
             if fault := find_value_fault(view(array)):
                 raise FederationError(
-                    f"round {self.exchange.server_round}: the aggregated {key} has {fault}, so the round is not kept: "
+                    f"round {self.phase.server_round}: the aggregated {key} has {fault}, so the round is not kept: "
                     "lower train.lr or strategy.server_lr, or exclude the client that sent it, and set resume=true"
                 )
 
-    def _ask(self, kind: str, server_round: int, arrays: ArrayRecord, fraction: float) -> list[Message]:
+    def _ask(self, kind: str, server_round: int, fraction: float) -> list[Message]:
         self.roster.refresh()
         if self.roster.refusals_changed():
             self.run.append("refused", server_round, refused=self.roster.refused)
         chosen = self.roster.sample(fraction, self.seed, server_round, kind)
         rest = self.instructions(kind, server_round)
-        sent = {}
-        for name in chosen:
-            content, accepted = self.outgoing(name, arrays), self.accepted.get(name, 0)
-            sent[name] = self.roster.order(kind, name, server_round, content, accepted_round=accepted, **rest)
-        if self.releases and kind == TRAIN:
-            self.releases.ask(server_round, chosen)
-        self.exchange = Exchange(kind, server_round, sent, rest.get("returns"), absent=self.roster.missing())
-        self.run.show_progress(server_round, kind, 0, len(sent))
-        return list(sent.values())
+        self.order = self.roster.order(server_round, **rest)
+        self.phase = Phase(kind, server_round, chosen, returns=rest.get("returns"), absent=self.roster.missing())
+        if kind == TRAIN:
+            counted, self.phase.capped = self._cap({name: self.roster.members[name].claim.train for name in chosen})
+            self._examples = dict(zip(chosen, counted, strict=True))
+            self.phase.weights = dict.fromkeys(chosen, 1.0) if self.weighting == "uniform" else self._examples
+            if self.releases:
+                self.releases.ask(server_round, chosen)
+        limit = self.bound.known_limit()
+        messages = [
+            message
+            for index, names in enumerate(self.phase.groups)
+            for message in self._messages(index, names, math.inf if limit is None else limit)
+        ]
+        self.run.show_progress(server_round, kind, 0, len(chosen))
+        return messages
 
-    def _receive(self, replies: Iterable[Message]) -> Exchange:
-        """Sort this phase's replies into good and failed, by client; raises FederationError for too few."""
-        exchange = self.exchange
-        by_message = {message.metadata.message_id: name for name, message in exchange.sent.items()}
+    def _messages(self, index: int, names: tuple[str, ...], limit: float) -> list[Message]:
+        """Return what asks the clients of a group: one message if a node can serve all of them, or else one each."""
+        phase, arrays = self.phase, self.current
+        down = sum(byte_sizes(arrays))
+        for name in names:
+            phase.bytes_down[name] = sum(byte_sizes(self.outgoing(name))) if self.rank_sent(name) else down
+        if len(names) > 1 and self.roster.any_node:
+            group = Group(tuple(map(self._asked, names)), limit, self.is_summed(phase), self.validates)
+            found = [(names, pack_group(self.roster.node_of(names[0], index), phase.kind, self.order, group, arrays))]
+        else:
+            found = [((name,), self._single_message(index, name)) for name in names]
+        phase.sent += [(message, (index, clients)) for clients, message in found]
+        return [message for _, message in found]
+
+    def _single_message(self, index: int, name: str) -> Message:
+        order = replace(self.order, client_id=name, accepted_round=self.accepted.get(name, 0))
+        return pack_order(self.roster.node_of(name, index), self.phase.kind, order, self.outgoing(name))
+
+    def _asked(self, name: str) -> Asked:
+        weight, digest = self.phase.weights.get(name, 0.0), self.roster.members[name].claim.shard_digest
+        return Asked(name, self.accepted.get(name, 0), weight, digest, self.rank_sent(name))
+
+    def take(self, replies: Iterable[Message]) -> None:
+        """Sort replies of this phase into good and failed, by client, and add up what can be added."""
         for reply in replies:
-            name = by_message.pop(reply.metadata.reply_to_message_id, None)
-            if name is None:
+            clients = self.phase.answered(reply)
+            if clients is None:
                 continue  # an answer to something not asked in this phase
+            index, names = clients
             try:
-                exchange.good[name] = (self._check(name, reply), reply)
+                if len(names) > 1:
+                    self._take_group(index, names, reply)
+                else:
+                    self._take_single(names[0], reply)
             except MessageError as error:
-                exchange.failures[name] = str(error)
-        if self.releases and exchange.kind == TRAIN:
-            replayed = [name for name, (metrics, _) in exchange.good.items() if metrics.get(REPLAYED)]
-            self.releases.replay(exchange.server_round, replayed)
-        for name, reason in self.bound.faults(exchange.norms).items():
-            exchange.failures[name] = reason
-            del exchange.good[name], exchange.norms[name]
-        exchange.failures |= dict.fromkeys(by_message.values(), "sent no reply in time")
-        for name, reason in sorted(exchange.failures.items()):
-            log(WARNING, "round %d: client %s %s", exchange.server_round, name, reason)
+                for name in names:
+                    self.phase.fail(name, str(error))
+            if reply.has_content():
+                reply.content = (
+                    RecordDict()
+                )  # its tensors are the phase's now, which lets go of them once they are added
+        if self.phase.kind == TRAIN and self.is_summed(self.phase) and self.bound.known_limit() is not None:
+            self.phase.fold()
+
+    def _take_single(self, name: str, reply: Message) -> None:
+        """Take one client's reply; raises MessageError with the reason when it does not count."""
+        phase = self.phase
+        if reply.has_error():
+            raise MessageError(f"failed: {describe_error(reply.error)}")
+        claim, metrics = unpack_reply(reply.content, phase.kind)
+        if fault := self.roster.check(name, claim):
+            raise MessageError(fault)
+        self._accept(name, metrics, unpack_arrays(reply.content) if phase.kind == TRAIN else None)
+
+    def _accept(self, name: str, metrics: Mapping[str, float], trained: ArrayRecord | None) -> None:
+        """Count a client whose data are as attested; raises MessageError when its numbers or tensors do not count."""
+        phase, claim = self.phase, self.roster.members[name].claim
+        if fault := find_metric_fault(phase.kind, claim, metrics, self.validates):
+            raise MessageError(fault)
+        if trained is not None:
+            expected = self.expected(name, trained)
+            if fault := find_fault(trained, expected):
+                raise MessageError(fault)
+            norm, limit = update_norm(floating_pairs(trained, expected)), self.bound.known_limit()
+            if limit is not None and (fault := find_norm_fault(norm, limit, self.bound.multiple)):
+                raise MessageError(fault)
+            phase.norms[name], phase.trained[name] = norm, trained
+            phase.bytes_up[name] = sum(byte_sizes(trained))
+        phase.metrics[name] = metrics
+
+    def _take_group(self, index: int, names: tuple[str, ...], reply: Message) -> None:
+        """Take a node's reply for a group; raises MessageError when none of it counts."""
+        phase = self.phase
+        if reply.has_error():
+            raise MessageError(f"failed: {describe_error(reply.error)}")
+        is_summed = phase.kind == TRAIN and self.is_summed(phase)
+        outcomes, total = unpack_outcomes(reply.content, phase.kind, names, is_summed)
+        for outcome in outcomes:
+            try:
+                if outcome.failure:
+                    raise MessageError(outcome.failure)
+                claim = replace(self.roster.members[outcome.client_id].claim, shard_digest=outcome.shard_digest)
+                if fault := self.roster.check(outcome.client_id, claim):
+                    raise MessageError(fault)
+                self._accept(outcome.client_id, outcome.metrics or {}, outcome.arrays)
+            except MessageError as error:
+                phase.fail(outcome.client_id, str(error))
+        if total is None:
+            return
+        added = [outcome.client_id for outcome in outcomes if not outcome.failure]
+        if odd := [name for name in added if name not in phase.metrics]:
+            raise MessageError(f"its group's sum has client {odd[0]}, which does not count ({phase.failures[odd[0]]})")
+        norms = {name: phase.metrics[name].get(UPDATE_NORM, math.nan) for name in added}
+        limit = self.bound.known_limit()
+        if not all(0 <= norm <= (math.inf if limit is None else limit) for norm in norms.values()):
+            raise MessageError("its group's sum has an update longer than the limit")
+        expected = {key: self.current[key] for key in phase.returns or self.current}
+        weight = sum(phase.weights[name] for name in added)
+        most = sum(phase.weights[name] * norm for name, norm in norms.items())
+        if fault := find_sum_fault(total, expected, weight, most):
+            raise MessageError(f"its group's sum does not count: {fault}")
+        phase.sums[index] = total
+        phase.norms |= norms
+        phase.bytes_up |= dict.fromkeys(added, sum(byte_sizes(expected)))
+
+    def _receive(self, replies: Iterable[Message]) -> Phase:
+        """Take the replies that are left, and end the phase; raises FederationError for too few."""
+        self.take(replies)
+        phase = self.phase
+        if phase.kind == TRAIN:
+            self._apply_first_limit()
+        if self.releases and phase.kind == TRAIN:
+            self.releases.replay(phase.server_round, [n for n, m in phase.metrics.items() if m.get(REPLAYED)])
+        silent = {name for _, names in phase.waiting.values() for name in names}
+        silent |= {name for _, (_, names) in phase.sent for name in names}
+        for name in silent:
+            phase.fail(name, "sent no reply in time")
+        for name, reason in sorted(phase.failures.items()):
+            log(WARNING, "round %d: client %s %s", phase.server_round, name, reason)
         # Fewer may be asked to evaluate than min_replies, never to train: clients that left count as no reply.
-        needed = self.min_replies if exchange.kind == TRAIN else min(self.min_replies, max(1, len(exchange.sent)))
-        if len(exchange.good) < needed:
-            self.run.append(exchange.kind, exchange.server_round, **self._log_line())
+        needed = self.min_replies if phase.kind == TRAIN else min(self.min_replies, max(1, len(phase.names)))
+        if len(phase.metrics) < needed:
+            self.run.append(phase.kind, phase.server_round, **self._log_line())
             raise FederationError(
-                f"round {exchange.server_round}: {by_reason(exchange.failures, 3) or 'no client is present'} "
-                f"({len(exchange.good)} of {len(exchange.sent)} clients gave a valid {exchange.kind} reply, "
+                f"round {phase.server_round}: {by_reason(phase.failures, 3) or 'no client is present'} "
+                f"({len(phase.metrics)} of {len(phase.names)} clients gave a valid {phase.kind} reply, "
                 f"strategy.min_replies={self.min_replies})"
             )
-        return exchange
+        return phase
+
+    def _apply_first_limit(self) -> None:
+        """Leave out updates that are too long by the median of a run's first round, which no node knew.
+
+        A sum with such an update in it is asked for again without that client.
+        """
+        phase, limit = self.phase, self.bound.limit(self.phase.norms)
+        faults = self.bound.faults(phase.norms, limit)
+        again: list[Message] = []
+        for index, names in enumerate(phase.groups):
+            if index in phase.sums and faults.keys() & set(names):
+                del phase.sums[index]
+                rest = tuple(name for name in names if name in phase.metrics and name not in faults)
+                for name in rest:
+                    phase.fail(name, "")
+                    del phase.failures[name]
+                if rest:
+                    again += self._messages(index, rest, limit)
+                    if self.releases:
+                        self.releases.ask(phase.server_round, rest)
+        for name, reason in faults.items():
+            phase.fail(name, reason)
+        if again:
+            self.take(self.roster.grid.send_and_receive(again, timeout=self.timeout))
 
     def _log_line(self) -> dict[str, Any]:
         """Return what the line of this phase says in any case; after training, also the epsilon so far."""
-        line = self.exchange.log_line()
-        if self.releases and self.exchange.kind == TRAIN:
+        line = self.phase.log_line()
+        if self.releases and self.phase.kind == TRAIN:
             line["epsilon"] = self.releases.spent()["epsilon"]
         return line
 
-    def _check(self, name: str, reply: Message) -> dict[str, float]:
-        """Return a reply's metrics if all of it is sound; raises MessageError with the reason otherwise."""
-        if reply.has_error():
-            raise MessageError(f"failed: {describe_error(reply.error)}")
-        claim, metrics = unpack_reply(reply.content, self.exchange.kind)
-        if fault := self.roster.check(name, claim) or self._find_metric_fault(name, metrics):
-            raise MessageError(fault)
-        if self.exchange.kind == TRAIN:
-            trained = unpack_arrays(reply.content)
-            if fault := find_fault(trained, self.expected(name, trained)):
-                raise MessageError(fault)
-            self.exchange.norms[name] = update_norm(self._pairs(name, trained))
-        return metrics
-
     def expected(self, name: str, trained: ArrayRecord) -> Mapping[str, Array]:
         """Return what `trained`, a client's reply, must fit and is an update of: the tensors it was asked to return."""
-        sent = unpack_arrays(self.exchange.sent[name].content)
-        return {key: sent[key] for key in self.exchange.returns or sent}
-
-    def _find_metric_fault(self, name: str, metrics: dict[str, float]) -> str | None:
-        attested: Claim = self.roster.members[name].claim
-        train = self.exchange.kind == TRAIN
-        samples = attested.train if train else attested.test
-        held = {key: attested.val if key.startswith(VAL) else samples for key in metrics}
-        needed = {NUM_EXAMPLES} | ({"train-loss"} if train else self._sums_needed(attested, metrics))
-        if missing := sorted(needed - metrics.keys()):
-            return f"sent no {missing[0]}"
-        if odd := sorted(key for key in metrics if key.endswith("correct") and not attested.label_hist):
-            return f"sent {one_line(odd[0])}, but there are no classes"
-        if bad := sorted(key for key, value in metrics.items() if not isfinite(value)):
-            return f"sent {one_line(bad[0])}={metrics[bad[0]]}"
-        if bad := sorted(key for key, value in metrics.items() if key in NEVER_NEGATIVE and value < 0):
-            return f"sent {bad[0]}={metrics[bad[0]]}, which is never below 0"
-        if metrics[NUM_EXAMPLES] != samples:
-            return f"sent num-examples={metrics[NUM_EXAMPLES]}, attested {samples}"
-        counted = {key: value for key, value in metrics.items() if key.endswith("correct")}
-        if odd := sorted(key for key, value in counted.items() if not 0 <= value <= held[key]):
-            return f"sent {one_line(odd[0])}={metrics[odd[0]]}, more correct answers than its {held[odd[0]]} samples"
-        most = {key: LARGEST_LOSS * (1 if train else held[key]) for key in NEVER_NEGATIVE & metrics.keys()}
-        if large := sorted(key for key in most if metrics[key] > most[key]):
-            return f"sent {large[0]}={metrics[large[0]]:.3g}, more than {held[large[0]]} samples can have"
-        return None
-
-    def _sums_needed(self, attested: Claim, metrics: Mapping[str, float]) -> set[str]:
-        """Name the sums that an evaluation must have; with one of a personalised model, all of them."""
-        starts = ("", VAL) if self.validates else ("",)
-        kinds = ("", "personal-") if any("personal-" in key for key in metrics) else ("",)
-        sums = ("loss-sum", "correct") if attested.label_hist else ("loss-sum",)
-        return {f"{start}{kind}{total}" for start in starts for kind in kinds for total in sums}
-
-
-def _totals(
-    metrics: dict[str, dict[str, float]], held: dict[str, int], weights: dict[str, float], prefix: str
-) -> dict[str, Any]:
-    """Sum one kind of evaluation over clients; accuracy is None for regression, and all is None where absent.
-
-    held: the samples that each client has; weights: those that it counts for, which are fewer if they are capped.
-    """
-    out = prefix.replace("-", "_")
-    measured = {name: m for name, m in metrics.items() if f"{prefix}loss-sum" in m}
-    count = sum(weights[name] for name in measured)
-    if not count:
-        return {f"{out}loss": None, f"{out}accuracy": None}
-
-    def total(key: str) -> float:
-        return sum(m[key] * (weights[name] / held[name]) for name, m in measured.items() if key in m)
-
-    result: dict[str, Any] = {f"{out}loss": total(f"{prefix}loss-sum") / count}
-    result[f"{out}loss_spread"] = spread({n: m[f"{prefix}loss-sum"] / held[n] for n, m in measured.items()})
-    each = {n: m[f"{prefix}correct"] / held[n] for n, m in measured.items() if f"{prefix}correct" in m}
-    if each:
-        result[f"{out}accuracy"] = total(f"{prefix}correct") / count
-        result[f"{out}accuracy_spread"] = spread(each)
-        result[f"{out}accuracy_by_client"] = each
-    return {f"{out}accuracy": None} | result
+        sent = self.outgoing(name)
+        return {key: sent[key] for key in self.phase.returns or sent}

@@ -15,11 +15,13 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 from flwr.common import log
 
-from flapp.messages import TRAIN, pack, view
+from flapp.groups import cut_rank
+from flapp.messages import TRAIN, as_record, pack, view
 from flapp.roster import FederationError
-from flapp.strategy.aggregation import weighted_average
 from flapp.strategy.fedavg import FedAvg
-from flapp.strategy.lora_aggregation import RULES, Aggregated, Factors, error_norms, refill, truncate
+from flapp.strategy.lora_aggregation import RULES, Aggregated, Factors, error_norms, refill
+from flapp.strategy.phase import Phase
+from flapp.sums import WeightedSum, weighted_average
 
 A, B, WEIGHT = "lora_A", "lora_B", "weight"
 
@@ -66,6 +68,7 @@ class FedLoRA(FedAvg):
         self.layers, self.private = list(layers), tuple(private)
         self.scaling, self.rank, self.ranks, self.prune, self.fresh = scaling, rank, ranks, prune, fresh
         self.pruned: dict[str, int] = {}
+        self.remembers = bool(private)
 
     def summary(self) -> None:
         """Log the rule, and what FedAvg logs."""
@@ -93,10 +96,10 @@ class FedLoRA(FedAvg):
         frozen = {f"{layer}.{part}" for layer in self.layers for part in parts}
         return {"returns": tuple(key for key in self.current if key not in frozen), "private": self.private}
 
-    def outgoing(self, client_id: str, arrays: ArrayRecord) -> ArrayRecord:
-        """Return the global model with its adapter cut to the client's own rank."""
+    def rank_sent(self, client_id: str) -> int:
+        """Return the rank to which a client's adapters are cut, 0 where they are not."""
         rank = self.rank_of(client_id)
-        return arrays if rank == self.rank else ArrayRecord(self._cut(arrays, rank))
+        return 0 if rank == self.rank else rank
 
     def rank_of(self, client_id: str) -> int:
         """Return the rank that a client has now."""
@@ -106,15 +109,31 @@ class FedLoRA(FedAvg):
         """Return what a reply must fit: what was sent, or that cut to the rank to which the client may prune itself."""
         wanted, rank, key = super().expected(name, trained), self.prune(self.rank_of(name)), f"{self.layers[0]}.{A}"
         is_pruned = rank < self.rank_of(name) and key in trained and tuple(trained[key].shape[:1]) == (rank,)
-        return self._cut(wanted, rank) if is_pruned else wanted
+        return cut_rank(wanted, rank) if is_pruned else wanted
 
-    def _cut(self, arrays: Mapping[str, Array], rank: int) -> dict[str, Array]:
-        """Return tensors with every adapter cut to its first `rank` ranks."""
-        cut = dict(arrays.items())
+    def is_summed(self, phase: Phase) -> bool:
+        """Say whether the round is made of sums: rules that average are, once groups have more than one client."""
+        return super().is_summed(phase) and self.rule.averages and any(len(group) > 1 for group in phase.groups)
+
+    def combine_sum(self, total: WeightedSum, weight: float) -> tuple[ArrayRecord, dict[str, Any]]:
+        """Return the same as `combine`, of the weighted sum of all clients.
+
+        aggregation_error is None where both factors were trained, because a sum does not tell their products.
+        """
+        norms = []
+        trained = {key for key in total.arrays if key.rpartition(".")[0] in self.layers}
+        exact = total.unrounded_mean(weight, sorted(trained))
+        new = dict(self.current.items()) | dict(total.mean(weight, self.current).items())
         for layer in self.layers:
-            a, b = truncate(view(arrays[f"{layer}.{A}"]), view(arrays[f"{layer}.{B}"]), rank)
-            cut |= {f"{layer}.{A}": pack(a), f"{layer}.{B}": pack(b)}
-        return cut
+            a, b = (self._factor(new, f"{layer}.{part}") for part in (A, B))
+            if a is None or b is None:
+                norms.append((0.0, 0.0))  # every client keeps its own B
+            elif {f"{layer}.{A}", f"{layer}.{B}"} <= trained:
+                return as_record(new), {"aggregation_error": None}
+            else:
+                ideal = Factors(exact.get(f"{layer}.{A}", a), exact.get(f"{layer}.{B}", b), 1.0)
+                norms.append(error_norms(Aggregated(a, b), [ideal]))
+        return as_record(new), self._relative(norms)
 
     def combine(self, trained: dict[str, ArrayRecord], weights: list[float]) -> tuple[ArrayRecord, dict[str, Any]]:
         """Aggregate adapters by the rule and average the rest; the line says how far the adapters are from the ideal.
@@ -131,15 +150,19 @@ class FedLoRA(FedAvg):
         if rest:
             new |= dict(weighted_average([_pick(record, rest) for record in records], weights).items())
         norms = []
-        fresh = self.fresh(self.exchange.server_round) if self.rule.any_rank else {}
+        fresh = self.fresh(self.phase.server_round) if self.rule.any_rank else {}
         for layer in self.layers:
             clients = [self._factors(r, layer, weight) for r, weight in zip(records, weights, strict=True)]
             found = self.rule.aggregate(clients, self.rank if self.rule.any_rank else None)
             installed = self._install(layer, found, fresh)
             norms.append((0.0, 0.0) if self.rule.private_b else self._error_norms(layer, found, installed, clients))
             new |= installed
+        return as_record(new), self._relative(norms) | self._note_ranks(trained)
+
+    def _relative(self, norms: Sequence[tuple[float, float]]) -> dict[str, Any]:
+        """Return the error over all layers, of the error and the ideal of each."""
         error, ideal = (sum(norm**2 for norm in column) ** 0.5 for column in zip(*norms, strict=True))
-        return ArrayRecord(new), {"aggregation_error": error / ideal if ideal else None} | self._note_ranks(trained)
+        return {"aggregation_error": error / ideal if ideal else None}
 
     def _error_norms(
         self, layer: str, found: Aggregated, installed: Mapping[str, Array], clients: Sequence[Factors]
@@ -162,17 +185,15 @@ class FedLoRA(FedAvg):
 
     def _factors(self, record: ArrayRecord, layer: str, weight: float) -> Factors:
         """Return a client's factors: its own, or where it sent none that which all have; no B where it is private."""
-
-        def factor(key: str) -> np.ndarray | None:
-            held = record if key in record else self.current
-            return view(held[key]) if key in held else fixed[key].numpy() if key in fixed else None
-
-        assert self.roster.base is not None
-        fixed = self.roster.base.tensors
-
-        a, b = factor(f"{layer}.{A}"), factor(f"{layer}.{B}")
+        a, b = (self._factor(record, f"{layer}.{part}") for part in (A, B))
         assert a is not None
         return Factors(a, b, weight)
+
+    def _factor(self, record: Mapping[str, Array], key: str) -> np.ndarray | None:
+        assert self.roster.base is not None
+        fixed = self.roster.base.tensors
+        held = record if key in record else self.current
+        return view(held[key]) if key in held else fixed[key].numpy() if key in fixed else None
 
     def _install(self, layer: str, found: Aggregated, fresh: Mapping[str, np.ndarray]) -> dict[str, Array]:
         """Return the tensors of a layer that are new: its factors, and the base weight when something is folded in."""
@@ -190,4 +211,4 @@ class FedLoRA(FedAvg):
 
 
 def _pick(record: ArrayRecord, keys: list[str]) -> ArrayRecord:
-    return ArrayRecord({key: record[key] for key in keys})
+    return as_record({key: record[key] for key in keys})

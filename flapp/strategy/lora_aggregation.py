@@ -113,7 +113,7 @@ def hetlora(layer: Layer) -> Aggregated:
     This is the sparsity-weighted aggregation of HetLoRA (Cho et al. 2024, arXiv:2401.06432, section 4), which weighs
     client k by S_k / sum S, S_k = ||B_k A_k||_F. The paper writes it for one weight matrix; here each adapted matrix
     has the S_k of its own product. The paper's clients all count the same: equal p_k (strategy.weighting=uniform) give
-    its weights exactly, other p_k multiply them. `truncate` is the way back to a client's rank.
+    its weights exactly, other p_k multiply them. A client's own rank is cut from the result.
     """
     norms = [_norm(B, A) for A, B in zip(layer.A, layer.B, strict=True)]
     weights = layer.shares * norms
@@ -132,6 +132,7 @@ class Rule:
     any_rank: bool = False  # clients may have different ranks
     folds: bool = False  # the base weight changes every round
     private_b: bool = False  # clients train B too, but keep it
+    averages: bool = False  # each factor that travels is an average, so a sum over clients is all that is needed
 
     def travels(self, server_round: int) -> frozenset[str]:
         """Return which of 'A' and 'B' go up in a round (from 1); clients freeze the other, unless it is private."""
@@ -153,22 +154,15 @@ class Rule:
 
 
 RULES = {
-    "fedit": Rule(fedit),
-    "ffa": Rule(ffa, even="B", odd="B"),
-    "rolora": Rule(rolora, even="A", odd="B"),
-    "fedsa": Rule(fedsa, even="A", odd="A", private_b=True),
+    "fedit": Rule(fedit, averages=True),
+    "ffa": Rule(ffa, even="B", odd="B", averages=True),
+    "rolora": Rule(rolora, even="A", odd="B", averages=True),
+    "fedsa": Rule(fedsa, even="A", odd="A", private_b=True, averages=True),
     "flora": Rule(flora, any_rank=True, folds=True),
     "fedex": Rule(fedex, folds=True),
     "flexlora": Rule(flexlora, any_rank=True),
     "hetlora": Rule(hetlora, any_rank=True),
 }
-
-
-def truncate(A: np.ndarray, B: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return a client's own rank of the adapter: the first rows of A and columns of B, as views."""
-    if not 1 <= rank <= len(A):
-        raise ValueError(f"cannot truncate an adapter of rank {len(A)} to {rank}")
-    return A[:rank], B[:, :rank]
 
 
 def refill(A: np.ndarray, B: np.ndarray, fresh: np.ndarray) -> np.ndarray:

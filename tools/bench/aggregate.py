@@ -8,8 +8,9 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
+from flapp.checks import find_fault
 from flapp.model import build_model
-from flapp.strategy.aggregation import find_fault, weighted_average
+from flapp.sums import weighted_average
 from tools.bench import Row, measure
 
 CLIENTS = 10

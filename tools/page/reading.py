@@ -20,7 +20,11 @@ from flapp.untrusted import read_json as parse_file
 from tools.page.run import Clients, Job, Run, Stores, by_number, names_of, number
 from tools.superlink import ANSI
 
-METRICS, STORE = "metrics.jsonl", "server_chunks.db"  # of flapp.results, which would import PyTorch
+METRICS, HELD, STORE = (
+    "metrics.jsonl",
+    "clients.jsonl",
+    "server_chunks.db",
+)  # of flapp.results, which would import PyTorch
 RUN_FILES = ("config.yaml", METRICS, "metrics.json")
 STORES_OPENED = 50
 LOG_BYTES, LOG_LINES = 32_768, 40
@@ -82,6 +86,8 @@ def read_run(path: Path, label: str = "A") -> Run:
         notes.append(f"metrics.json has values of wrong types, which are left out: {', '.join(odd)}")
     clients = Clients()
     lines = _read_lines(path / METRICS, clients, notes)
+    if (path / HELD).exists():
+        lines |= _read_lines(path / HELD, clients, notes)
     if lines and not summary:
         written = datetime.fromtimestamp((path / METRICS).stat().st_mtime, UTC)
         notes.append(f"{METRICS} was last written at {written:%H:%M:%S on %d %B %Y, UTC}")
@@ -159,7 +165,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read_lines(path: Path, clients: Clients, notes: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """Return the lines of metrics.jsonl by kind, what is of single clients folded into `clients`; note odd ones."""
+    """Return the lines of a file by kind, what is of single clients folded into `clients`; note odd ones."""
     lines: dict[str, list[dict[str, Any]]] = {}
     odd, torn = 0, False
     try:
@@ -172,17 +178,17 @@ def _read_lines(path: Path, clients: Clients, notes: list[str]) -> dict[str, lis
                 except ValueError:
                     if len(raw) == MOST_BYTES:
                         notes.append(
-                            f"{METRICS} has a line of more than {MOST_BYTES:,} bytes and is left out from there"
+                            f"{path.name} has a line of more than {MOST_BYTES:,} bytes and is left out from there"
                         )
                         break
                     torn = not raw.endswith(b"\n")
                     odd += not torn
     except OSError as error:
-        notes.append(f"{METRICS} cannot be read ({error.strerror}), so there are no rounds")
+        notes.append(f"{path.name} cannot be read ({error.strerror}), so there are no rounds")
     if torn:
-        notes.append(f"the last line of {METRICS} was cut off and is left out")
+        notes.append(f"the last line of {path.name} was cut off and is left out")
     if odd:
-        notes.append(f"{odd} lines of {METRICS} are no lines of a run and are left out")
+        notes.append(f"{odd} lines of {path.name} are no lines of a run and are left out")
     return lines
 
 

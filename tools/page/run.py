@@ -15,6 +15,7 @@ from flapp.stopwatch import PHASES
 OWN_NAMES = ("run_name", "resume", "resume_from", "resume_anyway")  # settings in which any two runs may differ
 PLACES = ("home", "deployment.", "split.")  # settings, or the groups of them, that say where a run took place
 MOST_NAMED, LONGEST_NAME = 3, 38  # settings in the name of a run in legends, and its characters
+SPLITS = ("train", "val", "test")
 Points = tuple[np.ndarray, np.ndarray]  # rounds and values
 
 
@@ -159,6 +160,10 @@ class Run:
         said: dict[str, Any] = dict(self.summary.get(key) or {}) if key == "refused" else {}
         for line in (*self.lines.get("roster", ()), *self.lines.get("refused", ())):
             said |= line.get(key) or {}
+        for line in self.lines.get("client", ()):
+            found = {"samples": {split: line.get(split, 0) for split in SPLITS}, "label_hist": line.get("labels")}
+            if key in found and "client" in line:
+                said[line["client"]] = found[key]
         return dict(sorted(said.items(), key=lambda item: by_number(item[0])))
 
     def resumed_anyway(self) -> list[tuple[int, list[str]]]:

@@ -1,0 +1,154 @@
+"""What is wrong with a client's reply: checked at the node before a client enters a sum, and by the server."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from math import isfinite
+
+import numpy as np
+from flwr.app import Array
+
+from flapp.messages import NUM_EXAMPLES, TRAIN, VAL, Claim, one_line, view
+
+LARGEST = 1.8e19  # beyond it a square overflows float32, and no optimiser gets any further
+BLOCK = 1 << 17  # elements: a float64 block near the level-2 cache
+LOSS_SUMS = {f"{start}{kind}loss-sum" for start in ("", VAL) for kind in ("", "personal-")}
+NEVER_NEGATIVE = {"train-loss", "seconds", *LOSS_SUMS}
+LARGEST_LOSS = float(np.finfo(np.float32).max)  # of one sample
+
+
+def find_claim_fault(claim: Claim, client_id: str, shard_digest: str) -> str | None:
+    """Return why a reply is not that of a client with these data, or None."""
+    if claim.client_id != client_id:
+        return f"answered as client {one_line(claim.client_id)}"
+    if claim.shard_digest != shard_digest:
+        return f"its data changed: shard digest {one_line(claim.shard_digest[:12])}, attested as {shard_digest[:12]}"
+    return None
+
+
+def find_fault(record: Mapping[str, Array], expected: Mapping[str, Array]) -> str | None:
+    """Return what makes a model unfit to be averaged with `expected`, or None.
+
+    Checked are keys, shapes and dtypes, and that every value is finite and at most LARGEST.
+    """
+    if record.keys() != expected.keys():
+        odd = sorted(set(record) ^ set(expected))
+        return f"has other tensors than the model ({len(odd)} differ, the first is {one_line(odd[0])})"
+    for key, array in record.items():
+        try:
+            values = view(array)
+        except ValueError as error:
+            return f"sent {key} as {error}"
+        wanted = view(expected[key])
+        if values.shape != wanted.shape or values.dtype != wanted.dtype:
+            found, asked = f"{values.dtype} {list(values.shape)}", f"{wanted.dtype} {list(wanted.shape)}"
+            return f"sent {key} as {found}, the model has {asked}"
+        if fault := find_value_fault(values):
+            return f"sent {key} with {fault}"
+    return None
+
+
+def find_value_fault(values: np.ndarray, largest: float = LARGEST) -> str | None:
+    """Return what makes the values of one tensor unfit to train from, or None."""
+    if values.dtype.kind != "f" or values.size == 0:
+        return None
+    highest, lowest = values.max(), values.min()  # both are NaN if any value is
+    if max(highest, -lowest) <= largest:
+        return None
+    if bad := values.size - np.count_nonzero(np.isfinite(values)):
+        return f"{bad} NaN or infinite values of {values.size}"
+    return f"values up to {max(highest, -lowest):.3g}, whose squares overflow float32"
+
+
+def find_metric_fault(kind: str, claim: Claim, metrics: Mapping[str, float], validates: bool) -> str | None:
+    """Return what is wrong with the numbers of a reply of `kind` from a client that holds what it claims, or None.
+
+    validates: whether an evaluation must also have figures of validation samples.
+    """
+    train = kind == TRAIN
+    samples = claim.train if train else claim.test
+    held = {key: claim.val if key.startswith(VAL) else samples for key in metrics}
+    needed = {NUM_EXAMPLES} | ({"train-loss"} if train else _sums_needed(claim, metrics, validates))
+    if missing := sorted(needed - metrics.keys()):
+        return f"sent no {missing[0]}"
+    if odd := sorted(key for key in metrics if key.endswith("correct") and not claim.label_hist):
+        return f"sent {one_line(odd[0])}, but there are no classes"
+    if bad := sorted(key for key, value in metrics.items() if not isfinite(value)):
+        return f"sent {one_line(bad[0])}={metrics[bad[0]]}"
+    if bad := sorted(key for key, value in metrics.items() if key in NEVER_NEGATIVE and value < 0):
+        return f"sent {bad[0]}={metrics[bad[0]]}, which is never below 0"
+    if metrics[NUM_EXAMPLES] != samples:
+        return f"sent num-examples={metrics[NUM_EXAMPLES]}, attested {samples}"
+    counted = {key: value for key, value in metrics.items() if key.endswith("correct")}
+    if odd := sorted(key for key, value in counted.items() if not 0 <= value <= held[key]):
+        return f"sent {one_line(odd[0])}={metrics[odd[0]]}, more correct answers than its {held[odd[0]]} samples"
+    most = {key: LARGEST_LOSS * (1 if train else held[key]) for key in NEVER_NEGATIVE & metrics.keys()}
+    if large := sorted(key for key in most if metrics[key] > most[key]):
+        return f"sent {large[0]}={metrics[large[0]]:.3g}, more than {held[large[0]]} samples can have"
+    return None
+
+
+def _sums_needed(claim: Claim, metrics: Mapping[str, float], validates: bool) -> set[str]:
+    """Name the sums that an evaluation must have; with one of a personalised model, all of them."""
+    starts = ("", VAL) if validates else ("",)
+    kinds = ("", "personal-") if any("personal-" in key for key in metrics) else ("",)
+    sums = ("loss-sum", "correct") if claim.label_hist else ("loss-sum",)
+    return {f"{start}{kind}{total}" for start in starts for kind in kinds for total in sums}
+
+
+def floating_pairs(trained: Mapping[str, Array], sent: Mapping[str, Array]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield each floating tensor of a client, as trained and as it was sent to the client."""
+    for key in sorted(trained):
+        values = view(trained[key])
+        if values.dtype.kind == "f":
+            yield values, view(sent[key])
+
+
+def update_norm(tensors: Iterable[tuple[np.ndarray, np.ndarray]], weight: float = 1.0) -> float:
+    """Return the Euclidean length of an update, given as pairs (trained, received) of tensors, in float64.
+
+    weight: what the received tensors are multiplied by first; of a weighted sum it is the sum of the weights.
+    """
+    squares, buffer = 0.0, np.empty(BLOCK)
+    for trained, received in tensors:
+        after, before = trained.reshape(-1), received.reshape(-1)
+        for start in range(0, after.size, BLOCK):
+            part = slice(start, start + BLOCK)
+            block = buffer[: after[part].size]
+            if weight == 1.0:
+                np.subtract(after[part], before[part], out=block, dtype=np.float64)
+            else:
+                np.multiply(before[part], -weight, out=block, dtype=np.float64)
+                np.add(block, after[part], out=block)
+            squares += float(np.einsum("i,i->", block, block))
+    return squares**0.5
+
+
+def find_norm_fault(norm: float, limit: float, multiple: float | None) -> str | None:
+    """Return why an update of this length is left out of a round, or None; multiple: of the median, for the text."""
+    if norm <= limit:
+        return None
+    most = f"the limit is {limit:.3g} ({multiple:g} times the median)" if multiple else f"the limit is {limit:.3g}"
+    return f"sent an update of length {norm:.3g}, {most}: if its data explain this, raise strategy.norm_limit"
+
+
+def find_sum_fault(total: Mapping[str, Array], sent: Mapping[str, Array], weight: float, most: float) -> str | None:
+    """Return what is wrong with a weighted sum of models, or None.
+
+    sent: the tensors that each of them began with; weight: the sum of the weights; most: the sum of the weighted
+    lengths of the updates, which is as far as the sum can be from weight times `sent`.
+    """
+    if total.keys() != sent.keys():
+        return "it has other tensors than the model"
+    for key, array in total.items():
+        try:
+            values = view(array)
+        except ValueError as error:
+            return f"it has {key} as {error}"
+        if values.shape != view(sent[key]).shape or values.dtype != np.float64:
+            return f"its {key} is {values.dtype} {list(values.shape)}, not float64 {list(view(sent[key]).shape)}"
+        if fault := find_value_fault(values, LARGEST * weight):
+            return f"its {key} has {fault}"
+    pairs = [(view(total[key]), view(sent[key])) for key in total if view(sent[key]).dtype.kind == "f"]
+    rounding = 1e-9 * weight * update_norm((values, np.zeros_like(values)) for _, values in pairs)
+    if (length := update_norm(pairs, weight)) > most * (1 + 1e-6) + rounding:
+        return f"it moves the model by {length:.3g}, the updates in it by at most {most:.3g}"
+    return None
