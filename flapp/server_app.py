@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from logging import INFO, WARNING
 from pathlib import Path
@@ -25,6 +26,7 @@ from flapp.client_keys import ClientKeys
 from flapp.config import derive_seed, load
 from flapp.data import ClientLoader, OfflineDataset, check_claim, ensure_artifacts, is_prepared, open_manifest
 from flapp.grid import PolledGrid
+from flapp.inline import InlineGrid
 from flapp.ledger import ClientLedger
 from flapp.messages import Claim, pack, views
 from flapp.model import (
@@ -56,10 +58,10 @@ update_console_handler(timestamps=True)  # in the process that runs the app
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run a federation from the config in run_config; raises when it fails, after metrics.json has said why."""
-    config, _ = load(context.run_config, {})
+    config = settings_on(grid, context)
     warn_of_open_ray(grid)
     try:
-        check_run(config, clients_here=is_simulated(grid) and config.deployment.ray_address is None)
+        check_run(config, clients_here=are_clients_here(grid, config))
         run_id = context.run_id
         run = RunDirectory.reopen(config, run_id) if config.resume else RunDirectory.create(config, run_id)
     except ValueError as error:
@@ -70,7 +72,25 @@ def main(grid: Grid, context: Context) -> None:
     except Exception as error:
         log(INFO, "%s%s", SUMMARY, json.dumps(run.fail(error)))
         raise
+    except KeyboardInterrupt:
+        run.close()  # the run can be resumed
+        raise
     log(INFO, "%s%s", SUMMARY, json.dumps(summary))
+
+
+def settings_on(grid: Grid, context: Context) -> Config:
+    """Return the config of a run; deployment=inline, the default, becomes simulation where Flower runs the app."""
+    config, _ = load(context.run_config, {})
+    if config.deployment.kind == "inline" and not isinstance(grid, InlineGrid):
+        return replace(config, deployment=replace(config.deployment, kind="simulation", workers=None))
+    return config
+
+
+def are_clients_here(grid: Grid, config: Config) -> bool:
+    """Say whether the clients run on this machine and read their data from the run's home."""
+    if isinstance(grid, InlineGrid):
+        return grid.clients_here
+    return is_simulated(grid) and config.deployment.ray_address is None
 
 
 def is_simulated(grid: Grid) -> bool:
