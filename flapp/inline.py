@@ -253,15 +253,15 @@ class InlineGrid(Grid):
         worker.process.join()
 
 
-def start_forkserver(client_app: str = CLIENT_APP) -> Any:
+def start_forkserver(*modules: str) -> Any:
     """Start the process that workers are forked from, unless it runs, and return its multiprocessing context.
 
-    It imports the client app once for all workers, while this process does something else.
+    It imports `modules` once for all workers, while this process does something else.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([client_app])
+    context.set_forkserver_preload(list(modules))
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None  # Ctrl-C is for this process only
     try:

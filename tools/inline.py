@@ -22,13 +22,13 @@ from flwr.common.logger import FLOWER_LOGGER, ConsoleHandler, log
 
 from flapp.config import to_json
 from flapp.data import Stamp, stamp
-from flapp.inline import InlineGrid, start_forkserver
+from flapp.inline import CLIENT_APP, SERVER_NODE, InlineGrid, start_forkserver
 from flapp.settings import Config, ConfigError
 from tools.processes import SWEEP, available_cpus
 from tools.progress import Progress, read_json
 from tools.submit import CONFIG, LOOK_SECONDS, check_cpus, failure, warn_of_size
 
-SERVER_NODE = 1
+LAZY = ("torch._dynamo",)  # every optimizer imports it when it is built, which takes longer than importing PyTorch
 
 
 def prepare(config: Config) -> None:
@@ -45,7 +45,7 @@ def prepare(config: Config) -> None:
     kept = settings.get("tempdir")
     settings["tempdir"] = folder  # for the fork server's socket: the guard removes that folder
     try:
-        start_forkserver()
+        start_forkserver(CLIENT_APP, *LAZY, *(["flapp.model.vit"] if config.model.name.startswith("vit") else []))
     finally:
         settings["tempdir"] = kept
 
