@@ -1,8 +1,8 @@
 """A Grid inside one machine: the ClientApp handles each message in a worker process, or in this very process.
 
-Nothing listens on the network. Any worker handles any message: what it needs to know of a node travels with it. A
-worker that dies takes only the message with it that it was handling; that message is answered with an Error, and another
-worker takes its place. Models travel through shared memory (shared_arrays.py).
+Nothing listens on the network. Any worker handles any message: what it needs to know about the node travels with it.
+A worker that dies loses only the message it was handling: that message is answered with an Error, and another worker
+takes its place. Models travel through shared memory (shared_arrays.py).
 """
 
 import importlib
@@ -238,7 +238,9 @@ class InlineGrid(Grid):
         context = start_forkserver(self.client_app)
         here, there = context.Pipe()
         device = self.devices[number] if self.devices else None
-        process = context.Process(target=serve, args=(there, self.client_app, self.log_file, device), name=f"worker-{number}")
+        process = context.Process(
+            target=serve, args=(there, self.client_app, self.log_file, device), name=f"worker-{number}"
+        )
         with _without_main():
             process.start()
         there.close()

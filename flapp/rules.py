@@ -3,7 +3,14 @@
 from functools import reduce
 from pathlib import Path
 
-from flapp.settings import RANKS_MAY_DIFFER, VALIDATION_FRACTION, WRITER_PARTITIONS, Config, ConfigError, DeploymentConfig
+from flapp.settings import (
+    RANKS_MAY_DIFFER,
+    VALIDATION_FRACTION,
+    WRITER_PARTITIONS,
+    Config,
+    ConfigError,
+    DeploymentConfig,
+)
 
 PATHS = (
     ("home",),
