@@ -13,13 +13,16 @@ FIRST_PAUSE, LONGEST_PAUSE, GROWTH = 0.02, 1.0, 1.1  # seconds; Flower's own gri
 class PolledGrid(Grid):
     """Pass everything on to Flower's grid, but poll for replies quickly at first and ever more slowly.
 
+    A grid that has a method `wait(seconds)` is not polled: it returns when a reply is there. One that has
+    `forget(message_ids)` is told which replies nobody waits for any more.
+
     on_reply is called with (new replies, replies so far, messages sent) whenever replies have come in, on_sent when all
-    messages have been handed over. is_simulated: whether any node can serve any client.
+    messages have been handed over. any_node: whether any node can serve any client.
     """
 
-    def __init__(self, grid: Grid, is_simulated: bool = False) -> None:
+    def __init__(self, grid: Grid, any_node: bool = False) -> None:
         self.grid = grid
-        self.is_simulated = is_simulated
+        self.any_node = any_node
         self.on_reply: Callable[[list[Message], int, int], None] = lambda new, done, sent: None
         self.on_sent: Callable[[], None] = lambda: None
 
@@ -39,10 +42,17 @@ class PolledGrid(Grid):
             waiting -= {reply.metadata.reply_to_message_id for reply in new}
             if new:
                 self.on_reply(new, len(replies), len(sent))
-            if not waiting or time.monotonic() >= end:
+            if not waiting:
                 break
+            if time.monotonic() >= end:
+                getattr(self.grid, "forget", _ignore)(waiting)
+                break
+            left = max(0.0, end - time.monotonic())
+            if (wait := getattr(self.grid, "wait", None)) is not None:
+                wait(min(LONGEST_PAUSE, left))
+                continue
             pause = FIRST_PAUSE if new else min(LONGEST_PAUSE, pause * GROWTH)
-            time.sleep(min(pause, max(0.0, end - time.monotonic())))
+            time.sleep(min(pause, left))
         return replies
 
     def set_run(self, run: Any) -> None:
@@ -68,3 +78,7 @@ class PolledGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return self.grid.pull_messages(message_ids)
+
+
+def _ignore(message_ids: Iterable[str]) -> None:
+    """Stand in for a grid that cannot give up on messages."""

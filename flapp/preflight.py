@@ -123,7 +123,7 @@ def check_device(config: Config, clients_here: bool) -> None:
 
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device=cuda, but PyTorch finds no CUDA device here: set train.device=auto or cpu")
-    if config.deployment.kind == "simulation" and clients_here and gpus > torch.cuda.device_count():
+    if config.deployment.kind != "superlink" and clients_here and gpus > torch.cuda.device_count():
         raise ConfigError(
             f"deployment.client_gpus={gpus:g} is more than the {torch.cuda.device_count()} GPUs there are: lower it"
         )

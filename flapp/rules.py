@@ -3,7 +3,14 @@
 from functools import reduce
 from pathlib import Path
 
-from flapp.settings import RANKS_MAY_DIFFER, VALIDATION_FRACTION, WRITER_PARTITIONS, Config, ConfigError
+from flapp.settings import (
+    RANKS_MAY_DIFFER,
+    VALIDATION_FRACTION,
+    WRITER_PARTITIONS,
+    Config,
+    ConfigError,
+    DeploymentConfig,
+)
 
 PATHS = (
     ("home",),
@@ -206,16 +213,35 @@ def check_together(config: Config) -> None:
             f"strategy.min_clients={strategy.min_clients} is more than clients={config.clients}: lower it",
         ),
         (
-            config.deployment.client_keys is not None and config.deployment.kind == "simulation",
+            config.deployment.client_keys is not None and config.deployment.kind != "superlink",
             f"deployment.client_keys={config.deployment.client_keys} pins keys of SuperNodes, and simulated nodes have "
             "none: leave it out, or set deployment=local",
         ),
+        *runtime_rules(config.deployment),
     ]
     for broken, message in rules:
         if broken:
             raise ConfigError(message)
     if config.split.auto_save_split_models:
         check_split(config)
+
+
+def runtime_rules(settings: DeploymentConfig) -> list[tuple[bool, str]]:
+    """Return the rules for settings that only another runtime has."""
+    of_simulation = {"port": settings.port, "ray_address": settings.ray_address}
+    of_local = {"address": settings.address, "root_certificates": settings.root_certificates}
+    inline = settings.kind == "inline"
+    return [
+        *(
+            (inline and value is not None, f"deployment.{key}={value} is for deployment={kind}: add deployment={kind}")
+            for kind, group in (("simulation", of_simulation), ("local", of_local))
+            for key, value in group.items()
+        ),
+        (
+            settings.workers is not None and not inline,
+            f"deployment.workers={settings.workers} is for deployment=inline: leave it out, or set deployment=inline",
+        ),
+    ]
 
 
 def name_rules(run_name: str) -> list[tuple[bool, str]]:

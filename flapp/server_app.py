@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache, partial
 from logging import INFO, WARNING
 from pathlib import Path
@@ -25,6 +26,7 @@ from flapp.client_keys import ClientKeys
 from flapp.config import derive_seed, load
 from flapp.data import ClientLoader, OfflineDataset, check_claim, ensure_artifacts, is_prepared, open_manifest
 from flapp.grid import PolledGrid
+from flapp.inline import InlineGrid
 from flapp.ledger import ClientLedger
 from flapp.messages import Claim, pack, views
 from flapp.model import (
@@ -56,10 +58,10 @@ update_console_handler(timestamps=True)  # in the process that runs the app
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run a federation from the config in run_config; raises when it fails, after metrics.json has said why."""
-    config, _ = load(context.run_config, {})
+    config = settings_on(grid, context)
     warn_of_open_ray(grid)
     try:
-        check_run(config, clients_here=is_simulated(grid) and config.deployment.ray_address is None)
+        check_run(config, clients_here=are_clients_here(grid, config))
         run_id = context.run_id
         run = RunDirectory.reopen(config, run_id) if config.resume else RunDirectory.create(config, run_id)
     except ValueError as error:
@@ -70,7 +72,25 @@ def main(grid: Grid, context: Context) -> None:
     except Exception as error:
         log(INFO, "%s%s", SUMMARY, json.dumps(run.fail(error)))
         raise
+    except KeyboardInterrupt:
+        run.close()  # the run can be resumed
+        raise
     log(INFO, "%s%s", SUMMARY, json.dumps(summary))
+
+
+def settings_on(grid: Grid, context: Context) -> Config:
+    """Return the config of a run; deployment=inline, the default, becomes simulation where Flower runs the app."""
+    config, _ = load(context.run_config, {})
+    if config.deployment.kind == "inline" and not isinstance(grid, InlineGrid):
+        return replace(config, deployment=replace(config.deployment, kind="simulation", workers=None))
+    return config
+
+
+def are_clients_here(grid: Grid, config: Config) -> bool:
+    """Say whether the clients run on this machine and read their data from the run's home."""
+    if isinstance(grid, InlineGrid):
+        return grid.clients_here
+    return is_simulated(grid) and config.deployment.ray_address is None
 
 
 def is_simulated(grid: Grid) -> bool:
@@ -102,7 +122,7 @@ def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> dict[str, Any]:
     base = keep_base(config.models_dir, frozen) if config.lora.enabled else None
     if config.privacy.enabled:
         check_floating({key: state[key].numpy() for key in sent})
-    polled = PolledGrid(grid, is_simulated(grid))
+    polled = PolledGrid(grid, any_node=is_simulated(grid) or (isinstance(grid, InlineGrid) and grid.any_node))
     roster = build_roster(config, polled, base, ClientLedger(run))
     strategy = build_strategy(config, roster, run, model, private)
     done = run.last_round()
@@ -205,7 +225,7 @@ def leave_split(config: Config, path: Path) -> None:
 def build_roster(config: Config, grid: PolledGrid, base: Base | None, ledger: ClientLedger) -> Roster:
     """Return the roster of the clients "0" to clients - 1 or, with shards, of those that the manifest lists."""
     keys = ClientKeys(Path(config.deployment.client_keys)) if config.deployment.client_keys else None
-    common: dict[str, Any] = {"base": base, "keys": keys, "ledger": ledger, "any_node": grid.is_simulated}
+    common: dict[str, Any] = {"base": base, "keys": keys, "ledger": ledger, "any_node": grid.any_node}
     if not config.distributed_data.enabled:
         expected = [str(i) for i in range(config.clients)]
         known = partial(check_against_partition, cache(partial(samples_dealt, config)))

@@ -183,7 +183,8 @@ class DistributedDataConfig:
 
 @dataclass(frozen=True)
 class DeploymentConfig:
-    kind: Literal["simulation", "superlink"]
+    kind: Literal["inline", "simulation", "superlink"]
+    workers: Natural | None
     federation: str | None
     address: str | None
     root_certificates: str | None

@@ -1,22 +1,19 @@
 """The in-process grid: the real ServerApp, strategy and ClientApp, without processes in between."""
 
-import copy
 import json
 import logging.config
 import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
-from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 
-from flapp import client_app, config, server_app
+from flapp import config, server_app
 from flapp.data import Manifest, write_shards
+from flapp.inline import InlineGrid
 from flapp.messages import ORDER
 from flapp.strategy import FedAvg
 from tests.leaf_files import Samples, as_leaf, draw_samples, write_leaf
@@ -24,12 +21,14 @@ from tests.leaf_files import Samples, as_leaf, draw_samples, write_leaf
 Tamper = Callable[[str, Message], Message]
 
 
-class LocalGrid(Grid):
-    """Hand each message to the ClientApp at once and keep the replies until they are pulled, in a drawn order.
+class LocalGrid(InlineGrid):
+    """Handle all messages in this process when they are pushed, and return the replies in a drawn order.
 
     tamper(client_id, reply) stands between a client and the server; names and keys are those that nodes are registered
-    with.
+    with. Each node serves its own clients, as in a deployment, or with any_node all of them, as in a simulation.
     """
+
+    clients_here = False  # a test may give each node a home of its own
 
     def __init__(
         self,
@@ -39,58 +38,40 @@ class LocalGrid(Grid):
         tamper: Tamper | None = None,
         names: list[str] | None = None,
         keys: list[bytes] | None = None,
+        any_node: bool = False,
     ) -> None:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
-        self.run_config = run_config
+        super().__init__(run_config, ())
+        self.any_node = any_node
         self.random = random.Random(order)
         self.nodes = {self.random.randrange(1, 1 << 62): node for node in nodes}
         self.names = dict(zip(self.nodes, names or [], strict=False))
         self.keys = dict(zip(self.nodes, keys or [], strict=False))
         self.tamper = tamper
-        self.replies: dict[str, Message] = {}
         self.sent: list[Message] = []
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        ids = []
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = str(uuid4())
-            ids.append(message.metadata.message_id)
-            self.sent.append(message)
-            arrived = copy.deepcopy(message)
-            context = Context(1, 1, self.nodes[message.metadata.dst_node_id], RecordDict(), self.run_config)
-            reply = client_app.app(arrived, context)
-            if self.tamper is not None:
-                client_id = message.content.config_records[ORDER]["client-id"]
-                reply = self.tamper(str(client_id), reply)
-                reply.metadata.__dict__["_reply_to_message_id"] = message.metadata.message_id
-            self.replies[message.metadata.message_id] = reply
-        return ids
+        pushed = list(messages)
+        self.sent += pushed
+        return super().push_messages(pushed)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        pulled = [self.replies.pop(i) for i in message_ids if i in self.replies]
+        ids = list(message_ids)
+        pulled = [reply for _ in ids for reply in InlineGrid.pull_messages(self, ids)]  # one is handled a time
         self.random.shuffle(pulled)
         return pulled
 
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.nodes)
+    def handle(self, message: Message) -> Message:
+        reply = super().handle(message)
+        if self.tamper is not None:
+            client_id = message.content.config_records[ORDER]["client-id"]
+            reply = self.tamper(str(client_id), reply)
+            reply.metadata.__dict__["_reply_to_message_id"] = message.metadata.message_id
+        return reply
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         names, keys = self.names, self.keys
         ids = self.get_node_ids()
         return [NodeInfo(node_id=i, name=names.get(i, ""), public_key=keys.get(i, b"")) for i in ids]
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        raise AssertionError("the ServerApp polls by itself")
-
-    def create_message(self, *_: Any, **__: Any) -> Message:
-        raise AssertionError("messages are made by flapp.messages")
-
-    def set_run(self, run: Any) -> None:
-        raise AssertionError("nothing sets the run")
-
-    @property
-    def run(self) -> Any:
-        raise AssertionError("nothing asks for the run")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -119,13 +100,14 @@ def federate(data_home: Path, tmp_path: Path) -> Callable[..., tuple[dict[str, A
         tamper: Tamper | None = None,
         names: list[str] | None = None,
         keys: list[bytes] | None = None,
+        any_node: bool = False,
     ) -> tuple[dict[str, Any], Path]:
         name = f"{tmp_path.name}-{next(runs)}"
         settings = config.compose([f"home={data_home}", f"run_name={name}", *overrides])
         run_config = {"config-json": config.to_json(settings)}
         clients = settings.clients
         nodes = nodes or [{"partition-id": i, "num-partitions": clients} for i in range(clients)]
-        grid = LocalGrid(run_config, nodes, order, tamper, names, keys)
+        grid = LocalGrid(run_config, nodes, order, tamper, names, keys, any_node)
         server_app.app(grid, Context(1, 1, {}, RecordDict(), run_config))
         path = settings.runs_dir / settings.run_name
         return json.loads((path / "metrics.json").read_text()), path

@@ -110,16 +110,20 @@ def figures(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Progress:
-    """Show a run whenever it is looked at: bars of rounds and of replies, or a line a round; nothing off a terminal."""
+    """Show a run whenever it is looked at: bars of rounds and of replies, which are nothing off a terminal.
 
-    def __init__(self, config: Config, path: Path) -> None:
+    plain: a line a round instead, wherever stderr goes, for a terminal in which a debugger may ask for input.
+    """
+
+    def __init__(self, config: Config, path: Path, plain: bool = False) -> None:
         self.config, self.path = config, path
         self.reader = RoundReader(path / "metrics.jsonl")
         earlier = self.reader.read(config.resume_from)  # by an earlier start
         self.stale = read_json(path / "progress.json")
         self.totals = {key: sum(found[key] for found in earlier) for key in ("bytes_up", "bytes_down")}
         self.shown: dict[str, str] = {}
-        off = True if is_json() else None
+        self.plain = plain and not is_json()
+        off = True if plain or is_json() else None
         done = earlier[-1]["round"] if earlier else 0
         common: dict[str, Any] = {"disable": off, "file": sys.stderr, "dynamic_ncols": True}
         self.rounds = tqdm(total=config.num_rounds, initial=done, unit="round", desc="rounds", **common)
@@ -139,6 +143,9 @@ class Progress:
             self.totals = {key: total + found[key] for key, total in self.totals.items()}
             self.rounds.update(found["round"] - self.rounds.n)
             self._show_figures(found)
+            if self.plain:
+                figures_shown = ", ".join(f"{key} {value}" for key, value in self.shown.items())
+                print(f"round {found['round']} of {self.config.num_rounds}: {figures_shown}", file=sys.stderr)
         if self.reader.current:
             self._show_figures(figures(self.reader.current))
         if not self.rounds.disable:

@@ -30,7 +30,9 @@ def stop_run(runs_dir: Path, run_name: str) -> list[int] | None:
     if (holder := find_holder(path)) is None:
         return None
     values = read_yaml(path / "config.yaml")
-    if values["deployment"]["kind"] == "simulation":
+    if values["deployment"]["kind"] == "inline":
+        stopped = stop_inline(path, holder)
+    elif values["deployment"]["kind"] == "simulation":
         stopped = stop_private(path, holder)
     else:
         stopped = stop_submitted(values, holder)
@@ -51,6 +53,22 @@ def find_run(runs_dir: Path, run_name: str) -> Path:
     return path
 
 
+def stop_inline(path: Path, holder: dict[str, Any]) -> list[int]:
+    """Interrupt the command whose process writes a run, which then ends its workers; of a sweep, the whole sweep."""
+    env = environment_of_writer(path, holder)
+    owner = noted_process(Path(env.get(SWEEP, os.devnull)) / OWNER) or psutil.Process(holder["pid"])
+    pids = [owner.pid, *(child.pid for child in owner.children(recursive=True))]
+    interrupt(owner)
+    return pids
+
+
+def interrupt(process: psutil.Process) -> None:
+    """Interrupt a command, and wait until it has cleaned up."""
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)  # in case it was suspended
+    psutil.wait_procs([process], timeout=LEAVE_SECONDS)
+
+
 def stop_private(path: Path, holder: dict[str, Any]) -> list[int]:
     """Interrupt the command that started a run, if it lives, and stop all that its private SuperLink has started.
 
@@ -64,9 +82,7 @@ def stop_private(path: Path, holder: dict[str, Any]) -> list[int]:
     pids = [process.pid for process in processes.running()]
     if owner := noted_process(Path(env.get(SWEEP, os.devnull)) / OWNER):
         pids.insert(0, owner.pid)
-        owner.send_signal(signal.SIGTERM)
-        owner.send_signal(signal.SIGCONT)  # in case it was suspended
-        psutil.wait_procs([owner], timeout=LEAVE_SECONDS)
+        interrupt(owner)
     processes.stop()
     shutil.rmtree(token, ignore_errors=True)
     return pids

@@ -57,13 +57,21 @@ def run_once(config: Config, on_start: Callable[[], object] = lambda: None) -> d
             print(f"warning: {doubt}", file=sys.stderr)
     elif here:
         check_new(config)
-    is_simulation = config.deployment.kind == "simulation"
+    is_simulation, is_inline = config.deployment.kind == "simulation", config.deployment.kind == "inline"
     federation_words = ["--federation-config", simulation_words(config)] if is_simulation else []
+    if is_inline:
+        check_cpus(config)
+        from tools import inline  # imports us
+
+        inline.prepare(config)
     if here:
         check_run(config, clients_here=is_home_shared(config), quick=True)
         if restarts(config):
             print(f"note: {REPLACED.format(config.run_name)}", file=sys.stderr)
     before = stamp(path, CONFIG)
+    if is_inline:
+        on_start()
+        return inline.run_inline(config, before)
     config, superlink = choose_superlink(config)
     on_start()
     with superlink, app_folder() as app:
@@ -117,7 +125,7 @@ def is_here(config: Config) -> bool:
 def is_home_shared(config: Config) -> bool:
     """Say whether the clients run on this machine and read their data from the run's home."""
     settings = config.deployment
-    if settings.kind == "simulation":
+    if settings.kind != "superlink":
         return settings.ray_address is None
     if settings.address is not None:
         return False
@@ -127,14 +135,21 @@ def is_home_shared(config: Config) -> bool:
 
 def simulation_words(config: Config) -> str:
     """Return the size of a simulation in the words of --federation-config; raises ConfigError."""
-    cpus, settings = config.deployment.total_cpus or available_cpus(), config.deployment
-    if settings.client_cpus > cpus and not settings.ray_address:
-        raise ConfigError(f"deployment.client_cpus={settings.client_cpus} is more than the {cpus} there are")
+    settings = config.deployment
+    if not settings.ray_address:
+        check_cpus(config)
     words = (
         f"num-supernodes={config.clients} "
         f"client-resources-num-cpus={settings.client_cpus} client-resources-num-gpus={settings.client_gpus}"
     )
-    return words if settings.ray_address else f"{words} init-args-num-cpus={cpus}"
+    return words if settings.ray_address else f"{words} init-args-num-cpus={settings.total_cpus or available_cpus()}"
+
+
+def check_cpus(config: Config) -> None:
+    """Raise ConfigError when a client is to have more processors than there are."""
+    settings = config.deployment
+    if settings.client_cpus > (cpus := settings.total_cpus or available_cpus()):
+        raise ConfigError(f"deployment.client_cpus={settings.client_cpus} is more than the {cpus} there are")
 
 
 def follow(

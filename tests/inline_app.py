@@ -1,0 +1,60 @@
+"""A client app for tests of the inline grid: what it does is the message's action."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+
+from flapp import client_app
+
+SHORT = 0.05  # seconds
+
+
+def app(message: Message, context: Context) -> Message:
+    """Answer with this process's id and a copy of the arrays, after doing what the message says."""
+    if "say" not in message.content.config_records:
+        return federated(message, context)
+    action = message.content.config_records["say"]["action"]
+    if action == "print":
+        os.write(1, b"printed by a client\n")
+        sys.stderr.write("and on stderr\n")
+    if action == "raise":
+        raise OSError("no disk")
+    if action == "exit":
+        os._exit(3)
+    if action == "break":
+        breakpoint()
+    if action == "change":
+        message.content["arrays"].clear()
+    if action == "hang":
+        time.sleep(600)
+    if action == "work":
+        time.sleep(SHORT)
+    arrays = message.content.array_records.get("arrays", ArrayRecord())
+    content = RecordDict(
+        {"process": MetricRecord({"pid": os.getpid()}), "arrays": ArrayRecord(arrays.to_torch_state_dict())}
+    )
+    return Message(content, reply_to=message)
+
+
+def federated(message: Message, context: Context) -> Message:
+    """Handle a message of flapp's, but die once, in the middle of round 2."""
+    marker = Path(json.loads(str(context.run_config["config-json"]))["home"]) / "died"
+    if message.metadata.message_type == "train" and message.metadata.group_id == "2":
+        try:
+            marker.touch(exist_ok=False)
+            os.kill(os.getpid(), 9)
+        except FileExistsError:
+            pass
+    return client_app.app(message, context)
+
+
+def say(node_id: int, action: str, arrays: ArrayRecord | None = None) -> Message:
+    """Return a message that has the app do something."""
+    content = RecordDict({"say": ConfigRecord({"action": action})})
+    if arrays is not None:
+        content["arrays"] = arrays
+    return Message(content, dst_node_id=node_id, message_type="train")
