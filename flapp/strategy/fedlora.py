@@ -131,7 +131,11 @@ class FedLoRA(FedAvg):
             elif {f"{layer}.{A}", f"{layer}.{B}"} <= trained:
                 return as_record(new), {"aggregation_error": None}
             else:
-                ideal = Factors(exact.get(f"{layer}.{A}", a), exact.get(f"{layer}.{B}", b), 1.0)
+                ideal = Factors(
+                    exact.get(f"{layer}.{A}", a.astype(np.float64)),
+                    exact.get(f"{layer}.{B}", b.astype(np.float64)),
+                    1.0,
+                )
                 norms.append(error_norms(Aggregated(a, b), [ideal]))
         return as_record(new), self._relative(norms)
 
