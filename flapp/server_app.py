@@ -34,8 +34,8 @@ from flapp.model import (
     draw_lora_A,
     export_adapter,
     import_adapter,
+    layout_of,
     load_pretrained,
-    lora_state_dict,
     mark_only_lora_as_trainable,
     merged_state_dict,
 )
@@ -167,9 +167,8 @@ def initial_model(config: Config) -> nn.Module:
 
 def keys_of(config: Config, model: nn.Module) -> tuple[list[str], list[str]]:
     """Name the tensors of the global model that travel (without adapters all), and those that each client keeps."""
-    if config.strategy.aggregation is None:
-        return list(model.state_dict()), []
-    return global_keys(model.state_dict(), lora_state_dict(model), config.strategy.aggregation)
+    layout = layout_of(model)
+    return global_keys(layout.tensors, layout.trained, config.strategy.aggregation)
 
 
 def load_global(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
