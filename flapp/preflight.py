@@ -24,6 +24,7 @@ from flapp.data import (
     read_meta,
 )
 from flapp.model import StorageManager, check_adapter, check_pretrained
+from flapp.partitions import open_partition
 from flapp.settings import WRITER_PARTITIONS, Config, ConfigError
 from flapp.tensorboard import check_installed
 
@@ -108,8 +109,6 @@ def check_partition(config: Config, quick: bool) -> None:
     unread = sum(split.images.nbytes for split in _open_splits(config) if not is_verified(split.path))
     if quick and (unread > QUICK_BYTES or config.clients * config.dataset.classes > QUICK_SHARES):
         return
-    from flapp.client_data import open_partition
-
     open_partition(config)
 
 

@@ -46,7 +46,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from flwr.common import log
 
 from flapp.checkpoint import ChunkManager
 from flapp.config import config_digest, differences, read_yaml, to_yaml
@@ -122,6 +121,8 @@ class RunDirectory:
         run.table.rewrite(run._lines())
         (run.path / "metrics.json").unlink(missing_ok=True)
         if doubt:
+            from flwr.common import log  # takes 0.3 s: only a run that resumes with a doubt needs it
+
             log(WARNING, "%s", doubt)
         if change:
             run.append("resumed_anyway", done, changed=[change])

@@ -20,7 +20,6 @@ from torch import nn
 
 from flapp.architecture import adapt, build, choose_device, find_oversize, pruned_rank, split_place
 from flapp.base import Base, keep_base
-from flapp.client_data import open_partition
 from flapp.client_keys import ClientKeys
 from flapp.config import derive_seed, load
 from flapp.data import ClientLoader, OfflineDataset, check_claim, ensure_artifacts, is_prepared, open_manifest
@@ -39,6 +38,7 @@ from flapp.model import (
     mark_only_lora_as_trainable,
     merged_state_dict,
 )
+from flapp.partitions import open_partition
 from flapp.preflight import check_run
 from flapp.privacy import UNPROTECTED, check_floating, describe_plan
 from flapp.releases import ReleaseLedger

@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ import torch
 from flwr.app import Context, RecordDict
 
 from flapp import config, preflight, server_app
-from flapp.client_data import open_partition
 from flapp.data import Manifest
 from flapp.listing import by_reason, list_names
 from flapp.messages import MessageError
 from flapp.model import build_model, pretrained, save_tensors
+from flapp.partitions import open_partition
 from flapp.preflight import check_run
 from flapp.results import RunDirectory
 from flapp.roster import FederationError
@@ -217,7 +216,7 @@ def test_a_split_that_could_not_be_stored_is_refused_without_a_folder(data_home:
 def test_what_would_take_long_is_left_to_the_clients(data_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(data_home)
     asked: list[Config] = []
-    monkeypatch.setattr(import_module("flapp.client_data"), "open_partition", asked.append)
+    monkeypatch.setattr(preflight, "open_partition", asked.append)
     monkeypatch.setattr(preflight, "QUICK_SHARES", 99)
     check(data_home)
     assert asked == []
