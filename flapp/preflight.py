@@ -1,8 +1,8 @@
 """What can be known to be wrong with a run before it starts.
 
 tools.run asks here before it starts any process, the ServerApp before it makes the run's folder and waits for clients.
-Each check is the one that the server or a client would make later. Those that need PyTorch come last and import it
-late: a fault that is found without it is said a second earlier.
+Each check is the one that the server or a client would make later. Almost all do without PyTorch, whose import takes
+seconds: models are checked by their layout (flapp/model/layout.py). Only a device and a .pth file of weights need it.
 """
 
 import os

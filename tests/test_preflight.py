@@ -17,7 +17,7 @@ from flapp import config, preflight, server_app
 from flapp.data import Manifest
 from flapp.listing import by_reason, list_names
 from flapp.messages import MessageError
-from flapp.model import build_model, pretrained, save_tensors
+from flapp.model import build_model, fitting, save_tensors
 from flapp.partitions import open_partition
 from flapp.preflight import check_run
 from flapp.results import RunDirectory
@@ -125,6 +125,8 @@ def test_weights_and_adapters_that_do_not_fit_are_refused_by_name(data_home: Pat
         check(data_home, *words, "lora.targets=[qkv,proj,mlp.0]", f"lora.adapter={path}/adapter")
     with pytest.raises(ValueError, match="adapter_config.json is missing"):
         check(data_home, *words, f"lora.adapter={path}")
+    with pytest.raises(ValueError, match="ViT has no adapters to start from .*: set lora=default"):
+        check(data_home, f"lora.adapter={path}/adapter")
     with pytest.raises(ValueError, match=r"model.safetensors does not fit this Linear: 2 missing.*; give weights of"):
         check(data_home, "model=linear", f"model.pretrained={path}/model.safetensors")
 
@@ -140,7 +142,7 @@ def test_of_large_weights_only_names_and_shapes_are_read(
     words = ("model=linear", f"model.pretrained={path}")
     with pytest.raises(ValueError, match="is damaged"):
         check(data_home, *words)
-    monkeypatch.setattr(pretrained, "CHECKED_BYTES", 0)
+    monkeypatch.setattr(fitting, "CHECKED_BYTES", 0)
     check(data_home, *words)
     save_tensors({"fc.weight": torch.zeros(10, 4), "fc.bias": torch.zeros(10)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"misshapen, first fc.weight \(10, 4\) where the model has \(10, 1024\)"):

@@ -170,7 +170,7 @@ def warn_of_size(config: Config) -> None:
     """Print a warning about a model too large for the data, where the data are here; the ServerApp logs it too."""
     if config.model.name != "cnn":
         return
-    from tools.overview import count_samples
+    from tools.overview import count_samples  # imports Flower
 
     samples = count_samples(config)
     if samples and (warning := find_oversize(config.model, config.dataset, samples["train"])):

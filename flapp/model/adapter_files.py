@@ -68,7 +68,6 @@ def import_adapter(model: nn.Module, folder: Path) -> Adapter:
     Raises ValueError when rank, alpha, layers or shapes differ from the model's, and naming the setting when the
     files use something of PEFT's that is not plain LoRA, such as DoRA or trained biases.
     """
-    adapted_layers(model)
     config = check_adapter(layout_of(model), folder)
     load_lora_state_dict(model, from_peft(read_state(folder / WEIGHTS)))
     return Adapter(config.get("base_model_name_or_path") or "", config["r"], config["lora_alpha"])

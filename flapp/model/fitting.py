@@ -66,6 +66,8 @@ def fit_pretrained(layout: Layout, found: Mapping[str, Shape], path: Path) -> tu
 
 def check_adapter(layout: Layout, folder: Path) -> Mapping[str, Any]:
     """Return the configuration of an adapter of PEFT's; raise ValueError where import_adapter would."""
+    if not layout.adapters:
+        raise ValueError(f"{layout.kind} has no adapters to start from {folder}: set lora=default")
     config = _read_config(folder / CONFIG)
     for name, (rank, alpha) in layout.adapters.items():
         if (rank, alpha) != (config["r"], config["lora_alpha"]):
