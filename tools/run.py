@@ -76,7 +76,7 @@ def job(tree: DictConfig) -> float | None:
 
 def start(config: Config, hydra_config: HydraConf, outcome: sweep.Outcome) -> None:
     """Say what a run is about to do, and note that it can be resumed from now on."""
-    from tools.overview import job_line, overview, start_lines  # imports PyTorch, which no mistake should wait for
+    from tools.overview import job_line, overview, start_lines  # imports Flower, which no mistake should wait for
 
     facts = overview(config, is_here(config))
     announce("started", config.run_name, **facts)
