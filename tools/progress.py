@@ -164,7 +164,7 @@ class Progress:
     def _show_figures(self, found: dict[str, Any]) -> None:
         """Put the latest losses and accuracy beside the rounds, and the total of bytes that have travelled."""
         self.shown |= latest(found)
-        sizes = {key.replace("bytes", "total"): tqdm.format_sizeof(size, "B") for key, size in self.totals.items()}
+        sizes = {key.replace("bytes_", "total "): tqdm.format_sizeof(size, "B") for key, size in self.totals.items()}
         self.rounds.set_postfix(self.shown | sizes)
 
     def _show_replies(self) -> None:
