@@ -251,7 +251,7 @@ def test_stop_leaves_the_other_processes_of_a_shared_superlink_alone(
     running: RunDirectory, orphan: Callable[..., Any]
 ) -> None:
     process = orphan("0123456789abcdef" * 2)  # a federation's token
-    with pytest.raises(StopError, match="not started by tools.run: stop it with `flwr stop 17`"):
+    with pytest.raises(StopError, match="not started by flapp: stop it with `flwr stop 17`"):
         stop_run(running.config.runs_dir, running.config.run_name)
     assert process.poll() is None
 

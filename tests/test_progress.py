@@ -188,7 +188,7 @@ def test_bars_show_rounds_with_figures_and_the_replies_of_the_phase(
         assert " 2/3 " in str(progress.rounds)
         written = [json.loads(line) for line in reversed(lines[:-2])]
         train, test = (next(line["loss"] for line in written if line["kind"] == kind) for kind in ("train", "evaluate"))
-        figures = f"train loss={train:.4f}, test loss={test:.4f}, total up=1.80kB, total down=2.70kB"
+        figures = f"train loss={train:.4f}, test loss={test:.4f}, all bytes=4.50kB"
         assert figures in str(progress.rounds)
 
 

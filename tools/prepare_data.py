@@ -5,10 +5,10 @@
     python -m tools.prepare_data dataset=cifar100 dataset.download=true      fetched by torchvision
     python -m tools.prepare_data dataset=cifar10 dataset.source=DIR dataset.materialize=224   also resized, 7.5 GB
     python -m tools.prepare_data dataset=femnist dataset.source=DIR clients=100 partition=natural
-                                                                             shards, and the same as one artifact
+        shards, and the same as one artifact
     python -m tools.prepare_data experiment=femnist_fedavg dataset.source=DIR              shards only
 
-Settings are written as for tools.run; overwrite=true replaces what is there. What was interrupted goes on where it
+Settings are written as for a run; overwrite=true replaces what is there. What was interrupted goes on where it
 stopped when the same command is given again. Exits 0 when all is there, 1 with one line that says what is wrong.
 """
 

@@ -1,6 +1,6 @@
 """How a run goes, for whoever watches: bars on a terminal, else lines; with --format json JSON lines on stdout.
 
-Every line has `event` and `run_name` (null where the settings did not make a run), and:
+Every JSON line has `event` and `run_name` (null where the settings did not make a run), and:
 
     started    rounds, and what the run is about to do: see tools/overview.py
     round      round, rounds, train_loss; loss, accuracy, personal_accuracy (null unless evaluated); bytes_up,
@@ -125,7 +125,7 @@ class Progress:
         self.reader = RoundReader(path / "metrics.jsonl")
         earlier = self.reader.read(config.resume_from)  # by an earlier start
         self.stale = read_json(path / "progress.json")
-        self.totals = {key: sum(found[key] for found in earlier) for key in ("bytes_up", "bytes_down")}
+        self.bytes = sum(found["bytes_up"] + found["bytes_down"] for found in earlier)
         self.shown: dict[str, str] = {}
         off = True if is_json() else None
         done = earlier[-1]["round"] if earlier else 0
@@ -144,7 +144,7 @@ class Progress:
         """Show what has happened since the last look."""
         for found in self.reader.read():
             announce("round", self.config.run_name, rounds=self.config.num_rounds, **found)
-            self.totals = {key: total + found[key] for key, total in self.totals.items()}
+            self.bytes += found["bytes_up"] + found["bytes_down"]
             self.rounds.update(found["round"] - self.rounds.n)
             self._show_figures(found)
             if self.rounds.disable and not is_json():
@@ -162,10 +162,9 @@ class Progress:
             print(f"round {number} of {rounds}: {', '.join(figures)}", file=sys.stderr)
 
     def _show_figures(self, found: dict[str, Any]) -> None:
-        """Put the latest losses and accuracy beside the rounds, and the total of bytes that have travelled."""
+        """Put the latest losses and accuracy beside the rounds, and all the bytes that have travelled."""
         self.shown |= latest(found)
-        sizes = {key.replace("bytes_", "total "): tqdm.format_sizeof(size, "B") for key, size in self.totals.items()}
-        self.rounds.set_postfix(self.shown | sizes)
+        self.rounds.set_postfix(self.shown | {"all bytes": tqdm.format_sizeof(self.bytes, "B")})
 
     def _show_replies(self) -> None:
         now = read_json(self.path / "progress.json")

@@ -100,7 +100,7 @@ def show(given: argparse.Namespace) -> dict[str, Any]:
 def show_lines(found: dict[str, Any]) -> Iterator[str]:
     """Yield a run's facts, a line each."""
     yield f"{found['name']}: {found['status']}, {found['rounds']} of {found['num_rounds']} rounds"
-    sizes = {"run directory": "run_bytes", "client stores": "store_bytes", "split models": "split_bytes"}
+    sizes = {"folder": "run_bytes", "client stores": "store_bytes", "split models": "split_bytes"}
     held = ", ".join(f"{name} {in_bytes(found[key])}" for name, key in sizes.items() if found[key])
     facts = {"folder": found["path"], "size": held, "started": found["started"]}
     facts["started with"] = " ".join(found["changed"])
