@@ -368,17 +368,6 @@ def test_a_round_without_replies_says_why_first(federate: Federate, monkeypatch:
         federate(*TOY)
 
 
-@pytest.mark.parametrize("word", ["seed=0,1", "model=linear,cnn", "seed=range(3)"])
-def test_several_values_without_a_sweep_say_how_to_sweep(tmp_path: Path, word: str) -> None:
-    with pytest.raises(ConfigError, match=r"is several values: add -m for a sweep, a run with each of them .*\)$"):
-        settings(tmp_path, word)
-
-
-def test_a_list_is_advised_only_for_a_setting_that_takes_one(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"-m lora.targets=qkv,proj\), or write a list as lora.targets=\[qkv,proj\]"):
-        settings(tmp_path, "lora.targets=qkv,proj")
-
-
 def test_a_sweep_in_which_no_run_began_leaves_no_folder(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "s"
     folder.mkdir(parents=True)
