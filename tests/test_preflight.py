@@ -369,12 +369,6 @@ def test_a_round_without_replies_says_why_first(federate: Federate, monkeypatch:
         federate(*TOY)
 
 
-@pytest.mark.parametrize("word", ["seed=0,1", "model=linear,cnn", "seed=range(3)"])
-def test_several_values_without_a_sweep_say_how_to_sweep(tmp_path: Path, word: str) -> None:
-    with pytest.raises(ConfigError, match=r"is several values, of which a run takes one: add -m to run once with each"):
-        settings(tmp_path, word)
-
-
 def test_a_sweep_in_which_no_run_began_leaves_no_folder(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "s"
     folder.mkdir(parents=True)

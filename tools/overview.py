@@ -78,17 +78,17 @@ def count_samples(config: Config) -> dict[str, int] | None:
 
 def start_lines(run_name: str, facts: dict[str, Any]) -> list[str]:
     """Say the facts in three lines."""
-    each = f"a client receives {in_bytes(facts['bytes_down'])} and sends {in_bytes(facts['bytes_up'])} a round"
+    down, up = in_bytes(facts["bytes_down"]), in_bytes(facts["bytes_up"])
     return [
         f"run {run_name} in {facts['run_dir']}",
         f"{_model(facts)} on {_dataset(facts)}, {_clients(facts)}",
-        f"{_strategy(facts)}: {each}",
+        f"{_strategy(facts)}: a client receives {down} and sends {up} of the model in a training round",
     ]
 
 
 def job_line(words: list[str], facts: dict[str, Any]) -> str:
     """Say the facts of one job of a sweep, with its own settings, in a line."""
-    return f"started: {' '.join(words)}; {_model(facts)} on {facts['dataset']}, {_clients(facts)}; {_strategy(facts)}"
+    return f"starting: {' '.join(words)}; {_model(facts)} on {facts['dataset']}, {_clients(facts)}; {_strategy(facts)}"
 
 
 def _model(facts: dict[str, Any]) -> str:
