@@ -1,19 +1,32 @@
 """The model that the settings describe, as server and clients build it; its weights come from elsewhere."""
 
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
-from flapp.model import StorageManager, add_lora, build_model, parse_points
+from flapp.model import Layout, StorageManager, lay_out, parse_points
 from flapp.settings import Config, DatasetConfig, LoRAConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from torch import nn
 
 LARGEST_IMAGE = 32  # pixels: the dense layer of `cnn` then has 8.4 million weights; LEAF's images have 28 pixels
 MOST_PARAMETERS = 100  # for each training sample
 
 
-def build(model: ModelConfig, dataset: DatasetConfig) -> nn.Module:
+def plan(model: ModelConfig, dataset: DatasetConfig, lora: LoRAConfig | None = None) -> Layout:
+    """Return the layout of the model that build makes, with its adapters where `lora` has some, without PyTorch.
+
+    Raises ValueError when the model cannot be built or adapted.
+    """
+    layout = lay_out(model.name, dataset.shape, dataset.classes, model.image_size, model.channels)
+    return layout.with_lora(lora.targets, lora.rank, lora.alpha) if lora is not None and lora.enabled else layout
+
+
+def build(model: ModelConfig, dataset: DatasetConfig) -> "nn.Module":
     """Build the model for samples of a dataset, with weights drawn from torch's global generator."""
+    from flapp.model import build_model
+
     return build_model(model.name, dataset.shape, dataset.classes, model.image_size, model.dropout, model.channels)
 
 
@@ -25,9 +38,9 @@ def find_oversize(model: ModelConfig, dataset: DatasetConfig, samples: int) -> s
     size = model.image_size or dataset.shape[0]
     if model.name != "cnn" or size <= LARGEST_IMAGE:
         return None
-    with torch.device("meta"):  # without memory for the weights
-        built = build(model, dataset)
-    dense, whole = (sum(p.numel() for p in part.parameters()) for part in (built.get_submodule("fc1"), built))
+    sizes = {key: math.prod(shape) for key, shape in plan(model, dataset).tensors.items()}
+    whole = sum(sizes.values())
+    dense = sum(count for key, count in sizes.items() if key.startswith("fc1."))
     if whole <= MOST_PARAMETERS * samples:
         return None
     return (
@@ -38,6 +51,8 @@ def find_oversize(model: ModelConfig, dataset: DatasetConfig, samples: int) -> s
 
 def choose_device(name: str) -> str:
     """Return the device that train.device means: `auto` is CUDA where there is some."""
+    import torch
+
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
@@ -48,8 +63,10 @@ def pruned_rank(lora: LoRAConfig, rank: int) -> int:
     return min(rank, max(lora.rank_min, int(lora.prune_gamma * rank)))
 
 
-def adapt(model: nn.Module, lora: LoRAConfig, rank: int) -> None:
+def adapt(model: "nn.Module", lora: LoRAConfig, rank: int) -> None:
     """Put adapters of `rank` on a model in place; whatever the rank, all scale by lora.alpha / lora.rank."""
+    from flapp.model import add_lora
+
     add_lora(model, rank, lora.alpha * rank / lora.rank, lora.targets, lora.dropout)
 
 

@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from flapp.checkpoint import digest_of
+from flapp import checkpoint
 from flapp.model import load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PIECE_BYTES = 16 << 20
 
@@ -23,16 +25,16 @@ class Base:
     """The frozen tensors of a model, and the digest that names them."""
 
     digest: str
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, "Tensor"]
 
 
 class BaseError(ValueError):
     """A base that is not there or not what its name says."""
 
 
-def keep_base(models: Path, tensors: Mapping[str, Tensor]) -> Base:
+def keep_base(models: Path, tensors: Mapping[str, "Tensor"]) -> Base:
     """Store a base below `models` unless it is there already."""
-    base = Base(digest_of(tensors), tensors)
+    base = Base(checkpoint.digest_of(tensors), tensors)
     path = base_path(models, base.digest)
     if find_base(models, base.digest) != base.digest:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +52,7 @@ def find_base(models: Path, digest: str) -> str:
     return _digest_of_file(path, facts.st_mtime_ns, facts.st_size)
 
 
-def load_base(models: Path, digest: str) -> dict[str, Tensor]:
+def load_base(models: Path, digest: str) -> dict[str, "Tensor"]:
     """Read a base; raises BaseError when it is missing or has another digest."""
     found = find_base(models, digest)
     if found != digest:
@@ -59,7 +61,7 @@ def load_base(models: Path, digest: str) -> dict[str, Tensor]:
     return load_tensors(base_path(models, digest))[0]
 
 
-def cut_base(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def cut_base(tensors: Mapping[str, "Tensor"]) -> Iterator[dict[str, "Tensor"]]:
     """Cut a base into pieces of whole tensors, each of about PIECE_BYTES."""
     piece: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -72,7 +74,7 @@ def cut_base(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def receive_piece(
-    models: Path, digest: str, node_id: int, index: int, count: int, tensors: Mapping[str, Tensor]
+    models: Path, digest: str, node_id: int, index: int, count: int, tensors: Mapping[str, "Tensor"]
 ) -> int:
     """Keep a piece, put the base in place when it is the last to come, and return how many are still missing.
 
@@ -89,7 +91,7 @@ def receive_piece(
         return missing
     whole = {key: tensor for piece in pieces for key, tensor in load_tensors(piece)[0].items()}
     shutil.rmtree(folder)
-    if (found := digest_of(whole)) != digest:
+    if (found := checkpoint.digest_of(whole)) != digest:
         raise BaseError(f"the base that arrived has digest {found[:12]}, the server's is {digest[:12]}")
     keep_base(models, whole)
     return 0
@@ -106,6 +108,6 @@ def base_path(models: Path, digest: str) -> Path:
 def _digest_of_file(path: Path, modified: int, size: int) -> str:
     """Return the digest of the tensors in a file, read once for each state of it; "damaged" when it is not one."""
     try:
-        return digest_of(load_tensors(path)[0])
+        return checkpoint.digest_of(load_tensors(path)[0])
     except ValueError:
         return "damaged"

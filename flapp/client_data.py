@@ -16,25 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flapp.config import derive_seed
 from flapp.data import (
     SHARD_FILES,
     ClientLoader,
-    DataError,
     DistributedShardLoader,
     OfflineDataset,
-    Partition,
     ShardStream,
     Stamp,
     check_samples,
-    ensure_artifacts,
-    hold_out,
     label_histogram,
-    load_partition,
     stamp,
 )
 from flapp.messages import Claim
-from flapp.settings import WRITER_PARTITIONS, Config, ConfigError, DatasetConfig, Site
+from flapp.partitions import cached_partition, stamp_of_shared_files
+from flapp.settings import Config, ConfigError, DatasetConfig, Site
 from flapp.source import source_digest, versions
 from flapp.training import Batches
 
@@ -86,8 +81,7 @@ def stamp_of_files(config: Config, site: Site, client_id: str) -> Stamp:
     """Return what differs once a file that a client's samples are read from is written again."""
     if config.distributed_data.enabled:
         return stamp(shard_folder(config, site, client_id), SHARD_FILES)
-    folder = ensure_artifacts(config.data_dir, config.dataset.name)
-    return stamp(folder / "train") + stamp(folder / "test") + stamp(folder / "partitions", [writer_partition(config)])
+    return stamp_of_shared_files(config)
 
 
 def shard_folder(config: Config, site: Site, client_id: str) -> Path:
@@ -176,56 +170,3 @@ def cached_dataset(data: Path, settings: DatasetConfig, split: str, files: Stamp
     dataset = OfflineDataset(data / settings.name / split, normalization=settings.normalization)
     check_samples(dataset.artifact, settings.shape, settings.classes)
     return dataset
-
-
-def open_partition(config: Config) -> Partition:
-    """Return who holds which sample of the shared artifact."""
-    return cached_partition(config, stamp_of_files(config, Site(), ""))
-
-
-@lru_cache(maxsize=8)
-def cached_partition(config: Config, files: Stamp) -> Partition:
-    """Read the partition of this config's dataset, making and saving it if this process is the first to ask.
-
-    Where training samples are held out for validation, they are its val.
-    """
-    artifacts = [cached_dataset(config.data_dir, config.dataset, split, files).artifact for split in ("train", "test")]
-    folder = config.data_dir / config.dataset.name / "partitions"
-    if config.partition.kind in WRITER_PARTITIONS:
-        return read_writer_partition(config, folder / writer_partition(config))
-    settings = {
-        "kind": config.partition.kind,
-        "clients": config.clients,
-        "seed": config.partition.seed,
-        "alpha": config.partition.alpha,
-        "min_size": config.partition.min_size,
-        "classes_per_client": config.partition.classes_per_client,
-    }
-    key = derive_seed(*settings.values(), *[artifact.digest for artifact in artifacts])
-    path = folder / f"{config.partition.kind}-{key:016x}.safetensors"
-    partition = load_partition(path, train_labels=artifacts[0].labels, test_labels=artifacts[1].labels, **settings)
-    if not config.held_out:
-        return partition
-    seed = derive_seed(config.partition.seed, "validation")
-    return hold_out(partition, artifacts[0].labels, config.held_out, seed)
-
-
-def writer_partition(config: Config) -> str:
-    """Name the file of a partition by writer."""
-    return f"{config.partition.kind}.safetensors"
-
-
-def read_writer_partition(config: Config, path: Path) -> Partition:
-    """Read the partition by writer that was exported with the shards; raises DataError when it is of other clients."""
-    fix = (
-        f"make it with python -m tools.prepare_data dataset={config.dataset.name} dataset.source=DIR "
-        f"partition={config.partition.kind} clients={config.clients} distributed_data.enabled=false"
-    )
-    if not path.exists():
-        raise DataError(f"partition={config.partition.kind} has no {path}: {fix}")
-    partition = load_partition(path)
-    if not partition.val:
-        raise DataError(f"{path} has no validation samples, so an older flapp wrote it: {fix}")
-    if len(partition.train) != config.clients:
-        raise DataError(f"{path} is of {len(partition.train)} clients: set clients={len(partition.train)}")
-    return partition

@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from flapp.convert import build, hint, setting_names
+from flapp.convert import build, hint, setting_names, takes_list
 from flapp.rules import PATHS, check_together
 from flapp.settings import Config, ConfigError, Site
 from flapp.untrusted import DEEPEST, parse_json, printable, read_bytes
@@ -199,9 +199,9 @@ def explain(error: Exception) -> ConfigError:
     if first.startswith(("Ambiguous value for argument '", "Sweep parameters '")):
         word = first.split("'", 1)[1].rpartition("'")[0]
         key, _, values = word.partition("=")
-        listed = f"; a list is written {key}=[{values}]" if first.startswith("Ambiguous") else ""
+        listed = f", or write a list as {key}=[{values}]" if first.startswith("Ambiguous") and takes_list(key) else ""
         return ConfigError(
-            f"{word} is several values, of which a run takes one: add -m to run once with each "
+            f"{word} is several values: add -m for a sweep, a run with each of them "
             f"(python -m tools.run -m {shlex.quote(word)}){listed}"
         )
     if "Could not find '" in first:

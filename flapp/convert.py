@@ -24,6 +24,14 @@ def setting_names(cls: type = Config, prefix: str = "") -> list[str]:
     return names
 
 
+def takes_list(key: str) -> bool:
+    """Say whether the setting with this dotted name may be a list."""
+    annotation: Any = Config
+    for name in key.split("."):
+        annotation = _annotations(annotation).get(name) if isinstance(annotation, type) else None
+    return any(typing.get_origin(each) is tuple for each in (annotation, *typing.get_args(annotation)))
+
+
 @cache
 def _annotations(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)

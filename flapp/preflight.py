@@ -1,8 +1,8 @@
 """What can be known to be wrong with a run before it starts.
 
 tools.run asks here before it starts any process, the ServerApp before it makes the run's folder and waits for clients.
-Each check is the one that the server or a client would make later. Those that need PyTorch come last and import it
-late: a fault that is found without it is said a second earlier.
+Each check is the one that the server or a client would make later. Almost all do without PyTorch, whose import takes
+seconds: models are checked by their layout (flapp/model/layout.py). Only a device and a .pth file of weights need it.
 """
 
 import os
@@ -10,6 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from flapp.architecture import choose_device, plan, split_place
 from flapp.checkpoint.engines import NEEDS_FAST, has_fast
 from flapp.client_keys import ClientKeys
 from flapp.data import (
@@ -22,6 +23,8 @@ from flapp.data import (
     open_manifest,
     read_meta,
 )
+from flapp.model import StorageManager, check_adapter, check_pretrained
+from flapp.partitions import open_partition
 from flapp.settings import WRITER_PARTITIONS, Config, ConfigError
 from flapp.tensorboard import check_installed
 
@@ -48,10 +51,10 @@ def check_run(config: Config, clients_here: bool, quick: bool = False) -> None:
         check_dataset(config)
     if is_divided:
         check_enough_samples(config)
+    check_model(config)
     check_device(config, clients_here)
     if is_divided:
         check_partition(config, quick)
-    check_model(config)
 
 
 def check_home(config: Config) -> None:
@@ -106,8 +109,6 @@ def check_partition(config: Config, quick: bool) -> None:
     unread = sum(split.images.nbytes for split in _open_splits(config) if not is_verified(split.path))
     if quick and (unread > QUICK_BYTES or config.clients * config.dataset.classes > QUICK_SHARES):
         return
-    from flapp.client_data import open_partition
-
     open_partition(config)
 
 
@@ -118,8 +119,6 @@ def check_device(config: Config, clients_here: bool) -> None:
     if is_plain or not (clients_here or config.evaluate.central):
         return
     import torch
-
-    from flapp.architecture import choose_device
 
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device=cuda, but PyTorch finds no CUDA device here: set train.device=auto or cpu")
@@ -138,25 +137,16 @@ def check_device(config: Config, clients_here: bool) -> None:
 def check_model(config: Config) -> None:
     """Refuse a model that cannot be built, started from its files, adapted, or stored split, as the settings say.
 
-    It is built without memory for its weights, and of files only names and shapes are compared.
+    Only names and shapes are compared, of the layout that the settings describe and of the files.
     """
-    import torch
-
-    from flapp.architecture import adapt, build, split_place
-    from flapp.model import StorageManager, check_adapter, check_pretrained, mark_only_lora_as_trainable
-
     if config.split.auto_save_split_models:
         left = config.resume and (config.runs_dir / config.run_name / "model.safetensors").exists()
         StorageManager.check(*split_place(config), overwrite=left)
-    with torch.device("meta"):
-        model = build(config.model, config.dataset)
     if config.model.pretrained is not None:
-        check_pretrained(model, Path(config.model.pretrained))
-    if config.lora.enabled:
-        adapt(model, config.lora, config.lora.rank)
-        mark_only_lora_as_trainable(model)
+        check_pretrained(plan(config.model, config.dataset), Path(config.model.pretrained))
+    layout = plan(config.model, config.dataset, config.lora)
     if config.lora.adapter is not None:
-        check_adapter(model, Path(config.lora.adapter))
+        check_adapter(layout, Path(config.lora.adapter))
 
 
 def _open_splits(config: Config) -> tuple[Artifact, Artifact]:

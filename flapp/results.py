@@ -46,11 +46,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from flwr.common import log
 
 from flapp.checkpoint import ChunkManager
 from flapp.config import config_digest, differences, read_yaml, to_yaml
 from flapp.metrics_csv import MetricsCsv
+from flapp.model import save_tensors
 from flapp.origin import Origin
 from flapp.run_lock import RUNNING, lock_run, name_holder
 from flapp.run_names import STORE, check_new, is_run, parse, put_in_place, restarts
@@ -122,6 +122,8 @@ class RunDirectory:
         run.table.rewrite(run._lines())
         (run.path / "metrics.json").unlink(missing_ok=True)
         if doubt:
+            from flwr.common import log  # takes 0.3 s: only a run that resumes with a doubt needs it
+
             log(WARNING, "%s", doubt)
         if change:
             run.append("resumed_anyway", done, changed=[change])
@@ -184,8 +186,6 @@ class RunDirectory:
 
     def save_model(self, state: "Mapping[str, Tensor]") -> str:
         """Write model.safetensors and return its SHA-256; the same model is always the same bytes."""
-        from flapp.model import save_tensors  # imports PyTorch, which tools.run does without
-
         facts = {"model": self.config.model.name, "shape": self.config.dataset.shape}
         return save_tensors(state, self.path / "model.safetensors", **facts, classes=self.config.dataset.classes)
 

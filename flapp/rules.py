@@ -3,6 +3,8 @@
 from functools import reduce
 from pathlib import Path
 
+from flapp.model.layout import SIZES
+from flapp.model.split_files import check_points, parse_points
 from flapp.settings import (
     RANKS_MAY_DIFFER,
     VALIDATION_FRACTION,
@@ -310,9 +312,6 @@ def check_split(config: Config) -> None:
     split, name = config.split, config.model.name
     if split.model_storage_dir is None:
         raise ConfigError("split.auto_save_split_models=true needs a folder: set split.model_storage_dir")
-    from flapp.model.split import check_points, parse_points  # torch and torchvision: only who splits pays
-    from flapp.model.vit import SIZES
-
     if name not in SIZES:
         raise ConfigError(f"split.auto_save_split_models=true splits a ViT, which model={name} is not: set split=none")
     try:

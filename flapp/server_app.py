@@ -21,7 +21,6 @@ from torch import nn
 
 from flapp.architecture import adapt, build, choose_device, find_oversize, pruned_rank, split_place
 from flapp.base import Base, keep_base
-from flapp.client_data import open_partition
 from flapp.client_keys import ClientKeys
 from flapp.config import derive_seed, load
 from flapp.data import ClientLoader, OfflineDataset, check_claim, ensure_artifacts, is_prepared, open_manifest
@@ -36,11 +35,12 @@ from flapp.model import (
     draw_lora_A,
     export_adapter,
     import_adapter,
+    layout_of,
     load_pretrained,
-    lora_state_dict,
     mark_only_lora_as_trainable,
     merged_state_dict,
 )
+from flapp.partitions import open_partition
 from flapp.preflight import check_run
 from flapp.privacy import UNPROTECTED, check_floating, describe_plan
 from flapp.releases import ReleaseLedger
@@ -191,9 +191,8 @@ def initial_model(config: Config) -> nn.Module:
 
 def keys_of(config: Config, model: nn.Module) -> tuple[list[str], list[str]]:
     """Name the tensors of the global model that travel (without adapters all), and those that each client keeps."""
-    if config.strategy.aggregation is None:
-        return list(model.state_dict()), []
-    return global_keys(model.state_dict(), lora_state_dict(model), config.strategy.aggregation)
+    layout = layout_of(model)
+    return global_keys(layout.tensors, layout.trained, config.strategy.aggregation)
 
 
 def load_global(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -173,3 +173,14 @@ def test_every_setting_is_written_in_conf() -> None:
 
 def test_a_run_is_named_after_its_experiment_and_the_time() -> None:
     assert re.fullmatch(r"toy_regression-\d{8}-\d{6}", config.compose(["experiment=toy_regression"]).run_name)
+
+
+@pytest.mark.parametrize("word", ["seed=0,1", "model=linear,cnn", "seed=range(3)"])
+def test_several_values_without_a_sweep_say_how_to_sweep(word: str) -> None:
+    with pytest.raises(ConfigError, match=r"is several values: add -m for a sweep, a run with each of them .*\)$"):
+        config.compose([word])
+
+
+def test_a_list_is_advised_only_for_a_setting_that_takes_one() -> None:
+    with pytest.raises(ConfigError, match=r"-m lora.targets=qkv,proj\), or write a list as lora.targets=\[qkv,proj\]"):
+        config.compose(["lora.targets=qkv,proj"])

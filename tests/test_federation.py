@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from flapp import client_app, messages
-from flapp.model import BUILDERS
+from flapp.model import BUILDERS, LAYOUTS, layout_of
 from flapp.roster import FederationError
 from flapp.settings import ConfigError
 from tests.conftest import read_lines
@@ -311,6 +311,7 @@ def test_batchnorm_buffers_are_averaged_and_counts_stay_whole_numbers(
     federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(BUILDERS, "bn", lambda name, size, channels, classes, dropout: BatchNormNet(channels, classes))
+    monkeypatch.setitem(LAYOUTS, "bn", lambda name, size, channels, classes: layout_of(BatchNormNet(channels, classes)))
     sent: dict[str, tuple[ArrayRecord, int]] = {}
 
     def listen(name: str, reply: Message) -> Message:

@@ -12,7 +12,7 @@ from flwr.app import Message
 from safetensors.torch import load_file
 
 from flapp import base, client_app, config, messages
-from flapp.checkpoint import ChunkManager
+from flapp.checkpoint import ChunkManager, digest_of
 from flapp.model import load_tensors
 from flapp.roster import FederationError
 from flapp.server_app import initial_model
@@ -265,7 +265,7 @@ def test_a_base_may_not_lie_outside_the_models_folder(tmp_path: Path) -> None:
 
 def test_pieces_that_come_twice_or_to_two_nodes_of_one_home_put_one_base_in_place(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.full((3,), float(i)) for i in range(3)}
-    digest = base.digest_of(tensors)
+    digest = digest_of(tensors)
     pieces = [{key: tensor} for key, tensor in tensors.items()]
     for node, index in ((1, 0), (2, 0), (1, 2), (1, 2), (2, 1)):
         assert base.receive_piece(tmp_path, digest, node, index, 3, pieces[index]) > 0
@@ -276,7 +276,7 @@ def test_pieces_that_come_twice_or_to_two_nodes_of_one_home_put_one_base_in_plac
 
 
 def test_pieces_of_another_base_than_the_one_named_are_not_kept(tmp_path: Path) -> None:
-    digest = base.digest_of({"t": torch.ones(3)})
+    digest = digest_of({"t": torch.ones(3)})
     with pytest.raises(base.BaseError, match=f"has digest .*, the server's is {digest[:12]}"):
         base.receive_piece(tmp_path, digest, 1, 0, 1, {"t": torch.zeros(3)})
     assert base.find_base(tmp_path, digest) == ""

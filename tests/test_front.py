@@ -21,6 +21,7 @@ from flapp.settings import Config
 from flapp.source import read_source
 from tests.run_files import add_store, write_run
 from tools import app, cli, run, superlink
+from tools.called import as_called
 from tools.overview import job_line, overview, start_lines
 from tools.progress import FORMAT
 from tools.submit import run_once
@@ -42,7 +43,9 @@ def main(monkeypatch: pytest.MonkeyPatch, home: Path) -> Any:
     level = logging.root.level
     monkeypatch.setattr(run.signal, "signal", lambda *_: None)
 
-    def call(end: Exception | KeyboardInterrupt | dict[str, Any], *words: str, argv0: str = "run.py") -> int:
+    def call(
+        end: Exception | KeyboardInterrupt | dict[str, Any], *words: str, argv0: str = "/checkout/tools/run.py"
+    ) -> int:
         def run_once(config: Config, on_start: Any) -> dict[str, Any]:
             on_start()
             if isinstance(end, dict):
@@ -146,7 +149,7 @@ def test_three_lines_say_what_a_run_is_about_to_do(tmp_path: Path) -> None:
     assert start_lines("mine", overview(config)) == [
         f"run mine in {tmp_path}/runs/mine",
         "linear (11 parameters) on regression (300 training and 90 test samples), 3 clients, 2 a round",
-        "fedavg, 5 rounds: a client receives 44 B and sends 44 B a round",
+        "fedavg, 5 rounds: a client receives 44 B and sends 44 B of the model in a training round",
     ]
     assert overview(config, is_here=False)["samples"] is None
 
@@ -154,7 +157,7 @@ def test_three_lines_say_what_a_run_is_about_to_do(tmp_path: Path) -> None:
 def test_a_job_of_a_sweep_says_it_in_one_line() -> None:
     facts = overview(compose(["home=/nowhere", "experiment=digits_fedlora"]))
     assert job_line(["seed=1", "train.lr=0.1"], facts) == (
-        "started: seed=1 train.lr=0.1; vit_tiny (124,938 parameters, 19,082 trained) on digits_turned, 10 clients; "
+        "starting: seed=1 train.lr=0.1; vit_tiny (124,938 parameters, 19,082 trained) on digits_turned, 10 clients; "
         "fedlora (fedit), 20 rounds"
     )
 
@@ -166,7 +169,7 @@ def test_the_start_is_told_on_stderr_and_as_fields_of_the_event(
     assert main(figures, TOY, "run_name=j") == 0
     said = capsys.readouterr()
     assert said.err.splitlines()[0] == f"run j in {home}/runs/j"
-    assert len(said.err.splitlines()) == 3
+    assert said.err.splitlines()[3:] == ["starting the server and the clients"]
     assert main(figures, "--format", "json", TOY, "run_name=j") == 0
     said = capsys.readouterr()
     assert said.err == ""
@@ -190,9 +193,40 @@ def test_a_run_that_failed_after_a_round_says_the_command_that_resumes_it(
     assert main(run.RunError("all is lost"), *words, argv0="/venv/bin/flapp run") == 1
     assert capsys.readouterr().err.splitlines()[-2:] == [
         "error: all is lost",
-        f"rounds 1 to 3 are kept; resume with: flapp run {TOY} train.lr=0.01 'lora.targets=[qkv,proj]' run_name=mine "
-        "resume=true",
+        "rounds 1 to 3 are kept; once that is fixed, resume with: "
+        f"flapp run {TOY} train.lr=0.01 'lora.targets=[qkv,proj]' run_name=mine resume=true",
     ]
+
+
+def test_a_command_that_failed_in_its_first_round_is_not_advised_again(
+    main: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(run.RunError("all is lost"), TOY, "run_name=mine") == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == "no round was complete; run_name=mine can be used again once that is fixed"
+    main(run.RunError("all is lost"), "-m", TOY, "run_name=toys", "seed=0,1")
+    assert not re.search("resume|start again", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("argv0", "name"), [("/venv/bin/flapp run", "flapp run"), ("/x/tools/run.py", "python -m tools.run")]
+)
+def test_hints_name_commands_as_the_user_called_this_one(
+    main: Any, capsys: pytest.CaptureFixture[str], home: Path, argv0: str, name: str
+) -> None:
+    main({}, "seed=0,1", argv0=argv0)
+    main(run.RunError("no base: make it first with python -m tools.run run_name=base"), TOY, argv0=argv0)
+    said = capsys.readouterr().err
+    assert f"add -m for a sweep, a run with each of them ({name} -m seed=0,1)\n" in said
+    assert f"make it first with {name} run_name=base\n" in said
+    assert len(set(re.findall(r"flapp run|python -m tools\.\w+", said))) == 1
+
+
+def test_flapp_names_every_module_by_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/venv/bin/flapp"])
+    for name, (module, _) in cli.COMMANDS.items():
+        assert as_called(f"use python -m tools.{module} x") == f"use flapp {name} x"
+    assert as_called("python -m tools.supernode") == "python -m tools.supernode"
 
 
 def test_an_interrupted_run_without_a_complete_round_says_that_the_same_command_starts_again(
@@ -200,7 +234,7 @@ def test_an_interrupted_run_without_a_complete_round_says_that_the_same_command_
 ) -> None:
     assert main(KeyboardInterrupt(), TOY, "run_name=mine") == 130
     assert capsys.readouterr().err.splitlines()[-2:] == [
-        "error: interrupted; everything that was started has been stopped",
+        "interrupted: everything that was started has been stopped",
         f"no round was complete; to start again: python -m tools.run {TOY} run_name=mine",
     ]
 
@@ -211,7 +245,7 @@ def test_an_interrupted_sweep_says_the_command_that_resumes_all_of_it(
     write_run(home / "runs" / "toys" / "0", status=None)  # the job that is interrupted has begun
     assert main(KeyboardInterrupt(), "-m", TOY, "run_name=toys", "seed=0,1") == 130
     said = capsys.readouterr().err.splitlines()
-    assert said[0].startswith(f"[job 0] started: {TOY} run_name=toys seed=0; linear (11 parameters)")
+    assert said[0].startswith(f"[job 0] starting: {TOY} run_name=toys seed=0; linear (11 parameters)")
     assert said[-1] == f"resume the sweep with: python -m tools.run -m {TOY} seed=0,1 run_name=toys resume=true"
     assert "resumable" not in json.loads((home / "runs" / "toys" / "sweep.json").read_text())[0]
 

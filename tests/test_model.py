@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from flapp.model import build_model, load_tensors, save_tensors
-from flapp.model.vit import SIZES
+from flapp.model.layout import SIZES
 from flapp.training import build_optimizer, loss_of
 
 MODELS = {"vit_tiny": ((32, 32, 1), 10), "cnn": ((28, 28, 1), 62), "linear": ((10,), 0)}

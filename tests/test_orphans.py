@@ -251,7 +251,7 @@ def test_stop_leaves_the_other_processes_of_a_shared_superlink_alone(
     running: RunDirectory, orphan: Callable[..., Any]
 ) -> None:
     process = orphan("0123456789abcdef" * 2)  # a federation's token
-    with pytest.raises(StopError, match="not started by tools.run: stop it with `flwr stop 17`"):
+    with pytest.raises(StopError, match="not started by flapp: stop it with `flwr stop 17`"):
         stop_run(running.config.runs_dir, running.config.run_name)
     assert process.poll() is None
 
@@ -449,7 +449,7 @@ def check_end(tool: Callable[..., Any], path: Path, federate: Federate, *setting
     resume = ["resume=true"] if path.exists() else []
     status, said, error = finish(tool("run", *settings, f"run_name={path.name}", *resume))
     assert status == 0, error
-    assert f"model {federate(*settings)[0]['model_sha256']}" in said.splitlines()
+    assert f"(sha256 {federate(*settings)[0]['model_sha256']})\n" in said
 
 
 @pytest.mark.slow
@@ -508,7 +508,7 @@ def test_stop_interrupts_a_run_as_ctrl_c_does(tool: Callable[..., Any], tmp_path
     assert said.startswith(f"stopped stopped (pids {run.pid}, ")
     status, _, error = finish(run)
     assert status == 130
-    assert error.splitlines()[-2] == "error: interrupted; everything that was started has been stopped"
+    assert error.splitlines()[-2] == "interrupted: everything that was started has been stopped"
     assert not list(temporary.glob("flapp-*"))
 
 

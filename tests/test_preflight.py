@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ import torch
 from flwr.app import Context, RecordDict
 
 from flapp import config, preflight, server_app
-from flapp.client_data import open_partition
 from flapp.data import Manifest
 from flapp.listing import by_reason, list_names
 from flapp.messages import MessageError
-from flapp.model import build_model, pretrained, save_tensors
+from flapp.model import build_model, fitting, save_tensors
+from flapp.partitions import open_partition
 from flapp.preflight import check_run
 from flapp.results import RunDirectory
 from flapp.roster import FederationError
@@ -126,6 +125,8 @@ def test_weights_and_adapters_that_do_not_fit_are_refused_by_name(data_home: Pat
         check(data_home, *words, "lora.targets=[qkv,proj,mlp.0]", f"lora.adapter={path}/adapter")
     with pytest.raises(ValueError, match="adapter_config.json is missing"):
         check(data_home, *words, f"lora.adapter={path}")
+    with pytest.raises(ValueError, match="ViT has no adapters to start from .*: set lora=default"):
+        check(data_home, f"lora.adapter={path}/adapter")
     with pytest.raises(ValueError, match=r"model.safetensors does not fit this Linear: 2 missing.*; give weights of"):
         check(data_home, "model=linear", f"model.pretrained={path}/model.safetensors")
 
@@ -141,7 +142,7 @@ def test_of_large_weights_only_names_and_shapes_are_read(
     words = ("model=linear", f"model.pretrained={path}")
     with pytest.raises(ValueError, match="is damaged"):
         check(data_home, *words)
-    monkeypatch.setattr(pretrained, "CHECKED_BYTES", 0)
+    monkeypatch.setattr(fitting, "CHECKED_BYTES", 0)
     check(data_home, *words)
     save_tensors({"fc.weight": torch.zeros(10, 4), "fc.bias": torch.zeros(10)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"misshapen, first fc.weight \(10, 4\) where the model has \(10, 1024\)"):
@@ -217,7 +218,7 @@ def test_a_split_that_could_not_be_stored_is_refused_without_a_folder(data_home:
 def test_what_would_take_long_is_left_to_the_clients(data_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(data_home)
     asked: list[Config] = []
-    monkeypatch.setattr(import_module("flapp.client_data"), "open_partition", asked.append)
+    monkeypatch.setattr(preflight, "open_partition", asked.append)
     monkeypatch.setattr(preflight, "QUICK_SHARES", 99)
     check(data_home)
     assert asked == []
@@ -366,12 +367,6 @@ def test_a_round_without_replies_says_why_first(federate: Federate, monkeypatch:
     monkeypatch.setattr(FedAvg, "_check", refuse)
     with pytest.raises(FederationError, match=r"^round 1: clients 0 to 2: is odd \(0 of 3 clients gave a valid train"):
         federate(*TOY)
-
-
-@pytest.mark.parametrize("word", ["seed=0,1", "model=linear,cnn", "seed=range(3)"])
-def test_several_values_without_a_sweep_say_how_to_sweep(tmp_path: Path, word: str) -> None:
-    with pytest.raises(ConfigError, match=r"is several values, of which a run takes one: add -m to run once with each"):
-        settings(tmp_path, word)
 
 
 def test_a_sweep_in_which_no_run_began_leaves_no_folder(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
-"""Whoever watches a run sees its rounds and replies on a terminal, JSON lines where asked for, and else nothing."""
+"""Whoever watches a run sees its rounds and replies on a terminal, JSON lines where asked for, and else plain lines."""
 
 import io
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +131,7 @@ def test_json_lines_say_what_each_round_reached(
     assert found[1]["bytes_down"] == train[1]["bytes_down"] + evaluated[0]["bytes_down"]
 
 
-def test_nothing_is_shown_where_there_is_no_terminal(
+def test_a_line_tells_of_each_round_where_there_is_no_terminal(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     settings: Config,
@@ -140,7 +142,31 @@ def test_nothing_is_shown_where_there_is_no_terminal(
     with Progress(settings, folder) as progress:
         (folder / "metrics.jsonl").write_text("".join(lines))
         progress.look()
-    assert capsys.readouterr() == ("", "")
+        progress.look()
+    out, said = capsys.readouterr()
+    assert out == ""
+    figures = [r"train loss \d+\.\d{4}", r"train loss \d+\.\d{4}, test loss \d+\.\d{4}"]
+    expected = [rf"round {number} of 3: {figures[number > 1]}, \d+\.\d s" for number in (1, 2, 3)]
+    assert all(re.fullmatch(*pair) for pair in zip(expected, said.splitlines(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("rounds", "told"), [(20, [*range(1, 21)]), (21, [*range(2, 21, 2), 21]), (1000, [*range(50, 1001, 50)])]
+)
+def test_a_long_run_is_told_in_about_twenty_lines(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: Config,
+    folder: Path,
+    rounds: int,
+    told: list[int],
+) -> None:
+    choose_format(monkeypatch, "text")
+    lines = [json.dumps({"kind": "round", "round": number, "seconds": 0.5}) for number in range(1, rounds + 1)]
+    with Progress(replace(settings, num_rounds=rounds), folder) as progress:
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        progress.look()
+    assert capsys.readouterr().err.splitlines() == [f"round {number} of {rounds}: 0.5 s" for number in told]
 
 
 def test_bars_show_rounds_with_figures_and_the_replies_of_the_phase(
@@ -162,7 +188,7 @@ def test_bars_show_rounds_with_figures_and_the_replies_of_the_phase(
         assert " 2/3 " in str(progress.rounds)
         written = [json.loads(line) for line in reversed(lines[:-2])]
         train, test = (next(line["loss"] for line in written if line["kind"] == kind) for kind in ("train", "evaluate"))
-        figures = f"train loss={train:.4f}, test loss={test:.4f}, up=1.80kB, down=2.70kB"
+        figures = f"train loss={train:.4f}, test loss={test:.4f}, all bytes=4.50kB"
         assert figures in str(progress.rounds)
 
 
@@ -225,6 +251,6 @@ def test_with_json_stdout_has_nothing_but_lines_of_json(
 
 def test_the_last_lines_say_that_a_run_stopped_early_and_whose_model_it_ends_with() -> None:
     summary = {"rounds": 3, "seconds": 12.3, "loss": 1.25, "model_sha256": "ab", "run_dir": "/r", "stopped_early": True}
-    text = "finished 3 rounds (stopped early) in 12 s: loss 1.2500\nmodel ab"
-    assert run.final_line(summary | {"selected_round": 3}) == f"{text}\nresults in /r"
-    assert run.final_line(summary | {"selected_round": 2}) == f"{text} of round 2\nresults in /r"
+    text = "finished 3 rounds (stopped early) in 12 s: test loss 1.2500\nmodel /r/model.safetensors"
+    assert run.final_line(summary | {"selected_round": 3}) == f"{text} (sha256 ab)\nresults in /r"
+    assert run.final_line(summary | {"selected_round": 2}) == f"{text} (of round 2, sha256 ab)\nresults in /r"

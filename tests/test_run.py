@@ -88,10 +88,19 @@ def test_a_busy_port_is_said_in_one_line() -> None:
 def test_the_last_lines_say_what_was_reached_and_where_it_lies() -> None:
     summary = {"rounds": 3, "seconds": 12.3, "accuracy": 0.5, "personal_accuracy": None, "loss": 1.25}
     text = final_line(summary | {"model_sha256": "ab", "run_dir": "/r"})
-    assert text == "finished 3 rounds in 12 s: accuracy 0.5000, loss 1.2500\nmodel ab\nresults in /r"
+    model = "model /r/model.safetensors (sha256 ab)"
+    assert text == f"finished 3 rounds in 12 s: accuracy 0.5000, test loss 1.2500\n{model}\nresults in /r"
     chosen = {"objective_metric": "val_accuracy", "val_accuracy": 0.75, "val_loss": 9.0, "selected_round": 2}
     text = final_line(summary | chosen | {"model_sha256": "ab", "run_dir": "/r"})
-    assert "12 s: accuracy 0.5000, loss 1.2500, validation accuracy 0.7500\nmodel ab of round 2\n" in text
+    assert "12 s: accuracy 0.5000, test loss 1.2500, validation accuracy 0.7500\n" in text
+    assert "\nmodel /r/model.safetensors (of round 2, sha256 ab)\n" in text
+
+
+def test_the_last_lines_tell_the_time_of_the_run_from_that_of_the_command() -> None:
+    summary = {"rounds": 3, "seconds": 12.3, "personal_accuracy": 0.5, "model_sha256": "ab", "run_dir": "/r"}
+    assert final_line(summary, 20.4).startswith("finished 3 rounds in 12 s (20 s with start-up): ")
+    assert final_line(summary, 8.0).startswith("finished 3 rounds in 12 s (8 s in this start): ")  # it was resumed
+    assert "personal accuracy 0.5000 (of each client's own model)\n" in final_line(summary)
 
 
 @pytest.mark.slow
@@ -135,8 +144,7 @@ def test_a_run_whose_clients_all_fail_exits_with_the_reason(tmp_path: Path) -> N
     *_, error, hint = done.stderr.splitlines()
     said = r"error: round 1: clients 0 to 2: .*lower train.lr.*0 of 3 clients gave a valid train reply.*"
     assert re.fullmatch(said, error)
-    words = f"{TOY} train.lr=1e30 train.steps=50 run_name=bad"
-    assert hint == f"no round was complete; to start again: python -m tools.run {words}"
+    assert hint == "no round was complete; run_name=bad can be used again once that is fixed"
     assert json.loads((tmp_path / "runs" / "bad" / "metrics.json").read_text())["status"] == "failed"
     assert started_processes(tmp_path) == []
 
@@ -155,6 +163,6 @@ def test_an_interrupted_run_leaves_no_process_behind(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     *_, error, hint = said.splitlines()
-    assert error == "error: interrupted; everything that was started has been stopped"
+    assert error == "interrupted: everything that was started has been stopped"
     assert hint.startswith(("no round was complete; to start again: ", "rounds 1 to "))
     assert started_processes(tmp_path) == []

@@ -81,9 +81,11 @@ def test_the_list_says_how_every_run_stands_and_what_it_takes(home: Path, flapp_
     status, out, _ = flapp_runs("list")
     lines = {line.split()[0]: line.split() for line in out.splitlines()}
     assert status == 0
-    assert lines["done"][1:4] == ["finished", "4/4", "0.9000"]
-    assert lines["bad"][1:4] == ["failed", "4/4", "-"]
-    assert lines["cut"][1:4] == ["interrupted", "4/4", "-"]
+    heads = "run status rounds accuracy loss started folder client stores"
+    assert " ".join(out.splitlines()[0].split()) == heads
+    assert lines["done"][1:5] == ["finished", "4/4", "0.9000", "0.2000"]
+    assert lines["bad"][1:5] == ["failed", "4/4", "-", "-"]
+    assert lines["cut"][1:5] == ["interrupted", "4/4", "-", "-"]
     assert lines["done"][-2:] == ["5.0", "kB"]
     assert out.splitlines()[-1].startswith("14 runs, ")
 
@@ -128,7 +130,7 @@ def test_show_says_which_settings_differ_and_how_to_resume(home: Path, flapp_run
     words = "experiment=toy_regression num_rounds=9 train.clip_norm=2.5"
     assert status == 0
     assert out.startswith("mine: interrupted, 4 of 9 rounds\n")
-    assert f"  settings           {words}\n" in out
+    assert f"  started with       {words}\n" in out
     assert out.endswith(
         "last lines of log.txt:\n"
         + "".join(f"  INFO 2026-11-21 10:00:00,00{i}: line {i}\n" for i in range(5, 9))
@@ -167,6 +169,15 @@ def test_a_run_of_another_home_is_resumed_in_that_home(
     monkeypatch.setenv("FLAPP_HOME", str(home.parent / "other"))
     out = flapp_runs("show", "mine", "--home", str(home))[1]
     assert f"resume with: flapp run experiment=toy_regression home={home} run_name=mine resume=true" in out
+
+
+def test_show_writes_the_figures_with_their_units(home: Path, flapp_runs: Command) -> None:
+    path = write_real_run(home, "mine", "experiment=toy_regression")
+    figures = {"accuracy": 0.91234567, "loss": 0.2, "bytes_up": 2700, "seconds": 74.4, "model_sha256": "ab"}
+    (path / "metrics.json").write_text(json.dumps({"status": "finished", "rounds": 4, **figures}))
+    said = [" ".join(line.split()) for line in flapp_runs("show", "mine")[1].splitlines()]
+    size = "2.7 kB in all, evaluation and headers included"
+    assert {"accuracy 0.9123", "loss 0.2000", f"sent by clients {size}", "time 74 s", "model sha256 ab"} <= set(said)
 
 
 def test_show_of_a_sweep_asks_for_one_of_its_runs(home: Path, flapp_runs: Command) -> None:
@@ -223,7 +234,7 @@ def test_a_running_run_is_not_removed_and_neither_are_those_named_with_it(home: 
     with (home / "runs" / "sweep" / "7" / "metrics.jsonl").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         status, _, error = flapp_runs("remove", "done", "sweep", "--yes")
-    assert (status, error) == (1, "error: sweep/7 is running: stop it first with flapp runs stop sweep/7\n")
+    assert (status, error) == (1, "error: sweep/7 is running: stop it first with `flapp runs stop sweep/7`\n")
     assert files_in(home) == before
 
 

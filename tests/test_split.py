@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flapp.model import COMPONENTS, ModelFactory, ModelType, SplitModel, StorageManager, Whole, parse_points
+from flapp.model.layout import SIZES
 from flapp.model.split_files import read_metadata
-from flapp.model.vit import SIZES
 from tests.split_models import compose, draw_ids, draw_images, refusal, write_gpt2, write_vit
 
 PAIRS = list(itertools.combinations(range(1, 6), 2))  # of 6 layers

@@ -194,7 +194,7 @@ def test_components_of_different_models_are_not_mixed(base: Path) -> None:
 
 
 def test_components_of_different_splits_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flapp.model.vit import SIZES
+    from flapp.model.layout import SIZES
 
     monkeypatch.setitem(SIZES, "vit_six", (4, 6, 4, 32, 48))
     write_vit(tmp_path / "six.safetensors", "vit_six")

@@ -79,10 +79,21 @@ def test_the_table_has_a_line_a_job_with_the_settings_that_are_not_everybodys() 
     failed = {"job": 1, "overrides": ["model=cnn", "seed=10"], "status": "failed", "error": "why"}
     lines = sweep.sweep_table([finished | {"bytes_up": 12345, "run_dir": "/r/0"}, failed]).splitlines()
     assert lines == [
-        "job  overrides  objective  bytes up  run",
-        "0    seed=0     0.5000     12,345    /r/0",
-        "1    seed=10                         failed: why",
+        "job  overrides  objective  total bytes up  run",
+        "0    seed=0     0.5000     12,345          /r/0",
+        "1    seed=10                               failed: why",
     ]
+
+
+@pytest.mark.parametrize(("metric", "words", "best"), [("val_accuracy", "validation accuracy", 1), ("loss", "loss", 0)])
+def test_the_table_says_what_the_objective_is_and_which_job_is_best(metric: str, words: str, best: int) -> None:
+    job = {"status": "finished", "objective_metric": metric, "run_dir": "/r"}
+    outcomes = [job | {"job": n, "overrides": [f"seed={n}"], "objective": n / 2, metric: n / 2} for n in range(2)]
+    failed = {"job": 2, "overrides": ["seed=2"], "status": "failed", "error": "why"}
+    lines = sweep.sweep_table([*outcomes, failed]).splitlines()
+    assert lines[0].split("  ")[2:] == [f"objective ({words})", "run"]
+    assert lines[-1] == f"best: job {best}, {words} {best / 2:.4f}"
+    assert not sweep.sweep_table([outcomes[0], failed]).splitlines()[-1].startswith("best")
 
 
 def test_jobs_are_told_of_in_their_order_whatever_order_they_end_in() -> None:
@@ -346,7 +357,7 @@ def test_an_interrupted_sweep_leaves_no_process_behind_and_goes_on(tmp_path: Pat
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "error: interrupted; everything that was started has been stopped" in said.splitlines()
+    assert "interrupted: everything that was started has been stopped" in said.splitlines()
     assert started_processes(tmp_path) == []
     done = run(tmp_path, *TWO_AT_A_TIME, *words, "resume=true")
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
-from flapp import client_data
+from flapp import client_data, partitions
 from flapp.config import compose
 from flapp.data import DataError, Partition, hold_out, load_partition, write_artifact
 from flapp.data.partition import save_partition
@@ -121,7 +121,7 @@ def test_a_run_that_chooses_nothing_ends_in_the_bytes_of_one_without_validation(
 
 def test_no_sample_is_held_out_and_trained_on(data_home: Path, made: str) -> None:
     config = compose([*MADE, f"home={data_home}", made, BEST])
-    whole = client_data.open_partition(compose([*MADE, f"home={data_home}", made]))
+    whole = partitions.open_partition(compose([*MADE, f"home={data_home}", made]))
     for client in "01":
         data = client_data.open_client_data(config, Site(partition_id=int(client), num_partitions=2), client)
         (train, trained), (val, held) = data.splits["train"], data.splits["val"]
@@ -191,7 +191,7 @@ def test_an_exported_partition_without_validation_samples_is_refused_with_the_co
     save_partition(path, partition_of(20, 20))
     assert load_partition(path).val == ()
     with pytest.raises(DataError, match=r"has no validation samples, .* make it with python -m tools.prepare_data"):
-        client_data.open_partition(compose([*MADE, f"home={data_home}", made, "partition=natural"]))
+        partitions.open_partition(compose([*MADE, f"home={data_home}", made, "partition=natural"]))
 
 
 def test_a_choice_without_any_validation_sample_is_refused_before_round_one(

@@ -9,7 +9,6 @@ A row is `met` at its target, `within limit` short of it by no more than a machi
 {"machine": {...}, "seconds": total, "rows": [...]}. Exits 1 only when a row misses its limit or was not measured.
 """
 
-import argparse
 import importlib
 import json
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from tools.bench import HEADS, Row
 from tools.bench.machine import describe_machine
+from tools.called import new_parser
 
 # each a module of tools.bench with rows() -> list[Row]
 TOPICS = ("data", "checkpoint", "lora", "aggregate", "bytes", "start", "round", "deployment")
@@ -58,7 +58,7 @@ def in_own_process(topic: str) -> list[Row]:
 
 def main(words: list[str] | None = None) -> int:
     """Run the topics asked for; returns 1 when a row misses its limit or was not measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("topics", nargs="+", choices=[*TOPICS, "all"])
     parser.add_argument("--json", type=Path, metavar="OUT", help="write machine and rows to this file too")
     arguments = parser.parse_args(words)

@@ -13,7 +13,6 @@
 What is there already stays: a second `server` makes a new server certificate under the same CA.
 """
 
-import argparse
 import datetime
 import ipaddress
 import os
@@ -25,6 +24,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from tools.called import as_called, new_parser
 
 CA_DAYS, SERVER_DAYS = 3650, 397
 LOOPBACK = ("localhost", "127.0.0.1")  # a SuperLink is also reached from its own machine
@@ -136,7 +137,7 @@ def _write(path: Path, content: bytes, secret: bool = False) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make what the command line asks for and say where it is."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
     server = kinds.add_parser("server", help="certificate and key of a SuperLink")
     server.add_argument("folder", type=Path)
@@ -151,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             make_site_keys(given.folder)
     except (OSError, ValueError, OverflowError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(as_called(f"error: {error}"), file=sys.stderr)
         return 1
     names = ("ca.crt", "ca.key", "server.crt", "server.key") if given.kind == "server" else ("site.key", "site.pub")
     print("\n".join(str(given.folder / name) for name in names))

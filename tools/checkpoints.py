@@ -25,6 +25,7 @@ from typing import Any
 
 from flapp.checkpoint import CheckpointError, ChunkManager
 from flapp.untrusted import printable
+from tools.called import as_called, new_parser
 
 PATTERN = "*_chunks.db"
 MOST_TEXT = 1000  # characters of one thing that a store says of itself
@@ -276,7 +277,7 @@ COMMANDS: dict[str, Command] = {
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     numbers = {"show": ("round",), "diff": ("first", "second"), "export": ("round",)}
     for name in COMMANDS:
@@ -299,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = act(given)
     except CheckpointError as error:
-        print(f"error: {printable(error, MOST_TEXT)}", file=sys.stderr)
+        print(as_called(f"error: {printable(error, MOST_TEXT)}"), file=sys.stderr)
         return 1
     for problem in found.get("problems", ()):
         print(f"error: {printable(problem, MOST_TEXT)}", file=sys.stderr)

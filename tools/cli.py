@@ -60,7 +60,7 @@ def main() -> int:
     try:
         return int(importlib.import_module(f"tools.{COMMANDS[words[0]][0]}").main())
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -40,6 +40,7 @@ import psutil
 from flapp.data import DataError, load_manifest
 from flapp.untrusted import printable, read_json
 from tools.app import APP, app_folder
+from tools.called import as_called, new_parser
 from tools.certificates import make_server_files, make_site_keys
 from tools.processes import HOST, TOKEN, Processes, SuperLinkError, environment, free_port, is_free, last_line, lives
 from tools.superlink import SuperLink
@@ -317,7 +318,7 @@ def read_seen(folder: Path) -> dict[str, Any] | None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     home = Path(os.environ.get("FLAPP_HOME") or Path.home() / ".flapp")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("command", choices=["up", "status", "down"])
     parser.add_argument("--folder", type=Path, default=home / "federation", help="default: %(default)s")
     parser.add_argument("--clients", type=int, help="how many, with ids 0, 1, ...")
@@ -339,7 +340,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return {"up": up, "status": status, "down": down}[given.command](given)
     except (FederationError, SuperLinkError, DataError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(as_called(f"error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         stopped = "; what was started has been stopped" if given.command == "up" else ""

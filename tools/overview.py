@@ -5,38 +5,34 @@ samples ({"train", "test"}, null unless the data are prepared on this machine), 
 aggregation, bytes_down and bytes_up (of the model, for one client in one training round; messages add a little).
 """
 
+import math
 from typing import Any
 
-import torch
-from torch import nn
-
-from flapp.architecture import adapt, build
+from flapp.architecture import plan
 from flapp.data import is_prepared, load_manifest, open_artifact
-from flapp.model import adapted_layers, mark_only_lora_as_trainable
+from flapp.model import Layout
 from flapp.rules import sample_size
-from flapp.server_app import keys_of
 from flapp.settings import Config
-from flapp.strategy import RULES
+from flapp.strategy import RULES, global_keys
 from tools.checkpoints import in_bytes
+
+FLOAT32 = 4  # bytes of a number in every tensor of our models
 
 
 def overview(config: Config, is_here: bool = True) -> dict[str, Any]:
-    """Return the facts above; the model is built without its weights. Raises ValueError when it cannot be built.
+    """Return the facts above, without building the model. Raises ValueError when it cannot be built.
 
     is_here: whether the run's data are on this machine.
     """
-    with torch.device("meta"):
-        model = build(config.model, config.dataset)
-        if config.lora.enabled:
-            adapt(model, config.lora, config.lora.rank)
-            mark_only_lora_as_trainable(model)
-    down, up = traffic(config, model)
+    layout = plan(config.model, config.dataset, config.lora)
+    counts = {key: math.prod(shape) for key, shape in layout.tensors.items()}
+    down, up = traffic(config, layout)
     return {
         "run_dir": str(config.runs_dir / config.run_name),
         "rounds": config.num_rounds,
         "model": config.model.name,
-        "parameters": sum(tensor.numel() for tensor in model.parameters()),
-        "trained_parameters": sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad),
+        "parameters": sum(counts.values()),
+        "trained_parameters": sum(counts[key] for key in layout.trained),
         "dataset": config.dataset.name,
         "samples": count_samples(config) if is_here else None,
         "clients": config.clients,
@@ -48,21 +44,21 @@ def overview(config: Config, is_here: bool = True) -> dict[str, Any]:
     }
 
 
-def traffic(config: Config, model: nn.Module) -> tuple[int, int]:
+def traffic(config: Config, layout: Layout) -> tuple[int, int]:
     """Return the bytes of tensors that a client receives and sends in a training round.
 
     A rule that sends A and B in turn counts with the mean of two rounds; a client of lower rank sends less.
     """
-    state, (sent, _) = model.state_dict(), keys_of(config, model)
-    sizes = {key: state[key].numel() * state[key].element_size() for key in sent}
+    sent, _ = global_keys(layout.tensors, layout.trained, config.strategy.aggregation)
+    sizes = {key: FLOAT32 * math.prod(layout.tensors[key]) for key in sent}
     down = sum(sizes.values())
     if config.strategy.aggregation is None:
         return down, down
-    rule, layers = RULES[config.strategy.aggregation], set(adapted_layers(model))
+    rule = RULES[config.strategy.aggregation]
 
     def is_returned(key: str, server_round: int) -> bool:
         layer, _, part = key.rpartition(".")
-        return layer not in layers or part in {f"lora_{factor}" for factor in rule.travels(server_round)}
+        return layer not in layout.adapters or part in {f"lora_{factor}" for factor in rule.travels(server_round)}
 
     return down, sum(size for key, size in sizes.items() for number in (1, 2) if is_returned(key, number)) // 2
 
@@ -82,17 +78,17 @@ def count_samples(config: Config) -> dict[str, int] | None:
 
 def start_lines(run_name: str, facts: dict[str, Any]) -> list[str]:
     """Say the facts in three lines."""
-    each = f"a client receives {in_bytes(facts['bytes_down'])} and sends {in_bytes(facts['bytes_up'])} a round"
+    down, up = in_bytes(facts["bytes_down"]), in_bytes(facts["bytes_up"])
     return [
         f"run {run_name} in {facts['run_dir']}",
         f"{_model(facts)} on {_dataset(facts)}, {_clients(facts)}",
-        f"{_strategy(facts)}: {each}",
+        f"{_strategy(facts)}: a client receives {down} and sends {up} of the model in a training round",
     ]
 
 
 def job_line(words: list[str], facts: dict[str, Any]) -> str:
     """Say the facts of one job of a sweep, with its own settings, in a line."""
-    return f"started: {' '.join(words)}; {_model(facts)} on {facts['dataset']}, {_clients(facts)}; {_strategy(facts)}"
+    return f"starting: {' '.join(words)}; {_model(facts)} on {facts['dataset']}, {_clients(facts)}; {_strategy(facts)}"
 
 
 def _model(facts: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 python -m tools.partition_heatmap PARTITION.safetensors DATASET_FOLDER OUT.png
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flapp import data
+from tools.called import as_called, new_parser
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,7 +73,7 @@ def draw_table(axes: "Axes", table: np.ndarray, classes: Sequence[str], top: flo
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw the partition that the command line names; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("partition", type=Path)
     parser.add_argument("dataset", type=Path)
     parser.add_argument("out", type=Path)
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         draw_heatmap(*read_tables(given.partition, given.dataset), given.out)
     except data.DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(as_called(f"error: {error}"), file=sys.stderr)
         return 1
     except OSError as error:
         print(f"error: {given.out} cannot be written ({error.strerror}): give another OUT.png", file=sys.stderr)

@@ -5,10 +5,10 @@
     python -m tools.prepare_data dataset=cifar100 dataset.download=true      fetched by torchvision
     python -m tools.prepare_data dataset=cifar10 dataset.source=DIR dataset.materialize=224   also resized, 7.5 GB
     python -m tools.prepare_data dataset=femnist dataset.source=DIR clients=100 partition=natural
-                                                                             shards, and the same as one artifact
+        shards, and the same as one artifact
     python -m tools.prepare_data experiment=femnist_fedavg dataset.source=DIR              shards only
 
-Settings are written as for tools.run; overwrite=true replaces what is there. What was interrupted goes on where it
+Settings are written as for a run; overwrite=true replaces what is there. What was interrupted goes on where it
 stopped when the same command is given again. Exits 0 when all is there, 1 with one line that says what is wrong.
 """
 
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from flapp import config, data
 from flapp.data.artifact import locked, read_meta
 from flapp.settings import Config, ConfigError
+from tools.called import as_called
 
 SPLITS = ("train", "test")
 Content = tuple[data.ReadRows, tuple[int, ...], np.ndarray, Sequence[str]]  # read rows, shape, labels, classes
@@ -180,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prepare what the command line names; returns the exit status."""
     overrides = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(overrides):
-        print(__doc__)
+        print(as_called(__doc__))
         return 0
     started = time.monotonic()
     try:
@@ -189,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in prepare(config.compose(overrides, Path.cwd()), overwrite):
             print(line)
     except (ConfigError, data.DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(as_called(f"error: {error}"), file=sys.stderr)
         return 1
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}; mend that, or choose another home", file=sys.stderr)

@@ -1,6 +1,6 @@
-"""How a run goes, for whoever watches: bars on a terminal, or with `--format json` a JSON line an event on stdout.
+"""How a run goes, for whoever watches: bars on a terminal, else lines; with --format json JSON lines on stdout.
 
-Every line has `event` and `run_name` (null where the settings did not make a run), and:
+Every JSON line has `event` and `run_name` (null where the settings did not make a run), and:
 
     started    rounds, and what the run is about to do: see tools/overview.py
     round      round, rounds, train_loss; loss, accuracy, personal_accuracy (null unless evaluated); bytes_up,
@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from contextlib import suppress
+from math import ceil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,6 +27,7 @@ from flapp.untrusted import read_json as parse_file
 
 FORMAT, FORMATS = "FLAPP_FORMAT", ("text", "json")  # in the environment, for a launcher's other processes too
 HYDRA_TO_STDERR = "hydra.hydra_logging.handlers.console.stream=ext://sys.stderr"
+MOST_LINES = 20  # about a run, where there is no bar
 STARTING, COUNTING = "{desc}[{elapsed}]", "{desc}{n_fmt}/{total_fmt} |{bar}|"
 
 
@@ -109,10 +111,16 @@ def figures(lines: list[dict[str, Any]]) -> dict[str, Any]:
     return found | {"seconds": kinds.get("round", {}).get("seconds")}
 
 
-class Progress:
-    """Show a run whenever it is looked at: bars of rounds and of replies, which are nothing off a terminal.
+def latest(found: dict[str, Any]) -> dict[str, str]:
+    """Return the losses and the accuracy of a round, as people read them."""
+    values = {"train loss": found["train_loss"], "test loss": found["loss"], "accuracy": found["accuracy"]}
+    return {key: f"{value:.4f}" for key, value in values.items() if value is not None}
 
-    plain: a line a round instead, wherever stderr goes, for a terminal in which a debugger may ask for input.
+
+class Progress:
+    """Show a run whenever it is looked at: bars of rounds and of replies on a terminal, else a line per round.
+
+    plain: a line per round on a terminal too, where a debugger may ask for input.
     """
 
     def __init__(self, config: Config, path: Path, plain: bool = False) -> None:
@@ -120,9 +128,8 @@ class Progress:
         self.reader = RoundReader(path / "metrics.jsonl")
         earlier = self.reader.read(config.resume_from)  # by an earlier start
         self.stale = read_json(path / "progress.json")
-        self.totals = {key: sum(found[key] for found in earlier) for key in ("bytes_up", "bytes_down")}
+        self.bytes = sum(found["bytes_up"] + found["bytes_down"] for found in earlier)
         self.shown: dict[str, str] = {}
-        self.plain = plain and not is_json()
         off = True if plain or is_json() else None
         done = earlier[-1]["round"] if earlier else 0
         common: dict[str, Any] = {"disable": off, "file": sys.stderr, "dynamic_ncols": True}
@@ -140,23 +147,27 @@ class Progress:
         """Show what has happened since the last look."""
         for found in self.reader.read():
             announce("round", self.config.run_name, rounds=self.config.num_rounds, **found)
-            self.totals = {key: total + found[key] for key, total in self.totals.items()}
+            self.bytes += found["bytes_up"] + found["bytes_down"]
             self.rounds.update(found["round"] - self.rounds.n)
             self._show_figures(found)
-            if self.plain:
-                figures_shown = ", ".join(f"{key} {value}" for key, value in self.shown.items())
-                print(f"round {found['round']} of {self.config.num_rounds}: {figures_shown}", file=sys.stderr)
+            if self.rounds.disable and not is_json():
+                self._print_round(found)
         if self.reader.current:
             self._show_figures(figures(self.reader.current))
         if not self.rounds.disable:
             self._show_replies()
 
+    def _print_round(self, found: dict[str, Any]) -> None:
+        """Print a line about a round, or about every nth in a long run."""
+        number, rounds = found["round"], self.config.num_rounds
+        if number % ceil(rounds / MOST_LINES) == 0 or number == rounds:
+            figures = [f"{key} {value}" for key, value in latest(found).items()] + [f"{found['seconds']:.1f} s"]
+            print(f"round {number} of {rounds}: {', '.join(figures)}", file=sys.stderr)
+
     def _show_figures(self, found: dict[str, Any]) -> None:
         """Put the latest losses and accuracy beside the rounds, and all the bytes that have travelled."""
-        latest = {"train loss": found["train_loss"], "test loss": found["loss"], "accuracy": found["accuracy"]}
-        self.shown |= {key: f"{value:.4f}" for key, value in latest.items() if value is not None}
-        sizes = {key.removeprefix("bytes_"): tqdm.format_sizeof(value, "B") for key, value in self.totals.items()}
-        self.rounds.set_postfix(self.shown | sizes)
+        self.shown |= latest(found)
+        self.rounds.set_postfix(self.shown | {"all bytes": tqdm.format_sizeof(self.bytes, "B")})
 
     def _show_replies(self) -> None:
         now = read_json(self.path / "progress.json")

@@ -12,7 +12,6 @@ has it too. nginx.conf and the folder nginx/, for temporary files, are written i
 the user who owns the keys run it.
 """
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,8 @@ from pathlib import Path
 from string import Template
 
 from cryptography import x509
+
+from tools.called import as_called, new_parser
 
 TEMPLATE = Path(__file__).with_name("nginx.conf")
 CALLS = (  # all of Flower's Fleet API but register-node and unregister-node, which authenticated SuperNodes never use
@@ -57,7 +58,7 @@ def write_proxy_files(folder: Path, listen: str, superlink: int) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the files and say where nginx.conf is."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("folder", type=Path, help="with ca.crt, server.crt and server.key")
     parser.add_argument("--listen", default="0.0.0.0:8000", help="where sites come in; default: %(default)s")
     parser.add_argument("--superlink", type=int, default=9000, help="its port on 127.0.0.1; default: %(default)s")
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(write_proxy_files(given.folder.resolve(), given.listen, given.superlink))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(as_called(f"error: {error}"), file=sys.stderr)
         return 1
     return 0
 

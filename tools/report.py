@@ -9,7 +9,6 @@ RUN_DIR is a folder below home/runs; SWEEP_DIR is one whose folders are runs. No
 does not record is said in the page. Exits 0, or 1 with one line on standard error.
 """
 
-import argparse
 import re
 import sys
 import warnings
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
+from tools.called import as_called, new_parser
 from tools.checkpoints import count
 from tools.page.benchmark import benchmark_section
 from tools.page.charts import by_name, pictures_of
@@ -64,7 +64,7 @@ def export(folder: Path, pictures: Pictures) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Report the runs that the command line names; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR")
     parser.add_argument("--out", type=Path, default=Path("report.html"))
     parser.add_argument("--png", type=Path, metavar="DIR", help="the figures as PNG files, too")
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ReportError, OSError) as error:
         file = str(error.filename).removesuffix(".tmp") if isinstance(error, OSError) else ""
         said = f"{file} cannot be used ({error.strerror})" if isinstance(error, OSError) else error
-        print(f"error: {said}", file=sys.stderr)
+        print(as_called(f"error: {said}"), file=sys.stderr)
         return 1
     print(given.out)
     return 0

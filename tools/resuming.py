@@ -1,13 +1,14 @@
 """The command that resumes a run, in the words that the user gave."""
 
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from flapp.checkpoint import CheckpointError, ChunkManager
+from tools.called import as_called
 from tools.page.reading import STORE
 
+RUN = "python -m tools.run"
 REPLACED = ("run_name=", "resume=", "resume_from=")
 
 
@@ -23,19 +24,17 @@ def complete_rounds(path: Path) -> int:
     return rounds[-1].round if rounds else 0
 
 
-def run_command() -> str:
-    """Return how runs are started here: flapp run, unless python -m tools.run was the command."""
-    return "flapp run" if Path(sys.argv[0]).name.startswith("flapp") else "python -m tools.run"
-
-
 def resume_command(words: Sequence[str], run_name: str) -> str:
     """Return the command that resumes a run (or sweep) which was started with `words`."""
     kept = [word for word in words if not word.startswith(REPLACED)]
-    return f"{run_command()} {shlex.join([*kept, f'run_name={run_name}', 'resume=true'])}"
+    return as_called(f"{RUN} {shlex.join([*kept, f'run_name={run_name}', 'resume=true'])}")
 
 
-def advice(words: Sequence[str], run_name: str, done: int) -> str:
-    """Say how to go on with a run whose last complete round is `done`."""
+def advice(words: Sequence[str], run_name: str, done: int, is_interrupted: bool) -> str:
+    """Say how to continue a run whose last complete round is `done`: after a failure, once its cause is removed."""
     if done:
-        return f"rounds 1 to {done} are kept; resume with: {resume_command(words, run_name)}"
-    return f"no round was complete; to start again: {run_command()} {shlex.join(words)}".rstrip()
+        once = "" if is_interrupted else "once that is fixed, "
+        return f"rounds 1 to {done} are kept; {once}resume with: {resume_command(words, run_name)}"
+    if not is_interrupted:
+        return f"no round was complete; run_name={run_name} can be used again once that is fixed"
+    return as_called(f"no round was complete; to start again: {RUN} {shlex.join(words)}".rstrip())

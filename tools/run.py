@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import textwrap
+import time
 from concurrent.futures import BrokenExecutor
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import hydra
+import psutil
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -22,20 +24,21 @@ from flapp.privacy import describe_plan
 from flapp.settings import Config, ConfigError
 from flapp.summary import in_words
 from tools import sweep
+from tools.called import as_called
 from tools.federation import FederationError
 from tools.processes import SIGNALS, SuperLinkError
 from tools.progress import announce, is_json, take_format
-from tools.resuming import advice, complete_rounds, resume_command, run_command
+from tools.resuming import advice, complete_rounds, resume_command
 from tools.submit import RunError, is_here, refusals, run_once
 
 HELP = """\
 Train one model with many clients: a federated run, or a sweep of runs, on this machine or over real SuperNodes.
 
-  {run}                                        the default: a small ViT on ten clients with digits
-  {run} experiment=toy_regression seed=3       another experiment and another setting
-  {run} model=cnn clients=20 train.lr=0.001    your own combination
-  {run} -m seed=0,1 train.lr=0.001,0.002       a sweep: every combination, each in its own folder
-  {run} run_name=mine resume=true              resume a run that was interrupted or failed
+  python -m tools.run                                        the default: a small ViT on ten clients with digits
+  python -m tools.run experiment=toy_regression seed=3       another experiment and another setting
+  python -m tools.run model=cnn clients=20 train.lr=0.001    your own combination
+  python -m tools.run -m seed=0,1 train.lr=0.001,0.002       a sweep: every combination, each in its own folder
+  python -m tools.run run_name=mine resume=true              resume a run that was interrupted or failed
 
 Settings are written key=value, in Hydra's grammar. These choose a whole group of settings:
 
@@ -43,31 +46,37 @@ Settings are written key=value, in Hydra's grammar. These choose a whole group o
 
   --cfg job            print every setting with its value, and run nothing (the files are in {conf})
   -m, --multirun       a sweep over values separated by commas; hydra/launcher=joblib runs jobs side by side
-  --format json        print events as JSON lines on stdout instead of bars and text
+  --format json        print events as JSON lines on stdout instead of text
   --hydra-help         Hydra's own options
 
 Results are in home/runs/<run_name>; home is ~/.flapp, or FLAPP_HOME, or home=DIR. deployment=local runs over the
-SuperNodes of `flapp federation up`. resume_from=7 goes back to round 7, if it is still kept.
+SuperNodes of `python -m tools.federation up`. resume_from=7 goes back to round 7, if it is still kept.
+Accuracy and loss are of the test samples of all clients. Personal accuracy is that of each client's own model: the
+global model, fine-tuned on the client's samples (evaluate.personal_epochs) or with the parts that the client keeps.
+The time of a run starts with its server; the time with start-up starts with the command.
 Exit status: 0 if every run finished, 1 if one failed or was refused (one line says why), 130 if interrupted.
 """
+NOTES = {"personal_accuracy": " (of each client's own model)"}
+STOPPED = "interrupted: everything that was started has been stopped"
 
 
 def job(tree: DictConfig) -> float | None:
     """Run one job for Hydra, report how it ended, and return its objective; a failure is reported, not raised."""
     hydra_config = HydraConfig.get()
     run_name = None
+    began = time.time() if sweep.is_sweep(hydra_config) else psutil.Process().create_time()
     with sweep.reported(hydra_config) as outcome:
         try:
             config = from_tree(tree, Path.cwd())
             config = sweep.as_job(config, hydra_config) if sweep.is_sweep(hydra_config) else config
             run_name = config.run_name
             summary = run_once(config, partial(start, config, hydra_config, outcome))
-            outcome |= {key: summary.get(key) for key in ("status", *sweep.COLUMNS, "run_dir")}
+            outcome |= {key: summary.get(key) for key in ("status", "objective_metric", *sweep.COLUMNS, "run_dir")}
             announce("finished", run_name, summary=summary)
             if not is_json():
-                print(final_line(summary))
+                print(final_line(summary, time.time() - began))
         except (RunError, FederationError, SuperLinkError, OmegaConfBaseException, OSError, ValueError) as error:
-            outcome["error"] = str(explain(error) if isinstance(error, OmegaConfBaseException) else error)
+            outcome["error"] = as_called(str(explain(error) if isinstance(error, OmegaConfBaseException) else error))
             if "resume=true" in outcome["error"]:
                 outcome["resumable"] = None  # the error says itself how to go on
             fail(outcome["error"], 1, run_name, getattr(error, "summary", None))
@@ -76,7 +85,7 @@ def job(tree: DictConfig) -> float | None:
 
 def start(config: Config, hydra_config: HydraConf, outcome: sweep.Outcome) -> None:
     """Say what a run is about to do, and note that it can be resumed from now on."""
-    from tools.overview import job_line, overview, start_lines  # imports PyTorch, which no mistake should wait for
+    from tools.overview import job_line, overview, start_lines  # imports Flower, which no mistake should wait for
 
     facts = overview(config, is_here(config))
     announce("started", config.run_name, **facts)
@@ -91,17 +100,22 @@ def start(config: Config, hydra_config: HydraConf, outcome: sweep.Outcome) -> No
         print("\n".join(lines), file=sys.stderr)
     if config.privacy.enabled:
         print(describe_plan(config.privacy, config.num_rounds), file=sys.stderr)
+    if not is_json() and not sweep.is_sweep(hydra_config):
+        print("starting the server and the clients", file=sys.stderr)
     if is_here(config):
         outcome["resumable"] = (config.run_name, facts["run_dir"])
 
 
-def final_line(summary: dict[str, Any]) -> str:
-    """Say how a run ended, in one paragraph."""
+def final_line(summary: dict[str, Any], took: float | None = None) -> str:
+    """Say how a run ended, in one paragraph; took: the seconds since the command, or this job of a sweep, began."""
     shown = dict.fromkeys(("accuracy", "personal_accuracy", "loss", summary.get("objective_metric", "loss")))
-    figures = [f"{in_words(key)} {summary[key]:.4f}" for key in shown if summary.get(key) is not None]
+    known = {key: value for key in shown if (value := summary.get(key)) is not None}
+    figures = [
+        f"{'test ' * (key == 'loss')}{in_words(key)} {value:.4f}{NOTES.get(key, '')}" for key, value in known.items()
+    ]
     early = " (stopped early)" if summary.get("stopped_early") else ""
     selected = summary.get("selected_round", summary["rounds"])
-    chosen = f" of round {selected}" if selected != summary["rounds"] else ""
+    chosen = f"of round {selected}, " if selected != summary["rounds"] else ""
     refused = [said] if (said := refusals(summary)) else []
     anyway = [
         f"resumed anyway after round {note['round']}: {some(note['changed'])}"
@@ -110,13 +124,20 @@ def final_line(summary: dict[str, Any]) -> str:
     spent = "epsilon {epsilon:.4g} (delta {delta:g}) for the client that released the most updates"
     private = [spent.format(**summary)] if "epsilon" in summary else []
     lines = [
-        f"finished {summary['rounds']} rounds{early} in {summary['seconds']:.0f} s: {', '.join(figures)}",
+        f"finished {summary['rounds']} rounds{early} in {seconds(summary['seconds'], took)}: {', '.join(figures)}",
         *anyway,
         *private,
-        f"model {summary['model_sha256']}{chosen}",
+        f"model {Path(summary['run_dir']) / 'model.safetensors'} ({chosen}sha256 {summary['model_sha256']})",
         f"results in {summary['run_dir']}",
     ]
     return "\n".join(lines + refused)
+
+
+def seconds(run: float, command: float | None) -> str:
+    """Return the seconds of a run, over all its starts, with those of this command in parentheses."""
+    if command is None:
+        return f"{run:.0f} s"
+    return f"{run:.0f} s ({command:.0f} s {'with start-up' if command >= run else 'in this start'})"
 
 
 def some(texts: list[str], most: int = 3) -> str:
@@ -160,7 +181,9 @@ def run_jobs(outcomes: list[sweep.Outcome]) -> int:
     except BrokenExecutor as error:
         return fail(f"{str(error).partition('.')[0]}: resume the sweep with resume=true", 1)
     except KeyboardInterrupt:
-        return fail("interrupted; everything that was started has been stopped", 130)
+        announce("failed", None, error=STOPPED)
+        print(STOPPED, file=sys.stderr)
+        return 130
     except ValueError:
         if len(outcomes) < 2 or any(outcome["status"] == "finished" for outcome in outcomes):
             raise
@@ -174,9 +197,12 @@ def how_to_go_on(outcomes: list[sweep.Outcome], words: list[str]) -> str | None:
     if not left:
         return None
     run_name, path = left[0]["resumable"]
-    if left[0]["folder"]:
+    is_interrupted = any(outcome["error"] == sweep.INTERRUPTED for outcome in left)
+    if not left[0]["folder"]:
+        return advice(words, run_name, complete_rounds(Path(path)), is_interrupted)
+    if is_interrupted or any(complete_rounds(Path(outcome["resumable"][1])) for outcome in left):
         return f"resume the sweep with: {resume_command(words, str(Path(run_name).parent))}"
-    return advice(words, run_name, complete_rounds(Path(path)))
+    return None  # every job that failed would fail again
 
 
 def help_text() -> str:
@@ -188,11 +214,12 @@ def help_text() -> str:
         textwrap.fill(text, 118, initial_indent=f"  {name + '=':<{width}} ", subsequent_indent=" " * (width + 3))
         for name, text in choices.items()
     ]
-    return HELP.format(run=run_command(), groups="\n".join(lines), conf=CONF)
+    return as_called(HELP.format(groups="\n".join(lines), conf=CONF))
 
 
 def fail(error: str, status: int, run_name: str | None = None, summary: dict[str, Any] | None = None) -> int:
     """Say why a run, or nothing at all, came to its end, and return the exit status."""
+    error = as_called(error)
     announce("failed", run_name, error=error, summary=summary)
     print(f"error: {error}", file=sys.stderr)
     return status

@@ -96,7 +96,7 @@ def normal(name: str) -> str:
     """Return the name of a run or sweep in its plain form; raises RunsError for one that leads out of home/runs."""
     parts = PurePosixPath(name).parts
     if not parts or any(part == "/" or part.startswith(".") for part in parts):
-        raise RunsError(f"{name!r} is not the name of a run: give it as `flapp runs list` shows it")
+        raise RunsError(f"{name!r} is not the name of a run: give it as `python -m tools.runs list` shows it")
     return "/".join(parts)
 
 
@@ -105,7 +105,7 @@ def jobs_of(home: Path, name: str) -> list[str]:
     name, runs = normal(name), home / "runs"
     found = [name] if (runs / name / "config.yaml").is_file() else [f"{name}/{job}" for job in find_runs(runs / name)]
     if not found:
-        raise RunsError(f"{name} is not a run in {runs}: see the names with `flapp runs list`")
+        raise RunsError(f"{name} is not a run in {runs}: see the names with `python -m tools.runs list`")
     return found
 
 

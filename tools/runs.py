@@ -1,13 +1,14 @@
 """List, show, stop and remove the runs below home/runs.
 
-    flapp runs list                        every run: status, rounds, accuracy, last start, sizes on disk
-    flapp runs show NAME                   its settings, figures and last lines, and the command that resumes it
-    flapp runs stop NAME                   stop it if it is running, also after its command was killed
-    flapp runs remove NAME... [--yes]      its folder and its clients' stores, after asking; of a sweep, all its runs
+    python -m tools.runs list                      every run: status, rounds, figures, last start, sizes on disk
+    python -m tools.runs show NAME                 its settings, figures and last lines, and how to resume it
+    python -m tools.runs stop NAME                 stop it if it is running, also after its command was killed
+    python -m tools.runs remove NAME... [--yes]    its folder and client stores, after asking; of a sweep, all its runs
 
 A run is finished, failed, running, or interrupted (it does not run, and has not said how it ended). Sizes are those of
-the run directory and of the clients' stores in home/checkpoints; stores that sites keep elsewhere are not counted.
-Split models (split=auto) are counted as well, and stay when a run is removed. --json prints the same for machines.
+the run's folder and of its client stores: the checkpoints of the clients, in home/checkpoints. Stores that sites keep
+elsewhere are not counted. Split models (split=auto) are counted, and stay when a run is removed. --json prints the
+same for machines.
 Exits 0, or 1 with one line on standard error.
 """
 
@@ -25,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flapp.run_lock import held_lock
+from tools.called import as_called, new_parser
 from tools.checkpoints import finite, in_bytes
 from tools.page.reading import read_json, tail
 from tools.resuming import complete_rounds, resume_command
@@ -33,7 +35,16 @@ from tools.run_entries import Entry, RunsError, changed_words, describe, find_ru
 SWEEP_FILES = ("sweep.json", "multirun.yaml", "optimization_results.yaml")
 LAST_LINES, LOG_WIDTH = 5, 150
 EMPTY = "INFO 2026-11-21 10:00:00,123:"  # what Flower's log says where it leaves a line empty
-FIGURES = ("error", "accuracy", "personal_accuracy", "loss", "bytes_up", "bytes_down", "seconds", "model_sha256")
+FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {  # of metrics.json: how show names and writes them
+    "error": ("error", lambda text: as_called(str(text))),
+    "accuracy": ("accuracy", "{:.4f}".format),
+    "personal_accuracy": ("personal accuracy", "{:.4f}".format),
+    "loss": ("loss", "{:.4f}".format),
+    "bytes_up": ("sent by clients", lambda size: f"{in_bytes(size)} in all, evaluation and headers included"),
+    "bytes_down": ("received by them", lambda size: f"{in_bytes(size)} in all, evaluation and headers included"),
+    "seconds": ("time", "{:.0f} s".format),
+    "model_sha256": ("model sha256", str),
+}
 
 
 def list_runs(given: argparse.Namespace) -> dict[str, Any]:
@@ -48,17 +59,19 @@ def list_lines(found: dict[str, Any]) -> Iterator[str]:
         yield "no runs"
         return
     width = max(len(run.name) for run in runs) + 2
-    yield f"{'run':<{width}}  {'status':<11}  {'rounds':>9}  accuracy  {'started':<16}  {'folder':>9}  {'stores':>9}"
+    heads = f"{'accuracy':>8}  {'loss':>8}  {'started':<16}  {'folder':>9}  client stores"
+    yield f"{'run':<{width}}  {'status':<11}  {'rounds':>9}  {heads}"
     group = ""
     for run in runs:
         folder, _, job = run.name.rpartition("/")
         if folder and folder != group:
             yield f"{folder}/"
         group = folder
-        accuracy = "-" if run.accuracy is None else f"{run.accuracy:.4f}"
+        accuracy, loss = ("-" if value is None else f"{value:.4f}" for value in (run.accuracy, run.loss))
+        sizes = f"{in_bytes(run.run_bytes):>9}  {in_bytes(run.store_bytes):>13}"
         yield (
             f"{f'  {job}' if folder else job:<{width}}  {run.status:<11}  {f'{run.rounds}/{run.num_rounds}':>9}  "
-            f"{accuracy:>8}  {run.started:<16}  {in_bytes(run.run_bytes):>9}  {in_bytes(run.store_bytes):>9}"
+            f"{accuracy:>8}  {loss:>8}  {run.started:<16}  {sizes}"
         )
     total, split = (sum(map(size, runs)) for size in (_size, lambda run: run.split_bytes))
     splits = f", {in_bytes(split)} of it split models" if split else ""
@@ -87,10 +100,12 @@ def show(given: argparse.Namespace) -> dict[str, Any]:
 def show_lines(found: dict[str, Any]) -> Iterator[str]:
     """Yield a run's facts, a line each."""
     yield f"{found['name']}: {found['status']}, {found['rounds']} of {found['num_rounds']} rounds"
-    sizes = {"run directory": "run_bytes", "client stores": "store_bytes", "split models": "split_bytes"}
+    sizes = {"folder": "run_bytes", "client stores": "store_bytes", "split models": "split_bytes"}
     held = ", ".join(f"{name} {in_bytes(found[key])}" for name, key in sizes.items() if found[key])
-    facts = {"folder": found["path"], "size": held, "started": found["started"], "settings": " ".join(found["changed"])}
-    facts |= {key: found["summary"][key] for key in FIGURES if found["summary"].get(key) is not None}
+    facts = {"folder": found["path"], "size": held, "started": found["started"]}
+    facts["started with"] = " ".join(found["changed"])
+    summary = found["summary"]
+    facts |= {name: write(summary[key]) for key, (name, write) in FIGURES.items() if summary.get(key) is not None}
     yield from (f"  {key:<18} {value}" for key, value in facts.items())
     if found["log"]:
         yield "last lines of log.txt:"
@@ -110,7 +125,7 @@ def remove(given: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as locks:
         for name in names:
             if not locks.enter_context(held_lock(runs / name)):
-                raise RunsError(f"{name} is running: stop it first with flapp runs stop {name}")
+                raise RunsError(f"{name} is running: stop it first with `python -m tools.runs stop {name}`")
         freed = sum(entry.run_bytes + entry.store_bytes for entry in entries)
         confirm(given.yes, names, freed)
         for folder in folders:
@@ -193,7 +208,7 @@ def default_home() -> Path:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in COMMANDS:
         command = commands.add_parser(name)
@@ -215,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = act(given)
     except (OSError, RuntimeError, ValueError) as error:  # of several tools, each with one line
-        print(f"error: {error}", file=sys.stderr)
+        print(as_called(f"error: {error}"), file=sys.stderr)
         return 1
     print(json.dumps(finite(found), indent=1) if given.json else "\n".join(lines(found)))
     return 0

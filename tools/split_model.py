@@ -21,6 +21,7 @@ from flapp.convert import build as build_settings
 from flapp.model import COMPONENTS, ModelFactory, SplitModel, StorageManager, read_tensors, sha256_of_file
 from flapp.settings import DatasetConfig, ModelConfig
 from flapp.untrusted import check_safetensors, printable, read_json
+from tools.called import as_called, new_parser
 
 MODEL = "model.safetensors"
 
@@ -83,7 +84,7 @@ def describe(out: Path, part: SplitModel) -> str:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument(
         "--points", type=int, nargs=2, required=True, metavar=("P1", "P2"), help="first layer of trunk and of top"
@@ -100,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         lines = split_run(given.run_dir, given.points, given.out, given.check, given.overwrite)
     except ValueError as error:
-        print(f"error: {printable(error, 2000)}", file=sys.stderr)
+        print(as_called(f"error: {printable(error, 2000)}"), file=sys.stderr)
         return 1
     print("\n".join(lines))
     return 0

@@ -77,7 +77,7 @@ def stop_private(path: Path, holder: dict[str, Any]) -> list[int]:
     env = environment_of_writer(path, holder)
     token = Path(env.get(TOKEN, ""))
     if not token.is_absolute():  # a folder is the token of a private SuperLink
-        raise StopError(f"the run was not started by tools.run: stop it with `flwr stop {holder['run_id']}`")
+        raise StopError(f"the run was not started by flapp: stop it with `flwr stop {holder['run_id']}`")
     processes = Processes(str(token))
     pids = [process.pid for process in processes.running()]
     if owner := noted_process(Path(env.get(SWEEP, os.devnull)) / OWNER):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flapp.architecture import find_oversize
 from flapp.config import to_json
 from flapp.data import Stamp, stamp
 from flapp.listing import describe_refused
@@ -184,8 +185,7 @@ def warn_of_size(config: Config) -> None:
     """Print a warning about a model too large for the data, where the data are here; the ServerApp logs it too."""
     if config.model.name != "cnn":
         return
-    from flapp.architecture import find_oversize  # imports PyTorch
-    from tools.overview import count_samples  # so does this
+    from tools.overview import count_samples  # imports Flower
 
     samples = count_samples(config)
     if samples and (warning := find_oversize(config.model, config.dataset, samples["train"])):

@@ -5,8 +5,8 @@ of them find: a job leaves <number>.json there when it ends, and the SuperLink i
 by which it is found and stopped whatever has become of the job.
 
 sweep.json lies in the sweep's folder: a list with an object a job, in order of job: job (number), overrides, status
-(finished or failed), and either objective, accuracy, personal_accuracy, bytes_up, bytes_down, aggregation_error (null
-where there is none) and run_dir, or error.
+(finished or failed), and either objective, objective_metric (the figure that it is), accuracy, personal_accuracy,
+bytes_up, bytes_down, aggregation_error (null where there is none) and run_dir, or error.
 """
 
 import contextlib
@@ -30,6 +30,7 @@ from hydra.types import RunMode
 
 from flapp.run_names import taken
 from flapp.settings import VALIDATION_FRACTION, Config, ConfigError
+from flapp.summary import in_words
 from tools.guard import guarded
 from tools.processes import OWNER, SWEEP, Processes, available_cpus, note_process
 from tools.progress import is_json
@@ -38,9 +39,9 @@ from tools.submit import CONFIG, is_here
 COLUMNS = {  # of the table
     "objective": ("objective", "{:.4f}"),
     "accuracy": ("accuracy", "{:.4f}"),
-    "personal_accuracy": ("personal", "{:.4f}"),
-    "bytes_up": ("bytes up", "{:,}"),
-    "bytes_down": ("bytes down", "{:,}"),
+    "personal_accuracy": ("personal accuracy", "{:.4f}"),
+    "bytes_up": ("total bytes up", "{:,}"),
+    "bytes_down": ("total bytes down", "{:,}"),
     "aggregation_error": ("aggregation error", "{:.1e}"),
 }
 SUMMARY = "sweep.json"
@@ -253,15 +254,30 @@ def _remove_unbegun(folder: Path) -> None:
 def sweep_table(outcomes: list[Outcome]) -> str:
     """Return the table of a sweep: a line a job with its own settings, its figures, and its folder or its error."""
     common = set.intersection(*(set(outcome["overrides"]) for outcome in outcomes)) if len(outcomes) > 1 else set()
-    shown = [key for key in COLUMNS if any(outcome.get(key) is not None for outcome in outcomes)]
-    rows = [["job", "overrides", *(COLUMNS[key][0] for key in shown), "run"]]
+    metrics = {metric for outcome in outcomes if (metric := outcome.get("objective_metric"))}
+    metric = metrics.pop() if len(metrics) == 1 else None
+    shown = [key for key in COLUMNS if key != metric and any(outcome.get(key) is not None for outcome in outcomes)]
+    heads = [COLUMNS[key][0] for key in shown]
+    if metric and shown[:1] == ["objective"]:
+        heads[0] = f"objective ({in_words(metric)})"
+    rows = [["job", "overrides", *heads, "run"]]
     for outcome in outcomes:
         figures = ["" if outcome.get(key) is None else COLUMNS[key][1].format(outcome[key]) for key in shown]
         end = outcome["run_dir"] if outcome["status"] == "finished" else f"failed: {outcome['error']}"
         own = " ".join(word for word in outcome["overrides"] if word not in common)
         rows.append([str(outcome["job"]), own, *figures, end])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1] + [0]
-    return "".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) + "\n" for row in rows)
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([*lines, *best_job(outcomes, metric)]) + "\n"
+
+
+def best_job(outcomes: list[Outcome], metric: str | None) -> list[str]:
+    """Return the line that names the job with the best objective, of several with one metric."""
+    found = [outcome for outcome in outcomes if objective_of(outcome) is not None]
+    if metric is None or len(found) < 2:
+        return []
+    best = (min if metric.endswith("loss") else max)(found, key=lambda outcome: float(outcome["objective"]))
+    return [f"best: job {best['job']}, {in_words(metric)} {best['objective']:.4f}"]
 
 
 def _write(path: Path, values: Any) -> None:

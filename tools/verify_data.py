@@ -7,7 +7,6 @@
 Exits 0 when every check is ok, 1 otherwise.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from flapp.data.artifact import digest, open_array, read_meta
 from flapp.data.blocks import block_rows, damaged_blocks
 from flapp.data.materialized import compare_with_pil
 from flapp.untrusted import printable
+from tools.called import new_parser
 from tools.verify_shards import verify_shards
 
 FILES = ("images.npy", "labels.npy", "meta.json")
@@ -276,7 +276,7 @@ def resized(path: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the checks of what the command line names; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("path", type=Path)
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--sample", type=int, default=8, metavar="N", help="blocks of 16 MiB to read (default: 8)")

@@ -11,28 +11,17 @@ safetensors file in torchvision's names.
 
 import json
 import os
-import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from flapp.model.files import mismatch, save_tensors
-from flapp.model.lora import adapted_layers, load_lora_state_dict, lora_state_dict, merged_state_dict
-from flapp.model.pretrained import read_state, to_torchvision
-from flapp.untrusted import printable, read_json
-
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-# Settings of a LoraConfig that do not change what its tensors mean; any other must be off.
-HARMLESS = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "task_type"} | {
-    *("base_model_name_or_path", "revision", "inference_mode", "peft_version", "exclude_modules"),
-    *("layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "auto_mapping", "runtime_config"),
-}
-OFF: tuple[object, ...] = (None, False, "none", [], {})
-PLAIN_STARTS = (True, False, "gaussian", None)  # other values of init_lora_weights change the base as well
+from flapp.model.files import save_tensors
+from flapp.model.fitting import CONFIG, PREFIX, WEIGHTS, check_adapter, from_peft, to_torchvision
+from flapp.model.lora import adapted_layers, layout_of, load_lora_state_dict, lora_state_dict, merged_state_dict
+from flapp.model.pretrained import read_state
 
 
 @dataclass(frozen=True)
@@ -79,28 +68,9 @@ def import_adapter(model: nn.Module, folder: Path) -> Adapter:
     Raises ValueError when rank, alpha, layers or shapes differ from the model's, and naming the setting when the
     files use something of PEFT's that is not plain LoRA, such as DoRA or trained biases.
     """
-    adapter, tensors = _read_fitting(model, folder)
-    load_lora_state_dict(model, tensors)
-    return adapter
-
-
-def check_adapter(model: nn.Module, folder: Path) -> None:
-    """Raise ValueError where import_adapter would; `model` may be on the meta device."""
-    _read_fitting(model, folder)
-
-
-def _read_fitting(model: nn.Module, folder: Path) -> tuple[Adapter, dict[str, Tensor]]:
-    config = _read_config(folder / CONFIG)
-    for name, layer in adapted_layers(model).items():
-        if (layer.rank, layer.alpha) != (config["r"], config["lora_alpha"]):
-            raise ValueError(
-                f"{folder} has r={config['r']} and lora_alpha={config['lora_alpha']}, the model's {name} has rank "
-                f"{layer.rank} and alpha {layer.alpha:g}: set lora.rank and lora.alpha to the adapter's"
-            )
-    tensors = {_from_peft(key): tensor for key, tensor in read_state(folder / WEIGHTS).items()}
-    if fault := mismatch(lora_state_dict(model), tensors):
-        raise ValueError(f"{folder} does not fit this {type(model).__name__} with its lora.targets: {fault}")
-    return Adapter(config.get("base_model_name_or_path") or "", config["r"], config["lora_alpha"]), tensors
+    config = check_adapter(layout_of(model), folder)
+    load_lora_state_dict(model, from_peft(read_state(folder / WEIGHTS)))
+    return Adapter(config.get("base_model_name_or_path") or "", config["r"], config["lora_alpha"])
 
 
 def export_merged(model: nn.Module, path: Path, /, **facts: Any) -> str:
@@ -111,29 +81,9 @@ def export_merged(model: nn.Module, path: Path, /, **facts: Any) -> str:
     return save_tensors(to_torchvision(merged_state_dict(model)), path, **facts)
 
 
-def _read_config(path: Path) -> Mapping[str, Any]:
-    try:
-        config = read_json(path)
-        fits = config["peft_type"] == "LORA" and type(config["r"]) is int and config["lora_alpha"] > 0
-        fits = fits and isinstance(config.get("base_model_name_or_path") or "", str)
-        plain = HARMLESS | ({"init_lora_weights"} if config.get("init_lora_weights") in PLAIN_STARTS else set())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        said = printable(repr(error))
-        raise ValueError(f"{path} is missing or no configuration of a PEFT adapter ({said})") from error
-    used = [f"{key}={value!r}" for key, value in config.items() if key not in plain and value not in OFF]
-    if not fits or used:
-        what = ", ".join(used) or f"peft_type={config['peft_type']}, r={config['r']}, lora_alpha={config['lora_alpha']}"
-        raise ValueError(f"{path} is not plain LoRA: it sets {printable(what)}")
-    return config
-
-
 def _is_adapter(key: str) -> bool:
     return key.endswith((".lora_A", ".lora_B"))
 
 
 def _to_peft(key: str) -> str:
     return f"{PREFIX}{key}.weight" if _is_adapter(key) else PREFIX + key
-
-
-def _from_peft(key: str) -> str:
-    return re.sub(r"\.(lora_[AB])\.weight$", r".\1", key.removeprefix(PREFIX))

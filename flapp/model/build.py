@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from flapp.model.layout import SIZES, input_of
+
 
 def _vit(name: str, image_size: int, channels: int, classes: int, dropout: float) -> nn.Module:
     from flapp.model.vit import build_vit  # imports torchvision, 1 s: only who needs it pays
@@ -18,7 +20,7 @@ def _cnn(name: str, image_size: int, channels: int, classes: int, dropout: float
 
 
 Builder = Callable[[str, int, int, int, float], nn.Module]
-BUILDERS: dict[str, Builder] = {"vit_tiny": _vit, "vit_s_16": _vit, "vit_b_16": _vit, "cnn": _cnn}
+BUILDERS: dict[str, Builder] = {**dict.fromkeys(SIZES, _vit), "cnn": _cnn}  # what each builds is also in LAYOUTS
 
 
 def build_model(
@@ -40,18 +42,5 @@ def build_model(
         from flapp.model.linear import Linear
 
         return Linear(shape, max(classes, 1))
-    if name not in BUILDERS:
-        known = ", ".join(sorted([*BUILDERS, "linear"]))
-        raise ValueError(f"model.name={name} is not known: choose one of {known}")
-    if len(shape) != 3 or classes < 1:
-        raise ValueError(
-            f"model={name} classifies images of shape (H, W, C), got samples of shape {tuple(shape)} "
-            f"with {classes} classes: choose model=linear or an image dataset"
-        )
-    if image_size is None and shape[0] != shape[1]:
-        raise ValueError(f"model={name} takes square images, got {shape[0]}x{shape[1]}: set model.image_size")
-    if channels not in (None, shape[2]) and (shape[2] != 1 or BUILDERS[name] is not _vit):
-        raise ValueError(
-            f"model={name} cannot take images of {shape[2]} channels as {channels}: a ViT expands grey ones"
-        )
-    return BUILDERS[name](name, image_size or shape[0], channels or shape[2], classes, dropout)
+    size, channels = input_of(name, shape, classes, image_size, channels)
+    return BUILDERS[name](name, size, channels, classes, dropout)

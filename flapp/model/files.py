@@ -6,17 +6,17 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from flapp.untrusted import check_safetensors, parse_json, printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT_VERSION = 1
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, **facts: Any) -> str:
+def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, **facts: Any) -> str:
     """Write tensors and a header of facts to `path` in one step and return the file's SHA-256.
 
     The header is a single JSON entry with sorted keys, because safetensors writes several in any order and the
@@ -36,7 +36,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, **facts: Any) -> str
     return sha256_of_file(path)
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     """Read the tensors and facts of a file of save_tensors; raises ValueError when it is not one."""
     from safetensors import SafetensorError, safe_open
 
@@ -52,12 +52,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, header
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     """Read what load_tensors reads, into memory of the tensors' own.
 
     load_tensors maps the file, where tensors start at any address, and some kernels round otherwise there; torch's
     memory is aligned. No page of the file stays mapped, so memory never exceeds the tensors'.
     """
+    import torch
+
     mapped, facts = load_tensors(path)
     tensors = {}
     with path.open("rb") as file:
@@ -72,13 +74,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, facts
 
 
-def mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+def shapes_of(tensors: Mapping[str, "Tensor"]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of tensors by their names."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def mismatch(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
     """Say in one clause how names or shapes of `found` differ from those expected; empty when they do not."""
-    both = [name for name in expected if name in found and expected[name].shape != found[name].shape]
+    both = [name for name in expected if name in found and expected[name] != found[name]]
     faults = {
         "missing": [name for name in expected if name not in found],
         "not the model's": [name for name in found if name not in expected],
-        "misshapen": [f"{n} {tuple(found[n].shape)} where the model has {tuple(expected[n].shape)}" for n in both],
+        "misshapen": [f"{n} {found[n]} where the model has {expected[n]}" for n in both],
     }
     return "; ".join(f"{len(names)} {kind}, first {printable(names[0])}" for kind, names in faults.items() if names)
 

@@ -10,14 +10,15 @@ The state dict is the same whether or not an adapter is merged.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flapp.model.files import mismatch
+from flapp.model.files import mismatch, shapes_of
+from flapp.model.layout import Layout
 
 
 class LoRALinear(nn.Linear):
@@ -94,10 +95,7 @@ def add_lora(
             f"lora.rank={rank}, lora.alpha={alpha:g}, lora.dropout={dropout:g}: rank is at least 1, alpha is "
             f"above 0, dropout is from 0 to below 1"
         )
-    wanted = {name for target in targets for name in _layers(model, target)}
-    names = [name for name, _ in model.named_modules() if name in wanted]
-    for name in names:
-        _check_rank(name, model.get_submodule(name), rank)
+    names = layout_of(model).matching(targets, rank)
     for name in names:
         base = model.get_submodule(name)
         assert isinstance(base, nn.Linear)
@@ -111,6 +109,19 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapters: call add_lora first (set lora=default)")
     return layers
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """Return the layout of a model as it is, adapters included; `model` may be on the meta device."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return Layout(
+        type(model).__name__,
+        {name: type(module).__name__ for name, module in model.named_modules() if name},
+        shapes_of(model.state_dict()),
+        head_of(model),
+        tuple(lora_state_dict(model) if layers else model.state_dict()),
+        {name: (layer.rank, layer.alpha) for name, layer in layers.items()},
+    )
 
 
 def mark_only_lora_as_trainable(model: nn.Module, also: Sequence[str] | None = None) -> None:
@@ -170,7 +181,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load the tensors of a lora_state_dict; raises ValueError unless names and shapes are the model's own."""
-    if fault := mismatch(lora_state_dict(model), state):
+    if fault := mismatch(shapes_of(lora_state_dict(model)), shapes_of(state)):
         raise ValueError(f"these are not the adapters of this model ({fault})")
     model.load_state_dict(state, strict=False)
 
@@ -197,21 +208,3 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     adapters = {f"{name}.lora_{ab}" for name in layers for ab in "AB"}
     folded = {f"{name}.weight": layer.folded_weight() for name, layer in layers.items()}
     return {key: folded.get(key, tensor) for key, tensor in model.state_dict().items() if key not in adapters}
-
-
-def _layers(model: nn.Module, target: str) -> Iterator[str]:
-    """Yield the names of the modules that `target` ends; raises ValueError when there is none, or one is not linear."""
-    found = {n: type(m) for n, m in model.named_modules() if n == target or n.endswith(f".{target}")}
-    for name, kind in found.items() or [("", None)]:
-        if kind is not nn.Linear:
-            linear = {".".join(n.split(".")[-2:]) for n, m in model.named_modules() if type(m) is nn.Linear}
-            what = f"{name}, which is {kind.__name__}" if kind else "no layer of the model"
-            raise ValueError(f"lora.targets={target} matches {what}: choose among {', '.join(sorted(linear))}")
-        yield name
-
-
-def _check_rank(name: str, base: nn.Module, rank: int) -> None:
-    assert isinstance(base, nn.Linear)
-    if rank > min(base.in_features, base.out_features):
-        shape = f"{base.in_features} -> {base.out_features}"
-        raise ValueError(f"lora.rank={rank} is more than {name} ({shape}) can have: lower lora.rank or leave it out")

@@ -9,7 +9,6 @@ type of model says how a whole one is read and what its components are; its modu
 split_files.py owns the files.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flapp.model.files import FORMAT_VERSION, mismatch
+from flapp.model.files import FORMAT_VERSION, mismatch, shapes_of
 from flapp.model.split_files import (
     COMPONENTS,
     Metadata,
     StorageManager,
     Unsaved,
     check_component,
+    check_points,
     read_component,
     write_components,
 )
@@ -228,7 +228,7 @@ class ModelFactory:
         except BUILD_ERRORS as error:
             said = printable(repr(error))
             raise ValueError(f"{path} has metadata from which no {found.component} can be built ({said})") from error
-        if fault := mismatch(model.state_dict(), tensors):
+        if fault := mismatch(shapes_of(model.state_dict()), shapes_of(tensors)):
             raise ValueError(f"{path} does not fit its metadata: {fault}")
         model = _fill(model, part, tensors)
         if {"format_version": FORMAT_VERSION, **model.unsaved(Path(path)).facts} != found.facts():
@@ -243,24 +243,6 @@ class ModelFactory:
         return cls.types[model_type]()
 
 
-def parse_points(text: str) -> tuple[int, int]:
-    """Read split points as people write them, "2-10"; raises ValueError."""
-    found = re.fullmatch(r"(\d+)-(\d+)", text)
-    if found is None:
-        raise ValueError(f"split points {text!r} are not two numbers with a dash between, such as 2-10")
-    return int(found[1]), int(found[2])
-
-
-def check_points(split_point_1: int, split_point_2: int, num_layers: int | None = None) -> None:
-    """Refuse points that leave a component without a layer; without num_layers, those that no model has."""
-    points = f"split points {split_point_1} and {split_point_2}"
-    if type(split_point_1) is not int or type(split_point_2) is not int:
-        raise ValueError(f"{points} must be whole numbers")
-    if not 0 < split_point_1 < split_point_2 < (num_layers or split_point_2 + 1):
-        of = f" of a model of {num_layers} layers" if num_layers else ""
-        raise ValueError(f"{points}{of} are not possible: 0 < p1 < p2 < layers, so that each component has a layer")
-
-
 def _skeleton(kind: ModelType, part: Part) -> SplitModel:
     """Build a component without memory for its tensors."""
     with torch.device("meta"):
@@ -270,7 +252,8 @@ def _skeleton(kind: ModelType, part: Part) -> SplitModel:
 def _fill(model: SplitModel, part: Part, tensors: Mapping[str, Tensor]) -> SplitModel:
     """Give a skeleton its tensors, without copying them."""
     own = model.state_dict()
-    if fault := mismatch(own, {name: tensors[name] for name in own if name in tensors}):
+    found = {name: tensors[name] for name in own if name in tensors}
+    if fault := mismatch(shapes_of(own), shapes_of(found)):
         raise ValueError(f"{part.name} does not fit {type(model).__name__}: {fault}")
     model.load_state_dict({name: tensors[name] for name in own}, assign=True)
     model.part = part

@@ -19,12 +19,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from flapp.model.files import FORMAT_VERSION, read_tensors, save_tensors, sha256_of_file
 from flapp.untrusted import check_regular, printable, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COMPONENTS = ("bottom", "trunk", "top")
 WEIGHTS = ".safetensors"
@@ -69,7 +70,7 @@ class Unsaved:
     """A component on its way to disk: where to, its tensors, and its Metadata.facts()."""
 
     path: Path
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, "Tensor"]
     facts: Mapping[str, Any]
 
 
@@ -165,7 +166,25 @@ def write_components(unsaved: Sequence[Unsaved], overwrite: bool = False) -> lis
     return written
 
 
-def read_component(path: str | Path) -> tuple[Metadata, dict[str, Tensor]]:
+def parse_points(text: str) -> tuple[int, int]:
+    """Read split points as people write them, "2-10"; raises ValueError."""
+    found = re.fullmatch(r"(\d+)-(\d+)", text)
+    if found is None:
+        raise ValueError(f"split points {text!r} are not two numbers with a dash between, such as 2-10")
+    return int(found[1]), int(found[2])
+
+
+def check_points(split_point_1: int, split_point_2: int, num_layers: int | None = None) -> None:
+    """Refuse points that leave a component without a layer; without num_layers, those that no model has."""
+    points = f"split points {split_point_1} and {split_point_2}"
+    if type(split_point_1) is not int or type(split_point_2) is not int:
+        raise ValueError(f"{points} must be whole numbers")
+    if not 0 < split_point_1 < split_point_2 < (num_layers or split_point_2 + 1):
+        of = f" of a model of {num_layers} layers" if num_layers else ""
+        raise ValueError(f"{points}{of} are not possible: 0 < p1 < p2 < layers, so that each component has a layer")
+
+
+def read_component(path: str | Path) -> tuple[Metadata, dict[str, "Tensor"]]:
     """Read a component of write_components, each tensor once and into aligned memory.
 
     Raises ValueError when a file is missing or damaged, or when weights and metadata do not belong together.

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock
 
 from flapp.model.files import sha256_of_file
-from flapp.model.pretrained import POSITIONS, from_torchvision, read_state
+from flapp.model.fitting import POSITIONS, from_torchvision
+from flapp.model.layout import SIZES
+from flapp.model.pretrained import read_state
 from flapp.model.split import ModelType, SplitModel, Whole
-from flapp.model.vit import SIZES, SelfAttention
+from flapp.model.vit import SelfAttention
 
 LAYER = "encoder.layers.encoder_layer_"
 

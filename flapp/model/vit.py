@@ -11,12 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
-# patch, layers, heads, width, mlp width. vit_s_16 is DeiT's "small", vit_b_16 is torchvision's.
-SIZES = {
-    "vit_tiny": (4, 3, 4, 64, 128),
-    "vit_s_16": (16, 12, 6, 384, 1536),
-    "vit_b_16": (16, 12, 12, 768, 3072),
-}
+from flapp.model.layout import SIZES
 
 
 class SelfAttention(nn.Module):
@@ -48,16 +43,11 @@ class ViT(VisionTransformer):
 
 
 def build_vit(name: str, image_size: int, channels: int, classes: int, dropout: float = 0.0) -> ViT:
-    """Build one of SIZES for square images; raises ValueError when the patch does not divide image_size.
+    """Build one of SIZES for square images, whose side must be a multiple of the patch.
 
     Unlike torchvision's all-zero head, ours starts small and random, so that the first step trains every layer.
     """
     patch, layers, heads, width, mlp = SIZES[name]
-    if image_size % patch:
-        raise ValueError(
-            f"model={name} cuts images into {patch}-pixel patches, which do not divide {image_size}: "
-            f"set model.image_size to a multiple of {patch}"
-        )
     vit = ViT(image_size, patch, layers, heads, width, mlp, dropout=dropout, num_classes=classes)
     if channels != 3:
         vit.conv_proj = nn.Conv2d(channels, width, patch, stride=patch)

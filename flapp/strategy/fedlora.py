@@ -26,11 +26,14 @@ from flapp.sums import WeightedSum, weighted_average
 A, B, WEIGHT = "lora_A", "lora_B", "weight"
 
 
-def global_keys(state: Iterable[str], travels: Iterable[str], aggregation: str) -> tuple[list[str], list[str]]:
+def global_keys(state: Iterable[str], travels: Iterable[str], aggregation: str | None) -> tuple[list[str], list[str]]:
     """Return the tensors of the global model that clients are sent, and those that each client keeps to itself.
 
-    state: every key of the model, in order; travels: those of its lora_state_dict. The rest is the base.
+    state: every key of the model, in order; travels: those that training may change. The rest is the base. Without
+    adapters, aggregation is None and every tensor is sent.
     """
+    if aggregation is None:
+        return list(state), []
     rule, travels = RULES[aggregation], set(travels)
     layers = [key.removesuffix(A) for key in sorted(travels) if key.endswith(f".{A}")]
     if rule.folds:

@@ -1,0 +1,181 @@
+"""What the settings say of a model without PyTorch: its layers, the shapes of its tensors, and where adapters go.
+
+PyTorch and torchvision take seconds to import. A command that only has to check or describe a model does not need them.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+Shape = tuple[int, ...]
+
+# patch, layers, heads, width, mlp width. vit_s_16 is DeiT's "small", vit_b_16 is torchvision's.
+SIZES = {
+    "vit_tiny": (4, 3, 4, 64, 128),
+    "vit_s_16": (16, 12, 6, 384, 1536),
+    "vit_b_16": (16, 12, 12, 768, 3072),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layers and tensors of a model.
+
+    kind: its class; modules: the class of every module in it, by dotted name and in order; tensors: the shapes of its
+    state dict, in order; head: its last linear layer; trained: the tensors that training may change; adapters: rank
+    and alpha of every adapted layer.
+    """
+
+    kind: str
+    modules: Mapping[str, str]
+    tensors: Mapping[str, Shape]
+    head: str
+    trained: tuple[str, ...]
+    adapters: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+
+    def matching(self, targets: Sequence[str], rank: int) -> list[str]:
+        """Return the layers that `targets` name and that take adapters of `rank`, in the model's order.
+
+        A target is the last part or parts of a dotted name: `proj`, `mlp.0`. Raises ValueError when a target matches
+        nothing or anything but a plain linear layer, or when a layer is too small for the rank.
+        """
+        wanted = {name for target in targets for name in self._matching(target)}
+        names = [name for name in self.modules if name in wanted]
+        for name in names:
+            out_features, in_features = self.tensors[f"{name}.weight"]
+            if rank > min(out_features, in_features):
+                raise ValueError(
+                    f"lora.rank={rank} is more than {name} ({in_features} -> {out_features}) can have: "
+                    "lower lora.rank or leave it out"
+                )
+        return names
+
+    def with_lora(self, targets: Sequence[str], rank: int, alpha: float) -> "Layout":
+        """Return the layout with adapters, of which adapters and head are trained; raises ValueError as matching."""
+        names = self.matching(targets, rank)
+        tensors: dict[str, Shape] = {}
+        for key, shape in self.tensors.items():
+            tensors[key] = shape
+            layer, _, part = key.rpartition(".")
+            if layer in names and part == "bias":  # the last tensor of a linear layer
+                out_features, in_features = self.tensors[f"{layer}.weight"]
+                tensors |= {f"{layer}.lora_A": (rank, in_features), f"{layer}.lora_B": (out_features, rank)}
+        in_full = () if self.head in names else (f"{self.head}.weight", f"{self.head}.bias")
+        trained = tuple(key for key in tensors if key in in_full or key.endswith((".lora_A", ".lora_B")))
+        modules = {name: "LoRALinear" if name in names else kind for name, kind in self.modules.items()}
+        adapters = dict.fromkeys(names, (rank, alpha))
+        return replace(self, modules=modules, tensors=tensors, trained=trained, adapters=adapters)
+
+    def _matching(self, target: str) -> Iterator[str]:
+        found = {name: kind for name, kind in self.modules.items() if f".{name}".endswith(f".{target}")}
+        for name, kind in found.items() or [("", None)]:
+            if kind != "Linear":
+                linear = {".".join(n.split(".")[-2:]) for n, k in self.modules.items() if k == "Linear"}
+                what = f"{name}, which is {kind}" if kind else "no layer of the model"
+                raise ValueError(f"lora.targets={target} matches {what}: choose among {', '.join(sorted(linear))}")
+            yield name
+
+
+def lay_out(
+    name: str, shape: Sequence[int], classes: int, image_size: int | None = None, channels: int | None = None
+) -> Layout:
+    """Return the layout of what build_model builds from the same arguments; raises ValueError where it does."""
+    if name == "linear":
+        return _layout("Linear", [_linear("fc", math.prod(shape), max(classes, 1))])
+    size, channels = input_of(name, shape, classes, image_size, channels)
+    return LAYOUTS[name](name, size, channels, classes)
+
+
+def input_of(
+    name: str, shape: Sequence[int], classes: int, image_size: int | None, channels: int | None
+) -> tuple[int, int]:
+    """Return the side in pixels and the channels of the images that a model takes; raises ValueError, naming the fix.
+
+    The arguments are those of build_model, for any model but `linear`.
+    """
+    if name not in LAYOUTS:
+        known = ", ".join(sorted([*LAYOUTS, "linear"]))
+        raise ValueError(f"model.name={name} is not known: choose one of {known}")
+    if len(shape) != 3 or classes < 1:
+        raise ValueError(
+            f"model={name} classifies images of shape (H, W, C), got samples of shape {tuple(shape)} "
+            f"with {classes} classes: choose model=linear or an image dataset"
+        )
+    if image_size is None and shape[0] != shape[1]:
+        raise ValueError(f"model={name} takes square images, got {shape[0]}x{shape[1]}: set model.image_size")
+    if channels not in (None, shape[2]) and (shape[2] != 1 or name not in SIZES):
+        raise ValueError(
+            f"model={name} cannot take images of {shape[2]} channels as {channels}: a ViT expands grey ones"
+        )
+    size = image_size or shape[0]
+    patch = SIZES[name][0] if name in SIZES else 1
+    if size % patch:
+        raise ValueError(
+            f"model={name} cuts images into {patch}-pixel patches, which do not divide {size}: "
+            f"set model.image_size to a multiple of {patch}"
+        )
+    return size, channels or shape[2]
+
+
+Row = tuple[str, str, dict[str, Shape]]  # a module: its dotted name, its class, and its own tensors
+
+
+def _layout(kind: str, rows: list[Row], own: Mapping[str, Shape] | None = None) -> Layout:
+    """Make a layout from the modules of a model in order, the head last; own: tensors of the model itself."""
+    tensors = {f"{name}.{key}": shape for name, _, held in rows for key, shape in held.items()}
+    tensors = {**(own or {}), **tensors}
+    return Layout(kind, {name: module for name, module, _ in rows}, tensors, rows[-1][0], tuple(tensors))
+
+
+def _linear(name: str, in_features: int, out_features: int) -> Row:
+    return name, "Linear", {"weight": (out_features, in_features), "bias": (out_features,)}
+
+
+def _norm(name: str, width: int) -> Row:
+    return name, "LayerNorm", {"weight": (width,), "bias": (width,)}
+
+
+def _conv(name: str, channels: int, maps: int, side: int) -> Row:
+    return name, "Conv2d", {"weight": (maps, channels, side, side), "bias": (maps,)}
+
+
+def _vit(name: str, image_size: int, channels: int, classes: int) -> Layout:
+    patch, layers, _, width, mlp = SIZES[name]
+    rows: list[Row] = [
+        _conv("conv_proj", channels, width, patch),
+        ("encoder", "Encoder", {"pos_embedding": (1, (image_size // patch) ** 2 + 1, width)}),
+        ("encoder.dropout", "Dropout", {}),
+        ("encoder.layers", "Sequential", {}),
+    ]
+    for layer in (f"encoder.layers.encoder_layer_{i}" for i in range(layers)):
+        rows += [
+            (layer, "EncoderBlock", {}),
+            _norm(f"{layer}.ln_1", width),
+            (f"{layer}.self_attention", "SelfAttention", {}),
+            _linear(f"{layer}.self_attention.qkv", width, 3 * width),
+            _linear(f"{layer}.self_attention.proj", width, width),
+            (f"{layer}.dropout", "Dropout", {}),
+            _norm(f"{layer}.ln_2", width),
+            (f"{layer}.mlp", "MLPBlock", {}),
+            _linear(f"{layer}.mlp.0", width, mlp),
+            (f"{layer}.mlp.1", "GELU", {}),
+            (f"{layer}.mlp.2", "Dropout", {}),
+            _linear(f"{layer}.mlp.3", mlp, width),
+            (f"{layer}.mlp.4", "Dropout", {}),
+        ]
+    rows += [_norm("encoder.ln", width), ("heads", "Sequential", {}), _linear("heads.head", width, classes)]
+    return _layout("ViT", rows, {"class_token": (1, 1, width)})
+
+
+def _cnn(name: str, image_size: int, channels: int, classes: int) -> Layout:
+    rows: list[Row] = [
+        _conv("conv1", channels, 32, 5),
+        _conv("conv2", 32, 64, 5),
+        _linear("fc1", 64 * (image_size // 4) ** 2, 2048),
+        ("dropout", "Dropout", {}),
+        _linear("fc2", 2048, classes),
+    ]
+    return _layout("LeafCNN", rows)
+
+
+LAYOUTS: dict[str, Callable[[str, int, int, int], Layout]] = {**dict.fromkeys(SIZES, _vit), "cnn": _cnn}

@@ -1,0 +1,80 @@
+"""Who holds which sample of the artifact that clients share; needs no PyTorch."""
+
+from functools import lru_cache
+from pathlib import Path
+
+from flapp.config import derive_seed
+from flapp.data import (
+    DataError,
+    Partition,
+    Stamp,
+    check_samples,
+    ensure_artifacts,
+    hold_out,
+    load_partition,
+    open_verified,
+    stamp,
+)
+from flapp.settings import WRITER_PARTITIONS, Config
+
+
+def open_partition(config: Config) -> Partition:
+    """Return who holds which sample of the shared artifact."""
+    return cached_partition(config, stamp_of_shared_files(config))
+
+
+def stamp_of_shared_files(config: Config) -> Stamp:
+    """Return what differs once a file of the shared artifact, or of a partition by writer, is written again."""
+    folder = ensure_artifacts(config.data_dir, config.dataset.name)
+    return stamp(folder / "train") + stamp(folder / "test") + stamp(folder / "partitions", [writer_partition(config)])
+
+
+@lru_cache(maxsize=8)
+def cached_partition(config: Config, files: Stamp) -> Partition:
+    """Read the partition of this config's dataset, making and saving it if this process is the first to ask.
+
+    Where training samples are held out for validation, they are its val.
+    """
+    dataset = config.data_dir / config.dataset.name
+    artifacts = [open_verified(dataset / split) for split in ("train", "test")]
+    for artifact in artifacts:
+        check_samples(artifact, config.dataset.shape, config.dataset.classes)
+    folder = dataset / "partitions"
+    if config.partition.kind in WRITER_PARTITIONS:
+        return read_writer_partition(config, folder / writer_partition(config))
+    settings = {
+        "kind": config.partition.kind,
+        "clients": config.clients,
+        "seed": config.partition.seed,
+        "alpha": config.partition.alpha,
+        "min_size": config.partition.min_size,
+        "classes_per_client": config.partition.classes_per_client,
+    }
+    key = derive_seed(*settings.values(), *[artifact.digest for artifact in artifacts])
+    path = folder / f"{config.partition.kind}-{key:016x}.safetensors"
+    partition = load_partition(path, train_labels=artifacts[0].labels, test_labels=artifacts[1].labels, **settings)
+    if not config.held_out:
+        return partition
+    seed = derive_seed(config.partition.seed, "validation")
+    return hold_out(partition, artifacts[0].labels, config.held_out, seed)
+
+
+def writer_partition(config: Config) -> str:
+    """Name the file of a partition by writer."""
+    return f"{config.partition.kind}.safetensors"
+
+
+def read_writer_partition(config: Config, path: Path) -> Partition:
+    """Read the partition by writer that was exported with the shards; raises DataError when it is of other clients."""
+    fix = (
+        f"make it with python -m tools.prepare_data dataset={config.dataset.name} dataset.source=DIR "
+        f"partition={config.partition.kind} clients={config.clients} distributed_data.enabled=false"
+    )
+    if not path.exists():
+        raise DataError(f"partition={config.partition.kind} has no {path}: {fix}")
+    partition = load_partition(path)
+    if not partition.val:
+        raise DataError(f"{path} has no validation samples, so an older flapp wrote it: {fix}")
+    if len(partition.train) != config.clients:
+        raise DataError(f"{path} is of {len(partition.train)} clients: set clients={len(partition.train)}")
+    return partition
