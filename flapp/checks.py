@@ -6,7 +6,7 @@ from math import isfinite
 import numpy as np
 from flwr.app import Array
 
-from flapp.messages import NUM_EXAMPLES, TRAIN, VAL, Claim, one_line, view
+from flapp.messages import NUM_EXAMPLES, TRAIN, VAL, Answer, Claim, one_line, view
 
 LARGEST = 1.8e19  # beyond it a square overflows float32, and no optimiser gets any further
 BLOCK = 1 << 17  # elements: a float64 block near the level-2 cache
@@ -15,12 +15,12 @@ NEVER_NEGATIVE = {"train-loss", "seconds", *LOSS_SUMS}
 LARGEST_LOSS = float(np.finfo(np.float32).max)  # of one sample
 
 
-def find_claim_fault(claim: Claim, client_id: str, shard_digest: str) -> str | None:
+def find_answer_fault(answer: Answer, client_id: str, shard_digest: str) -> str | None:
     """Return why a reply is not that of a client with these data, or None."""
-    if claim.client_id != client_id:
-        return f"answered as client {one_line(claim.client_id)}"
-    if claim.shard_digest != shard_digest:
-        return f"its data changed: shard digest {one_line(claim.shard_digest[:12])}, attested as {shard_digest[:12]}"
+    if answer.client_id != client_id:
+        return f"answered as client {one_line(answer.client_id)}"
+    if answer.shard_digest != shard_digest:
+        return f"its data changed: shard digest {one_line(answer.shard_digest[:12])}, attested as {shard_digest[:12]}"
     return None
 
 
@@ -59,7 +59,7 @@ def find_value_fault(values: np.ndarray, largest: float = LARGEST) -> str | None
 
 
 def find_metric_fault(kind: str, claim: Claim, metrics: Mapping[str, float], validates: bool) -> str | None:
-    """Return what is wrong with the numbers of a reply of `kind` from a client that holds what it claims, or None.
+    """Return what is wrong with the numbers of a reply of `kind` from a client that holds what it claimed, or None.
 
     validates: whether an evaluation must also have figures of validation samples.
     """

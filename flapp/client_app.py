@@ -1,10 +1,11 @@
 """The ClientApp: unpack the message, work on this client's own data, pack the reply."""
 
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import lru_cache, partial
-from logging import INFO, WARNING
+from functools import cache, lru_cache, partial
+from logging import DEBUG, INFO, WARNING
 
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -14,7 +15,14 @@ from flwr.common.logger import update_console_handler
 
 from flapp.architecture import adapt, build, choose_device, pruned_rank
 from flapp.base import find_base, load_base, receive_piece
-from flapp.client_data import ClientData, check_lives_here, clients_at, make_batches, open_client_data
+from flapp.client_data import (
+    ClientData,
+    check_lives_here,
+    clients_at,
+    files_looked_up_once,
+    make_batches,
+    open_client_data,
+)
 from flapp.client_store import private_key
 from flapp.config import derive_seed, load
 from flapp.messages import (
@@ -24,11 +32,14 @@ from flapp.messages import (
     Claim,
     MessageError,
     Order,
+    as_record,
+    pack,
     pack_claims,
     pack_reply,
     unpack_arrays,
     unpack_order,
     unpack_piece,
+    views,
 )
 from flapp.model import adapted_layers, tail_norm, truncate_state
 from flapp.mods import checkpoint_mod, describe, group_mod, name_errors_mod, privacy_mod
@@ -38,6 +49,8 @@ from flapp.training import StepRules, TrainResult, build_optimizer, evaluate, sc
 
 app = ClientApp(mods=[group_mod, name_errors_mod, checkpoint_mod, privacy_mod])
 update_console_handler(timestamps=True)  # in the process that runs the app
+# Tensors over the bytes of a message are only ever read: the model copies them.
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
 
 @app.query("attest")
@@ -48,13 +61,15 @@ def attest(message: Message, context: Context) -> Message:
     except ConfigError:
         unpack_order(message)  # other source code is the likelier fault
         raise
-    return pack_claims(message, [attest_client(message, config, site, name) for name in clients_at(config, site)])
+    with files_looked_up_once():
+        order: Callable[[], Order] = cache(partial(unpack_order, message))
+        return pack_claims(message, [attest_client(order, config, site, name) for name in clients_at(config, site)])
 
 
-def attest_client(message: Message, config: Config, site: Site, client_id: str) -> Claim:
+def attest_client(unpack: Callable[[], Order], config: Config, site: Site, client_id: str) -> Claim:
     """Return one client's claim; what keeps it from taking part becomes the claim's fault, under its own name."""
     try:
-        order = unpack_order(message)
+        order = unpack()
         if config.privacy.enabled:
             find_sigma(config.privacy)  # fails without its package, before the first round
         data = open_client_data(config, site, client_id)
@@ -62,7 +77,7 @@ def attest_client(message: Message, config: Config, site: Site, client_id: str) 
     except Exception as error:  # noqa: BLE001 - one client's fault must not keep its node's others out
         return Claim(client_id, fault=describe(error))
     counts = f"{data.claim.train} train, {data.claim.val} val, {data.claim.test} test"
-    log(INFO, "client %s: %s samples from %s", client_id, counts, data.path)
+    log(DEBUG if site.num_partitions else INFO, "client %s: %s samples from %s", client_id, counts, data.path)
     return replace(data.claim, base_digest=base)
 
 
@@ -91,8 +106,13 @@ def train_round(message: Message, context: Context) -> Message:
         result, state = prune(model, config, learn)
     metrics = {NUM_EXAMPLES: data.claim.train, "train-loss": result.loss, "seconds": time.monotonic() - started}
     if order.private:
-        context.state[private_key(order.client_id)] = ArrayRecord({key: state[key] for key in order.private})
-    return pack_reply(message, data.claim, metrics, ArrayRecord({key: state[key] for key in order.returns or state}))
+        context.state[private_key(order.client_id)] = pack_tensors(state, order.private)
+    return pack_reply(message, data.claim, metrics, pack_tensors(state, order.returns or state))
+
+
+def pack_tensors(state: Mapping[str, torch.Tensor], keys: Iterable[str]) -> ArrayRecord:
+    """Return some tensors of a model as they travel."""
+    return as_record({key: pack(state[key].cpu().numpy()) for key in keys})
 
 
 def prune(
@@ -151,7 +171,7 @@ def receive_model(config: Config, order: Order, message: Message, context: Conte
 
     Only what the order asks for gets gradients. Raises MessageError when message and base do not make up the model.
     """
-    tensors = unpack_arrays(message.content).to_torch_state_dict()
+    tensors = {key: torch.from_numpy(values) for key, values in views(unpack_arrays(message.content)).items()}
     if not order.base:
         model = cached_model(config.model, config.dataset, config.train.device, config.train.compile)
         model.load_state_dict(tensors)
@@ -180,7 +200,7 @@ def own_tensors(model: torch.nn.Module, order: Order, context: Context) -> dict[
             f"client {order.client_id} has lost what it kept to itself in round {order.accepted_round}: bring back "
             "its checkpoint store, or start a new run"
         )
-    return kept.to_torch_state_dict()
+    return {key: torch.from_numpy(values) for key, values in views(kept).items()}
 
 
 def fit(

@@ -7,6 +7,7 @@ until one of its files is written again: then it is opened and checked again.
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,6 +33,8 @@ from flapp.partitions import cached_partition, stamp_of_shared_files
 from flapp.settings import Config, ConfigError, DatasetConfig, Site
 from flapp.source import source_digest, versions
 from flapp.training import Batches
+
+_looked_up: dict[Config, Stamp] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,25 @@ def stamp_of_files(config: Config, site: Site, client_id: str) -> Stamp:
     """Return what differs once a file that a client's samples are read from is written again."""
     if config.distributed_data.enabled:
         return stamp(shard_folder(config, site, client_id), SHARD_FILES)
-    return stamp_of_shared_files(config)
+    if _looked_up is None:
+        return stamp_of_shared_files(config)
+    if config not in _looked_up:
+        _looked_up[config] = stamp_of_shared_files(config)
+    return _looked_up[config]
+
+
+@contextmanager
+def files_looked_up_once() -> Iterator[None]:
+    """Take it meanwhile that shared files stay as they are: to ask for each of many clients takes longer than to train.
+
+    For one message at a time, in one thread.
+    """
+    global _looked_up
+    _looked_up = {}
+    try:
+        yield
+    finally:
+        _looked_up = None
 
 
 def shard_folder(config: Config, site: Site, client_id: str) -> Path:

@@ -65,7 +65,8 @@ class ClientStore:
 
     def save(self, reply: Message, received: str) -> Saved:
         """Save a reply, and the private tensors in context.state, as this round's."""
-        claim, metrics = unpack_reply(reply.content)
+        _, metrics = unpack_reply(reply.content)
+        claim = open_client_data(self.config, self.site, self.order.client_id).claim
         private = self.context.state.array_records.get(private_key(self.order.client_id), ArrayRecord())
         tensors = views(unpack_arrays(reply.content)) | views(private)
         with self._open() as store:

@@ -48,8 +48,13 @@ def load(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> tuple
     else:
         home = os.environ.get("FLAPP_HOME", "")  # in the cache key, because conf/ reads it
         config = _compose_cached(str(run_config.get("overrides", "")), home)
-    site = read_site(node_config)
+    site = _site_of(tuple(node_config.items()))
     return (replace(config, home=site.home) if site.home else config), site
+
+
+@lru_cache(maxsize=64)
+def _site_of(node_config: tuple[tuple[str, Any], ...]) -> Site:
+    return read_site(dict(node_config))
 
 
 def read_site(node_config: Mapping[str, Any]) -> Site:

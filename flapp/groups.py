@@ -25,6 +25,7 @@ from flapp.messages import (
     METRICS,
     MOST_METRICS,
     TRAIN,
+    UNPACKED,
     MessageError,
     Order,
     as_record,
@@ -46,6 +47,7 @@ class Asked:
 
     client_id: str
     accepted_round: int
+    examples: int
     weight: float
     shard_digest: str
     rank: int
@@ -53,15 +55,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Group:
-    """The clients of one message; updates longer than norm_limit are left out; with is_summed the reply is one sum.
-
-    validates: whether evaluations must also have figures of validation samples.
-    """
+    """The clients of one message; updates longer than norm_limit are left out; with is_summed the reply is one sum."""
 
     asked: tuple[Asked, ...]
     norm_limit: float
     is_summed: bool
-    validates: bool
 
 
 @dataclass
@@ -106,16 +104,18 @@ def for_one(message: Message, order: Order, asked: Asked, arrays: ArrayRecord) -
     """Return the message that one client of a group would have had, as Flower delivers it."""
     own = replace(order, client_id=asked.client_id, accepted_round=asked.accepted_round)
     content = order_content(own, arrays)
-    return Message(content=content, metadata=message.metadata)  # type: ignore[call-overload]
+    single = Message(content=content, metadata=message.metadata)  # type: ignore[call-overload]
+    single.__dict__[UNPACKED] = own
+    return cast(Message, single)
 
 
 def pack_outcomes(message: Message, outcomes: Sequence[Outcome], total: Mapping[str, Array] | None) -> Message:
     """Answer a group's message."""
     names = sorted({name for outcome in outcomes for name in outcome.metrics or ()})
-    content = RecordDict({METRICS: MetricRecord()})
+    numbers = MetricRecord()
     for name in names:
-        values = [float((outcome.metrics or {}).get(name, math.nan)) for outcome in outcomes]
-        content.metric_records[METRICS][name] = values
+        numbers[name] = [float((outcome.metrics or {}).get(name, math.nan)) for outcome in outcomes]
+    content = RecordDict({METRICS: numbers})
     content[GROUP] = ConfigRecord(
         {
             "client-id": [outcome.client_id for outcome in outcomes],
@@ -138,8 +138,8 @@ def unpack_outcomes(
 
     Raises MessageError for clients that were not asked or are missing, and for records or numbers of another shape.
     """
-    record, metrics = content.config_records.get(GROUP), content.metric_records.get(METRICS)
-    if record is None or metrics is None:
+    record, metrics = content.get(GROUP), content.get(METRICS)
+    if not isinstance(record, ConfigRecord) or not isinstance(metrics, MetricRecord):
         raise MessageError("its node's reply lacks the group or its metrics")
     ids, failures, digests = (cast(Any, record.get(key)) for key in ("client-id", "failure", "shard-digest"))
     numbers: dict[str, Any] = dict(metrics)
@@ -160,9 +160,11 @@ def unpack_outcomes(
         expected |= ({SUM} if sound else set()) if is_summed else {f"{ARRAYS}-{o.client_id}" for o in sound}
     if odd := sorted(content.keys() ^ expected):
         raise MessageError(f"its node's reply has a record too many or too few: {one_line(odd[0])}")
+    if odd := sorted(key for key in expected - {METRICS, GROUP} if not isinstance(content[key], ArrayRecord)):
+        raise MessageError(f"its node's reply has no arrays in {one_line(odd[0])}")
     for outcome in sound:
-        outcome.arrays = content.array_records.get(f"{ARRAYS}-{outcome.client_id}")
-    return outcomes, content.array_records.get(SUM)
+        outcome.arrays = cast("ArrayRecord | None", content.get(f"{ARRAYS}-{outcome.client_id}"))
+    return outcomes, cast("ArrayRecord | None", content.get(SUM))
 
 
 def cut_rank(arrays: Mapping[str, Array], rank: int) -> ArrayRecord:

@@ -6,7 +6,8 @@
     train         order, arrays (the global model)       arrays (the trained model), metrics, claim
     evaluate      order, arrays                          metrics, claim
 
-`order` says who is meant, in which round of which run, and whose source code asks; `claim` says who answers.
+`order` says who is meant, in which round of which run, and whose source code asks; `claim` says who answers, and with
+which data.
 Both are ConfigRecords, `metrics` a MetricRecord, `arrays` an ArrayRecord of the state dict.
 """
 
@@ -15,7 +16,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from flapp.untrusted import printable, read_npy_header
 
 ATTEST, BASE, TRAIN, EVALUATE = "query.attest", "query.base", "train", "evaluate"
 ARRAYS, ORDER, METRICS, CLAIM, CLAIMS, PIECE = "arrays", "order", "metrics", "claim", "claims", "piece"
+UNPACKED = "order"  # attribute of a message for one client of a group, whose order has been read already
 NUM_EXAMPLES, REPLAYED = "num-examples", "replayed"
 VAL = "val-"  # starts the names of metrics that are of validation samples
 LONGEST_TEXT, MOST_METRICS, MOST_CLASSES, MOST_PIECES = 500, 64, 1 << 16, 1 << 16  # that a message may hold
@@ -85,9 +87,19 @@ class Claim:
     fault: str = ""
 
 
-CLAIM_FIELDS: dict[str, type] = {
-    name: list if "tuple" in str(kind) else kind for name, kind in Claim.__annotations__.items()
-}
+@dataclass(frozen=True)
+class Answer:
+    """Who answers a train or evaluate message, and the digest of the data that it worked on."""
+
+    client_id: str
+    shard_digest: str
+
+
+def _types(cls: type) -> dict[str, type]:
+    return {name: list if "tuple" in str(kind) else kind for name, kind in cls.__annotations__.items()}
+
+
+ORDER_FIELDS, CLAIM_FIELDS, ANSWER_FIELDS = map(_types, (Order, Claim, Answer))
 
 
 def pack_order(node_id: int, kind: str, order: Order, arrays: ArrayRecord | None = None) -> Message:
@@ -106,7 +118,10 @@ def order_content(order: Order, arrays: ArrayRecord | None = None) -> RecordDict
 
 def unpack_order(message: Message) -> Order:
     """Read the order in a message, refusing one from a server that runs other source code."""
-    order = Order(**_fields(message.content.config_records, ORDER, Order))
+    known: Order | None = message.__dict__.get(UNPACKED)
+    if known is not None:
+        return known
+    order = Order(**_fields(message.content, ORDER, ORDER_FIELDS))
     if order.source_digest != source_digest():
         raise MessageError(
             f"flapp here has source {source_digest()[:12]}, the server's has {order.source_digest[:12]}: "
@@ -117,9 +132,10 @@ def unpack_order(message: Message) -> Order:
 
 def unpack_arrays(content: RecordDict) -> ArrayRecord:
     """Return the model in a message; raises MessageError when there is none."""
-    if ARRAYS not in content.array_records:
+    record = content.get(ARRAYS)  # content.array_records would be made anew each time
+    if not isinstance(record, ArrayRecord):
         raise MessageError("the message carries no arrays")
-    return content.array_records[ARRAYS]
+    return record
 
 
 def pack_piece(node_id: int, order: Order, index: int, count: int, arrays: ArrayRecord) -> Message:
@@ -189,13 +205,14 @@ def pack_reply(
     message: Message, claim: Claim, metrics: Mapping[str, int | float], arrays: ArrayRecord | None = None
 ) -> Message:
     """Answer a train or evaluate message with numbers and, after training, the model."""
-    content = RecordDict({CLAIM: _claim_record(claim), METRICS: MetricRecord(dict(metrics))})
+    answer = ConfigRecord({"client-id": claim.client_id, "shard-digest": claim.shard_digest})
+    content = RecordDict({CLAIM: answer, METRICS: MetricRecord(dict(metrics))})
     if arrays is not None:
         content[ARRAYS] = arrays
     return Message(content, reply_to=message)
 
 
-def unpack_reply(content: RecordDict, kind: str = TRAIN) -> tuple[Claim, dict[str, float]]:
+def unpack_reply(content: RecordDict, kind: str = TRAIN) -> tuple[Answer, dict[str, float]]:
     """Read who answers and the numbers of a reply of `kind`.
 
     Raises MessageError for records that such a reply does not have, for too many metrics, and for lists among them.
@@ -203,14 +220,18 @@ def unpack_reply(content: RecordDict, kind: str = TRAIN) -> tuple[Claim, dict[st
     expected = {CLAIM, METRICS, ARRAYS} if kind == TRAIN else {CLAIM, METRICS}
     if odd := content.keys() - expected:
         raise MessageError(f"sent {len(odd)} records that nobody asked for, such as {one_line(min(odd))}")
-    if METRICS not in content.metric_records:
+    record = content.get(METRICS)
+    if not isinstance(record, MetricRecord):
         raise MessageError("the reply carries no metrics")
-    metrics = dict(content.metric_records[METRICS])
+    metrics = dict(record)
     if len(metrics) > MOST_METRICS:
         raise MessageError(f"sent {len(metrics)} metrics, at most {MOST_METRICS} are read")
     if lists := [name for name, value in metrics.items() if isinstance(value, list)]:
         raise MessageError(f"the reply's metric {one_line(lists[0])} is a list, not a number")
-    return _read_claim(content.config_records, CLAIM), metrics  # type: ignore[return-value]
+    answer = Answer(**_fields(content, CLAIM, ANSWER_FIELDS))
+    if max(len(answer.client_id), len(answer.shard_digest)) > LONGEST_TEXT:
+        raise MessageError(f"the reply's claim has a text of over {LONGEST_TEXT} characters")
+    return answer, metrics  # type: ignore[return-value]
 
 
 def describe_error(error: Error) -> str:
@@ -287,28 +308,12 @@ def _config_record(values: Mapping[str, Any]) -> ConfigRecord:
     return ConfigRecord({k.replace("_", "-"): list(v) if isinstance(v, tuple) else v for k, v in values.items()})
 
 
-def _claim_record(claim: Claim) -> ConfigRecord:
-    return _config_record(vars(claim))
-
-
-def _read_claim(records: Mapping[str, ConfigRecord], key: str) -> Claim:
-    values = _fields(records, key, Claim)
-    histogram = values["label_hist"]
-    if len(histogram) > MOST_CLASSES or any(type(count) is not int or count < 0 for count in histogram):
-        raise MessageError(f"the message's {one_line(key)} has a label histogram that is not of counts")
-    claim = Claim(**values | {"fault": one_line(values["fault"])})
-    if long := [name for name, value in asdict(claim).items() if isinstance(value, str) and len(value) > LONGEST_TEXT]:
-        raise MessageError(f"the message's {one_line(key)} has a {long[0]} of over {LONGEST_TEXT} characters")
-    return claim
-
-
-def _fields(records: Mapping[str, ConfigRecord], key: str, cls: type) -> dict[str, Any]:
-    """Return a record's values by the field names of `cls`, all of them and with the right types."""
-    if key not in records:
+def _fields(content: RecordDict, key: str, expected: Mapping[str, type]) -> dict[str, Any]:
+    """Return a record's values by these names, all of them and with the right types."""
+    record = content.get(key)
+    if not isinstance(record, ConfigRecord):
         raise MessageError(f"the message carries no {one_line(key)}")
-    record = records[key]
     values = {name.replace("-", "_"): value for name, value in record.items()}
-    expected = {name: list if "tuple" in str(kind) else kind for name, kind in cls.__annotations__.items()}
     wrong = {n for n in expected.keys() | values.keys() if n not in expected or type(values.get(n)) is not expected[n]}
     if wrong:
         named = one_line(", ".join(sorted(wrong)[:12]))

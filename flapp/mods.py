@@ -11,8 +11,8 @@ from flwr.common import log
 from flwr.common.constant import ErrorCode
 
 from flapp.checkpoint import CheckpointError
-from flapp.checks import find_claim_fault, find_fault, find_metric_fault, find_norm_fault, floating_pairs, update_norm
-from flapp.client_data import check_lives_here
+from flapp.checks import find_answer_fault, find_fault, find_metric_fault, find_norm_fault, floating_pairs, update_norm
+from flapp.client_data import check_lives_here, files_looked_up_once
 from flapp.client_store import ClientStore, digest_received, private_key
 from flapp.config import load
 from flapp.groups import GROUP, UPDATE_NORM, Asked, Group, Outcome, cut_rank, for_one, pack_outcomes, unpack_group
@@ -22,6 +22,7 @@ from flapp.messages import (
     METRICS,
     REPLAYED,
     TRAIN,
+    Claim,
     MessageError,
     Order,
     describe_error,
@@ -46,7 +47,8 @@ def group_mod(message: Message, context: Context, call_next: ClientAppCallable) 
     """
     if not message.has_content() or GROUP not in message.content.config_records:
         return call_next(message, context)
-    return name_errors_mod(message, context, lambda message, context: serve_group(message, context, call_next))
+    with files_looked_up_once():
+        return name_errors_mod(message, context, lambda message, context: serve_group(message, context, call_next))
 
 
 def serve_group(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -75,14 +77,15 @@ def examine(reply: Message, kind: str, order: Order, group: Group, asked: Asked,
     """
     if reply.has_error():
         raise MessageError(f"failed: {describe_error(reply.error)}")
-    claim, metrics = unpack_reply(reply.content, kind)
-    fault = find_claim_fault(claim, asked.client_id, asked.shard_digest)
-    if fault := fault or find_metric_fault(kind, claim, metrics, group.validates):
+    answer, metrics = unpack_reply(reply.content, kind)
+    if fault := find_answer_fault(answer, asked.client_id, asked.shard_digest):
         raise MessageError(fault)
-    outcome = Outcome(asked.client_id, "", claim.shard_digest, metrics)
+    outcome = Outcome(asked.client_id, "", answer.shard_digest, metrics)
     if kind == TRAIN:
         outcome.arrays = unpack_arrays(reply.content)
     if outcome.arrays is not None and group.is_summed:
+        if fault := find_metric_fault(kind, Claim(asked.client_id, train=asked.examples), metrics, validates=False):
+            raise MessageError(fault)
         expected = {key: received[key] for key in order.returns or received}
         if fault := find_fault(outcome.arrays, expected):
             raise MessageError(fault)

@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 UNFINISHED, UNFINISHED_SECONDS = ".new-", 600  # a folder that will be a run's in a moment, or whose maker was killed
+SHOWN_SECONDS = 0.2  # between two of what progress.json says
 SUMMARY = "summary of the run: "  # before metrics.json in the ServerApp's log, for those who have no access to the file
 
 
@@ -77,6 +78,7 @@ class RunDirectory:
         self.config = config
         self.started = time.monotonic()
         self.clock = Stopwatch()
+        self._shown = 0.0
         self.summary = Summary(config)
         self.table = MetricsCsv(path / "metrics.csv")
         self.events: Events | None = None
@@ -177,8 +179,11 @@ class RunDirectory:
             self.events.add(line)
 
     def show_progress(self, server_round: int, phase: str, done: int, asked: int) -> None:
-        """Say where the run is, for whoever watches."""
-        rounds = self.config.num_rounds
+        """Say where the run is, for whoever watches; replies of one phase are told every now and then."""
+        now = time.monotonic()
+        if done not in (0, asked) and now < self._shown + SHOWN_SECONDS:
+            return
+        self._shown, rounds = now, self.config.num_rounds
         _write_json(
             self.path / "progress.json",
             {"round": server_round, "rounds": rounds, "phase": phase, "replies": done, "asked": asked},

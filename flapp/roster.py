@@ -19,13 +19,14 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from flapp.base import Base, cut_base
-from flapp.checks import find_claim_fault
+from flapp.checks import find_answer_fault
 from flapp.client_keys import ClientKeys
 from flapp.config import derive_seed
 from flapp.ledger import ClientLedger
 from flapp.listing import by_reason, list_names, name_clients
 from flapp.messages import (
     ATTEST,
+    Answer,
     Claim,
     MessageError,
     Order,
@@ -189,13 +190,12 @@ class Roster:
             return self._node_ids[index % len(self._node_ids)]
         return self.members[client_id].node_id
 
-    def check(self, client_id: str, claim: Claim) -> str | None:
-        """Return what is wrong with a reply's claim against the one the client was let in with, or None."""
+    def check(self, client_id: str, answer: Answer) -> str | None:
+        """Return what is wrong with who answers and its data, against what the client was let in with, or None."""
         member = self.members.get(client_id)
         if member is None:
             return "is no longer in the federation"
-        fault = find_claim_fault(claim, client_id, member.claim.shard_digest)
-        return fault or (self.check_claim(claim) if self.strict else None)
+        return find_answer_fault(answer, client_id, member.claim.shard_digest)
 
     def _attest(self, node_ids: list[int]) -> list[Member]:
         messages = [pack_order(node_id, ATTEST, self.order(0)) for node_id in node_ids]

@@ -1,6 +1,6 @@
 """Every setting of flapp by name, type and range; the values live in conf/, the ways to them in config.py."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -233,6 +233,11 @@ class Config:
     privacy: PrivacyConfig
     distributed_data: DistributedDataConfig
     deployment: DeploymentConfig
+
+    def __hash__(self) -> int:  # caches look a config up for every message, and it has a hundred settings
+        if "_hash" not in self.__dict__:
+            self.__dict__["_hash"] = hash(tuple(getattr(self, field.name) for field in fields(self)))
+        return int(self.__dict__["_hash"])
 
     @property
     def chooses(self) -> bool:

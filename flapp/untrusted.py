@@ -12,6 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any
@@ -101,6 +102,12 @@ def read_npy_header(start: bytes, kinds: str = "biuf") -> tuple[tuple[int, ...],
     The dtype must be plain: of one of `kinds`, at most 8 bytes a number, little-endian. The shape must be of integers
     of at least 0. Raises ValueError for anything else, without allocating what the header claims.
     """
+    length = 10 + int.from_bytes(start[8:10], "little")  # of version 1, which numpy writes unless that is too short
+    return _parse_npy_header(bytes(start[: length if bytes(start[6:7]) == b"\x01" else NPY_HEADER]), kinds)
+
+
+@lru_cache(maxsize=1024)  # the arrays of a model have few different headers, and come again in every message
+def _parse_npy_header(start: bytes, kinds: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     file = io.BytesIO(start[:NPY_HEADER])
     try:
         major, _ = np.lib.format.read_magic(file)

@@ -30,6 +30,7 @@ from flapp.messages import (
     REPLAYED,
     TRAIN,
     VAL,
+    Answer,
     MessageError,
     describe_error,
     pack_order,
@@ -276,7 +277,7 @@ class FedAvg(FlowerFedAvg):
         for name in names:
             phase.bytes_down[name] = sum(byte_sizes(self.outgoing(name))) if self.rank_sent(name) else down
         if len(names) > 1 and self.roster.any_node:
-            group = Group(tuple(map(self._asked, names)), limit, self.is_summed(phase), self.validates)
+            group = Group(tuple(map(self._asked, names)), limit, self.is_summed(phase))
             found = [(names, pack_group(self.roster.node_of(names[0], index), phase.kind, self.order, group, arrays))]
         else:
             found = [((name,), self._single_message(index, name)) for name in names]
@@ -288,8 +289,9 @@ class FedAvg(FlowerFedAvg):
         return pack_order(self.roster.node_of(name, index), self.phase.kind, order, self.outgoing(name))
 
     def _asked(self, name: str) -> Asked:
-        weight, digest = self.phase.weights.get(name, 0.0), self.roster.members[name].claim.shard_digest
-        return Asked(name, self.accepted.get(name, 0), weight, digest, self.rank_sent(name))
+        weight, claim = self.phase.weights.get(name, 0.0), self.roster.members[name].claim
+        accepted = self.accepted.get(name, 0)
+        return Asked(name, accepted, claim.train, weight, claim.shard_digest, self.rank_sent(name))
 
     def take(self, replies: Iterable[Message]) -> None:
         """Sort replies of this phase into good and failed, by client, and add up what can be added."""
@@ -318,8 +320,8 @@ class FedAvg(FlowerFedAvg):
         phase = self.phase
         if reply.has_error():
             raise MessageError(f"failed: {describe_error(reply.error)}")
-        claim, metrics = unpack_reply(reply.content, phase.kind)
-        if fault := self.roster.check(name, claim):
+        answer, metrics = unpack_reply(reply.content, phase.kind)
+        if fault := self.roster.check(name, answer):
             raise MessageError(fault)
         self._accept(name, metrics, unpack_arrays(reply.content) if phase.kind == TRAIN else None)
 
@@ -350,8 +352,8 @@ class FedAvg(FlowerFedAvg):
             try:
                 if outcome.failure:
                     raise MessageError(outcome.failure)
-                claim = replace(self.roster.members[outcome.client_id].claim, shard_digest=outcome.shard_digest)
-                if fault := self.roster.check(outcome.client_id, claim):
+                answer = Answer(outcome.client_id, outcome.shard_digest)
+                if fault := self.roster.check(outcome.client_id, answer):
                     raise MessageError(fault)
                 self._accept(outcome.client_id, outcome.metrics or {}, outcome.arrays)
             except MessageError as error:
