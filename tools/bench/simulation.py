@@ -165,14 +165,16 @@ def cnn(home: Path, clients: int, drawn: int, counted: int) -> Workload:
 
 def linear(home: Path, clients: int, drawn: int, counted: int, samples: int = 10) -> Workload:
     """Return W2, on a linear function with noise."""
-    draw, name = np.random.default_rng(0), f"line-{clients}"
+    draw, name = np.random.default_rng(0), f"line-{clients}x{samples}"
     for split, each in (("train", samples), ("test", 1)):
         x = draw.normal(size=(clients * each, 10)).astype(np.float32)
         y = x @ np.linspace(-1, 1, 10, dtype=np.float32) + draw.normal(scale=0.1, size=len(x)).astype(np.float32)
         write_artifact(home / "data" / name / split, x, y.astype(np.float32), classes=[])
     words = ["experiment=toy_regression", "dataset=custom", f"dataset.name={name}", "dataset.shape=[10]"]
     words += ["dataset.classes=0", "dataset.normalization=none", "checkpoint=off", f"clients={clients}"]
-    return Workload(f"w2-{clients}", home, (*words, f"strategy.fraction_train={drawn / clients}"), counted)
+    return Workload(
+        f"w2-{clients}x{samples}-{drawn}", home, (*words, f"strategy.fraction_train={drawn / clients}"), counted
+    )
 
 
 def digits(home: Path, counted: int) -> Workload:
