@@ -1,7 +1,7 @@
 """CPU time a round of a simulation, against a bare PyTorch loop over the same work and against stock Flower.
 
     python -m tools.benchmark simulation             1,000 clients; also 10,000 and 100,000; about 15 minutes
-    python -m tools.benchmark simulation --short     100 clients, fewer rounds and turns; under 3 minutes
+    python -m tools.benchmark simulation --short     100 and 2,000 clients, fewer rounds; under 3 minutes
 
 Three workloads: W1, a CNN of 8.5 million parameters, 50 images a client, batches of 10, one epoch; W2, a linear model
 of 11 parameters, 10 samples a client, 2 steps; W3, digits_fedavg with its client stores, against a loop without stores.
@@ -19,6 +19,7 @@ from functools import cache, partial
 from pathlib import Path
 from random import Random
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ class Scale:
 
 
 LONG = Scale(clients=1000, drawn=10, rounds=(3, 100, 5), ray_rounds=(3, 20), turns=3, many=10_000, most=100_000)
-SHORT = Scale(clients=100, drawn=4, rounds=(2, 40, 1), ray_rounds=(0, 20), turns=1, many=10_000, most=0)
+SHORT = Scale(clients=100, drawn=4, rounds=(2, 40, 1), ray_rounds=(0, 10), turns=1, many=2_000, most=0)
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,9 @@ def as_work(config: Config, path: Path) -> Work:
     names = {part: path.with_suffix(f".{part}") for part in ("rows.npy", "offsets.npy", "safetensors")}
     np.save(names["rows.npy"], np.concatenate(parts))
     np.save(names["offsets.npy"], np.cumsum([0, *map(len, parts)]))
-    keys = {"image_size": config.model.image_size, "dropout": config.model.dropout, "channels": config.model.channels}
-    model = {"name": config.model.name, "shape": config.dataset.shape, "classes": config.dataset.classes, **keys}
+    dataset, settings = config.dataset, config.model
+    model: dict[str, Any] = {"name": settings.name, "shape": dataset.shape, "classes": dataset.classes}
+    model |= {"image_size": settings.image_size, "dropout": settings.dropout, "channels": settings.channels}
     torch.manual_seed(derive_seed(seed, "model"))
     save_file(build_model(**model).state_dict(), names["safetensors"])
     clients = sorted(map(str, range(config.clients)))
@@ -225,7 +227,7 @@ def cnn_rows(home: Path, scale: Scale) -> list[Row]:
         found = in_turns(scale.turns, bare=work.run_bare, one_worker=one, two_workers=two)
         bare, first, second = found.values()
         note = told(**found)
-        return [(first.cpu / bare.cpu, note), (second.cpu / bare.cpu, ""), (second.wall / first.wall, "wall time")]
+        return [(first.cpu / bare.cpu, note), (second.cpu / bare.cpu, ""), (second.wall / first.wall, "")]
 
     rows = [
         at_most(f"{what}, 1 worker", BARE, 1.10),
@@ -268,7 +270,7 @@ def digits_rows(home: Path, scale: Scale) -> list[Row]:
     """Compare W3, which keeps client stores, with the bare loop, which keeps nothing."""
     work = digits(home, scale.rounds[2])
     row = at_most("W3, inline, 10 clients with stores, 1 worker", f"{BARE} without stores", 1.10)
-    ways = {"bare": work.run_bare, "one_worker": partial(work.run_flapp, *inline(1))}
+    ways: dict[str, Callable[[], Usage]] = {"bare": work.run_bare, "one_worker": partial(work.run_flapp, *inline(1))}
     return fill([row], partial(compare, scale.turns, "cpu", **ways))
 
 
@@ -292,7 +294,7 @@ def scale_rows(home: Path, scale: Scale) -> list[Row]:
     one = inline(1)
     few, many = (linear(home, clients, 20, scale.rounds[1]) for clients in (100, scale.many))
     row = at_most(f"20 of {scale.many:,} clients, inline", "20 of 100 clients", 1.2)
-    ways = {"few": partial(few.run_flapp, *one), "many": partial(many.run_flapp, *one)}
+    ways: dict[str, Callable[[], Usage]] = {"few": partial(few.run_flapp, *one), "many": partial(many.run_flapp, *one)}
     found = fill([row], partial(compare, scale.turns, "cpu", **ways))
     if scale.most:
         less, most = (linear(home, clients, 20, 2, samples=2) for clients in (scale.clients, scale.most))
