@@ -105,7 +105,20 @@ def test_a_json_that_cannot_be_written_is_refused_before_anything_is_measured(
 
 def test_every_topic_exists_and_is_a_module_of_its_own() -> None:
     folder = Path(benchmark.__file__).parent / "bench"
-    assert {path.stem for path in folder.glob("*.py")} - {"__init__", "machine"} == set(benchmark.TOPICS)
+    helpers = {"__init__", "machine", "usage", "bare", "stock"}
+    assert {path.stem for path in folder.glob("*.py")} - helpers == set(benchmark.TOPICS)
+
+
+def test_a_short_form_is_asked_for_by_its_topic_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = SimpleNamespace(rows=lambda short=False: [GOOD if short else BAD])
+    monkeypatch.setitem(sys.modules, "tools.bench.simulation", rows)
+    monkeypatch.setattr(benchmark, "in_own_process", benchmark.rows_of)
+    assert (benchmark.main(["simulation", "--short"]), benchmark.main(["simulation"])) == (0, 1)
+    with pytest.raises(SystemExit):
+        benchmark.main(["simulation", "lora", "--short"])
+    assert "lora has no short form: leave out --short" in capsys.readouterr().err
 
 
 def test_bytes_are_those_of_the_tensors_that_travel() -> None:

@@ -2,6 +2,7 @@
 
     python -m tools.benchmark round aggregate        some topics
     python -m tools.benchmark all --json OUT         every topic, also as JSON, which tools.report --benchmark shows
+    python -m tools.benchmark simulation --short     less of a topic that takes long, in under 3 minutes
 
 Ratios are medians of interleaved turns in one process, a new one for each topic; absolute times are no part of them.
 A row is `met` at its target, `within limit` short of it by no more than a machine's noise, `MISSED` beyond, and
@@ -23,7 +24,8 @@ from tools.bench.machine import describe_machine
 from tools.called import new_parser
 
 # each a module of tools.bench with rows() -> list[Row]
-TOPICS = ("data", "checkpoint", "lora", "aggregate", "bytes", "start", "round", "deployment")
+TOPICS = ("data", "checkpoint", "lora", "aggregate", "bytes", "start", "round", "deployment", "simulation")
+WITH_SHORT_FORM = ("simulation",)  # their rows() take short
 
 
 def table(rows: list[Row]) -> str:
@@ -37,12 +39,13 @@ def as_json(row: Row) -> dict[str, object]:
     return asdict(row) | {"limit": row.least, "verdict": row.verdict}
 
 
-def rows_of(topic: str) -> list[Row]:
+def rows_of(topic: str, short: bool = False) -> list[Row]:
     """Measure a topic; what it raises becomes its only row, so that the other topics keep theirs."""
     print(f"{topic} ...", file=sys.stderr, flush=True)
     started = time.monotonic()
     try:
-        rows: list[Row] = importlib.import_module(f"tools.bench.{topic}").rows()
+        options = {"short": True} if short else {}
+        rows: list[Row] = importlib.import_module(f"tools.bench.{topic}").rows(**options)
     except Exception as error:  # noqa: BLE001 - any of them is told in the table
         said = " ".join(f"{type(error).__name__}: {error}".split())
         rows = [Row(f"all of `{topic}`", "-", None, 0, note=said)]
@@ -50,10 +53,10 @@ def rows_of(topic: str) -> list[Row]:
     return rows
 
 
-def in_own_process(topic: str) -> list[Row]:
+def in_own_process(topic: str, short: bool = False) -> list[Row]:
     """Measure a topic in a new process: what one leaves behind in the allocator makes the next one's rivals faster."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        return process.submit(rows_of, topic).result()
+        return process.submit(rows_of, topic, short).result()
 
 
 def main(words: list[str] | None = None) -> int:
@@ -61,12 +64,15 @@ def main(words: list[str] | None = None) -> int:
     parser = new_parser(__doc__)
     parser.add_argument("topics", nargs="+", choices=[*TOPICS, "all"])
     parser.add_argument("--json", type=Path, metavar="OUT", help="write machine and rows to this file too")
+    parser.add_argument("--short", action="store_true", help=f"the short form of {', '.join(WITH_SHORT_FORM)}")
     arguments = parser.parse_args(words)
+    if arguments.short and (odd := sorted(set(arguments.topics) - set(WITH_SHORT_FORM))):
+        parser.error(f"{odd[0]} has no short form: leave out --short")
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         parser.error(f"there is no folder for {arguments.json}: make it first")
     machine, started = describe_machine(), time.monotonic()
     topics = TOPICS if "all" in arguments.topics else arguments.topics
-    rows = [row for topic in topics for row in in_own_process(topic)]
+    rows = [row for topic in topics for row in in_own_process(topic, arguments.short)]
     seconds = round(time.monotonic() - started, 1)
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     print(f"{seconds:.0f} s in all\n")

@@ -1,0 +1,157 @@
+"""CPU time, wall time and memory of a command and of all processes that it starts, round by round."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tools.processes import KILL_SECONDS, last_line
+
+ROOT = Path(__file__).resolve().parents[2]  # commands start here, so that they import this checkout
+LOOK_SECONDS, SAMPLE_SECONDS, PSS_SECONDS = 0.02, 0.5, 2.0
+
+
+class CommandError(RuntimeError):
+    """A measured command that failed, took too long, or had too few rounds, said in one line."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a run needs: `start` seconds from the command to the end of its first round; cpu and wall seconds a round.
+
+    pss is the peak proportional set size of all processes together, in bytes.
+    """
+
+    start: float
+    cpu: float
+    wall: float
+    pss: int
+
+
+class ProcessTree:
+    """Follow a process and its descendants; one that was seen once counts even when it ends or loses its parent."""
+
+    def __init__(self, pid: int) -> None:
+        self.seconds: dict[psutil.Process, float] = {psutil.Process(pid): 0.0}
+
+    def cpu(self) -> float:
+        """Return the CPU seconds of all processes so far; of those that have ended, as last seen."""
+        self._find()
+        for process in self.seconds:
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                self.seconds[process] = times.user + times.system
+        return sum(self.seconds.values())
+
+    def pss(self) -> int:
+        """Return the proportional set size of all running processes, in bytes: shared pages count once."""
+        total = 0
+        for process in self.seconds:
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_full_info().pss
+        return total
+
+    def kill(self) -> None:
+        """Kill what still runs."""
+        self._find()
+        for process in self.seconds:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+    def _find(self) -> None:
+        parents: dict[psutil.Process, int] = {}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                parents[process] = process.ppid()
+        known = {process.pid for process in self.seconds if process in parents}
+        while found := {p for p, parent in parents.items() if parent in known and p not in self.seconds}:
+            self.seconds |= dict.fromkeys(found, 0.0)
+            known |= {process.pid for process in found}
+
+
+class LineCounter:
+    """Count the lines of a growing file that contain `mark`."""
+
+    def __init__(self, path: Path, mark: bytes) -> None:
+        self.path, self.mark = path, mark
+        self.offset, self.count = 0, 0
+
+    def read(self) -> int:
+        """Return the number of whole lines with the mark so far; 0 while the file does not exist."""
+        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
+            file.seek(self.offset)
+            whole = file.read().rpartition(b"\n")
+            self.offset += len(whole[0]) + len(whole[1])
+            self.count += sum(self.mark in line for line in whole[0].splitlines())
+        return self.count
+
+
+def watch(command: Sequence[str], path: Path, mark: bytes, rounds: int, limit: float) -> Usage:
+    """Run a command that writes a line with `mark` to `path` at the end of each of its `rounds`, and measure it.
+
+    The first round warms up and the last may end with an evaluation, so cpu and wall are the mean of those in between.
+    The command runs to its end, for at most `limit` seconds. Raises CommandError.
+    """
+    with tempfile.TemporaryFile() as log:
+        started = time.monotonic()
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+        tree = ProcessTree(process.pid)
+        try:
+            moments, pss = follow(process, tree, LineCounter(path, mark), (1, rounds - 1), started + limit)
+        finally:
+            end(process, tree)
+        if process.returncode or len(moments) < 2:
+            log.seek(0)
+            said = last_line(log.read().decode(errors="replace"))
+            raise CommandError(f"it ended with status {process.returncode} before {rounds} rounds: {said}")
+    (first, before), (last, after) = moments
+    if first == last:
+        raise CommandError(f"{rounds} rounds ended within {LOOK_SECONDS} s: ask for more rounds")
+    counted = rounds - 2
+    return Usage(first - started, (after - before) / counted, (last - first) / counted, pss)
+
+
+def follow(
+    process: "subprocess.Popen[bytes]", tree: ProcessTree, lines: LineCounter, counts: Sequence[int], deadline: float
+) -> tuple[list[tuple[float, float]], int]:
+    """Follow a process to its end; return the time and its CPU seconds at each of `counts` lines, and its peak PSS."""
+    moments: list[tuple[float, float]] = []
+    sampled, measured, pss = 0.0, 0.0, 0
+    while process.poll() is None:
+        now = time.monotonic()
+        if now > deadline:
+            raise CommandError(f"it had {lines.count} rounds when its time was over: raise LIMIT_SECONDS")
+        reached = lines.read()
+        while len(moments) < len(counts) and reached >= counts[len(moments)]:
+            moments.append((now, tree.cpu()))
+        if now > sampled + SAMPLE_SECONDS:  # so that processes that end meanwhile are known
+            tree.cpu()
+            sampled = now
+        if now > measured + PSS_SECONDS:
+            pss, measured = max(pss, tree.pss()), now
+        time.sleep(LOOK_SECONDS)
+    return moments, pss
+
+
+def end(process: "subprocess.Popen[bytes]", tree: ProcessTree) -> None:
+    """See that a command and all that it started has ended: by an interrupt first, so that it cleans up."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(KILL_SECONDS)
+    tree.kill()
+    process.wait()
+
+
+def environment() -> dict[str, str]:
+    """Return an environment with no other checkout to import from."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
