@@ -317,7 +317,7 @@ def _send_back(pipe: connection.Connection, reply: Message) -> None:
 def _own_copy(message: Message) -> Message:
     """Return a message with records of its own; the bytes of arrays, which cannot be changed, are shared."""
     content = RecordDict({name: record.copy() for name, record in message.content.items()})
-    return Message(content, metadata=message.metadata)
+    return Message(content, metadata=message.metadata)  # type: ignore[call-overload,no-any-return]
 
 
 def _end_with_parent() -> None:

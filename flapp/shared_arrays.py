@@ -102,7 +102,7 @@ def send(
     names = {name for listed, _ in shared for name in listed}
     if names:
         rest = {name: record for name, record in message.content.items() if name not in names}
-        message = Message(RecordDict(rest), metadata=message.metadata)
+        message = Message(RecordDict(rest), metadata=message.metadata)  # type: ignore[call-overload]
     new = [block for _, block in shared if block.token not in known]
     used = [(listed, block.token) for listed, block in shared]
     connection.send((message, extra, used, [(block.token, block.size, block.places) for block in new]))

@@ -62,7 +62,7 @@ def run_inline(config: Config, before: Stamp) -> dict[str, Any]:
     workers = count_workers(config)
     nodes = [{"partition-id": i, "num-partitions": max(1, workers)} for i in range(max(1, workers))]
     run_id = secrets.randbits(62) + 1
-    run_config = {"config-json": to_json(config)}
+    run_config: dict[str, Any] = {"config-json": to_json(config)}
     warn_of_size(config)
     with logged(path / "log.txt") as open_log, Watcher(config, path, before):
         grid = InlineGrid(run_config, nodes, workers, run_id, path / "log.txt", find_devices(config, workers), open_log)

@@ -1,4 +1,4 @@
-"""Run the app once, or over a sweep, on a SuperLink, and tell the truth about how it ended; HELP says how to use it."""
+"""Run the app once, or over a sweep, and tell the truth about how it ended; HELP says how to use it."""
 
 import os
 import signal
@@ -46,8 +46,9 @@ Settings are written key=value, in Hydra's grammar. These choose a whole group o
   --format json        print events as JSON lines on stdout instead of bars and text
   --hydra-help         Hydra's own options
 
-Results are in home/runs/<run_name>; home is ~/.flapp, or FLAPP_HOME, or home=DIR. deployment=local runs over the
-SuperNodes of `flapp federation up`. resume_from=7 goes back to round 7, if it is still kept.
+Results are in home/runs/<run_name>; home is ~/.flapp, or FLAPP_HOME, or home=DIR. Clients run in processes of this
+command; deployment.workers=0 runs them in this very process, for breakpoint(). deployment=simulation runs them in Ray,
+deployment=local over the SuperNodes of `flapp federation up`. resume_from=7 goes back to round 7, if it is still kept.
 Exit status: 0 if every run finished, 1 if one failed or was refused (one line says why), 130 if interrupted.
 """
 
