@@ -241,7 +241,7 @@ class InlineGrid(Grid):
         process = context.Process(
             target=serve, args=(there, self.client_app, self.log_file, device), name=f"worker-{number}"
         )
-        with _without_main():
+        with _plain_start(context.get_start_method()):
             process.start()
         there.close()
         worker = Worker(number, process, here)
@@ -317,7 +317,7 @@ def _send_back(pipe: connection.Connection, reply: Message) -> None:
 def _own_copy(message: Message) -> Message:
     """Return a message with records of its own; the bytes of arrays, which cannot be changed, are shared."""
     content = RecordDict({name: record.copy() for name, record in message.content.items()})
-    return Message(content, metadata=message.metadata)  # type: ignore[call-overload,no-any-return]
+    return Message(content, metadata=message.metadata)  # type: ignore[call-overload]
 
 
 def _end_with_parent() -> None:
@@ -338,11 +338,17 @@ def _print_to(path: Path) -> None:
 
 
 @contextmanager
-def _without_main() -> Iterator[None]:
-    """Hide the main module, which a new process would otherwise import again though it needs nothing of it."""
-    main = sys.modules["__main__"]
+def _plain_start(method: str) -> Iterator[None]:
+    """Hide from new processes what they would otherwise take over from this one and do not need.
+
+    This is the main module, which they would import again, and the default start method: in joblib's processes it is
+    one that only joblib knows.
+    """
+    main, default = sys.modules["__main__"], multiprocessing.get_start_method(allow_none=True)
     sys.modules["__main__"] = ModuleType("__main__")
+    multiprocessing.set_start_method(method, force=True)
     try:
         yield
     finally:
         sys.modules["__main__"] = main
+        multiprocessing.set_start_method(default, force=True)  # type: ignore[arg-type]  # None: not chosen yet
