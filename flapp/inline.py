@@ -242,7 +242,7 @@ class InlineGrid(Grid):
         process = context.Process(
             target=serve, args=(there, self.client_app, self.log_file, device), name=f"worker-{number}"
         )
-        with _without_main():
+        with _plain_start(context.get_start_method()):
             process.start()
         there.close()
         worker = Worker(number, process, here)
@@ -339,11 +339,17 @@ def _print_to(path: Path) -> None:
 
 
 @contextmanager
-def _without_main() -> Iterator[None]:
-    """Hide the main module, which a new process would otherwise import again though it needs nothing of it."""
-    main = sys.modules["__main__"]
+def _plain_start(method: str) -> Iterator[None]:
+    """Hide from new processes what they would otherwise take over from this one and do not need.
+
+    This is the main module, which they would import again, and the default start method: in joblib's processes it is
+    one that only joblib knows.
+    """
+    main, default = sys.modules["__main__"], multiprocessing.get_start_method(allow_none=True)
     sys.modules["__main__"] = ModuleType("__main__")
+    multiprocessing.set_start_method(method, force=True)
     try:
         yield
     finally:
         sys.modules["__main__"] = main
+        multiprocessing.set_start_method(default, force=True)  # None: not chosen yet

@@ -32,7 +32,7 @@ from tools.submit import APP
 from tools.supervisor import FACTS, LOG, SEEN, SUPERLINK, Federation, write_json
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]
-TOY = ("experiment=toy_regression", "evaluate.every=20")
+TOY = ("experiment=toy_regression", "evaluate.every=20", "deployment=simulation")
 ROUNDS = "num_rounds=40"  # enough to be killed in the middle of
 GONE_SECONDS = 60  # generous, for a busy machine: it takes about 7
 SLEEP = ("sleep", "600")

@@ -238,9 +238,9 @@ def test_tools_run_checks_before_it_starts_anything(data_home: Path, monkeypatch
 
     monkeypatch.setattr(submit, "choose_superlink", started)
     with pytest.raises(ValueError, match="cannot give each of clients=500"):
-        submit.run_once(settings(data_home, "clients=500"))
+        submit.run_once(settings(data_home, "deployment=simulation", "clients=500"))
     with pytest.raises(AssertionError, match="was chosen"):
-        submit.run_once(settings(data_home))
+        submit.run_once(settings(data_home, "deployment=simulation"))
     far = ("deployment=local", "deployment.address=fl.example.org:8000", "clients=500")
     with pytest.raises(AssertionError, match="was chosen"):
         submit.run_once(settings(data_home, *far))
@@ -249,12 +249,14 @@ def test_tools_run_checks_before_it_starts_anything(data_home: Path, monkeypatch
 def test_the_server_of_a_simulation_checks_before_it_asks_anyone(
     tmp_path: Path, data_home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class InMemoryGrid(LocalGrid):
-        """Flower's grid of a simulation, by name."""
+    class GridHere(LocalGrid):
+        """A grid whose clients are on this machine."""
+
+        clients_here = True
 
     shutil.copytree(data_home / "data", tmp_path / "data") if (data_home / "data").exists() else None
     run_config = {"config-json": config.to_json(settings(tmp_path, "clients=500"))}
-    grid = InMemoryGrid(run_config, [{"partition-id": 0, "num-partitions": 1}])
+    grid = GridHere(run_config, [{"partition-id": 0, "num-partitions": 1}])
     with pytest.raises(ValueError, match="cannot give each of clients=500"):
         server_app.app(grid, Context(1, 1, {}, RecordDict(), run_config))
     assert grid.sent == []

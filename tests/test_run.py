@@ -18,7 +18,7 @@ import psutil
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
-from tools.processes import TOKEN, SuperLinkError
+from tools.processes import SWEEP, TOKEN, SuperLinkError
 from tools.run import final_line
 from tools.submit import APP
 from tools.superlink import CONNECTION, PrivateSuperLink
@@ -40,7 +40,11 @@ def started_processes(home: Path) -> list[psutil.Process]:
     for process in psutil.process_iter():
         try:
             facts = process.environ()
-            if TOKEN in facts and facts.get("FLAPP_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
+            if (
+                {TOKEN, SWEEP} & facts.keys()
+                and facts.get("FLAPP_HOME") == str(home)
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
                 found.append(process)
         except (psutil.Error, OSError):
             continue

@@ -26,7 +26,7 @@ from tools.processes import HOST, TOKEN, SuperLinkError, environment
 from tools.submit import APP
 from tools.superlink import CONNECTION, PrivateSuperLink, ray_environment
 
-LONG = ("experiment=toy_regression", "train.steps=20000", "num_rounds=200")
+LONG = ("deployment=simulation", "experiment=toy_regression", "train.steps=20000", "num_rounds=200")
 VICTIM, ATTACKER = "10.231.77.1", "10.231.77.2"
 ATTACK = Path(__file__).with_name("ray_attack.py")
 RAY_METHODS = (

@@ -14,6 +14,8 @@ from tools.processes import SuperLinkError
 from tools.submit import RunError, follow_log, is_here, run_once, simulation_words
 from tools.superlink import SuperLink
 
+SIMULATION = ("deployment=simulation",)
+
 
 def settings(home: Path, *words: str) -> Config:
     return compose([f"home={home}", "experiment=toy_regression", "run_name=far", *words])
@@ -101,13 +103,14 @@ def test_a_run_that_nobody_waits_for_any_more_is_stopped(tmp_path: Path, monkeyp
 
 
 def test_a_ray_cluster_brings_its_own_processors(tmp_path: Path) -> None:
-    alone = simulation_words(settings(tmp_path, "deployment.total_cpus=3"))
+    alone = simulation_words(settings(tmp_path, *SIMULATION, "deployment.total_cpus=3"))
     assert alone.endswith(" init-args-num-cpus=3")
-    shared = simulation_words(settings(tmp_path, "deployment.ray_address=first:6379", "deployment.client_cpus=999"))
+    cluster = ("deployment.ray_address=first:6379", "deployment.client_cpus=999")
+    shared = simulation_words(settings(tmp_path, *SIMULATION, *cluster))
     assert "init-args" not in shared
     assert "client-resources-num-cpus=999" in shared
     with pytest.raises(ConfigError, match="is more than the"):
-        simulation_words(settings(tmp_path, "deployment.client_cpus=999"))
+        simulation_words(settings(tmp_path, *SIMULATION, "deployment.client_cpus=999"))
 
 
 def test_a_sweep_over_a_server_elsewhere_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Run the app once, or over a sweep, on a SuperLink, and tell the truth about how it ended; HELP says how to use it."""
+"""Run the app once, or over a sweep, and tell the truth about how it ended; HELP says how to use it."""
 
 import os
 import signal
@@ -49,8 +49,10 @@ Settings are written key=value, in Hydra's grammar. These choose a whole group o
   --format json        print events as JSON lines on stdout instead of text
   --hydra-help         Hydra's own options
 
-Results are in home/runs/<run_name>; home is ~/.flapp, or FLAPP_HOME, or home=DIR. deployment=local runs over the
-SuperNodes of `python -m tools.federation up`. resume_from=7 goes back to round 7, if it is still kept.
+Results are in home/runs/<run_name>; home is ~/.flapp, or FLAPP_HOME, or home=DIR. Clients run in processes of this
+command; deployment.workers=0 runs them in this very process, for breakpoint(). deployment=simulation runs them in Ray,
+deployment=local over the SuperNodes of `python -m tools.federation up`. resume_from=7 goes back to round 7, if it is
+still kept.
 Accuracy and loss are of the test samples of all clients. Personal accuracy is that of each client's own model: the
 global model, fine-tuned on the client's samples (evaluate.personal_epochs) or with the parts that the client keeps.
 The time of a run starts with its server; the time with start-up starts with the command.

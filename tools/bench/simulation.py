@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from flapp.client_data import open_partition
 from flapp.config import compose, derive_seed
 from flapp.data import write_artifact
 from flapp.messages import TRAIN
 from flapp.model import build_model
+from flapp.partitions import open_partition
 from flapp.rules import sample_size
 from flapp.settings import Config
 from flapp.training import scheduled_lr
