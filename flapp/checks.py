@@ -6,10 +6,11 @@ from math import isfinite
 import numpy as np
 from flwr.app import Array
 
-from flapp.messages import NUM_EXAMPLES, TRAIN, VAL, Answer, Claim, one_line, view
+from flapp.messages import NUM_EXAMPLES, TRAIN, VAL, Answer, Claim, MessageError, one_line, view
 
 LARGEST = 1.8e19  # beyond it a square overflows float32, and no optimiser gets any further
 BLOCK = 1 << 17  # elements: a float64 block near the level-2 cache
+SMALL_BLOCK = 1 << 14  # of float32, in the level-1 and level-2 caches
 LOSS_SUMS = {f"{start}{kind}loss-sum" for start in ("", VAL) for kind in ("", "personal-")}
 NEVER_NEGATIVE = {"train-loss", "seconds", *LOSS_SUMS}
 LARGEST_LOSS = float(np.finfo(np.float32).max)  # of one sample
@@ -102,14 +103,54 @@ def floating_pairs(trained: Mapping[str, Array], sent: Mapping[str, Array]) -> I
             yield values, view(sent[key])
 
 
+def measure_update(trained: Mapping[str, Array], expected: Mapping[str, Array]) -> float:
+    """Return the Euclidean length of an update, within 1e-5 of it.
+
+    trained: a client's tensors; expected: those that it was sent. Raises MessageError as find_fault finds.
+    """
+    squares, is_alike = 0.0, trained.keys() == expected.keys()
+    for key in expected if is_alike else ():
+        try:
+            after, before = view(trained[key]), view(expected[key])
+        except ValueError:
+            is_alike = False
+            break
+        if after.shape != before.shape or after.dtype != before.dtype:
+            is_alike = False
+            break
+        if after.dtype == np.float32:
+            squares += _squared_distance(after.reshape(-1), before.reshape(-1))
+        elif after.dtype.kind == "f":
+            squares += update_norm([(after, before)]) ** 2
+    norm = squares**0.5
+    if is_alike and norm < LARGEST / 100:  # then no value can be infinite or too large, if those sent are not
+        return norm
+    if fault := find_fault(trained, expected):
+        raise MessageError(fault)
+    return update_norm(floating_pairs(trained, expected))
+
+
+def _squared_distance(after: np.ndarray, before: np.ndarray) -> float:
+    """Return the squared distance of two float32 vectors; NaN or infinite if a value is, or if it overflows."""
+    squares, buffer = 0.0, np.empty(min(SMALL_BLOCK, after.size), np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, after.size, SMALL_BLOCK):
+            part = slice(start, start + SMALL_BLOCK)
+            block = np.subtract(after[part], before[part], out=buffer[: after.size - start])
+            squares += float(np.einsum("i,i->", block, block))
+    return squares
+
+
 def update_norm(tensors: Iterable[tuple[np.ndarray, np.ndarray]], weight: float = 1.0) -> float:
     """Return the Euclidean length of an update, given as pairs (trained, received) of tensors, in float64.
 
     weight: what the received tensors are multiplied by first; of a weighted sum it is the sum of the weights.
     """
-    squares, buffer = 0.0, np.empty(BLOCK)
+    squares, buffer = 0.0, np.empty(0)
     for trained, received in tensors:
         after, before = trained.reshape(-1), received.reshape(-1)
+        if buffer.size < min(BLOCK, after.size):
+            buffer = np.empty(min(BLOCK, after.size))
         for start in range(0, after.size, BLOCK):
             part = slice(start, start + BLOCK)
             block = buffer[: after[part].size]

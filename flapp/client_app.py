@@ -30,6 +30,7 @@ from flapp.messages import (
     NUM_EXAMPLES,
     VAL,
     Claim,
+    HeldArray,
     MessageError,
     Order,
     as_record,
@@ -106,13 +107,14 @@ def train_round(message: Message, context: Context) -> Message:
         result, state = prune(model, config, learn)
     metrics = {NUM_EXAMPLES: data.claim.train, "train-loss": result.loss, "seconds": time.monotonic() - started}
     if order.private:
-        context.state[private_key(order.client_id)] = pack_tensors(state, order.private)
+        kept = {key: pack(state[key].cpu().numpy()) for key in order.private}
+        context.state[private_key(order.client_id)] = as_record(kept)
     return pack_reply(message, data.claim, metrics, pack_tensors(state, order.returns or state))
 
 
 def pack_tensors(state: Mapping[str, torch.Tensor], keys: Iterable[str]) -> ArrayRecord:
-    """Return some tensors of a model as they travel."""
-    return as_record({key: pack(state[key].cpu().numpy()) for key in keys})
+    """Return some tensors of a model, which may change once the reply has left."""
+    return as_record({key: HeldArray(state[key].cpu().numpy()) for key in keys})
 
 
 def prune(
@@ -162,7 +164,8 @@ def begin(message: Message, context: Context) -> tuple[Config, Order, ClientData
     order = unpack_order(message)
     config, site = load(context.run_config, context.node_config)
     check_lives_here(order.client_id, config, site)
-    torch.set_num_threads(config.train.threads)
+    if torch.get_num_threads() != config.train.threads:
+        torch.set_num_threads(config.train.threads)
     return config, order, open_client_data(config, site, order.client_id)
 
 

@@ -24,13 +24,13 @@ from flapp.messages import (
     LONGEST_TEXT,
     METRICS,
     MOST_METRICS,
+    ORDER,
     TRAIN,
     UNPACKED,
     MessageError,
     Order,
     as_record,
     one_line,
-    order_content,
     pack,
     pack_order,
     view,
@@ -103,7 +103,9 @@ def unpack_group(message: Message) -> Group:
 def for_one(message: Message, order: Order, asked: Asked, arrays: ArrayRecord) -> Message:
     """Return the message that one client of a group would have had, as Flower delivers it."""
     own = replace(order, client_id=asked.client_id, accepted_round=asked.accepted_round)
-    content = order_content(own, arrays)
+    record = cast(ConfigRecord, message.content[ORDER]).copy()
+    record["client-id"], record["accepted-round"] = asked.client_id, asked.accepted_round
+    content = RecordDict({ORDER: record, ARRAYS: arrays})
     single = Message(content=content, metadata=message.metadata)  # type: ignore[call-overload]
     single.__dict__[UNPACKED] = own
     return cast(Message, single)

@@ -246,8 +246,38 @@ def one_line(text: str) -> str:
     return printable(" ".join(text[: 4 * LONGEST_TEXT].split()), LONGEST_TEXT - 3)
 
 
+class HeldArray(Array):
+    """An Array over numbers that somebody else may change later, such as a model's; its bytes are made when asked for.
+
+    A client of a group is often only added to a sum, for which its bytes are not needed: see settle.
+    """
+
+    def __init__(self, values: np.ndarray) -> None:
+        held = values.view()
+        held.flags.writeable = False
+        self.__dict__.update(dtype=str(values.dtype), shape=values.shape, stype="numpy.ndarray", held=held)
+
+    @property
+    def data(self) -> bytes:
+        """Return the bytes as they were when they were first asked for."""
+        if "packed" not in self.__dict__:
+            self.__dict__["packed"] = pack(self.__dict__.pop("held")).data
+        return self.__dict__["packed"]  # type: ignore[no-any-return]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Array, (self.dtype, self.shape, self.stype, self.data)
+
+
+def settle(record: Mapping[str, Array]) -> None:
+    """Have an ArrayRecord keep the numbers that it has now."""
+    for array in record.values():
+        array.data  # noqa: B018 - a HeldArray makes its bytes
+
+
 def view(array: Array) -> np.ndarray:
     """Return the read-only numpy array inside a Flower Array; raises ValueError unless it is one of plain numbers."""
+    if (held := array.__dict__.get("held")) is not None:
+        return held  # type: ignore[no-any-return]
     try:
         shape, fortran, dtype, offset = read_npy_header(array.data)
         if len(array.data) - offset != math.prod(shape) * dtype.itemsize:

@@ -11,7 +11,7 @@ from flwr.common import log
 from flwr.common.constant import ErrorCode
 
 from flapp.checkpoint import CheckpointError
-from flapp.checks import find_answer_fault, find_fault, find_metric_fault, find_norm_fault, floating_pairs, update_norm
+from flapp.checks import find_answer_fault, find_metric_fault, find_norm_fault, measure_update
 from flapp.client_data import check_lives_here, files_looked_up_once
 from flapp.client_store import ClientStore, digest_received, private_key
 from flapp.config import load
@@ -28,6 +28,7 @@ from flapp.messages import (
     describe_error,
     one_line,
     pack,
+    settle,
     unpack_arrays,
     unpack_order,
     unpack_reply,
@@ -46,7 +47,9 @@ def group_mod(message: Message, context: Context, call_next: ClientAppCallable) 
     is an app for a single client.
     """
     if not message.has_content() or GROUP not in message.content.config_records:
-        return call_next(message, context)
+        reply = call_next(message, context)
+        settle_reply(reply)
+        return reply
     with files_looked_up_once():
         return name_errors_mod(message, context, lambda message, context: serve_group(message, context, call_next))
 
@@ -63,11 +66,20 @@ def serve_group(message: Message, context: Context, call_next: ClientAppCallable
             if group.is_summed and outcome.arrays is not None:
                 total.add([(outcome.arrays, asked.weight)])
                 outcome.arrays = None
+            else:
+                settle_reply(reply)
         except MessageError as error:
             outcome = Outcome(asked.client_id, failure=one_line(str(error)))
         context.state.pop(private_key(asked.client_id), None)  # its store has it, and another node may be next
         outcomes.append(outcome)
     return pack_outcomes(message, outcomes, total.arrays or None)
+
+
+def settle_reply(reply: Message) -> None:
+    """Have a reply keep its tensors, before the next client trains in the same model."""
+    for record in reply.content.values() if reply.has_content() else ():
+        if isinstance(record, ArrayRecord):
+            settle(record)
 
 
 def examine(reply: Message, kind: str, order: Order, group: Group, asked: Asked, received: ArrayRecord) -> Outcome:
@@ -87,9 +99,7 @@ def examine(reply: Message, kind: str, order: Order, group: Group, asked: Asked,
         if fault := find_metric_fault(kind, Claim(asked.client_id, train=asked.examples), metrics, validates=False):
             raise MessageError(fault)
         expected = {key: received[key] for key in order.returns or received}
-        if fault := find_fault(outcome.arrays, expected):
-            raise MessageError(fault)
-        norm = update_norm(floating_pairs(outcome.arrays, expected))
+        norm = measure_update(outcome.arrays, expected)
         if fault := find_norm_fault(norm, group.norm_limit, None):
             raise MessageError(fault)
         outcome.metrics = metrics | {UPDATE_NORM: norm}

@@ -102,9 +102,11 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build `sgd` or `adamw` over the trainable parameters; momentum is SGD's, AdamW ignores it."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    # What PyTorch would choose for the CPU, but it would look at every parameter again in each step.
+    foreach = False if all(p.device.type == "cpu" for p in parameters) else None
     if name == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+        return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, foreach=foreach)
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, foreach=foreach)
 
 
 def scheduled_lr(lr: float, schedule: str, server_round: int, num_rounds: int) -> float:

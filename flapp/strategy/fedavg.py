@@ -13,13 +13,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
 from flapp.checks import (
-    find_fault,
     find_metric_fault,
     find_norm_fault,
     find_sum_fault,
     find_value_fault,
     floating_pairs,
-    update_norm,
+    measure_update,
 )
 from flapp.groups import UPDATE_NORM, Asked, Group, cut_rank, pack_group, unpack_outcomes
 from flapp.listing import by_reason
@@ -331,10 +330,7 @@ class FedAvg(FlowerFedAvg):
         if fault := find_metric_fault(phase.kind, claim, metrics, self.validates):
             raise MessageError(fault)
         if trained is not None:
-            expected = self.expected(name, trained)
-            if fault := find_fault(trained, expected):
-                raise MessageError(fault)
-            norm, limit = update_norm(floating_pairs(trained, expected)), self.bound.known_limit()
+            norm, limit = measure_update(trained, self.expected(name, trained)), self.bound.known_limit()
             if limit is not None and (fault := find_norm_fault(norm, limit, self.bound.multiple)):
                 raise MessageError(fault)
             phase.norms[name], phase.trained[name] = norm, trained
