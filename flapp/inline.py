@@ -351,4 +351,4 @@ def _plain_start(method: str) -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
-        multiprocessing.set_start_method(default, force=True)  # type: ignore[arg-type]  # None: not chosen yet
+        multiprocessing.set_start_method(default, force=True)
