@@ -60,7 +60,6 @@ class InlineGrid(Grid):
     """
 
     clients_here = True  # they read their data from the run's home
-    any_node = True  # every node serves every client
 
     def __init__(
         self,
@@ -352,4 +351,4 @@ def _plain_start(method: str) -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
-        multiprocessing.set_start_method(default, force=True)  # None: not chosen yet
+        multiprocessing.set_start_method(default, force=True)

@@ -258,11 +258,11 @@ class HeldArray(Array):
         self.__dict__.update(dtype=str(values.dtype), shape=values.shape, stype="numpy.ndarray", held=held)
 
     @property
-    def data(self) -> bytes:
+    def data(self) -> bytes:  # type: ignore[override]
         """Return the bytes as they were when they were first asked for."""
         if "packed" not in self.__dict__:
             self.__dict__["packed"] = pack(self.__dict__.pop("held")).data
-        return self.__dict__["packed"]  # type: ignore[no-any-return]
+        return self.__dict__["packed"]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Array, (self.dtype, self.shape, self.stype, self.data)
@@ -277,7 +277,7 @@ def settle(record: Mapping[str, Array]) -> None:
 def view(array: Array) -> np.ndarray:
     """Return the read-only numpy array inside a Flower Array; raises ValueError unless it is one of plain numbers."""
     if (held := array.__dict__.get("held")) is not None:
-        return held  # type: ignore[no-any-return]
+        return held
     try:
         shape, fortran, dtype, offset = read_npy_header(array.data)
         if len(array.data) - offset != math.prod(shape) * dtype.itemsize:

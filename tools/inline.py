@@ -8,6 +8,7 @@ import io
 import logging
 import multiprocessing
 import os
+import resource
 import secrets
 import threading
 import traceback
@@ -64,6 +65,7 @@ def run_inline(config: Config, before: Stamp) -> dict[str, Any]:
     run_id = secrets.randbits(62) + 1
     run_config: dict[str, Any] = {"config-json": to_json(config)}
     warn_of_size(config)
+    allow_many_files()
     with logged(path / "log.txt") as open_log, Watcher(config, path, before):
         grid = InlineGrid(run_config, nodes, workers, run_id, path / "log.txt", find_devices(config, workers), open_log)
         with grid:
@@ -76,6 +78,13 @@ def run_inline(config: Config, before: Stamp) -> dict[str, Any]:
                     raise
                 raise failure(summary) from error
     return read_json(path / "metrics.json") or {}
+
+
+def allow_many_files() -> None:
+    """Let this process open as many files as the system allows: each large reply is one while the round lasts."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def count_workers(config: Config) -> int:
@@ -171,5 +180,5 @@ class Watcher:
             return
         try:
             self.progress.look()
-        except (OSError, ValueError) as error:  # watching must not end the run, whose files may be being written
+        except Exception as error:  # noqa: BLE001 - watching must not end the run, whose files may be being written
             log(logging.DEBUG, "progress: %s", error)
