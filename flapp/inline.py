@@ -60,6 +60,7 @@ class InlineGrid(Grid):
     """
 
     clients_here = True  # they read their data from the run's home
+    any_node = True  # every node serves every client
 
     def __init__(
         self,
