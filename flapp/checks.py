@@ -10,7 +10,7 @@ from flapp.messages import NUM_EXAMPLES, TRAIN, VAL, Answer, Claim, MessageError
 
 LARGEST = 1.8e19  # beyond it a square overflows float32, and no optimiser gets any further
 BLOCK = 1 << 17  # elements: a float64 block near the level-2 cache
-SMALL_BLOCK = 1 << 14  # of float32, in the level-1 and level-2 caches
+SMALL_BLOCK = 1 << 16  # of float32, which fit into the level-2 cache twice
 LOSS_SUMS = {f"{start}{kind}loss-sum" for start in ("", VAL) for kind in ("", "personal-")}
 NEVER_NEGATIVE = {"train-loss", "seconds", *LOSS_SUMS}
 LARGEST_LOSS = float(np.finfo(np.float32).max)  # of one sample
@@ -175,21 +175,24 @@ def find_sum_fault(total: Mapping[str, Array], sent: Mapping[str, Array], weight
     """Return what is wrong with a weighted sum of models, or None.
 
     sent: the tensors that each of them began with; weight: the sum of the weights; most: the sum of the weighted
-    lengths of the updates, which is as far as the sum can be from weight times `sent`.
+    lengths of the updates, which is as far as the sum can be from weight times `sent`, but for rounding.
     """
     if total.keys() != sent.keys():
         return "it has other tensors than the model"
+    pairs, size = [], 0.0
     for key, array in total.items():
         try:
-            values = view(array)
+            values, before = view(array), view(sent[key])
         except ValueError as error:
             return f"it has {key} as {error}"
-        if values.shape != view(sent[key]).shape or values.dtype != np.float64:
-            return f"its {key} is {values.dtype} {list(values.shape)}, not float64 {list(view(sent[key]).shape)}"
-        if fault := find_value_fault(values, LARGEST * weight):
-            return f"its {key} has {fault}"
-    pairs = [(view(total[key]), view(sent[key])) for key in total if view(sent[key]).dtype.kind == "f"]
-    rounding = 1e-9 * weight * update_norm((values, np.zeros_like(values)) for _, values in pairs)
-    if (length := update_norm(pairs, weight)) > most * (1 + 1e-6) + rounding:
-        return f"it moves the model by {length:.3g}, the updates in it by at most {most:.3g}"
-    return None
+        if values.shape != before.shape or values.dtype != np.float64:
+            return f"its {key} is {values.dtype} {list(values.shape)}, not float64 {list(before.shape)}"
+        if before.dtype.kind == "f":
+            pairs.append((values, before))
+            size = max(size, float(np.abs(before).max(initial=0)) * before.size**0.5)
+    length = update_norm(pairs, weight)
+    if length <= most * (1 + 1e-4) + 1e-9 * weight * size * len(pairs) ** 0.5:
+        return None  # no value can be infinite or too large, if those sent are not
+    faults = ((key, find_value_fault(view(array), LARGEST * weight)) for key, array in total.items())
+    found = next((f"its {key} has {fault}" for key, fault in faults if fault), None)
+    return found or f"it moves the model by {length:.3g}, the updates in it by at most {most:.3g}"

@@ -33,6 +33,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from flapp.grid import PolledGrid
+from flapp.messages import settle
 from flapp.shared_arrays import Block, large_records, receive, send, share
 
 CLIENT_APP = "flapp.client_app"
@@ -138,7 +139,9 @@ class InlineGrid(Grid):
     def handle(self, message: Message) -> Message:
         """Handle a message in this process."""
         app = importlib.import_module(self.client_app).app
-        return answer(app, _own_copy(message), self._context(message))
+        reply = answer(app, _own_copy(message), self._context(message))
+        settle(reply)  # before the next message trains the same model
+        return reply
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.nodes)

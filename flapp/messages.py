@@ -268,10 +268,25 @@ class HeldArray(Array):
         return Array, (self.dtype, self.shape, self.stype, self.data)
 
 
-def settle(record: Mapping[str, Array]) -> None:
-    """Have an ArrayRecord keep the numbers that it has now."""
-    for array in record.values():
-        array.data  # noqa: B018 - a HeldArray makes its bytes
+def settle(message: Message) -> None:
+    """Have a message keep the numbers that its arrays have now."""
+    for record in message.content.values() if message.has_content() else ():
+        for array in record.values() if isinstance(record, ArrayRecord) else ():
+            array.data  # noqa: B018 - a HeldArray makes its bytes
+
+
+def parts_of(array: Array) -> tuple[bytes | memoryview, ...]:
+    """Return what to write one after another for the bytes of an array, without a copy of it."""
+    held: np.ndarray | None = array.__dict__.get("held")
+    if held is None or not held.size or not held.flags.c_contiguous:
+        return (array.data,)
+    return _npy_header(held), held.reshape(-1).view(np.uint8).data
+
+
+def size_of_array(array: Array) -> int:
+    """Return the bytes of an array, as it travels."""
+    held: np.ndarray | None = array.__dict__.get("held")
+    return len(array.data) if held is None else len(_npy_header(held)) + held.nbytes
 
 
 def view(array: Array) -> np.ndarray:

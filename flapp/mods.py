@@ -47,9 +47,7 @@ def group_mod(message: Message, context: Context, call_next: ClientAppCallable) 
     is an app for a single client.
     """
     if not message.has_content() or GROUP not in message.content.config_records:
-        reply = call_next(message, context)
-        settle_reply(reply)
-        return reply
+        return call_next(message, context)
     with files_looked_up_once():
         return name_errors_mod(message, context, lambda message, context: serve_group(message, context, call_next))
 
@@ -67,19 +65,12 @@ def serve_group(message: Message, context: Context, call_next: ClientAppCallable
                 total.add([(outcome.arrays, asked.weight)])
                 outcome.arrays = None
             else:
-                settle_reply(reply)
+                settle(reply)
         except MessageError as error:
             outcome = Outcome(asked.client_id, failure=one_line(str(error)))
         context.state.pop(private_key(asked.client_id), None)  # its store has it, and another node may be next
         outcomes.append(outcome)
     return pack_outcomes(message, outcomes, total.arrays or None)
-
-
-def settle_reply(reply: Message) -> None:
-    """Have a reply keep its tensors, before the next client trains in the same model."""
-    for record in reply.content.values() if reply.has_content() else ():
-        if isinstance(record, ArrayRecord):
-            settle(record)
 
 
 def examine(reply: Message, kind: str, order: Order, group: Group, asked: Asked, received: ArrayRecord) -> Outcome:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
-from flapp.messages import view
+from flapp.messages import parts_of, size_of_array, view
 
 LEAST_BYTES = 1 << 16  # of an ArrayRecord; smaller ones are cheaper to send through the pipe
 ALIGNMENT = 64  # of each array
@@ -64,9 +64,9 @@ def share(records: Sequence[ArrayRecord]) -> Block:
             for key, array in record.items():
                 file.write(bytes(-offset % ALIGNMENT))
                 offset += -offset % ALIGNMENT
-                file.write(array.data)
-                places[-1].append((key, array.dtype, tuple(array.shape), array.stype, offset, len(array.data)))
-                offset += len(array.data)
+                size = sum(map(file.write, parts_of(array)))
+                places[-1].append((key, array.dtype, tuple(array.shape), array.stype, offset, size))
+                offset += size
     return Block(next(_tokens), fd, offset, places)
 
 
@@ -129,7 +129,7 @@ def receive(connection: Connection, mapped: dict[int, list[ArrayRecord]]) -> tup
 
 
 def _bytes_of(record: ArrayRecord) -> int:
-    return sum(len(array.data) for array in record.values())
+    return sum(map(size_of_array, record.values()))
 
 
 def _new_memory() -> int:

@@ -44,14 +44,13 @@ class WeightedSum:
         part_sum, product = np.empty(min(BLOCK, total.size)), np.empty(min(BLOCK, total.size))
         for start in range(0, total.size, BLOCK):
             part = slice(start, min(start + BLOCK, total.size))
-            size, replace = part.stop - start, is_new
-            for group in flat:
+            block, size, rest = total[part], part.stop - start, flat
+            if is_new:
+                _sum_group(flat[0], part, block, product[:size])
+                rest = flat[1:]
+            for group in rest:
                 _sum_group(group, part, part_sum[:size], product[:size])
-                if replace:
-                    total[part] = part_sum[:size]
-                else:
-                    total[part] += part_sum[:size]
-                replace = False
+                np.add(block, part_sum[:size], out=block)
 
     def mean(self, weight: float, like: Mapping[str, Array]) -> ArrayRecord:
         """Return the sum divided by the total weight, in the dtypes of `like`, and let go of the sum.

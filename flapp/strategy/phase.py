@@ -8,6 +8,7 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, Message
 
 from flapp.groups import cut
+from flapp.messages import size_of_array
 from flapp.sums import Weighted, WeightedSum
 
 Clients = tuple[int, tuple[str, ...]]  # the index of their group, and their ids
@@ -106,4 +107,4 @@ class Phase:
 
 def byte_sizes(arrays: Mapping[str, Array]) -> Iterator[int]:
     """Yield the bytes of each tensor, as it travels."""
-    return (len(array.data) for array in arrays.values())
+    return map(size_of_array, arrays.values())
