@@ -35,10 +35,10 @@ from flapp.messages import (
     pack_order,
     view,
 )
+from flapp.rules import group_size
 
 GROUP, SUM = "group", "sum"
 UPDATE_NORM = "update-norm"
-MOST_GROUPS = 16  # about; twice as many at most
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Outcome:
 
 def cut(names: Sequence[str]) -> list[tuple[str, ...]]:
     """Cut sorted ids into consecutive groups: one client each for fewer than 32, and 16 to 31 groups for more."""
-    size = max(1, len(names) // MOST_GROUPS)
+    size = group_size(len(names))
     return [tuple(names[start : start + size]) for start in range(0, len(names), size)]
 
 

@@ -28,6 +28,7 @@ PATHS = (
     ("deployment", "client_keys"),
 )
 
+GROUPS = 16  # that many clients are cut into, about
 NAME_BYTES = 255  # that a file system takes for one name
 
 
@@ -323,3 +324,15 @@ def check_split(config: Config) -> None:
 def sample_size(fraction: float, clients: int) -> int:
     """Return how many of `clients` a fraction means: rounded, and at least one."""
     return max(1, round(fraction * clients))
+
+
+def group_size(clients: int) -> int:
+    """Return how many clients share a message in a round of so many: 1 below 32, and 16 to 31 groups for more."""
+    return max(1, clients // GROUPS)
+
+
+def count_messages(config: Config) -> int:
+    """Return the most messages of a phase in which nodes can serve any client."""
+    drawn = (config.strategy.fraction_train, config.strategy.fraction_evaluate)
+    counts = [sample_size(fraction, config.clients) for fraction in drawn]
+    return max(-(-count // group_size(count)) for count in counts)

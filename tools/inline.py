@@ -24,6 +24,7 @@ from flwr.common.logger import FLOWER_LOGGER, ConsoleHandler, log
 from flapp.config import to_json
 from flapp.data import Stamp, stamp
 from flapp.inline import CLIENT_APP, SERVER_NODE, InlineGrid, start_forkserver
+from flapp.rules import count_messages
 from flapp.settings import Config, ConfigError
 from tools.processes import SWEEP, available_cpus
 from tools.progress import Progress, read_json
@@ -92,7 +93,7 @@ def count_workers(config: Config) -> int:
     settings = config.deployment
     cpus = settings.total_cpus or available_cpus()
     check_cpus(config)
-    most = cpus // settings.client_cpus
+    most = min(cpus // settings.client_cpus, count_messages(config))
     if settings.workers == 0 or not settings.client_gpus:
         return most if settings.workers is None else settings.workers
     import torch

@@ -16,6 +16,7 @@ from flapp.metric_lines import sound_summary
 from flapp.origin import Origin
 from flapp.preflight import check_run
 from flapp.results import SUMMARY, check_resumable, check_source
+from flapp.rules import count_messages
 from flapp.run_names import check_new, restarts
 from flapp.settings import Config, ConfigError
 from tools.app import APP as APP
@@ -140,7 +141,7 @@ def simulation_words(config: Config) -> str:
     if not settings.ray_address:
         check_cpus(config)
     words = (
-        f"num-supernodes={config.clients} "
+        f"num-supernodes={count_messages(config)} "
         f"client-resources-num-cpus={settings.client_cpus} client-resources-num-gpus={settings.client_gpus}"
     )
     return words if settings.ray_address else f"{words} init-args-num-cpus={settings.total_cpus or available_cpus()}"
