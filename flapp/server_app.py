@@ -143,6 +143,7 @@ def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> dict[str, Any]:
         if warning := find_oversize(config.model, config.dataset, samples):
             log(WARNING, "%s", warning)
         with suppress(StoppedEarly):
+            strategy.timeout = config.strategy.timeout
             strategy.start(
                 polled,
                 ArrayRecord({key: pack(state[key].numpy()) for key in sent}),

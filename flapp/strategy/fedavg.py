@@ -94,7 +94,7 @@ class FedAvg(FlowerFedAvg):
         self.accepted: dict[str, int] = {}
         self.remembers = False  # whether clients are told the last round that was accepted from them
         self.phase = Phase(TRAIN, 0)
-        self.timeout: float | None = None
+        self.timeout: float | None = None  # seconds for replies that are asked for once more
         self._examples: dict[str, float] = {}
 
     def summary(self) -> None:
