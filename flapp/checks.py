@@ -1,5 +1,6 @@
 """What is wrong with a client's reply: checked at the node before a client enters a sum, and by the server."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from math import isfinite
 
@@ -10,6 +11,7 @@ from flapp.messages import NUM_EXAMPLES, TRAIN, VAL, Answer, Claim, MessageError
 
 LARGEST = 1.8e19  # beyond it a square overflows float32, and no optimiser gets any further
 BLOCK = 1 << 17  # elements: a float64 block near the level-2 cache
+SMALL = 1 << 10  # elements: a product by BLAS, which takes no second thread for so few
 SMALL_BLOCK = 1 << 16  # of float32, which fit into the level-2 cache twice
 LOSS_SUMS = {f"{start}{kind}loss-sum" for start in ("", VAL) for kind in ("", "personal-")}
 NEVER_NEGATIVE = {"train-loss", "seconds", *LOSS_SUMS}
@@ -108,36 +110,42 @@ def measure_update(trained: Mapping[str, Array], expected: Mapping[str, Array]) 
 
     trained: a client's tensors; expected: those that it was sent. Raises MessageError as find_fault finds.
     """
-    squares, is_alike = 0.0, trained.keys() == expected.keys()
-    for key in expected if is_alike else ():
-        try:
-            after, before = view(trained[key]), view(expected[key])
-        except ValueError:
-            is_alike = False
-            break
-        if after.shape != before.shape or after.dtype != before.dtype:
-            is_alike = False
-            break
-        if after.dtype == np.float32:
-            squares += _squared_distance(after.reshape(-1), before.reshape(-1))
-        elif after.dtype.kind == "f":
-            squares += update_norm([(after, before)]) ** 2
-    norm = squares**0.5
-    if is_alike and norm < LARGEST / 100:  # then no value can be infinite or too large, if those sent are not
-        return norm
+    squares = _squared_length(trained, expected) if trained.keys() == expected.keys() else math.nan
+    if squares**0.5 < LARGEST / 100:  # then no value can be infinite or too large, if those sent are not
+        return squares**0.5
     if fault := find_fault(trained, expected):
         raise MessageError(fault)
     return update_norm(floating_pairs(trained, expected))
 
 
-def _squared_distance(after: np.ndarray, before: np.ndarray) -> float:
-    """Return the squared distance of two float32 vectors; NaN or infinite if a value is, or if it overflows."""
-    squares, buffer = 0.0, np.empty(min(SMALL_BLOCK, after.size), np.float32)
+def _squared_length(trained: Mapping[str, Array], expected: Mapping[str, Array]) -> float:
+    """Return the squared length of an update; NaN or infinite where a value is, or a tensor is of another kind."""
+    squares = 0.0
     with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, after.size, SMALL_BLOCK):
-            part = slice(start, start + SMALL_BLOCK)
-            block = np.subtract(after[part], before[part], out=buffer[: after.size - start])
-            squares += float(np.einsum("i,i->", block, block))
+        for key, sent in expected.items():
+            try:
+                after, before = view(trained[key]), view(sent)
+            except ValueError:
+                return math.nan
+            if after.shape != before.shape or after.dtype != before.dtype:
+                return math.nan
+            if after.dtype == np.float32:
+                squares += _squared_distance(after.reshape(-1), before.reshape(-1))
+            elif after.dtype.kind == "f":
+                squares += update_norm([(after, before)]) ** 2
+    return squares
+
+
+def _squared_distance(after: np.ndarray, before: np.ndarray) -> float:
+    """Return the squared distance of two float32 vectors, by blocks in float32."""
+    if after.size <= SMALL:
+        change = after - before
+        return float(change @ change)
+    squares, buffer = 0.0, np.empty(min(SMALL_BLOCK, after.size), np.float32)
+    for start in range(0, after.size, SMALL_BLOCK):
+        part = slice(start, start + SMALL_BLOCK)
+        block = np.subtract(after[part], before[part], out=buffer[: after.size - start])
+        squares += float(np.einsum("i,i->", block, block))
     return squares
 
 

@@ -62,7 +62,7 @@ def attest(message: Message, context: Context) -> Message:
     except ConfigError:
         unpack_order(message)  # other source code is the likelier fault
         raise
-    with files_looked_up_once():
+    with files_looked_up_once(message.metadata.message_id):
         order: Callable[[], Order] = cache(partial(unpack_order, message))
         return pack_claims(message, [attest_client(order, config, site, name) for name in clients_at(config, site)])
 

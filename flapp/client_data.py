@@ -34,7 +34,7 @@ from flapp.settings import Config, ConfigError, DatasetConfig, Site
 from flapp.source import source_digest, versions
 from flapp.training import Batches
 
-_looked_up: dict[Config, Stamp] | None = None
+_moment: tuple[object, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,25 +84,28 @@ def stamp_of_files(config: Config, site: Site, client_id: str) -> Stamp:
     """Return what differs once a file that a client's samples are read from is written again."""
     if config.distributed_data.enabled:
         return stamp(shard_folder(config, site, client_id), SHARD_FILES)
-    if _looked_up is None:
+    if _moment is None:
         return stamp_of_shared_files(config)
-    if config not in _looked_up:
-        _looked_up[config] = stamp_of_shared_files(config)
-    return _looked_up[config]
+    return _stamp_at(config, _moment)
 
 
 @contextmanager
-def files_looked_up_once() -> Iterator[None]:
-    """Take it meanwhile that shared files stay as they are: to ask for each of many clients takes longer than to train.
+def files_looked_up_once(*moment: object) -> Iterator[None]:
+    """Look shared files up once in all messages of a `moment`, such as a round, that this process handles in a row.
 
-    For one message at a time, in one thread.
+    To look them up for each of many clients may take longer than to train. For one message at a time, in one thread.
     """
-    global _looked_up
-    _looked_up = {}
+    global _moment
+    _moment = moment
     try:
         yield
     finally:
-        _looked_up = None
+        _moment = None
+
+
+@lru_cache(maxsize=1)
+def _stamp_at(config: Config, moment: tuple[object, ...]) -> Stamp:
+    return stamp_of_shared_files(config)
 
 
 def shard_folder(config: Config, site: Site, client_id: str) -> Path:

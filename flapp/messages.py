@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -255,7 +256,7 @@ class HeldArray(Array):
     def __init__(self, values: np.ndarray) -> None:
         held = values.view()
         held.flags.writeable = False
-        self.__dict__.update(dtype=str(values.dtype), shape=values.shape, stype="numpy.ndarray", held=held)
+        self.__dict__.update(dtype=_name_of(values.dtype), shape=values.shape, stype="numpy.ndarray", held=held)
 
     @property
     def data(self) -> bytes:  # type: ignore[override]
@@ -280,13 +281,13 @@ def parts_of(array: Array) -> tuple[bytes | memoryview, ...]:
     held: np.ndarray | None = array.__dict__.get("held")
     if held is None or not held.size or not held.flags.c_contiguous:
         return (array.data,)
-    return _npy_header(held), held.reshape(-1).view(np.uint8).data
+    return _npy_header(held.dtype, held.shape), held.reshape(-1).view(np.uint8).data
 
 
 def size_of_array(array: Array) -> int:
     """Return the bytes of an array, as it travels."""
     held: np.ndarray | None = array.__dict__.get("held")
-    return len(array.data) if held is None else len(_npy_header(held)) + held.nbytes
+    return len(array.data) if held is None else len(_npy_header(held.dtype, held.shape)) + held.nbytes
 
 
 def view(array: Array) -> np.ndarray:
@@ -311,20 +312,25 @@ def views(record: Mapping[str, Array]) -> dict[str, np.ndarray]:
 def pack(values: np.ndarray) -> Array:
     """Return a numpy array as a Flower Array, with one copy where Array(values) makes three."""
     values = np.asarray(values, order="C")
-    data = b"".join((_npy_header(values), values.data))
-    return Array(str(values.dtype), values.shape, "numpy.ndarray", data)
+    data = b"".join((_npy_header(values.dtype, values.shape), values.data))
+    return Array(_name_of(values.dtype), values.shape, "numpy.ndarray", data)
 
 
 def allocate(shape: tuple[int, ...], dtype: np.dtype) -> tuple[Array, np.ndarray]:
     """Return a Flower Array of zeros, and the numpy array inside it, through which it can be written."""
-    header = _npy_header(np.broadcast_to(np.zeros((), dtype), shape))
+    header = _npy_header(dtype, shape)
     count = math.prod(shape)
     data = bytearray(len(header) + count * dtype.itemsize)
     data[: len(header)] = header
     inside = np.frombuffer(data, dtype, count, len(header)) if count else np.empty(0, dtype)
-    array = Array(str(dtype), shape, "numpy.ndarray", b"")
+    array = Array(_name_of(dtype), shape, "numpy.ndarray", b"")
     array.data = data  # type: ignore[assignment]  # the constructor takes bytes only
     return array, inside.reshape(shape)
+
+
+@lru_cache(maxsize=64)
+def _name_of(dtype: np.dtype) -> str:
+    return str(dtype)
 
 
 def as_record(arrays: Mapping[str, Array]) -> ArrayRecord:
@@ -335,9 +341,10 @@ def as_record(arrays: Mapping[str, Array]) -> ArrayRecord:
     return record
 
 
-def _npy_header(values: np.ndarray) -> bytes:
+@lru_cache(maxsize=1024)
+def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     header = io.BytesIO()
-    facts = {"descr": np.lib.format.dtype_to_descr(values.dtype), "fortran_order": False, "shape": values.shape}
+    facts = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, facts)
     return header.getvalue()
 

@@ -48,7 +48,7 @@ def group_mod(message: Message, context: Context, call_next: ClientAppCallable) 
     """
     if not message.has_content() or GROUP not in message.content.config_records:
         return call_next(message, context)
-    with files_looked_up_once():
+    with files_looked_up_once(context.run_id, message.metadata.group_id, message.metadata.message_type):
         return name_errors_mod(message, context, lambda message, context: serve_group(message, context, call_next))
 
 

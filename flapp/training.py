@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -134,12 +133,11 @@ def train(
     total, samples, done = torch.zeros((), dtype=torch.float64, device=device), 0, 0
     take_step = Stepper(optimizer, rules)
     model.train()
-    autocast = partial(torch.autocast, device.type, torch.bfloat16)
-    precision = autocast if rules.precision == "bfloat16" else nullcontext
+    autocast = torch.autocast(device.type, torch.bfloat16) if rules.precision == "bfloat16" else nullcontext()
     with seeded(seed, device):
         for inputs, targets in _repeat(batches, epochs, steps):
             inputs, targets = inputs.to(device), targets.to(device)
-            with precision():
+            with autocast:
                 loss = loss_of(model(inputs), targets)
             loss.backward()
             take_step()
