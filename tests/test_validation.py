@@ -276,9 +276,7 @@ def test_a_claim_on_the_validation_samples_cannot_own_the_choice(
     federate: Federate, data_home: Path, tmp_path: Path, made: str
 ) -> None:
     def tamper(name: str, reply: Message) -> Message:
-        for record in reply.content.config_records.values():
-            if record.get("client-id") == "0":
-                record["val"] = 10**12
+        set_claim(reply.content, "0", val=10**12)
         if name == "0" and "loss-sum" in (numbers := reply.content.metric_records.get(METRICS, {})):
             numbers["val-correct"] = 10**12
         return reply
