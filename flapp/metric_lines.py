@@ -74,9 +74,14 @@ SUMMARY: dict[str, Check] = {
 }
 
 
-def read_line(text: bytes | str) -> dict[str, Any]:
-    """Return a line of metrics.jsonl; raises ValueError unless it is JSON and its known keys hold the right types."""
+def read_line(text: bytes | str, kind: str | None = None) -> dict[str, Any]:
+    """Return a line of metrics.jsonl; raises ValueError unless it is JSON and its known keys hold the right types.
+
+    With `kind` it is a line of a file in which all lines are of this kind, and those of earlier versions do not say so.
+    """
     line = parse_json(text, surrogates=True)  # the reasons for failures come from clients
+    if kind is not None and isinstance(line, dict) and line.setdefault("kind", kind) != kind:
+        raise ValueError(f"it is not of kind {kind}")
     if not isinstance(line, dict) or not {"kind", "round"} <= line.keys():
         raise ValueError("it is not an object with a kind and a round")
     if odd := [key for key, check in LINE.items() if key in line and not check(line[key])]:

@@ -140,6 +140,12 @@ def read_lines(path: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
+def read_clients(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the lines of clients.jsonl in a run directory, by client."""
+    lines = map(json.loads, (path / "clients.jsonl").read_text().splitlines())
+    return {line["client"]: line for line in lines}
+
+
 @pytest.fixture(scope="session")
 def samples() -> Samples:
     """Return images and labels of seven writers."""

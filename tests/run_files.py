@@ -52,6 +52,10 @@ def write_run(
     with (path / "metrics.jsonl").open("w") as file:
         for line in lines_of(rounds, clients, classes, seed, old):
             file.write(json.dumps(line) + "\n")
+    if not old:
+        with (path / "clients.jsonl").open("w") as file:
+            for line in clients_of(clients, classes, seed):
+                file.write(json.dumps(line) + "\n")
     if status:
         (path / "metrics.json").write_text(json.dumps(summary_of(path, rounds, clients, status, old), indent=1))
     return path
@@ -71,11 +75,6 @@ def lines_of(rounds: int, clients: int, classes: int, seed: int, old: bool = Fal
     draw = np.random.default_rng(seed)
     names = [str(i) for i in range(clients)]
     roster: Line = {"kind": "roster", "round": 0, "time": 0.0, "clients": clients, "refused": {}, "warnings": {}}
-    if not old:
-        held = draw.integers(0, 40, (clients, classes))
-        hist = dict(zip(names, held.tolist(), strict=True))
-        samples = {name: {"train": sum(counts) or 100, "val": 0, "test": 25} for name, counts in hist.items()}
-        roster |= {"samples": samples, "label_hist": hist}
     yield roster
     for server_round in range(1, rounds + 1):
         skill = 1 - 0.9 * np.exp(-3 * server_round / rounds)
@@ -94,6 +93,15 @@ def lines_of(rounds: int, clients: int, classes: int, seed: int, old: bool = Fal
             yield {"kind": "round", **common, "seconds": whole, "phases": seconds, "store": stored}
 
 
+def clients_of(clients: int, classes: int, seed: int) -> Iterator[Line]:
+    """Yield the lines of clients.jsonl."""
+    held = np.random.default_rng((seed, 1)).integers(0, 40, (clients, classes)).tolist()
+    for client, labels in enumerate(held):
+        samples = {"train": sum(labels) or 100, "val": 0, "test": 25}
+        line: Line = {"kind": "client", "round": 0, "client": str(client), "shard_digest": "d" * 64}
+        yield line | samples | {"labels": labels}
+
+
 def exchange(names: list[str], draw: np.random.Generator, up: bool) -> Line:
     """Return what every line of an exchange says; the last client is in trouble once in a while."""
     failed = names[-1:] if len(names) > 1 and draw.random() < 0.25 else []
@@ -104,6 +112,7 @@ def exchange(names: list[str], draw: np.random.Generator, up: bool) -> Line:
         "asked": len(names),
         "replies": len(replied),
         "absent": [],
+        "absent_count": 0,
         "failures": [{"client": name, "reason": "sent no reply in time"} for name in failed],
         "bytes_down": sum(sent.values()),
         "bytes_up": sum(returned.values()),

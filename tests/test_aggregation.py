@@ -28,13 +28,11 @@ def test_the_average_is_float64_numpys_rounded_once(count: int, dtype: str) -> N
     averaged = weighted_average(records, weights)
     assert list(averaged) == list(records[0])
     for key, shape in SHAPES.items():
-        exact = sum(
-            r[key].numpy().astype(np.float64) * (w / sum(weights)) for r, w in zip(records, weights, strict=True)
-        )
+        total = sum(r[key].numpy().astype(np.float64) * w for r, w in zip(records, weights, strict=True))
         found = averaged[key].numpy()
         assert found.shape == shape
         assert found.dtype == dtype
-        np.testing.assert_array_equal(found, np.asarray(exact).astype(dtype))
+        np.testing.assert_array_equal(found, np.asarray(total / sum(weights)).astype(dtype))
 
 
 def test_the_average_agrees_with_stock_flower() -> None:
@@ -55,7 +53,7 @@ def test_equal_models_average_to_themselves_bit_for_bit() -> None:
     assert all(averaged[key].data == record[key].data for key in SHAPES)
 
 
-def test_integers_stay_integers_and_booleans_come_from_the_largest_weight() -> None:
+def test_integers_stay_integers_and_booleans_follow_the_weighted_majority() -> None:
     def record(number: int, flag: bool) -> ArrayRecord:
         return ArrayRecord({"n": Array(np.array(number)), "b": Array(np.array([flag])), "u": Array(np.uint8([number]))})
 
@@ -64,6 +62,11 @@ def test_integers_stay_integers_and_booleans_come_from_the_largest_weight() -> N
     assert averaged["n"].numpy() == 9  # (30 + 13 + 4) / 5 = 9.4
     assert averaged["u"].numpy().dtype == np.uint8
     assert averaged["b"].numpy().tolist() == [True]
+    for flags, majority in (((True, False, False), False), ((False, True, True), True)):
+        records = [record(0, flag) for flag in flags]  # the largest weight, 3 of 7, is not a majority
+        assert weighted_average(records, [3.0, 2.0, 2.0])["b"].numpy().tolist() == [majority]
+    tied = weighted_average([record(0, True), record(0, False)], [1.0, 1.0])
+    assert tied["b"].numpy().tolist() == [False]
 
 
 def test_the_inputs_are_left_as_they_were() -> None:

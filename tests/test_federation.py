@@ -17,6 +17,7 @@ from flapp import client_app, messages
 from flapp.model import BUILDERS, LAYOUTS, layout_of
 from flapp.roster import FederationError
 from flapp.settings import ConfigError
+from tests.claims import set_claim
 from tests.conftest import read_lines
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]
@@ -335,8 +336,7 @@ def test_batchnorm_buffers_are_averaged_and_counts_stay_whole_numbers(
 def test_a_claim_with_a_histogram_of_nonsense_does_not_end_the_run(federate: Federate) -> None:
     def claim(value: list[Any]) -> Callable[[str, Message], Message]:
         def tamper(name: str, reply: Message) -> Message:
-            if (record := reply.content.config_records.get(f"{messages.CLAIM}-1")) is not None:
-                record["label-hist"] = value
+            set_claim(reply.content, "1", label_hist=value)
             return reply
 
         return tamper
@@ -364,6 +364,17 @@ def test_clients_that_left_are_named_and_count_against_min_replies(federate: Fed
     settings = (*DIGITS, "strategy.min_clients=2", "strategy.wait_for_clients=0.1")
     nodes = [{"client-id": i} for i in "013"]
     _, path = federate(*settings, nodes=nodes)
-    assert read_lines(path, "train")[0]["absent"] == ["2"]
+    line = read_lines(path, "train")[0]
+    assert (line["absent"], line["absent_count"]) == (["2"], 1)
     with pytest.raises(FederationError, match="3 of 3 clients gave a valid train reply, strategy.min_replies=4"):
         federate(*settings, "strategy.min_replies=4", nodes=nodes)
+
+
+def test_of_many_absent_clients_twenty_are_named_and_all_are_counted(federate: Federate) -> None:
+    settings = ("clients=30", "num_rounds=1", "strategy.min_clients=3", "strategy.wait_for_clients=0.1")
+    nodes = [{"client-id": str(i)} for i in (0, 1, 29)]
+    _, path = federate(*TOY, *settings, "partition.min_size=1", nodes=nodes)
+    for kind in ("train", "evaluate"):
+        (line,) = read_lines(path, kind)
+        assert line["absent"] == [str(i) for i in range(2, 22)]
+        assert line["absent_count"] == 27

@@ -18,7 +18,7 @@ from flapp.roster import FederationError
 from flapp.server_app import initial_model
 from flapp.settings import ConfigError
 from flapp.strategy import RULES
-from tests.conftest import break_off, read_lines
+from tests.conftest import break_off, read_clients, read_lines
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]
 LORA = (
@@ -146,8 +146,7 @@ def test_rows_that_nobody_trains_are_drawn_anew_so_that_they_can_learn(federate:
 def test_the_head_is_averaged_by_the_number_of_samples(federate: Federate) -> None:
     seen: list[tuple[str, dict[str, np.ndarray]]] = []
     _, path = federate(*LORA, "num_rounds=1", tamper=listen(seen))
-    (roster,) = read_lines(path, "roster")
-    counts = {name: samples["train"] for name, samples in roster["samples"].items()}
+    counts = {name: line["train"] for name, line in read_clients(path).items()}
     assert len(set(counts.values())) > 1
     final = load_file(path / "model.safetensors")
     for key in HEAD:
@@ -163,6 +162,8 @@ def test_private_factors_stay_with_their_client_and_personalise_it(federate: Fed
     for store in stores:
         with ChunkManager(store, create=False) as manager:
             kept.append(manager.reconstruct_model_from_chunks(2))
+    with ChunkManager(path / "server_chunks.db", create=False) as manager:
+        assert manager.rounds()[-1].metrics["accepted"] == {"0": 2, "1": 2, "2": 2}
     key = "encoder.layers.encoder_layer_0.self_attention.qkv.lora_B"
     assert key not in load_file(path / "model.safetensors")
     assert not np.array_equal(kept[0][key], kept[1][key])

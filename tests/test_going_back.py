@@ -17,7 +17,7 @@ from flapp.settings import ConfigError
 from flapp.strategy import FedAvg
 from tests.conftest import break_off, read_lines
 from tests.run_files import write_run
-from tools import submit
+from tools import inline, submit
 from tools.progress import RoundReader
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]
@@ -43,17 +43,17 @@ def test_a_run_that_saved_a_poisoned_round_goes_on_from_the_round_before_to_the_
 ) -> None:
     settings = (*TOY, "evaluate.every=5")
     whole, whole_path = federate(*settings)
-    real = FedAvg.combine
+    real = FedAvg.combine_sum
 
     def poisoned(strategy: FedAvg, *args: Any) -> Any:
         arrays, found = real(strategy, *args)
-        if strategy.exchange.server_round == 3:
+        if strategy.phase.server_round == 3:
             for key, values in views(arrays).items():
                 arrays[key] = pack(np.full_like(values, 1.7e19))  # just small enough to be taken
         return arrays, found
 
     with monkeypatch.context() as patch:
-        patch.setattr(FedAvg, "combine", poisoned)
+        patch.setattr(FedAvg, "combine_sum", poisoned)
         with pytest.raises(FederationError, match="round 4: .*0 of 3 clients gave a valid train reply"):
             federate(*settings, "run_name=poisoned")
     for _ in range(2):  # for ever
@@ -164,10 +164,10 @@ def test_the_command_runs_the_later_rounds_of_a_finished_run_again(
     class Started(Exception):
         pass
 
-    def start(config: Any) -> Any:
+    def start(config: Any, *rest: Any) -> Any:
         raise Started
 
-    monkeypatch.setattr(submit, "choose_superlink", start)
+    monkeypatch.setattr(inline, "run_inline", start)
     words = [*TOY, f"home={data_home}", "run_name=command", "resume=true"]
     assert submit.run_once(compose(words)) == first
     with pytest.raises(Started):

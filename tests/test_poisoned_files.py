@@ -179,9 +179,14 @@ def test_other_things_in_place_of_numbers_are_said_in_the_report(tmp_path: Path)
         odd = dict.fromkeys(objects, each) | dict.fromkeys(("loss", "bytes_up", "seconds", "round", "kind"), value)
         lines += [lines[2] | {key: wrong} for key, wrong in (odd | {"failures": [each], "absent": [value]}).items()]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    clients = [json.loads(line) for line in (run / "clients.jsonl").read_text().splitlines()]
+    for value in (each for each in NOT_NUMBERS if each != [1]):
+        clients += [clients[0] | {key: value} for key in ("train", "val", "test", "labels")]
+    (run / "clients.jsonl").write_text("".join(json.dumps(line) + "\n" for line in clients))
     ask(report.main, run, "--out", tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
     assert "lines of metrics.jsonl are no lines of a run and are left out" in page
+    assert "lines of clients.jsonl are no lines of a run and are left out" in page
     said = "bytes_up, bytes_down, seconds, best_round, selected_round, best_value"
     assert f"metrics.json has values of wrong types, which are left out: {said}" in page
 

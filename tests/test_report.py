@@ -98,7 +98,8 @@ def test_stores_are_added_up_and_a_sample_is_called_one(home: Path, monkeypatch:
 
 def test_a_run_that_has_only_a_config_says_what_it_lacks(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs" / "empty", rounds=1, status=None)
-    (run / "metrics.jsonl").unlink()
+    for file in ("metrics.jsonl", "clients.jsonl"):
+        (run / file).unlink()
     page = report_on(tmp_path / "empty.html", run)
     for words in ("No round has begun", "metrics.jsonl cannot be read", "Nothing has been evaluated"):
         assert words in page.said
@@ -158,8 +159,8 @@ def test_a_resumed_run_is_read_through_all_its_starts(tmp_path: Path) -> None:
 def test_names_and_errors_of_runs_are_text_not_markup(tmp_path: Path) -> None:
     name = "<script>alert('$x$')</script>"
     run = write_run(tmp_path / "runs" / "r", rounds=2, classes=0, status="failed", run_name=name)
-    text = (run / "metrics.jsonl").read_text().replace('"0"', json.dumps(name))
-    (run / "metrics.jsonl").write_text(text)
+    for file in ("metrics.jsonl", "clients.jsonl"):
+        (run / file).write_text((run / file).read_text().replace('"0"', json.dumps(name)))
     summary = json.loads((run / "metrics.json").read_text()) | {"error": f"client {name} & <b>"}
     (run / "metrics.json").write_text(json.dumps(summary))
     page = report_on(tmp_path / "r.html", run)

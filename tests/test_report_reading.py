@@ -86,6 +86,38 @@ def test_failures_are_grouped_by_reason(tmp_path: Path) -> None:
     assert ranges(failed.rounds) == "2-3, 5"
 
 
+def test_what_clients_hold_is_read_from_clients_jsonl(tmp_path: Path) -> None:
+    run = reading.read_run(write_run(tmp_path / "r", rounds=1, clients=12, classes=4))
+    assert list(run.roster("samples")) == [str(i) for i in range(12)]
+    for name, labels in run.roster("label_hist").items():
+        assert run.roster("samples")[name] == {"train": sum(labels), "val": 0, "test": 25}
+
+
+def test_what_clients_hold_is_read_from_the_roster_of_a_run_of_an_earlier_version(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "r", rounds=1, clients=2, old=True)
+    held = {"samples": {"0": {"train": 5, "val": 1, "test": 2}}, "label_hist": {"0": [2, 3]}}
+    lines = [{"kind": "roster", "round": 0, **held}]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "clients.jsonl").write_text('{"round": 0, "client": "0", "shard_digest": "d"}\n')
+    run = reading.read_run(path)
+    assert {key: run.roster(key) for key in held} == held
+    assert run.notes == ()
+
+
+def test_lines_of_clients_jsonl_that_are_odd_are_noted_and_replace_nothing(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "r", rounds=2, clients=2)
+    before = reading.read_run(path)
+    with (path / "clients.jsonl").open("a") as file:
+        file.write('{"kind": "train", "round": 9, "failures": []}\n{"round": 0, "client": 3}\n[]\n{"round": 0, "cl')
+    after = reading.read_run(path)
+    assert after.lines == before.lines
+    cut = "the last line of clients.jsonl was cut off and is left out"
+    assert after.notes == (cut, "3 lines of clients.jsonl are no lines of a run and are left out")
+    for name in ("metrics.jsonl", "metrics.json"):
+        (path / name).unlink()
+    assert len(reading.read_run(path).roster("samples")) == 2
+
+
 def test_many_clients_are_drawn_as_sums_of_neighbours() -> None:
     table = np.random.default_rng(0).integers(0, 9, (1000, 62)).astype(float)
     rows, together = grouped(table, 100)

@@ -19,7 +19,7 @@ from flapp.roster import Roster
 from flapp.settings import ConfigError
 from flapp.stopwatch import PHASES
 from flapp.strategy import FedAvg
-from tests.conftest import Broken, LocalGrid, break_off, read_lines
+from tests.conftest import Broken, LocalGrid, break_off, read_clients, read_lines
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]
 TOY = ("experiment=toy_regression", "num_rounds=3")
@@ -46,7 +46,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 def test_the_phases_of_a_round_add_up_to_its_seconds_and_rounds_to_the_time_between(
     federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow(monkeypatch, FedAvg, "combine")
+    slow(monkeypatch, FedAvg, "combine_sum")
     slow(monkeypatch, RunDirectory, "append")
     _, path = federate(*TOY, "evaluate.central=true", "evaluate.every=2")
     rounds = read_lines(path, "round")
@@ -64,7 +64,7 @@ def test_the_phases_of_a_round_add_up_to_its_seconds_and_rounds_to_the_time_betw
         (Roster, "refresh", "configure"),
         (LocalGrid, "push_messages", "send"),
         (LocalGrid, "pull_messages", "train"),
-        (FedAvg, "combine", "aggregate"),
+        (FedAvg, "combine_sum", "aggregate"),
         (FedAvg, "aggregate_evaluate", "evaluate"),
         (server_app, "evaluate", "central"),
         (results, "config_digest", "save"),
@@ -88,15 +88,16 @@ def test_the_line_of_a_round_is_its_last_and_says_what_the_store_took(federate: 
     assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
 
 
-def test_the_roster_line_says_who_holds_how_much_of_what(federate: Federate) -> None:
+def test_clients_jsonl_says_who_holds_how_much_of_what(federate: Federate) -> None:
     _, path = federate(*DIGITS, "num_rounds=1")
-    (line,) = read_lines(path, "roster")
-    assert sorted(line["samples"]) == sorted(line["label_hist"]) == ["0", "1", "2"]
-    for name, counts in line["label_hist"].items():
-        assert sum(counts) == line["samples"][name]["train"]
-    assert sum(sum(counts.values()) for counts in line["samples"].values()) == 1797
+    clients = read_clients(path)
+    assert list(clients) == ["0", "1", "2"]
+    assert all(line["kind"] == "client" and len(line["shard_digest"]) == 64 for line in clients.values())
+    assert all(sum(line["labels"]) == line["train"] for line in clients.values())
+    assert sum(line[split] for line in clients.values() for split in ("train", "val", "test")) == 1797
+    assert not {"samples", "label_hist"} & read_lines(path, "roster")[0].keys()  # it stays short
     _, path = federate(*TOY, "num_rounds=1")
-    assert read_lines(path, "roster")[0]["label_hist"] == {"0": [], "1": [], "2": []}
+    assert [line["labels"] for line in read_clients(path).values()] == [[], [], []]
 
 
 def test_the_table_has_a_row_a_round_and_the_same_columns_in_every_run(federate: Federate) -> None:

@@ -13,6 +13,7 @@ from flapp import client_app, origin, results, server_app
 from flapp.config import compose
 from flapp.data import ensure_artifacts, open_artifact, write_artifact, write_shards
 from flapp.ledger import ClientLedger
+from flapp.messages import Claim
 from flapp.roster import FederationError
 from flapp.settings import ConfigError
 from tests.conftest import break_off, read_lines
@@ -174,7 +175,7 @@ def test_what_each_client_had_is_recorded_once_and_those_that_join_later_are_add
 def test_a_client_that_comes_back_with_other_data_during_a_run_is_refused_by_name(home: Path) -> None:
     run = results.RunDirectory.create(compose([*TOY, f"home={home}", "run_name=back"]))
     ledger = ClientLedger(run)
-    ledger.record({"0": "a" * 64, "1": "b" * 64})
+    ledger.record({name: Claim(name, shard_digest=letter * 64) for name, letter in ("0a", "1b")})
     assert ledger.find_fault("0", "a" * 64) is None
     fault = ledger.find_fault("0", "c" * 64)
     assert fault is not None

@@ -13,7 +13,8 @@ from flwr.app import Message
 from flapp import messages
 from flapp.data import export_artifacts, load_manifest, write_shards
 from flapp.roster import FederationError
-from tests.conftest import read_lines
+from tests.claims import set_claim
+from tests.conftest import read_clients, read_lines
 from tests.leaf_files import Samples, as_leaf, write_leaf
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]
@@ -62,9 +63,7 @@ def claim_of(client_id: str, **lies: Any) -> Callable[[str, Message], Message]:
     """Return a tamper function that changes one client's claim when it is attested."""
 
     def tamper(name: str, reply: Message) -> Message:
-        record = reply.content.config_records.get(f"{messages.CLAIM}-{client_id}")
-        if record is not None:
-            record.update({key.replace("_", "-"): value for key, value in lies.items()})
+        set_claim(reply.content, client_id, **lies)
         return reply
 
     return tamper
@@ -104,7 +103,7 @@ def test_the_best_round_by_the_shards_validation_samples_costs_no_training_sampl
     assert own["selected_round"] == shared["selected_round"] < 6
     samples = load_manifest(femnist / "shards").facts["totals"]
     for run in (path, other):
-        held = read_lines(run, "roster")[0]["samples"].values()
+        held = read_clients(run).values()
         assert {split: sum(each[split] for each in held) for split in ("train", "val", "test")} == {
             split: samples[split] for split in ("train", "val", "test")
         }
@@ -166,13 +165,26 @@ def test_without_strict_check_the_server_warns_and_goes_on(federate: Federate, f
 def test_a_reply_over_other_data_than_the_manifests_is_left_out(federate: Federate, femnist: Path) -> None:
     def tamper(name: str, reply: Message) -> Message:
         if name == "2" and messages.ARRAYS in reply.content.array_records:
+            reply.content.config_records[messages.CLAIM]["shard-digest"] = "0" * 64
+        return reply
+
+    _, path = federate(*SHARDS, tamper=tamper)
+    (failure,) = read_lines(path, "train")[0]["failures"]
+    assert failure["client"] == "2"
+    own = load_manifest(femnist / "shards")["2"].digest
+    assert failure["reason"] == f"its data changed: shard digest {'0' * 12}, attested as {own[:12]}"
+
+
+def test_counts_in_a_reply_which_only_an_answer_to_attest_has_are_refused(federate: Federate, femnist: Path) -> None:
+    def tamper(name: str, reply: Message) -> Message:
+        if name == "2" and messages.ARRAYS in reply.content.array_records:
             reply.content.config_records[messages.CLAIM]["val"] = 99
         return reply
 
     _, path = federate(*SHARDS, tamper=tamper)
-    failure = read_lines(path, "train")[0]["failures"][0]
-    assert failure["client"] == "2"
-    assert "claims 99 val samples" in failure["reason"]
+    (failure,) = read_lines(path, "train")[0]["failures"]
+    reason = "the message's claim has a missing, foreign or mistyped entry: val"
+    assert failure == {"client": "2", "reason": reason}
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "meta"])

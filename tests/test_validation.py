@@ -13,11 +13,12 @@ from flapp import client_data, partitions
 from flapp.config import compose
 from flapp.data import DataError, Partition, hold_out, load_partition, write_artifact
 from flapp.data.partition import save_partition
-from flapp.messages import CLAIM, METRICS, NUM_EXAMPLES
+from flapp.messages import METRICS, NUM_EXAMPLES
 from flapp.roster import FederationError
 from flapp.settings import ConfigError, Site
 from flapp.summary import Summary
-from tests.conftest import read_lines
+from tests.claims import set_claim
+from tests.conftest import read_clients, read_lines
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]
 CLASSES, SEEDS, TEST = 3, 20, 30
@@ -106,8 +107,9 @@ def test_samples_are_held_out_where_something_chooses_or_it_is_asked_for(
     federate: Federate, made: str, settings: tuple[str, ...], held: int
 ) -> None:
     summary, path = federate(*MADE, made, *settings)
-    samples = read_lines(path, "roster")[0]["samples"]
-    assert [samples[name] for name in "01"] == [{"train": 20 - held, "val": held, "test": 10}] * 2
+    clients = read_clients(path)
+    samples = [[clients[name][split] for split in ("train", "val", "test")] for name in "01"]
+    assert samples == [[20 - held, held, 10]] * 2
     assert ("val_loss" in summary) == ("val_loss" in read_lines(path, "evaluate")[0]) == bool(held)
     assert summary["objective"] == summary["val_accuracy" if held else "accuracy"]
 
@@ -233,8 +235,7 @@ def test_a_claim_of_other_validation_samples_than_the_partition_gives_is_refused
     federate: Federate, made: str, val: int
 ) -> None:
     def tamper(name: str, reply: Message) -> Message:
-        if record := reply.content.config_records.get(f"{CLAIM}-1"):
-            record["val"] = val
+        set_claim(reply.content, "1", val=val)
         return reply
 
     _, path = federate(*MADE, made, BEST, tamper=tamper)
@@ -275,9 +276,7 @@ def test_a_claim_on_the_validation_samples_cannot_own_the_choice(
     federate: Federate, data_home: Path, tmp_path: Path, made: str
 ) -> None:
     def tamper(name: str, reply: Message) -> Message:
-        for record in reply.content.config_records.values():
-            if record.get("client-id") == "0":
-                record["val"] = 10**12
+        set_claim(reply.content, "0", val=10**12)
         if name == "0" and "loss-sum" in (numbers := reply.content.metric_records.get(METRICS, {})):
             numbers["val-correct"] = 10**12
         return reply

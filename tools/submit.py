@@ -63,15 +63,15 @@ def run_once(config: Config, on_start: Callable[[], object] = lambda: None) -> d
     federation_words = ["--federation-config", simulation_words(config)] if is_simulation else []
     if is_inline:
         check_cpus(config)
-        from tools import inline  # imports us
-
-        inline.prepare(config)
     if here:
         check_run(config, clients_here=is_home_shared(config), quick=True)
         if restarts(config):
             print(f"note: {REPLACED.format(config.run_name)}", file=sys.stderr)
     before = stamp(path, CONFIG)
     if is_inline:
+        from tools import inline  # imports us, and Flower, which no mistake should wait for
+
+        inline.prepare(config)
         on_start()
         return inline.run_inline(config, before)
     config, superlink = choose_superlink(config)

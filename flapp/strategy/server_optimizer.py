@@ -25,7 +25,7 @@ import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvgM, FedYogi
 
-from flapp.messages import ARRAYS, NUM_EXAMPLES, TRAIN, pack, view, views
+from flapp.messages import ARRAYS, NUM_EXAMPLES, TRAIN, as_record, pack, view, views
 
 MOMENTS = ("m_t", "v_t")
 
@@ -49,13 +49,13 @@ class ServerOptimizer:
     def step(self, current: ArrayRecord, average: ArrayRecord, server_round: int) -> ArrayRecord:
         """Return the new global model, in the dtypes of the current one."""
         floats = [key for key, array in average.items() if view(array).dtype.kind == "f"]
-        before, after = (ArrayRecord({key: record[key] for key in floats}) for record in (current, average))
+        before, after = (as_record({key: record[key] for key in floats}) for record in (current, average))
         self.flower.current_arrays = before if isinstance(self.flower, FedAvgM) else views(before)
         metrics = MetricRecord({NUM_EXAMPLES: 1})
         reply = Message(RecordDict({ARRAYS: after, "metrics": metrics}), dst_node_id=1, message_type=TRAIN)
         stepped, _ = self.flower.aggregate_train(server_round, [reply])
         new = {key: pack(view(stepped[key]).astype(view(current[key]).dtype)) for key in floats}
-        return ArrayRecord({key: new.get(key, array) for key, array in average.items()})
+        return as_record({key: new.get(key, array) for key, array in average.items()})
 
     def state(self, keys: ArrayRecord) -> dict[str, np.ndarray]:
         """Return the moments as tensors with names of their own."""

@@ -20,11 +20,7 @@ from flapp.untrusted import read_json as parse_file
 from tools.page.run import Clients, Job, Run, Stores, by_number, names_of, number
 from tools.superlink import ANSI
 
-METRICS, HELD, STORE = (
-    "metrics.jsonl",
-    "clients.jsonl",
-    "server_chunks.db",
-)  # of flapp.results, which would import PyTorch
+METRICS, HELD, STORE = "metrics.jsonl", "clients.jsonl", "server_chunks.db"  # flapp.results would import PyTorch
 RUN_FILES = ("config.yaml", METRICS, "metrics.json")
 STORES_OPENED = 50
 LOG_BYTES, LOG_LINES = 32_768, 40
@@ -86,11 +82,11 @@ def read_run(path: Path, label: str = "A") -> Run:
         notes.append(f"metrics.json has values of wrong types, which are left out: {', '.join(odd)}")
     clients = Clients()
     lines = _read_lines(path / METRICS, clients, notes)
-    if (path / HELD).exists():
-        lines |= _read_lines(path / HELD, clients, notes)
     if lines and not summary:
         written = datetime.fromtimestamp((path / METRICS).stat().st_mtime, UTC)
         notes.append(f"{METRICS} was last written at {written:%H:%M:%S on %d %B %Y, UTC}")
+    if (path / HELD).exists():
+        lines |= _read_lines(path / HELD, clients, notes, "client")
     return Run(
         path,
         label,
@@ -164,8 +160,13 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _read_lines(path: Path, clients: Clients, notes: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """Return the lines of a file by kind, what is of single clients folded into `clients`; note odd ones."""
+def _read_lines(
+    path: Path, clients: Clients, notes: list[str], kind: str | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the lines of a file by kind, what is of single clients folded into `clients`; note odd ones.
+
+    kind: the only kind that the file has.
+    """
     lines: dict[str, list[dict[str, Any]]] = {}
     odd, torn = 0, False
     try:
@@ -173,7 +174,7 @@ def _read_lines(path: Path, clients: Clients, notes: list[str]) -> dict[str, lis
         with path.open("rb") as file:
             while raw := file.readline(MOST_BYTES):
                 try:
-                    line = read_line(raw)
+                    line = read_line(raw, kind)
                     lines.setdefault(line["kind"], []).append(clients.fold(line))
                 except ValueError:
                     if len(raw) == MOST_BYTES:

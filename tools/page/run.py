@@ -162,7 +162,7 @@ class Run:
             said |= line.get(key) or {}
         for line in self.lines.get("client", ()):
             found = {"samples": {split: line.get(split, 0) for split in SPLITS}, "label_hist": line.get("labels")}
-            if key in found and "client" in line:
+            if key in found and {"client", "labels"} <= line.keys():  # earlier versions wrote the digest alone
                 said[line["client"]] = found[key]
         return dict(sorted(said.items(), key=lambda item: by_number(item[0])))
 
