@@ -265,6 +265,10 @@ class HeldArray(Array):
             self.__dict__["packed"] = pack(self.__dict__.pop("held")).data
         return self.__dict__["packed"]
 
+    def deflate(self) -> bytes:
+        """Return the bytes of a plain Array: Flower writes the name of the class into them, and knows its own only."""
+        return Array(self.dtype, self.shape, self.stype, self.data).deflate()
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Array, (self.dtype, self.shape, self.stype, self.data)
 
