@@ -148,8 +148,8 @@ def test_three_lines_say_what_a_run_is_about_to_do(tmp_path: Path) -> None:
     config = compose([f"home={tmp_path}", TOY, "run_name=mine", "strategy.fraction_train=0.6"])
     assert start_lines("mine", overview(config)) == [
         f"run mine in {tmp_path}/runs/mine",
-        "linear (11 parameters) on regression (300 training and 90 test samples), 3 clients, 2 a round",
-        "fedavg, 5 rounds: a client receives 44 B and sends 44 B of the model in a training round",
+        "linear (11 parameters) on regression (300 training and 90 test samples), 3 clients, 2 a round (iid)",
+        "fedavg, 5 rounds, evaluated every 1; in a training round a client receives 44 B and sends 44 B",
     ]
     assert overview(config, is_here=False)["samples"] is None
 

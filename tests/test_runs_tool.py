@@ -130,7 +130,7 @@ def test_show_says_which_settings_differ_and_how_to_resume(home: Path, flapp_run
     words = "experiment=toy_regression num_rounds=9 train.clip_norm=2.5"
     assert status == 0
     assert out.startswith("mine: interrupted, 4 of 9 rounds\n")
-    assert f"  started with       {words}\n" in out
+    assert f"  settings           {words}\n" in out
     assert out.endswith(
         "last lines of log.txt:\n"
         + "".join(f"  INFO 2026-11-21 10:00:00,00{i}: line {i}\n" for i in range(5, 9))

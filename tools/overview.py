@@ -1,8 +1,9 @@
 """What a run is about to do, said when it starts: in three lines, or one for a job of a sweep.
 
 The JSON event `started` has the same as fields: run_dir, rounds, model, parameters, trained_parameters, dataset,
-samples ({"train", "test"}, null unless the data are prepared on this machine), clients, clients_a_round, strategy,
-aggregation, bytes_down and bytes_up (of the model, for one client in one training round; messages add a little).
+samples ({"train", "test"}, null unless the data are prepared on this machine), clients, partition, clients_a_round,
+evaluate_every, strategy, aggregation, bytes_down and bytes_up (of the model, for one client in one training round;
+messages add a little).
 """
 
 import math
@@ -36,6 +37,8 @@ def overview(config: Config, is_here: bool = True) -> dict[str, Any]:
         "dataset": config.dataset.name,
         "samples": count_samples(config) if is_here else None,
         "clients": config.clients,
+        "partition": _partition(config),
+        "evaluate_every": config.evaluate.every,
         "clients_a_round": sample_size(config.strategy.fraction_train, config.clients),
         "strategy": config.strategy.name,
         "aggregation": config.strategy.aggregation,
@@ -81,8 +84,9 @@ def start_lines(run_name: str, facts: dict[str, Any]) -> list[str]:
     down, up = in_bytes(facts["bytes_down"]), in_bytes(facts["bytes_up"])
     return [
         f"run {run_name} in {facts['run_dir']}",
-        f"{_model(facts)} on {_dataset(facts)}, {_clients(facts)}",
-        f"{_strategy(facts)}: a client receives {down} and sends {up} of the model in a training round",
+        f"{_model(facts)} on {_dataset(facts)}, {_clients(facts)} ({facts['partition']})",
+        f"{_strategy(facts)}, evaluated every {facts['evaluate_every']}; "
+        f"in a training round a client receives {down} and sends {up}",
     ]
 
 
@@ -107,6 +111,13 @@ def _clients(facts: dict[str, Any]) -> str:
     clients, drawn = facts["clients"], facts["clients_a_round"]
     counted = f"{clients:,} client{'s' * (clients != 1)}"
     return f"{counted}, {drawn:,} a round" if drawn < clients else counted
+
+
+def _partition(config: Config) -> str:
+    """Name how the samples are divided among the clients, with the number that shapes it."""
+    kind, settings = config.partition.kind, config.partition
+    shape = {"dirichlet": f" alpha={settings.alpha}", "pathological": f" classes={settings.classes_per_client}"}
+    return f"{kind}{shape.get(kind, '')}"
 
 
 def _strategy(facts: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import hydra
 import psutil
+import yaml
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -40,7 +41,7 @@ Train one model with many clients: a federated run, or a sweep of runs, on this 
   python -m tools.run -m seed=0,1 train.lr=0.001,0.002       a sweep: every combination, each in its own folder
   python -m tools.run run_name=mine resume=true              resume a run that was interrupted or failed
 
-Settings are written key=value, in Hydra's grammar. These choose a whole group of settings:
+Settings are written key=value, in Hydra's grammar. These choose a whole group of settings (* is the default):
 
 {groups}
 
@@ -49,13 +50,13 @@ Settings are written key=value, in Hydra's grammar. These choose a whole group o
   --format json        print events as JSON lines on stdout instead of text
   --hydra-help         Hydra's own options
 
-Results are in home/runs/<run_name>; home is ~/.flapp, or FLAPP_HOME, or home=DIR. Clients run in processes of this
-command; deployment.workers=0 runs them in this very process, for breakpoint(). deployment=simulation runs them in Ray,
-deployment=local over the SuperNodes of `python -m tools.federation up`. resume_from=7 goes back to round 7, if it is
-still kept.
+Results are in home/runs/<run_name>; home is ~/.flapp, or FLAPP_HOME, or home=DIR. Clients run in worker
+processes of this command (deployment=inline); deployment.workers=0 runs them in this very process, for breakpoint().
+deployment=simulation runs them in Ray, deployment=local in Flower's client processes (`python -m tools.federation up`).
+resume_from=7 goes back to round 7, if it is still kept. A finished run is not trained further.
 Accuracy and loss are of the test samples of all clients. Personal accuracy is that of each client's own model: the
 global model, fine-tuned on the client's samples (evaluate.personal_epochs) or with the parts that the client keeps.
-The time of a run starts with its server; the time with start-up starts with the command.
+Two times are printed: of the rounds, and, with start-up, of the whole command.
 Exit status: 0 if every run finished, 1 if one failed or was refused (one line says why), 130 if interrupted.
 """
 NOTES = {"personal_accuracy": " (of each client's own model)"}
@@ -131,6 +132,7 @@ def final_line(summary: dict[str, Any], took: float | None = None) -> str:
         *private,
         f"model {Path(summary['run_dir']) / 'model.safetensors'} ({chosen}sha256 {summary['model_sha256']})",
         f"results in {summary['run_dir']}",
+        as_called(f"see them with: python -m tools.report {summary['run_dir']} --out report.html"),
     ]
     return "\n".join(lines + refused)
 
@@ -138,8 +140,12 @@ def final_line(summary: dict[str, Any], took: float | None = None) -> str:
 def seconds(run: float, command: float | None) -> str:
     """Return the seconds of a run, over all its starts, with those of this command in parentheses."""
     if command is None:
-        return f"{run:.0f} s"
-    return f"{run:.0f} s ({command:.0f} s {'with start-up' if command >= run else 'in this start'})"
+        return _rounded(run)
+    return f"{_rounded(run)} ({_rounded(command)} {'with start-up' if command >= run else 'in this start'})"
+
+
+def _rounded(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
 def some(texts: list[str], most: int = 3) -> str:
@@ -210,7 +216,14 @@ def how_to_go_on(outcomes: list[sweep.Outcome], words: list[str]) -> str | None:
 def help_text() -> str:
     """Return HELP with the groups of settings that conf/ offers and how flapp was called."""
     groups = sorted(folder for folder in CONF.iterdir() if folder.is_dir())
-    choices = {folder.name: ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) for folder in groups}
+    listed = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
+    default = {(key, str(value)) for each in listed if isinstance(each, dict) for key, value in each.items()}
+    choices = {
+        folder.name: ", ".join(
+            f"{path.stem}{'*' * ((folder.name, path.stem) in default)}" for path in sorted(folder.glob("*.yaml"))
+        )
+        for folder in groups
+    }
     width = max(map(len, choices)) + 1
     lines = [
         textwrap.fill(text, 118, initial_indent=f"  {name + '=':<{width}} ", subsequent_indent=" " * (width + 3))

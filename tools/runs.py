@@ -103,11 +103,11 @@ def show_lines(found: dict[str, Any]) -> Iterator[str]:
     sizes = {"folder": "run_bytes", "client stores": "store_bytes", "split models": "split_bytes"}
     held = ", ".join(f"{name} {in_bytes(found[key])}" for name, key in sizes.items() if found[key])
     facts = {"folder": found["path"], "size": held, "started": found["started"]}
-    facts["started with"] = " ".join(found["changed"])
+    facts["settings"] = " ".join(found["changed"])
     summary = found["summary"]
     facts |= {name: write(summary[key]) for key, (name, write) in FIGURES.items() if summary.get(key) is not None}
     yield from (f"  {key:<18} {value}" for key, value in facts.items())
-    if found["log"]:
+    if found["log"] and found["status"] != "finished":
         yield "last lines of log.txt:"
         yield from (f"  {textwrap.shorten(line, LOG_WIDTH, placeholder=' ...')}" for line in found["log"])
     if found["resume"]:

@@ -29,7 +29,7 @@ from tools.supervisor import KEYS, root_certificates
 
 LOOK_SECONDS, STATUS_SECONDS, END_SECONDS = 0.3, 15, 60
 CONFIG = ("config.yaml",)
-REPLACED = "run {} ended before its first round was complete: this start replaces its folder and keeps its log.txt"
+REPLACED = "run {} ended before its first round was complete, so it starts again (its log.txt is kept)"
 
 
 class RunError(RuntimeError):
