@@ -1,4 +1,4 @@
-"""Answers to attest: columns of claims, of which only those that fit together are read."""
+"""Answers to attest are columns of claims, of which only those that fit together are read; pieces are numbered."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,17 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from flapp.messages import ATTEST, CLAIMS, LONGEST_TEXT, MOST_CLASSES, Claim, MessageError, pack_claims, unpack_claims
+from flapp.messages import (
+    ATTEST,
+    CLAIMS,
+    LONGEST_TEXT,
+    MOST_CLASSES,
+    Claim,
+    MessageError,
+    pack_claims,
+    unpack_claims,
+    unpack_piece,
+)
 from tests.claims import set_claim
 
 THREE = [
@@ -130,3 +140,9 @@ def test_the_time_to_read_claims_grows_with_their_number_and_not_with_its_square
 
     few, many = (min(seconds(count) for _ in range(3)) for count in (1_000, 16_000))
     assert many < 64 * few  # 16 times as many; the square would be 256
+
+
+def test_a_piece_of_a_base_is_one_of_a_bounded_number() -> None:
+    content = RecordDict({"piece": ConfigRecord({"index": 0, "count": 10**12}), "arrays": ArrayRecord({})})
+    with pytest.raises(MessageError, match="number 0 of 1000000000000"):
+        unpack_piece(content)

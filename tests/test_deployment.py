@@ -103,7 +103,7 @@ def find_client(federation: Federation, folder: str) -> psutil.Process | None:
 
 def digest_of(summary: str) -> str:
     """Return the model's digest from what tools.run says at the end."""
-    found = re.search(r"^model ([0-9a-f]{64})$", summary, re.MULTILINE)
+    found = re.search(r"^model .*sha256 ([0-9a-f]{64})\)$", summary, re.MULTILINE)
     assert found is not None
     return found[1]
 

@@ -7,21 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord
 from safetensors.torch import load_file
 
 from flapp.checks import update_norm
-from flapp.messages import (
-    ARRAYS,
-    CLAIMS,
-    METRICS,
-    NUM_EXAMPLES,
-    Claim,
-    MessageError,
-    pack_claims,
-    unpack_claims,
-    unpack_piece,
-)
+from flapp.messages import ARRAYS, CLAIMS, METRICS, NUM_EXAMPLES, Claim, pack_claims, unpack_claims
 from flapp.roster import FederationError
 from flapp.settings import ConfigError
 from flapp.strategy.bounds import NormBound, cap_shares
@@ -329,12 +319,6 @@ def test_a_node_cannot_speak_for_clients_that_the_run_does_not_have(federate: Fe
     assert key.startswith("node ")
     assert len(reason) < 600
     assert reason.isprintable()
-
-
-def test_a_piece_of_a_base_is_one_of_a_bounded_number() -> None:
-    content = RecordDict({"piece": ConfigRecord({"index": 0, "count": 10**12}), ARRAYS: ArrayRecord({})})
-    with pytest.raises(MessageError, match="number 0 of 1000000000000"):
-        unpack_piece(content)
 
 
 def test_an_aggregate_that_nobody_can_train_from_does_not_become_a_round(federate: Federate, data_home: Path) -> None:
