@@ -4,13 +4,18 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from flapp import client_app
+from flapp.groups import GROUP
+from flapp.messages import ORDER
 
 SHORT = 0.05  # seconds
+FIT = client_app.fit
 
 
 def app(message: Message, context: Context) -> Message:
@@ -41,14 +46,20 @@ def app(message: Message, context: Context) -> Message:
 
 
 def federated(message: Message, context: Context) -> Message:
-    """Handle a message of flapp's, but die once, in the middle of round 2."""
+    """Handle a message of flapp's, but once, in round 2, die when the last client of a group is about to train."""
     marker = Path(json.loads(str(context.run_config["config-json"]))["home"]) / "died"
     if message.metadata.message_type == "train" and message.metadata.group_id == "2":
-        try:
-            marker.touch(exist_ok=False)
-            os.kill(os.getpid(), 9)
-        except FileExistsError:
-            pass
+        records = message.content.config_records
+        last = records[GROUP]["client-id"][-1] if GROUP in records else records[ORDER]["client-id"]  # type: ignore[index]
+
+        def fit_or_die(model: Any, config: Any, order: Any, *rest: Any) -> Any:
+            if order.client_id == last:
+                with suppress(FileExistsError):
+                    marker.touch(exist_ok=False)
+                    os.kill(os.getpid(), 9)
+            return FIT(model, config, order, *rest)
+
+        client_app.fit = fit_or_die
     return client_app.app(message, context)
 
 
