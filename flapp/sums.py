@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
-from flapp.messages import allocate, as_record, view
+from flapp.messages import allocate, as_record, pack, view
 
 BLOCK = 1 << 17  # elements: two float64 blocks near the level-2 cache, in loops long enough for threads to pay
 THREADS = 2  # numpy frees the GIL in its loops; memory bandwidth is used up by two
@@ -61,14 +61,15 @@ class WeightedSum:
 
         def divide(key: str) -> None:
             dtype = view(like[key]).dtype
-            found[key], result = allocate(tuple(like[key].shape), dtype)
-            total, flat = self._totals.pop(key).reshape(-1), result.reshape(-1)
+            total = self._totals.pop(key).reshape(-1)
+            flat = np.empty(total.size, dtype)
             for start in range(0, total.size, BLOCK):
                 block = total[start : start + BLOCK]
                 np.divide(block, weight, out=block)
                 rounded = block > 0.5 if dtype == np.bool_ else np.rint(block) if dtype.kind in "iu" else block
                 flat[start : start + BLOCK] = rounded
             self.arrays.pop(key)
+            found[key] = pack(flat.reshape(like[key].shape))
 
         keys = list(self._totals)
         _for_each_key(keys, dict(self._totals), divide)
