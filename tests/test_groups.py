@@ -12,7 +12,7 @@ import torch
 from flwr.app import Array, ArrayRecord, Error, Message
 from safetensors.numpy import load_file
 
-from flapp import client_app
+from flapp import client_app, groups
 from flapp.groups import GROUP, SUM, cut
 from flapp.messages import ARRAYS, METRICS, TRAIN
 from tests.conftest import LocalGrid, read_lines
@@ -50,9 +50,9 @@ def nodes(count: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("count", [1, 5, 10, 31, 32, 33, 50, 64, 100, 1000, 12345])
 def test_a_cut_has_every_client_once_in_order_and_at_most_31_groups(count: int) -> None:
     names = [f"{i:05}" for i in range(count)]
-    groups = cut(names)
-    assert [name for group in groups for name in group] == names
-    assert len(groups) == count if count < 32 else 16 <= len(groups) <= 31
+    found = cut(names)
+    assert [name for group in found for name in group] == names
+    assert len(found) == count if count < 32 else 16 <= len(found) <= 31
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 50])
@@ -143,9 +143,14 @@ def failures(path: Path, server_round: int = 1) -> dict[str, str]:
     return {failure["client"]: failure["reason"] for failure in line["failures"]}
 
 
+@pytest.mark.parametrize("size", [3, 30])
 def test_failing_clients_are_named_and_cost_their_group_nothing(
-    federate: Federate, break_clients: Callable[[dict[str, str]], None]
+    federate: Federate,
+    break_clients: Callable[[dict[str, str]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
 ) -> None:
+    monkeypatch.setattr(groups, "group_size", lambda clients: size)
     break_clients({"17": "raises", "18": "nan", "19": "data", "3": "long"})
     grouped, path = federate(*ALL, **GROUPED)
     named = failures(path)
@@ -177,9 +182,9 @@ def test_a_long_update_in_the_first_round_is_asked_for_again_without_its_client(
     monkeypatch.setattr(LocalGrid, "handle", listen)
     break_clients({"3": "long"})
     federate(*ALL, "num_rounds=1", **GROUPED)
-    groups = cut(sorted(map(str, range(60))))
-    theirs = next(group for group in groups if "3" in group)
-    assert sent == [*map(list, groups), [name for name in theirs if name != "3"]]
+    asked = cut(sorted(map(str, range(60))))
+    theirs = next(group for group in asked if "3" in group)
+    assert sent == [*map(list, asked), [name for name in theirs if name != "3"]]
 
 
 def spoil_group(change: Callable[[Message], None], name: str = "17") -> Callable[[str, Message], Message]:
