@@ -1,6 +1,7 @@
 """Groups of clients: one message and one sum for several clients, with the bytes that single messages give."""
 
 import inspect
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file
 from flapp import client_app, groups
 from flapp.groups import GROUP, SUM, cut
 from flapp.messages import ARRAYS, METRICS, TRAIN
+from flapp.strategy.phase import FOLDED_AT_ONCE, Phase
 from tests.conftest import LocalGrid, read_lines
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]
@@ -250,3 +252,27 @@ def test_a_node_that_fails_costs_its_group_only(federate: Federate) -> None:
 
     _, path = federate(*ALL, "num_rounds=1", **GROUPED, tamper=fail)
     assert set(failures(path).values()) == {"failed: left on purpose"}
+
+
+def test_the_server_holds_few_models_however_many_groups_there_are() -> None:
+    names = [f"{i:03}" for i in range(400)]
+    phase = Phase(TRAIN, 1, names, dict.fromkeys(names, 1.0))
+    phase.waiting = {str(index): (index, group) for index, group in enumerate(phase.groups)}
+    size = 1 << 17  # numbers: a megabyte in float64
+    tracemalloc.start()
+    try:
+        for index in reversed(range(FOLDED_AT_ONCE)):  # the first ones come in the wrong order
+            phase.sums[index] = ArrayRecord({"weight": Array(np.full(size, 1.0))})
+            del phase.waiting[str(index)]
+            phase.fold()
+        for index in range(FOLDED_AT_ONCE, len(phase.groups)):
+            phase.sums[index] = ArrayRecord({"weight": Array(np.full(size, 1.0))})
+            del phase.waiting[str(index)]
+            phase.fold()
+        phase.fold(is_over=True)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(phase.groups) > 2 * FOLDED_AT_ONCE
+    assert peak < (FOLDED_AT_ONCE + 3 + 2) * 8 * size  # those that have just come, ours, and what making one takes
+    np.testing.assert_array_equal(phase.total.arrays["weight"].numpy(), float(len(phase.groups)))

@@ -13,7 +13,7 @@ from flapp.sums import Weighted, WeightedSum
 
 Clients = tuple[int, tuple[str, ...]]  # the index of their group, and their ids
 MOST_NAMED = 20  # of absent clients, in a line
-FOLDED_AT_ONCE = 8  # groups: adding several costs little more than adding one, and keeps so many replies in memory
+FOLDED_AT_ONCE = 2  # groups: adding two costs little more than adding one, and keeps both in memory
 
 
 @dataclass
