@@ -252,5 +252,9 @@ def test_with_json_stdout_has_nothing_but_lines_of_json(
 def test_the_last_lines_say_that_a_run_stopped_early_and_whose_model_it_ends_with() -> None:
     summary = {"rounds": 3, "seconds": 12.3, "loss": 1.25, "model_sha256": "ab", "run_dir": "/r", "stopped_early": True}
     text = "finished 3 rounds (stopped early) in 12 s: test loss 1.2500\nmodel /r/model.safetensors"
-    assert run.final_line(summary | {"selected_round": 3}) == f"{text} (sha256 ab)\nresults in /r"
-    assert run.final_line(summary | {"selected_round": 2}) == f"{text} (of round 2, sha256 ab)\nresults in /r"
+    assert run.final_line(summary | {"selected_round": 3}).startswith(
+        f"{text} (of the last round, sha256 ab)\nresults in /r\n"
+    )
+    assert run.final_line(summary | {"selected_round": 2}).startswith(
+        f"{text} (of round 2, sha256 ab)\nresults in /r\n"
+    )

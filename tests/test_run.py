@@ -92,8 +92,9 @@ def test_a_busy_port_is_said_in_one_line() -> None:
 def test_the_last_lines_say_what_was_reached_and_where_it_lies() -> None:
     summary = {"rounds": 3, "seconds": 12.3, "accuracy": 0.5, "personal_accuracy": None, "loss": 1.25}
     text = final_line(summary | {"model_sha256": "ab", "run_dir": "/r"})
-    model = "model /r/model.safetensors (sha256 ab)"
-    assert text == f"finished 3 rounds in 12 s: accuracy 0.5000, test loss 1.2500\n{model}\nresults in /r"
+    model = "model /r/model.safetensors (of the last round, sha256 ab)"
+    report = "see them with: python -m tools.report /r --out report.html"
+    assert text == f"finished 3 rounds in 12 s: accuracy 0.5000, test loss 1.2500\n{model}\nresults in /r\n{report}"
     chosen = {"objective_metric": "val_accuracy", "val_accuracy": 0.75, "val_loss": 9.0, "selected_round": 2}
     text = final_line(summary | chosen | {"model_sha256": "ab", "run_dir": "/r"})
     assert "12 s: accuracy 0.5000, test loss 1.2500, validation accuracy 0.7500\n" in text
@@ -103,7 +104,7 @@ def test_the_last_lines_say_what_was_reached_and_where_it_lies() -> None:
 def test_the_last_lines_tell_the_time_of_the_run_from_that_of_the_command() -> None:
     summary = {"rounds": 3, "seconds": 12.3, "personal_accuracy": 0.5, "model_sha256": "ab", "run_dir": "/r"}
     assert final_line(summary, 20.4).startswith("finished 3 rounds in 12 s (20 s with start-up): ")
-    assert final_line(summary, 8.0).startswith("finished 3 rounds in 12 s (8 s in this start): ")  # it was resumed
+    assert final_line(summary, 8.0).startswith("finished 3 rounds in 12 s (8.0 s in this start): ")  # it was resumed
     assert "personal accuracy 0.5000 (of each client's own model)\n" in final_line(summary)
 
 

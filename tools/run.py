@@ -77,7 +77,7 @@ def job(tree: DictConfig) -> float | None:
             outcome |= {key: summary.get(key) for key in ("status", "objective_metric", *sweep.COLUMNS, "run_dir")}
             announce("finished", run_name, summary=summary)
             if not is_json():
-                print(final_line(summary, time.time() - began))
+                print(sweep.mark_of(hydra_config) + final_line(summary, time.time() - began))
         except (RunError, FederationError, SuperLinkError, OmegaConfBaseException, OSError, ValueError) as error:
             outcome["error"] = as_called(str(explain(error) if isinstance(error, OmegaConfBaseException) else error))
             if "resume=true" in outcome["error"]:
@@ -93,8 +93,7 @@ def start(config: Config, hydra_config: HydraConf, outcome: sweep.Outcome) -> No
     facts = overview(config, is_here(config))
     announce("started", config.run_name, **facts)
     if sweep.is_sweep(hydra_config):
-        mark = sweep.job_mark(hydra_config) if sweep.jobs_at_once(hydra_config) == 1 else ""
-        lines = [mark + job_line(list(hydra_config.overrides.task), facts)]
+        lines = [sweep.mark_of(hydra_config) + job_line(list(hydra_config.overrides.task), facts)]
     else:
         lines = start_lines(config.run_name, facts)
     if is_here(config) and config.resume and (done := config.resume_from or complete_rounds(Path(facts["run_dir"]))):
@@ -118,7 +117,7 @@ def final_line(summary: dict[str, Any], took: float | None = None) -> str:
     ]
     early = " (stopped early)" if summary.get("stopped_early") else ""
     selected = summary.get("selected_round", summary["rounds"])
-    chosen = f"of round {selected}, " if selected != summary["rounds"] else ""
+    chosen = f"round {selected}" if selected != summary["rounds"] else "the last round"
     refused = [said] if (said := refusals(summary)) else []
     anyway = [
         f"resumed anyway after round {note['round']}: {some(note['changed'])}"
@@ -130,7 +129,7 @@ def final_line(summary: dict[str, Any], took: float | None = None) -> str:
         f"finished {summary['rounds']} rounds{early} in {seconds(summary['seconds'], took)}: {', '.join(figures)}",
         *anyway,
         *private,
-        f"model {Path(summary['run_dir']) / 'model.safetensors'} ({chosen}sha256 {summary['model_sha256']})",
+        f"model {Path(summary['run_dir']) / 'model.safetensors'} (of {chosen}, sha256 {summary['model_sha256']})",
         f"results in {summary['run_dir']}",
         as_called(f"see them with: python -m tools.report {summary['run_dir']} --out report.html"),
     ]

@@ -203,6 +203,11 @@ def job_mark(hydra_config: HydraConf) -> str:
     return f"[job {job_number(hydra_config)}] "
 
 
+def mark_of(hydra_config: HydraConf) -> str:
+    """Return the mark for a line of a job whose lines are not marked already, and nothing for a run of its own."""
+    return job_mark(hydra_config) if is_sweep(hydra_config) and jobs_at_once(hydra_config) == 1 else ""
+
+
 class _MarkedLines(io.TextIOBase):
     """Write to a stream by whole lines, each with a mark before it, so that processes do not cut up each other's."""
 
