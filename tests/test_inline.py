@@ -237,6 +237,7 @@ def test_settings_of_another_runtime_are_refused_with_the_one_they_are_for(words
     ("words", "gpus", "workers"),
     [
         ([], 0, 4),
+        (["clients=3"], 0, 3),  # no more than a round has messages
         (["deployment.workers=0"], 0, 0),
         (["deployment.workers=7"], 0, 7),
         (["deployment.total_cpus=3"], 0, 3),
@@ -251,7 +252,7 @@ def test_there_are_as_many_workers_as_processors_and_gpus_allow(
 ) -> None:
     monkeypatch.setattr(inline, "available_cpus", lambda: 4)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    assert inline.count_workers(config.compose(["home=/nowhere", TOY, *words])) == workers
+    assert inline.count_workers(config.compose(["home=/nowhere", TOY, "clients=40", *words])) == workers
 
 
 def test_more_workers_than_the_gpus_have_room_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
