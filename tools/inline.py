@@ -23,7 +23,7 @@ from flwr.common.logger import FLOWER_LOGGER, ConsoleHandler, log
 
 from flapp.config import to_json
 from flapp.data import Stamp, stamp
-from flapp.inline import CLIENT_APP, SERVER_NODE, InlineGrid, start_forkserver
+from flapp.inline import CLIENT_APP, SERVER_NODE, InlineGrid, keep_freed_memory, start_forkserver
 from flapp.rules import count_messages
 from flapp.settings import Config, ConfigError
 from tools.processes import SWEEP, available_cpus
@@ -66,6 +66,7 @@ def run_inline(config: Config, before: Stamp) -> dict[str, Any]:
     run_id = secrets.randbits(62) + 1
     run_config: dict[str, Any] = {"config-json": to_json(config)}
     warn_of_size(config)
+    keep_freed_memory()
     allow_many_files()
     with logged(path / "log.txt") as open_log, Watcher(config, path, before):
         grid = InlineGrid(run_config, nodes, workers, run_id, path / "log.txt", find_devices(config, workers), open_log)
