@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
-from flapp.messages import allocate, as_record, pack, view
+from flapp.messages import allocate, as_record, pack, view, views
 
 BLOCK = 1 << 17  # elements: two float64 blocks near the level-2 cache, in loops long enough for threads to pay
 THREADS = 2  # numpy frees the GIL in its loops; memory bandwidth is used up by two
@@ -64,10 +64,7 @@ class WeightedSum:
             total = self._totals.pop(key).reshape(-1)
             flat = np.empty(total.size, dtype)
             for start in range(0, total.size, BLOCK):
-                block = total[start : start + BLOCK]
-                np.divide(block, weight, out=block)
-                rounded = block > 0.5 if dtype == np.bool_ else np.rint(block) if dtype.kind in "iu" else block
-                flat[start : start + BLOCK] = rounded
+                flat[start : start + BLOCK] = _divided(total[start : start + BLOCK], weight, dtype)
             self.arrays.pop(key)
             found[key] = pack(flat.reshape(like[key].shape))
 
@@ -85,9 +82,27 @@ def weighted_average(records: Sequence[ArrayRecord], weights: Sequence[float]) -
 
     Give the records in an order of their own (by client id), never in the order of arrival.
     """
-    total = WeightedSum()
-    total.add(*([(record, weight)] for record, weight in zip(records, weights, strict=True)))
-    return total.mean(float(np.sum(weights, dtype=np.float64)), records[0])
+    total, found = float(np.sum(weights, dtype=np.float64)), dict[str, Array]()
+
+    def average(key: str) -> None:
+        flat = [(view(record[key]).reshape(-1), weight) for record, weight in zip(records, weights, strict=True)]
+        result = np.empty(flat[0][0].size, flat[0][0].dtype)
+        block_sum, product = np.empty(min(BLOCK, result.size)), np.empty(min(BLOCK, result.size))
+        for start in range(0, result.size, BLOCK):
+            part = slice(start, min(start + BLOCK, result.size))
+            block = block_sum[: part.stop - start]
+            _sum_group(flat, part, block, product[: part.stop - start])
+            result[part] = _divided(block, total, result.dtype)
+        found[key] = pack(result.reshape(records[0][key].shape))
+
+    _for_each_key(list(records[0]), views(records[0]), average)
+    return as_record({key: found[key] for key in records[0]})
+
+
+def _divided(block: np.ndarray, weight: float, dtype: np.dtype) -> np.ndarray:
+    """Divide a block of a sum in place, and return it as WeightedSum.mean has it."""
+    np.divide(block, weight, out=block)
+    return block > 0.5 if dtype == np.bool_ else np.rint(block) if dtype.kind in "iu" else block
 
 
 def _sum_group(
