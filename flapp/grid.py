@@ -14,7 +14,7 @@ class PolledGrid(Grid):
     """Pass everything on to Flower's grid, but poll for replies quickly at first and ever more slowly.
 
     A grid that has a method `wait(seconds)` is not polled: it returns when a reply is there. One that has
-    `forget(message_ids)` is told which replies nobody waits for any more.
+    `forget(message_ids)` is told which replies are no longer wanted.
 
     on_reply is called with (new replies, replies so far, messages sent) whenever replies have come in, on_sent when all
     messages have been handed over. any_node: whether any node can serve any client.

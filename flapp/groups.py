@@ -43,7 +43,7 @@ UPDATE_NORM = "update-norm"
 
 @dataclass(frozen=True)
 class Asked:
-    """A client of a group: what its node must know of it. rank is 0 unless the client's adapters have less than all."""
+    """What a node must know of a client of a group. rank: to which its adapters are cut, 0 where they are not."""
 
     client_id: str
     accepted_round: int
@@ -55,7 +55,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Group:
-    """The clients of one message; updates longer than norm_limit are left out; with is_summed the reply is one sum."""
+    """The clients of one message. Updates longer than norm_limit are left out; with is_summed the reply is one sum."""
 
     asked: tuple[Asked, ...]
     norm_limit: float

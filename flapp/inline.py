@@ -40,7 +40,7 @@ from flapp.shared_arrays import Block, large_records, receive, send, share
 CLIENT_APP = "flapp.client_app"
 MALLOC = ((-4, 0), (-1, (1 << 31) - 1), (-2, 1 << 26))  # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h
 SERVER_NODE = 1  # Flower's id of the server; nodes are numbered from the next on
-STARTS = 3  # tries to hand a message to a worker that has not died meanwhile
+STARTS = 3  # attempts to hand a message to a worker: one that was idle may have died
 
 
 @dataclass(eq=False)
@@ -122,7 +122,7 @@ class InlineGrid(Grid):
             self._collect(seconds)
 
     def forget(self, message_ids: Iterable[str]) -> None:
-        """Give up on messages: nobody waits for them any more. A worker that is handling one is replaced."""
+        """Drop messages whose replies are no longer wanted. A worker that is handling one is replaced."""
         gone = set(message_ids)
         self._queue = deque(message for message in self._queue if message.metadata.message_id not in gone)
         for each in gone:

@@ -33,7 +33,7 @@ UNPACKED = "order"  # attribute of a message for one client of a group, whose or
 NUM_EXAMPLES, REPLAYED = "num-examples", "replayed"
 VAL = "val-"  # starts the names of metrics that are of validation samples
 LONGEST_TEXT, MOST_METRICS, MOST_CLASSES, MOST_PIECES = 500, 64, 1 << 16, 1 << 16  # that a message may hold
-LOST = {  # what Flower's own error codes mean; other errors come with the reason of whoever raised them
+LOST = {  # what Flower's own error codes mean; other errors bring their own reason
     ErrorCode.NODE_UNAVAILABLE: "its node stopped answering (killed, out of memory, or disconnected)",
     ErrorCode.MESSAGE_UNAVAILABLE: "its node left the federation, or did not answer before the message expired",
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "its answer expired before it could be read",
@@ -105,16 +105,10 @@ ORDER_FIELDS, CLAIM_FIELDS, ANSWER_FIELDS = map(_types, (Order, Claim, Answer))
 
 def pack_order(node_id: int, kind: str, order: Order, arrays: ArrayRecord | None = None) -> Message:
     """Build the message of `kind` that asks node `node_id` for `order`."""
-    content = order_content(order, arrays)
-    return Message(content, dst_node_id=node_id, message_type=kind, group_id=str(order.server_round))
-
-
-def order_content(order: Order, arrays: ArrayRecord | None = None) -> RecordDict:
-    """Return what a message with this order carries."""
     content = RecordDict({ORDER: _config_record(vars(order))})
     if arrays is not None:
         content[ARRAYS] = arrays
-    return content
+    return Message(content, dst_node_id=node_id, message_type=kind, group_id=str(order.server_round))
 
 
 def unpack_order(message: Message) -> Order:

@@ -83,18 +83,15 @@ def examine(reply: Message, kind: str, order: Order, group: Group, asked: Asked,
     answer, metrics = unpack_reply(reply.content, kind)
     if fault := find_answer_fault(answer, asked.client_id, asked.shard_digest):
         raise MessageError(fault)
-    outcome = Outcome(asked.client_id, "", answer.shard_digest, metrics)
-    if kind == TRAIN:
-        outcome.arrays = unpack_arrays(reply.content)
-    if outcome.arrays is not None and group.is_summed:
+    arrays = unpack_arrays(reply.content) if kind == TRAIN else None
+    if arrays is not None and group.is_summed:
         if fault := find_metric_fault(kind, Claim(asked.client_id, train=asked.examples), metrics, validates=False):
             raise MessageError(fault)
-        expected = {key: received[key] for key in order.returns or received}
-        norm = measure_update(outcome.arrays, expected)
+        norm = measure_update(arrays, {key: received[key] for key in order.returns or received})
         if fault := find_norm_fault(norm, group.norm_limit, None):
             raise MessageError(fault)
-        outcome.metrics = metrics | {UPDATE_NORM: norm}
-    return outcome
+        metrics |= {UPDATE_NORM: norm}
+    return Outcome(asked.client_id, "", answer.shard_digest, metrics, arrays)
 
 
 def name_errors_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:

@@ -179,7 +179,7 @@ class RunDirectory:
             self.events.add(line)
 
     def show_progress(self, server_round: int, phase: str, done: int, asked: int) -> None:
-        """Say where the run is, for whoever watches; replies of one phase are told every now and then."""
+        """Write where the run is to progress.json; within a phase at most every SHOWN_SECONDS."""
         now = time.monotonic()
         if done not in (0, asked) and now < self._shown + SHOWN_SECONDS:
             return

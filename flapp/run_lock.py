@@ -80,7 +80,7 @@ def _lock(file: TextIO, kind: int) -> bool:
 
 
 def _read_holder(path: Path) -> dict[str, Any]:
-    """Return what running.json says, nothing if its writer has not come to that yet."""
+    """Return what running.json says; an empty dict if it has not been written yet."""
     try:
         return dict(json.loads((path / RUNNING).read_text()))
     except (FileNotFoundError, ValueError):

@@ -1,7 +1,7 @@
 """Models in memory that processes of one machine share, so that a model is written once however many read it.
 
-The memory has no name: it is passed on as a file descriptor, and the system frees it when the last process that maps
-it lets go of it or ends, however it ends. So nothing is left behind in /dev/shm, whose size does not matter either.
+The memory has no name: it is passed on as a file descriptor. The system frees it when the last process that maps it has
+closed it or has ended, even by kill -9. So nothing is left behind in /dev/shm, and its size does not matter.
 """
 
 import itertools
@@ -50,7 +50,7 @@ class Block:
     places: list[list[Place]]
 
     def close(self) -> None:
-        """Let go of the memory; whoever has mapped it keeps it."""
+        """Close the memory. A process that has mapped it keeps it."""
         os.close(self.fd)
 
 
@@ -124,7 +124,7 @@ def receive(connection: Connection, mapped: dict[int, list[ArrayRecord]]) -> tup
         del mapped[gone]
     for names, token in used:
         for name, record in zip(names, mapped[token], strict=True):
-            message.content[name] = record.copy()  # whoever changes it changes it for one message only
+            message.content[name] = record.copy()  # a change to it stays in one message
     return message, extra
 
 

@@ -1,11 +1,11 @@
 """Weighted sums of models as they travel, in float64 and in a fixed order: pure maths on Arrays.
 
 A round's average is  sum over groups in order ( sum over the group's clients in order ( weight x tensor ) ) / total
-weight, rounded once to the tensor's own dtype. Whoever computes a part of it, a client's node or the server, gets the
-same bits. Arrays are read where they lie in the messages, never copied.
+weight, rounded once to the tensor's own dtype. A client's node and the server get the same bits for the same part of
+it. Arrays are read where they lie in the messages, never copied.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -42,9 +42,8 @@ class WeightedSum:
         total = self._totals[key].reshape(-1)
         flat = [[(view(arrays[key]).reshape(-1), weight) for arrays, weight in group] for group in groups]
         part_sum, product = np.empty(min(BLOCK, total.size)), np.empty(min(BLOCK, total.size))
-        for start in range(0, total.size, BLOCK):
-            part = slice(start, min(start + BLOCK, total.size))
-            block, size, rest = total[part], part.stop - start, flat
+        for part in _blocks(total.size):
+            block, size, rest = total[part], part.stop - part.start, flat
             if is_new:
                 _sum_group(flat[0], part, block, product[:size])
                 rest = flat[1:]
@@ -53,7 +52,7 @@ class WeightedSum:
                 np.add(block, part_sum[:size], out=block)
 
     def mean(self, weight: float, like: Mapping[str, Array]) -> ArrayRecord:
-        """Return the sum divided by the total weight, in the dtypes of `like`, and let go of the sum.
+        """Return the sum divided by the total weight, in the dtypes of `like`, and free the sum.
 
         Integers are rounded to the nearest; booleans are true where more than half of the weight is.
         """
@@ -63,8 +62,8 @@ class WeightedSum:
             dtype = view(like[key]).dtype
             total = self._totals.pop(key).reshape(-1)
             flat = np.empty(total.size, dtype)
-            for start in range(0, total.size, BLOCK):
-                flat[start : start + BLOCK] = _divided(total[start : start + BLOCK], weight, dtype)
+            for part in _blocks(total.size):
+                flat[part] = _divided(total[part], weight, dtype)
             self.arrays.pop(key)
             found[key] = pack(flat.reshape(like[key].shape))
 
@@ -88,10 +87,9 @@ def weighted_average(records: Sequence[ArrayRecord], weights: Sequence[float]) -
         flat = [(view(record[key]).reshape(-1), weight) for record, weight in zip(records, weights, strict=True)]
         result = np.empty(flat[0][0].size, flat[0][0].dtype)
         block_sum, product = np.empty(min(BLOCK, result.size)), np.empty(min(BLOCK, result.size))
-        for start in range(0, result.size, BLOCK):
-            part = slice(start, min(start + BLOCK, result.size))
-            block = block_sum[: part.stop - start]
-            _sum_group(flat, part, block, product[: part.stop - start])
+        for part in _blocks(result.size):
+            block = block_sum[: part.stop - part.start]
+            _sum_group(flat, part, block, product[: part.stop - part.start])
             result[part] = _divided(block, total, result.dtype)
         found[key] = pack(result.reshape(records[0][key].shape))
 
@@ -99,8 +97,13 @@ def weighted_average(records: Sequence[ArrayRecord], weights: Sequence[float]) -
     return as_record({key: found[key] for key in records[0]})
 
 
+def _blocks(size: int) -> Iterator[slice]:
+    """Yield the parts of so many elements that fit into the cache."""
+    return (slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK))
+
+
 def _divided(block: np.ndarray, weight: float, dtype: np.dtype) -> np.ndarray:
-    """Divide a block of a sum in place, and return it as WeightedSum.mean has it."""
+    """Divide a block of a sum in place, and return it rounded as WeightedSum.mean says."""
     np.divide(block, weight, out=block)
     return block > 0.5 if dtype == np.bool_ else np.rint(block) if dtype.kind in "iu" else block
 

@@ -177,7 +177,7 @@ class Watcher:
             self._look()
 
     def _look(self) -> None:
-        """Look once the run has written its settings; what is there before is of an earlier start."""
+        """Look only after the run has written its settings: earlier files are from an earlier start."""
         if stamp(self.path, CONFIG) == self.before:
             return
         try:

@@ -1,4 +1,4 @@
-"""How a run goes, for whoever watches: bars on a terminal, else lines; with --format json JSON lines on stdout.
+"""Show how a run goes: bars on a terminal, lines elsewhere, and JSON lines on stdout with --format json.
 
 Every JSON line has `event` and `run_name` (null where the settings did not make a run), and:
 

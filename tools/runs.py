@@ -177,7 +177,7 @@ def remove_lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def stop(given: argparse.Namespace) -> dict[str, Any]:
-    """Stop a run, whoever waits for it; its pids are null if it was not running."""
+    """Stop a run, even if another process waits for it; its pids are null if it was not running."""
     from tools.stop import stop_run  # it imports Flower
 
     return {"name": given.name, "pids": stop_run(given.home / "runs", given.name)}

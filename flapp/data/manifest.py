@@ -247,7 +247,7 @@ def _parse(line: bytes, path: Path) -> ShardRecord:
         sound = sound and all(isinstance(text, str) for text in (record.client_id, record.shard, record.digest))
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(
-            f"{path} has a line that is no record ({printable(repr(error))}): make the shards again with {REMEDY}"
+            f"{path} has a line that is not a record ({printable(repr(error))}): make the shards again with {REMEDY}"
         ) from error
     if not sound:
         raise DataError(f"{path} has a record of wrong types ({printable(record.client_id)}): make the shards again")

@@ -260,24 +260,23 @@ class FedAvg(FlowerFedAvg):
             self.phase.weights = dict.fromkeys(chosen, 1.0) if self.weighting == "uniform" else self._examples
             if self.releases:
                 self.releases.ask(server_round, chosen)
-        limit = self.bound.known_limit()
-        messages = [
-            message
-            for index, names in enumerate(self.phase.groups)
-            for message in self._messages(index, names, math.inf if limit is None else limit)
-        ]
+        if (limit := self.bound.known_limit()) is not None:
+            self.phase.norm_limit = limit
+        down = sum(byte_sizes(self.current))
+        self.phase.bytes_down = {
+            name: sum(byte_sizes(self.outgoing(name))) if self.rank_sent(name) else down for name in chosen
+        }
+        messages = [m for index, names in enumerate(self.phase.groups) for m in self._messages(index, names)]
         self.run.show_progress(server_round, kind, 0, len(chosen))
         return messages
 
-    def _messages(self, index: int, names: tuple[str, ...], limit: float) -> list[Message]:
+    def _messages(self, index: int, names: tuple[str, ...]) -> list[Message]:
         """Return what asks the clients of a group: one message if a node can serve all of them, or else one each."""
-        phase, arrays = self.phase, self.current
-        down = sum(byte_sizes(arrays))
-        for name in names:
-            phase.bytes_down[name] = sum(byte_sizes(self.outgoing(name))) if self.rank_sent(name) else down
+        phase = self.phase
         if len(names) > 1 and self.roster.any_node:
-            group = Group(tuple(map(self._asked, names)), limit, self.is_summed(phase))
-            found = [(names, pack_group(self.roster.node_of(names[0], index), phase.kind, self.order, group, arrays))]
+            group = Group(tuple(map(self._asked, names)), phase.norm_limit, self.is_summed(phase))
+            node_id = self.roster.node_of(names[0], index)
+            found = [(names, pack_group(node_id, phase.kind, self.order, group, self.current))]
         else:
             found = [((name,), self._single_message(index, name)) for name in names]
         phase.sent += [(message, (index, clients)) for clients, message in found]
@@ -300,6 +299,8 @@ class FedAvg(FlowerFedAvg):
                 continue  # an answer to something not asked in this phase
             index, names = clients
             try:
+                if reply.has_error():
+                    raise MessageError(f"failed: {describe_error(reply.error)}")
                 if len(names) > 1:
                     self._take_group(index, names, reply)
                 else:
@@ -308,17 +309,13 @@ class FedAvg(FlowerFedAvg):
                 for name in names:
                     self.phase.fail(name, str(error))
             if reply.has_content():
-                reply.content = (
-                    RecordDict()
-                )  # its tensors are the phase's now, which lets go of them once they are added
+                reply.content = RecordDict()  # the phase has its tensors, and drops them once they are added
         if self.phase.kind == TRAIN and self.is_summed(self.phase) and self.bound.known_limit() is not None:
             self.phase.fold()
 
     def _take_single(self, name: str, reply: Message) -> None:
         """Take one client's reply; raises MessageError with the reason when it does not count."""
         phase = self.phase
-        if reply.has_error():
-            raise MessageError(f"failed: {describe_error(reply.error)}")
         answer, metrics = unpack_reply(reply.content, phase.kind)
         if fault := self.roster.check(name, answer):
             raise MessageError(fault)
@@ -330,8 +327,8 @@ class FedAvg(FlowerFedAvg):
         if fault := find_metric_fault(phase.kind, claim, metrics, self.validates):
             raise MessageError(fault)
         if trained is not None:
-            norm, limit = measure_update(trained, self.expected(name, trained)), self.bound.known_limit()
-            if limit is not None and (fault := find_norm_fault(norm, limit, self.bound.multiple)):
+            norm = measure_update(trained, self.expected(name, trained))
+            if fault := find_norm_fault(norm, phase.norm_limit, self.bound.multiple):
                 raise MessageError(fault)
             phase.norms[name], phase.trained[name] = norm, trained
             phase.bytes_up[name] = sum(byte_sizes(trained))
@@ -340,8 +337,6 @@ class FedAvg(FlowerFedAvg):
     def _take_group(self, index: int, names: tuple[str, ...], reply: Message) -> None:
         """Take a node's reply for a group; raises MessageError when none of it counts."""
         phase = self.phase
-        if reply.has_error():
-            raise MessageError(f"failed: {describe_error(reply.error)}")
         is_summed = phase.kind == TRAIN and self.is_summed(phase)
         outcomes, total = unpack_outcomes(reply.content, phase.kind, names, is_summed)
         for outcome in outcomes:
@@ -360,8 +355,7 @@ class FedAvg(FlowerFedAvg):
         if odd := [name for name in added if name not in phase.metrics]:
             raise MessageError(f"its group's sum has client {odd[0]}, which does not count ({phase.failures[odd[0]]})")
         norms = {name: phase.metrics[name].get(UPDATE_NORM, math.nan) for name in added}
-        limit = self.bound.known_limit()
-        if not all(0 <= norm <= (math.inf if limit is None else limit) for norm in norms.values()):
+        if not all(0 <= norm <= phase.norm_limit for norm in norms.values()):
             raise MessageError("its group's sum has an update longer than the limit")
         expected = {key: self.current[key] for key in phase.returns or self.current}
         weight = sum(phase.weights[name] for name in added)
@@ -402,8 +396,9 @@ class FedAvg(FlowerFedAvg):
 
         A sum with such an update in it is asked for again without that client.
         """
-        phase, limit = self.phase, self.bound.limit(self.phase.norms)
-        faults = self.bound.faults(phase.norms, limit)
+        phase = self.phase
+        phase.norm_limit = self.bound.limit(phase.norms)
+        faults = self.bound.faults(phase.norms, phase.norm_limit)
         again: list[Message] = []
         for index, names in enumerate(phase.groups):
             if index in phase.sums and faults.keys() & set(names):
@@ -413,7 +408,7 @@ class FedAvg(FlowerFedAvg):
                     phase.fail(name, "")
                     del phase.failures[name]
                 if rest:
-                    again += self._messages(index, rest, limit)
+                    again += self._messages(index, rest)
                     if self.releases:
                         self.releases.ask(phase.server_round, rest)
         for name, reason in faults.items():

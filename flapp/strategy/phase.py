@@ -1,5 +1,6 @@
 """One phase of one round, as the strategy sees it: who was asked, what came back well, and who failed."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +23,8 @@ class Phase:
 
     names: the sampled clients, sorted; groups: how they are cut; weights: what each counts for in an average; sent:
     messages that may not have an id yet; waiting: the clients of each message without an answer; returns: the tensors
-    that clients send back, None for all; trained and sums: tensors of single clients and of whole groups, until they
-    are added to `total`.
+    that clients send back, None for all; norm_limit: the longest update that counts, as far as it is known; trained and
+    sums: tensors of single clients and of whole groups, until they are added to `total`.
     """
 
     kind: str
@@ -33,6 +34,7 @@ class Phase:
     capped: Mapping[str, float] = field(default_factory=dict)
     returns: tuple[str, ...] | None = None
     absent: Sequence[str] = ()
+    norm_limit: float = math.inf
     groups: list[tuple[str, ...]] = field(default_factory=list)
     sent: list[tuple[Message, Clients]] = field(default_factory=list)
     waiting: dict[str, Clients] = field(default_factory=dict)
@@ -79,7 +81,7 @@ class Phase:
             self._ready.clear()
 
     def _take(self, index: int) -> list[Weighted]:
-        """Return what came of a group, and let go of it."""
+        """Return the tensors or the sum of a group, and forget them here."""
         if index in self.sums:
             return [(self.sums.pop(index), 1.0)]
         names = [name for name in self.groups[index] if name in self.trained]

@@ -6,6 +6,18 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+STOCK_PROJECT = """
+[project]
+name = "stock"
+version = "1.0.0"
+license = "Apache-2.0"
+[tool.flwr.app]
+publisher = "stock"
+[tool.flwr.app.components]
+serverapp = "stock.app:server"
+clientapp = "stock.app:client"
+[tool.flwr.app.config]
+"""  # pyproject.toml of an app of plain Flower in the module stock.app; the app's settings follow
 HEADS = ("what", "against", "ratio", "target", "limit", "verdict", "note")
 SLACK = 1.2  # between target and limit, where a row names no limit of its own: ratios move so much from run to run
 

@@ -18,7 +18,7 @@ from statistics import median
 
 from flapp.config import compose, to_json
 from tools import supernode
-from tools.bench import Row
+from tools.bench import STOCK_PROJECT, Row
 from tools.processes import HOST, Processes, SuperLinkError, answers, environment, free_port, program
 from tools.superlink import CONNECTION, SuperLink
 
@@ -55,18 +55,7 @@ def main(grid, context):
     strategy = FedAvg(min_train_nodes=NODES, min_evaluate_nodes=NODES, min_available_nodes=NODES)
     strategy.start(grid, arrays, num_rounds=context.run_config["rounds"], evaluate_fn=note_end)
 """
-STOCK_PROJECT = """
-[project]
-name = "stock"
-version = "1.0.0"
-license = "Apache-2.0"
-[tool.flwr.app]
-publisher = "stock"
-[tool.flwr.app.components]
-serverapp = "stock.app:server"
-clientapp = "stock.app:client"
-[tool.flwr.app.config]
-rounds = 0
+STOCK_SETTINGS = """rounds = 0
 ends = ""
 """
 
@@ -129,7 +118,7 @@ def stock_rounds(superlink: SuperLink, folder: Path, turn: int) -> list[float]:
     (folder / "stock").mkdir(exist_ok=True)
     (folder / "stock" / "__init__.py").touch()
     (folder / "stock" / "app.py").write_text(STOCK_APP.replace("NODES", str(NODES)))
-    (folder / "pyproject.toml").write_text(STOCK_PROJECT)
+    (folder / "pyproject.toml").write_text(STOCK_PROJECT + STOCK_SETTINGS)
     ends = folder / f"ends-{turn}"
     ends.touch()
     # it notes the start of its first round as well

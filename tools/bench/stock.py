@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from flapp import model
-from tools.bench import bare
+from tools.bench import STOCK_PROJECT, bare
 from tools.processes import available_cpus
 from tools.superlink import CONNECTION, PrivateSuperLink
 
@@ -69,18 +69,7 @@ def main(grid, context):
     arrays = ArrayRecord(load_file(work.start))
     strategy.start(grid, arrays, num_rounds=len(work.drawn), evaluate_fn=note_end)
 """
-PROJECT = """
-[project]
-name = "stock"
-version = "1.0.0"
-license = "Apache-2.0"
-[tool.flwr.app]
-publisher = "stock"
-[tool.flwr.app.components]
-serverapp = "stock.app:server"
-clientapp = "stock.app:client"
-[tool.flwr.app.config]
-work = ""
+SETTINGS = """work = ""
 ends = ""
 nodes = 0
 """
@@ -91,7 +80,7 @@ def write_app(folder: Path) -> None:
     (folder / "stock").mkdir()
     (folder / "stock" / "__init__.py").touch()
     (folder / "stock" / "app.py").write_text(APP)
-    (folder / "pyproject.toml").write_text(PROJECT)
+    (folder / "pyproject.toml").write_text(STOCK_PROJECT + SETTINGS)
     shutil.copy(bare.__file__, folder / "stock" / "bare.py")
     for name in ("cnn", "linear"):
         shutil.copy(Path(model.__file__).with_name(f"{name}.py"), folder / "stock")

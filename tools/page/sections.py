@@ -211,7 +211,7 @@ def _store_column(found: Stores) -> list[str]:
 
 
 def left_out(run: Run) -> Html:
-    """Say who was left out of rounds and why, refused, warned of, absent or capped; nothing is said of nobody."""
+    """List the clients that were left out, refused, warned of, absent or capped, and why; empty if there are none."""
     found = sorted(run.clients.failures.items(), key=lambda item: -item[1].count)
     rows = [
         [kind, reason, f"{failed.count:,}", ranges(failed.rounds), listing(sorted(failed.clients, key=by_number))]
