@@ -46,7 +46,7 @@ from flapp.model import adapted_layers, tail_norm, truncate_state
 from flapp.mods import checkpoint_mod, describe, group_mod, name_errors_mod, privacy_mod
 from flapp.privacy import find_sigma
 from flapp.settings import Config, ConfigError, DatasetConfig, ModelConfig, Site
-from flapp.training import StepRules, TrainResult, build_optimizer, evaluate, scheduled_lr, train
+from flapp.training import StepRules, TrainResult, build_optimizer, evaluate, keep_freed_memory, scheduled_lr, train
 
 app = ClientApp(mods=[group_mod, name_errors_mod, checkpoint_mod, privacy_mod])
 update_console_handler(timestamps=True)  # in the process that runs the app
@@ -164,6 +164,7 @@ def begin(message: Message, context: Context) -> tuple[Config, Order, ClientData
     order = unpack_order(message)
     config, site = load(context.run_config, context.node_config)
     check_lives_here(order.client_id, config, site)
+    keep_freed_memory()
     if torch.get_num_threads() != config.train.threads:
         torch.set_num_threads(config.train.threads)
     return config, order, open_client_data(config, site, order.client_id)

@@ -5,7 +5,6 @@ A worker that dies loses only the message it was handling: that message is answe
 takes its place. Models travel through shared memory (shared_arrays.py).
 """
 
-import ctypes
 import importlib
 import itertools
 import multiprocessing
@@ -38,7 +37,6 @@ from flapp.messages import settle
 from flapp.shared_arrays import Block, large_records, receive, send, share
 
 CLIENT_APP = "flapp.client_app"
-MALLOC = ((-4, 0), (-1, (1 << 31) - 1), (-2, 1 << 26))  # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h
 SERVER_NODE = 1  # Flower's id of the server; nodes are numbered from the next on
 STARTS = 3  # attempts to hand a message to a worker: one that was idle may have died
 
@@ -284,7 +282,6 @@ def serve(pipe: connection.Connection, client_app: str, log_file: Path | None, d
     """Handle messages until the other end of the pipe is closed; this is what a worker process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    keep_freed_memory()
     if log_file is not None:
         _print_to(log_file)
     if device is not None:
@@ -299,18 +296,6 @@ def serve(pipe: connection.Connection, client_app: str, log_file: Path | None, d
             reply = answer(app, message, context)
             _send_back(pipe, reply)
             del message, context, reply  # before the next message comes, which may take long
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep the memory of freed arrays for the next ones, until this process ends.
-
-    glibc gives arrays of more than 32 MiB back to the system, and every page of a new one is then cleared again when it
-    is first touched: a quarter of the CPU time of training models of that size. Other C libraries are left alone.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option, value in MALLOC:
-            mallopt(option, value)
 
 
 def answer(app: Callable[[Message, Context], Message], message: Message, context: Context) -> Message:

@@ -5,6 +5,7 @@ Each check is the one that the server or a client would make later. Almost all d
 seconds: models are checked by their layout (flapp/model/layout.py). Only a device and a .pth file of weights need it.
 """
 
+import ctypes
 import os
 import shutil
 import sys
@@ -118,6 +119,10 @@ def check_device(config: Config, clients_here: bool) -> None:
     is_plain = settings.device != "cuda" and not gpus and not settings.compile
     if is_plain or not (clients_here or config.evaluate.central):
         return
+    if settings.device == "cuda" and not has_gpu_driver():
+        raise ConfigError(
+            "train.device=cuda, but without a GPU driver there is no CUDA device here: set train.device=auto or cpu"
+        )
     import torch
 
     if settings.device == "cuda" and not torch.cuda.is_available():
@@ -132,6 +137,20 @@ def check_device(config: Config, clients_here: bool) -> None:
             f"train.compile=true needs a C++ compiler, and {compiler} is not on the PATH: install one, name one in "
             "CXX, or set train.compile=false"
         )
+
+
+def has_gpu_driver() -> bool:
+    """Say whether there may be a GPU for PyTorch's `cuda`, without the seconds that importing PyTorch takes.
+
+    On Linux that needs NVIDIA's driver library or, for a ROCm build, AMD's device file. Elsewhere PyTorch must say.
+    """
+    if sys.platform != "linux" or os.path.exists("/dev/kfd"):
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def check_model(config: Config) -> None:

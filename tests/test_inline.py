@@ -340,7 +340,7 @@ def test_a_run_that_is_ended_leaves_nothing_and_is_resumed_to_the_same_bytes(
     out, said = resumed.communicate(timeout=SECONDS)
     assert resumed.returncode == 0, said
     undisturbed, _ = federate(TOY, *words[:2])
-    assert f"(sha256 {undisturbed['model_sha256']})" in out
+    assert f"sha256 {undisturbed['model_sha256']})" in out
 
 
 @pytest.mark.slow

@@ -449,7 +449,7 @@ def check_end(tool: Callable[..., Any], path: Path, federate: Federate, *setting
     resume = ["resume=true"] if path.exists() else []
     status, said, error = finish(tool("run", *settings, f"run_name={path.name}", *resume))
     assert status == 0, error
-    assert f"(sha256 {federate(*settings)[0]['model_sha256']})\n" in said
+    assert f"sha256 {federate(*settings)[0]['model_sha256']})\n" in said
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from flwr.common.logger import FLOWER_LOGGER, ConsoleHandler, log
 
 from flapp.config import to_json
 from flapp.data import Stamp, stamp
-from flapp.inline import CLIENT_APP, SERVER_NODE, InlineGrid, keep_freed_memory, start_forkserver
+from flapp.inline import CLIENT_APP, SERVER_NODE, InlineGrid, start_forkserver
 from flapp.rules import count_messages
 from flapp.settings import Config, ConfigError
 from tools.processes import SWEEP, available_cpus
@@ -58,6 +58,7 @@ def run_inline(config: Config, before: Stamp) -> dict[str, Any]:
     before: the stamp of config.yaml, which the run writes anew when it has begun.
     """
     from flapp import server_app  # imports PyTorch, which no mistake should wait for
+    from flapp.training import keep_freed_memory
 
     path = config.runs_dir / config.run_name
     earlier = read_json(path / "metrics.json")
