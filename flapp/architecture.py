@@ -4,8 +4,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flapp.model import Layout, StorageManager, lay_out, parse_points
-from flapp.settings import Config, DatasetConfig, LoRAConfig, ModelConfig
+from flapp.config.schema import Config, DatasetConfig, LoRAConfig, ModelConfig
+from flapp.model.layout import Layout, lay_out
+from flapp.model.split.files import StorageManager, parse_points
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +26,7 @@ def plan(model: ModelConfig, dataset: DatasetConfig, lora: LoRAConfig | None = N
 
 def build(model: ModelConfig, dataset: DatasetConfig) -> "nn.Module":
     """Build the model for samples of a dataset, with weights drawn from torch's global generator."""
-    from flapp.model import build_model
+    from flapp.model.build import build_model
 
     return build_model(model.name, dataset.shape, dataset.classes, model.image_size, model.dropout, model.channels)
 
@@ -65,7 +66,7 @@ def pruned_rank(lora: LoRAConfig, rank: int) -> int:
 
 def adapt(model: "nn.Module", lora: LoRAConfig, rank: int) -> None:
     """Put adapters of `rank` on a model in place; whatever the rank, all scale by lora.alpha / lora.rank."""
-    from flapp.model import add_lora
+    from flapp.model.lora import add_lora
 
     add_lora(model, rank, lora.alpha * rank / lora.rank, lora.targets, lora.dropout)
 

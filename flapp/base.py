@@ -11,8 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flapp import checkpoint
-from flapp.model import load_tensors, save_tensors
+from flapp.checkpoint.tensors import digest_of
+from flapp.model.files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ class BaseError(ValueError):
 
 def keep_base(models: Path, tensors: Mapping[str, "Tensor"]) -> Base:
     """Store a base below `models` unless it is there already."""
-    base = Base(checkpoint.digest_of(tensors), tensors)
+    base = Base(digest_of(tensors), tensors)
     path = base_path(models, base.digest)
     if find_base(models, base.digest) != base.digest:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def receive_piece(
         return missing
     whole = {key: tensor for piece in pieces for key, tensor in load_tensors(piece)[0].items()}
     shutil.rmtree(folder)
-    if (found := checkpoint.digest_of(whole)) != digest:
+    if (found := digest_of(whole)) != digest:
         raise BaseError(f"the base that arrived has digest {found[:12]}, the server's is {digest[:12]}")
     keep_base(models, whole)
     return 0
@@ -108,6 +108,6 @@ def base_path(models: Path, digest: str) -> Path:
 def _digest_of_file(path: Path, modified: int, size: int) -> str:
     """Return the digest of the tensors in a file, read once for each state of it; "damaged" when it is not one."""
     try:
-        return checkpoint.digest_of(load_tensors(path)[0])
+        return digest_of(load_tensors(path)[0])
     except ValueError:
         return "damaged"

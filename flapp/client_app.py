@@ -15,7 +15,7 @@ from flwr.common.logger import update_console_handler
 
 from flapp.architecture import adapt, build, choose_device, pruned_rank
 from flapp.base import find_base, load_base, receive_piece
-from flapp.client_data import (
+from flapp.client.data import (
     ClientData,
     check_lives_here,
     clients_at,
@@ -23,8 +23,10 @@ from flapp.client_data import (
     make_batches,
     open_client_data,
 )
-from flapp.client_store import private_key
-from flapp.config import derive_seed, load
+from flapp.client.mods import checkpoint_mod, describe, group_mod, name_errors_mod, privacy_mod
+from flapp.client.store import private_key
+from flapp.config.load import derive_seed, load
+from flapp.config.schema import Config, ConfigError, DatasetConfig, ModelConfig, Site
 from flapp.messages import (
     METRICS,
     NUM_EXAMPLES,
@@ -42,10 +44,8 @@ from flapp.messages import (
     unpack_piece,
     views,
 )
-from flapp.model import adapted_layers, tail_norm, truncate_state
-from flapp.mods import checkpoint_mod, describe, group_mod, name_errors_mod, privacy_mod
+from flapp.model.lora import adapted_layers, tail_norm, truncate_state
 from flapp.privacy import find_sigma
-from flapp.settings import Config, ConfigError, DatasetConfig, ModelConfig, Site
 from flapp.training import StepRules, TrainResult, build_optimizer, evaluate, keep_freed_memory, scheduled_lr, train
 
 app = ClientApp(mods=[group_mod, name_errors_mod, checkpoint_mod, privacy_mod])

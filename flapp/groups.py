@@ -19,6 +19,7 @@ from typing import Any, cast
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from flapp.config.rules import group_size
 from flapp.messages import (
     ARRAYS,
     LONGEST_TEXT,
@@ -35,7 +36,6 @@ from flapp.messages import (
     pack_order,
     view,
 )
-from flapp.rules import group_size
 
 GROUP, SUM = "group", "sum"
 UPDATE_NORM = "update-norm"

@@ -3,19 +3,12 @@
 from functools import lru_cache
 from pathlib import Path
 
-from flapp.config import derive_seed
-from flapp.data import (
-    DataError,
-    Partition,
-    Stamp,
-    check_samples,
-    ensure_artifacts,
-    hold_out,
-    load_partition,
-    open_verified,
-    stamp,
-)
-from flapp.settings import WRITER_PARTITIONS, Config
+from flapp.config.load import derive_seed
+from flapp.config.schema import WRITER_PARTITIONS, Config
+from flapp.data.artifact import DataError, check_samples
+from flapp.data.embedded import ensure_artifacts
+from flapp.data.partition import Partition, hold_out, load_partition
+from flapp.data.verified import Stamp, open_verified, stamp
 
 
 def open_partition(config: Config) -> Partition:

@@ -19,7 +19,7 @@ from types import ModuleType
 
 import numpy as np
 
-from flapp.settings import ConfigError, PrivacyConfig
+from flapp.config.schema import ConfigError, PrivacyConfig
 
 UNPROTECTED = (
     "numbers of samples, label histograms, shard digests, training losses, durations, evaluation results and the texts "

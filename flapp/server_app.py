@@ -21,34 +21,33 @@ from torch import nn
 
 from flapp.architecture import adapt, build, choose_device, find_oversize, pruned_rank, split_place
 from flapp.base import Base, keep_base
-from flapp.client_keys import ClientKeys
-from flapp.config import derive_seed, load
-from flapp.data import ClientLoader, OfflineDataset, check_claim, ensure_artifacts, is_prepared, open_manifest
-from flapp.grid import PolledGrid
-from flapp.inline import InlineGrid
-from flapp.ledger import ClientLedger
+from flapp.config.load import derive_seed, load
+from flapp.config.schema import Config
+from flapp.data.embedded import ensure_artifacts, is_prepared
+from flapp.data.loader import ClientLoader
+from flapp.data.offline import OfflineDataset
+from flapp.data.shards.manifest import check_claim, open_manifest
 from flapp.messages import Claim, pack, views
-from flapp.model import (
-    ModelFactory,
-    StorageManager,
-    adapted_layers,
-    draw_lora_A,
-    export_adapter,
-    import_adapter,
-    layout_of,
-    load_pretrained,
-    mark_only_lora_as_trainable,
-    merged_state_dict,
-)
+from flapp.model.adapter_files import export_adapter, import_adapter
+from flapp.model.lora import adapted_layers, draw_lora_A, layout_of, mark_only_lora_as_trainable, merged_state_dict
+from flapp.model.pretrained import load_pretrained
+from flapp.model.split.components import ModelFactory
+from flapp.model.split.files import StorageManager
 from flapp.partitions import open_partition
-from flapp.preflight import check_run
 from flapp.privacy import UNPROTECTED, check_floating, describe_plan
-from flapp.releases import ReleaseLedger
-from flapp.results import SUMMARY, RunDirectory
-from flapp.roster import FederationError, Roster
-from flapp.settings import Config
-from flapp.strategy import RULES, FedAvg, FedLoRA, ServerOptimizer, global_keys
-from flapp.summary import StoppedEarly
+from flapp.server.client_keys import ClientKeys
+from flapp.server.grid import PolledGrid
+from flapp.server.inline import InlineGrid
+from flapp.server.ledger import ClientLedger
+from flapp.server.preflight import check_run
+from flapp.server.releases import ReleaseLedger
+from flapp.server.roster import FederationError, Roster
+from flapp.server.run_dir import SUMMARY, RunDirectory
+from flapp.server.summary import StoppedEarly
+from flapp.strategy.fedavg import FedAvg
+from flapp.strategy.fedlora import FedLoRA, global_keys
+from flapp.strategy.lora_aggregation import RULES
+from flapp.strategy.server_optimizer import ServerOptimizer
 from flapp.training import evaluate
 
 app = ServerApp()

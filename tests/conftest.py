@@ -11,12 +11,14 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 
-from flapp import config, server_app
-from flapp.data import Manifest, write_shards
-from flapp.inline import InlineGrid
+from flapp import server_app
+from flapp.config.load import compose, to_json
+from flapp.data.shards.build import write_shards
+from flapp.data.shards.manifest import Manifest
 from flapp.messages import ORDER
-from flapp.strategy import FedAvg
-from tests.leaf_files import Samples, as_leaf, draw_samples, write_leaf
+from flapp.server.inline import InlineGrid
+from flapp.strategy.fedavg import FedAvg
+from tests.support.leaf_files import Samples, as_leaf, draw_samples, write_leaf
 
 Tamper = Callable[[str, Message], Message]
 
@@ -103,8 +105,8 @@ def federate(data_home: Path, tmp_path: Path) -> Callable[..., tuple[dict[str, A
         any_node: bool = False,
     ) -> tuple[dict[str, Any], Path]:
         name = f"{tmp_path.name}-{next(runs)}"
-        settings = config.compose([f"home={data_home}", f"run_name={name}", *overrides])
-        run_config = {"config-json": config.to_json(settings)}
+        settings = compose([f"home={data_home}", f"run_name={name}", *overrides])
+        run_config = {"config-json": to_json(settings)}
         clients = settings.clients
         nodes = nodes or [{"partition-id": i, "num-partitions": clients} for i in range(clients)]
         grid = LocalGrid(run_config, nodes, order, tamper, names, keys, any_node)

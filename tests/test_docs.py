@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = (ROOT / "docs" / "security.md").read_text()
-NAMED = re.findall(r"`(test_\w+\.py)?(?:::)?(test_\w+)?`", TABLE)
+NAMED = re.findall(r"`(\w+/test_\w+\.py|test_\w+\.py)?(?:::)?(test_\w+)?`", TABLE)
 
 
 def named_tests() -> list[tuple[str, str]]:

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from flapp import config
-from flapp.model import add_lora, build_model, export_adapter, mark_only_lora_as_trainable, save_tensors
-from tests.leaf_files import as_leaf, draw_samples, write_leaf
+from flapp.config.load import CONF, compose, to_json
+from flapp.model.adapter_files import export_adapter
+from flapp.model.build import build_model
+from flapp.model.files import save_tensors
+from flapp.model.lora import add_lora, mark_only_lora_as_trainable
+from tests.support.leaf_files import as_leaf, draw_samples, write_leaf
 
 HEAVY = "PIL hydra matplotlib omegaconf pandas peft ray scipy sklearn torchvision transformers"
 CLIENT = """
@@ -19,7 +22,7 @@ from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from flapp import client_app
 from flapp.architecture import build
-from flapp.config import load
+from flapp.config.load import load
 from flapp.messages import TRAIN, Order, pack_order, source_digest
 
 run_config, site = json.loads(sys.argv[1]), json.loads(sys.argv[2])
@@ -36,17 +39,17 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 
 def imports_of_training(home: Path, site: dict[str, str], *overrides: str) -> set[str]:
     """Train one message in a new process and return what is imported by then, by the names of the packages."""
-    settings = config.compose([f"home={home}", "run_name=imports", *overrides])
-    words = [json.dumps({"config-json": config.to_json(settings)}), json.dumps(site | {"checkpoint-dir": str(home)})]
+    settings = compose([f"home={home}", "run_name=imports", *overrides])
+    words = [json.dumps({"config-json": to_json(settings)}), json.dumps(site | {"checkpoint-dir": str(home)})]
     command = [sys.executable, "-c", CLIENT, *words]
-    root = Path(config.CONF).parent
+    root = Path(CONF).parent
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
 def test_a_linear_client_imports_nothing_heavy_but_pytorch(tmp_path: Path) -> None:
-    from flapp.data import ensure_artifacts
+    from flapp.data.embedded import ensure_artifacts
 
     ensure_artifacts(tmp_path / "data", "regression")
     found = imports_of_training(tmp_path, {"client-id": "0"}, "experiment=toy_regression", "train.steps=1")
@@ -56,7 +59,7 @@ def test_a_linear_client_imports_nothing_heavy_but_pytorch(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("streaming", ["true", "false"])
 def test_a_cnn_over_a_shard_imports_nothing_heavy_but_pytorch(tmp_path: Path, streaming: str) -> None:
-    from flapp.data import write_shards
+    from flapp.data.shards.build import write_shards
 
     shards = tmp_path / "shards"
     write_shards(write_leaf(tmp_path / "raw", as_leaf(draw_samples(20, 20, 20))), shards, "natural", 3)
@@ -76,9 +79,9 @@ print(json.dumps([status, sorted({"flwr", "torch", "torchvision"} & set(sys.modu
 START = """
 import json, sys
 from pathlib import Path
-from flapp.config import compose
-from flapp.preflight import check_run
-from tools.overview import overview
+from flapp.config.load import compose
+from flapp.server.preflight import check_run
+from tools.running.overview import overview
 
 settings = compose(sys.argv[1:])
 check_run(settings, clients_here=True, quick=True)
@@ -91,7 +94,7 @@ LORA = ["strategy=fedlora", "lora=default"]
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a home with prepared digits, and weights and adapters that do not fit their model."""
-    from flapp.data import ensure_artifacts
+    from flapp.data.embedded import ensure_artifacts
 
     home = tmp_path_factory.mktemp("imports")
     ensure_artifacts(home / "data", "digits")
@@ -111,7 +114,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outcome(home: Path, code: str, *words: str) -> tuple[int, list[str], str]:
     """Run code in a new process with settings; return the exit status, the packages imported, and stderr."""
     command = [sys.executable, "-c", code, f"home={home}", "run_name=no", *words]
-    root = Path(config.CONF).parent
+    root = Path(CONF).parent
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     status, found = json.loads(done.stdout.splitlines()[-1])

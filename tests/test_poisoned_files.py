@@ -19,30 +19,32 @@ import pytest
 import torch
 from flwr.app import Array
 
-from flapp.config import compose, read_yaml, to_yaml
-from flapp.data import DataError, load_manifest, write_shards
-from flapp.data.artifact import open_array, write_artifact
+from flapp.config.load import compose, read_yaml, to_yaml
+from flapp.config.schema import ConfigError
+from flapp.data.artifact import DataError, open_array, write_artifact
 from flapp.data.cifar import cifar_files, read_cifar
 from flapp.data.leaf import open_source
 from flapp.data.partition import load_partition, make_partition, save_partition
-from flapp.data.split_file import digest_of
+from flapp.data.shards.build import write_shards
+from flapp.data.shards.manifest import load_manifest
+from flapp.data.shards.split_file import digest_of
 from flapp.messages import view
-from flapp.metric_lines import read_line, sound_summary
-from flapp.model import ModelFactory, export_adapter, import_adapter
+from flapp.model.adapter_files import export_adapter, import_adapter
 from flapp.model.files import load_tensors, sha256_of_file
 from flapp.model.pretrained import read_state
-from flapp.results import RunDirectory, check_resumable
-from flapp.settings import ConfigError
+from flapp.model.split.components import ModelFactory
+from flapp.server.metric_lines import read_line, sound_summary
+from flapp.server.run_dir import RunDirectory, check_resumable
 from flapp.untrusted import parse_json, printable, read_json
-from tests.adapters import adapted
-from tests.cifar_files import write_cifar
-from tests.html_page import write_sweep
-from tests.leaf_files import as_leaf, draw_samples, write_leaf
-from tests.poison import DEEP, ask, npy, peak, poison, poisoned_json, refuses
-from tests.run_files import write_run
-from tests.split_models import write_vit
+from tests.support.adapters import adapted
+from tests.support.cifar_files import write_cifar
+from tests.support.html_page import write_sweep
+from tests.support.leaf_files import as_leaf, draw_samples, write_leaf
+from tests.support.poison import DEEP, ask, npy, peak, poison, poisoned_json, refuses
+from tests.support.run_files import write_run
+from tests.support.split_models import write_vit
 from tools import federation, partition_heatmap, report, split_model, verify_data
-from tools.submit import check_summary
+from tools.deployment.submit import check_summary
 
 MIB = 1 << 20
 DEEP_JSON = [DEEP, '{"a":' * 5000 + "1" + "}" * 5000, "[" * 101 + "]" * 101]

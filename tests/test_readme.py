@@ -23,11 +23,12 @@ import pytest
 from flwr.app import Context, RecordDict
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from flapp import config, server_app
-from flapp.convert import setting_names
+from flapp import server_app
+from flapp.config.convert import setting_names
+from flapp.config.load import ConfigError, compose, read_site, to_json
 from tests.conftest import LocalGrid
 from tools import cli
-from tools.submit import APP
+from tools.deployment.submit import APP
 
 README = (APP / "README.md").read_text()
 PROGRAMS = r"flapp|python3?|pip|flwr|flower-\w+|ray|nginx|tensorboard|pre-commit"
@@ -69,7 +70,7 @@ def composes(command: str) -> None:
         elif not key.startswith("hydra"):
             jobs.append([override.input_line or ""])
     for job in itertools.product(*jobs):
-        config.compose(list(job), Path("/nowhere"))
+        compose(list(job), Path("/nowhere"))
 
 
 class Parsed(Exception):
@@ -112,7 +113,7 @@ def is_supernode(command: str) -> None:
     from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
     given = _parse_args_run_supernode().parse_args(words_of(command)[3:])
-    config.read_site(tomllib.loads("\n".join(re.findall(r'\S+=".*?"', given.node_config))))
+    read_site(tomllib.loads("\n".join(re.findall(r'\S+=".*?"', given.node_config))))
 
 
 def is_flwr(command: str) -> None:
@@ -185,13 +186,13 @@ def test_every_command_is_of_a_known_kind_and_is_understood(command: str) -> Non
 
 def test_commands_that_are_not_understood_are_noticed() -> None:
     for check, command, error in (
-        (composes, "python -m tools.run modle=cnn", config.ConfigError),
-        (composes, "python -m tools.run -m model=cnn train.lr=0.1,fast", config.ConfigError),
+        (composes, "python -m tools.run modle=cnn", ConfigError),
+        (composes, "python -m tools.run -m model=cnn train.lr=0.1,fast", ConfigError),
         (is_parsed, "python -m tools.report --output x", SystemExit),
         (is_superlink, "flower-superlink --prot 1", SystemExit),
-        (is_supernode, "python -m tools.supernode --node-config 'client=\"3\"'", config.ConfigError),
+        (is_supernode, "python -m tools.supernode --node-config 'client=\"3\"'", ConfigError),
         (is_flwr, "flwr run . --steram", Exception),
-        (is_flwr, "flwr run . -c 'overrides=\"modle=cnn\"'", config.ConfigError),
+        (is_flwr, "flwr run . -c 'overrides=\"modle=cnn\"'", ConfigError),
         (is_ray, "ray start --haed", click.UsageError),
         (is_installed, "pip install -e '.[swep]'", AssertionError),
     ):
@@ -232,8 +233,8 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("user")
     runs = folder / ".flapp" / "runs"
     small = ["clients=2", "train.steps=1", "train.batch_size=2", "evaluate.every=20", "evaluate.personal_epochs=0"]
-    settings = config.compose([f"home={folder / '.flapp'}", "run_name=mine", *small])
-    run_config = {"config-json": config.to_json(settings)}
+    settings = compose([f"home={folder / '.flapp'}", "run_name=mine", *small])
+    run_config = {"config-json": to_json(settings)}
     nodes = [{"partition-id": i, "num-partitions": 2} for i in range(2)]
     server_app.app(LocalGrid(run_config, nodes), Context(1, 1, {}, RecordDict(), run_config))
     shutil.copytree(runs / "mine", runs / "other")
@@ -272,7 +273,7 @@ def test_the_run_over_your_own_data_takes_what_the_python_block_wrote(user: Path
     exec(compile(block, "README.md", "exec"), {})
     small = ["clients=2", "num_rounds=1", "train.steps=1", "train.batch_size=2", "evaluate.personal_epochs=0"]
     words = [f"home={user / '.flapp'}", *shlex.split(command)[3:], *small]
-    run_config = {"config-json": config.to_json(config.compose(words))}
+    run_config = {"config-json": to_json(compose(words))}
     nodes = [{"partition-id": i, "num-partitions": 2} for i in range(2)]
     server_app.app(LocalGrid(run_config, nodes), Context(1, 1, {}, RecordDict(), run_config))
 

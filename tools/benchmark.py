@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tools.bench import HEADS, Row
 from tools.bench.machine import describe_machine
-from tools.called import new_parser
+from tools.running.called import new_parser
 
 # each a module of tools.bench with rows() -> list[Row]
 TOPICS = ("data", "checkpoint", "lora", "aggregate", "bytes", "start", "round", "deployment", "simulation")

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from tools.called import as_called, new_parser
+from tools.running.called import as_called, new_parser
 
 CA_DAYS, SERVER_DAYS = 3650, 397
 LOOPBACK = ("localhost", "127.0.0.1")  # a SuperLink is also reached from its own machine

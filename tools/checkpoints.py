@@ -23,9 +23,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flapp.checkpoint import CheckpointError, ChunkManager
+from flapp.checkpoint.chunks import CheckpointError
+from flapp.checkpoint.manager import ChunkManager
 from flapp.untrusted import printable
-from tools.called import as_called, new_parser
+from tools.running.called import as_called, new_parser
 
 PATTERN = "*_chunks.db"
 MOST_TEXT = 1000  # characters of one thing that a store says of itself

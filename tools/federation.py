@@ -37,14 +37,23 @@ from typing import Any
 
 import psutil
 
-from flapp.data import DataError, load_manifest
+from flapp.data.artifact import DataError
+from flapp.data.shards.manifest import load_manifest
 from flapp.untrusted import printable, read_json
-from tools.app import APP, app_folder
-from tools.called import as_called, new_parser
 from tools.certificates import make_server_files, make_site_keys
-from tools.processes import HOST, TOKEN, Processes, SuperLinkError, environment, free_port, is_free, last_line, lives
-from tools.superlink import SuperLink
-from tools.supervisor import (
+from tools.deployment.processes import (
+    HOST,
+    TOKEN,
+    Processes,
+    SuperLinkError,
+    environment,
+    free_port,
+    is_free,
+    last_line,
+    lives,
+)
+from tools.deployment.superlink import SuperLink
+from tools.deployment.supervisor import (
     FACTS,
     KEYS,
     LOG,
@@ -56,6 +65,8 @@ from tools.supervisor import (
     site_name,
     write_json,
 )
+from tools.running.app import APP, app_folder
+from tools.running.called import as_called, new_parser
 from tools.verify_shards import verify_shards
 
 READY_SECONDS, LEAVE_SECONDS, LOOK_SECONDS = 120, 25, 0.3
@@ -87,7 +98,7 @@ def up(given: argparse.Namespace) -> int:
             shutil.copy(folder / name / "site.pub", folder / KEYS / f"{name}.pub")
     write_json(folder / FACTS, asdict(federation))
     env = environment(folder, federation.token) | {"PYTHONPATH": str(APP)}
-    command = [sys.executable, "-m", "tools.supervisor", str(folder)]
+    command = [sys.executable, "-m", "tools.deployment.supervisor", str(folder)]
     if given.foreground:
         os.execve(command[0], command, env)  # an environment can be read from outside only as a program began with it
     with (folder / SUPERVISOR_LOG).open("wb") as log:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flapp import data
-from tools.called import as_called, new_parser
+from flapp.data.artifact import DataError, open_artifact
+from flapp.data.partition import label_histogram, load_partition
+from tools.running.called import as_called, new_parser
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,21 +22,21 @@ ANNOTATED = 400  # cells at most, for their numbers to be readable
 
 def class_counts(parts: Sequence[np.ndarray], labels: np.ndarray, classes: int) -> np.ndarray:
     """Return the (clients, classes) table of how many samples of each class the indices in `parts` hold."""
-    return np.array([data.label_histogram(labels[part], classes) for part in parts])
+    return np.array([label_histogram(labels[part], classes) for part in parts])
 
 
 def read_tables(partition: Path, dataset: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Return the tables to draw by title, each (clients, classes), and the class names; raises DataError."""
     if not partition.is_file():
-        raise data.DataError(f"there is no partition at {partition}: a run saves its own in home/data")
-    saved = data.load_partition(partition)
-    train, test = (data.open_artifact(dataset / split) for split in ("train", "test"))
+        raise DataError(f"there is no partition at {partition}: a run saves its own in home/data")
+    saved = load_partition(partition)
+    train, test = (open_artifact(dataset / split) for split in ("train", "test"))
     classes = len(train.classes)
     if not classes:
-        raise data.DataError(f"{dataset} has no classes to count: choose a dataset for classification")
+        raise DataError(f"{dataset} has no classes to count: choose a dataset for classification")
     for name, parts, artifact in (("train", (*saved.train, *saved.val), train), ("test", saved.test, test)):
         if not np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(artifact.labels))):
-            raise data.DataError(f"{partition} is no partition of {dataset / name}: give the dataset it was made for")
+            raise DataError(f"{partition} is no partition of {dataset / name}: give the dataset it was made for")
     tables = {
         "train, requested": saved.requested,
         "train, actual": class_counts(saved.train, train.labels, classes),
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         draw_heatmap(*read_tables(given.partition, given.dataset), given.out)
-    except data.DataError as error:
+    except DataError as error:
         print(as_called(f"error: {error}"), file=sys.stderr)
         return 1
     except OSError as error:

@@ -23,13 +23,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from flapp import config, data
-from flapp.data.artifact import locked, read_meta
-from flapp.settings import Config, ConfigError
-from tools.called import as_called
+from flapp.config.load import compose
+from flapp.config.schema import Config, ConfigError
+from flapp.data.artifact import DataError, arrays_sha256, locked, open_artifact, read_meta, write_rows
+from flapp.data.blocks import ReadRows
+from flapp.data.cifar import CIFAR, cifar_files, cifar_sha256, download_cifar, read_cifar
+from flapp.data.embedded import EMBEDDED, is_prepared
+from flapp.data.materialized import materialize, materialized_folder
+from flapp.data.shards.build import export_artifacts, write_shards
+from tools.running.called import as_called
 
 SPLITS = ("train", "test")
-Content = tuple[data.ReadRows, tuple[int, ...], np.ndarray, Sequence[str]]  # read rows, shape, labels, classes
+Content = tuple[ReadRows, tuple[int, ...], np.ndarray, Sequence[str]]  # read rows, shape, labels, classes
 
 
 @dataclass(frozen=True)
@@ -58,13 +63,13 @@ def prepare(settings: Config, overwrite: bool) -> list[str]:
 def find_sources(settings: Config, overwrite: bool) -> dict[str, Source]:
     """Return where each split comes from, after a download if one is asked for."""
     dataset = settings.dataset
-    if dataset.name in data.EMBEDDED:
+    if dataset.name in EMBEDDED:
         if dataset.source or dataset.download:
             raise ConfigError(f"dataset={dataset.name} is embedded: leave out dataset.source and dataset.download")
-        splits, classes = data.EMBEDDED[dataset.name]()
+        splits, classes = EMBEDDED[dataset.name]()
         return {split: embedded_source(*arrays, classes) for split, arrays in splits.items()}
-    if dataset.name not in data.CIFAR:
-        known = ", ".join((*data.EMBEDDED, *data.CIFAR, "femnist"))
+    if dataset.name not in CIFAR:
+        known = ", ".join((*EMBEDDED, *CIFAR, "femnist"))
         raise ConfigError(
             f"dataset={dataset.name} cannot be prepared: choose one of {known}, or write it with "
             "flapp.data.write_artifact"
@@ -74,28 +79,28 @@ def find_sources(settings: Config, overwrite: bool) -> dict[str, Source]:
             f"dataset={dataset.name} needs its files: add dataset.source=DIR where they are, or dataset.download=true"
         )
     raw, folder = Path(dataset.source or Path(settings.home) / "raw"), settings.data_dir / dataset.name
-    if dataset.download and not overwrite and data.is_prepared(folder):
+    if dataset.download and not overwrite and is_prepared(folder):
         # What was fetched and prepared once is not fetched again to see that it is still the same.
-        stored = {split: data.open_artifact(folder / split).source_sha256 for split in SPLITS}
+        stored = {split: open_artifact(folder / split).source_sha256 for split in SPLITS}
         return {split: Source(stored[split], partial(load_cifar, dataset.name, raw, split)) for split in SPLITS}
     if dataset.download:
-        data.download_cifar(dataset.name, raw)
+        download_cifar(dataset.name, raw)
     return {split: cifar_source(dataset.name, raw, split) for split in SPLITS}
 
 
 def embedded_source(images: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> Source:
     """Return arrays that are in memory as a Source."""
-    return Source(data.arrays_sha256(images, labels), lambda: (lambda a, b: images[a:b], images.shape, labels, classes))
+    return Source(arrays_sha256(images, labels), lambda: (lambda a, b: images[a:b], images.shape, labels, classes))
 
 
 def cifar_source(name: str, raw: Path, split: str) -> Source:
     """Return one split of CIFAR's files as a Source."""
-    return Source(data.cifar_sha256(data.cifar_files(name, raw, split)), partial(load_cifar, name, raw, split))
+    return Source(cifar_sha256(cifar_files(name, raw, split)), partial(load_cifar, name, raw, split))
 
 
 def load_cifar(name: str, raw: Path, split: str) -> Content:
     """Read one split of CIFAR's files; planes become pixels block by block."""
-    planes, labels, classes = data.read_cifar(name, data.cifar_files(name, raw, split))
+    planes, labels, classes = read_cifar(name, cifar_files(name, raw, split))
     return lambda a, b: planes[a:b].transpose(0, 2, 3, 1), (len(planes), 32, 32, 3), labels, classes
 
 
@@ -105,22 +110,22 @@ def prepare_split(folder: Path, source: Source, shape: Sequence[int], classes: i
         return f"{folder}: already prepared, nothing to do (overwrite=true replaces it)"
     read, found, labels, names = source.load()
     if (found[1:], len(names)) != (tuple(shape), classes):
-        raise data.DataError(
+        raise DataError(
             f"{folder.parent.name} has images of shape {list(found[1:])} in {len(names)} classes, not "
             f"dataset.shape={list(shape)} and dataset.classes={classes}: set both to what it has"
         )
     with bar(folder, len(labels)) as progress:
-        data.write_rows(folder, read, found, labels, names, source.sha256, progress=progress)
+        write_rows(folder, read, found, labels, names, source.sha256, progress=progress)
     return describe(folder)
 
 
 def prepare_materialized(native: Path, size: int, overwrite: bool) -> str:
     """Write the artifact `<native>@<size>` unless it is there, and return a line on it."""
-    folder = data.materialized_folder(native, size)
-    if is_there(folder, data.open_artifact(native).digest, overwrite):
+    folder = materialized_folder(native, size)
+    if is_there(folder, open_artifact(native).digest, overwrite):
         return f"{folder}: already prepared, nothing to do (overwrite=true replaces it)"
-    with bar(folder, len(data.open_artifact(native).labels)) as progress:
-        data.materialize(native, size, progress)
+    with bar(folder, len(open_artifact(native).labels)) as progress:
+        materialize(native, size, progress)
     return describe(folder)
 
 
@@ -128,9 +133,9 @@ def is_there(folder: Path, source_sha256: str, overwrite: bool) -> bool:
     """Say whether the artifact is there and from this source; raises DataError when it is from another one."""
     if overwrite or not (folder / "meta.json").exists():
         return False
-    data.open_artifact(folder)
+    open_artifact(folder)
     if read_meta(folder).get("source_sha256") != source_sha256:
-        raise data.DataError(f"{folder} was made from other files: add overwrite=true to replace it")
+        raise DataError(f"{folder} was made from other files: add overwrite=true to replace it")
     return True
 
 
@@ -144,7 +149,7 @@ def prepare_shards(settings: Config, overwrite: bool) -> list[str]:
             "and dataset.materialize"
         )
     mapping = settings.partition.mapping
-    manifest = data.write_shards(
+    manifest = write_shards(
         Path(settings.dataset.source),
         settings.shards_dir,
         settings.partition.kind,
@@ -158,14 +163,14 @@ def prepare_shards(settings: Config, overwrite: bool) -> list[str]:
     counts = ", ".join(f"{totals[split]:,} {split}" for split in ("train", "val", "test"))
     lines = [f"{manifest.folder}: shards of {len(manifest):,} clients, {totals['writers']:,} writers, {counts} samples"]
     if not settings.distributed_data.enabled:
-        partition = data.export_artifacts(manifest.path, settings.data_dir / settings.dataset.name)
+        partition = export_artifacts(manifest.path, settings.data_dir / settings.dataset.name)
         lines.append(f"{partition.parents[1]}: the same samples as one shared artifact, dealt by {partition.name}")
     return lines
 
 
 def describe(folder: Path) -> str:
     """Return one line on what is in a folder."""
-    artifact = data.open_artifact(folder)
+    artifact = open_artifact(folder)
     shape = "x".join(map(str, artifact.images.shape[1:]))
     return f"{folder}: {len(artifact.labels):,} samples of {shape}, {artifact.images.nbytes / 1e6:,.1f} MB"
 
@@ -187,9 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # Not a setting of runs, so Hydra must not see it.
         overwrite = take_overwrite(overrides)
-        for line in prepare(config.compose(overrides, Path.cwd()), overwrite):
+        for line in prepare(compose(overrides, Path.cwd()), overwrite):
             print(line)
-    except (ConfigError, data.DataError) as error:
+    except (ConfigError, DataError) as error:
         print(as_called(f"error: {error}"), file=sys.stderr)
         return 1
     except OSError as error:

@@ -20,7 +20,7 @@ from string import Template
 
 from cryptography import x509
 
-from tools.called import as_called, new_parser
+from tools.running.called import as_called, new_parser
 
 TEMPLATE = Path(__file__).with_name("nginx.conf")
 CALLS = (  # all of Flower's Fleet API but register-node and unregister-node, which authenticated SuperNodes never use

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
-from tools.called import as_called, new_parser
 from tools.checkpoints import count
 from tools.page.benchmark import benchmark_section
 from tools.page.charts import by_name, pictures_of
@@ -28,6 +27,7 @@ from tools.page.reading import ReportError, read_all
 from tools.page.run import Job, Run
 from tools.page.sections import alerts, objectives, sections_of, setup_of, summary_of
 from tools.page.several import page_of_several
+from tools.running.called import as_called, new_parser
 
 Pictures = dict[str, Picture]  # by the name of the file
 

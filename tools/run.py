@@ -20,17 +20,17 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from flapp.config import CONF, explain, from_tree, name_override
+from flapp.config.load import CONF, explain, from_tree, name_override
+from flapp.config.schema import Config, ConfigError
 from flapp.privacy import describe_plan
-from flapp.settings import Config, ConfigError
-from flapp.summary import in_words
-from tools import sweep
-from tools.called import as_called
+from flapp.server.summary import in_words
+from tools.deployment.processes import SIGNALS, SuperLinkError
+from tools.deployment.submit import RunError, is_here, refusals, run_once
 from tools.federation import FederationError
-from tools.processes import SIGNALS, SuperLinkError
-from tools.progress import announce, is_json, take_format
-from tools.resuming import advice, complete_rounds, resume_command
-from tools.submit import RunError, is_here, refusals, run_once
+from tools.running import sweep
+from tools.running.called import as_called
+from tools.running.progress import announce, is_json, take_format
+from tools.running.resuming import advice, complete_rounds, resume_command
 
 HELP = """\
 Train one model with many clients: a federated run, or a sweep of runs, on this machine or over real SuperNodes.
@@ -88,7 +88,11 @@ def job(tree: DictConfig) -> float | None:
 
 def start(config: Config, hydra_config: HydraConf, outcome: sweep.Outcome) -> None:
     """Say what a run is about to do, and note that it can be resumed from now on."""
-    from tools.overview import job_line, overview, start_lines  # imports Flower, which no mistake should wait for
+    from tools.running.overview import (  # imports Flower, which no mistake should wait for
+        job_line,
+        overview,
+        start_lines,
+    )
 
     facts = overview(config, is_here(config))
     announce("started", config.run_name, **facts)

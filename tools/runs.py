@@ -25,12 +25,12 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from flapp.run_lock import held_lock
-from tools.called import as_called, new_parser
+from flapp.server.run_lock import held_lock
 from tools.checkpoints import finite, in_bytes
 from tools.page.reading import read_json, tail
-from tools.resuming import complete_rounds, resume_command
-from tools.run_entries import Entry, RunsError, changed_words, describe, find_runs, jobs_of
+from tools.running.called import as_called, new_parser
+from tools.running.resuming import complete_rounds, resume_command
+from tools.running.run_entries import Entry, RunsError, changed_words, describe, find_runs, jobs_of
 
 SWEEP_FILES = ("sweep.json", "multirun.yaml", "optimization_results.yaml")
 LAST_LINES, LOG_WIDTH = 5, 150
@@ -178,7 +178,7 @@ def remove_lines(found: dict[str, Any]) -> Iterator[str]:
 
 def stop(given: argparse.Namespace) -> dict[str, Any]:
     """Stop a run, even if another process waits for it; its pids are null if it was not running."""
-    from tools.stop import stop_run  # it imports Flower
+    from tools.running.stop import stop_run  # it imports Flower
 
     return {"name": given.name, "pids": stop_run(given.home / "runs", given.name)}
 

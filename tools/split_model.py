@@ -16,12 +16,14 @@ import torch
 from torch import nn
 
 from flapp.architecture import build
-from flapp.config import read_yaml
-from flapp.convert import build as build_settings
-from flapp.model import COMPONENTS, ModelFactory, SplitModel, StorageManager, read_tensors, sha256_of_file
-from flapp.settings import DatasetConfig, ModelConfig
+from flapp.config.convert import build as build_settings
+from flapp.config.load import read_yaml
+from flapp.config.schema import DatasetConfig, ModelConfig
+from flapp.model.files import read_tensors, sha256_of_file
+from flapp.model.split.components import ModelFactory, SplitModel
+from flapp.model.split.files import COMPONENTS, StorageManager
 from flapp.untrusted import check_safetensors, printable, read_json
-from tools.called import as_called, new_parser
+from tools.running.called import as_called, new_parser
 
 MODEL = "model.safetensors"
 

@@ -91,15 +91,16 @@ def replace_names(name: str, **stand_ins: Any) -> None:
     for key, stand_in in stand_ins.items():
         if not isinstance(original := getattr(module, key, None), ModuleType) or original.__name__ != key:
             sys.exit(
-                f"error: tools.supernode does not fit Flower {package_version}, whose {name} has no `{key}`: "
+                f"error: {Path(__file__).name} does not fit Flower {package_version}, whose {name} has no `{key}`: "
                 "use flower-supernode, which is slower, or the version of Flower that flapp was tested with"
             )
         setattr(module, key, stand_in)
 
 
-def load_sibling(name: str) -> Any:
-    """Load a module of this folder, which -P keeps out of the path."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+def load_owner_only() -> Any:
+    """Load deployment/owner_only.py, which -P keeps out of the path."""
+    path = Path(__file__).with_name("deployment") / "owner_only.py"
+    spec = importlib.util.spec_from_file_location("owner_only", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -117,7 +118,7 @@ def run_supernode() -> Any:
         return process
 
     replace_names(NODE, time=Pauses(), subprocess=SimpleNamespace(Popen=popen))
-    load_sibling("owner_only").protect(COMMAND)
+    load_owner_only().protect(COMMAND)
     from flwr.supernode.cli import flower_supernode
 
     return flower_supernode()

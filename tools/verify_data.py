@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from flapp import data
-from flapp.data.artifact import digest, open_array, read_meta
+from flapp.data.artifact import DataError, digest, open_array, open_artifact, read_meta
 from flapp.data.blocks import block_rows, damaged_blocks
 from flapp.data.materialized import compare_with_pil
 from flapp.untrusted import printable
-from tools.called import new_parser
+from tools.running.called import new_parser
 from tools.verify_shards import verify_shards
 
 FILES = ("images.npy", "labels.npy", "meta.json")
@@ -128,23 +127,23 @@ def answer(folder: Path, name: str, question: Callable[[], str]) -> Check:
     """Ask a question, which returns what it found or raises DataError."""
     try:
         return Check(str(folder), name, True, printable(question(), MOST_TEXT))
-    except data.DataError as error:
+    except DataError as error:
         return Check(str(folder), name, False, printable(" ".join(str(error).split()), MOST_TEXT))
 
 
 def known(thing: Any) -> Any:
     """Return what an earlier check found; raises DataError when that check failed."""
     if thing is None or (isinstance(thing, dict) and not thing):
-        raise data.DataError("cannot be told after the failures above")
+        raise DataError("cannot be told after the failures above")
     return thing
 
 
 def files(split: Split) -> str:
     found = sorted(path.name for path in split.folder.iterdir())
     if missing := [name for name in FILES if name not in found]:
-        raise data.DataError(f"{', '.join(missing)} missing: prepare the dataset again")
+        raise DataError(f"{', '.join(missing)} missing: prepare the dataset again")
     if strange := [name for name in found if name not in FILES]:
-        raise data.DataError(f"{', '.join(strange)} does not belong here: delete it")
+        raise DataError(f"{', '.join(strange)} does not belong here: delete it")
     return ", ".join(found)
 
 
@@ -152,7 +151,7 @@ def marker(split: Split) -> str:
     split.meta = read_meta(split.folder)
     source = str(split.meta.get("source_sha256", ""))
     if len(source) != 64 or set(source) - set("0123456789abcdef"):
-        raise data.DataError(f"source_sha256={source!r} is not a SHA-256: prepare the dataset again")
+        raise DataError(f"source_sha256={source!r} is not a SHA-256: prepare the dataset again")
     return f"complete, format {split.meta['format_version']}, by {split.meta.get('writer')}"
 
 
@@ -161,7 +160,7 @@ def array(split: Split, name: str) -> str:
     if path.is_file():
         with path.open("rb") as file:
             if file.read(6) != b"\x93NUMPY":
-                raise data.DataError(f"{path.name} has no .npy header (a raw memmap or a pickle?): prepare it again")
+                raise DataError(f"{path.name} has no .npy header (a raw memmap or a pickle?): prepare it again")
     found = open_array(path, known(split.meta)[name])
     setattr(split, name, found)
     return f"{found.dtype} {list(found.shape)}"
@@ -170,25 +169,25 @@ def array(split: Split, name: str) -> str:
 def pairs(split: Split) -> str:
     images, labels = len(known(split.images)), len(known(split.labels))
     if images != labels or images == 0:
-        raise data.DataError(f"{images:,} images and {labels:,} labels: prepare the dataset again")
+        raise DataError(f"{images:,} images and {labels:,} labels: prepare the dataset again")
     return f"{images:,} of each"
 
 
 def layout(split: Split) -> str:
-    data.open_artifact(split.folder)
+    open_artifact(split.folder)
     name, size = known(split.meta).get("layout", "NHWC"), split.folder.name.partition("@")[2]
     shape = known(split.images).shape
     if size and (name, [str(side) for side in shape[2:]]) != ("NCHW", [size, size]):
-        raise data.DataError(f"{name} {list(shape)} is not what {split.folder.name} must hold: NCHW at {size} pixels")
+        raise DataError(f"{name} {list(shape)} is not what {split.folder.name} must hold: NCHW at {size} pixels")
     return f"{name} {list(shape[1:])}" if len(shape) == 4 else f"features {list(shape[1:])}"
 
 
 def label_range(split: Split) -> str:
     labels, classes = known(split.labels), len(known(split.meta)["classes"])
     if not classes and not np.isfinite(labels).all():
-        raise data.DataError(f"label {np.flatnonzero(~np.isfinite(labels))[0]} is NaN or infinite")
+        raise DataError(f"label {np.flatnonzero(~np.isfinite(labels))[0]} is NaN or infinite")
     if classes and not (labels.min() >= 0 and labels.max() < classes):
-        raise data.DataError(f"labels from {labels.min()} to {labels.max()}, but {classes} classes")
+        raise DataError(f"labels from {labels.min()} to {labels.max()}, but {classes} classes")
     return f"{labels.min():g} to {labels.max():g}"
 
 
@@ -198,9 +197,9 @@ def balance(split: Split) -> str:
         return "no classes"
     counts = np.bincount(labels[(labels >= 0) & (labels < len(classes))], minlength=len(classes))
     if split.folder.name.startswith("train") and not counts.all():
-        raise data.DataError(f"class {classes[int(counts.argmin())]!r} has no samples")
+        raise DataError(f"class {classes[int(counts.argmin())]!r} has no samples")
     if len(labels) in COMPLETE.get(split.folder.parent.name, ()) and counts.min() != counts.max():
-        raise data.DataError(f"{counts.min():,} to {counts.max():,} samples of a class, which must have equally many")
+        raise DataError(f"{counts.min():,} to {counts.max():,} samples of a class, which must have equally many")
     return f"{len(classes)} classes with {counts.min():,} to {counts.max():,} samples"
 
 
@@ -210,7 +209,7 @@ def hashes(split: Split, name: str) -> list[str]:
 
 def damage(bad: list[int], what: str, name: str) -> str:
     if bad:
-        raise data.DataError(f"block {bad[0]} of {name} was changed (damaged, rolled or permuted): prepare it again")
+        raise DataError(f"block {bad[0]} of {name} was changed (damaged, rolled or permuted): prepare it again")
     return f"{what} as they were written"
 
 
@@ -237,18 +236,18 @@ def look_at(split: Split, blocks: int | None) -> Pixels:
 def values(split: Split, seen: Pixels) -> str:
     known(seen.blocks or None)
     if seen.not_finite:
-        raise data.DataError(f"{len(seen.not_finite)} samples hold NaN or infinity, the first is {seen.not_finite[0]}")
+        raise DataError(f"{len(seen.not_finite)} samples hold NaN or infinity, the first is {seen.not_finite[0]}")
     if seen.alike and len(known(split.images)) > 1:
-        raise data.DataError("all images are the same")
+        raise DataError("all images are the same")
     if known(split.images).dtype == np.uint8 and seen.highest <= 1:
-        raise data.DataError("no pixel is above 1 of 255: floats from 0 to 1 were cast to uint8")
+        raise DataError("no pixel is above 1 of 255: floats from 0 to 1 were cast to uint8")
     return f"the highest is {seen.highest:g}"
 
 
 def empty(seen: Pixels) -> str:
     known(seen.blocks or None)
     if seen.zeros:
-        raise data.DataError(f"{len(seen.zeros):,} images are all zero, the first is {seen.zeros[0]}")
+        raise DataError(f"{len(seen.zeros):,} images are all zero, the first is {seen.zeros[0]}")
     return f"in {len(seen.blocks)} of {seen.total} blocks"
 
 
@@ -256,20 +255,20 @@ def fits_train(path: Path, train: Path) -> str:
     """Compare the classes, shape and content of a split with those of the training split."""
     this, other = read_meta(path), read_meta(train)
     if this["classes"] != other["classes"]:
-        raise data.DataError(f"{path.name} has other classes than train: prepare both together")
+        raise DataError(f"{path.name} has other classes than train: prepare both together")
     if "@" not in path.name and this["images"]["shape"][1:] != other["images"]["shape"][1:]:
-        raise data.DataError(f"{this['images']['shape'][1:]} is another shape than train's: prepare both together")
+        raise DataError(f"{this['images']['shape'][1:]} is another shape than train's: prepare both together")
     if digest(this) == digest(other):
-        raise data.DataError(f"{path.name} is a copy of train: prepare it again")
+        raise DataError(f"{path.name} is a copy of train: prepare it again")
     return "same classes and shape"
 
 
 def resized(path: Path) -> str:
     """Compare a materialised split with the split it was made from, and 64 of its images with PIL's resize."""
     native = path.with_name(path.name.partition("@")[0])
-    small, large = data.open_artifact(native), data.open_artifact(path)
+    small, large = open_artifact(native), open_artifact(path)
     if large.source_sha256 != small.digest or not np.array_equal(small.labels, large.labels):
-        raise data.DataError(f"it was not made from {native} as it is now: prepare it again with overwrite=true")
+        raise DataError(f"it was not made from {native} as it is now: prepare it again with overwrite=true")
     compare_with_pil(small.images, large.images, large.images.shape[2])
     return f"64 images, and made from {native.name}"
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from flapp.data import DataError, DistributedShardLoader, load_manifest
-from flapp.data.client_shard import read_meta
-from flapp.data.split_file import read_blocks
+from flapp.data.artifact import DataError
+from flapp.data.shards.client import DistributedShardLoader, read_meta
+from flapp.data.shards.manifest import load_manifest
+from flapp.data.shards.split_file import read_blocks
 from flapp.untrusted import printable
 
 MOST_TEXT = 1000  # characters of what a check says

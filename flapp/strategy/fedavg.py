@@ -37,9 +37,9 @@ from flapp.messages import (
     unpack_reply,
     view,
 )
-from flapp.releases import ReleaseLedger
-from flapp.results import RunDirectory
-from flapp.roster import FederationError, Roster
+from flapp.server.releases import ReleaseLedger
+from flapp.server.roster import FederationError, Roster
+from flapp.server.run_dir import RunDirectory
 from flapp.strategy.alignment import alignment_weights
 from flapp.strategy.bounds import NormBound, cap_shares
 from flapp.strategy.evaluation import totals

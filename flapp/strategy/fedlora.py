@@ -17,7 +17,7 @@ from flwr.common import log
 
 from flapp.groups import cut_rank
 from flapp.messages import TRAIN, as_record, pack, view
-from flapp.roster import FederationError
+from flapp.server.roster import FederationError
 from flapp.strategy.fedavg import FedAvg
 from flapp.strategy.lora_aggregation import RULES, Aggregated, Factors, error_norms, refill
 from flapp.strategy.phase import Phase

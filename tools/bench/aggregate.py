@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
 from flapp.checks import find_fault
-from flapp.model import build_model
+from flapp.model.build import build_model
 from flapp.sums import weighted_average
 from tools.bench import Row, measure
 

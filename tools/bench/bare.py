@@ -119,7 +119,7 @@ def run(work: Work, ends: Path) -> dict[str, Tensor]:
     """Train all rounds and return the final model."""
     from safetensors.torch import load_file
 
-    from flapp.model import build_model  # not here when stock.py has copied this file
+    from flapp.model.build import build_model  # not here when stock.py has copied this file
 
     torch.set_num_threads(1)
     model, data, state = build_model(**work.model), load_data(work), load_file(work.start)

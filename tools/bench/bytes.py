@@ -9,10 +9,10 @@ from typing import Any
 from flwr.app import ArrayRecord, Message
 from flwr.supercore.task_identity import TaskIdentity
 
-from flapp.config import compose
+from flapp.config.load import compose
+from flapp.config.schema import Config
 from flapp.messages import TRAIN, Claim, Order, pack, pack_order, pack_reply, size_of, source_digest
 from flapp.server_app import build_strategy, initial_model, keys_of
-from flapp.settings import Config
 from tools.bench import Row
 
 WORDS = ("experiment=cifar10_fedlora", "model.pretrained=null")

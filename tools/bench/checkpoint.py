@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flapp.checkpoint import ChunkManager
 from flapp.checkpoint.engines import has_fast
-from flapp.model import build_model
+from flapp.checkpoint.manager import ChunkManager
+from flapp.model.build import build_model
 from tools.bench import Row, measure
 
 ENGINES = ("stdlib", "fast") if has_fast() else ("stdlib",)

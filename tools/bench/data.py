@@ -19,7 +19,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
-from flapp.data import ClientLoader, OfflineCIFAR10, write_artifact
+from flapp.data.artifact import write_artifact
+from flapp.data.loader import ClientLoader
+from flapp.data.offline import OfflineCIFAR10
 from flapp.data.pixels import NORMALIZATIONS, resize
 from tools.bench import Row, measure
 

@@ -1,4 +1,4 @@
-"""An idle round over a SuperLink and three SuperNodes: flapp on tools.supernode, against a stock app on stock ones.
+"""An idle round over a SuperLink and three SuperNodes: flapp on its own SuperNodes, against a stock app on stock ones.
 
 Both are asked to train and to evaluate by all clients in every round, with next to no work in either. The stock app
 is what Flower's documentation starts with: its FedAvg, and a client in NumPy, which imports no PyTorch.
@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
-from flapp.config import compose, to_json
+from flapp.config.load import compose, to_json
 from tools import supernode
 from tools.bench import STOCK_PROJECT, Row
-from tools.processes import HOST, Processes, SuperLinkError, answers, environment, free_port, program
-from tools.superlink import CONNECTION, SuperLink
+from tools.deployment.processes import HOST, Processes, SuperLinkError, answers, environment, free_port, program
+from tools.deployment.superlink import CONNECTION, SuperLink
 
 TURNS, ROUNDS, NODES = 2, 5, 3
 START_SECONDS, RUN_SECONDS = 60, 300

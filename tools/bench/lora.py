@@ -7,7 +7,8 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
-from flapp.model import add_lora, build_model, mark_only_lora_as_trainable
+from flapp.model.build import build_model
+from flapp.model.lora import add_lora, mark_only_lora_as_trainable
 from flapp.training import StepRules, build_optimizer, train
 from tools.bench import Row, measure
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from tools.processes import available_cpus
+from tools.deployment.processes import available_cpus
 
 CPU_INFO = Path("/proc/cpuinfo")
 

@@ -11,14 +11,14 @@ from statistics import median
 import torch
 
 from flapp import client_app
-from flapp.client_data import open_client_data
-from flapp.config import compose
+from flapp.client.data import open_client_data
+from flapp.config.load import compose
+from flapp.config.schema import Config, Site
 from flapp.messages import Order
-from flapp.settings import Config, Site
 from flapp.training import scheduled_lr
 from tools.bench import Row
-from tools.processes import available_cpus
-from tools.submit import run_once
+from tools.deployment.processes import available_cpus
+from tools.deployment.submit import run_once
 
 TURNS, ROUNDS = 3, 6
 

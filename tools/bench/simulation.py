@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from flapp.config import compose, derive_seed
-from flapp.data import write_artifact
+from flapp.config.load import compose, derive_seed
+from flapp.config.rules import sample_size
+from flapp.config.schema import Config
+from flapp.data.artifact import write_artifact
 from flapp.messages import TRAIN
-from flapp.model import build_model
+from flapp.model.build import build_model
 from flapp.partitions import open_partition
-from flapp.rules import sample_size
-from flapp.settings import Config
 from flapp.training import scheduled_lr
 from tools.bench import Row
 from tools.bench.bare import Work

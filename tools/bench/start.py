@@ -20,10 +20,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from flapp.client_data import make_batches, open_client_data, open_once
-from flapp.config import compose
-from flapp.data import write_shards
-from flapp.settings import Config, Site
+from flapp.client.data import make_batches, open_client_data, open_once
+from flapp.config.load import compose
+from flapp.config.schema import Config, Site
+from flapp.data.shards.build import write_shards
 from flapp.source import source_digest, versions
 from tools.bench import Row, measure
 

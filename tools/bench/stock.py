@@ -11,10 +11,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from flapp import model
+from flapp.model import cnn
 from tools.bench import STOCK_PROJECT, bare
-from tools.processes import available_cpus
-from tools.superlink import CONNECTION, PrivateSuperLink
+from tools.deployment.processes import available_cpus
+from tools.deployment.superlink import CONNECTION, PrivateSuperLink
 
 LOOK_SECONDS, STATUS_SECONDS = 1.0, 15  # the status as rarely as tools.run asks
 APP = """
@@ -83,7 +83,7 @@ def write_app(folder: Path) -> None:
     (folder / "pyproject.toml").write_text(STOCK_PROJECT + SETTINGS)
     shutil.copy(bare.__file__, folder / "stock" / "bare.py")
     for name in ("cnn", "linear"):
-        shutil.copy(Path(model.__file__).with_name(f"{name}.py"), folder / "stock")
+        shutil.copy(Path(cnn.__file__).with_name(f"{name}.py"), folder / "stock")
 
 
 def run(work: Path, ends: Path, nodes: int) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from tools.processes import KILL_SECONDS, last_line
+from tools.deployment.processes import KILL_SECONDS, last_line
 
 ROOT = Path(__file__).resolve().parents[2]  # commands start here, so that they import this checkout
 LOOK_SECONDS, SAMPLE_SECONDS, PSS_SECONDS = 0.02, 0.5, 2.0

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from flapp.summary import in_words
+from flapp.server.summary import in_words
 from tools.page.drawing import (
     COLOURS,
     GREY,

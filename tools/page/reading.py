@@ -12,15 +12,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flapp.checkpoint import CheckpointError, ChunkManager
-from flapp.config import read_yaml
-from flapp.metric_lines import read_line, sound_summary
+from flapp.checkpoint.chunks import CheckpointError
+from flapp.checkpoint.manager import ChunkManager
+from flapp.config.load import read_yaml
+from flapp.server.metric_lines import read_line, sound_summary
 from flapp.untrusted import MOST_BYTES, check_regular, printable
 from flapp.untrusted import read_json as parse_file
+from tools.deployment.superlink import ANSI
 from tools.page.run import Clients, Job, Run, Stores, by_number, names_of, number
-from tools.superlink import ANSI
 
-METRICS, HELD, STORE = "metrics.jsonl", "clients.jsonl", "server_chunks.db"  # flapp.results would import PyTorch
+METRICS, HELD, STORE = "metrics.jsonl", "clients.jsonl", "server_chunks.db"  # flapp.server.run_dir would import PyTorch
 RUN_FILES = ("config.yaml", METRICS, "metrics.json")
 STORES_OPENED = 50
 LOG_BYTES, LOG_LINES = 32_768, 40

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from flapp.summary import in_words
+from flapp.server.summary import in_words
 from tools.checkpoints import count, in_bytes
 from tools.page.charts import MB
 from tools.page.drawing import Picture

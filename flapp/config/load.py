@@ -1,0 +1,250 @@
+"""Settings: from conf/ by Hydra, through Flower's run_config and node_config, to one checked, read-only Config.
+
+settings.py names every setting with its type and range, convert.py checks them; the values live in conf/ only. Front
+doors compose once and ship the result as `config-json`, which the apps read without importing Hydra.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shlex
+import threading
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from flapp.config.convert import build, hint, setting_names, takes_list
+from flapp.config.rules import PATHS, check_together
+from flapp.config.schema import Config, ConfigError, Site
+from flapp.untrusted import DEEPEST, parse_json, printable, read_bytes
+
+PACKAGE = Path(__file__).resolve().parents[1]
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # of a wheel, or of a checkout
+FREE = (  # a resumed run may change these: they do not reach its bytes
+    *("home", "run_name", "resume", "resume_from", "resume_anyway", "deployment", "checkpoint", "split", "results"),
+    *("strategy.wait_for_clients", "strategy.timeout"),
+    *("dataset.source", "dataset.download", "distributed_data.shard_path", "distributed_data.manifest"),
+    *("model.pretrained", "lora.adapter"),  # where the start lies; a base is compared by its digest
+)
+MOST_YAML = 256 << 10  # bytes of a run's config.yaml, which has a few kB
+MOST_NODES = 20_000  # keys and values in it; OmegaConf takes seconds for as many
+MOST_SCALAR = 4096  # characters of a value without quotes: a number of more digits takes quadratic time
+PLAIN = re.compile(r"[A-Za-z0-9._-]+")  # a value that can be part of a run's name: one choice, not a sweep of several
+_compose_lock = threading.Lock()  # GlobalHydra is one per process and not thread-safe
+
+
+def load(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> tuple[Config, Site]:
+    """Return the checked config of a run and the facts of this node, whose own home wins; raises ConfigError.
+
+    run_config holds `config-json`, which wins, or `overrides`, words of Hydra's grammar separated by spaces.
+    """
+    if text := str(run_config.get("config-json", "")):
+        config = _from_json(text)
+    else:
+        home = os.environ.get("FLAPP_HOME", "")  # in the cache key, because conf/ reads it
+        config = _compose_cached(str(run_config.get("overrides", "")), home)
+    site = _site_of(tuple(node_config.items()))
+    return (replace(config, home=site.home) if site.home else config), site
+
+
+@lru_cache(maxsize=64)
+def _site_of(node_config: tuple[tuple[str, Any], ...]) -> Site:
+    return read_site(dict(node_config))
+
+
+def read_site(node_config: Mapping[str, Any]) -> Site:
+    """Read a node's own facts from Flower's node_config; raises ConfigError for a key that nothing reads."""
+    paths = ("shard-path", "checkpoint-dir", "home")
+    known: dict[str, Any] = {"client-id": str, "partition-id": int, "num-partitions": int} | dict.fromkeys(paths, str)
+    for key, value in node_config.items():
+        if key not in known:
+            raise ConfigError(f"node-config has {key}, which is not a setting{hint(key, known)}")
+        if key in paths and not Path(str(value)).is_absolute():
+            raise ConfigError(f"{key}={value} is relative: give an absolute path")
+    return Site(**{key.replace("-", "_"): known[key](value) for key, value in node_config.items()})
+
+
+def compose(overrides: Sequence[str], base: Path | None = None) -> Config:
+    """Compose conf/ with Hydra overrides and check it; relative paths are taken from `base`, or refused without."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    with _compose_lock:
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(str(CONF), version_base="1.3"):
+                tree = hydra_compose("config", overrides=[*overrides, *name_override(overrides)])
+            return from_tree(tree, base)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise explain(error) from error
+
+
+def name_override(words: Sequence[str]) -> list[str]:
+    """Return an override of run_name for a command that chooses a dataset, model or strategy, or sweeps experiments.
+
+    The name then says what was chosen: the experiment, unless only a dataset replaces it, then dataset, model and
+    strategy. Choices that a sweep varies are left out. Empty when run_name is given, or when the default in
+    conf/config.yaml (experiment and time) is right.
+    """
+    given = {key: value.strip("'\"") for key, _, value in (word.partition("=") for word in words)}
+    chosen = [given.get("dataset.name", given.get("dataset")), given.get("model"), given.get("strategy")]
+    experiment = given.get("experiment")
+    is_swept = experiment is not None and not PLAIN.fullmatch(experiment)
+    if "run_name" in given or not (is_swept or any(chosen)):
+        return []
+    parts = [] if is_swept or (chosen[0] and experiment is None) else ["${experiment}"]
+    parts += [value for value in chosen if value and PLAIN.fullmatch(value)]
+    return [f"run_name='{'_'.join(parts) or 'sweep'}-${{now:%Y%m%d-%H%M%S}}'"]
+
+
+def from_tree(tree: Any, base: Path | None = None) -> Config:
+    """Check a composed DictConfig and turn it into a Config with absolute paths."""
+    from omegaconf import OmegaConf
+
+    values = typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
+    for *group, key in PATHS:
+        node = values.get(group[0]) if group else values
+        if isinstance(node, dict) and node.get(key) is not None:
+            node[key] = _absolute(node[key], base)
+    return from_dict(values)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Check plain nested values against the settings above and return them as a Config; raises ConfigError."""
+    config = build(Config, values)
+    check_together(config)
+    return config
+
+
+def to_json(config: Config) -> str:
+    """Return the whole config as JSON, the text that `config-json` carries."""
+    return json.dumps(asdict(config))
+
+
+def to_yaml(config: Config) -> str:
+    """Return the whole config as YAML, for people."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(json.loads(to_json(config))))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the plain values of a file of to_yaml, unchecked: another version of flapp may have written it.
+
+    Raises ConfigError for content that to_yaml does not write: anchors and aliases, deep nesting, other than plain
+    values; and OSError when the file cannot be read.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        text = read_bytes(path, MOST_YAML).decode()
+        _check_yaml(text)
+        values = parse_json(json.dumps(OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))))
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds {type(values).__name__}, not settings")
+    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        said = printable(" ".join(str(error).split()))
+        raise ConfigError(f"{path} is damaged ({said}): restore the file from a copy") from error
+    return typing.cast(dict[str, Any], values)
+
+
+def _check_yaml(text: str) -> None:
+    """Raise ValueError for YAML whose composition could recurse or multiply: nested deeply, or with anchors."""
+    import yaml
+
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))):
+        if count > MOST_NODES:
+            raise ValueError(f"it has more than {MOST_NODES:,} keys and values")
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            raise ValueError(f"line {event.start_mark.line + 1} has an anchor or alias")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError(f"line {event.start_mark.line + 1} is nested more than {DEEPEST} deep")
+        if isinstance(event, yaml.ScalarEvent) and event.style is None and len(event.value) > MOST_SCALAR:
+            raise ValueError(f"line {event.start_mark.line + 1} has a plain value of {len(event.value):,} characters")
+
+
+@lru_cache(maxsize=8)
+def config_digest(config: Config) -> str:
+    """Return the SHA-256 of every setting that a run's bytes may depend on."""
+    return hashlib.sha256(json.dumps(_deciding(asdict(config)), sort_keys=True).encode()).hexdigest()
+
+
+def differences(before: Mapping[str, Any], config: Config) -> list[str]:
+    """Say in which settings that a run's bytes may depend on `config` differs from the plain values of before."""
+    old, new = _deciding(json.loads(json.dumps(before))), _deciding(json.loads(to_json(config)))
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return [f"{key} was {old.get(key)}, is {new.get(key)}" for key in changed]
+
+
+def derive_seed(*parts: object) -> int:
+    """Return a 63-bit seed that depends on every part, for example (seed, client_id, server_round, "shuffle")."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def explain(error: Exception) -> ConfigError:
+    """Turn an error of Hydra or OmegaConf, several lines long, into one line that names the key and the fix."""
+    text = (str(error) or str(error.__cause__ or "") or repr(error)).strip()
+    first = text.splitlines()[0]
+    if first.startswith("Could not override '"):
+        key = first.split("'")[1]
+        return ConfigError(f"{key} is not a setting{hint(key, setting_names())}")
+    if first.startswith(("Ambiguous value for argument '", "Sweep parameters '")):
+        word = first.split("'", 1)[1].rpartition("'")[0]
+        key, _, values = word.partition("=")
+        listed = f", or write a list as {key}=[{values}]" if first.startswith("Ambiguous") and takes_list(key) else ""
+        return ConfigError(
+            f"{word} is several values: add -m for a sweep, a run with each of them "
+            f"(python -m tools.run -m {shlex.quote(word)}){listed}"
+        )
+    if "Could not find '" in first:
+        group, _, choice = first.split("Could not find '")[1].split("'")[0].rpartition("/")
+        if group.startswith("hydra/"):
+            return ConfigError(f"{group}={choice} is not installed: pip install -e '.[sweep]' brings joblib and optuna")
+        choices = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        return ConfigError(f"{group}={choice} is not known: choose one of {', '.join(choices)}")
+    if first.startswith("Missing mandatory value: "):
+        key = getattr(error, "full_key", None) or first.split(": ")[1]
+        return ConfigError(f"{key} must be given: add {key}=VALUE to the command")
+    return ConfigError(f"{first} (settings are written key=value; see conf/config.yaml)")
+
+
+def _deciding(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested settings to dotted names, without those that only say where, when and how long."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = prefix + key
+        if name not in FREE:
+            flat |= _deciding(value, name + ".") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def _absolute(path: object, base: Path | None) -> str:
+    """Return `path` with ~ filled in, taken from `base` if that is given."""
+    given = Path(str(path)).expanduser()
+    return str(given if base is None else base / given)
+
+
+@lru_cache(maxsize=8)
+def _from_json(text: str) -> Config:
+    try:
+        return from_dict(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"config-json is not JSON ({error}): let tools.run write it") from error
+
+
+@lru_cache(maxsize=8)
+def _compose_cached(overrides: str, home: str) -> Config:
+    return compose(shlex.split(overrides))

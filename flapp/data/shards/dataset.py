@@ -1,0 +1,109 @@
+"""One split of a shard as a PyTorch dataset: whole in memory for ClientLoader, or streamed block by block."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from flapp.data.artifact import Artifact, DataError
+from flapp.data.leaf import CLASS_NAMES
+from flapp.data.pixels import NORMALIZATIONS, normalize
+from flapp.data.shards.split_file import count_rows, read_rows
+
+
+class ShardSplit(Dataset[tuple[Tensor, int]]):
+    """Hold one split as a map-style dataset of (float32 sample (1, 28, 28), label), as OfflineDataset holds its own.
+
+    images: uint8 (n, 28, 28, 1); labels: int64 (n,); digest: SHA-256 of the file. Pickles as its file, never as data.
+    """
+
+    has_images = True
+    classes = CLASS_NAMES
+
+    def __init__(self, path: Path, normalization: str = "half", digest: str = "") -> None:
+        _check_normalization(normalization)
+        self.normalization = normalization
+        images, labels = read_rows(path, 0, count_rows(path))
+        self.artifact = Artifact(path, images[..., None], labels, CLASS_NAMES, digest, digest)
+        self.images = torch.from_numpy(self.artifact.images)
+        self.labels = torch.from_numpy(labels)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardSplit, (self.artifact.path, self.normalization, self.artifact.digest)
+
+    @property
+    def targets(self) -> list[int]:
+        return self.labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return _normalize(self.images[index].permute(2, 0, 1), self.normalization), int(self.labels[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        return [self[index] for index in indices]
+
+    def artifact_at(self, image_size: int | None) -> Artifact:
+        """Return what to read images of this size from: a shard keeps them as they were written, and only so."""
+        return self.artifact
+
+
+class ShardStream(IterableDataset[tuple[Tensor, Any]]):
+    """Stream one split as (float32 sample (1, 28, 28), label), holding `block` samples at a time.
+
+    With batch_size it yields whole batches (n, 1, 28, 28), (n,) for a DataLoader with batch_size=None, none of them
+    across two blocks. With seed each iteration visits the blocks, and the samples within each, in an order drawn from
+    (seed, epoch), and counts epoch up; without it the file's order is kept. The workers of a DataLoader share the
+    blocks (they work on copies: set epoch before each pass over the DataLoader).
+    """
+
+    classes = CLASS_NAMES
+
+    def __init__(
+        self,
+        path: Path,
+        normalization: str = "half",
+        batch_size: int | None = None,
+        seed: int | None = None,
+        block: int = 1024,
+    ) -> None:
+        _check_normalization(normalization)
+        self.path = path
+        self.normalization = normalization
+        self.batch_size = batch_size
+        self.seed = seed
+        self.block = block
+        self.count = count_rows(path)
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
+        rng = None if self.seed is None else np.random.default_rng((self.seed, self.epoch))
+        self.epoch += 1
+        starts = np.arange(0, self.count, self.block)
+        worker = get_worker_info()
+        for number, start in enumerate(starts if rng is None else rng.permutation(starts)):
+            end = min(start + self.block, self.count)
+            order = np.arange(end - start) if rng is None else rng.permutation(end - start)
+            if worker is None or number % worker.num_workers == worker.id:
+                yield from self._batches(start, end, torch.from_numpy(order))
+
+    def _batches(self, start: int, end: int, order: Tensor) -> Iterator[tuple[Tensor, Any]]:
+        images, labels = map(torch.from_numpy, read_rows(self.path, start, end))
+        for batch in order.split(self.batch_size or 1):
+            inputs = _normalize(torch.index_select(images, 0, batch).unsqueeze(1), self.normalization)
+            yield (inputs, labels[batch]) if self.batch_size else (inputs[0], int(labels[batch]))
+
+
+def _check_normalization(name: str) -> None:
+    if name not in NORMALIZATIONS:
+        raise DataError(f"normalization={name} is unknown: choose one of {', '.join(NORMALIZATIONS)}")
+
+
+def _normalize(pixels: Tensor, normalization: str) -> Tensor:
+    """Turn uint8 (..., 1, 28, 28) into what ClientLoader makes of it."""
+    return normalize(pixels, normalization, exact=False)

@@ -1,0 +1,298 @@
+"""Split models: bottom, trunk and top of a transformer, each a module that can be stored, checked and loaded alone.
+
+    bottom   whatever turns inputs into tokens, and layers 0 to p1 - 1
+    trunk    layers p1 to p2 - 1
+    top      layers p2 to the last, and whatever turns tokens into outputs
+
+top(trunk(bottom(x))) is the whole model bit for bit (on a CPU, in eval mode). Tensors keep the whole model's names. A
+type of model says how a whole one is read and what its components are; its module is imported by whoever needs it.
+split_files.py owns the files.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flapp.model.files import FORMAT_VERSION, mismatch, shapes_of
+from flapp.model.split.files import (
+    COMPONENTS,
+    Metadata,
+    StorageManager,
+    Unsaved,
+    check_component,
+    check_points,
+    read_component,
+    write_components,
+)
+from flapp.untrusted import printable
+
+# What torch and transformers are seen to raise for sizes and names that make no sense.
+BUILD_ERRORS = (ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError, AssertionError)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of which model a component is, and the JSON values that it can be built from."""
+
+    model_type: str
+    name: str
+    component: str
+    split_points: tuple[int, int]
+    num_layers: int
+    config: Mapping[str, Any]
+    model_sha256: str
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        """Return the first layer and the one behind the last."""
+        bounds = (0, *self.split_points, self.num_layers)
+        place = COMPONENTS.index(self.component)
+        return bounds[place], bounds[place + 1]
+
+
+class SplitModel(nn.Module):
+    """A component; `tied` names its parameters that are another one's: {own name: "component:name there"}."""
+
+    part: Part
+    tied: Mapping[str, str] = {}
+
+    def save_split_model(self, path: str | Path, save_metadata: bool = True, *, overwrite: bool = False) -> Metadata:
+        """Write weights to `path`, which ends in .safetensors, and metadata beside; raises ValueError."""
+        if not save_metadata:
+            raise ValueError(f"{path} is not written without metadata, by which it is checked: leave save_metadata out")
+        return write_components([self.unsaved(Path(path))], overwrite)[0]
+
+    def unsaved(self, path: Path) -> Unsaved:
+        """Return what there is to write of this component."""
+        tensors = self.state_dict()
+        return Unsaved(path, tensors, self._facts(tensors))
+
+    def _facts(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        part, (start, end) = self.part, self.part.layers
+        parameters = {name: p.numel() for name, p in self.named_parameters() if name not in self.tied}
+        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+        return {
+            **{"model_type": part.model_type, "model_class": type(self).__name__},
+            **{"name": part.name, "component": part.component, "split_points": list(part.split_points)},
+            **{"start_layer": start, "end_layer": end, "num_layers": part.num_layers},
+            **{"num_parameters": sum(parameters.values()), "tied": dict(self.tied)},
+            **{"dtype": "+".join(dtypes), "memory_mb": sum(t.nbytes for t in tensors.values()) / 2**20},
+            **{"config": dict(part.config), "model_sha256": part.model_sha256},
+        }
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole model that was read: its name, tensors and digest, and the JSON values to build components from."""
+
+    name: str
+    config: Mapping[str, Any]
+    num_layers: int
+    tensors: Mapping[str, Tensor]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ModelType:
+    """A type of model: read(source, **settings) returns a Whole; components are built from (config, start, end)."""
+
+    read: Callable[..., Whole]
+    components: Mapping[str, Callable[[Mapping[str, Any], int, int], SplitModel]]
+
+
+def _vit() -> ModelType:
+    from flapp.model.split.vit import VIT  # imports torchvision
+
+    return VIT
+
+
+def _gpt2() -> ModelType:
+    try:
+        from flapp.model.split.gpt2 import GPT2
+    except ModuleNotFoundError as error:
+        raise ValueError(f"model_type=gpt2 needs {error.name}: pip install 'flapp[split]'") from error
+    return GPT2
+
+
+class ModelFactory:
+    """Split models, and build components from their files."""
+
+    types: dict[str, Callable[[], ModelType]] = {"vit": _vit, "gpt2": _gpt2}  # noqa: RUF012 - filled by register
+
+    @classmethod
+    def register(cls, model_type: str, load: Callable[[], ModelType]) -> None:
+        """Make another type known; load() is called whenever it is asked for."""
+        cls.types[model_type] = load
+
+    @classmethod
+    def create_split_models(
+        cls,
+        model_type: str,
+        model_name_or_path: str | Path,
+        split_point_1: int,
+        split_point_2: int,
+        device: str | torch.device = "cpu",
+        storage_path: str | Path | None = None,
+        auto_save: bool = False,
+        *,
+        name: str | None = None,
+        overwrite: bool = False,
+        **settings: Any,
+    ) -> tuple[SplitModel, SplitModel, SplitModel]:
+        """Return bottom, trunk and top of a model, in eval mode, and with auto_save store them in storage_path.
+
+        model_type `vit`: a file of weights that load_pretrained takes, or a run's folder; its setting is `dropout`.
+        `gpt2`: a folder or a name on the hub; its setting is `attn_implementation`. `name` is that of the files, by
+        default the model's. Raises ValueError unless 0 < split_point_1 < split_point_2 < layers, and for whatever
+        cannot be read or stored.
+        """
+        if auto_save and storage_path is None:
+            raise ValueError("auto_save=True needs storage_path: say where the components are to be stored")
+        kind, points = cls._type(model_type), (split_point_1, split_point_2)
+        check_points(*points)
+        whole = kind.read(model_name_or_path, **settings)
+        check_points(*points, whole.num_layers)
+        if auto_save and storage_path is not None:
+            StorageManager.prepare(storage_path, name or whole.name, *points, overwrite)
+        about = (points, whole.num_layers, whole.config, whole.sha256)
+        parts = [Part(model_type, name or whole.name, component, *about) for component in COMPONENTS]
+        bottom, trunk, top = models = [_fill(_skeleton(kind, part), part, whole.tensors) for part in parts]
+        if lost := whole.tensors.keys() - {key for model in models for key in model.state_dict()}:
+            raise ValueError(f"{model_name_or_path} has {len(lost)} tensors that are no component's: {min(lost)}")
+        for model in models:
+            model.to(device)
+        _tie(models)
+        if auto_save and storage_path is not None:
+            cls.save_split_models(models, storage_path, overwrite)
+        return bottom, trunk, top
+
+    @staticmethod
+    def save_split_models(
+        models: Sequence[SplitModel], storage_path: str | Path, overwrite: bool = False
+    ) -> list[Metadata]:
+        """Write components where StorageManager says they lie, all or none."""
+        places = [(m.part.name, *m.part.split_points, m.part.component) for m in models]
+        paths = [StorageManager.get_split_model_path(storage_path, *place) for place in places]
+        return write_components([m.unsaved(path) for m, path in zip(models, paths, strict=True)], overwrite)
+
+    @classmethod
+    def load_split_models(
+        cls,
+        storage_path: str | Path,
+        model_name: str | None = None,
+        split_point_1: int | None = None,
+        split_point_2: int | None = None,
+        components: Sequence[str] = COMPONENTS,
+        device: str | torch.device = "cpu",
+    ) -> tuple[SplitModel, ...]:
+        """Return the components asked for, in eval mode, of the split that the name and points leave no doubt about.
+
+        The whole model is never built. Raises ValueError when a file is missing, damaged or not what its name says, or
+        when components are not of one split of one model.
+        """
+        for component in components:
+            check_component(component)
+        name, p1, p2 = _choose(storage_path, model_name, split_point_1, split_point_2)
+        models = []
+        for component in components:
+            path = StorageManager.get_split_model_path(storage_path, name, p1, p2, component)
+            model = cls.load_component(path, device)
+            found = model.part
+            if (found.name, found.split_points, found.component) != (name, (p1, p2), component):
+                where = "{}-{}".format(*found.split_points)
+                raise ValueError(f"{path} holds the {found.component} of {found.name} split at {where}")
+            models.append(model)
+        _check_siblings(models)
+        _tie(models)
+        return tuple(models)
+
+    @classmethod
+    def load_component(cls, path: str | Path, device: str | torch.device = "cpu") -> SplitModel:
+        """Build the component stored at `path`, in eval mode, after metadata and digest were found right."""
+        found, tensors = read_component(path)
+        check_component(found.component)
+        kind = cls._type(found.model_type)
+        try:
+            p1, p2 = found.split_points
+            check_points(p1, p2, found.num_layers)
+            about = ((p1, p2), found.num_layers, found.config, found.model_sha256)
+            part = Part(found.model_type, found.name, found.component, *about)
+            first, end = part.layers
+            if end - first > len(tensors):
+                raise ValueError(f"{end - first:,} layers of {len(tensors)} tensors")
+            model = _skeleton(kind, part)
+        except BUILD_ERRORS as error:
+            said = printable(repr(error))
+            raise ValueError(f"{path} has metadata from which no {found.component} can be built ({said})") from error
+        if fault := mismatch(shapes_of(model.state_dict()), shapes_of(tensors)):
+            raise ValueError(f"{path} does not fit its metadata: {fault}")
+        model = _fill(model, part, tensors)
+        if {"format_version": FORMAT_VERSION, **model.unsaved(Path(path)).facts} != found.facts():
+            raise ValueError(f"{path} is not what its metadata says: it was stored by another program")
+        return model.to(device)
+
+    @classmethod
+    def _type(cls, model_type: str) -> ModelType:
+        if model_type not in cls.types:
+            model_type = printable(model_type, 60)
+            raise ValueError(f"model_type={model_type} is not known: choose one of {', '.join(sorted(cls.types))}")
+        return cls.types[model_type]()
+
+
+def _skeleton(kind: ModelType, part: Part) -> SplitModel:
+    """Build a component without memory for its tensors."""
+    with torch.device("meta"):
+        return kind.components[part.component](part.config, *part.layers)
+
+
+def _fill(model: SplitModel, part: Part, tensors: Mapping[str, Tensor]) -> SplitModel:
+    """Give a skeleton its tensors, without copying them."""
+    own = model.state_dict()
+    found = {name: tensors[name] for name in own if name in tensors}
+    if fault := mismatch(shapes_of(own), shapes_of(found)):
+        raise ValueError(f"{part.name} does not fit {type(model).__name__}: {fault}")
+    model.load_state_dict({name: tensors[name] for name in own}, assign=True)
+    model.part = part
+    return model.eval()
+
+
+def _tie(models: Sequence[SplitModel]) -> None:
+    """Let components that are in one process share the parameters that are tied; raises ValueError if they differ."""
+    by_component = {model.part.component: model for model in models}
+    for model in models:
+        for name, source in model.tied.items():
+            component, _, there = source.partition(":")
+            if component not in by_component:
+                continue
+            shared = by_component[component].get_parameter(there)
+            owner, _, leaf = name.rpartition(".")
+            if not torch.equal(model.get_parameter(name), shared):
+                raise ValueError(f"{name} of {model.part.component} differs from {source}, which it is tied to")
+            setattr(model.get_submodule(owner), leaf, shared)
+
+
+def _check_siblings(models: Sequence[SplitModel]) -> None:
+    """Refuse components of different models."""
+    for model in models[1:]:
+        first, other = models[0].part, model.part
+        if first.model_sha256 != other.model_sha256 or first.config != other.config:
+            raise ValueError(
+                f"{first.component} and {other.component} of {first.name} are of different models "
+                f"({first.model_sha256[:12]} and {other.model_sha256[:12]}): store the split again"
+            )
+
+
+def _choose(base: str | Path, name: str | None, p1: int | None, p2: int | None) -> tuple[str, int, int]:
+    """Return the one split below `base` that fits what is given."""
+    wanted = (name, p1, p2)
+    splits = StorageManager.find_splits(base)
+    found = [s for s in splits if all(w is None or w == f for w, f in zip(wanted, s, strict=True))]
+    if len(found) != 1:
+        there = ", ".join(f"{n} {a}-{b}" for n, a, b in found or splits) or "no split model"
+        what = f"{len(found)} splits fit" if found else "none fits"
+        raise ValueError(f"{base} has {there}: {what} name={name}, points {p1} and {p2}; give those of one")
+    return found[0]

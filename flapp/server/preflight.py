@@ -1,0 +1,190 @@
+"""What can be known to be wrong with a run before it starts.
+
+tools.run asks here before it starts any process, the ServerApp before it makes the run's folder and waits for clients.
+Each check is the one that the server or a client would make later. Almost all do without PyTorch, whose import takes
+seconds: models are checked by their layout (flapp/model/layout.py). Only a device and a .pth file of weights need it.
+"""
+
+import ctypes
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from flapp.architecture import choose_device, plan, split_place
+from flapp.checkpoint.engines import NEEDS_FAST, has_fast
+from flapp.config.schema import WRITER_PARTITIONS, Config, ConfigError
+from flapp.data.artifact import Artifact, check_samples, open_artifact
+from flapp.data.embedded import ensure_artifacts
+from flapp.data.partition import check_enough
+from flapp.data.shards.client import read_meta
+from flapp.data.shards.manifest import open_manifest
+from flapp.data.verified import is_verified
+from flapp.model.fitting import check_adapter, check_pretrained
+from flapp.model.split.files import StorageManager
+from flapp.partitions import open_partition
+from flapp.server.client_keys import ClientKeys
+from flapp.server.tensorboard import check_installed
+
+QUICK_BYTES = 1 << 30  # of images that are hashed for the first time
+QUICK_SHARES = 15_000  # clients x classes: a thousand Dirichlet draws of so many shares take a second
+DIGITS_BASE = "digits_base"  # the run that conf/experiment/digits_fedlora.yaml starts from
+
+
+def check_run(config: Config, clients_here: bool, quick: bool = False) -> None:
+    """Raise ConfigError or another ValueError, in one line with the fix, for a fault that no client could get around.
+
+    clients_here: whether the clients run on this machine and read their data from the run's home. quick: leave out
+    what may take more than a second. Datasets that need no download are prepared, and a new partition is saved.
+    """
+    check_home(config)
+    check_packages(config)
+    check_files(config)
+    if config.deployment.client_keys is not None:
+        ClientKeys(Path(config.deployment.client_keys))
+    if config.distributed_data.enabled:
+        check_shards(config, clients_here)
+    is_divided = clients_here and not config.distributed_data.enabled
+    if is_divided or config.evaluate.central:
+        check_dataset(config)
+    if is_divided:
+        check_enough_samples(config)
+    check_model(config)
+    check_device(config, clients_here)
+    if is_divided:
+        check_partition(config, quick)
+
+
+def check_home(config: Config) -> None:
+    """Refuse a home in which the run's folder cannot be made."""
+    nearest = next(folder for folder in (config.runs_dir, *config.runs_dir.parents) if os.path.exists(folder))
+    fix = "set home to a folder that you may write"
+    if not nearest.is_dir():
+        raise ConfigError(f"home={config.home} cannot be used: {nearest} is not a folder; {fix}")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"home={config.home} cannot be used: {nearest} is not writable; {fix}")
+
+
+def check_packages(config: Config) -> None:
+    """Refuse settings that need a package that is not installed."""
+    if config.results.tensorboard:
+        check_installed()
+    if config.checkpoint.engine == "fast" and not has_fast():
+        raise ConfigError(f"checkpoint.engine=fast {NEEDS_FAST}, or set checkpoint.engine=auto")
+
+
+def check_files(config: Config) -> None:
+    """Refuse weights and adapters to start from that are not there."""
+    weights, adapter = config.model.pretrained, config.lora.adapter
+    if weights is not None and not Path(weights).is_file():
+        raise ConfigError(f"model.pretrained={weights} is not a file: {_origin_of(Path(weights), config)}")
+    if adapter is not None and not Path(adapter).is_dir():
+        raise ConfigError(f"lora.adapter={adapter} is not a folder: {_origin_of(Path(adapter), config)}")
+
+
+def check_dataset(config: Config) -> None:
+    """Refuse a dataset that is not prepared, or holds other samples than the settings say."""
+    for artifact in _open_splits(config):
+        check_samples(artifact, config.dataset.shape, config.dataset.classes)
+
+
+def check_shards(config: Config, clients_here: bool) -> None:
+    """Refuse a manifest of other clients, and shards of which none is there; a client without one is left out later."""
+    manifest = open_manifest(config.manifest_path, config.clients, config.partition.kind)
+    if clients_here and not any((_shard_of(config, client) / "meta.json").exists() for client in manifest):
+        read_meta(_shard_of(config, next(iter(manifest))))
+
+
+def check_enough_samples(config: Config) -> None:
+    """Refuse more clients than there are samples for, which takes no partition to know."""
+    if config.partition.kind not in WRITER_PARTITIONS:
+        train, _ = _open_splits(config)
+        check_enough(config.partition.kind, len(train.labels), config.clients, config.partition.min_size)
+
+
+def check_partition(config: Config, quick: bool) -> None:
+    """Refuse a partition that cannot be made for so many clients, and save it if it can."""
+    unread = sum(split.images.nbytes for split in _open_splits(config) if not is_verified(split.path))
+    if quick and (unread > QUICK_BYTES or config.clients * config.dataset.classes > QUICK_SHARES):
+        return
+    open_partition(config)
+
+
+def check_device(config: Config, clients_here: bool) -> None:
+    """Refuse a device, or a compiler for it, that this machine lacks though server or clients need it here."""
+    settings, gpus = config.train, config.deployment.client_gpus
+    is_plain = settings.device != "cuda" and not gpus and not settings.compile
+    if is_plain or not (clients_here or config.evaluate.central):
+        return
+    if settings.device == "cuda" and not has_gpu_driver():
+        raise ConfigError(
+            "train.device=cuda, but without a GPU driver there is no CUDA device here: set train.device=auto or cpu"
+        )
+    import torch
+
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device=cuda, but PyTorch finds no CUDA device here: set train.device=auto or cpu")
+    if config.deployment.kind != "superlink" and clients_here and gpus > torch.cuda.device_count():
+        raise ConfigError(
+            f"deployment.client_gpus={gpus:g} is more than the {torch.cuda.device_count()} GPUs there are: lower it"
+        )
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch.compile does
+    if settings.compile and choose_device(settings.device) == "cpu" and clients_here and not shutil.which(compiler):
+        raise ConfigError(
+            f"train.compile=true needs a C++ compiler, and {compiler} is not on the PATH: install one, name one in "
+            "CXX, or set train.compile=false"
+        )
+
+
+def has_gpu_driver() -> bool:
+    """Say whether there may be a GPU for PyTorch's `cuda`, without the seconds that importing PyTorch takes.
+
+    On Linux that needs NVIDIA's driver library or, for a ROCm build, AMD's device file. Elsewhere PyTorch must say.
+    """
+    if sys.platform != "linux" or os.path.exists("/dev/kfd"):
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def check_model(config: Config) -> None:
+    """Refuse a model that cannot be built, started from its files, adapted, or stored split, as the settings say.
+
+    Only names and shapes are compared, of the layout that the settings describe and of the files.
+    """
+    if config.split.auto_save_split_models:
+        left = config.resume and (config.runs_dir / config.run_name / "model.safetensors").exists()
+        StorageManager.check(*split_place(config), overwrite=left)
+    if config.model.pretrained is not None:
+        check_pretrained(plan(config.model, config.dataset), Path(config.model.pretrained))
+    layout = plan(config.model, config.dataset, config.lora)
+    if config.lora.adapter is not None:
+        check_adapter(layout, Path(config.lora.adapter))
+
+
+def _open_splits(config: Config) -> tuple[Artifact, Artifact]:
+    """Open both splits, without reading their images."""
+    folder = ensure_artifacts(config.data_dir, config.dataset.name)
+    return open_artifact(folder / "train"), open_artifact(folder / "test")
+
+
+def _shard_of(config: Config, client_id: str) -> Path:
+    return config.shards_dir / f"client_{client_id}"
+
+
+def _origin_of(path: Path, config: Config) -> str:
+    """Say where a missing file to start from would come from."""
+    if not path.is_relative_to(config.runs_dir) or path.parent == config.runs_dir:
+        return "give the path of one that exists"
+    run = path.parent
+    name = run.relative_to(config.runs_dir)
+    default = Path(os.environ.get("FLAPP_HOME") or Path.home() / ".flapp")
+    home = "" if Path(config.home) == default else f" home={config.home}"
+    if (run / "config.yaml").exists():
+        return f"run {name} has not left it; finish that run, with its settings and run_name={name} resume=true"
+    if str(name) == DIGITS_BASE:
+        return f"make it first with python -m tools.run run_name={name}{home}"
+    return f"there is no run {name}; make it first, or give the path of one that exists"

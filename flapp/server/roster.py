@@ -1,0 +1,311 @@
+"""Who is in the federation: which client lives at which node, what it claims, and who is drawn for a round.
+
+Flower's node ids are random and change from run to run; a client id is what stays. One node may host several
+clients (a simulation with fewer nodes than clients); one client lives at one node. In a simulation any node can serve
+any client, and each node answers for its share of the clients.
+"""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from logging import INFO, WARNING
+from typing import Any
+
+from flwr.app import ArrayRecord, Message
+from flwr.common import log
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+
+from flapp.base import Base, cut_base
+from flapp.checks import find_answer_fault
+from flapp.config.load import derive_seed
+from flapp.config.rules import sample_size
+from flapp.listing import by_reason, list_names, name_clients
+from flapp.messages import (
+    ATTEST,
+    Answer,
+    Claim,
+    MessageError,
+    Order,
+    describe_error,
+    one_line,
+    pack,
+    pack_order,
+    pack_piece,
+    unpack_claims,
+)
+from flapp.server.client_keys import ClientKeys
+from flapp.server.ledger import ClientLedger
+from flapp.source import source_digest
+
+POLL_SECONDS = 0.5
+
+
+class FederationError(RuntimeError):
+    """A run that cannot go on, said in one line."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client that was let in: its claim, and the node that speaks for it."""
+
+    claim: Claim
+    node_id: int
+
+
+class Roster:
+    """Attest nodes as they come and keep the clients that may take part.
+
+    expected: the ids of all clients of this run; classes: of the dataset, 0 for regression; check: what is wrong with a
+    claim, or None; strict: refuse whom check faults, or warn; timeout: seconds for an answer to attest; base: what
+    clients must hold of the model before round 1, and are sent if they lack it; keys: the pinned key of each client.
+    With keys, a node is the client whose key it has; a node with another key is refused, and is sent nothing. ledger:
+    compares and records the data of those who join; any_node: whether any node can serve any client. `members` maps
+    client id to Member, `refused` maps the name of a client (or of a node) to the reason, `warnings` those let in all
+    the same.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        expected: Sequence[str],
+        run_name: str,
+        classes: int,
+        check: Callable[[Claim], str | None] = lambda claim: None,
+        strict: bool = True,
+        timeout: float = 120.0,
+        base: Base | None = None,
+        keys: ClientKeys | None = None,
+        ledger: ClientLedger | None = None,
+        any_node: bool = False,
+    ) -> None:
+        self.grid = grid
+        self.expected = list(expected)
+        self._expected = frozenset(expected)
+        self.any_node = any_node
+        self.run_name = run_name
+        self.classes = classes
+        self.check_claim = check
+        self.strict = strict
+        self.timeout = timeout
+        self.base = base
+        self.base_digest = base.digest if base else ""
+        self.members: dict[str, Member] = {}
+        self.refused: dict[str, str] = {}
+        self.warnings: dict[str, str] = {}
+        self.keys = keys
+        if keys is not None:
+            fix = "has no pinned key: copy its site.pub to"
+            self.refused |= {name: f"{fix} {keys.path(name)}" for name in self.expected if name not in keys}
+        self._reported: dict[str, str] = {}  # who was refused, as the run's lines have it
+        self.ledger = ledger
+        self._attested: set[int] = set()
+        self._rivals: dict[int, str] = {}  # nodes that claim a member's id: theirs, should that member leave
+        self._nodes: dict[int, NodeInfo] = {}  # those online
+        self._node_ids: list[int] = []
+        self._present: list[str] | None = None  # the members' ids, sorted
+        self._missing: list[str] | None = None
+
+    def refresh(self) -> None:
+        """Drop clients whose node has left, and attest nodes not seen before."""
+        self._nodes = {node.node_id: node for node in self.grid.get_nodes()}
+        online = self._nodes.keys()
+        if online == self._attested and not self._rivals:
+            return
+        self._present = self._missing = None
+        self._node_ids = sorted(online)
+        self.members = {name: member for name, member in self.members.items() if member.node_id in online}
+        self._attested &= {node_id for node_id in online if self._rivals.get(node_id, "") in {"", *self.members}}
+        self._rivals = {node_id: name for node_id, name in self._rivals.items() if node_id in self._attested}
+        if new := sorted(online - self._attested):
+            self._attested |= set(new)
+            found = self._attest([node_id for node_id in new if self._is_known(node_id)])
+            if self.base and (lacking := sorted({m.node_id for m in found if _lacks_base(m.claim)})):
+                self._send_base(lacking)
+                again = self._attest(lacking)
+                found = [m for m in found if m.node_id not in lacking] + again
+                self._attested -= {m.node_id for m in again if _lacks_base(m.claim)}  # it is tried again next round
+            self._admit(found)
+
+    def wait(self, seconds: float, min_clients: int | None) -> None:
+        """Wait until every expected client has been let in or refused; raises FederationError after `seconds`.
+
+        With min_clients, go on with that many when the time is over; without it, nobody may be missing.
+        """
+        end = time.monotonic() + seconds
+        self.refresh()
+        while self.missing() and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+            self.refresh()
+        missing = self.missing()
+        if self.ledger:
+            self.ledger.refuse_changes(self.members)
+        if self.members and (not missing if min_clients is None else len(self.members) >= min_clients):
+            return
+        reasons = [by_reason(self.refused)] if self.refused else []
+        if missing:
+            reasons.append(f"missing after {seconds:g} s: {name_clients(missing)}")
+        joined = f"{len(self.members)} of {len(self.expected)} clients joined"
+        raise FederationError(f"the run cannot start: {'; '.join(reasons)} ({joined})")
+
+    def missing(self) -> list[str]:
+        """Name the expected clients that were neither let in nor refused."""
+        if self._missing is None:
+            known = self.members.keys() | self.refused.keys()
+            self._missing = [name for name in self.expected if name not in known]
+        return self._missing
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the line `roster` of metrics.jsonl says: how many are in, and who is not."""
+        self._reported = dict(self.refused)
+        return {
+            "clients": len(self.members),
+            "refused": self.refused,
+            "warnings": self.warnings,
+            "source_digest": source_digest(),
+        }
+
+    def refusals_changed(self) -> bool:
+        """Say whether other nodes or clients are refused than when this or `facts` was last asked."""
+        changed = self._reported != self.refused
+        self._reported = dict(self.refused)
+        return changed
+
+    def sample(self, fraction: float, *seed: object) -> list[str]:
+        """Draw a fraction of all expected clients from those present, sorted by id: one seed, one answer."""
+        if self._present is None:
+            self._present = sorted(self.members)
+        count = min(sample_size(fraction, len(self.expected)), len(self._present))
+        return sorted(random.Random(derive_seed(*seed)).sample(self._present, count))
+
+    def order(self, server_round: int, **rest: Any) -> Order:
+        """Return what members are asked in a round, without a client's own fields; rest as in Order."""
+        return Order("", server_round, self.run_name, source_digest(), base=self.base_digest, **rest)
+
+    def node_of(self, client_id: str, index: int) -> int:
+        """Return the node that serves a member; in a simulation they take turns by the index of the message."""
+        if self.any_node:
+            return self._node_ids[index % len(self._node_ids)]
+        return self.members[client_id].node_id
+
+    def check(self, client_id: str, answer: Answer) -> str | None:
+        """Return what is wrong with who answers and its data, against what the client was let in with, or None."""
+        member = self.members.get(client_id)
+        if member is None:
+            return "is no longer in the federation"
+        return find_answer_fault(answer, client_id, member.claim.shard_digest)
+
+    def _attest(self, node_ids: list[int]) -> list[Member]:
+        messages = [pack_order(node_id, ATTEST, self.order(0)) for node_id in node_ids]
+        silent = {f"node {node_id}": f"gave no answer in {self.timeout:g} s" for node_id in node_ids}
+        found: list[Member] = []
+        for node_id, reply in self._answers(messages):
+            silent.pop(f"node {node_id}", None)
+            try:
+                if reply.has_error():
+                    raise MessageError(describe_error(reply.error))
+                found += [Member(claim, node_id) for claim in unpack_claims(reply.content, len(self.expected))]
+            except MessageError as error:
+                self.refused[f"node {node_id}"] = str(error)
+        self.refused |= silent
+        return found
+
+    def _answers(self, messages: list[Message]) -> Iterator[tuple[int, Message]]:
+        """Send messages and yield the answers, each with the node asked: Flower answers for nodes that are gone."""
+        replies = self.grid.send_and_receive(messages, timeout=self.timeout)
+        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+        for reply in replies:
+            yield asked[reply.metadata.reply_to_message_id], reply
+
+    def _send_base(self, node_ids: list[int]) -> None:
+        """Send the base piece by piece to nodes that lack it; what goes wrong shows when they are attested again."""
+        assert self.base is not None
+        log(INFO, "sending base %s to %d nodes", self.base_digest[:12], len(node_ids))
+        pieces = list(cut_base(self.base.tensors))
+        for index, piece in enumerate(pieces):
+            arrays = ArrayRecord({key: pack(tensor.numpy()) for key, tensor in piece.items()})
+            order = self.order(0)
+            sent = [pack_piece(node_id, order, index, len(pieces), arrays) for node_id in node_ids]
+            for node_id, reply in self._answers(sent):
+                if reply.has_error():
+                    log(WARNING, "node %d did not take the base: %s", node_id, describe_error(reply.error))
+
+    def _admit(self, found: list[Member]) -> None:
+        """Let in whoever is expected, consistent and alone in claiming an id; of twins seen together, neither."""
+        for member in found:
+            self.refused.pop(f"node {member.node_id}", None)  # it may have failed to answer before
+        sound = [member for member in found if self._is_sound(member)]
+        claimed = Counter(member.claim.client_id for member in sound)
+        for member in sound:
+            name = member.claim.client_id
+            if name in self.members:
+                self.refused[f"node {member.node_id}"] = f"claims client {name}, which another node already is"
+                self._rivals[member.node_id] = name
+            elif claimed[name] > 1:
+                self.refused[name] = f"{claimed[name]} nodes claim this client id: give each site its own"
+            else:
+                self.members[name] = member
+                self.refused.pop(name, None)
+        if self.ledger:
+            self.ledger.record({name: member.claim for name, member in self.members.items()})
+
+    def _is_sound(self, member: Member) -> bool:
+        """Say whether a claim is its node's to make and has no fault; note why not."""
+        name, node = member.claim.client_id, member.node_id
+        if self.keys and name != (owner := self.keys.owner(self._nodes[node].public_key)):
+            self.refused[f"node {node}"] = f"claims client {one_line(name)} with the key pinned for client {owner}"
+            return False
+        if name not in self._expected:
+            clients = f"{len(self.expected)} clients of this run ({list_names(self.expected)})"
+            fault = member.claim.fault or f"is not one of the {clients}"
+            self.refused[f"node {node}"] = f"client {one_line(name)}: {fault}"
+            return False
+        reason = self._fault(member.claim)
+        if reason is None and (doubt := self.check_claim(member.claim)):
+            if self.strict:
+                reason = doubt
+            else:
+                self.warnings[name] = doubt
+                log(WARNING, "client %s: %s", name, doubt)
+        if reason is not None:
+            self.refused[f"node {node}" if name in self.members else name] = reason
+        return reason is None
+
+    def _is_known(self, node_id: int) -> bool:
+        """Say whether a node may be asked who it is: with pinned keys, only the holder of one; note why not."""
+        node = self._nodes[node_id]
+        if self.keys is None or self.keys.owner(node.public_key) is not None:
+            return True
+        name = node.name.removeprefix("client_")
+        if node.name.startswith("client_") and name in self.keys:
+            reason = f"is registered as client {name} with another key than the one pinned in {self.keys.path(name)}"
+        else:
+            reason = f"has a key that is pinned for no client in {self.keys.folder}"
+        self.refused[f"node {node_id}"] = reason
+        return False
+
+    def _fault(self, claim: Claim) -> str | None:
+        if claim.fault:
+            return claim.fault
+        if claim.source_digest != source_digest():
+            return f"runs other source ({claim.source_digest[:12]}) than the server ({source_digest()[:12]})"
+        if claim.base_digest != self.base_digest:
+            own = self.base_digest
+            if not claim.base_digest:
+                return f"did not receive base {own[:12]}: see its own log; it is sent again in the next round"
+            found = claim.base_digest[:12]
+            fix = f"remove models/{own} from its home, and it is sent again"
+            return f"holds base {found} of the model, the server's is {own[:12]}: {fix}"
+        if claim.train < 1 or claim.val < 0 or claim.test < 0:
+            return f"has {claim.train} training, {claim.val} validation and {claim.test} test samples"
+        if len(claim.label_hist) != self.classes:
+            return f"claims a histogram of {len(claim.label_hist)} classes, the dataset has {self.classes}"
+        if claim.label_hist and sum(claim.label_hist) != claim.train:
+            return f"claims {claim.train} training samples but a histogram of {sum(claim.label_hist)}"
+        return self.ledger.find_fault(claim.client_id, claim.shard_digest) if self.ledger else None
+
+
+def _lacks_base(claim: Claim) -> bool:
+    return not claim.fault and not claim.base_digest

@@ -1,0 +1,217 @@
+"""Acknowledged rounds outlive power cuts and disks that fail, at every operation of a save."""
+
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import apsw
+import pytest
+
+from flapp.checkpoint import store
+from flapp.checkpoint.chunks import CheckpointError
+from flapp.checkpoint.manager import ChunkManager
+from tests.support.checkpoint_rounds import Digests, digests_of, expected, is_sound, model_of
+from tests.support.power_vfs import PowerDisk
+
+DB = "client_1_chunks.db"
+BREAKAGES = {
+    "synchronous=OFF": ("journal_mode=TRUNCATE", "synchronous=OFF"),
+    "synchronous=NORMAL": ("journal_mode=TRUNCATE", "synchronous=NORMAL"),
+    "journal_mode=DELETE": ("journal_mode=DELETE", "synchronous=FULL"),
+    "journal_mode=MEMORY": ("journal_mode=MEMORY", "synchronous=FULL"),
+    # the shared memory of WAL needs a lock of its own here
+    "journal_mode=WAL": ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=NORMAL"),
+}
+
+
+def save_rounds(folder: Path, rounds: int = 12, size: int = 9000) -> PowerDisk:
+    """Save rounds with retention, a cleanup and a compaction, on a disk that logs it and is told what was promised."""
+    with PowerDisk() as disk, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "WRITEBACK_BYTES", 10_000)  # begins the early writeback, which promises nothing
+        manager = ChunkManager(folder / DB, keep_rounds=3, chunk_bytes=6000, engine="fast")
+        for number in range(rounds):
+            manager.save_model_chunks(model_of(number, size), number, pinned=(1,))
+            disk.acknowledge(digests_of(manager))
+            if number == rounds // 2:
+                manager.cleanup_old_rounds(1)
+                disk.acknowledge(digests_of(manager))
+                manager.compact()
+                disk.acknowledge(digests_of(manager))
+                manager.close()
+                manager = ChunkManager(folder / DB, keep_rounds=3, engine="fast")
+        manager.save_model_chunks(model_of(99, size), rounds - 1)
+        disk.acknowledge(digests_of(manager))
+        manager.close()
+    return disk
+
+
+def what_is_left(path: Path, engine: str) -> Digests | None:
+    """Read the store after a power cut; None for one that cannot be read."""
+    try:
+        with ChunkManager(path, engine=engine) as manager:
+            found = digests_of(manager)
+        return found if is_sound(path) else None
+    except CheckpointError:
+        return None
+
+
+def count_losses(disk: PowerDisk, folder: Path, cuts: int, seed: int = 0) -> int:
+    """Cut the power before operations drawn at random, and count the stores left neither before nor after a save."""
+    rng = random.Random(seed)
+    losses = 0
+    for cut in range(cuts):
+        left = folder / f"after-{cut}"
+        left.mkdir()
+        position = rng.randrange(len(disk.log) + 1)
+        disk.cut(position, rng, left)
+        before, after = disk.states_at(position)
+        losses += what_is_left(left / DB, ("fast", "stdlib")[cut % 2]) not in (before or {}, after or before)
+        shutil.rmtree(left)
+    return losses
+
+
+def test_no_power_cut_loses_an_acknowledged_round_or_leaves_half_of_one(tmp_path: Path) -> None:
+    assert count_losses(save_rounds(tmp_path), tmp_path, 100) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "cuts"), [(300, 1000), (9000, 1000), (100_000, 300)])
+def test_a_thousand_power_cuts_lose_nothing_whatever_the_page_size(tmp_path: Path, size: int, cuts: int) -> None:
+    assert count_losses(save_rounds(tmp_path, 20, size), tmp_path, cuts, seed=size) == 0
+
+
+def test_a_power_cut_while_recovering_from_a_power_cut_loses_nothing(tmp_path: Path) -> None:
+    first, rng, recovered = save_rounds(tmp_path, 8), random.Random(1), 0
+    while recovered < 10:
+        left = tmp_path / "left"
+        left.mkdir()
+        position = rng.randrange(len(first.log) + 1)
+        first.cut(position, rng, left)
+        allowed = [state or {} for state in first.states_at(position)]
+        if (left / f"{DB}-journal").exists() and (left / f"{DB}-journal").stat().st_size:
+            recovered += 1
+            with PowerDisk() as second:
+                second.find(left)
+                begin = len(second.log)
+                with ChunkManager(left / DB, engine="fast") as manager:
+                    assert digests_of(manager) in allowed
+            for again in range(begin, len(second.log) + 1):
+                shutil.rmtree(left)
+                left.mkdir()
+                second.cut(again, rng, left)
+                assert what_is_left(left / DB, "stdlib") in allowed
+        shutil.rmtree(left)
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_the_simulated_power_cuts_catch_a_store_that_promises_too_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breakage: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "PRAGMAS", BREAKAGES[breakage])
+        disk = save_rounds(tmp_path)
+    losses = count_losses(disk, tmp_path, 60)
+    assert losses > 0
+
+
+def test_both_engines_write_with_the_settings_that_the_power_cuts_have_tried(tmp_path: Path) -> None:
+    names = ("journal_mode", "synchronous", "auto_vacuum", "secure_delete", "page_size", "encoding", "locking_mode")
+    found = []
+    for engine in ("stdlib", "fast"):
+        with ChunkManager(tmp_path / f"{engine}.db", engine=engine) as manager:
+            manager.save_model_chunks(model_of(1), 1)
+            found.append({name: manager._store.execute(f"PRAGMA {name}")[0][0] for name in names})
+    assert found[0] == found[1]
+    assert (found[0]["journal_mode"], found[0]["synchronous"], found[0]["locking_mode"]) == ("truncate", 2, "normal")
+
+
+def test_the_folders_made_for_a_store_are_on_the_disk_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fsync = [], os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    ChunkManager(tmp_path / "run" / "client_1" / DB).close()
+    assert {tmp_path, tmp_path / "run", tmp_path / "run" / "client_1"} <= set(synced)
+
+
+@pytest.fixture
+def two_rounds(tmp_path: Path) -> Path:
+    """Return a folder with a store of rounds 1 and 2."""
+    folder = tmp_path / "sound"
+    with ChunkManager(folder / DB, engine="fast", chunk_bytes=6000) as manager:
+        for number in (0, 1, 2):
+            manager.save_model_chunks(model_of(number), number)
+        manager.cleanup_old_rounds(2)
+    return folder
+
+
+def failures(folder: Path, of: tuple[str, ...], act: Callable[[ChunkManager], object], **how: int) -> list[str]:
+    """Let every operation that `act` asks the disk for fail, one after the other, and return what each was.
+
+    `act` may have taken place whole when the last one fails: that is the sync of the journal's truncation, which
+    already is the commit for whoever opens the file.
+    """
+    kinds: list[str] = []
+    done: list[int] = []
+    while True:
+        work = folder.with_name("work")
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(folder, work)
+        with PowerDisk() as disk:
+            with ChunkManager(work / DB, keep_rounds=2, engine="fast") as manager:
+                disk.fail_at(len(kinds), of=of, **how)
+                try:
+                    act(manager)
+                    problem = ""
+                except CheckpointError as error:
+                    problem = str(error)
+                disk.recover()
+                if not disk.failed:
+                    assert set(done) <= {len(kinds) - 1}
+                    return kinds
+                kinds.append(disk.failed)
+                assert problem, f"the {disk.failed} numbered {len(kinds) - 1} failed, and nothing was said"
+                assert "\n" not in problem
+                assert str(work / DB) in problem
+                found = digests_of(manager)
+                assert found in (expected([1, 2]), expected([2, 3]))
+                done += [len(kinds) - 1] if found != expected([1, 2]) else []
+            with ChunkManager(work / DB, keep_rounds=2, engine="stdlib") as manager:
+                assert digests_of(manager) == found
+                manager.save_model_chunks(model_of(3), 3)
+                assert digests_of(manager) == expected([2, 3])
+            assert is_sound(work / DB)
+
+
+@pytest.mark.parametrize(
+    ("code", "sticky"),
+    [
+        pytest.param(apsw.SQLITE_IOERR, False, id="I/O error, once"),
+        pytest.param(apsw.SQLITE_FULL, True, id="full, for good"),
+        pytest.param(apsw.SQLITE_IOERR, True, id="I/O error, for good", marks=pytest.mark.slow),
+        pytest.param(apsw.SQLITE_FULL, False, id="full, once", marks=pytest.mark.slow),
+    ],
+)
+def test_a_save_on_a_disk_that_fails_at_any_operation_says_so_and_keeps_the_rounds_before(
+    two_rounds: Path, code: int, sticky: bool
+) -> None:
+    kinds = failures(
+        two_rounds,
+        ("write", "truncate", "sync", "open", "delete"),
+        lambda manager: manager.save_model_chunks(model_of(3), 3),
+        code=code,
+        sticky=sticky,
+    )
+    assert {"write", "truncate", "sync"} <= set(kinds)
+    assert len(kinds) > 50
+
+
+def test_a_disk_that_cannot_be_read_gives_no_tensors_but_one_line(two_rounds: Path) -> None:
+    assert "read" in failures(two_rounds, ("read",), lambda manager: manager.reconstruct_model_from_chunks(2))
+    assert "read" in failures(two_rounds, ("read",), lambda manager: manager.save_model_chunks(model_of(3), 3))
+    assert "read" in failures(two_rounds, ("read",), ChunkManager.rounds)

@@ -1,0 +1,319 @@
+"""Local differential privacy: updates are clipped and get the right noise, and all that is released is counted."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import exp, sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from scipy.stats import norm
+
+from flapp import messages, privacy, server_app
+from flapp.checkpoint.manager import ChunkManager
+from flapp.client import mods
+from flapp.config.load import compose, to_json
+from flapp.config.schema import Config, ConfigError, PrivacyConfig
+from tests.conftest import Broken, break_off, read_lines
+from tools.run import final_line
+
+pytest.importorskip("dp_accounting", reason='needs pip install -e ".[privacy]"')
+
+Federate = Callable[..., tuple[dict[str, Any], Path]]
+Tensors = dict[str, np.ndarray]
+DIGITS = ("model=linear", "clients=2", "num_rounds=1", "evaluate.personal_epochs=0", "privacy.enabled=true")
+TOY = ("experiment=toy_regression", "num_rounds=4", "privacy.enabled=true", "privacy.clipping_norm=0.01")
+GRID = [(e, d, t) for e in (0.1, 1.0, 10.0) for d in (1e-9, 1e-5, 1e-2) for t in (1, 20, 300)]
+DRAWS = 20_000
+
+
+def delta_of(epsilon: float, multiplier: float) -> float:
+    """Return the delta of the Gaussian mechanism: theorem 8 of Balle and Wang 2018, with sensitivity 1."""
+    half, tail = 1 / (2 * multiplier), epsilon * multiplier
+    return float(norm.cdf(half - tail) - exp(epsilon + norm.logcdf(-half - tail)))
+
+
+def settings_of(epsilon: float, delta: float, clipping_norm: float = 1.0) -> PrivacyConfig:
+    return PrivacyConfig(enabled=True, clipping_norm=clipping_norm, epsilon=epsilon, delta=delta)
+
+
+def length(tensors: Sequence[np.ndarray]) -> float:
+    return float(np.sqrt(sum((np.asarray(t, np.float64) ** 2).sum() for t in tensors)))
+
+
+@pytest.mark.parametrize(("epsilon", "delta", "releases"), GRID)
+def test_the_total_epsilon_has_the_stated_delta_by_the_formula(epsilon: float, delta: float, releases: int) -> None:
+    settings = settings_of(epsilon, delta)
+    multiplier = privacy.find_sigma(settings) / 2
+    assert delta_of(epsilon, multiplier) == pytest.approx(delta, rel=1e-6)
+    total = privacy.total_epsilon(settings, releases)
+    assert delta_of(total, multiplier / sqrt(releases)) == pytest.approx(delta, rel=1e-6)
+
+
+@pytest.mark.parametrize(("epsilon", "delta", "releases"), [(0.5, 1e-5, 1), (0.5, 1e-5, 40), (10.0, 1e-5, 20)])
+def test_the_total_epsilon_agrees_with_the_accountants_of_dp_accounting(
+    epsilon: float, delta: float, releases: int
+) -> None:
+    from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
+
+    settings = settings_of(epsilon, delta)
+    spent = SelfComposedDpEvent(GaussianDpEvent(privacy.find_sigma(settings) / 2), releases)
+    total = privacy.total_epsilon(settings, releases)
+    # The PLD accountant rounds losses up, the RDP accountant is an upper bound.
+    assert total == pytest.approx(PLDAccountant().compose(spent).get_epsilon(delta), rel=2e-3)
+    orders = np.concatenate([np.linspace(1.01, 10, 200), np.arange(11, 500)])
+    assert total <= RdpAccountant(orders).compose(spent).get_epsilon(delta) <= 1.25 * total
+
+
+def test_the_old_formula_would_have_had_more_than_twice_the_delta_at_epsilon_10() -> None:
+    assert delta_of(10.0, sqrt(2 * np.log(1.25 / 1e-5)) / 10) > 2e-5
+
+
+def test_noise_has_the_stated_variance_on_every_tensor() -> None:
+    before = {"a": np.zeros(3, np.float32), "b": np.ones((2, 2), np.float64), "c": np.array(5.0, np.float32)}
+    settings = settings_of(2.0, 1e-6, clipping_norm=0.3)
+    sigma = privacy.find_sigma(settings)
+    draws = [privacy.perturb(before, before, settings.clipping_norm, sigma) for _ in range(DRAWS)]
+    for key, start in before.items():
+        noise = np.stack([drawn[key] for drawn in draws]).astype(np.float64) - start
+        assert draws[0][key].dtype == start.dtype
+        assert draws[0][key].shape == start.shape
+        # Of a variance from n draws, the standard deviation is sqrt(2 / n) = 1 % here: 5 of them.
+        assert noise.var(axis=0) == pytest.approx(np.full(start.shape, sigma**2), rel=0.05)
+        assert noise.mean(axis=0) == pytest.approx(np.zeros(start.shape), abs=5 * sigma / sqrt(DRAWS))
+    flat = np.stack([np.concatenate([drawn[key].ravel() for key in before]) for drawn in draws])
+    assert np.abs(np.corrcoef(flat.T) - np.eye(8)).max() < 0.04  # no number has another's noise
+
+
+def test_twice_the_clipping_norm_is_the_sensitivity_of_any_two_updates() -> None:
+    start = {"w": np.zeros(4)}
+    ends = [privacy.perturb(start, {"w": np.array([x, 0, 0, 0])}, 0.5, 0.0)["w"] for x in (9.0, -9.0)]
+    settings = settings_of(1.0, 1e-5, clipping_norm=0.5)
+    apart = float(np.linalg.norm(ends[0] - ends[1]))
+    assert delta_of(1.0, privacy.find_sigma(settings) / apart) == pytest.approx(1e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.0, 10.0, 1e30])
+def test_an_update_moves_the_model_by_the_clipping_norm_at_most_over_all_tensors_together(factor: float) -> None:
+    before = {"a": np.full(3, 2.0, np.float32), "b": np.zeros((2, 2), np.float32), "c": np.array(1.0, np.float32)}
+    update = {"a": np.array([1.0, -2.0, 2.0]), "b": np.full((2, 2), 2.0), "c": np.array(4.0)}  # of length sqrt(41)
+    trained = {key: (before[key] + factor * update[key]).astype(np.float32) for key in before}
+    moved = privacy.perturb(before, trained, sqrt(41), 0.0)
+    found = {key: moved[key].astype(np.float64) - before[key] for key in moved}
+    assert length(list(found.values())) <= sqrt(41) * (1 + 1e-6)
+    for key in before:
+        assert found[key] == pytest.approx(min(factor, 1.0) * update[key], abs=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_update_that_cannot_be_clipped_is_not_released(bad: float) -> None:
+    with pytest.raises(FloatingPointError, match="not finite, so it cannot be clipped: lower train.lr"):
+        privacy.perturb({"w": np.zeros(2)}, {"w": np.array([bad, 100.0])}, 1.0, 1.0)
+
+
+def test_a_tensor_without_noise_is_refused_by_name() -> None:
+    model = {"bn.num_batches_tracked": np.array(3), "w": np.zeros(2)}
+    with pytest.raises(ValueError, match="cannot add noise to bn.num_batches_tracked, which is of int64"):
+        privacy.perturb(model, model, 1.0, 1.0)
+    with pytest.raises(ValueError, match="only one of the sent and the trained model has w"):
+        privacy.perturb({"w": np.zeros(2)}, {}, 1.0, 1.0)
+
+
+def release(train: Callable[[Tensors], Tensors], settings: Config) -> Tensors:
+    """Send privacy_mod a message whose app trains as told, and return by how much what leaves differs from it."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    order = messages.Order("0", 1, "mod", messages.source_digest())
+    start = {"a": np.full(2, 3.0, np.float32), "b": np.zeros(2, np.float32)}
+    message = messages.pack_order(1, messages.TRAIN, order, ArrayRecord({k: Array(v) for k, v in start.items()}))
+    message.metadata.__dict__["_message_id"] = "1"
+
+    def app(message: Message, context: Context) -> Message:
+        received = {key: array.numpy() for key, array in messages.unpack_arrays(message.content).items()}
+        trained = ArrayRecord({key: Array(values) for key, values in train(received).items()})
+        return messages.pack_reply(message, messages.Claim("0"), {}, trained)
+
+    context = Context(1, 1, {"client-id": "0"}, RecordDict(), {"config-json": to_json(settings)})
+    reply = mods.privacy_mod(message, context, app)
+    return {key: array.numpy() - start[key] for key, array in messages.unpack_arrays(reply.content).items()}
+
+
+def test_the_mod_clips_as_the_config_says() -> None:
+    words = ("privacy.epsilon=1e7", "privacy.clipping_norm=5.0")  # so that there is hardly any noise
+    settings = compose([*TOY, *words])
+    found = release(lambda model: {k: v + np.float32(1e6) for k, v in model.items()}, settings)
+    assert np.concatenate(list(found.values())) == pytest.approx(np.full(4, 2.5), abs=0.01)
+
+
+def test_the_mod_adds_the_noise_that_the_config_says() -> None:
+    words = ("privacy.epsilon=0.5", "privacy.delta=0.001", "privacy.clipping_norm=4.0")
+    settings = compose([*TOY, *words])
+    found = [length(list(release(lambda model: model, settings).values())) ** 2 / 4 for _ in range(600)]
+    variance = float(np.mean(found))
+    assert delta_of(0.5, sqrt(variance) / 8.0) == pytest.approx(0.001, rel=0.35)
+    assert variance == pytest.approx(privacy.find_sigma(settings_of(0.5, 0.001, 4.0)) ** 2, rel=0.15)
+
+
+@pytest.mark.parametrize("settings", [(), ("model=vit_tiny", "strategy=fedlora", "lora=default", "train.steps=1")])
+def test_noise_is_added_and_the_run_goes_to_its_end(federate: Federate, settings: tuple[str, ...]) -> None:
+    noisy, path = federate(*DIGITS, *settings)
+    again, _ = federate(*DIGITS, *settings)
+    assert noisy["status"] == "finished"
+    assert not any(line["failures"] for line in read_lines(path, "train"))
+    assert noisy["model_sha256"] != again["model_sha256"]
+
+
+def test_a_clients_store_holds_the_noisy_update_only(federate: Federate, data_home: Path) -> None:
+    left: dict[str, Tensors] = {}
+
+    def tamper(name: str, reply: Message) -> Message:
+        if messages.ARRAYS in reply.content.array_records:
+            left[name] = {k: a.numpy() for k, a in messages.unpack_arrays(reply.content).items()}
+        return reply
+
+    federate(*TOY, "num_rounds=1", "run_name=stored", tamper=tamper)
+    store = data_home / "checkpoints" / "stored" / "client_1" / "client_1_chunks.db"
+    with ChunkManager(store, create=False) as kept:
+        tensors = kept.reconstruct_model_from_chunks(1)
+    assert {k: t.numpy().tobytes() for k, t in tensors.items()} == {k: v.tobytes() for k, v in left["1"].items()}
+
+
+def test_every_round_and_the_summary_say_the_epsilon_so_far(federate: Federate) -> None:
+    done, path = federate(*TOY)
+    settings = settings_of(10.0, 1e-5)
+    expected = [privacy.total_epsilon(settings, releases) for releases in range(1, 5)]
+    assert [line["epsilon"] for line in read_lines(path, "train")] == expected
+    assert (done["epsilon"], done["delta"]) == (expected[-1], 1e-5)
+    said = f"epsilon {expected[-1]:.4g} (delta 1e-05) for the client that released the most updates"
+    assert said in final_line({"accuracy": None, **done}).splitlines()
+
+
+def test_the_client_that_was_asked_most_often_counts(federate: Federate) -> None:
+    words = ("strategy.fraction_train=0.34", "num_rounds=5")
+    done, path = federate(*TOY, *words)
+    asked = [set(line["client_bytes_down"]) for line in read_lines(path, "train")]
+    most = max(sum(str(client) in names for names in asked) for client in range(3))
+    assert 1 < most < 5
+    assert done["epsilon"] == privacy.total_epsilon(settings_of(10.0, 1e-5), most)
+
+
+@pytest.mark.parametrize("place", ["_receive", "aggregate_train", "facts"])
+def test_a_resumed_run_whose_clients_replay_has_the_epsilon_of_an_undisturbed_one(
+    federate: Federate, place: str
+) -> None:
+    whole, whole_path = federate(*TOY)
+    name = f"run_name=private{place}"
+    break_off(federate, 3, place, *TOY, name)
+    resumed, path = federate(*TOY, name, "resume=true")
+    assert resumed["epsilon"] == whole["epsilon"]
+    assert [line["epsilon"] for line in read_lines(path, "train")] == [
+        line["epsilon"] for line in read_lines(whole_path, "train")
+    ]
+
+
+@pytest.mark.parametrize("setting", ["checkpoint.replay=false", "checkpoint=off", "checkpoint=recent"])
+def test_a_round_that_is_trained_again_counts_twice(federate: Federate, data_home: Path, setting: str) -> None:
+    name = f"again-{setting.replace('=', '-')}"
+    break_off(federate, 2, "aggregate_train", *TOY, setting, f"run_name={name}")
+    if setting == "checkpoint=recent":
+        (data_home / "checkpoints" / name / "client_1" / "client_1_chunks.db").unlink()
+    resumed, _ = federate(*TOY, setting, f"run_name={name}", "resume=true")
+    assert resumed["epsilon"] == privacy.total_epsilon(settings_of(10.0, 1e-5), 5)
+
+
+def test_rounds_that_resume_from_drops_stay_released(federate: Federate) -> None:
+    federate(*TOY, "checkpoint=all", "run_name=back", "checkpoint.replay=false")
+    words = ("checkpoint=all", "run_name=back", "resume=true", "resume_from=1")
+    replayed, _ = federate(*TOY, *words)
+    assert replayed["epsilon"] == privacy.total_epsilon(settings_of(10.0, 1e-5), 4)
+    anew, path = federate(*TOY, *words, "checkpoint.replay=false")
+    assert anew["epsilon"] == privacy.total_epsilon(settings_of(10.0, 1e-5), 7)
+    again, _ = federate(*TOY, "checkpoint=all", "run_name=back", "resume=true")
+    assert again["epsilon"] == anew["epsilon"]
+    (path / "releases.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"releases.jsonl lacks round 1.*bring it back from a copy, or start a new"):
+        federate(*TOY, "checkpoint=all", "run_name=back", "resume=true")
+
+
+def test_a_failed_run_says_what_was_released_before_it_failed(federate: Federate, data_home: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server_app.FedAvg, "_receive", lambda *_: (_ for _ in ()).throw(Broken("the power is gone")))
+        with pytest.raises(Broken):
+            federate(*TOY, "run_name=failed")
+    said = json.loads((data_home / "runs" / "failed" / "metrics.json").read_text())
+    assert said["status"] == "failed"
+    assert said["epsilon"] == pytest.approx(10.0)
+
+
+def test_a_client_that_lies_about_replays_is_counted_all_the_same(federate: Federate) -> None:
+    def tamper(name: str, reply: Message) -> Message:
+        if messages.ARRAYS in reply.content.array_records:
+            reply.content.metric_records[messages.METRICS][messages.REPLAYED] = 1
+        return reply
+
+    done, _ = federate(*TOY, tamper=tamper)
+    assert done["epsilon"] == privacy.total_epsilon(settings_of(10.0, 1e-5), 4)
+
+
+def test_without_its_package_server_and_client_refuse_before_the_first_round(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fix = r'needs the package dp-accounting \(.*\): pip install -e "\.\[privacy\]", or set privacy.enabled=false'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "dp_accounting", None)
+        privacy.total_epsilon.cache_clear()
+        privacy._noise_multiplier.cache_clear()
+        with pytest.raises(ConfigError, match=fix):
+            federate(*TOY)
+
+    def fail(settings: PrivacyConfig) -> float:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "dp_accounting", None)
+            privacy._noise_multiplier.cache_clear()
+            return privacy.find_sigma(settings)
+
+    monkeypatch.setattr("flapp.client_app.find_sigma", fail)
+    with pytest.raises(RuntimeError, match=f"the run cannot start: clients 0 to 2: privacy.*{fix}"):
+        federate(*TOY)
+
+
+@pytest.mark.parametrize(
+    ("words", "refusal"),
+    [
+        (["privacy.epsilon=0"], "privacy.epsilon=0.* is out of range: it must be more than 0"),
+        (["privacy.epsilon=inf"], "privacy.epsilon=inf must be a finite number"),
+        (["privacy.delta=0"], "privacy.delta=0.* is out of range: it must be more than 0"),
+        (["privacy.delta=1", "clients=1"], "privacy.delta=1.0 lets .* leak: set it far below 1/clients, such as 1e-02"),
+        (["privacy.delta=0.1", "clients=10"], "update of one in 10 clients leak: set it far below 1/clients, .* 1e-03"),
+        (["+privacy.sensitivity=1"], "privacy.sensitivity is not a setting"),
+        (["strategy=fedlora", "lora=default", "strategy.aggregation=ffa"], "=ffa has only a part sent back"),
+    ],
+)
+def test_what_cannot_be_private_is_refused_with_the_fix(words: list[str], refusal: str) -> None:
+    with pytest.raises(ConfigError, match=refusal):
+        compose(["privacy.enabled=true", *words])
+
+
+def test_the_server_says_before_the_first_round_what_is_protected_and_what_is_not(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(server_app, "log", lambda level, text, *values: said.append(text % values))
+    federate(*TOY)
+    total = privacy.total_epsilon(settings_of(10.0, 1e-5), 4)
+    assert f"epsilon is 10 for one round and {total:.4g} for a client that trains in all 4 rounds" in said[0]
+    for what in ("numbers of samples", "label histograms", "training losses", "evaluation results", "errors"):
+        assert what in said[1]
+
+
+def test_the_settings_of_a_release_decide_its_sigma() -> None:
+    settings = settings_of(1.0, 1e-5)
+    assert privacy.find_sigma(replace(settings, clipping_norm=3.0)) == 3 * privacy.find_sigma(settings)
+    assert privacy.find_sigma(replace(settings, delta=1e-9)) > 1.3 * privacy.find_sigma(settings)
+    assert privacy.find_sigma(replace(settings, epsilon=0.5)) > 1.5 * privacy.find_sigma(settings)

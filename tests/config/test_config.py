@@ -1,0 +1,186 @@
+"""Settings: every choice composes, and whatever is wrong is said in one line."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from flapp.config.convert import setting_names
+from flapp.config.load import CONF, compose, derive_seed, from_dict, load, read_site, to_json
+from flapp.config.schema import Config, ConfigError
+from flapp.model.build import build_model
+
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+NEEDS = {
+    ("dataset", "regression"): ["model=linear", "partition=iid", "evaluate.objective=loss"],
+    ("lora", "default"): ["strategy=fedlora"],
+    ("lora", "heterogeneous"): ["strategy=fedlora", "strategy.aggregation=hetlora"],
+    ("strategy", "fedlora"): ["lora=default"],
+    ("experiment", "cifar10_fedlora"): ["model.pretrained=/models/vit_b_16.pth"],
+    ("experiment", "cifar100_fedlora"): ["model.pretrained=/models/vit_b_16.pth"],
+    ("split", "auto"): ["split.split_config=1-2"],
+    ("dataset", "custom"): ["dataset.name=mine", "dataset.shape=[32,32,3]", "dataset.classes=4"],
+}
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_in_conf_composes_and_builds_its_model(group: str, choice: str) -> None:
+    composed = compose([f"{group}={choice}", *NEEDS.get((group, choice), [])])
+    data = composed.dataset
+    model = build_model(composed.model.name, data.shape, data.classes, composed.model.image_size)
+    assert sum(p.numel() for p in model.parameters()) > 0
+    assert from_dict(json.loads(to_json(composed))) == composed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["num_round=3"], "num_round is not a setting: did you mean num_rounds?"),
+        (["train.learning_rate=3"], "train.learning_rate is not a setting"),
+        (["+extra=1"], "extra is not a setting"),
+        (["model=vit_huge"], "model=vit_huge is not known: choose one of cnn, linear, vit_b_16, vit_s_16, vit_tiny"),
+        (["dataset=custom"], "dataset.name must be given: add dataset.name=VALUE"),
+        (["num_rounds=0"], "num_rounds=0 is out of range: it must be at least 1"),
+        (["train.lr=0"], "train.lr=0 is out of range: it must be more than 0"),
+        (["train.lr=inf"], "train.lr=inf must be a finite number"),
+        (["strategy.fraction_train=1.5"], "strategy.fraction_train=1.5 is out of range: it must be at most 1"),
+        (["seed=1.5"], "seed=1.5 must be a whole number, got float"),
+        (["evaluate.central=yes"], "evaluate.central=yes must be true or false, got str"),
+        (["evaluate.central=1"], "evaluate.central=1 must be true or false, got int"),
+        (["train.optimizer=adam"], "train.optimizer=adam is not known: choose one of adamw, sgd"),
+        (["train=3"], "train must be a group of settings, got 3"),
+        (["dataset=regression"], "model=vit_tiny classifies images, dataset=regression has none: set model=linear"),
+        (["dataset=regression", "model=linear"], "partition=dirichlet needs classes, dataset=regression has none"),
+        (["partition.alpha=null"], "partition=dirichlet needs partition.alpha"),
+        (["evaluate.personal_epochs=0", "evaluate.objective=personal_accuracy"], "needs fine-tuning"),
+        (["evaluate.personal_epochs=0", "stopping.metric=personal_accuracy"], "personal_accuracy needs fine-tuning"),
+        (
+            ["experiment=toy_regression", "stopping.metric=accuracy"],
+            "stopping.metric=accuracy needs classes, dataset=regression has none: set stopping.metric=loss",
+        ),
+        (["stopping.metric=loss"], "stopping.patience=3 evaluations, one in evaluate.every=5 rounds, are never over"),
+        (
+            ["num_rounds=5", "evaluate.select=best"],
+            "select=best has only the last round to choose from: lower evaluate",
+        ),
+        (["stopping.patience=0"], "stopping.patience=0 is out of range: it must be at least 1"),
+        (["stopping.metric=auc"], "stopping.metric=auc is not known: choose one of accuracy, personal_accuracy, loss"),
+        (["dataset.normalization=imagenet"], "needs images of 3 channels, got shape [32, 32, 1]"),
+        (["train.momentum=0.9"], "has no meaning for adamw"),
+        (["strategy.min_replies=11"], "strategy.min_replies=11 can never be met with 10 clients in a round"),
+        (["strategy.min_clients=11"], "strategy.min_clients=11 is more than clients=10"),
+        (["home=some/where"], "home=some/where is relative, and the apps run in another folder"),
+        (
+            ["split=auto"],
+            "split.split_config=2-10 does not go with model=vit_tiny: split points 2 and 10 of a model of 3",
+        ),
+        (
+            ["split=auto", "split.split_config=1:2"],
+            "split.split_config=1:2 does not go with model=vit_tiny: split points",
+        ),
+        (["split=auto", "model=cnn"], "splits a ViT, which model=cnn is not: set split=none"),
+        (["split.auto_save_split_models=true"], "needs a folder: set split.model_storage_dir"),
+        (["split.model_storage_dir=here"], "split.model_storage_dir=here is relative"),
+        (["a b"], "settings are written key=value"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_settings_are_refused_in_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_front_doors_take_a_relative_home_from_where_they_stand(tmp_path: Path) -> None:
+    assert compose(["home=here"], base=tmp_path).home == str(tmp_path / "here")
+
+
+def test_config_json_wins_over_overrides() -> None:
+    text = to_json(compose(["seed=5"]))
+    loaded, _ = load({"config-json": text, "overrides": "seed=7"}, {})
+    assert loaded.seed == 5
+    assert load({"config-json": "", "overrides": "seed=7 'model.dropout=0.5'"}, {})[0].seed == 7
+
+
+def test_config_json_needs_no_hydra(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    (tmp_path / "c.json").write_text(to_json(compose([])))
+    code = (
+        "import sys, pathlib; from flapp.config.load import load; "
+        f"load({{'config-json': pathlib.Path({str(tmp_path / 'c.json')!r}).read_text()}}, {{}}); "
+        "assert not {'hydra', 'omegaconf', 'torchvision'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=CONF.parent)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"seed": 1}'])
+def test_a_broken_config_json_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError):
+        load({"config-json": text}, {})
+
+
+def test_node_config_is_read_and_a_misspelt_key_refused() -> None:
+    site = read_site({"client-id": 3})
+    assert site.client_id == "3"
+    assert read_site({"partition-id": 1, "num-partitions": 4}).num_partitions == 4
+    with pytest.raises(ConfigError, match="node-config has cleint-id, which is not a setting: did you mean client-id"):
+        read_site({"cleint-id": "3"})
+
+
+def test_a_run_name_may_not_leave_the_runs_folder() -> None:
+    for name in ("../x", "/etc/x", "a/../../x"):
+        with pytest.raises(ConfigError, match="leaves home/runs"):
+            compose([f"run_name={name}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a\nb", r"run_name='a\\nb' has characters that cannot be printed"),
+        ("a\x1b[31m", "has characters that cannot be printed"),
+        ("a\u2028b", "has characters that cannot be printed"),
+        ("n" * 256, "has more than the 255 bytes of a file name: give a shorter name"),
+        ("sweep/" + "é" * 128, "has more than the 255 bytes of a file name"),
+    ],
+)
+def test_a_run_name_that_no_folder_can_have_is_refused_in_one_line(name: str, said: str) -> None:
+    values = json.loads(to_json(compose([]))) | {"run_name": name}
+    with pytest.raises(ConfigError, match=said) as caught:
+        from_dict(values)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_seeds_depend_on_every_part_and_on_nothing_else() -> None:
+    parts = list(itertools.product((0, 1), ("1", "11"), (1, 11)))
+    assert len({derive_seed(*p) for p in parts}) == len(parts)
+    assert derive_seed(0, "1", 1) == derive_seed(0, "1", 1) < 2**63
+
+
+def test_every_setting_is_written_in_conf() -> None:
+    values = json.loads(to_json(compose([])))
+    for name in setting_names(Config):
+        node = values
+        for part in name.split("."):
+            assert part in node, name
+            node = node[part]
+
+
+def test_a_run_is_named_after_its_experiment_and_the_time() -> None:
+    assert re.fullmatch(r"toy_regression-\d{8}-\d{6}", compose(["experiment=toy_regression"]).run_name)
+
+
+@pytest.mark.parametrize("word", ["seed=0,1", "model=linear,cnn", "seed=range(3)"])
+def test_several_values_without_a_sweep_say_how_to_sweep(word: str) -> None:
+    with pytest.raises(ConfigError, match=r"is several values: add -m for a sweep, a run with each of them .*\)$"):
+        compose([word])
+
+
+def test_a_list_is_advised_only_for_a_setting_that_takes_one() -> None:
+    with pytest.raises(ConfigError, match=r"-m lora.targets=qkv,proj\), or write a list as lora.targets=\[qkv,proj\]"):
+        compose(["lora.targets=qkv,proj"])

@@ -1,0 +1,176 @@
+"""CIFAR's own files are read as torchvision reads them, and nothing in them is ever executed."""
+
+import hashlib
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flapp.data.artifact import DataError
+from flapp.data.cifar import CIFAR, cifar_files, cifar_sha256, read_cifar
+from tests.support.cifar_files import python2_pickle, write_cifar
+
+
+def read(name: str, source: Path, split: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    return read_cifar(name, cifar_files(name, source, split))
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    """Change some keys of a file that write_cifar made."""
+    content = {b"data": np.zeros((4, 3072), np.uint8), b"labels": [0, 1, 2, 3]}
+    content |= {key.encode(): value for key, value in changes.items()}
+    path.write_bytes(python2_pickle({key: value for key, value in content.items() if value is not None}))
+
+
+@pytest.mark.filterwarnings("ignore:dtype")
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_images_and_labels_are_those_that_torchvision_reads(tmp_path: Path, name: str) -> None:
+    import torchvision
+
+    class Unchecked(getattr(torchvision.datasets, CIFAR[name].torchvision)):  # type: ignore[misc]
+        """torchvision's reader without its check that the files are the published ones."""
+
+        def _check_integrity(self) -> bool:
+            return True
+
+        def _load_meta(self) -> None:
+            pass
+
+    write_cifar(tmp_path, name, images=7)
+    for split in ("train", "test"):
+        theirs = Unchecked(tmp_path, train=split == "train")
+        planes, labels, _ = read(name, tmp_path, split)
+        assert np.array_equal(planes.transpose(0, 2, 3, 1), theirs.data)
+        assert labels.tolist() == theirs.targets
+
+
+def test_class_names_come_from_the_meta_file(tmp_path: Path) -> None:
+    write_cifar(tmp_path, "cifar100", images=2)
+    assert read("cifar100", tmp_path, "train")[2] == tuple(f"class_{i}" for i in range(100))
+
+
+def test_the_source_may_be_the_folder_itself_or_the_one_it_is_in(tmp_path: Path) -> None:
+    folder = write_cifar(tmp_path, images=2)
+    assert cifar_files("cifar10", folder, "test") == cifar_files("cifar10", tmp_path, "test")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_files_that_python_3_wrote_are_read_too(tmp_path: Path, protocol: int) -> None:
+    folder = write_cifar(tmp_path, images=4)
+    data = np.arange(4 * 3072, dtype=np.uint32).astype(np.uint8).reshape(4, 3072)
+    content = {b"data": data, b"labels": [3, 2, 1, 0]}
+    (folder / "test_batch").write_bytes(pickle.dumps(content, protocol=protocol))
+    planes, labels, _ = read("cifar10", tmp_path, "test")
+    assert np.array_equal(planes.reshape(4, 3072), data)
+    assert labels.tolist() == [3, 2, 1, 0]
+
+
+def test_an_array_in_fortran_order_keeps_its_pixels(tmp_path: Path) -> None:
+    folder = write_cifar(tmp_path, images=4)
+    data = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
+    rewrite(folder / "test_batch", data=np.asfortranarray(data))
+    assert np.array_equal(read("cifar10", tmp_path, "test")[0].reshape(4, 3072), data)
+
+
+def test_the_sha256_is_that_of_sha256sum_over_sha256sum(tmp_path: Path) -> None:
+    paths = cifar_files("cifar10", write_cifar(tmp_path, images=2), "test")
+    listing = "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in paths)
+    assert [path.name for path in paths] == ["test_batch", "batches.meta"]
+    assert cifar_sha256(paths) == hashlib.sha256(listing.encode()).hexdigest()
+
+
+class Malicious:
+    """Calls `function` with `arguments` when it is unpickled by a trusting reader."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("place", ["whole file", "label", "meta"])
+@pytest.mark.parametrize(("function", "name"), [(os.mkdir, "mkdir"), (eval, "eval"), (np.fromfile, "fromfile")])
+def test_a_malicious_file_is_refused_by_name_and_does_not_run(
+    tmp_path: Path, protocol: int, place: str, function: Callable[..., Any], name: str
+) -> None:
+    folder, trace = write_cifar(tmp_path, images=2), tmp_path / "trace"
+    argument = f"__import__('os').mkdir({str(trace)!r})" if function is eval else str(trace)
+    attack, path = Malicious(function, argument), folder / ("batches.meta" if place == "meta" else "test_batch")
+    content = {b"data": np.zeros((1, 3072), np.uint8), b"labels": [attack]} if place == "label" else attack
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    with pytest.raises(DataError, match=rf"^{path} wants .*{name}.*not executed") as caught:
+        read("cifar10", tmp_path, "test")
+    assert not trace.exists()
+    assert "\n" not in str(caught.value)
+
+
+FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "fewer labels": ({"labels": [0, 1, 2]}, "4 images and 3 labels"),
+    "a label too high": ({"labels": [0, 1, 2, 10]}, "label 10"),
+    "a label below zero": ({"labels": [0, 1, 2, -1]}, "label -1"),
+    "a label that is no number": ({"labels": [0, 1, 2, b"3"]}, "label b'3'"),
+    "a label that is a truth value": ({"labels": [0, 1, 2, True]}, "label True"),
+    "narrow rows": ({"data": np.zeros((4, 3071), np.uint8)}, r"\[4, 3071\]"),
+    "no rows": ({"data": np.zeros((0, 3072), np.uint8), "labels": []}, r"\[0, 3072\]"),
+    "one axis": ({"data": np.zeros(3072, np.uint8)}, r"\[3072\]"),
+    "floats": ({"data": np.zeros((4, 3072), np.float32)}, "'f4'"),
+    "objects": ({"data": np.zeros((4, 3072), object)}, "'O8'"),
+    "no data": ({"data": None}, "no array 'data'"),
+    "data that is a list": ({"data": [1, 2, 3]}, "no array 'data'"),
+    "the labels of another dataset": ({"labels": None, "fine_labels": [0, 1, 2, 3]}, "'labels'"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_file_with_a_fault_is_refused_in_one_line_that_names_it(tmp_path: Path, fault: str) -> None:
+    changes, reason = FAULTS[fault]
+    path = write_cifar(tmp_path, images=4) / "test_batch"
+    rewrite(path, **changes)
+    with pytest.raises(DataError, match=f"^{path}.*{reason}") as caught:
+        read("cifar10", tmp_path, "test")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 40, 5000, -1])
+def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
+    path = write_cifar(tmp_path, images=4) / "data_batch_3"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataError, match=f"^{path} cannot be read"):
+        read("cifar10", tmp_path, "train")
+
+
+def test_an_array_whose_bytes_do_not_fill_its_shape_is_refused(tmp_path: Path) -> None:
+    path = write_cifar(tmp_path, images=4) / "test_batch"
+    rewrite(path)
+    # 4 rows become 5: the pickled shape is K\x04 M\x00\x0c.
+    path.write_bytes(path.read_bytes().replace(b"K\x04M\x00\x0c", b"K\x05M\x00\x0c", 1))
+    with pytest.raises(DataError, match=f"^{path} cannot be read"):
+        read("cifar10", tmp_path, "test")
+
+
+@pytest.mark.parametrize("content", [[1, 2], b"text", None])
+def test_a_file_that_is_not_a_dict_is_refused(tmp_path: Path, content: Any) -> None:
+    path = write_cifar(tmp_path, images=4) / "test_batch"
+    path.write_bytes(python2_pickle(content))
+    with pytest.raises(DataError, match=f"^{path} holds a {type(content).__name__}"):
+        read("cifar10", tmp_path, "test")
+
+
+def test_a_meta_file_without_class_names_is_refused(tmp_path: Path) -> None:
+    path = write_cifar(tmp_path, images=4) / "batches.meta"
+    path.write_bytes(python2_pickle({b"fine_label_names": [b"x"]}))
+    with pytest.raises(DataError, match=f"^{path} has no list 'label_names'"):
+        read("cifar10", tmp_path, "test")
+
+
+def test_a_missing_file_is_named_with_both_ways_to_get_it(tmp_path: Path) -> None:
+    folder = write_cifar(tmp_path, images=2)
+    (folder / "data_batch_4").unlink()
+    with pytest.raises(DataError, match=f"^{folder / 'data_batch_4'} is missing: dataset.source=.*dataset.download"):
+        cifar_files("cifar10", tmp_path, "train")

@@ -1,0 +1,144 @@
+"""Nothing damaged, forged or foreign is read as a shard."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from flapp.data.artifact import DataError
+from flapp.data.shards import dataset as shard_dataset
+from flapp.data.shards.build import write_shards
+from flapp.data.shards.client import DistributedShardLoader
+from flapp.data.shards.manifest import Manifest
+from tests.support.leaf_files import (
+    flip,
+)
+
+
+def rewrite(path: Path, change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]) -> None:
+    tensors = load_file(path)
+    images, labels = change(tensors["images"], tensors["labels"])
+    save_file({"images": np.ascontiguousarray(images), "labels": np.ascontiguousarray(labels)}, path)
+
+
+def restate(folder: Path, **values: Any) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | values))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing folder": (lambda f: f.rename(f.with_name("gone")), "no shard at .*dataset=femnist dataset.source=DIR"),
+    "missing meta": (lambda f: (f / "meta.json").unlink(), r"meta\.json is missing"),
+    "missing split": (lambda f: (f / "val.safetensors").unlink(), r"val\.safetensors is missing"),
+    "meta cut": (
+        lambda f: (f / "meta.json").write_bytes((f / "meta.json").read_bytes()[:99]),
+        r"meta\.json is damaged",
+    ),
+    "meta binary": (lambda f: (f / "meta.json").write_bytes(b"\xff\x00"), r"meta\.json is damaged"),
+    "meta a list": (lambda f: (f / "meta.json").write_text("[]"), "is not of a shard of format 1"),
+    "meta of a later format": (lambda f: restate(f, format_version=2), "format_version 2"),
+    "meta without counts": (lambda f: restate(f, num_samples=7), "num_samples is missing or of a wrong type"),
+    "meta of other writers": (lambda f: restate(f, writers=["me"]), "does not have the digest it states"),
+    "meta of another client": (lambda f: restate(f, client_id="1"), "does not have the digest it states"),
+    "wrong counts": (
+        lambda f: restate(f, num_samples={"train": 9, "val": 4, "test": 4}),
+        r"train\.safetensors has 36 samples, meta\.json says 9",
+    ),
+    "wrong histogram": (lambda f: restate(f, label_hist=[36] + [0] * 61), "not the histogram of the training labels"),
+    "file cut": (
+        lambda f: (f / "train.safetensors").write_bytes((f / "train.safetensors").read_bytes()[:-9]),
+        r"train\.safetensors is damaged",
+    ),
+    "file empty": (lambda f: (f / "test.safetensors").write_bytes(b""), r"test\.safetensors is damaged"),
+    "pickled file": (
+        lambda f: np.save(f / "a.npy", np.array([{}]), True) or (f / "a.npy").rename(f / "train.safetensors"),
+        "damaged",
+    ),
+    "bit in an image": (lambda f: flip(f / "train.safetensors", 5000), r"train\.safetensors has SHA-256"),
+    "bit in a label": (lambda f: flip(f / "val.safetensors", -8), r"val\.safetensors has SHA-256"),
+    "bit in the header": (lambda f: flip(f / "val.safetensors", 20), "client_2"),
+    "splits exchanged": (
+        lambda f: (f / "val.safetensors").write_bytes((f / "test.safetensors").read_bytes()),
+        r"val\.safetensors has SHA-256",
+    ),
+    "labels rolled": (lambda f: rewrite(f / "train.safetensors", lambda x, y: (x, np.roll(y, 1))), "SHA-256"),
+    "images black": (lambda f: rewrite(f / "train.safetensors", lambda x, y: (x * 0, y)), "all zero"),
+    "label 62": (lambda f: rewrite(f / "test.safetensors", lambda x, y: (x, y * 0 + 62)), "has label 62"),
+    "label -1": (lambda f: rewrite(f / "test.safetensors", lambda x, y: (x, y * 0 - 1)), "has label -1"),
+    "more images than labels": (
+        lambda f: rewrite(f / "train.safetensors", lambda x, y: (x[:24], y[:3])),
+        r"images U8 \[24, 28, 28\], labels I64 \[3\] instead of",
+    ),
+    "float images": (lambda f: rewrite(f / "train.safetensors", lambda x, y: (x / np.float32(255), y)), "images F32"),
+    "images of 32 pixels": (
+        lambda f: rewrite(f / "train.safetensors", lambda x, y: (np.zeros((len(y), 32, 32), np.uint8), y)),
+        "instead of images U8",
+    ),
+    "other tensors": (lambda f: save_file({"x": np.zeros(3)}, f / "train.safetensors"), r"x F64 \[3\] instead of"),
+    "scalars": (
+        lambda f: save_file({"images": np.array(1), "labels": np.array(1)}, f / "train.safetensors"),
+        "instead of images U8",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_shard_is_refused_in_one_line(shards: Manifest, name: str) -> None:
+    damage, said = DAMAGE[name]
+    folder = shards.shard_path("2")
+    damage(folder)
+    with pytest.raises(DataError, match=said) as refusal:
+        DistributedShardLoader(folder)
+    assert "\n" not in str(refusal.value)
+    assert str(folder) in str(refusal.value)
+
+
+def test_a_forged_meta_over_black_images_is_still_refused(shards: Manifest, tmp_path: Path) -> None:
+    folder = shards.shard_path("2")
+    rewrite(folder / "train.safetensors", lambda x, y: (x * 0, y))
+    loose = DistributedShardLoader(folder, strict_check=False)
+    meta = json.loads((folder / "meta.json").read_text())
+    sha256 = hashlib.sha256((folder / "train.safetensors").read_bytes()).hexdigest()
+    restate(folder, sha256=meta["sha256"] | {"train.safetensors": sha256}, digest=loose.digest)
+    with pytest.raises(DataError, match=r"every image of train\.safetensors is all zero"):
+        DistributedShardLoader(folder)
+
+
+def test_client_1_does_not_run_on_the_shard_of_client_2(shards: Manifest) -> None:
+    with pytest.raises(DataError, match="is the shard of client 2, not of client 1: set shard-path"):
+        DistributedShardLoader(shards.shard_path("2"), expected_client_id="1")
+
+
+def test_without_strict_check_faults_are_warnings_and_the_tensors_count(
+    shards: Manifest, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shards.shard_path("2")
+    rewrite(folder / "train.safetensors", lambda x, y: (x[:30], y[:30]))
+    shard = DistributedShardLoader(folder, strict_check=False, expected_client_id="7")
+    assert shard.num_samples["train"] == sum(shard.label_hist) == len(shard.split("train")) == 30
+    assert shard.digest != shards["2"].digest
+    for said in ("has 30 samples, meta.json says 36", "has SHA-256", "not the histogram", "not of client 7"):
+        assert said in caplog.text
+
+
+def test_without_strict_check_a_file_that_cannot_be_read_is_still_an_error(shards: Manifest) -> None:
+    (shards.shard_path("2") / "train.safetensors").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="damaged"):
+        DistributedShardLoader(shards.shard_path("2"), strict_check=False)
+
+
+def test_an_unknown_split_is_named(shards: Manifest) -> None:
+    with pytest.raises(DataError, match="no split training: choose one of train, val, test"):
+        DistributedShardLoader(shards.shard_path("2")).split("training")
+
+
+def test_splits_may_be_empty(source: Path, tmp_path: Path) -> None:
+    made = write_shards(source, tmp_path / "shards", "natural", val_fraction=0)
+    shard = DistributedShardLoader(made.shard_path("0"))
+    assert shard.num_samples["val"] == len(shard.split("val")) == 0
+    assert list(shard_dataset.ShardStream(made.shard_path("0") / "val.safetensors")) == []

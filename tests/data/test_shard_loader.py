@@ -1,0 +1,137 @@
+"""What a client reads from its shard, and that it reads nothing else."""
+
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from torch.utils.data import DataLoader
+
+from flapp.data.loader import ClientLoader
+from flapp.data.shards import dataset as shard_dataset
+from flapp.data.shards.build import write_shards
+from flapp.data.shards.client import DistributedShardLoader
+from flapp.data.shards.manifest import Manifest
+from tests.support.leaf_files import SPLITS
+
+
+def test_a_shard_says_what_it_holds(shards: Manifest, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    path = shards.shard_path("2")
+    shard = DistributedShardLoader(path, expected_client_id="2")
+    assert (shard.client_id, shard.num_samples) == ("2", shards["2"].num_samples)
+    assert tuple(shard.label_hist) == shards["2"].label_hist
+    assert shard.label_hist == np.bincount(load_file(path / "train.safetensors")["labels"], minlength=62).tolist()
+    assert shard.digest == shards["2"].digest
+    assert shard.last_modified == max(file.stat().st_mtime for file in path.iterdir())
+    counts = "{train} train, {val} val, {test} test samples".format(**shard.num_samples)
+    assert f"client 2: {counts} from {path}" in caplog.text
+
+
+def test_digests_differ_between_clients_and_contents(shards: Manifest, source: Path, tmp_path: Path) -> None:
+    other = write_shards(source, tmp_path / "other", "round_robin", clients=3, seed=2)
+    digests = [record.digest for made in (shards, other) for record in made.values()]
+    assert len(set(digests)) == 6
+
+
+def test_client_loader_reads_a_split_like_any_dataset(shards: Manifest) -> None:
+    path = shards.shard_path("0")
+    split = DistributedShardLoader(path).split("train")
+    tensors = load_file(path / "train.safetensors")
+    assert (split.images.shape[1:], split.images.dtype, split.labels.dtype) == ((28, 28, 1), torch.uint8, torch.int64)
+    assert len(split.classes) == 62
+    inputs, labels = next(iter(ClientLoader(split, np.arange(len(split)), batch_size=8)))
+    expected = (torch.from_numpy(tensors["images"][:8]).float() / 255 - 0.5) / 0.5
+    assert torch.allclose(inputs[:, 0], expected, atol=1e-6)
+    assert labels.tolist() == tensors["labels"][:8].tolist()
+    assert torch.allclose(split[3][0], inputs[3], atol=1e-6)
+    assert split[3][1] == labels[3]
+
+
+def test_a_split_pickles_as_its_file(shards: Manifest) -> None:
+    split = DistributedShardLoader(shards.shard_path("0")).split("test")
+    content = pickle.dumps(split)
+    assert len(content) < 1000
+    assert torch.equal(pickle.loads(content).images, split.images)  # noqa: S301
+
+
+def test_streaming_yields_the_same_samples_in_the_same_order(shards: Manifest) -> None:
+    path = shards.shard_path("0")
+    whole = DistributedShardLoader(path).split("train")
+    stream = DistributedShardLoader(path, streaming=True).split("train")
+    streamed = list(stream)
+    assert len(streamed) == len(whole)
+    assert all(torch.equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(streamed, whole, strict=True))
+
+
+def test_streaming_holds_one_block_at_a_time(shards: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    original = shard_dataset.read_rows
+    monkeypatch.setattr(
+        shard_dataset, "read_rows", lambda path, start, end: read.append(end - start) or original(path, start, end)
+    )
+    path = shards.shard_path("0") / "train.safetensors"
+    stream = iter(shard_dataset.ShardStream(path, block=8, batch_size=4))
+    assert next(stream)[0].shape == (4, 1, 28, 28)
+    assert read == [8]
+    sizes = [4] + [len(labels) for _, labels in stream]
+    assert max(read) == 8
+    assert sum(sizes) == shards["0"].num_samples["train"]
+
+
+def test_a_seeded_stream_shuffles_anew_each_epoch_and_alike_each_time(shards: Manifest) -> None:
+    path = shards.shard_path("0") / "train.safetensors"
+
+    def epochs(seed: int | None) -> list[list[float]]:
+        stream = shard_dataset.ShardStream(path, seed=seed, block=8)
+        return [[float(image.sum()) for image, _ in stream] for _ in range(2)]
+
+    plain, drawn = epochs(None), epochs(5)
+    assert plain[0] == plain[1]
+    assert sorted(drawn[0]) == sorted(drawn[1]) == sorted(plain[0])
+    assert drawn[0] != drawn[1]
+    assert drawn[0] != plain[0]
+    assert drawn == epochs(5)
+
+
+def test_the_workers_of_a_data_loader_share_a_stream(shards: Manifest) -> None:
+    path = shards.shard_path("0") / "train.safetensors"
+    stream = shard_dataset.ShardStream(path, block=8, batch_size=8)
+    labels = [label for _, batch in DataLoader(stream, batch_size=None, num_workers=2) for label in batch.tolist()]
+    assert sorted(labels) == sorted(load_file(path)["labels"].tolist())
+
+
+AUDITED = """
+import os, sys
+from pathlib import Path
+from flapp.data.shards.client import DistributedShardLoader
+from flapp.data.shards import dataset as shard_dataset
+opened = []
+sys.addaudithook(lambda event, args: opened.append(args[0]) if event in ("open", "os.listdir", "os.scandir") else None)
+for streaming in (False, True):
+    shard = DistributedShardLoader(sys.argv[1], streaming=streaming, expected_client_id="1")
+    for split in ("train", "val", "test"):
+        list(shard.split(split))
+paths = {os.path.abspath(os.fsdecode(path)) for path in opened if not isinstance(path, int)}
+print("\\n".join(sorted(paths)))
+"""
+
+
+def test_a_client_opens_files_in_its_own_folder_only(shards: Manifest) -> None:
+    path = shards.shard_path("1")
+    command = [sys.executable, "-c", AUDITED, str(path)]
+    opened = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert opened == sorted(str(path / name) for name in ["meta.json", *(f"{s}.safetensors" for s in SPLITS)])
+
+
+def test_a_shard_is_read_without_its_siblings_and_its_manifest(shards: Manifest, tmp_path: Path) -> None:
+    alone = shards.shard_path("1").rename(tmp_path / "alone")
+    for path in shards.folder.iterdir():
+        os.rename(path, tmp_path / f"gone_{path.name}")
+    assert DistributedShardLoader(alone).num_samples["train"] > 0

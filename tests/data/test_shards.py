@@ -1,0 +1,257 @@
+"""Shards: every sample with one client, in the split its writer and the seed say, in one format."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from flapp.data.artifact import DataError
+from flapp.data.loader import ClientLoader
+from flapp.data.offline import OfflineDataset
+from flapp.data.partition import load_partition
+from flapp.data.shards import dataset as shard_dataset
+from flapp.data.shards.build import export_artifacts, write_shards
+from flapp.data.shards.client import DistributedShardLoader
+from flapp.data.shards.manifest import Manifest, load_manifest
+from flapp.training import train
+from tests.support.leaf_files import (
+    SPLITS,
+    Samples,
+    as_leaf,
+    content_of,
+    draw_samples,
+    rows,
+    rows_of,
+    write_arrays,
+    write_leaf,
+    writers_of,
+)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "clients"), [("round_robin", 3), ("random", 3), ("natural", None), ("natural", 7)]
+)
+def test_every_sample_is_with_exactly_one_client_and_split(
+    source: Path, samples: Samples, tmp_path: Path, strategy: str, clients: int | None
+) -> None:
+    made = write_shards(source, tmp_path / "shards", strategy, clients=clients)
+    expected: Counter[tuple[int, bytes]] = sum((rows(*pair) for pair in samples.values()), Counter())
+    assert rows_of(made, *SPLITS) == expected
+    assert sorted(name for names in writers_of(made).values() for name in names) == sorted(samples)
+    assert len(made) == (clients or 7)
+    assert made.facts["totals"] == {"clients": len(made), "writers": 7, "train": 98, "val": 13, "test": 13}
+
+
+def test_round_robin_deals_sorted_writers_in_turn(shards: Manifest, samples: Samples) -> None:
+    names = sorted(samples)
+    assert writers_of(shards) == {"0": names[0::3], "1": names[1::3], "2": names[2::3]}
+
+
+def test_random_depends_on_the_seed_alone(source: Path, tmp_path: Path) -> None:
+    dealt = [
+        writers_of(write_shards(source, tmp_path / str(i), "random", clients=3, seed=seed))
+        for i, seed in enumerate([1, 1, 2])
+    ]
+    assert dealt[0] == dealt[1] != dealt[2]
+
+
+def test_natural_draws_writers_when_there_are_more_than_clients(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = write_shards(source, tmp_path / "shards", "natural", clients=4, seed=3)
+    assert all(len(names) == 1 for names in writers_of(made).values())
+    assert made.facts["left_out"] == 3
+    assert "3 of 7 writers go to no client" in caplog.text
+
+
+def test_manual_follows_the_file(source: Path, samples: Samples, tmp_path: Path) -> None:
+    names = sorted(samples)
+    mapping = {"10": names[:2], "9": names[2:3], "hospital-a": names[3:]}
+    (tmp_path / "mapping.json").write_text(json.dumps(mapping))
+    made = write_shards(source, tmp_path / "shards", "manual", mapping=tmp_path / "mapping.json")
+    assert writers_of(made) == mapping
+    assert list(made) == ["9", "10", "hospital-a"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m, names: m["b"].append(names[0]), "writer f0000_00 is given to clients a and b"),
+        (lambda m, names: m["a"].append(names[0]), "writer f0000_00 is given to client a twice"),
+        (lambda m, names: m["b"].pop(), r"gives 1 writers of the source to nobody \(f0006_06\)"),
+        (lambda m, names: m["b"].append("f9999"), "client b has writer 'f9999', who is not in the source"),
+        (lambda m, names: m.__setitem__("c", []), "client c must have a list of one writer or more"),
+        (lambda m, names: m.__setitem__("../x", m.pop("b")), r"client id '\.\./x' must be letters"),
+    ],
+)
+def test_a_manual_mapping_with_a_fault_is_refused_before_anything_is_written(
+    source: Path, samples: Samples, tmp_path: Path, change: Callable[[Any, list[str]], object], said: str
+) -> None:
+    names = sorted(samples)
+    mapping = {"a": names[:3], "b": names[3:]}
+    change(mapping, names)
+    (tmp_path / "mapping.json").write_text(json.dumps(mapping))
+    with pytest.raises(DataError, match=said):
+        write_shards(source, tmp_path / "shards", "manual", mapping=tmp_path / "mapping.json")
+    assert not (tmp_path / "shards").exists()
+
+
+def test_a_client_named_twice_in_a_mapping_is_refused(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "mapping.json").write_text('{"a": ["f0000_00"], "a": ["f0001_01"]}')
+    with pytest.raises(DataError, match="names client a twice"):
+        write_shards(source, tmp_path / "shards", "manual", mapping=tmp_path / "mapping.json")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"strategy": "dirichlet", "clients": 2}, "choose one of round_robin, random, natural, manual"),
+        ({"strategy": "random"}, "set clients between 1 and 7"),
+        ({"strategy": "natural", "clients": 8}, "clients=8 cannot share 7 writers"),
+        ({"strategy": "round_robin", "clients": 0}, "clients=0"),
+        ({"strategy": "manual"}, "needs a mapping file"),
+        ({"strategy": "random", "clients": 2, "val_fraction": 0.5, "test_fraction": 0.5}, "no training samples"),
+        ({"strategy": "random", "clients": 2, "val_fraction": -0.1}, "at least 0"),
+    ],
+)
+def test_settings_that_cannot_be_met_are_refused(
+    source: Path, tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(DataError, match=said):
+        write_shards(source, tmp_path / "shards", **settings)
+
+
+def test_every_writer_is_in_each_split_in_proportion(source: Path, samples: Samples, tmp_path: Path) -> None:
+    made = write_shards(source, tmp_path / "shards", "natural", val_fraction=0.2, test_fraction=0.1)
+    for client, (name, (_, labels)) in zip(made, sorted(samples.items()), strict=True):
+        count = len(labels)
+        sizes = {"val": round(count * 0.2 + 1e-9), "test": round(count * 0.1 + 1e-9)}
+        assert made[client].num_samples == {"train": count - sum(sizes.values()), **sizes}, name
+
+
+def test_a_writers_split_is_the_same_whichever_client_has_it(source: Path, shards: Manifest, tmp_path: Path) -> None:
+    natural = write_shards(source, tmp_path / "natural", "natural", seed=1)
+    other_seed = write_shards(source, tmp_path / "other", "natural", seed=2)
+    assert rows_of(natural, "test") == rows_of(shards, "test")
+    assert rows_of(natural, "test") != rows_of(other_seed, "test")
+
+
+def test_writers_of_equal_size_are_cut_by_draws_of_their_own(tmp_path: Path) -> None:
+    images, labels = draw_samples(40)["f0000_00"]
+    twins = write_leaf(tmp_path / "leaf", as_leaf({"a": (images, labels), "b": (images, labels)}))
+    made = write_shards(twins, tmp_path / "shards", "natural")
+    tests = [load_file(made.shard_path(client) / "test.safetensors")["images"] for client in made]
+    assert tests[0].shape == tests[1].shape
+    assert not np.array_equal(tests[0], tests[1])
+
+
+def test_the_test_samples_of_leafs_own_split_stay_the_test_split(tmp_path: Path) -> None:
+    own, held_out = draw_samples(20, 10), draw_samples(5, 4, seed=8)
+    write_leaf(tmp_path / "leaf/train", as_leaf(own), "a.json")
+    write_leaf(tmp_path / "leaf/test", as_leaf(held_out), "b.json")
+    made = write_shards(tmp_path / "leaf", tmp_path / "shards", "natural")
+    assert rows_of(made, "test") == sum((rows(*pair) for pair in held_out.values()), Counter())
+    assert rows_of(made, "train", "val") == sum((rows(*pair) for pair in own.values()), Counter())
+    assert [made[client].num_samples["val"] for client in made] == [2, 1]
+
+
+def test_a_client_without_training_samples_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    write_leaf(tmp_path / "leaf/train", as_leaf(draw_samples(9)), "a.json")
+    write_leaf(tmp_path / "leaf/test", as_leaf(draw_samples(9, prefix="g")), "b.json")
+    with pytest.raises(DataError, match=r"client 1 would have no training sample \(writers g0000_00\)"):
+        write_shards(tmp_path / "leaf", tmp_path / "shards", "natural")
+    assert not (tmp_path / "shards").exists()
+
+
+def test_whole_numbers_and_floats_give_identical_shards(source: Path, samples: Samples, tmp_path: Path) -> None:
+    whole = write_leaf(tmp_path / "whole", as_leaf(samples, scale=1))
+    write_shards(source, tmp_path / "a", "random", clients=3)
+    write_shards(whole, tmp_path / "b", "random", clients=3)
+    assert content_of(tmp_path / "a") == content_of(tmp_path / "b")
+
+
+def test_arrays_and_leaf_hold_the_same_samples_with_the_same_clients(
+    source: Path, samples: Samples, tmp_path: Path
+) -> None:
+    arrays = write_arrays(tmp_path / "arrays", samples)
+    made = [write_shards(path, tmp_path / f"{i}", "random", clients=3) for i, path in enumerate([source, arrays])]
+    assert writers_of(made[0]) == writers_of(made[1])
+    assert rows_of(made[0], *SPLITS) == rows_of(made[1], *SPLITS)
+
+
+def test_the_tensors_are_plain_safetensors_of_the_promised_kind(shards: Manifest) -> None:
+    for client in shards:
+        for split in SPLITS:
+            tensors = load_file(shards.shard_path(client) / f"{split}.safetensors")
+            count = shards[client].num_samples[split]
+            assert {name: (str(t.dtype), t.shape) for name, t in tensors.items()} == {
+                "images": ("uint8", (count, 28, 28)),
+                "labels": ("int64", (count,)),
+            }
+
+
+def test_preparing_shards_needs_no_torch(source: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from flapp.data import write_shards, DistributedShardLoader;"
+        "m = write_shards(Path(sys.argv[1]), Path(sys.argv[2]), 'natural');"
+        "DistributedShardLoader(m.shard_path('0')); print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(source), str(tmp_path / "shards")]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "False\n"
+
+
+def test_shards_and_the_exported_artifacts_train_the_same_model(shards: Manifest, tmp_path: Path) -> None:
+    path = export_artifacts(shards.path, tmp_path / "femnist")
+    partition = load_partition(path)
+
+    def model_of(dataset: Any, indices: np.ndarray) -> torch.nn.Module:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 62))
+        loader = ClientLoader(dataset, indices, batch_size=8, seed=3)
+        train(model, loader, torch.optim.SGD(model.parameters(), lr=0.1), epochs=2)
+        return model
+
+    for split, artifact in (("train", "train"), ("val", "train"), ("test", "test")):
+        shared = OfflineDataset(tmp_path / "femnist" / artifact)
+        assert shared.classes == shard_dataset.ShardSplit.classes
+        for client in shards:
+            own = DistributedShardLoader(shards.shard_path(client)).split(split)
+            indices = getattr(partition, split)[int(client)]
+            assert torch.equal(shared.images[indices], own.images)
+            assert torch.equal(shared.labels[indices], own.labels)
+            a, b = model_of(own, np.arange(len(own))), model_of(shared, indices)
+            assert all(torch.equal(a.state_dict()[key], b.state_dict()[key]) for key in a.state_dict())
+    assert partition.requested.tolist() == [list(shards[client].label_hist) for client in shards]
+    assert sum(map(len, partition.train)) == shards.facts["totals"]["train"]
+
+
+def test_a_shard_that_is_not_the_manifests_is_not_exported(source: Path, shards: Manifest, tmp_path: Path) -> None:
+    other = write_shards(source, tmp_path / "other", "round_robin", clients=3, seed=9)
+    os.rename(shards.shard_path("1"), tmp_path / "aside")
+    os.rename(other.shard_path("1"), shards.folder / "client_1")
+    with pytest.raises(DataError, match="is not the shard that"):
+        export_artifacts(shards.path, tmp_path / "femnist")
+
+
+def test_named_clients_cannot_be_exported_as_a_partition(source: Path, samples: Samples, tmp_path: Path) -> None:
+    (tmp_path / "mapping.json").write_text(json.dumps({"a": sorted(samples)}))
+    made = write_shards(source, tmp_path / "shards", "manual", mapping=tmp_path / "mapping.json")
+    assert load_manifest(made.folder)["a"].writers == 7
+    with pytest.raises(DataError, match="a partition counts them 0 to 0"):
+        export_artifacts(made.path, tmp_path / "femnist")
+
+
+def test_an_export_leaves_no_partition_of_other_samples_behind(source: Path, tmp_path: Path) -> None:
+    first = write_shards(source, tmp_path / "a", "round_robin", 3)
+    stale = export_artifacts(first.path, tmp_path / "data")
+    export_artifacts(write_shards(source, tmp_path / "b", "random", 3).path, tmp_path / "data")
+    assert not stale.exists()

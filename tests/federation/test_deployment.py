@@ -1,0 +1,260 @@
+"""A real federation with TLS: the bytes of a simulation, outsiders kept out, and what is killed comes back."""
+
+import contextlib
+import os
+import re
+import signal
+import ssl
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.conftest import read_lines
+from tests.support.waiting import wait_for
+from tools.certificates import make_server_files, make_site_keys
+from tools.deployment.processes import HOST, TOKEN, Processes, environment, free_port, program
+from tools.deployment.submit import APP
+from tools.deployment.superlink import SuperLink
+from tools.deployment.supervisor import Federation, read_federation
+from tools.federation import online_nodes
+
+pytestmark = pytest.mark.slow
+
+Federate = Callable[..., tuple[dict[str, Any], Path]]
+TOY = ("experiment=toy_regression", "evaluate.every=2")
+
+
+def tool(home: Path, module: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start one of our tools as a user would, from another folder."""
+    env = os.environ | {"FLAPP_HOME": str(home), "PYTHONPATH": str(APP)}
+    command = [sys.executable, "-m", f"tools.{module}", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=home, env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Wait for a tool and return its exit status, and what it said."""
+    out, err = process.communicate(timeout=400)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Return a home with a federation of three sites that runs, secured; afterwards nothing of it is left."""
+    home = tmp_path_factory.mktemp("site")
+    status, said, error = finish(tool(home, "federation", "up", "--clients", "3", "--tls"))
+    assert status == 0, error
+    assert "(TLS, registered keys only): 3 of 3 SuperNodes online" in said
+    token = read_federation(home / "federation").token
+    yield home
+    assert finish(tool(home, "federation", "down"))[0] == 0
+    assert Processes(token).running() == []
+
+
+@pytest.fixture
+def federation(home: Path) -> Federation:
+    """Return what the federation is made of."""
+    return read_federation(home / "federation")
+
+
+def submit(home: Path, name: str, *settings: str) -> subprocess.Popen[str]:
+    """Start a run over the federation."""
+    return tool(home, "run", "deployment=local", "clients=3", f"run_name={name}", *settings)
+
+
+def reached(home: Path, name: str, server_round: int) -> Callable[[], bool]:
+    """Return a condition: a run has trained this round."""
+    path = home / "runs" / name
+
+    def trained() -> bool:
+        if not (path / "metrics.jsonl").exists():
+            return False
+        return any(line["round"] == server_round for line in read_lines(path, "train"))
+
+    return trained
+
+
+def find_processes(federation: Federation, word: str, folder: str) -> Iterator[psutil.Process]:
+    """Yield the processes of the federation with this word in their command line, started for this folder."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            env = process.environ()
+            ours = env.get(TOKEN) == federation.token and env.get("FLWR_HOME", "").endswith(f"/{folder}/flwr")
+            if ours and word in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+
+
+def find_client(federation: Federation, folder: str) -> psutil.Process | None:
+    """Return the process in which a client trains, busy for a while: a fork of what its SuperNode keeps for that."""
+    for process in find_processes(federation, "supernode.py clients", folder):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = process.parent()
+            if parent and parent.cmdline() == process.cmdline() and process.cpu_times().user > 1:
+                return process
+    return None
+
+
+def digest_of(summary: str) -> str:
+    """Return the model's digest from what tools.run says at the end."""
+    found = re.search(r"^model .*sha256 ([0-9a-f]{64})\)$", summary, re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def other_key(folder: Path) -> str:
+    """Return the reason for which who is registered as client 0 is refused."""
+    return f"is registered as client 0 with another key than the one pinned in {folder}/keys/client_0.pub"
+
+
+@pytest.fixture
+def outsider(federation: Federation, tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Return a function that starts a SuperNode of one's own and returns the file of all that it says."""
+    processes = Processes(f"{federation.token}-outsider")
+
+    def start(name: str, *secrets: Path) -> Path:
+        ca, key = map(str, secrets)
+        command = [program("flower-supernode"), "--superlink", federation.address, "--isolation", "subprocess"]
+        command += ["--node-config", 'client-id="0"', "--host", HOST, "--port", str(free_port())]
+        command += ["--root-certificates", ca, "--auth-supernode-private-key", key]
+        env = environment(tmp_path / name, processes.token)
+        with (tmp_path / f"{name}.txt").open("wb") as said:
+            subprocess.Popen(command, env=env, cwd=tmp_path, stdout=said, stderr=said)
+        return tmp_path / f"{name}.txt"
+
+    yield start
+    processes.stop()
+
+
+def test_private_keys_of_a_federation_are_for_their_owner_only(home: Path) -> None:
+    keys = sorted((home / "federation").rglob("*.key"))
+    assert [key.name for key in keys] == ["ca.key", "site.key", "site.key", "site.key", "server.key"]
+    assert {key.stat().st_mode & 0o777 for key in keys} == {0o600}
+
+
+def test_two_runs_at_once_end_in_the_bytes_of_their_simulations(home: Path, federate: Federate) -> None:
+    seeds = ("3", "4")
+    started = [submit(home, f"seed{seed}", *TOY, "num_rounds=2", f"seed={seed}") for seed in seeds]
+    ended = [finish(process) for process in started]
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    alone = [federate(*TOY, "clients=3", "num_rounds=2", f"seed={seed}")[0]["model_sha256"] for seed in seeds]
+    assert [digest_of(said) for _, said, _ in ended] == alone
+
+
+def test_plain_http_and_other_authorities_are_refused(federation: Federation, tmp_path: Path) -> None:
+    with pytest.raises((urllib.error.URLError, ConnectionError)):
+        urllib.request.urlopen(f"http://{federation.address}/", timeout=5)
+    make_server_files(tmp_path, [HOST])
+    context = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
+    with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
+        urllib.request.urlopen(f"https://{federation.address}/", timeout=5, context=context)
+
+
+def test_supernodes_with_a_wrong_ca_a_strange_key_or_anothers_name_are_kept_out(
+    home: Path, federation: Federation, outsider: Callable[..., Path], federate: Federate, tmp_path: Path
+) -> None:
+    folder = home / "federation"
+    make_server_files(tmp_path, [HOST])
+    for name in ("strange", "known"):
+        make_site_keys(tmp_path / name)
+    with SuperLink(federation.address, folder / "ca.crt") as superlink:
+        register = ("supernode", "register", str(tmp_path / "known" / "site.pub"), "--name", "client_0")
+        node = superlink.flwr(*register)["node-id"]
+    strange = outsider("strange", folder / "ca.crt", tmp_path / "strange" / "site.key")
+    wrong = outsider("wrong", tmp_path / "ca.crt", folder / "client_0" / "site.key")
+    outsider("known", folder / "ca.crt", tmp_path / "known" / "site.key")
+    wait_for(lambda: len(online_nodes(folder, federation)) == 4)  # the three, and the one that is registered
+    wait_for(lambda: "Failed to activate SuperNode" in strange.read_text())
+    status, said, error = finish(submit(home, "claimed", *TOY, "num_rounds=1"))
+    assert status == 0, error
+    assert said.splitlines()[-1] == f"refused: node {node}: {other_key(folder)}"
+    assert digest_of(said) == federate(*TOY, "clients=3", "num_rounds=1")[0]["model_sha256"]
+    assert len(online_nodes(folder, federation)) == 4
+    assert "SuperNode ID" not in wrong.read_text()
+
+
+def test_a_client_and_a_supernode_killed_in_a_round_are_named_and_take_part_again(
+    home: Path, federation: Federation
+) -> None:
+    run = submit(home, "killed", "experiment=toy_regression", "train.steps=8000", "num_rounds=40", "evaluate.every=40")
+    wait_for(lambda: reached(home, "killed", 1)() and find_client(federation, "client_1")).kill()
+    (supernode,) = find_processes(federation, "supernode.py --superlink", "client_2")
+    supernode.kill()
+    path = home / "runs" / "killed"
+
+    def came_back() -> bool:
+        lines = read_lines(path, "train")
+        return len(lines) > 2 and lines[-1]["replies"] == 3
+
+    wait_for(came_back)
+    run.send_signal(signal.SIGINT)
+    assert finish(run)[0] == 130
+    failed = [
+        {failure["client"]: failure["reason"] for failure in line["failures"]} for line in read_lines(path, "train")
+    ]
+    assert failed[0] == {}
+    assert failed[1].keys() == {"1", "2"}
+    assert failed[1]["1"] == "failed: its process ended before it answered (killed, or out of memory)"
+    with SuperLink(federation.address, home / "federation" / "ca.crt") as superlink:
+        assert {each["status"] for each in superlink.flwr("list")["runs"]} <= {"finished:completed", "finished:stopped"}
+
+
+def test_a_superlink_killed_comes_back_and_the_run_is_resumed_to_the_same_bytes(
+    home: Path, federation: Federation, federate: Federate
+) -> None:
+    settings = (*TOY, "num_rounds=5", "train.optimizer=sgd", "train.momentum=0.9")
+    run = submit(home, "link", *settings)
+    wait_for(reached(home, "link", 2))
+    (superlink,) = find_processes(federation, "owner_only.py", "superlink")
+    superlink.kill()
+    status, _, error = finish(run)
+    assert status == 1
+    assert error.splitlines()[-1].endswith("run_name=link resume=true")
+    wait_for(lambda: finish(tool(home, "federation", "status"))[0] == 0)
+    status, said, error = finish(submit(home, "link", *settings, "resume=true"))
+    assert status == 0, error
+    undisturbed, _ = federate("clients=3", *settings)
+    assert digest_of(said) == undisturbed["model_sha256"]
+    assert finish(tool(home, "checkpoints", "verify", str(home / "checkpoints")))[0] == 0
+
+
+def test_more_clients_than_sites_are_refused_before_the_run(home: Path) -> None:
+    status, _, error = finish(tool(home, "run", "deployment=local", *TOY, "clients=5"))
+    assert status == 1
+    assert error.splitlines()[-1].endswith("has 3: set clients=3")
+
+
+def test_whoever_unregisters_a_client_and_takes_its_name_does_not_take_its_place(
+    home: Path, federation: Federation, outsider: Callable[..., Path], federate: Federate, tmp_path: Path
+) -> None:
+    folder = home / "federation"
+    make_site_keys(tmp_path / "intruder")
+    with SuperLink(federation.address, folder / "ca.crt") as superlink:
+        honest = re.findall(r"SuperNode ID: (\d+)", (folder / "client_0" / "log.txt").read_text())[-1]
+        superlink.flwr("supernode", "unregister", honest)
+        register = ("supernode", "register", str(tmp_path / "intruder" / "site.pub"), "--name", "client_0")
+        node = superlink.flwr(*register)["node-id"]
+    outsider("intruder", folder / "ca.crt", tmp_path / "intruder" / "site.key")
+    wait_for(lambda: len(online_nodes(folder, federation)) == 3)
+    patience = "strategy.wait_for_clients=10"
+    status, said, error = finish(submit(home, "taken", *TOY, "num_rounds=2", patience, "strategy.min_clients=2"))
+    assert status == 0, error
+    assert said.splitlines()[-1] == f"refused: node {node}: {other_key(folder)}"
+    assert [line["absent"] for line in read_lines(home / "runs" / "taken", "train")] == [["0"], ["0"]]
+    two, _ = federate(
+        *(*TOY, "deployment=local", "num_rounds=2", "strategy.min_clients=2", "strategy.wait_for_clients=0.1"),
+        nodes=[{"client-id": "1"}, {"client-id": "2"}],
+    )
+    assert digest_of(said) == two["model_sha256"]
+    status, _, error = finish(submit(home, "refused", *TOY, patience))
+    assert status == 1
+    assert error.splitlines()[-2] == (
+        f"error: the run cannot start: node {node}: {other_key(folder)}; missing after 10 s: client 0 "
+        "(2 of 3 clients joined)"
+    )

@@ -1,0 +1,257 @@
+"""Who may be which client: keys that are pinned, intruders, and sites that leave and come back."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
+
+from flapp.config.load import compose, differences, to_json
+from flapp.config.schema import ConfigError
+from flapp.server.client_keys import ClientKeys
+from flapp.server.roster import FederationError
+from tests.conftest import LocalGrid, read_lines
+from tools.certificates import make_site_keys
+from tools.deployment.submit import failure, refusals
+
+Federate = Callable[..., tuple[dict[str, Any], Path]]
+TOY = ("experiment=toy_regression", "num_rounds=2", "checkpoint=off", "deployment=local")
+SHORT = ("strategy.min_clients=2", "strategy.wait_for_clients=0.1")
+
+
+def at(*ids: str) -> list[dict[str, Any]]:
+    return [{"client-id": name} for name in ids]
+
+
+def make_key(path: Path) -> bytes:
+    """Make a site's key pair, leave its site.pub at `path`, and return the public key as Flower sends it."""
+    make_site_keys(path.parent / "made" / path.name)
+    content = (path.parent / "made" / path.name / "site.pub").read_bytes()
+    path.write_bytes(content)
+    return load_ssh_public_key(content).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+@pytest.fixture
+def pins(tmp_path: Path) -> Path:
+    (tmp_path / "keys").mkdir()
+    return tmp_path / "keys"
+
+
+@pytest.fixture
+def own(pins: Path) -> list[bytes]:
+    """Return the keys of clients "0" to "2", pinned."""
+    return [make_key(pins / f"client_{i}.pub") for i in range(3)]
+
+
+@pytest.fixture
+def stolen(tmp_path: Path) -> bytes:
+    """Return a key that is pinned for nobody."""
+    return make_key(tmp_path / "intruder.pub")
+
+
+def pinned(pins: Path) -> tuple[str, ...]:
+    return (*TOY, f"deployment.client_keys={pins}")
+
+
+def nodes_of(path: Path) -> dict[str, str]:
+    """Return whom the run's summary says it refused."""
+    return json.loads((path / "metrics.json").read_text())["refused"]
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_node_registered_as_another_client_is_refused_and_the_holder_of_the_key_takes_part(
+    federate: Federate, pins: Path, own: list[bytes], stolen: bytes, first: bool
+) -> None:
+    honest, _ = federate(*TOY, nodes=at("0", "1", "2"))
+    nodes, keys, names = at("0", "1", "2"), own, ["client_0", "client_1", "client_2"]
+    if first:
+        nodes, keys, names = at("0") + nodes, [stolen, *keys], ["client_0", *names]
+    else:
+        nodes, keys, names = nodes + at("0"), [*keys, stolen], [*names, "client_0"]
+    summary, path = federate(*pinned(pins), nodes=nodes, keys=keys, names=names)
+    assert summary["model_sha256"] == honest["model_sha256"]
+    (refused,) = nodes_of(path).items()
+    assert refused[0].startswith("node ")
+    assert refused[1] == f"is registered as client 0 with another key than the one pinned in {pins}/client_0.pub"
+    assert read_lines(path, "roster")[0]["refused"] == dict([refused])
+    assert refusals(summary) == f"refused: {refused[0]}: {refused[1]}"
+
+
+def test_without_its_holder_a_client_is_missing_and_not_the_intruder(
+    federate: Federate, pins: Path, own: list[bytes], stolen: bytes
+) -> None:
+    two, _ = federate(*TOY, *SHORT, nodes=at("1", "2"))
+    nodes, keys, names = at("0", "1", "2"), [stolen, *own[1:]], ["client_0", "client_1", "client_2"]
+    summary, path = federate(*pinned(pins), *SHORT, nodes=nodes, keys=keys, names=names)
+    assert summary["model_sha256"] == two["model_sha256"]
+    assert [line["absent"] for line in read_lines(path, "train")] == [["0"], ["0"]]
+    said = r"start: node \d+: is registered as client 0 .*; missing after 0.1 s: client 0 \(2 of 3 clients joined\)"
+    with pytest.raises(FederationError, match=said):
+        federate(*pinned(pins), SHORT[1], nodes=nodes, keys=keys, names=names)
+
+
+def test_a_client_may_not_claim_to_be_another_with_its_own_pinned_key(
+    federate: Federate, pins: Path, own: list[bytes]
+) -> None:
+    honest, _ = federate(*TOY, nodes=at("0", "1", "2"))
+    more = make_key(pins / "client_3.pub")
+    cheated, path = federate(*pinned(pins), nodes=at("0", "0", "1", "2"), keys=[more, *own])
+    assert cheated["model_sha256"] == honest["model_sha256"]
+    assert list(nodes_of(path).values()) == ["claims client 0 with the key pinned for client 3"]
+
+
+def test_a_node_without_a_pinned_key_is_sent_nothing(
+    federate: Federate, pins: Path, own: list[bytes], stolen: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grids = []
+    push = LocalGrid.push_messages
+
+    def watched(grid: LocalGrid, messages: Any) -> Any:
+        grids.append(grid)
+        return push(grid, messages)
+
+    monkeypatch.setattr(LocalGrid, "push_messages", watched)
+    _, path = federate(*pinned(pins), nodes=at("0", "1", "2", "0"), keys=[*own, stolen])
+    (intruder,) = (node for node, key in grids[0].keys.items() if key == stolen)
+    assert intruder not in {message.metadata.dst_node_id for message in grids[0].sent}
+    assert nodes_of(path) == {f"node {intruder}": f"has a key that is pinned for no client in {pins}"}
+
+
+def test_an_intruder_that_comes_during_the_run_is_reported_and_the_client_returns_with_its_key(
+    federate: Federate, pins: Path, own: list[bytes], stolen: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attack: in round 2 the honest node is unregistered and another comes by its name; in round 4 it is back."""
+    asked = iter(range(1000))
+
+    def online(grid: LocalGrid) -> list[int]:
+        zero, one, two, intruder = grid.nodes
+        look = next(asked)
+        return [zero, one, two] if look < 2 else [intruder, one, two] if look < 4 else [intruder, zero, one, two]
+
+    monkeypatch.setattr(LocalGrid, "get_node_ids", online)
+    settings = (*pinned(pins), "num_rounds=5", "evaluate.every=5")
+    names = ["client_0", "client_1", "client_2", "client_0"]
+    _, path = federate(*settings, nodes=at("0", "1", "2", "0"), keys=[*own, stolen], names=names)
+    assert [line["absent"] for line in read_lines(path, "train")] == [[], ["0"], ["0"], [], []]
+    assert [line["replies"] for line in read_lines(path, "train")] == [3, 2, 2, 3, 3]
+    assert read_lines(path, "roster")[0]["refused"] == {}
+    (line,) = read_lines(path, "refused")
+    assert line["round"] == 2
+    assert line["refused"] == nodes_of(path)
+    assert list(line["refused"].values()) == [
+        f"is registered as client 0 with another key than the one pinned in {pins}/client_0.pub"
+    ]
+
+
+def test_a_client_without_a_pinned_key_is_refused_by_name(federate: Federate, pins: Path, own: list[bytes]) -> None:
+    (pins / "client_1.pub").unlink()
+    summary, path = federate(*pinned(pins), nodes=at("0", "1", "2"), keys=own)
+    assert nodes_of(path)["1"] == f"has no pinned key: copy its site.pub to {pins}/client_1.pub"
+    assert read_lines(path, "train")[0]["replies"] == 2
+    assert f"refused: client 1: has no pinned key: copy its site.pub to {pins}/client_1.pub" in refusals(summary)
+    own[1] = make_key(pins / "client_1.pub")  # the fix
+    _, path = federate(*pinned(pins), nodes=at("0", "1", "2"), keys=own)
+    assert read_lines(path, "train")[0]["replies"] == 3
+
+
+def test_comments_and_blanks_in_a_key_file_do_not_matter(federate: Federate, pins: Path, own: list[bytes]) -> None:
+    kind, key = (pins / "client_0.pub").read_text().split()
+    (pins / "client_0.pub").write_text(f"{kind} {key}   site 0 of the study\n\n")
+    (pins / "README").write_text("other files are left alone")
+    _, path = federate(*pinned(pins), nodes=at("0", "1", "2"), keys=own)
+    assert nodes_of(path) == {}
+
+
+def test_a_folder_of_keys_that_cannot_be_used_is_refused_with_the_fix(pins: Path) -> None:
+    def refusal() -> str:
+        with pytest.raises(ConfigError) as caught:
+            ClientKeys(pins)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert refusal().endswith("has no client_<id>.pub file: copy each site's site.pub into it")
+    make_key(pins / "client_0.pub")
+    ClientKeys(pins)
+    (pins / "client_1.pub").write_bytes((pins / "client_0.pub").read_bytes())
+    assert refusal().endswith("client_1.pub are the same key: give each site a key of its own")
+    other = ed25519.Ed25519PrivateKey.generate().public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    for content in (b"", b"nonsense", other, b"ssh-rsa AAAA", (pins / "client_0.pub").read_bytes()[:60]):
+        (pins / "client_1.pub").write_bytes(content)
+        assert refusal().startswith(f"{pins}/client_1.pub is not a public key of an elliptic curve (")
+    (pins / "client_1.pub").unlink()
+    (pins / "client_1.pub").mkdir()
+    assert f"{pins}/client_1.pub cannot be read (Is a directory)" in refusal()
+    pins.rename(pins.parent / "elsewhere")
+    assert refusal() == (
+        f"deployment.client_keys={pins}: {pins} cannot be read (No such file or directory): "
+        "give a folder of client_<id>.pub files"
+    )
+
+
+def test_keys_of_nodes_that_cannot_be_read_belong_to_nobody(pins: Path, own: list[bytes]) -> None:
+    keys = ClientKeys(pins)
+    assert [keys.owner(key) for key in own] == ["0", "1", "2"]
+    assert keys.owner(own[0].strip() + b"\n\n") == "0"
+    other = ec.generate_private_key(ec.SECP384R1()).public_key()
+    assert keys.owner(other.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)) is None
+    assert keys.owner(b"") is None
+    assert keys.owner(own[0][:40]) is None
+
+
+def test_a_simulation_has_no_keys_to_pin() -> None:
+    with pytest.raises(ConfigError, match="simulated nodes have none: leave it out, or set deployment=local"):
+        compose(["deployment.client_keys=/keys"])
+    with pytest.raises(ConfigError, match="client_keys=keys is relative"):
+        compose(["deployment=local", "deployment.client_keys=keys"])
+
+
+def test_a_run_with_the_former_setting_for_names_can_be_resumed() -> None:
+    config = compose(["deployment=local"])
+    before = json.loads(to_json(config))
+    before["deployment"].pop("client_keys")
+    before["deployment"]["named_clients"] = True
+    assert differences(before, config) == []
+
+
+def test_a_summary_names_the_first_refused_and_counts_the_rest(federate: Federate) -> None:
+    summary, path = federate(*TOY, "clients=30", *SHORT, nodes=at("0", "1", *map(str, range(100, 125))))
+    assert len(summary["refused"]) == 20
+    assert refusals(summary).endswith("; and 5 more")
+    assert len(read_lines(path, "roster")[0]["refused"]) == 25
+
+
+def test_of_two_claims_for_one_id_a_faulty_one_does_not_keep_the_sound_one_out(federate: Federate) -> None:
+    alone, _ = federate(*TOY, nodes=at("0", "1", "2"))
+    nodes = [*at("0", "1", "2"), {"client-id": "2", "home": "/dev/null/home"}]
+    twins, path = federate(*TOY, nodes=nodes)
+    assert twins["model_sha256"] == alone["model_sha256"]
+    assert read_lines(path, "roster")[0]["refused"] == {}
+
+
+def test_a_site_that_comes_back_as_a_new_node_is_let_in_once_its_old_node_is_gone(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = iter(range(1000))
+
+    def online(grid: LocalGrid) -> list[int]:
+        *first, old, new = grid.nodes
+        look = next(asked)
+        return [*first, old] if look == 0 else [*first, old, new] if look == 1 else [*first, new]
+
+    monkeypatch.setattr(LocalGrid, "get_node_ids", online)
+    _, path = federate(*TOY, "evaluate.every=1", nodes=at("0", "1", "2", "2"))
+    first, second = read_lines(path, "train")
+    assert (first["replies"], second["replies"]) == (3, 3)
+    assert [line["absent"] for line in read_lines(path, "train")] == [[], []]
+
+
+def test_the_error_of_a_failed_run_says_who_was_refused_once() -> None:
+    refused = {"node 7": "has a key that is pinned for no client in /keys"}
+    said = "refused: node 7: has a key that is pinned for no client in /keys"
+    summary = {"error": "round 3: no client is present", "refused": refused, "refused_count": 1}
+    assert str(failure(summary)) == f"round 3: no client is present ({said})"
+    assert str(failure(summary | {"error": f"the run cannot start, {said}"})) == f"the run cannot start, {said}"
+    assert str(failure({"error": "no disk"})) == "no disk"

@@ -1,0 +1,261 @@
+"""The same settings end in the same bytes in every runtime, also when clients fail and when the run is killed."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, Error, Message
+
+from flapp.config.load import compose, to_json
+from flapp.messages import TRAIN, HeldArray
+from tests.conftest import read_lines
+from tests.server.test_inline import PYTORCHS, SECONDS, left_running
+from tests.support.waiting import wait_for
+from tools import federation
+from tools.deployment import submit
+from tools.deployment.superlink import CONNECTION, PrivateSuperLink
+
+Federate = Callable[..., tuple[dict[str, Any], Path]]
+Run = Callable[..., Path]
+TOY = ("experiment=toy_regression", "partition.min_size=1", "num_rounds=2", "evaluate.every=2", "checkpoint=off")
+WIDE = (*TOY, "clients=70")  # in groups of 4
+LORA = (
+    "experiment=digits_fedlora",
+    "model.pretrained=null",
+    "model=vit_tiny",
+    "num_rounds=2",
+    "train.epochs=1",
+    "train.steps=1",
+    "partition=iid",
+    "partition.min_size=1",
+    "evaluate.every=2",
+    "evaluate.personal_epochs=0",
+    "strategy.fraction_evaluate=0.1",
+    "checkpoint=off",
+)
+RULES = ("rolora", "flora")  # one whose groups send sums, one whose groups send each client's tensors
+SITES = 4
+
+
+def digest_of(path: Path) -> str:
+    summary = json.loads((path / "metrics.json").read_text())
+    assert summary["status"] == "finished"
+    return str(summary["model_sha256"])
+
+
+@pytest.fixture(scope="module")
+def compose_run(data_home: Path) -> Callable[..., Any]:
+    """Return a function that composes settings of a run with a name of its own, over the home of all tests."""
+    numbers = iter(range(1000))
+    return lambda *words: compose([f"home={data_home}", f"run_name=runtimes-{next(numbers)}", *words])
+
+
+@pytest.fixture(scope="module")
+def run_inline(compose_run: Callable[..., Any]) -> Run:
+    """Return a function that runs settings with deployment=inline and returns the run's folder."""
+
+    def run(*words: str, workers: int = 2) -> Path:
+        return Path(submit.run_once(compose_run(*words, f"deployment.workers={workers}"))["run_dir"])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def superlink() -> Iterator[PrivateSuperLink]:
+    """Return a SuperLink for all simulations."""
+    with PrivateSuperLink() as superlink:
+        yield superlink
+    assert superlink.processes.running() == []
+
+
+def flwr_run(superlink: PrivateSuperLink, path: Path, *words: str) -> Path:
+    """Have `flwr run` run the app from another folder, wait until it has ended, and return the run's folder."""
+    run_id = superlink.flwr("run", str(submit.APP), CONNECTION, *words)["run-id"]
+    wait_for(lambda: (path / "metrics.json").exists() or superlink.status(run_id)[0].startswith("finished"))
+    wait_for(lambda: superlink.status(run_id)[0].startswith("finished"))
+    assert superlink.status(run_id)[0] == "finished:completed"
+    return path
+
+
+@pytest.fixture
+def simulate(superlink: PrivateSuperLink, compose_run: Callable[..., Any], tmp_path: Path) -> Run:
+    """Return a function that runs settings in Ray with so many nodes and returns the run's folder."""
+
+    def run(*words: str, nodes: int) -> Path:
+        settings = compose_run(*words, "deployment=simulation")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(submit, "count_messages", lambda _: nodes)
+            size = submit.simulation_words(settings)
+        file = tmp_path / f"{settings.run_name}.toml"
+        file.write_text(f"config-json = {json.dumps(to_json(settings))}\n")
+        path = settings.runs_dir / settings.run_name
+        return flwr_run(superlink, path, "-c", str(file), "--federation-config", size)
+
+    return run
+
+
+# One settings file, one SHA-256
+
+
+@pytest.fixture(scope="module")
+def wide(run_inline: Run) -> str:
+    """Return the digest of WIDE, run without workers."""
+    return digest_of(run_inline(*WIDE, workers=0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_any_number_of_workers_gives_the_same_bytes(run_inline: Run, wide: str, workers: int) -> None:
+    assert digest_of(run_inline(*WIDE, workers=workers)) == wide
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [7, 50])
+def test_any_number_of_simulated_nodes_gives_the_same_bytes(simulate: Run, wide: str, nodes: int) -> None:
+    assert digest_of(simulate(*WIDE, nodes=nodes)) == wide
+
+
+@pytest.mark.slow
+def test_flwr_run_with_its_two_nodes_gives_the_same_bytes(
+    superlink: PrivateSuperLink, data_home: Path, wide: str
+) -> None:
+    words = " ".join([*WIDE, f"home={data_home}", "run_name=runtimes-plain"])
+    path = flwr_run(superlink, data_home / "runs" / "runtimes-plain", "-c", f'overrides="{words}"')
+    assert digest_of(path) == wide
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+def test_adapters_in_groups_are_the_same_bytes_inline_and_simulated(run_inline: Run, simulate: Run, rule: str) -> None:
+    words = (*LORA, "clients=33", f"strategy.aggregation={rule}")
+    assert digest_of(simulate(*words, nodes=3)) == digest_of(run_inline(*words))
+
+
+@pytest.mark.slow
+def test_supernodes_give_the_same_bytes(run_inline: Run, compose_run: Callable[..., Any], tmp_path: Path) -> None:
+    cases = [TOY, *((*LORA, "num_rounds=1", f"strategy.aggregation={rule}") for rule in RULES)]
+    cases = [(*words, f"clients={SITES}", "strategy.fraction_evaluate=0.1") for words in cases]
+    folder = tmp_path / "federation"
+    local = ("deployment=local", f"deployment.federation={folder}")
+    expected = [digest_of(run_inline(*words)) for words in cases]
+    try:
+        assert federation.main(["up", "--clients", str(SITES), "--folder", str(folder)]) == 0
+        settings = [compose_run(*words, *local) for words in cases]
+        with ThreadPoolExecutor() as pool:  # side by side, because Flower's polling takes most of the time
+            found = [summary["model_sha256"] for summary in pool.map(submit.run_once, settings)]
+    finally:
+        federation.main(["down", "--folder", str(folder)])
+    assert found == expected
+
+
+def test_an_array_over_a_models_numbers_travels_as_a_plain_array() -> None:
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    held, plain = HeldArray(values), Array(values)
+    assert held.deflate() == plain.deflate()
+    assert held.object_id == plain.object_id
+
+
+# Failing clients
+
+
+@pytest.mark.slow
+def test_one_failing_client_in_ten_is_named_and_the_others_give_the_same_bytes(
+    run_inline: Run, simulate: Run, compose_run: Callable[..., Any], data_home: Path, federate: Federate
+) -> None:
+    words = (*TOY, "clients=50", "checkpoint=recent", "checkpoint.on_error=fail")  # in groups of 3
+    failing = {str(i) for i in range(3, 50, 10)}
+
+    def obstructed(name: str) -> str:
+        """Put a file in the place of the folder in which a failing client keeps its store."""
+        stores = data_home / "checkpoints" / name
+        stores.mkdir(parents=True)
+        for client in failing:
+            (stores / f"client_{client}").touch()
+        return f"run_name={name}"
+
+    paths = [
+        run_inline(*words, obstructed("runtimes-failing-inline")),
+        simulate(*words, obstructed("runtimes-failing-simulated"), nodes=7),
+    ]
+    for path in paths:
+        for line in read_lines(path, "train"):
+            assert {failure["client"] for failure in line["failures"]} == failing
+            assert line["replies"] == 45
+            for failure in line["failures"]:
+                assert f"checkpoints/{path.name}/client_{failure['client']}" in failure["reason"]
+
+    def silence(name: str, reply: Message) -> Message:
+        is_left_out = name in failing and reply.metadata.message_type == TRAIN
+        return Message(Error(code=1, reason="left"), reply_to=reply) if is_left_out else reply
+
+    without, _ = federate(*words, "checkpoint=off", tamper=silence)
+    assert [digest_of(path) for path in paths] == [without["model_sha256"]] * 2
+
+
+# kill -9
+
+
+KILLS, ROUNDS = 10, 30
+
+
+@pytest.fixture
+def start_run(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Return a function that starts tools.run with a home and a temporary folder of its own."""
+    (tmp_path / "tmp").mkdir()
+    env = os.environ | {"FLAPP_HOME": str(tmp_path), "PYTHONPATH": str(submit.APP), "TMPDIR": str(tmp_path / "tmp")}
+    started = []
+
+    def start(*words: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "tools.run", *words]
+        with (tmp_path / "said.txt").open("wb") as said:
+            started.append(subprocess.Popen(command, cwd=tmp_path, env=env, stdout=said, stderr=said))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_run_killed_ten_times_at_random_moments_ends_in_the_undisturbed_bytes(
+    start_run: Callable[..., subprocess.Popen[bytes]], tmp_path: Path, run_inline: Run
+) -> None:
+    words = (*WIDE, f"num_rounds={ROUNDS}", f"evaluate.every={ROUNDS}", "train.steps=10")
+    command = (*words, "run_name=killed", "deployment.workers=2")
+    draw, path, shared = random.Random(0), tmp_path / "runs" / "killed", set(os.listdir("/dev/shm"))
+    metrics = path / "metrics.jsonl"
+
+    def trained() -> int:
+        return metrics.read_text().count('"kind": "train"') if metrics.exists() else 0
+
+    for kill in range(KILLS):
+        before = trained()
+        process = start_run(*command, *(["resume=true"] if kill else []))
+        if kill % 3 == 1:  # also while it is starting
+            time.sleep(draw.uniform(0, 3))
+        else:
+            end = time.monotonic() + SECONDS
+            while trained() <= before:
+                assert process.poll() is None, (tmp_path / "said.txt").read_text()
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 0.2))
+        assert process.poll() is None, (tmp_path / "said.txt").read_text()
+        process.kill()
+        process.wait()
+        wait_for(lambda: not left_running(tmp_path))
+        assert set(os.listdir("/dev/shm")) <= shared
+    assert start_run(*command, "resume=true").wait(SECONDS) == 0, (tmp_path / "said.txt").read_text()
+    assert digest_of(path) == digest_of(run_inline(*words))
+    assert [line["round"] for line in read_lines(path, "train")] == list(range(1, ROUNDS + 1))
+    wait_for(lambda: {each.name for each in (tmp_path / "tmp").iterdir()} <= PYTORCHS, SECONDS)

@@ -1,0 +1,252 @@
+"""Federations over shards: each client reads its own folder, the server checks every claim against the manifest."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Message
+
+from flapp import messages
+from flapp.data.shards.build import export_artifacts, write_shards
+from flapp.data.shards.manifest import load_manifest
+from flapp.server.roster import FederationError
+from tests.conftest import read_clients, read_lines
+from tests.support.claims import set_claim
+from tests.support.leaf_files import Samples, as_leaf, write_leaf
+
+Federate = Callable[..., tuple[dict[str, Any], Path]]
+CLIENTS = 4
+
+
+def draw_digits(writers: int, count: int) -> Samples:
+    """Draw samples that can be learned: of a class, one block of pixels is dark, under noise."""
+    rng = np.random.default_rng(0)
+    drawn = {}
+    for writer in range(writers):
+        labels = rng.integers(0, 10, count)
+        images = rng.integers(200, 256, (count, 28, 28)).astype(np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            row, column = divmod(int(label), 4)
+            image[row * 9 : row * 9 + 9, column * 7 : column * 7 + 7] //= 4
+        drawn[f"w{writer:02d}"] = (images.reshape(count, 784), labels)
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def femnist(data_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return home/data/femnist with shards of four clients, and the same samples as a shared artifact."""
+    folder = data_home / "data" / "femnist"
+    source = write_leaf(tmp_path_factory.mktemp("raw"), as_leaf(draw_digits(CLIENTS, 60)))
+    manifest = write_shards(source, folder / "shards", "natural", CLIENTS)
+    export_artifacts(manifest.path, folder)
+    return folder
+
+
+SHARDS = (
+    "experiment=femnist_fedavg",
+    f"clients={CLIENTS}",
+    "num_rounds=2",
+    "strategy.fraction_train=1.0",
+    "model=linear",
+    "evaluate.every=1",
+)
+
+
+def at_sites(folder: Path, ids: str = "0123") -> list[dict[str, Any]]:
+    return [{"client-id": i, "shard-path": str(folder / "shards" / f"client_{i}")} for i in ids]
+
+
+def claim_of(client_id: str, **lies: Any) -> Callable[[str, Message], Message]:
+    """Return a tamper function that changes one client's claim when it is attested."""
+
+    def tamper(name: str, reply: Message) -> Message:
+        set_claim(reply.content, client_id, **lies)
+        return reply
+
+    return tamper
+
+
+def test_shards_and_the_shared_artifact_give_the_same_bytes(federate: Federate, femnist: Path) -> None:
+    own, path = federate(*SHARDS)
+    shared, _ = federate(*SHARDS, "distributed_data.enabled=false")
+    sites, _ = federate(*SHARDS, nodes=at_sites(femnist))
+    assert own["model_sha256"] == shared["model_sha256"] == sites["model_sha256"]
+    assert own["accuracy"] == shared["accuracy"]
+    assert read_lines(path, "roster")[0]["clients"] == CLIENTS
+
+
+def test_femnist_over_shards_learns(federate: Federate, femnist: Path) -> None:
+    summary, path = federate(*SHARDS, "model=cnn", "num_rounds=4", "train.lr=0.05", "evaluate.personal_epochs=0")
+    losses = [line["loss"] for line in read_lines(path, "evaluate")]
+    assert losses[-1] < losses[0]
+    assert summary["accuracy"] > 0.3  # chance is 0.1 over the ten classes drawn
+
+
+def test_streaming_reads_the_same_samples(federate: Federate, femnist: Path) -> None:
+    streamed, path = federate(*SHARDS, "distributed_data.streaming=true", "num_rounds=3")
+    again, _ = federate(*SHARDS, "distributed_data.streaming=true", "num_rounds=3")
+    assert streamed["model_sha256"] == again["model_sha256"]
+    losses = [line["loss"] for line in read_lines(path, "evaluate")]
+    assert losses[-1] < losses[0]
+
+
+def test_the_best_round_by_the_shards_validation_samples_costs_no_training_sample(
+    federate: Federate, femnist: Path
+) -> None:
+    settings = (*SHARDS, "num_rounds=6", "train.lr=5.0", "evaluate.select=best")
+    own, path = federate(*settings)
+    shared, other = federate(*settings, "distributed_data.enabled=false")
+    assert own["model_sha256"] == shared["model_sha256"]
+    assert own["selected_round"] == shared["selected_round"] < 6
+    samples = load_manifest(femnist / "shards").facts["totals"]
+    for run in (path, other):
+        held = read_clients(run).values()
+        assert {split: sum(each[split] for each in held) for split in ("train", "val", "test")} == {
+            split: samples[split] for split in ("train", "val", "test")
+        }
+    measured = ("accuracy", "val_accuracy", "val_loss", "val_personal_accuracy")
+    lines, others = read_lines(path, "evaluate"), read_lines(other, "evaluate")
+    assert [[line[key] for key in measured] for line in lines] == [[line[key] for key in measured] for line in others]
+    assert own["val_accuracy"] == max(line["val_accuracy"] for line in lines)
+
+
+def test_a_streamed_shards_validation_samples_choose_as_those_in_memory_do(federate: Federate, femnist: Path) -> None:
+    streamed, path = federate(*SHARDS, "distributed_data.streaming=true", "evaluate.select=best", "train.lr=5.0")
+    lines = read_lines(path, "evaluate")
+    best = max(lines, key=lambda line: line["val_accuracy"])
+    assert (streamed["selected_round"], streamed["val_accuracy"]) == (best["round"], best["val_accuracy"])
+    assert streamed["accuracy"] == best["accuracy"]
+    untrained = ("num_rounds=1", "train.lr=1e-30", "evaluate.personal_epochs=0")
+    found = [federate(*SHARDS, *untrained, f"distributed_data.streaming={how}")[0] for how in ("true", "false")]
+    assert found[0]["val_loss"] == pytest.approx(found[1]["val_loss"])
+
+
+def test_a_client_on_anothers_shard_refuses_itself(federate: Federate, femnist: Path) -> None:
+    nodes = at_sites(femnist)
+    nodes[1]["shard-path"] = nodes[2]["shard-path"]
+    _, path = federate(*SHARDS, nodes=nodes)
+    refused = read_lines(path, "roster")[0]["refused"]
+    assert list(refused) == ["1"]
+    assert "is the shard of client 2, not of client 1" in refused["1"]
+
+
+@pytest.mark.parametrize(
+    ("lies", "reason"),
+    [
+        ({"train": 7, "label_hist": [7] + [0] * 61}, "claims 7 train samples, the manifest says"),
+        ({"val": 99}, "claims 99 val samples, the manifest says"),
+        ({"test": 99}, "claims 99 test samples, the manifest says"),
+        ({"label_hist": [48] + [0] * 61}, "claims another label histogram than the manifest says"),
+        ({"shard_digest": "0" * 64}, "its shard has digest 000000000000, the manifest says"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_the_server_refuses_a_claim_that_is_not_the_manifests(
+    federate: Federate, femnist: Path, lies: dict[str, Any], reason: str
+) -> None:
+    _, path = federate(*SHARDS, tamper=claim_of("3", **lies))
+    refused = read_lines(path, "roster")[0]["refused"]
+    assert list(refused) == ["3"]
+    assert reason in refused["3"]
+    assert read_lines(path, "train")[0]["asked"] == CLIENTS - 1
+
+
+def test_without_strict_check_the_server_warns_and_goes_on(federate: Federate, femnist: Path) -> None:
+    _, path = federate(*SHARDS, "distributed_data.strict_check=false", tamper=claim_of("3", val=99))
+    line = read_lines(path, "roster")[0]
+    assert line["refused"] == {}
+    assert "claims 99 val samples" in line["warnings"]["3"]
+    assert read_lines(path, "train")[0]["asked"] == CLIENTS
+
+
+def test_a_reply_over_other_data_than_the_manifests_is_left_out(federate: Federate, femnist: Path) -> None:
+    def tamper(name: str, reply: Message) -> Message:
+        if name == "2" and messages.ARRAYS in reply.content.array_records:
+            reply.content.config_records[messages.CLAIM]["shard-digest"] = "0" * 64
+        return reply
+
+    _, path = federate(*SHARDS, tamper=tamper)
+    (failure,) = read_lines(path, "train")[0]["failures"]
+    assert failure["client"] == "2"
+    own = load_manifest(femnist / "shards")["2"].digest
+    assert failure["reason"] == f"its data changed: shard digest {'0' * 12}, attested as {own[:12]}"
+
+
+def test_counts_in_a_reply_which_only_an_answer_to_attest_has_are_refused(federate: Federate, femnist: Path) -> None:
+    def tamper(name: str, reply: Message) -> Message:
+        if name == "2" and messages.ARRAYS in reply.content.array_records:
+            reply.content.config_records[messages.CLAIM]["val"] = 99
+        return reply
+
+    _, path = federate(*SHARDS, tamper=tamper)
+    (failure,) = read_lines(path, "train")[0]["failures"]
+    reason = "the message's claim has a missing, foreign or mistyped entry: val"
+    assert failure == {"client": "2", "reason": reason}
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "meta"])
+def test_a_damaged_shard_keeps_its_client_out_by_name(
+    federate: Federate, femnist: Path, tmp_path: Path, damage: str
+) -> None:
+    nodes = at_sites(femnist)
+    copy = tmp_path / "client_0"
+    shutil.copytree(nodes[0]["shard-path"], copy)
+    nodes[0]["shard-path"] = str(copy)
+    file = copy / "train.safetensors"
+    content = file.read_bytes()
+    if damage == "flip":
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "truncate":
+        file.write_bytes(content[:-9])
+    elif damage == "missing":
+        shutil.rmtree(copy)
+    else:
+        (copy / "meta.json").write_text("{")
+    _, path = federate(*SHARDS, nodes=nodes)
+    refused = read_lines(path, "roster")[0]["refused"]
+    assert list(refused) == ["0"]
+    assert str(copy) in refused["0"]
+    assert "\n" not in refused["0"]
+
+
+def test_the_number_of_clients_must_be_the_manifests(federate: Federate, femnist: Path) -> None:
+    with pytest.raises(ValueError, match="lists 4 clients: set clients=4"):
+        federate(*SHARDS, "clients=3")
+
+
+def test_a_missing_manifest_is_said_with_the_command_that_makes_it(federate: Federate, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no manifest at .*tools.prepare_data dataset=femnist"):
+        federate(*SHARDS, f"distributed_data.manifest={tmp_path}/manifest.json")
+
+
+def test_the_server_needs_no_shards_just_the_manifest(federate: Federate, femnist: Path, tmp_path: Path) -> None:
+    for name in ("manifest.json", "clients.jsonl", "clients.idx"):
+        shutil.copy(femnist / "shards" / name, tmp_path / name)
+    elsewhere = f"distributed_data.shard_path={tmp_path}"
+    alone, _ = federate(*SHARDS, elsewhere, nodes=at_sites(femnist))
+    together, _ = federate(*SHARDS)
+    assert alone["model_sha256"] == together["model_sha256"]
+
+
+def test_a_partition_by_writer_must_have_been_exported(federate: Federate, femnist: Path) -> None:
+    for settings, message in (
+        (("partition=random",), "partition=random has no .*random.safetensors: make it with python -m tools.prep"),
+        (("clients=3",), "natural.safetensors is of 4 clients: set clients=4"),
+    ):
+        with pytest.raises(FederationError, match=message):
+            federate(*SHARDS, "distributed_data.enabled=false", *settings)
+
+
+def test_the_config_of_a_run_over_shards_is_complete(federate: Federate, femnist: Path) -> None:
+    summary, path = federate(*SHARDS, "num_rounds=1")
+    assert "distributed_data:" in (path / "config.yaml").read_text()
+    assert json.loads((path / "metrics.json").read_text()) == summary
+
+
+def test_a_config_of_another_partition_than_the_manifests_is_refused(federate: Federate, femnist: Path) -> None:
+    with pytest.raises(ValueError, match="is of shards cut by partition=natural: set partition=natural"):
+        federate(*SHARDS, "partition=random")

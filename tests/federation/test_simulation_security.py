@@ -1,0 +1,274 @@
+"""Who may reach a simulation: Ray asks for a token, and Flower's ports answer only the user who started them."""
+
+import contextlib
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from flwr.cli.build import build_fab_from_disk
+from flwr.proto.control_pb2 import StartRunRequest
+from flwr.proto.fab_pb2 import Fab
+from flwr.supercore.control.control_http_client import ControlHttpClient
+from flwr.superlink.grid import InMemoryGrid
+
+from flapp import server_app
+from tests.conftest import LocalGrid
+from tests.support.strangers import as_stranger, get, needs_root
+from tests.support.waiting import WAIT_SECONDS, wait_for
+from tools.deployment import superlink
+from tools.deployment.processes import HOST, TOKEN, SuperLinkError, environment
+from tools.deployment.submit import APP
+from tools.deployment.superlink import CONNECTION, PrivateSuperLink, ray_environment
+
+LONG = ("deployment=simulation", "experiment=toy_regression", "train.steps=20000", "num_rounds=200")
+VICTIM, ATTACKER = "10.231.77.1", "10.231.77.2"
+ATTACK = Path(__file__).parents[1] / "support" / "ray_attack.py"
+RAY_METHODS = (
+    "/ray.rpc.InternalKVGcsService/InternalKVKeys",
+    "/ray.rpc.NodeManagerService/GetNodeStats",
+    "/ray.rpc.ObjectManagerService/FreeObjects",
+    "/ray.rpc.CoreWorkerService/PushTask",
+)
+
+
+def submit_app(port: int, fab: bytes) -> str:
+    """Submit an app to a SuperLink as `flwr run` does."""
+    client = ControlHttpClient.from_server_address(f"{HOST}:{port}", True, None, [])
+    app = Fab(hash_str=hashlib.sha256(fab).hexdigest(), content=fab)
+    return str(client.StartRun(StartRunRequest(fab=app)))
+
+
+def listening(processes: list[psutil.Process]) -> dict[tuple[str, int], str]:
+    """Return the addresses that processes listen on, and the name of each process."""
+    found = {}
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            for each in process.net_connections("tcp"):
+                if each.status == psutil.CONN_LISTEN:
+                    found[tuple(each.laddr)] = process.name()
+    return found
+
+
+def ray_answers(host: str, port: int) -> set[str]:
+    """Return the status codes with which a port of Ray answers callers that have no token; empty if it is not gRPC."""
+    codes = set()
+    for method in RAY_METHODS:
+        with grpc.insecure_channel(f"{host}:{port}") as channel:
+            try:
+                channel.unary_unary(method)(b"", timeout=30)
+                codes.add("OK")
+            except grpc.RpcError as error:
+                codes.add(error.code().name)  # type: ignore[attr-defined]
+    return codes - {"UNIMPLEMENTED", "UNAVAILABLE"}
+
+
+def test_a_ray_without_tokens_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(superlink, "version", lambda _: "2.51.2")
+    with pytest.raises(SuperLinkError, match=r"^Ray 2.51.2 would run code .*install Ray 2.52.0 or later \(pip.*\)$"):
+        PrivateSuperLink()
+    monkeypatch.setattr(superlink, "version", lambda _: "2.52.0")
+    assert ray_environment(None)["RAY_AUTH_MODE"] == "token"
+
+
+def test_every_simulation_has_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "of the user's own cluster")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    started = [PrivateSuperLink(), PrivateSuperLink()]
+    for each in started:
+        each.stop()
+    assert [each.env["RAY_AUTH_MODE"] for each in started] == ["token"] * 2
+    tokens = {each.env["RAY_AUTH_TOKEN"] for each in started}
+    assert len(tokens) == 2
+    assert {len(token) for token in tokens} == {64}
+
+
+def test_flowers_hidden_grpc_ports_stay_closed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hidden = ("FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_INTERNAL_GRPC_FLEET_API")
+    for name in hidden:
+        monkeypatch.setenv(name, "1")
+    assert not environment(tmp_path, "token").keys() & set(hidden)
+
+
+def test_a_shared_ray_cluster_gets_the_users_token(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/keys/ray"}
+    for key, value in given.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    link = PrivateSuperLink(ray_address="first:6379")
+    link.stop()
+    assert {key: value for key, value in link.env.items() if key.startswith("RAY_AUTH")} == given
+    assert link.env["RAY_ADDRESS"] == "first:6379"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_shared_ray_cluster_without_a_token_is_warned_of_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    PrivateSuperLink(ray_address="first:6379").stop()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: the Ray cluster at first:6379 may run code from anybody who reaches it")
+    assert "RAY_AUTH_MODE=token" in line
+
+
+def test_the_server_app_warns_of_a_simulation_whose_ray_asks_for_no_token(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("flapp.server_app.log", lambda level, text: caplog.records.append(text))
+    simulation = InMemoryGrid.__new__(InMemoryGrid)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    server_app.warn_of_open_ray(LocalGrid({}, []))
+    assert caplog.records == []
+    server_app.warn_of_open_ray(simulation)
+    (text,) = caplog.records
+    assert "use python -m tools.run, or start Flower's SuperLink with RAY_AUTH_MODE=token" in str(text)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    server_app.warn_of_open_ray(simulation)
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.slow
+@needs_root
+def test_no_port_of_a_simulation_serves_another_user(tmp_path: Path) -> None:
+    with PrivateSuperLink() as link:
+        link.flwr("run", str(APP), CONNECTION, "-c", f'overrides="{" ".join(LONG)} home={tmp_path} run_name=long"')
+        wait_for((tmp_path / "runs" / "long" / "progress.json").exists)
+        ports = listening(link.processes.running())
+        assert [address for address in ports if address[0] == HOST] == [(HOST, link.port)]
+        said = as_stranger(submit_app, link.port, build_fab_from_disk(APP))
+        assert "403 Forbidden" in said
+        assert as_stranger(get, link.port)[0] == 403
+        assert len(link.flwr("list")["runs"]) == 1
+        answers = {name: as_stranger(ray_answers, HOST, port) for (host, port), name in ports.items() if host == "::"}
+        assert answers.keys() >= {"gcs_server", "raylet"}
+        assert set.union(*answers.values()) == {"UNAUTHENTICATED"}
+    assert link.processes.running() == []
+
+
+@pytest.mark.slow
+@needs_root
+def test_no_port_of_a_federation_without_tls_serves_another_user(tmp_path: Path) -> None:
+    env = os.environ | {"FLAPP_HOME": str(tmp_path), "PYTHONPATH": str(APP)}
+
+    def tool(*arguments: str) -> None:
+        subprocess.run([sys.executable, "-m", *arguments], cwd=tmp_path, env=env, check=True, timeout=WAIT_SECONDS)
+
+    tool("tools.federation", "up", "--clients", "1")
+    try:
+        ours = [each for each in psutil.process_iter() if env["FLAPP_HOME"] == environment_of(each).get("FLAPP_HOME")]
+        ports = listening(ours)
+        assert len(ports) == 2  # the SuperLink's and the SuperNode's
+        assert {host for host, _ in ports} == {HOST}
+        assert {as_stranger(get, port)[0] for _, port in ports} == {403}
+        assert {get(port)[0] for _, port in ports} == {404}
+        tool("tools.run", "deployment=local", "experiment=toy_regression", "clients=1", "num_rounds=1")
+    finally:
+        tool("tools.federation", "down")
+
+
+def environment_of(process: psutil.Process) -> dict[str, str]:
+    """Return the environment that a process was started with, or nothing where that cannot be read."""
+    with contextlib.suppress(psutil.Error, OSError):
+        return process.environ()
+    return {}
+
+
+def ip(*words: str) -> None:
+    """Run the ip command."""
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def namespaces() -> Iterator[tuple[str, str]]:
+    """Return two network namespaces, a simulation's and an attacker's, that see each other and nothing else."""
+    names = (f"flapp{os.getpid()}a", f"flapp{os.getpid()}b")
+    with contextlib.ExitStack() as stack:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+                stack.callback(subprocess.run, ["ip", "netns", "del", name], check=False)
+            ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0", "netns", names[1])
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"network namespaces are not permitted: {getattr(error, 'stderr', error)}")
+        for name, own, other in ((names[0], VICTIM, ATTACKER), (names[1], ATTACKER, VICTIM)):
+            ip("-n", name, "address", "add", f"{own}/24", "dev", "eth0")
+            for device in ("lo", "eth0"):
+                ip("-n", name, "link", "set", device, "up")
+            ip("-n", name, "route", "add", "default", "via", other)  # Ray takes the address of this route for its own
+        yield names
+
+
+@pytest.fixture(scope="module")
+def raylet(namespaces: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[psutil.Process]:
+    """Return Ray's own process of a simulation that runs in a network namespace."""
+    home = tmp_path_factory.mktemp("home")
+    env = os.environ | {"FLAPP_HOME": str(home), "PYTHONPATH": str(APP)}
+    command = ["ip", "netns", "exec", namespaces[0], sys.executable, "-m", "tools.run", *LONG, "run_name=long"]
+    run = subprocess.Popen(command, cwd=home, env=env, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: run.poll() is not None or (home / "runs" / "long" / "progress.json").exists())
+        assert run.poll() is None
+        yield wait_for(lambda: find_raylet(psutil.Process(run.pid)))
+    finally:
+        run.terminate()
+        run.wait(WAIT_SECONDS)
+
+
+def find_raylet(parent: psutil.Process) -> psutil.Process | None:
+    """Return Ray's own process below a run, whose command line names the cluster's address."""
+    for process in parent.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name() == "raylet":
+                return process
+    return None
+
+
+def attack(namespace: str, raylet: psutil.Process, folder: Path, **env: str) -> str:
+    """Run code in a Ray cluster from another machine; return the network namespace that it ran in, or the error."""
+    (address,) = (word.removeprefix("--gcs-address=") for word in raylet.cmdline() if word.startswith("--gcs-address="))
+    assert address.startswith(f"{VICTIM}:")
+    command = ["ip", "netns", "exec", namespace, sys.executable, str(ATTACK), address, ATTACKER, str(folder)]
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
+    done = subprocess.run(command, env=kept | env, capture_output=True, text=True, timeout=WAIT_SECONDS, check=False)
+    return done.stdout.strip().splitlines()[-1] if done.returncode == 0 else done.stderr + done.stdout
+
+
+@pytest.mark.slow
+@needs_root
+def test_code_from_another_machine_runs_in_a_simulation_only_with_its_token(
+    namespaces: tuple[str, str], raylet: psutil.Process, tmp_path: Path
+) -> None:
+    inside = os.readlink(f"/proc/{raylet.pid}/ns/net")
+    tokens = ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64})
+    for number, token in enumerate(tokens):
+        answer = attack(namespaces[1], raylet, tmp_path / str(number), **token)
+        assert inside not in answer
+        assert "InvalidAuthToken" in answer, answer
+    right = {key: value for key, value in raylet.environ().items() if key.startswith("RAY_AUTH")}
+    assert attack(namespaces[1], raylet, tmp_path / "right", **right) == inside
+
+
+@pytest.mark.slow
+@needs_root
+def test_the_token_of_a_simulation_stands_in_no_command_line_and_no_file(raylet: psutil.Process) -> None:
+    env = raylet.environ()
+    token, folder, home = env["RAY_AUTH_TOKEN"].encode(), Path(env[TOKEN]), Path(env["FLAPP_HOME"])
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            assert token not in process.read_bytes()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    read = {}
+    for path in [*folder.rglob("*"), *home.rglob("*")]:
+        with contextlib.suppress(FileNotFoundError):  # the run goes on, and replaces files
+            if path.is_file() and not path.is_symlink():
+                read[path] = path.read_bytes()
+    assert folder / "superlink.log" in read
+    assert [path for path, content in read.items() if token in content] == []

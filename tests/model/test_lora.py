@@ -1,0 +1,254 @@
+"""Adapters, against PEFT and by hand."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flapp.model.build import build_model
+from flapp.model.lora import (
+    LoRALinear,
+    add_lora,
+    base_state_dict,
+    head_of,
+    load_lora_state_dict,
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+    merge_lora,
+    merged_state_dict,
+    unmerge_lora,
+)
+from tests.support.adapters import CASES, MODELS, adapted, base, batch, bytes_of, copy_adapters, in_peft, logits, steps
+
+
+@pytest.mark.parametrize(("name", "targets"), CASES)
+def test_adapters_give_pefts_logits_and_take_pefts_steps(name: str, targets: tuple[str, ...]) -> None:
+    ours, theirs = adapted(name, targets), in_peft(name, targets)
+    for layer in ours.modules():
+        if isinstance(layer, LoRALinear):
+            nn.init.normal_(layer.lora_B, std=0.1)
+    copy_adapters(ours, theirs)
+    torch.testing.assert_close(logits(ours, name), logits(theirs, name), atol=1e-5, rtol=1e-5)
+    steps(ours, name)
+    steps(theirs, name)
+    trained = dict(theirs.named_parameters())
+    for key, parameter in ours.named_parameters():
+        if ".lora_" in key:
+            reference = trained[f"base_model.model.{key}.default.weight"]
+            torch.testing.assert_close(parameter, reference, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(ours, name), logits(theirs, name), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "targets"), CASES)
+def test_every_tensor_that_travels_is_trained_and_nothing_else_changes(name: str, targets: tuple[str, ...]) -> None:
+    """The gradient of A is zero in the very first step, while B is: so this looks at the gradients of the second."""
+    model = adapted(name, targets)
+    before = bytes_of(base_state_dict(model)), bytes_of(lora_state_dict(model))
+    steps(model, name, 2)
+    parameters = dict(model.named_parameters())
+    for key in lora_state_dict(model):
+        gradient = parameters[key].grad
+        assert gradient is not None, key
+        assert gradient.abs().sum() > 0, key
+    after = bytes_of(base_state_dict(model)), bytes_of(lora_state_dict(model))
+    assert after[0] == before[0]
+    assert not [key for key in after[1] if after[1][key] == before[1][key]]
+    assert {*after[0], *after[1]} == set(model.state_dict())
+    assert all(p.grad is None for key, p in parameters.items() if key not in after[1])
+
+
+@pytest.mark.parametrize(("name", "targets"), CASES)
+def test_each_adapter_changes_the_output_in_eval_mode_too(name: str, targets: tuple[str, ...]) -> None:
+    model = steps(adapted(name, targets), name, 2)
+    trained = logits(model, name)
+    for layer in [m for m in model.modules() if isinstance(m, LoRALinear)]:
+        b = layer.lora_B.detach().clone()
+        nn.init.zeros_(layer.lora_B)
+        assert not torch.allclose(logits(model, name), trained, atol=1e-7, rtol=0)
+        layer.lora_B.data.copy_(b)
+    assert torch.equal(logits(model, name), trained)
+
+
+def test_the_output_is_that_of_the_formula() -> None:
+    model = steps(adapted("linear", ("fc",), rank=3), "linear", 3)
+    state = {key.removeprefix("fc."): tensor.double() for key, tensor in model.state_dict().items()}
+    x = batch("linear")[0]
+    weight = state["weight"] + 6 / 3 * state["lora_B"] @ state["lora_A"]
+    exact = x.double() @ weight.T + state["bias"]
+    torch.testing.assert_close(logits(model, "linear").double(), exact, atol=1e-6, rtol=1e-6)
+    assert model.fc(x[0]).shape == (3,)  # type: ignore[operator]  # a layer takes samples without a batch, too
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_fresh_adapter_keeps_names_values_and_outputs(name: str) -> None:
+    plain, model = base(name), adapted(name, MODELS[name][2][0])
+    before, after = plain.state_dict(), model.state_dict()
+    assert {key for key in after if key not in before} == {k for k in lora_state_dict(model) if ".lora_" in k}
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    torch.testing.assert_close(logits(model, name), logits(plain, name), atol=1e-6, rtol=1e-6)
+
+
+def test_adapters_are_drawn_from_the_callers_generator_and_only_from_it() -> None:
+    states = []
+    for seed in (1, 1, 2):
+        model = base()
+        torch.manual_seed(seed)
+        add_lora(model, 4, 8.0)
+        states.append(bytes_of({k: v for k, v in model.state_dict().items() if k.endswith("lora_A")}))
+    assert states[0] == states[1]
+    assert all(states[0][key] != states[2][key] for key in states[0])
+    bound = 64**-0.5  # Kaiming-uniform with a = sqrt(5) over 64 inputs
+    a = model.get_submodule("encoder.layers.encoder_layer_0.self_attention.qkv").lora_A
+    assert 0.9 * bound < a.abs().max() <= bound  # type: ignore[operator, union-attr]
+
+
+def test_compiled_adapters_give_the_same_outputs_and_gradients() -> None:
+    model, inputs = steps(adapted(), n=2), batch("vit_tiny")[0]
+    compiled = torch.compile(model, backend="aot_eager")
+    for mode in (True, False):
+        model.train(mode)
+        torch.testing.assert_close(compiled(inputs), model(inputs), atol=1e-6, rtol=1e-6)
+    layer = model.get_submodule("encoder.layers.encoder_layer_1.self_attention.qkv")
+    gradients = [torch.autograd.grad(m(inputs).sum(), layer.lora_A)[0] for m in (compiled, model)]
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_train_under_autocast_and_merge_without_its_rounding() -> None:
+    model, inputs = steps(adapted(), n=3), batch("vit_tiny")[0]
+    exact, folded = logits(model), merged_state_dict(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.train()
+        outputs = model(inputs)
+        rounded = merged_state_dict(model)
+    outputs.float().sum().backward()
+    assert outputs.dtype == torch.bfloat16
+    assert bytes_of(folded) == bytes_of(rounded)
+    torch.testing.assert_close(outputs.float(), exact, atol=0.05, rtol=0.05)
+    assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters() if p.requires_grad)
+
+
+def test_dropout_is_before_a_in_training_only() -> None:
+    model = steps(adapted("linear", ("fc",), dropout=0.5), "linear", 2)
+    x = batch("linear")[0]
+    model.train()
+    torch.manual_seed(0)
+    found = model(x)
+    torch.manual_seed(0)
+    dropped = nn.functional.dropout(x, 0.5)
+    fc = model.fc
+    assert isinstance(fc, LoRALinear)
+    wanted = nn.functional.linear(x, fc.weight, fc.bias) + 3.0 * dropped @ fc.lora_A.T @ fc.lora_B.T
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits(model, "linear"), logits(model, "linear"))
+
+
+def test_no_gradient_is_computed_below_the_first_adapter() -> None:
+    model = adapted(targets=("encoder_layer_2.self_attention.proj",))
+    reached: dict[str, bool] = {}
+
+    def note(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda _module, _inputs, output: reached.update({name: output.requires_grad})
+
+    for name, block in model.get_submodule("encoder.layers").named_children():
+        block.register_forward_hook(note(name))
+    steps(model)
+    assert reached == {"encoder_layer_0": False, "encoder_layer_1": False, "encoder_layer_2": True}
+
+
+def test_the_head_has_its_own_name_in_each_model() -> None:
+    assert [head_of(base(name)) for name in MODELS] == ["heads.head", "fc2", "fc"]
+    with pytest.raises(ValueError, match="ReLU has no linear layer"):
+        head_of(nn.ReLU())
+
+
+def test_what_is_trained_beside_the_adapters_can_be_chosen() -> None:
+    model = adapted()
+    mark_only_lora_as_trainable(model, also=("encoder.ln", "conv_proj"))
+    beside = {key for key in lora_state_dict(model) if ".lora_" not in key}
+    assert beside == {"encoder.ln.weight", "encoder.ln.bias", "conv_proj.weight", "conv_proj.bias"}
+    mark_only_lora_as_trainable(model, also=())
+    assert all(".lora_" in key for key in lora_state_dict(model))
+    with pytest.raises(ValueError, match="ViT has no module 'classifier' to train"):
+        mark_only_lora_as_trainable(model, also=("classifier",))
+
+
+def test_a_frozen_a_still_travels_and_never_counts_as_base() -> None:
+    model = adapted()
+    keys = set(lora_state_dict(model)), set(base_state_dict(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and not name.endswith("lora_A"))
+    assert (set(lora_state_dict(model)), set(base_state_dict(model))) == keys
+
+
+def test_buffers_travel_since_training_changes_them() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    add_lora(model, 2, 2.0, ("0",))
+    mark_only_lora_as_trainable(model)
+    assert {"1.running_mean", "1.running_var", "1.num_batches_tracked", "2.weight"} <= set(lora_state_dict(model))
+    assert set(base_state_dict(model)) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+def test_an_adapter_loads_into_another_model_of_the_same_base_or_says_why_not() -> None:
+    trained, fresh = steps(adapted(), n=2), adapted()
+    load_lora_state_dict(fresh, lora_state_dict(trained))
+    assert torch.equal(logits(fresh), logits(trained))
+    state = dict(lora_state_dict(trained))
+    for key in ("heads.head.bias", "encoder.layers.encoder_layer_1.self_attention.qkv.lora_A"):
+        with pytest.raises(ValueError, match=f"1 missing, first {key}"):
+            load_lora_state_dict(fresh, {k: v for k, v in state.items() if k != key})
+    with pytest.raises(ValueError, match="1 not the model's, first conv_proj.bias"):
+        load_lora_state_dict(fresh, state | {"conv_proj.bias": torch.zeros(64)})
+    with pytest.raises(ValueError, match=r"misshapen, first .*lora_A \(3, 64\) where the model has \(2, 64\)"):
+        load_lora_state_dict(fresh, lora_state_dict(adapted(rank=3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "message"),
+    [
+        (
+            "vit_tiny",
+            {"targets": ["query"]},
+            "lora.targets=query matches no layer of the model: choose among heads.head",
+        ),
+        ("vit_tiny", {"targets": ["qkv", "oj"]}, "lora.targets=oj matches no layer"),
+        ("cnn", {"targets": ["conv2"]}, "lora.targets=conv2 matches conv2, which is Conv2d: choose among fc1, fc2"),
+        ("vit_tiny", {"targets": ["mlp"]}, "encoder.layers.encoder_layer_0.mlp, which is MLPBlock"),
+        ("vit_tiny", {"rank": 0}, "rank is at least 1"),
+        ("vit_tiny", {"alpha": 0}, "alpha is above 0"),
+        ("vit_tiny", {"dropout": 1.0}, "below 1"),
+        ("vit_tiny", {"rank": 6, "targets": ["qkv", "head"]}, r"lora.rank=6 is more than heads.head \(64 -> 5\)"),
+    ],
+)
+def test_adapters_that_cannot_be_say_why_and_leave_the_model_alone(name: str, lora: dict, message: str) -> None:
+    model = base(name)
+    with pytest.raises(ValueError, match=message):
+        add_lora(model, **{"rank": 2, "alpha": 4.0} | lora)
+    assert not any(isinstance(m, LoRALinear) for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_layer_takes_one_adapter_and_a_model_without_any_says_so() -> None:
+    with pytest.raises(ValueError, match="qkv, which is LoRALinear: choose among"):
+        add_lora(adapted(), 2, 2.0)
+    for verb in (mark_only_lora_as_trainable, lora_state_dict, merge_lora, unmerge_lora, merged_state_dict):
+        with pytest.raises(ValueError, match="ViT has no adapters: call add_lora first"):
+            verb(base())  # type: ignore[operator]
+
+
+def test_torchvisions_own_attention_is_refused_since_it_would_bypass_an_adapter() -> None:
+    from torchvision.models import VisionTransformer
+
+    with pytest.raises(ValueError, match="out_proj, which is NonDynamicallyQuantizableLinear"):
+        add_lora(VisionTransformer(8, 4, 1, 2, 16, 32), 2, 2.0, ["out_proj"])
+
+
+def test_the_adapter_and_head_of_a_vit_b_are_a_190th_of_it() -> None:
+    with torch.device("meta"):
+        model = build_model("vit_b_16", (224, 224, 3), 10)
+        whole = sum(tensor.numel() for tensor in model.state_dict().values())
+        add_lora(model, 8, 16.0)
+        mark_only_lora_as_trainable(model)
+    travels = sum(tensor.numel() for tensor in lora_state_dict(model).values())
+    assert travels == 12 * 8 * (768 + 3 * 768 + 768 + 768) + 10 * 769
+    assert whole // travels == 190

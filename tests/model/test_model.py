@@ -1,0 +1,106 @@
+"""Models and their files, against torchvision and by hand."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.vision_transformer import VisionTransformer
+
+from flapp.model.build import build_model
+from flapp.model.files import load_tensors, save_tensors
+from flapp.model.layout import SIZES
+from flapp.training import build_optimizer, loss_of
+
+MODELS = {"vit_tiny": ((32, 32, 1), 10), "cnn": ((28, 28, 1), 62), "linear": ((10,), 0)}
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", "vit_s_16"])
+def test_our_vit_gives_torchvisions_logits(name: str) -> None:
+    size = 32 if name == "vit_tiny" else 64
+    patch, layers, heads, width, mlp = SIZES[name]
+    torch.manual_seed(0)
+    theirs = VisionTransformer(size, patch, layers, heads, width, mlp, num_classes=7).eval()
+    nn.init.normal_(theirs.heads.head.weight, std=0.1)
+    ours = build_model(name, (size, size, 3), 7).eval()
+    renamed = {
+        key.replace("self_attention.in_proj_", "self_attention.qkv.").replace("attention.out_proj", "attention.proj"): v
+        for key, v in theirs.state_dict().items()
+    }
+    ours.load_state_dict(renamed)
+    images = torch.randn(3, 3, size, size)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_tensor_gets_a_gradient_in_the_first_step(name: str) -> None:
+    shape, classes = MODELS[name]
+    torch.manual_seed(0)
+    model = build_model(name, shape, classes)
+    inputs = torch.randn(4, *([shape[2], *shape[:2]] if len(shape) == 3 else shape))
+    loss_of(model(inputs), torch.randint(0, classes, (4,)) if classes else torch.randn(4)).backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.abs().sum() > 0, key
+
+
+def test_the_cnn_is_leafs_and_the_toy_has_eleven_parameters() -> None:
+    assert sum(p.numel() for p in build_model("cnn", (28, 28, 1), 62).parameters()) == 6_603_710
+    assert sum(p.numel() for p in build_model("linear", (10,), 0).parameters()) == 11
+
+
+def test_dropout_is_off_in_eval() -> None:
+    for name in ("vit_tiny", "cnn"):
+        model = build_model(name, (32, 32, 1), 10, dropout=0.5)
+        images = torch.randn(2, 1, 32, 32)
+        assert not torch.equal(model(images), model(images))
+        model.eval()
+        assert torch.equal(model(images), model(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "classes", "message"),
+    [
+        ("vit_tiny", (30, 30, 1), 10, "4-pixel patches, which do not divide 30"),
+        ("cnn", (10,), 10, "classifies images of shape"),
+        ("resnet", (32, 32, 3), 10, "model.name=resnet is not known: choose one of cnn, linear"),
+    ],
+)
+def test_a_model_that_cannot_be_built_says_why(name: str, shape: tuple[int, ...], classes: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_model(name, shape, classes)
+
+
+def test_a_saved_model_reads_back_bit_for_bit_and_has_one_digest(tmp_path: Path) -> None:
+    state = {
+        "a": torch.randn(3, 4),
+        "b": torch.tensor(7),
+        "c": torch.randn(5).bfloat16(),
+        "d": torch.randn(4, 3).t(),
+        "e": torch.empty(0, 2),
+        "f": torch.tensor([True, False]),
+    }
+    digests = {save_tensors(state, tmp_path / f"{i}.safetensors", model="x", classes=3, shape=[1]) for i in range(5)}
+    assert len(digests) == 1
+    tensors, facts = load_tensors(tmp_path / "0.safetensors")
+    assert facts["model"] == "x"
+    assert all(torch.equal(tensors[k], v) and tensors[k].dtype == v.dtype for k, v in state.items())
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_file_that_is_not_ours_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    (tmp_path / "x.safetensors").write_bytes(b"not safetensors at all")
+    save_file({"a": torch.zeros(1)}, tmp_path / "y.safetensors")
+    for name in ("x", "y"):
+        with pytest.raises(ValueError, match=f"{name}.safetensors"):
+            load_tensors(tmp_path / f"{name}.safetensors")
+
+
+def test_the_optimizer_holds_only_what_is_trained() -> None:
+    model = build_model("cnn", (28, 28, 1), 5)
+    model.conv1.weight.requires_grad_(False)  # type: ignore[union-attr]
+    optimizer = build_optimizer(model, "adamw", 0.1)
+    assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters())) - 1

@@ -1,0 +1,213 @@
+"""Pretrained weights, against torchvision's own models."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.models import vit_b_16
+from torchvision.models.vision_transformer import VisionTransformer
+
+from flapp.model.build import build_model
+from flapp.model.files import save_tensors, sha256_of_file
+from flapp.model.fitting import from_torchvision, to_torchvision
+from flapp.model.pretrained import load_pretrained
+
+
+def torchvisions(size: int = 8, classes: int = 5) -> VisionTransformer:
+    """Return torchvision's counterpart of vit_tiny with random weights, the head's and positions' too."""
+    torch.manual_seed(1)
+    vit = VisionTransformer(size, 4, 3, 4, 64, 128, num_classes=classes)
+    nn.init.normal_(vit.heads.head.weight, std=0.1)
+    return vit.eval()
+
+
+def ours(size: int = 8, classes: int = 5, channels: int = 3) -> nn.Module:
+    torch.manual_seed(2)
+    return build_model("vit_tiny", (size, size, channels), classes).eval()
+
+
+def images(size: int = 8, channels: int = 3) -> Tensor:
+    return torch.randn(3, channels, size, size, generator=torch.Generator().manual_seed(3))
+
+
+def save_pth(state: dict[str, Tensor], path: Path) -> None:
+    torch.save(state, path)
+
+
+def save_mlp_of_2021(state: dict[str, Tensor], path: Path) -> None:
+    """Save under the names of torchvision 0.12, those of the checkpoints it offers for download."""
+    torch.save({k.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): t for k, t in state.items()}, path)
+
+
+def save_wrapped(state: dict[str, Tensor], path: Path) -> None:
+    torch.save({"state_dict": state}, path)
+
+
+def save_ours(state: dict[str, Tensor], path: Path) -> None:
+    save_tensors(from_torchvision(state), path.with_suffix(".safetensors"), model="vit_tiny")
+
+
+def save_plain_safetensors(state: dict[str, Tensor], path: Path) -> None:
+    save_file(state, path.with_suffix(".safetensors"))
+
+
+FORMS = [save_pth, save_mlp_of_2021, save_wrapped, save_ours, save_plain_safetensors]
+
+
+@pytest.mark.parametrize("save", FORMS)
+def test_torchvisions_weights_give_torchvisions_logits(
+    save: Callable[[dict[str, Tensor], Path], None], tmp_path: Path
+) -> None:
+    theirs, model = torchvisions(), ours()
+    save(theirs.state_dict(), tmp_path / "vit.pth")
+    (path,) = tmp_path.iterdir()
+    found = load_pretrained(model, path)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images()), theirs(images()), atol=1e-5, rtol=1e-5)
+    assert (found.sha256, found.head_loaded, found.interpolated) == (sha256_of_file(path), True, False)
+
+
+def test_a_real_vit_b_16_loads_and_goes_back_exactly(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = vit_b_16(image_size=32, num_classes=4).eval()
+    nn.init.normal_(theirs.heads.head.weight, std=0.1)
+    torch.save(theirs.state_dict(), tmp_path / "vit_b_16.pth")
+    model = build_model("vit_b_16", (32, 32, 3), 4).eval()
+    assert load_pretrained(model, tmp_path / "vit_b_16.pth").head_loaded
+    with torch.no_grad():
+        torch.testing.assert_close(model(images(32)), theirs(images(32)), atol=1e-5, rtol=1e-5)
+    back = to_torchvision(model.state_dict())
+    assert list(back) == list(theirs.state_dict())
+    assert all(torch.equal(back[key], tensor) for key, tensor in theirs.state_dict().items())
+
+
+def test_a_head_for_other_classes_stays_as_the_seed_made_it(tmp_path: Path) -> None:
+    save_pth(torchvisions(classes=5).state_dict(), tmp_path / "vit.pth")
+    model, fresh = ours(classes=7), ours(classes=7)
+    assert not load_pretrained(model, tmp_path / "vit.pth").head_loaded
+    assert torch.equal(model.heads.head.weight, fresh.heads.head.weight)  # type: ignore[union-attr, arg-type]
+    assert torch.equal(model.conv_proj.weight, torchvisions().conv_proj.weight)  # type: ignore[union-attr, arg-type]
+
+
+def test_positions_of_another_image_size_are_interpolated_bicubically(tmp_path: Path) -> None:
+    theirs, model = torchvisions(size=8), ours(size=16)
+    save_pth(theirs.state_dict(), tmp_path / "vit.pth")
+    assert load_pretrained(model, tmp_path / "vit.pth").interpolated
+    positions = theirs.encoder.pos_embedding.detach()
+    grid = positions[:, 1:].reshape(1, 2, 2, 64).permute(0, 3, 1, 2)
+    grid = nn.functional.interpolate(grid, size=(4, 4), mode="bicubic", align_corners=True)
+    wanted = torch.cat([positions[:, :1], grid.permute(0, 2, 3, 1).reshape(1, 16, 64)], dim=1)
+    torch.testing.assert_close(model.state_dict()["encoder.pos_embedding"], wanted, atol=1e-6, rtol=1e-6)
+
+
+def test_a_pretrained_model_sees_grey_images_as_equal_channels(tmp_path: Path) -> None:
+    save_pth(torchvisions().state_dict(), tmp_path / "vit.pth")
+    model = build_model("vit_tiny", (8, 8, 1), 5, channels=3).eval()
+    load_pretrained(model, tmp_path / "vit.pth")
+    grey = images(channels=1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(grey), torchvisions()(grey.repeat(1, 3, 1, 1)), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="first conv_proj.weight .* where the model has .*; build it with channels=3"):
+        load_pretrained(ours(channels=1), tmp_path / "vit.pth")
+    for name, shape, channels in (("cnn", (8, 8, 1), 3), ("vit_tiny", (8, 8, 3), 1)):
+        with pytest.raises(ValueError, match=f"model={name} cannot take images of {shape[2]} channels as {channels}"):
+            build_model(name, shape, 5, channels=channels)
+
+
+def test_any_model_of_ours_starts_from_its_own_file(tmp_path: Path) -> None:
+    for name, shape, classes in (("cnn", (8, 8, 1), 5), ("linear", (10,), 0)):
+        saved, model = build_model(name, shape, classes), build_model(name, shape, classes)
+        path = tmp_path / f"{name}.safetensors"
+        digest = save_tensors(saved.state_dict(), path)
+        assert load_pretrained(model, path).sha256 == digest
+        assert all(torch.equal(t, saved.state_dict()[k]) for k, t in model.state_dict().items())
+
+
+class Mischief:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def without(state: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in state.items() if key not in names}
+
+
+SAME, LN, HEAD = torchvisions().state_dict(), "encoder.ln.weight", "heads.head.weight"
+QKV = "encoder.layers.encoder_layer_0.self_attention"
+BAD_STATES: dict[str, tuple[Any, str]] = {
+    "missing": (without(SAME, LN, f"{QKV}.in_proj_bias"), f"2 missing, first {QKV}.qkv.bias"),
+    "extra": (SAME | {"ema": torch.zeros(1), "decay": torch.zeros(1)}, "2 not the model's, first ema"),
+    "misshapen": (SAME | {LN: torch.zeros(65)}, rf"1 misshapen, first {LN} \(65,\) where the model has \(64,\)"),
+    "headless": (without(SAME, "heads.head.weight", "heads.head.bias"), "2 missing, first heads.head.weight"),
+    "half a head": (without(SAME, "heads.head.bias"), "1 missing, first heads.head.bias"),
+    "wide head": (SAME | {"heads.head.weight": torch.zeros(5, 9)}, r"first heads.head.weight \(5, 9\) where"),
+    "other head": (
+        SAME | {HEAD: torch.zeros(7, 9), "heads.head.bias": torch.zeros(7)},
+        rf"first {HEAD} \(7, 9\) where",
+    ),
+    "mixed head": (SAME | {HEAD: torch.zeros(7, 64)}, rf"1 misshapen, first {HEAD} \(7, 64\) where"),
+    "positions": (SAME | {"encoder.pos_embedding": torch.zeros(1, 4, 64)}, "first encoder.pos_embedding"),
+    "a checkpoint": ({"model": SAME, "epoch": 3}, "holds no state dict"),
+    "another wrapper": ({"ema": SAME}, "holds no state dict"),
+    "a tensor": (torch.zeros(3), "holds no state dict"),
+    "nothing": ({}, "holds no state dict"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_STATES)
+def test_a_file_that_does_not_fit_is_refused_whole(kind: str, tmp_path: Path) -> None:
+    content, message = BAD_STATES[kind]
+    torch.save(content, tmp_path / "vit.pth")
+    model, before = ours(), ours()
+    with pytest.raises(ValueError, match=message) as caught:
+        load_pretrained(model, tmp_path / "vit.pth")
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "vit.pth") in str(caught.value)
+    assert all(torch.equal(t, before.state_dict()[k]) for k, t in model.state_dict().items())
+
+
+def test_no_code_in_a_file_is_run(tmp_path: Path) -> None:
+    path, mischief = tmp_path / "vit.pth", SAME | {"x": Mischief(tmp_path / "mischief")}
+    torch.save(mischief, path)
+    with pytest.raises(ValueError, match=r"holds more than tensors \(nothing in it was run\)$"):
+        load_pretrained(ours(), path)
+    torch.save(mischief, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"holds more than tensors \(File is not a zip file\)$"):
+        load_pretrained(ours(), path)
+    assert not (tmp_path / "mischief").exists()
+
+
+def test_one_flipped_bit_among_the_weights_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "vit.pth"
+    torch.save(SAME, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="Bad CRC-32|another CRC-32"):
+        load_pretrained(ours(), path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_missing_cut_or_foreign_file_is_one_line(suffix: str, tmp_path: Path) -> None:
+    path, whole = tmp_path / f"vit{suffix}", tmp_path / "whole"
+    (save_pth if suffix == ".pth" else save_file)(SAME, whole)
+    with pytest.raises(ValueError, match=f"{path} cannot be read .*No such file"):
+        load_pretrained(ours(), path)
+    content = whole.read_bytes()
+    for broken in (b"", b"\x80", b"hello world", content[:100], content[: len(content) // 2], content[:-10]):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=f"{path}") as caught:
+            load_pretrained(ours(), path)
+        assert "\n" not in str(caught.value)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=f"{path} cannot be read"):
+        load_pretrained(ours(), path)

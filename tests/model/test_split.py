@@ -1,0 +1,260 @@
+"""Split models: the components are the whole model bit for bit, and load without it."""
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flapp.model.layout import SIZES
+from flapp.model.split.components import ModelFactory, ModelType, SplitModel, Whole
+from flapp.model.split.files import COMPONENTS, StorageManager, parse_points, read_metadata
+from tests.support.split_models import compose, draw_ids, draw_images, refusal, write_gpt2, write_vit
+
+PAIRS = list(itertools.combinations(range(1, 6), 2))  # of 6 layers
+
+
+def create(kind: str, source: Path, p1: int = 1, p2: int = 2, **options: Any) -> tuple[SplitModel, ...]:
+    return ModelFactory.create_split_models(kind, source, p1, p2, **options)
+
+
+def test_a_vit_of_six_layers_is_its_components_at_every_legal_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SIZES, "vit_six", (4, 6, 4, 32, 48))
+    expected = write_vit(tmp_path / "six.safetensors", "vit_six")(draw_images())
+    for p1, p2 in PAIRS:
+        made = create("vit", tmp_path / "six.safetensors", p1, p2, storage_path=tmp_path, auto_save=True)
+        loaded = ModelFactory.load_split_models(tmp_path, "six", p1, p2)
+        assert torch.equal(compose(made, draw_images()), expected), (p1, p2)
+        assert torch.equal(compose(loaded, draw_images()), expected), (p1, p2)
+
+
+def test_a_gpt2_of_six_layers_is_its_components_at_every_legal_pair(tmp_path: Path) -> None:
+    expected = write_gpt2(tmp_path / "six")(draw_ids()).logits
+    for p1, p2 in PAIRS:
+        made = create("gpt2", tmp_path / "six", p1, p2, storage_path=tmp_path, auto_save=True)
+        loaded = ModelFactory.load_split_models(tmp_path, "six", p1, p2)
+        assert torch.equal(compose(made, draw_ids()), expected), (p1, p2)
+        assert torch.equal(compose(loaded, draw_ids()), expected), (p1, p2)
+
+
+@pytest.mark.parametrize(("name", "points"), [("vit_tiny", (1, 2)), ("vit_b_16", (2, 10))])
+def test_our_vits_are_their_components(tmp_path: Path, name: str, points: tuple[int, int]) -> None:
+    expected = write_vit(tmp_path / f"{name}.safetensors", name)(draw_images())
+    source = tmp_path / f"{name}.safetensors"
+    assert torch.equal(
+        compose(create("vit", source, *points, storage_path=tmp_path, auto_save=True), draw_images()), expected
+    )
+    assert torch.equal(compose(ModelFactory.load_split_models(tmp_path), draw_images()), expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_gpt2_of_twelve_layers_is_its_components_with_masks_and_positions_too(tmp_path: Path, attention: str) -> None:
+    write_gpt2(tmp_path / "twelve", 12, scale_attn_by_inverse_layer_idx=attention == "eager")
+    from transformers import GPT2LMHeadModel
+
+    whole = GPT2LMHeadModel.from_pretrained(tmp_path / "twelve", attn_implementation=attention)
+    options = {"attn_implementation": attention, "storage_path": tmp_path, "auto_save": True}
+    create("gpt2", tmp_path / "twelve", 2, 10, **options)
+    models, ids = ModelFactory.load_split_models(tmp_path), draw_ids()
+    mask = torch.ones_like(ids)
+    mask[0, :7] = mask[2, 15:] = 0
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    for also in ({}, {"attention_mask": mask}, {"attention_mask": mask, "position_ids": places}):
+        for cache in (True, False):
+            with torch.no_grad():
+                assert torch.equal(compose(models, ids, **also), whole(ids, **also, use_cache=cache).logits)
+
+
+def test_gradients_through_the_components_are_the_whole_models(tmp_path: Path) -> None:
+    whole = write_vit(tmp_path / "x.safetensors")
+    bottom, trunk, top = create("vit", tmp_path / "x.safetensors")
+    whole(draw_images()).square().sum().backward()
+    top(trunk(bottom(draw_images()))).square().sum().backward()
+    expected = dict(whole.named_parameters())
+    for model in (bottom, trunk, top):
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            assert torch.equal(parameter.grad, expected[name].grad), name
+
+
+def test_a_vit_keeps_the_dropout_it_was_trained_with(tmp_path: Path) -> None:
+    write_vit(tmp_path / "x.safetensors", dropout=0.5)
+    create("vit", tmp_path / "x.safetensors", dropout=0.5, storage_path=tmp_path, auto_save=True)
+    models = ModelFactory.load_split_models(tmp_path)
+    assert not any(model.training for model in models)
+    for model in models:
+        model.train()
+        assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.5}
+
+
+def test_the_tied_embedding_is_counted_once_and_named_once(tmp_path: Path) -> None:
+    whole = write_gpt2(tmp_path / "g")
+    create("gpt2", tmp_path / "g", 2, 4, storage_path=tmp_path, auto_save=True)
+    files = [StorageManager.get_split_model_path(tmp_path, "g", 2, 4, component) for component in COMPONENTS]
+    metadata = [read_metadata(file) for file in files]
+    tied = {key: source for found in metadata for key, source in found.tied.items()}
+    assert tied == {"lm_head.weight": "bottom:transformer.wte.weight"}
+    count = sum(parameter.numel() for parameter in whole.parameters())
+    assert sum(found.num_parameters for found in metadata) == count
+    stored = {f"{c}:{key}": t for c, file in zip(COMPONENTS, files, strict=True) for key, t in load_file(file).items()}
+    assert torch.equal(stored["top:lm_head.weight"], stored["bottom:transformer.wte.weight"])
+    assert sum(t.numel() for key, t in stored.items() if key.partition(":")[2] not in tied) == count
+
+
+def test_an_untied_head_is_stored_as_its_own(tmp_path: Path) -> None:
+    whole = write_gpt2(tmp_path / "g", tie_word_embeddings=False)
+    create("gpt2", tmp_path / "g", 2, 4, storage_path=tmp_path, auto_save=True)
+    models = ModelFactory.load_split_models(tmp_path)
+    assert not any(model.tied for model in models)
+    assert sum(p.numel() for m in models for p in m.parameters()) == sum(p.numel() for p in whole.parameters())
+    assert torch.equal(compose(models, draw_ids()), whole(draw_ids()).logits)
+
+
+def test_tied_parameters_are_one_where_bottom_and_top_are_together(tmp_path: Path) -> None:
+    write_gpt2(tmp_path / "g")
+    made = create("gpt2", tmp_path / "g", 2, 4, storage_path=tmp_path, auto_save=True)
+    for bottom, _, top in (made, ModelFactory.load_split_models(tmp_path)):
+        assert top.get_parameter("lm_head.weight") is bottom.get_parameter("transformer.wte.weight")
+    (top,) = ModelFactory.load_split_models(tmp_path, components=["top"])
+    with torch.no_grad():
+        top.get_parameter("lm_head.weight").add_(1)
+    top.save_split_model(StorageManager.get_split_model_path(tmp_path, "g", 2, 4, "top"), overwrite=True)
+    with pytest.raises(ValueError, match=r"lm_head.weight of top differs from bottom:transformer.wte.weight"):
+        ModelFactory.load_split_models(tmp_path)
+
+
+def test_each_component_loads_alone(tmp_path: Path) -> None:
+    expected = write_gpt2(tmp_path / "g")(draw_ids()).logits
+    create("gpt2", tmp_path / "g", 2, 4, storage_path=tmp_path / "all", auto_save=True)
+    hidden = draw_ids()
+    for component in COMPONENTS:
+        path = StorageManager.get_split_model_path(tmp_path / "all", "g", 2, 4, component)
+        for file in (path, StorageManager.get_model_metadata_path(path)):
+            (tmp_path / component).mkdir(exist_ok=True)
+            file.rename(tmp_path / component / file.name)
+        with torch.no_grad():
+            hidden = ModelFactory.load_component(tmp_path / component / path.name)(hidden)
+    assert torch.equal(hidden, expected)
+
+
+PEAK = """
+import re, sys
+from flapp.model.split.components import ModelFactory
+from flapp.model.split import gpt2 as split_gpt2
+def status(key):
+    return int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
+before = status("VmRSS")
+(model,) = ModelFactory.load_split_models(sys.argv[1], components=["bottom"])
+print(status("VmHWM") - before)
+"""
+
+
+def test_loading_the_bottom_of_a_gpt2_takes_less_than_half_of_the_whole(tmp_path: Path) -> None:
+    sizes = {"n_embd": 256, "vocab_size": 12000, "n_positions": 256}
+    whole = write_gpt2(tmp_path / "g", 12, **sizes)
+    size = sum(p.nbytes for p in whole.parameters())
+    bottom, _, _ = create("gpt2", tmp_path / "g", 2, 10, storage_path=tmp_path, auto_save=True)
+    least = sum(p.nbytes for p in bottom.parameters())
+    found = subprocess.run([sys.executable, "-c", PEAK, tmp_path], check=True, capture_output=True, text=True)
+    assert least < int(found.stdout) < size / 2
+
+
+def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
+    whole = write_gpt2(tmp_path / "g", dtype=torch.bfloat16)
+    create("gpt2", tmp_path / "g", 2, 4, storage_path=tmp_path, auto_save=True)
+    models = ModelFactory.load_split_models(tmp_path)
+    assert {p.dtype for m in models for p in m.parameters()} == {torch.bfloat16}
+    assert torch.equal(compose(models, draw_ids()), whole(draw_ids()).logits)
+    found = read_metadata(StorageManager.get_split_model_path(tmp_path, "g", 2, 4, "trunk"))
+    assert found.dtype == "bfloat16"
+    assert found.memory_mb == found.num_parameters * 2 / 2**20
+
+
+@pytest.mark.parametrize("points", [(0, 1), (1, 1), (2, 1), (1, 3), (2, 3), (-1, 2), (1, 30), (True, 2), (1.0, 2)])
+def test_points_that_leave_a_component_without_a_layer_are_refused(tmp_path: Path, points: tuple[int, int]) -> None:
+    write_vit(tmp_path / "x.safetensors")
+    with pytest.raises(
+        ValueError, match="split points .* (are not possible: 0 < p1 < p2 < layers|whole numbers)"
+    ) as caught:
+        create("vit", tmp_path / "x.safetensors", *points, storage_path=tmp_path / "s", auto_save=True)
+    assert refusal(caught.value)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("text", ["", "2", "2-", "2:10", "a-b", "-1-2", "1-2-3", "2 - 10"])
+def test_points_in_other_words_are_refused(text: str) -> None:
+    assert parse_points("2-10") == (2, 10)
+    with pytest.raises(ValueError, match="are not two numbers with a dash between, such as 2-10"):
+        parse_points(text)
+
+
+def test_what_cannot_be_split_is_refused_in_one_line(tmp_path: Path) -> None:
+    write_vit(tmp_path / "vit.safetensors")
+    save_file({"fc.weight": torch.zeros(2, 2)}, tmp_path / "cnn.safetensors")
+    save_file({**load_file(tmp_path / "vit.safetensors"), "more": torch.zeros(1)}, tmp_path / "more.safetensors")
+    part = {key: t for key, t in load_file(tmp_path / "vit.safetensors").items() if key != "encoder.ln.bias"}
+    save_file(part, tmp_path / "part.safetensors")
+    write_gpt2(tmp_path / "gpt2")
+    incomplete = {k: t for k, t in load_file(tmp_path / "gpt2/model.safetensors").items() if "h.3.ln_1" not in k}
+    (tmp_path / "torn").mkdir()
+    save_file(incomplete, tmp_path / "torn/model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "torn/config.json").write_text((tmp_path / "gpt2/config.json").read_text())
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "empty").mkdir()
+    for kind, source, message in (
+        ("t5", "vit.safetensors", "model_type=t5 is not known: choose one of gpt2, vit"),
+        ("vit", "none.safetensors", "none.safetensors is missing: give a file of a ViT's weights"),
+        ("vit", "cnn.safetensors", "is no ViT that we have"),
+        ("vit", "more.safetensors", "1 tensors that are no component's: more"),
+        ("vit", "part.safetensors", "does not fit ViTTop: 1 missing, first encoder.ln.bias"),
+        ("gpt2", "torn", "lacks 2 of the model's tensors, first transformer.h.3.ln_1.bias"),
+        ("gpt2", "bert", "is no GPT-2 without cross-attention, but bert"),
+        ("gpt2", "empty", "cannot be read as a GPT-2"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            create(kind, tmp_path / source)
+        assert refusal(caught.value), source
+    with pytest.raises(ValueError, match="auto_save=True needs storage_path"):
+        create("vit", tmp_path / "vit.safetensors", auto_save=True)
+
+
+def test_without_transformers_gpt2_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delitem(sys.modules, "flapp.model.split.gpt2", raising=False)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match="model_type=gpt2 needs transformers: pip install 'flapp\\[split\\]'"):
+        create("gpt2", tmp_path)
+
+
+class Layers(SplitModel):
+    """Layers of a model of nothing but linear layers."""
+
+    def __init__(self, config: Mapping[str, Any], start: int, end: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({str(i): nn.Linear(config["width"], config["width"]) for i in range(start, end)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers.values():
+            x = layer(x).tanh()
+        return x
+
+
+def test_another_type_of_model_is_split_once_it_is_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelFactory, "types", dict(ModelFactory.types))
+    state = {f"layers.{i}.{key}": t for i in range(4) for key, t in nn.Linear(3, 3).state_dict().items()}
+    kind = ModelType(lambda source: Whole(source, {"width": 3}, 4, state, "0" * 64), dict.fromkeys(COMPONENTS, Layers))
+    ModelFactory.register("mlp", lambda: kind)
+    ModelFactory.create_split_models("mlp", "mine", 1, 3, storage_path=tmp_path, auto_save=True)
+    whole = Layers({"width": 3}, 0, 4)
+    whole.load_state_dict(state)
+    x = torch.randn(2, 3)
+    assert torch.equal(compose(ModelFactory.load_split_models(tmp_path), x), whole(x))

@@ -1,0 +1,375 @@
+"""The files of split models: whole or not at all, and never taken for what they are not."""
+
+import errno
+import json
+import os
+import re
+from contextlib import nullcontext
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flapp.model.files import read_tensors, save_tensors, sha256_of_file
+from flapp.model.split.components import ModelFactory
+from flapp.model.split.files import COMPONENTS, StorageManager, read_component, read_metadata
+from tests.support.full_disk import largest_file
+from tests.support.split_models import compose, draw_images, refusal, write_vit
+
+FIELDS = {
+    *("model_class", "component", "start_layer", "end_layer", "num_layers", "num_parameters", "memory_mb", "config"),
+    *("saved_at", "dtype", "sha256", "format_version", "model_type", "name", "split_points", "tied", "model_sha256"),
+}
+
+
+def store(base: Path, seed: int = 0, name: str = "x", overwrite: bool = True) -> str:
+    """Store a ViT of this seed split at 1 and 2, and return the digest that names it."""
+    path = base.parent / f"seed{seed}.safetensors"
+    write_vit(path, seed=seed)
+    options = {"name": name, "storage_path": base, "auto_save": True, "overwrite": overwrite}
+    return ModelFactory.create_split_models("vit", path, 1, 2, **options)[0].part.model_sha256
+
+
+def store_over(base: Path) -> None:
+    """Store the model of seed 1, whose own file is there already, split where another may be."""
+    options = {"name": "x", "storage_path": base, "auto_save": True, "overwrite": True}
+    ModelFactory.create_split_models("vit", base.parent / "seed1.safetensors", 1, 2, **options)
+
+
+def pair(base: Path, component: str = "trunk", name: str = "x") -> tuple[Path, Path]:
+    weights = StorageManager.get_split_model_path(base, name, 1, 2, component)
+    return weights, StorageManager.get_model_metadata_path(weights)
+
+
+def files_in(base: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(base)): path.read_bytes() for path in base.rglob("*") if path.is_file()}
+
+
+def check_refused(base: Path, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        ModelFactory.load_split_models(base)
+    assert refusal(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def _second_model(tmp_path: Path) -> None:
+    write_vit(tmp_path / "seed1.safetensors", seed=1)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """Return a folder with one split model."""
+    store(tmp_path / "split")
+    return tmp_path / "split"
+
+
+def test_files_lie_and_are_named_as_documented(base: Path) -> None:
+    expected = {f"{c}/x_1-2_{c}{end}" for c in COMPONENTS for end in (".safetensors", "_metadata.json")}
+    assert set(files_in(base)) == expected
+    assert StorageManager.find_splits(base) == [("x", 1, 2)]
+
+
+def test_metadata_has_every_field_and_each_is_true(base: Path) -> None:
+    whole = load_file(base.parent / "seed0.safetensors")
+    total, start = 0, 0
+    for component, name in zip(COMPONENTS, ("ViTBottom", "ViTTrunk", "ViTTop"), strict=True):
+        weights, where = pair(base, component)
+        found, tensors = json.loads(where.read_text()), load_file(weights)
+        assert set(found) == FIELDS
+        assert (found["model_class"], found["component"], found["model_type"]) == (name, component, "vit")
+        assert (found["start_layer"], found["end_layer"], found["num_layers"]) == (start, start + 1, 3)
+        assert {key.split(".")[2] for key in tensors if ".layers." in key} == {f"encoder_layer_{start}"}
+        assert all(torch.equal(tensor, whole[key]) for key, tensor in tensors.items())
+        assert found["num_parameters"] == sum(t.numel() for t in tensors.values())
+        assert found["memory_mb"] == sum(t.nbytes for t in tensors.values()) / 2**20
+        assert (found["dtype"], found["tied"], found["split_points"]) == ("float32", {}, [1, 2])
+        assert found["sha256"] == sha256_of_file(weights)
+        assert found["model_sha256"] == sha256_of_file(base.parent / "seed0.safetensors")
+        assert timedelta(0) <= datetime.now(UTC) - datetime.fromisoformat(found["saved_at"]) < timedelta(minutes=5)
+        assert found["saved_at"].endswith("+00:00")
+        assert (found["config"]["image_size"], found["config"]["heads"]) == (32, 4)
+        total, start = total + found["num_parameters"], start + 1
+    assert total == sum(t.numel() for t in whole.values())
+
+
+def test_the_readme_names_every_field() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert not [field for field in FIELDS if f"`{field}`" not in readme.partition("## Split models")[2]]
+
+
+def test_the_same_component_is_always_the_same_bytes(base: Path) -> None:
+    before = files_in(base)
+    store(base)
+    assert {k: v for k, v in files_in(base).items() if "metadata" not in k} == {
+        k: v for k, v in before.items() if "metadata" not in k
+    }
+
+
+def test_existing_files_are_not_replaced_unless_asked(base: Path) -> None:
+    before = files_in(base)
+    with pytest.raises(ValueError, match=r"x_1-2_bottom.safetensors exists already: set overwrite") as caught:
+        store(base, seed=1, overwrite=False)
+    assert refusal(caught.value)
+    (bottom,) = ModelFactory.load_split_models(base, components=["bottom"])
+    with pytest.raises(ValueError, match="exists already"):
+        bottom.save_split_model(pair(base, "bottom")[0])
+    assert files_in(base) == before
+    store(base, seed=1)
+    assert torch.equal(
+        compose(ModelFactory.load_split_models(base), draw_images()),
+        write_vit(base.parent / "again.safetensors", seed=1)(draw_images()),
+    )
+
+
+def test_a_component_is_saved_alone_where_one_likes(base: Path, tmp_path: Path) -> None:
+    (top,) = ModelFactory.load_split_models(base, components=["top"])
+    saved = top.save_split_model(tmp_path / "elsewhere" / "mine.safetensors")
+    again = ModelFactory.load_component(tmp_path / "elsewhere" / "mine.safetensors")
+    assert saved.facts() == read_metadata(pair(base, "top")[0]).facts()
+    assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in top.state_dict().items())
+    with pytest.raises(ValueError, match="its name must end in .safetensors"):
+        top.save_split_model(tmp_path / "mine.pt")
+    with pytest.raises(ValueError, match="is not written without metadata"):
+        top.save_split_model(tmp_path / "mine.safetensors", save_metadata=False)
+
+
+@pytest.mark.parametrize("place", [10, 2000, -1])
+def test_a_flipped_bit_in_the_weights_is_refused(base: Path, place: int) -> None:
+    weights, _ = pair(base)
+    damaged = bytearray(weights.read_bytes())
+    damaged[place] ^= 1
+    weights.write_bytes(damaged)
+    check_refused(base, r"x_1-2_trunk.safetensors has SHA-256 \w{12}, x_1-2_trunk_metadata.json says \w{12}: one of")
+
+
+def other(value: object) -> object:
+    """Return another value of the same type."""
+    if isinstance(value, dict):
+        return {**value, "dropout": 0.25}
+    if isinstance(value, list):
+        return [*value[:-1], value[-1] + 1]
+    return f"{value}x" if isinstance(value, str) else value + 1  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("field", sorted(FIELDS - {"saved_at"}))
+def test_a_changed_field_of_the_metadata_is_refused(base: Path, field: str) -> None:
+    _, where = pair(base)
+    found = json.loads(where.read_text())
+    where.write_text(json.dumps(found | {field: other(found[field])}))
+    message = {
+        "sha256": r"trunk.safetensors has SHA-256 \w{12}, x_1-2_trunk_metadata.json says \w{12}",
+        "format_version": r"damaged \(format_version is 2, this program reads 1\)",
+    }
+    check_refused(base, message.get(field, f"x_1-2_trunk_metadata.json says {field}=.*, its weights were saved with"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("", "is damaged"),
+        ("[]", "it is no object"),
+        ('{"name": "x"}', "format_version is missing"),
+        (None, "weights need their metadata"),
+        ({"num_layers": "3"}, "num_layers is '3'"),
+        ({"more": 1}, "more is no field"),
+    ],
+)
+def test_metadata_that_is_none_is_refused(base: Path, change: str | dict[str, object] | None, message: str) -> None:
+    _, where = pair(base)
+    found = json.loads(where.read_text())
+    where.unlink()
+    if change is not None:
+        where.write_text(json.dumps(found | change) if isinstance(change, dict) else change)
+    check_refused(base, message)
+
+
+def test_components_of_different_models_are_not_mixed(base: Path) -> None:
+    others = base.parent / "others"
+    store(others, seed=1)
+    for mine, theirs in zip(pair(base), pair(others), strict=True):
+        mine.write_bytes(theirs.read_bytes())
+    check_refused(base, "bottom and trunk of x are of different models")
+    ModelFactory.load_split_models(base, components=["trunk"])
+
+
+def test_components_of_different_splits_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flapp.model.layout import SIZES
+
+    monkeypatch.setitem(SIZES, "vit_six", (4, 6, 4, 32, 48))
+    write_vit(tmp_path / "six.safetensors", "vit_six")
+    for points in ((1, 2), (1, 4)):
+        options = {"storage_path": tmp_path, "auto_save": True}
+        ModelFactory.create_split_models("vit", tmp_path / "six.safetensors", *points, **options)
+    for end in (".safetensors", "_metadata.json"):
+        os.replace(tmp_path / f"bottom/six_1-4_bottom{end}", tmp_path / f"bottom/six_1-2_bottom{end}")
+    with pytest.raises(ValueError, match=r"six_1-2_bottom.safetensors holds the bottom of six split at 1-4"):
+        ModelFactory.load_split_models(tmp_path, "six", 1, 2)
+
+
+def test_a_component_under_anothers_name_is_refused(base: Path) -> None:
+    for top, trunk in zip(pair(base, "top"), pair(base, "trunk"), strict=True):
+        os.replace(top, trunk)
+    check_refused(base, "x_1-2_trunk.safetensors holds the top of x split at 1-2")
+
+
+def test_a_missing_component_is_named(base: Path) -> None:
+    pair(base, "top")[0].unlink()
+    check_refused(base, r"top/x_1-2_top.safetensors cannot be read .*: this component is missing")
+
+
+def test_an_unknown_component_and_a_name_that_is_none_are_refused(base: Path) -> None:
+    with pytest.raises(ValueError, match="component=middle is not known: choose one of bottom, trunk, top"):
+        ModelFactory.load_split_models(base, components=["middle"])
+    with pytest.raises(ValueError, match="component=middle is not known"):
+        StorageManager.get_split_model_path(base, "x", 1, 2, "middle")
+    for name in ("", "../x", "a/b", ".x"):
+        with pytest.raises(ValueError, match="cannot be part of a file's name"):
+            StorageManager.get_split_model_path(base, name, 1, 2, "top")
+
+
+def test_one_says_which_split_is_meant_where_there_are_several(base: Path) -> None:
+    store(base, seed=1, name="y")
+    check_refused(base, r"has x 1-2, y 1-2: 2 splits fit name=None, points None and None; give those of one")
+    assert ModelFactory.load_split_models(base, "y")[0].part.name == "y"
+    with pytest.raises(ValueError, match=r"has x 1-2, y 1-2: none fits name=z"):
+        ModelFactory.load_split_models(base, "z")
+    check_refused(base.parent / "nowhere", "has no split model")
+
+
+class PowerCut(BaseException):
+    """What nothing catches."""
+
+
+def cut_power_at(rename: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the power fail before the rename with this number."""
+    left, replace = iter(range(rename)), os.replace
+
+    def cut(source: Path, target: Path) -> None:
+        if next(left, None) is None:
+            raise PowerCut
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", cut)
+
+
+SYNCS = 9  # while staging: of three files of weights, their metadata and their folders
+RENAMES = 9  # one for each of three files of weights where they are staged, then two for each pair
+
+
+@pytest.mark.parametrize("rename", range(RENAMES + 1))
+def test_a_crash_at_any_rename_leaves_each_pair_old_or_new(
+    base: Path, monkeypatch: pytest.MonkeyPatch, rename: int
+) -> None:
+    old = read_metadata(pair(base)[0]).model_sha256
+    with monkeypatch.context() as patch:
+        cut_power_at(rename, patch)
+        with pytest.raises(PowerCut) if rename < RENAMES else nullcontext():
+            store_over(base)
+    new = sha256_of_file(base.parent / "seed1.safetensors")
+    found = [read_component(pair(base, component)[0])[0].model_sha256 for component in COMPONENTS]
+    assert found == [new if rename > 3 + 2 * i else old for i in range(3)]
+    if len(set(found)) > 1:
+        check_refused(base, "are of different models")
+    store(base, seed=2)
+    assert ModelFactory.load_split_models(base)[0].part.model_sha256 not in (old, new)
+    assert not [name for name in files_in(base) if ".new" in name or ".tmp" in name]
+
+
+def test_a_crash_of_a_first_save_leaves_a_pair_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tmp_path / "split"
+    with monkeypatch.context() as patch:
+        cut_power_at(4, patch)
+        with pytest.raises(PowerCut):
+            store_over(base)
+    assert read_metadata(pair(base, "bottom")[0]).model_sha256 == sha256_of_file(tmp_path / "seed1.safetensors")
+    check_refused(base, "x_1-2_trunk.safetensors cannot be read .*: this component is missing")
+
+
+@pytest.mark.parametrize("size", [300, 100_000, 150_000])
+def test_a_full_disk_leaves_all_old_files_as_they_were(base: Path, size: int) -> None:
+    before = files_in(base)
+    with largest_file(size), pytest.raises(ValueError, match="cannot be written .*free space") as caught:
+        store_over(base)
+    assert refusal(caught.value)
+    assert files_in(base) == before
+    store_over(base)
+    ModelFactory.load_split_models(base)
+
+
+def fail_at(sync: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the disk be full at the fsync with this number."""
+    left, fsync = iter(range(sync)), os.fsync
+
+    def fail(descriptor: int) -> None:
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+
+
+@pytest.mark.parametrize("sync", range(SYNCS))
+def test_a_disk_that_fills_up_at_any_file_leaves_all_old_files_as_they_were(
+    base: Path, monkeypatch: pytest.MonkeyPatch, sync: int
+) -> None:
+    before = files_in(base)
+    with monkeypatch.context() as patch:
+        fail_at(sync, patch)
+        with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\): free space"):
+            store_over(base)
+    assert files_in(base) == before
+    store_over(base)
+    assert set(files_in(base)) == set(before)
+
+
+@pytest.mark.parametrize("sync", range(SYNCS + 1))
+def test_a_disk_that_fills_up_after_a_crash_between_two_renames_keeps_the_pair(
+    base: Path, monkeypatch: pytest.MonkeyPatch, sync: int
+) -> None:
+    with monkeypatch.context() as patch:
+        cut_power_at(4, patch)
+        with pytest.raises(PowerCut):
+            store_over(base)
+    kept = read_metadata(pair(base, "bottom")[0])
+    with monkeypatch.context() as patch:
+        fail_at(sync, patch)
+        with pytest.raises(ValueError, match="cannot be written"):
+            store_over(base)
+    assert read_metadata(pair(base, "bottom")[0]) == kept
+
+
+def test_a_folder_that_cannot_be_made_or_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "split").mkdir()
+    (tmp_path / "split/trunk").write_text("in the way")
+    with pytest.raises(ValueError, match=r"split/trunk cannot be made \(File exists\): name another storage folder"):
+        store_over(tmp_path / "split")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(ValueError, match="other/bottom is not writable: change its permissions") as caught:
+        store_over(tmp_path / "other")
+    assert refusal(caught.value)
+
+
+def test_tensors_are_read_into_aligned_memory(tmp_path: Path) -> None:
+    state = {
+        "a": torch.randn(3, 5),
+        "b": torch.tensor(7),
+        "c": torch.randn(5).bfloat16(),
+        "e": torch.empty(0, 2),
+        "f": torch.tensor([True, False, True]),
+    }
+    save_tensors(state, tmp_path / "x.safetensors", model="x")
+    tensors, facts = read_tensors(tmp_path / "x.safetensors")
+    assert facts["model"] == "x"
+    for key, tensor in state.items():
+        assert torch.equal(tensors[key], tensor)
+        assert tensors[key].dtype == tensor.dtype
+        assert tensors[key].data_ptr() % 64 == 0
+
+
+def test_weights_of_another_program_are_refused(base: Path) -> None:
+    weights, where = pair(base)
+    save_file(load_file(weights), weights)
+    where.write_text(re.sub(r'"sha256": "\w+"', f'"sha256": "{sha256_of_file(weights)}"', where.read_text()))
+    check_refused(base, "has no flapp header of format 1")

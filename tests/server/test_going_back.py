@@ -1,0 +1,189 @@
+"""A run goes back to an earlier round that it still holds, and ends in the bytes of one that was never disturbed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flapp.checkpoint.manager import ChunkManager
+from flapp.config.load import compose
+from flapp.config.schema import ConfigError
+from flapp.messages import pack, views
+from flapp.server import origin
+from flapp.server.roster import FederationError
+from flapp.strategy.fedavg import FedAvg
+from tests.conftest import break_off, read_lines
+from tests.support.run_files import write_run
+from tools.deployment import submit
+from tools.running import inline
+from tools.running.progress import RoundReader
+
+Federate = Callable[..., tuple[dict[str, Any], Path]]
+TOY = ("experiment=toy_regression", "num_rounds=5", "checkpoint.keep_rounds=3")
+FEDSA = (
+    *("dataset=digits", "strategy=fedlora", "strategy.aggregation=fedsa", "evaluate.objective=personal_accuracy"),
+    *("lora=default", "lora.rank=2", "clients=2"),
+    *("num_rounds=4", "train.steps=2", "evaluate.every=4", "checkpoint.keep_rounds=3"),
+)
+
+
+def rounds_of(path: Path, kind: str) -> list[int]:
+    return [line["round"] for line in read_lines(path, kind)]
+
+
+def held(path: Path) -> list[int]:
+    with ChunkManager(path / "server_chunks.db", create=False) as store:
+        return [kept.round for kept in store.rounds()]
+
+
+def test_a_run_that_saved_a_poisoned_round_goes_on_from_the_round_before_to_the_undisturbed_bytes(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (*TOY, "evaluate.every=5")
+    whole, whole_path = federate(*settings)
+    real = FedAvg.combine_sum
+
+    def poisoned(strategy: FedAvg, *args: Any) -> Any:
+        arrays, found = real(strategy, *args)
+        if strategy.phase.server_round == 3:
+            for key, values in views(arrays).items():
+                arrays[key] = pack(np.full_like(values, 1.7e19))  # just small enough to be taken
+        return arrays, found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FedAvg, "combine_sum", poisoned)
+        with pytest.raises(FederationError, match="round 4: .*0 of 3 clients gave a valid train reply"):
+            federate(*settings, "run_name=poisoned")
+    for _ in range(2):  # for ever
+        with pytest.raises(FederationError, match=r"round 4: .*0 of 3 clients"):
+            federate(*settings, "run_name=poisoned", "resume=true")
+    summary, path = federate(*settings, "run_name=poisoned", "resume=true", "resume_from=2")
+    same = ("model_sha256", "loss", "objective", "rounds", "bytes_up", "bytes_down", "best_round")
+    assert {key: summary[key] for key in same} == {key: whole[key] for key in same}
+    for kind in ("train", "evaluate", "round"):
+        assert rounds_of(path, kind) == rounds_of(whole_path, kind)
+    assert [text.split(",")[0] for text in (path / "metrics.csv").read_text().splitlines()[1:]] == list("12345")
+
+
+def test_a_finished_run_goes_back_and_comes_to_its_end_again(federate: Federate) -> None:
+    whole, path = federate(*TOY, "run_name=again")
+    assert held(path) == [3, 4, 5]
+    summary, _ = federate(*TOY, "run_name=again", "resume=true", "resume_from=3")
+    assert {**summary, "seconds": 0} == {**whole, "seconds": 0}
+    assert rounds_of(path, "roster") == [0, 3]
+    assert held(path) == [3, 4, 5]
+
+
+def test_going_back_drops_later_rounds_before_anything_else_happens(federate: Federate) -> None:
+    _, path = federate(*TOY, "run_name=dropped")
+    break_off(federate, 4, "aggregate_train", *TOY, "run_name=dropped", "resume=true", "resume_from=3")
+    assert held(path) == [3]
+    assert rounds_of(path, "round") == [1, 2, 3]
+    assert federate(*TOY, "run_name=dropped", "resume=true")[0]["status"] == "finished"
+
+
+def test_a_round_that_is_not_held_is_refused_with_those_that_are_and_nothing_is_dropped(federate: Federate) -> None:
+    _, path = federate(*TOY, "run_name=gone")
+    before = (path / "metrics.jsonl").read_text()
+    for number in (2, 9):
+        with pytest.raises(ConfigError) as caught:
+            federate(*TOY, "run_name=gone", "resume=true", f"resume_from={number}")
+        said = f"resume_from={number} is not among the rounds that {path / 'server_chunks.db'} holds: "
+        assert str(caught.value) == said + "choose one of 3, 4, 5"
+    assert (path / "metrics.jsonl").read_text() == before
+    assert held(path) == [3, 4, 5]
+
+
+def test_a_round_without_its_lines_is_refused_and_nothing_is_dropped(federate: Federate) -> None:
+    _, path = federate(*TOY, "run_name=lineless")
+    lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (path / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["round"] < 4))
+    with pytest.raises(ConfigError, match=r"goes on to round 3: .* go back by resume_from to a round that both have"):
+        federate(*TOY, "run_name=lineless", "resume=true", "resume_from=4")
+    assert held(path) == [3, 4, 5]
+    assert federate(*TOY, "run_name=lineless", "resume=true", "resume_from=3")[0]["status"] == "finished"
+
+
+def test_a_round_whose_best_one_is_gone_is_refused_where_the_run_ends_with_the_best(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (*TOY, "evaluate.select=best", "run_name=best")
+    summary, path = federate(*settings)
+    assert summary["selected_round"] == 5
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    edited = [json.loads(text) for text in lines]
+    for line in edited:
+        if line["kind"] == "evaluate":
+            line["val_loss"] = abs(line["round"] - 2)  # the best until round 5 was 2, which is no longer held
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in edited))
+    with pytest.raises(ConfigError, match=r"resume_from=4: the best round until then was 2, which .* no longer holds"):
+        federate(*settings, "resume=true", "resume_from=4")
+    assert held(path) == [3, 4, 5]
+
+
+def test_clients_that_kept_later_rounds_keep_their_own_tensors_of_the_round_that_is_gone_back_to(
+    federate: Federate,
+) -> None:
+    whole, path = federate(*FEDSA, "run_name=private")
+    assert held(path) == [2, 3, 4]
+    again, _ = federate(*FEDSA, "run_name=private", "resume=true", "resume_from=2")
+    assert again["model_sha256"] == whole["model_sha256"]
+    assert again["personal_accuracy"] == whole["personal_accuracy"]
+    settings = ("checkpoint.replay=false", "run_name=private", "resume=true", "resume_from=2")
+    assert federate(*FEDSA, *settings)[0]["model_sha256"] == whole["model_sha256"]
+    assert rounds_of(path, "roster") == [0, 2]
+    assert not any(line["failures"] for line in read_lines(path, "train"))
+
+
+def test_going_back_before_other_source_was_taken_compares_with_the_source_before_it(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (*TOY, "run_name=mixed", "resume=true")
+    whole, _ = federate(*TOY)
+    break_off(federate, 4, "aggregate_train", *settings[:-1])
+    with monkeypatch.context() as patch:
+        patch.setattr(origin, "source_digest", lambda: "f" * 64)
+        mixed, _ = federate(*settings, "resume_anyway=true")
+        assert [note["round"] for note in mixed["resumed_anyway"]] == [3]
+        with pytest.raises(ConfigError, match="began with other source"):
+            federate(*settings, "resume_from=3")
+    with pytest.raises(ConfigError, match="began with other source"):
+        federate(*settings, "resume_from=4")
+    again, _ = federate(*settings, "resume_from=3")
+    assert "resumed_anyway" not in again
+    assert again["model_sha256"] == whole["model_sha256"]
+
+
+def test_the_command_runs_the_later_rounds_of_a_finished_run_again(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch, data_home: Path
+) -> None:
+    first, _ = federate(*TOY, "run_name=command")
+
+    class Started(Exception):
+        pass
+
+    def start(config: Any, *rest: Any) -> Any:
+        raise Started
+
+    monkeypatch.setattr(inline, "run_inline", start)
+    words = [*TOY, f"home={data_home}", "run_name=command", "resume=true"]
+    assert submit.run_once(compose(words)) == first
+    with pytest.raises(Started):
+        submit.run_once(compose([*words, "resume_from=3"]))
+    with pytest.raises(ConfigError, match="resume_from=1 is not among the rounds"):
+        submit.run_once(compose([*words, "resume_from=1"]))
+
+
+def test_progress_of_a_run_that_goes_back_begins_at_that_round(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", rounds=6) / "metrics.jsonl"
+    whole = path.read_text()
+    reader = RoundReader(path)
+    assert [found["round"] for found in reader.read(4)] == [1, 2, 3, 4]
+    kept = [text for text in whole.splitlines(keepends=True) if json.loads(text)["round"] <= 4]
+    path.write_text("".join(kept))
+    assert reader.read() == []
+    path.write_text(whole)
+    assert [found["round"] for found in reader.read()] == [5, 6]

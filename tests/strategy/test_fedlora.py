@@ -1,0 +1,387 @@
+"""FedLoRA: adapters and head travel, the base never changes, and every rule does what its name says."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Message
+from safetensors.torch import load_file
+
+from flapp import base, client_app, messages
+from flapp.checkpoint.manager import ChunkManager
+from flapp.checkpoint.tensors import digest_of
+from flapp.config.load import compose, from_dict, to_json
+from flapp.config.schema import ConfigError
+from flapp.model.files import load_tensors
+from flapp.server.roster import FederationError
+from flapp.server_app import initial_model
+from flapp.strategy.lora_aggregation import RULES
+from tests.conftest import break_off, read_clients, read_lines
+
+Federate = Callable[..., tuple[dict[str, Any], Path]]
+LORA = (
+    *(
+        "strategy=fedlora",
+        "lora=default",
+        "lora.rank=4",
+        "lora.alpha=8",
+        "clients=3",
+        "num_rounds=2",
+        "evaluate.every=1",
+    ),
+    *("train.steps=3", "evaluate.personal_epochs=0", "train.schedule=constant"),
+)
+FEDSA = ("strategy.aggregation=fedsa", "evaluate.objective=personal_accuracy")
+EXACT = ("ffa", "rolora", "flora", "fedex")
+HEAD = {"heads.head.weight", "heads.head.bias"}
+
+
+def by(rule: str) -> tuple[str, ...]:
+    """Return the settings that choose a rule."""
+    return FEDSA if rule == "fedsa" else (f"strategy.aggregation={rule}",)
+
+
+def listen(seen: list[tuple[str, dict[str, np.ndarray]]]) -> Callable[[str, Message], Message]:
+    """Return a tamper function that changes nothing and notes every trained model."""
+
+    def tamper(name: str, reply: Message) -> Message:
+        if messages.ARRAYS in reply.content.array_records:
+            arrays = messages.unpack_arrays(reply.content)
+            seen.append((name, {key: array.numpy() for key, array in arrays.items()}))
+        return reply
+
+    return tamper
+
+
+def factors(keys: Any) -> set[str]:
+    return {key.rpartition("_")[2] for key in keys if ".lora_" in key}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_each_rule_trains_and_leaves_the_base_as_it_was(federate: Federate, rule: str) -> None:
+    seen: list[tuple[str, dict[str, np.ndarray]]] = []
+    summary, path = federate(*LORA, *by(rule), "evaluate.central=true", tamper=listen(seen))
+    lines = read_lines(path, "train")
+    assert not any(line["failures"] for line in lines)
+    for number in (1, 2):
+        for _, sent in seen[3 * (number - 1) : 3 * number]:
+            assert factors(sent) == RULES[rule].travels(number)
+            assert {key for key in sent if ".lora_" not in key} == HEAD
+    untouched = load_file(path / "model.safetensors")
+    start = initial_model(from_dict(json.loads(to_json(compose([*LORA, "home=/nowhere"])))))
+    for key, tensor in start.state_dict().items():
+        if ".lora_" not in key and key not in HEAD and not key.endswith(("qkv.weight", "proj.weight")):
+            assert untouched[key].numpy().tobytes() == tensor.numpy().tobytes(), key
+    central = read_lines(path, "central")[-1]
+    assert summary["accuracy"] == central["accuracy"]
+    assert summary["loss"] == pytest.approx(central["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_order_of_replies_does_not_matter_to_any_rule(federate: Federate, rule: str) -> None:
+    digests = {federate(*LORA, *by(rule), order=order)[0]["model_sha256"] for order in range(2)}
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "fedsa"])
+def test_exact_rules_apply_the_ideal_product_and_the_others_do_not(federate: Federate, rule: str) -> None:
+    _, path = federate(*LORA, f"strategy.aggregation={rule}")
+    for line in read_lines(path, "train"):
+        assert (line["aggregation_error"] < 1e-5) == (rule in EXACT)
+
+
+@pytest.mark.parametrize("rule", ["flora", "fedex"])
+def test_the_error_of_a_round_is_that_of_the_model_that_is_stored(federate: Federate, rule: str) -> None:
+    seen: list[tuple[str, dict[str, np.ndarray]]] = []
+    _, path = federate(*LORA, *by(rule), "lora.alpha=0.01", "strategy.weighting=uniform", tamper=listen(seen))
+    with ChunkManager(path / "server_chunks.db", create=False) as store:
+        rounds = [store.reconstruct_model_from_chunks(number) for number in (1, 2)]
+    before, after = ({key: tensor.double().numpy() for key, tensor in each.items()} for each in rounds)
+    squares = np.zeros(2)
+    for key in [key.removesuffix("A") for key in after if key.endswith(".lora_A")]:
+        weight = key.removesuffix("lora_") + "weight"
+        sent = [{ab: arrays[key + ab].astype(np.float64) for ab in "AB"} for _, arrays in seen[3:]]
+        ideal = np.mean([each["B"] @ each["A"] for each in sent], axis=0)
+        applied = (after[weight] - before[weight]) / (0.01 / 4) + after[key + "B"] @ after[key + "A"]
+        squares += np.linalg.norm(applied - ideal) ** 2, np.linalg.norm(ideal) ** 2
+    line = read_lines(path, "train")[1]
+    assert line["aggregation_error"] == pytest.approx(np.sqrt(squares[0] / squares[1]), rel=1e-6)
+    assert line["aggregation_error"] > 1e-5  # adapters of so small a scale are lost in the rounding of the base
+
+
+def test_what_a_client_sends_has_changed_in_every_tensor(federate: Federate) -> None:
+    seen: list[tuple[str, dict[str, np.ndarray]]] = []
+    federate(*LORA, "num_rounds=1", tamper=listen(seen))
+    (_, one), (_, two), _ = seen
+    for key in one:
+        assert not np.array_equal(one[key], two[key]), key
+
+
+@pytest.mark.parametrize("rule", ["flora", "flexlora", "hetlora"])
+def test_clients_may_have_different_ranks_where_the_rule_allows(federate: Federate, rule: str) -> None:
+    seen: list[tuple[str, dict[str, np.ndarray]]] = []
+    dealt = ("lora.rank_by_client=[2,4]", f"strategy.aggregation={rule}")
+    summary, path = federate(*LORA, *dealt, "evaluate.central=true", tamper=listen(seen))
+    assert not any(line["failures"] for line in read_lines(path, "train"))
+    key = "encoder.layers.encoder_layer_0.self_attention.qkv.lora_A"
+    assert {name: len(sent[key]) for name, sent in seen} == {"0": 2, "1": 4, "2": 2}
+    if rule == "flora":  # all of it is in the base, so that every client has the server's model
+        assert summary["loss"] == pytest.approx(read_lines(path, "central")[-1]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["flexlora", "hetlora"])
+def test_rows_that_nobody_trains_are_drawn_anew_so_that_they_can_learn(federate: Federate, rule: str) -> None:
+    _, path = federate(*LORA, "clients=1", "lora.rank_by_client=[2]", f"strategy.aggregation={rule}")
+    with ChunkManager(path / "server_chunks.db", create=False) as store:
+        tensors = store.reconstruct_model_from_chunks(2)
+    layers = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
+    assert len(layers) == 6
+    for layer in layers:
+        assert tensors[f"{layer}.lora_A"].any(dim=1).all()
+        assert tensors[f"{layer}.lora_B"].any(dim=0).tolist() == [True, True, False, False]
+
+
+def test_the_head_is_averaged_by_the_number_of_samples(federate: Federate) -> None:
+    seen: list[tuple[str, dict[str, np.ndarray]]] = []
+    _, path = federate(*LORA, "num_rounds=1", tamper=listen(seen))
+    counts = {name: line["train"] for name, line in read_clients(path).items()}
+    assert len(set(counts.values())) > 1
+    final = load_file(path / "model.safetensors")
+    for key in HEAD:
+        exact = sum(sent[key].astype(np.float64) * counts[name] for name, sent in seen) / sum(counts.values())
+        np.testing.assert_array_equal(final[key].numpy(), exact.astype(np.float32))
+
+
+def test_private_factors_stay_with_their_client_and_personalise_it(federate: Federate, data_home: Path) -> None:
+    summary, path = federate(*LORA, *FEDSA, "train.steps=10", "run_name=fedsa")
+    assert summary["personal_accuracy"] != summary["accuracy"]
+    stores = [data_home / "checkpoints" / "fedsa" / f"client_{i}" / f"client_{i}_chunks.db" for i in range(3)]
+    kept = []
+    for store in stores:
+        with ChunkManager(store, create=False) as manager:
+            kept.append(manager.reconstruct_model_from_chunks(2))
+    with ChunkManager(path / "server_chunks.db", create=False) as manager:
+        assert manager.rounds()[-1].metrics["accepted"] == {"0": 2, "1": 2, "2": 2}
+    key = "encoder.layers.encoder_layer_0.self_attention.qkv.lora_B"
+    assert key not in load_file(path / "model.safetensors")
+    assert not np.array_equal(kept[0][key], kept[1][key])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        FEDSA,
+        ("strategy.aggregation=flora",),
+        ("strategy.aggregation=rolora", "checkpoint=off"),
+        ("strategy.server_optimizer=fedadam", "strategy.server_lr=0.01"),
+        ("strategy.server_optimizer=fedavgm",),
+    ],
+    ids=" ".join,
+)
+def test_a_broken_run_is_resumed_to_the_same_bytes(federate: Federate, settings: tuple[str, ...]) -> None:
+    settings = (*LORA, "num_rounds=4", "train.steps=2", *settings)
+    whole, _ = federate(*settings)
+    name = f"run_name=lora-{abs(hash(settings))}"
+    break_off(federate, 3, "aggregate_train", *settings, name)
+    resumed, path = federate(*settings, name, "resume=true")
+    assert resumed["model_sha256"] == whole["model_sha256"]
+    assert not any(line["failures"] for line in read_lines(path, "train"))
+
+
+def test_a_client_that_lost_its_private_factors_says_so(federate: Federate, data_home: Path) -> None:
+    lost = data_home / "checkpoints" / "lost" / "client_1"
+
+    def tamper(name: str, reply: Message) -> Message:
+        if name == "1" and reply.has_content() and messages.ARRAYS in reply.content.array_records:
+            (lost / "client_1_chunks.db").unlink()
+        return reply
+
+    _, path = federate(*LORA, *FEDSA, "run_name=lost", tamper=tamper)
+    failures = read_lines(path, "train")[1]["failures"]
+    assert [failure["client"] for failure in failures] == ["1"]
+    assert "has lost what it kept to itself in round 1: bring back its checkpoint store" in failures[0]["reason"]
+
+
+def test_a_client_without_the_base_gets_it_once_and_one_with_another_is_refused(
+    federate: Federate, data_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    real = client_app.receive_piece
+
+    def receive(models: Path, digest: str, *rest: Any) -> int:
+        asked.append(1)
+        return real(models, digest, *rest)
+
+    monkeypatch.setattr(client_app, "receive_piece", receive)
+    monkeypatch.setattr(base, "PIECE_BYTES", 100_000)
+    from shutil import copytree
+
+    homes = [tmp_path / f"site_{i}" for i in range(3)]
+    for home in homes:
+        copytree(data_home / "data", home / "data")
+    nodes = [{"client-id": str(i), "home": str(home)} for i, home in enumerate(homes)]
+    here, _ = federate(*LORA)
+    away, path = federate(*LORA, nodes=nodes)
+    assert away["model_sha256"] == here["model_sha256"]
+    pieces = len(asked)
+    assert pieces >= 6
+    assert pieces % 3 == 0
+    again, _ = federate(*LORA, nodes=nodes)
+    assert again["model_sha256"] == here["model_sha256"]
+    assert len(asked) == pieces
+
+    stored = next((homes[1] / "models").glob("*/base.safetensors"))
+    tensors, _ = load_tensors(stored)
+    base.save_tensors({key: tensor + 1 for key, tensor in tensors.items()}, stored)
+    _, path = federate(*LORA, "strategy.min_clients=2", "strategy.wait_for_clients=0.1", nodes=nodes)
+    refused = read_lines(path, "roster")[0]["refused"]
+    found = base.find_base(homes[1] / "models", stored.parent.name)
+    assert refused == {
+        "1": f"holds base {found[:12]} of the model, the server's is {stored.parent.name[:12]}: "
+        f"remove models/{stored.parent.name} from its home, and it is sent again"
+    }
+
+
+def test_a_run_is_not_resumed_over_another_base(federate: Federate, tmp_path: Path) -> None:
+    _, first = federate(*LORA, "num_rounds=1")
+    _, other = federate(*LORA, "num_rounds=1", "seed=5")
+    start = tmp_path / "start.safetensors"
+    start.write_bytes((first / "model.safetensors").read_bytes())
+    settings = (*LORA, f"model.pretrained={start}", "run_name=rebased")
+    break_off(federate, 2, "aggregate_train", *settings)
+    start.write_bytes((other / "model.safetensors").read_bytes())
+    with pytest.raises(FederationError, match="the run began over base .*, the base is now"):
+        federate(*settings, "resume=true")
+    start.write_bytes((first / "model.safetensors").read_bytes())
+    assert federate(*settings, "resume=true")[0]["status"] == "finished"
+
+
+def test_a_base_may_not_lie_outside_the_models_folder(tmp_path: Path) -> None:
+    with pytest.raises(base.BaseError, match="is not the digest of a base"):
+        base.receive_piece(tmp_path / "models", "../" * 3 + "etc/x", 1, 0, 1, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pieces_that_come_twice_or_to_two_nodes_of_one_home_put_one_base_in_place(tmp_path: Path) -> None:
+    tensors = {f"t{i}": torch.full((3,), float(i)) for i in range(3)}
+    digest = digest_of(tensors)
+    pieces = [{key: tensor} for key, tensor in tensors.items()]
+    for node, index in ((1, 0), (2, 0), (1, 2), (1, 2), (2, 1)):
+        assert base.receive_piece(tmp_path, digest, node, index, 3, pieces[index]) > 0
+    assert base.receive_piece(tmp_path, digest, 1, 1, 3, pieces[1]) == 0
+    assert base.receive_piece(tmp_path, digest, 2, 2, 3, pieces[2]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == [digest]
+    assert base.load_base(tmp_path, digest).keys() == tensors.keys()
+
+
+def test_pieces_of_another_base_than_the_one_named_are_not_kept(tmp_path: Path) -> None:
+    digest = digest_of({"t": torch.ones(3)})
+    with pytest.raises(base.BaseError, match=f"has digest .*, the server's is {digest[:12]}"):
+        base.receive_piece(tmp_path, digest, 1, 0, 1, {"t": torch.zeros(3)})
+    assert base.find_base(tmp_path, digest) == ""
+    assert base.receive_piece(tmp_path, digest, 1, 0, 1, {"t": torch.ones(3)}) == 0
+
+
+def test_the_adapter_is_exported_for_peft_where_it_is_all_that_changed(federate: Federate) -> None:
+    _, path = federate(*LORA)
+    assert {file.name for file in (path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    again, _ = federate(*LORA, f"lora.adapter={path / 'adapter'}", "num_rounds=1")
+    assert again["status"] == "finished"
+    _, folded = federate(*LORA, "strategy.aggregation=flora")
+    assert not (folded / "adapter").exists()
+
+
+def test_the_final_model_is_plain_and_a_base_for_the_next_run(federate: Federate) -> None:
+    _, path = federate(*LORA)
+    assert not any(".lora_" in key for key in load_file(path / "model.safetensors"))
+    next_run, _ = federate(*LORA, f"model.pretrained={path / 'model.safetensors'}", "num_rounds=1")
+    assert next_run["status"] == "finished"
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "alignment"])
+def test_weightings_compose_with_adapters(federate: Federate, weighting: str) -> None:
+    by_size, _ = federate(*LORA)
+    other, _ = federate(*LORA, f"strategy.weighting={weighting}")
+    assert other["model_sha256"] != by_size["model_sha256"]
+
+
+def test_bytes_up_are_the_adapters_and_the_head(federate: Federate) -> None:
+    seen: list[tuple[str, dict[str, np.ndarray]]] = []
+    summary, path = federate(*LORA, tamper=listen(seen))
+    assert summary["bytes_up"] == sum(len(messages.pack(v).data) for _, sent in seen for v in sent.values())
+    line = read_lines(path, "train")[0]
+    assert sum(line["client_bytes_up"].values()) == line["bytes_up"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["strategy=fedlora"], "FedLoRA needs a model with adapters: set lora=default (got lora=none)"),
+        (["lora=default"], "lora=default trains adapters, strategy=fedavg sends whole models"),
+        (["strategy=fedlora", "lora=default", "lora.rank=0"], "lora.rank=0 is out of range: it must be at least 1"),
+        (["strategy=fedlora", "lora=default", "lora.targets=[]"], "lora.targets is empty"),
+        (
+            ["strategy=fedlora", "lora=default", "lora.rank_by_client=[4,8]"],
+            "strategy.aggregation=fedit cannot aggregate",
+        ),
+        (
+            ["strategy=fedlora", "lora=default", "lora.rank_by_client=[4,16]", "strategy.aggregation=flora"],
+            "has more than lora.rank=8, the largest",
+        ),
+        (["strategy.aggregation=fedit"], "does not go with strategy=fedavg"),
+        (
+            ["strategy=fedlora", "lora=default", *FEDSA, "checkpoint=off"],
+            "fedsa keeps each client's B in its chunk store: set checkpoint=recent",
+        ),
+        *(
+            (
+                [*LORA, "evaluate.personal_epochs=1", "strategy.aggregation=fedsa", setting],
+                f"{setting} is of the global model, which lacks every client's B with strategy.aggregation=fedsa: "
+                f"set {setting.split('=')[0]}=personal_accuracy",
+            )
+            for setting in ("evaluate.objective=accuracy", "evaluate.objective=loss")
+        ),
+        *(
+            (
+                [*LORA, "num_rounds=9", *FEDSA, setting],
+                f"{setting} is of the global model, which lacks every client's B",
+            )
+            for setting in ("stopping.metric=loss", "stopping.metric=accuracy")
+        ),
+        (["strategy.server_lr=0.1"], "has no effect without strategy.server_optimizer"),
+        (
+            ["strategy=fedlora", "lora=default", *FEDSA, "lora.adapter=/adapter"],
+            "lora.adapter gives all clients one B",
+        ),
+        (
+            ["strategy=fedlora", "lora=default", "strategy.aggregation=flora", "strategy.server_optimizer=fedadam"],
+            "steps along an average, which strategy.aggregation=flora is not",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_settings_that_do_not_fit_are_refused_in_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora.targets=[nothing]", r"lora.targets=nothing matches no layer"),
+        ("lora.rank=65", r"lora.rank=65 is more than"),
+        ("model.pretrained=/nowhere/model.pth", r"/nowhere/model.pth"),
+    ],
+)
+def test_a_model_that_cannot_be_built_ends_the_run_before_round_one(
+    federate: Federate, override: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        federate(*LORA, override)
+    assert not isinstance(caught.value, FederationError)

@@ -1,0 +1,283 @@
+"""HetLoRA: clients of different ranks train, test and prune themselves, and the server follows."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Message
+from torch import Tensor
+
+from flapp import architecture, client_app, messages
+from flapp.checkpoint.manager import ChunkManager
+from flapp.client.data import make_batches, open_client_data
+from flapp.config.load import compose, from_dict, read_yaml
+from flapp.config.schema import ConfigError, Site
+from flapp.model.lora import LoRALinear, adapted_layers, tail_norm, truncate_state
+from flapp.server_app import initial_model
+from flapp.training import StepRules, TrainResult, build_optimizer, evaluate, train
+from tests.conftest import break_off, read_lines
+from tests.support.adapters import adapted, batch
+
+Federate = Callable[..., tuple[dict[str, Any], Path]]
+HETLORA = (
+    *("strategy=fedlora", "lora=default", "lora.rank=4", "lora.alpha=8", "strategy.aggregation=hetlora"),
+    *("clients=3", "num_rounds=3", "evaluate.every=1", "train.steps=3", "train.schedule=constant"),
+    *("train.lr=0.02", "evaluate.personal_epochs=0"),
+)
+PRUNING = (*HETLORA, "lora.prune_gamma=0.5", "lora.prune_penalty=30")
+LAYER = "encoder.layers.encoder_layer_0.self_attention.qkv"
+
+
+def trained_adapters(seed: int = 0, rank: int = 4) -> torch.nn.Module:
+    """Return a small model with adapters whose B is not zero."""
+    model = adapted(rank=rank)
+    torch.manual_seed(seed)
+    for layer in adapted_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    return model
+
+
+def numbers(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().double().numpy()
+
+
+def layers_of(model: torch.nn.Module) -> list[LoRALinear]:
+    return list(adapted_layers(model).values())
+
+
+def ranks_sent(path: Path) -> list[dict[str, int]]:
+    """Return the ranks that clients had after each round, as metrics.jsonl has them."""
+    return [line["client_ranks"] for line in read_lines(path, "train")]
+
+
+def cut(rank: int, layers: Callable[[str], bool] = lambda key: True) -> Callable[[str, Message], Message]:
+    """Return a tamper function by which client 1 sends adapters cut, or padded, to a rank in its last round."""
+
+    def tamper(name: str, reply: Message) -> Message:
+        if name == "1" and messages.ARRAYS in reply.content.array_records:
+            arrays = messages.unpack_arrays(reply.content)
+            for key in [key for key in arrays if ".lora_" in key and layers(key)]:
+                values, axis = arrays[key].numpy(), int(key.endswith("_B"))
+                kept = np.take(values, range(min(rank, values.shape[axis])), axis)
+                missing = rank - kept.shape[axis]
+                arrays[key] = messages.pack(np.pad(kept, [(0, missing * (axis == each)) for each in range(2)]))
+        return reply
+
+    return tamper
+
+
+def test_the_penalty_is_the_product_of_the_norms_of_the_last_ranks() -> None:
+    model = trained_adapters()
+    norm = np.linalg.norm
+    wanted = sum(norm(numbers(each.lora_B)[:, 3:]) * norm(numbers(each.lora_A)[3:]) for each in layers_of(model))
+    assert tail_norm(model, 3).item() == pytest.approx(wanted, rel=1e-6)
+    assert tail_norm(model, 4).item() == 0.0
+
+
+def test_a_step_goes_along_the_gradient_of_the_loss_and_of_the_penalty() -> None:
+    weight, rank, lr = 0.7, 1, 0.1
+    ours, plain = trained_adapters(), trained_adapters()
+    start = [(numbers(each.lora_A), numbers(each.lora_B)) for each in layers_of(ours)]
+    for model, penalty in ((ours, lambda: weight * tail_norm(ours, rank)), (plain, None)):
+        train(model, [batch("vit_tiny")], build_optimizer(model, "sgd", lr), rules=StepRules(penalty=penalty))
+    for (a, b), one, other in zip(start, layers_of(ours), layers_of(plain), strict=True):
+        long_a, long_b = np.linalg.norm(a[rank:]), np.linalg.norm(b[:, rank:])
+        down_a, down_b = np.zeros_like(a), np.zeros_like(b)
+        down_a[rank:], down_b[:, rank:] = a[rank:] * long_b / long_a, b[:, rank:] * long_a / long_b
+        for found, without, gradient in (
+            (one.lora_A, other.lora_A, down_a),
+            (one.lora_B, other.lora_B, down_b),
+        ):
+            np.testing.assert_allclose(numbers(found) - numbers(without), -lr * weight * gradient, atol=1e-6)
+
+
+def test_the_penalty_counts_once_however_many_batches_make_a_step() -> None:
+    one, two = trained_adapters(), trained_adapters()
+    inputs, labels = batch("vit_tiny")
+    for model, batches in ((one, [(inputs, labels)]), (two, [(inputs, labels)] * 2)):
+        rules = StepRules(accumulate=len(batches), penalty=lambda model=model: 5 * tail_norm(model, 1))
+        train(model, batches, build_optimizer(model, "sgd", 0.1), rules=rules)
+    for each, other in zip(layers_of(one), layers_of(two), strict=True):
+        np.testing.assert_allclose(numbers(each.lora_B), numbers(other.lora_B), atol=1e-6)
+
+
+@pytest.mark.parametrize(("factor", "rank"), [(0.99, 2), (1.0, 4), (1.01, 4)])
+def test_a_client_prunes_itself_only_if_its_last_ranks_weigh_less_than_before(factor: float, rank: int) -> None:
+    model = trained_adapters()
+    settings = compose(list(PRUNING))
+
+    def learn(penalty: Callable[[], Tensor]) -> TrainResult:
+        assert penalty().item() == pytest.approx(30 * tail_norm(model, 2).item())
+        with torch.no_grad():
+            for layer in layers_of(model):
+                layer.lora_B[:, 2:] *= factor
+                layer.lora_B[:, :2] *= 0.5  # what is kept has no say
+        return TrainResult(0.0, 1, 1)
+
+    _, state = client_app.prune(model, settings, learn)
+    for name, layer in adapted_layers(model).items():
+        np.testing.assert_array_equal(numbers(state[f"{name}.lora_A"]), numbers(layer.lora_A)[:rank])
+        np.testing.assert_array_equal(numbers(state[f"{name}.lora_B"]), numbers(layer.lora_B)[:, :rank])
+
+
+@pytest.mark.parametrize(
+    ("gamma", "least", "rank", "pruned"),
+    [(0.75, 1, 8, 6), (0.75, 1, 3, 2), (0.5, 1, 1, 1), (0.5, 3, 4, 3), (0.5, 3, 3, 3), ("null", 1, 8, 8)],
+)
+def test_pruning_rounds_down_and_stops_at_the_least_rank(gamma: object, least: int, rank: int, pruned: int) -> None:
+    overrides = ["lora.rank=8", f"lora.prune_gamma={gamma}", f"lora.rank_min={least}"]
+    lora = compose([*HETLORA, *overrides]).lora
+    assert architecture.pruned_rank(lora, rank) == pruned
+
+
+def test_a_state_dict_is_cut_to_a_rank_and_the_rest_of_it_left_alone() -> None:
+    model = trained_adapters()
+    state = truncate_state(model.state_dict(), 3)
+    for key, tensor in model.state_dict().items():
+        wanted = tensor[:3] if key.endswith("_A") else tensor[:, :3] if key.endswith("_B") else tensor
+        assert torch.equal(state[key], wanted)
+        assert state[key].is_contiguous()
+
+
+def test_clients_that_prune_themselves_get_the_smaller_rank_from_then_on(federate: Federate) -> None:
+    summary, path = federate(*PRUNING, "lora.rank_by_client=[4,2,4]", "num_rounds=4")
+    assert summary["status"] == "finished"
+    found = ranks_sent(path)
+    assert found[0] == {"0": 4, "1": 2, "2": 4}  # B was zero: nothing can weigh less
+    assert found[-1]["1"] == 1
+    assert found[-1]["0"] < 4
+    for before, after in pairwise(found):
+        assert all(after[name] in (before[name], before[name] // 2) for name in before)
+    for line, ranks in zip(read_lines(path, "evaluate"), found, strict=True):
+        size = line["client_bytes_down"]
+        assert sorted(size, key=lambda name: (size[name], name)) == sorted(ranks, key=lambda n: (ranks[n], n))
+    assert len(load_global(path)[f"{LAYER}.lora_A"]) == 4  # the global rank stays
+
+
+def test_a_heavier_penalty_prunes_and_none_does_not(federate: Federate) -> None:
+    _, light = federate(*HETLORA, "lora.prune_gamma=0.5")
+    _, heavy = federate(*PRUNING)
+    assert ranks_sent(light)[-1]["0"] == 4
+    assert ranks_sent(heavy)[-1]["0"] < 4
+
+
+def test_a_run_with_pruned_clients_is_resumed_to_the_same_bytes(federate: Federate) -> None:
+    settings = (*PRUNING, "num_rounds=4")
+    whole, path = federate(*settings)
+    assert any(rank < 4 for rank in ranks_sent(path)[1].values())
+    for place in ("aggregate_train", "aggregate_evaluate"):
+        name = f"run_name=pruned-{place}"
+        break_off(federate, 3, place, *settings, name)
+        resumed, again = federate(*settings, name, "resume=true")
+        assert resumed["model_sha256"] == whole["model_sha256"]
+        assert ranks_sent(again)[-1] == ranks_sent(path)[-1]
+
+
+def test_the_order_of_replies_does_not_matter_when_clients_prune(federate: Federate) -> None:
+    assert len({federate(*PRUNING, order=order)[0]["model_sha256"] for order in range(2)}) == 1
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_a_reply_of_another_rank_than_pruning_gives_is_refused(federate: Federate, rank: int) -> None:
+    _, path = federate(*PRUNING, "num_rounds=1", tamper=cut(rank))
+    (failure,) = read_lines(path, "train")[0]["failures"]
+    assert failure["client"] == "1"
+    assert f"lora_A as float32 [{rank}, 64], the model has float32 [4, 64]" in failure["reason"]
+
+
+def test_the_rank_that_pruning_gives_is_accepted_in_all_layers_or_in_none(federate: Federate) -> None:
+    _, path = federate(*PRUNING, "num_rounds=1", tamper=cut(2))
+    assert read_lines(path, "train")[0]["failures"] == []
+    assert ranks_sent(path)[0]["1"] == 2
+    for layers in (lambda key: LAYER in key, lambda key: LAYER not in key):
+        _, path = federate(*PRUNING, "num_rounds=1", tamper=cut(2, layers))
+        assert [failure["client"] for failure in read_lines(path, "train")[0]["failures"]] == ["1"]
+
+
+def test_a_client_may_not_prune_itself_where_pruning_is_off(federate: Federate) -> None:
+    _, path = federate(*HETLORA, "num_rounds=1", tamper=cut(2))
+    (failure,) = read_lines(path, "train")[0]["failures"]
+    assert "lora_A as float32 [2, 64], the model has float32 [4, 64]" in failure["reason"]
+
+
+def load_global(path: Path) -> dict[str, Tensor]:
+    """Return the global model after the last round."""
+    with ChunkManager(path / "server_chunks.db", create=False) as store:
+        return store.reconstruct_model_from_chunks(store.rounds()[-1].round)
+
+
+@pytest.mark.parametrize("rule", ["hetlora", "flexlora", "flora"])
+def test_clients_test_the_global_model_at_their_own_rank_and_at_the_global_scale(federate: Federate, rule: str) -> None:
+    losses: dict[str, float] = {}
+
+    def tamper(name: str, reply: Message) -> Message:
+        metrics = reply.content.metric_records.get(messages.METRICS, {})
+        if "loss-sum" in metrics:
+            losses[name] = metrics["loss-sum"]
+        return reply
+
+    dealt = (f"strategy.aggregation={rule}", "lora.rank_by_client=[1,2,4]")
+    _, path = federate(*HETLORA, *dealt, "train.steps=10", tamper=tamper)
+    settings = from_dict(read_yaml(path / "config.yaml"))
+    start, arrays = initial_model(settings).state_dict(), load_global(path)
+    plain = architecture.build(settings.model, settings.dataset)
+    for number, rank in enumerate((1, 2, 4)):
+        state = {}
+        for key in plain.state_dict():
+            state[key] = arrays.get(key, start[key])
+            layer = key.removesuffix(".weight")
+            if f"{layer}.lora_A" in arrays and key.endswith(".weight"):
+                a, b = (numbers(arrays[f"{layer}.lora_{ab}"]) for ab in "AB")
+                product = settings.lora.alpha / settings.lora.rank * b[:, :rank] @ a[:rank]
+                state[key] = torch.from_numpy(numbers(state[key]) + product).float()
+        plain.load_state_dict(state)
+        data = open_client_data(settings, Site(num_partitions=3), str(number))
+        found = evaluate(plain, make_batches(settings, data, "test", torch.device("cpu"), None))
+        assert losses[str(number)] == pytest.approx(found.loss_sum, rel=1e-4)
+
+
+def test_adapters_of_every_rank_scale_by_alpha_over_the_global_rank() -> None:
+    settings = compose(list(HETLORA))
+    for rank in (1, 2, 4):
+        model = architecture.build(settings.model, settings.dataset)
+        architecture.adapt(model, settings.lora, rank)
+        assert {layer.scaling for layer in layers_of(model)} == {8 / 4}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            [*HETLORA, "strategy.aggregation=flexlora", "lora.prune_gamma=0.5"],
+            "lora.prune_gamma=0.5 lets clients prune their ranks, which strategy.aggregation=flexlora does not do: set "
+            "strategy.aggregation=hetlora or lora.prune_gamma=null",
+        ),
+        ([*HETLORA, "lora.prune_penalty=1"], "lora.prune_penalty=1.0 has no effect without lora.prune_gamma: set one"),
+        ([*HETLORA, "lora.rank_min=2"], "lora.rank_min=2 has no effect without lora.prune_gamma: set one"),
+        ([*HETLORA, "lora.prune_gamma=1"], "lora.prune_gamma=1 is out of range"),
+        (
+            [*HETLORA, "lora.prune_gamma=0.5", "lora.rank_by_client=[2,4]", "lora.rank_min=3"],
+            "lora.rank_min=3 is more than the smallest rank that a client starts with, 2: lower lora.rank_min",
+        ),
+        (
+            [*HETLORA, "lora.prune_gamma=0.5", "strategy.weighting=alignment"],
+            "compares updates of one shape: leave lora.rank_by_client and lora.prune_gamma out",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_with_pruning_are_refused_with_the_fix(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    assert message in str(caught.value)
+
+
+def test_the_example_has_clients_of_different_ranks_that_prune_and_count_the_same() -> None:
+    composed = compose(["experiment=digits_hetlora"])
+    assert len(set(composed.lora.rank_by_client or ())) > 1
+    assert composed.lora.prune_gamma is not None
+    assert composed.lora.prune_penalty > 0
+    assert (composed.strategy.aggregation, composed.strategy.weighting) == ("hetlora", "uniform")

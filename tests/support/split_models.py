@@ -1,0 +1,56 @@
+"""Small models to split, as files, and what there is to do with their components."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flapp.model.files import save_tensors
+from flapp.model.split.components import SplitModel
+from flapp.model.vit import build_vit
+
+
+def write_vit(path: Path, name: str = "vit_tiny", seed: int = 0, size: int = 32, dropout: float = 0.0) -> nn.Module:
+    """Write a ViT for grey images as a run does, and return it."""
+    torch.manual_seed(seed)
+    model = build_vit(name, size, 1, 10, dropout).eval()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(model.state_dict(), path, model=name, shape=[size, size, 1], classes=10)
+    return model
+
+
+def write_gpt2(folder: Path, layers: int = 6, dtype: torch.dtype = torch.float32, **config: Any) -> nn.Module:
+    """Write a small GPT-2 as transformers does, and return what transformers reads."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_head": 4, "vocab_size": 101, "n_positions": 24, "bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(n_layer=layers, **{**sizes, **config}))
+    for parameter in model.parameters():  # biases too, which start at zero
+        nn.init.normal_(parameter, std=0.1)
+    model.to(dtype).save_pretrained(folder)
+    return GPT2LMHeadModel.from_pretrained(folder)
+
+
+def draw_ids(seed: int = 0) -> Tensor:
+    return torch.randint(0, 101, (3, 20), generator=torch.Generator().manual_seed(seed))
+
+
+def draw_images(size: int = 32) -> Tensor:
+    return torch.rand(3, 1, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def compose(models: Sequence[SplitModel], inputs: Tensor, **also: Any) -> Tensor:
+    """Return top(trunk(bottom(inputs))), each with the same further arguments."""
+    for model in models:
+        inputs = model(inputs, **also)
+    return inputs
+
+
+def refusal(error: BaseException) -> str:
+    """Return an error's text, which must be one line."""
+    assert "\n" not in str(error)
+    return str(error)

@@ -1,0 +1,52 @@
+"""Acting as another user of this machine."""
+
+import multiprocessing
+import os
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.support.waiting import WAIT_SECONDS
+from tools.deployment.processes import HOST
+
+STRANGER = 65534
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="acting as another user takes root")
+
+
+def as_stranger(action: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what an action of another user of this machine returns, or the text of its error."""
+    here, there = multiprocessing.Pipe()
+
+    def act() -> None:
+        os.setgroups([])
+        os.setgid(STRANGER)
+        os.setuid(STRANGER)
+        try:
+            there.send(action(*arguments))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the test wants to see it
+            there.send(f"{type(error).__name__}: {error}")
+
+    process = multiprocessing.get_context("fork").Process(target=act)
+    process.start()
+    process.join(WAIT_SECONDS)
+    assert here.poll()
+    return here.recv()
+
+
+def get(port: int) -> tuple[int, str]:
+    """Return the status and text of a server's answer."""
+    try:
+        with urllib.request.urlopen(f"http://{HOST}:{port}/", timeout=30) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def send_and_leave(port: int) -> None:
+    """Send a whole request and be gone."""
+    with socket.create_connection((HOST, port)) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")

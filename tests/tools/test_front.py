@@ -1,0 +1,393 @@
+"""The screen: what runs say when they start and end, help, names of runs, and the command `flapp`."""
+
+import json
+import logging
+import re
+import subprocess
+import sys
+import tomllib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flapp.architecture import build
+from flapp.config.load import CONF, compose, name_override
+from flapp.config.schema import Config
+from flapp.data.embedded import ensure_artifacts
+from flapp.server.run_lock import METRICS
+from flapp.source import read_source
+from tests.support.run_files import add_store, write_run
+from tools import cli, run
+from tools.deployment import superlink
+from tools.deployment.submit import run_once
+from tools.running import app
+from tools.running.called import as_called
+from tools.running.overview import job_line, overview, start_lines
+from tools.running.progress import FORMAT
+
+TOY = "experiment=toy_regression"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return an empty home, which commands take unless they are given another."""
+    monkeypatch.setenv("FLAPP_HOME", str(tmp_path))
+    monkeypatch.setenv(FORMAT, "text")
+    return tmp_path
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, home: Path) -> Any:
+    """Return run.main for words and a stand-in for run_once, without its effects on this process."""
+    level = logging.root.level
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+
+    def call(
+        end: Exception | KeyboardInterrupt | dict[str, Any], *words: str, argv0: str = "/checkout/tools/run.py"
+    ) -> int:
+        def run_once(config: Config, on_start: Any) -> dict[str, Any]:
+            on_start()
+            if isinstance(end, dict):
+                return end | {"status": "finished", "run_dir": str(config.runs_dir / config.run_name)}
+            raise end
+
+        monkeypatch.setattr(run, "run_once", run_once)
+        monkeypatch.setattr(sys, "argv", [argv0, *words])
+        return run.main()
+
+    yield call
+    logging.root.setLevel(level)
+    for name in logging.root.manager.loggerDict:
+        logging.getLogger(name).disabled = False
+
+
+def overrides_of(words: list[str]) -> str:
+    """Return the default name of a run that is started with these words, without its time."""
+    return compose(["home=/nowhere", *words]).run_name.rpartition("-")[0].rpartition("-")[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ([], "digits_fedavg"),
+        (["seed=3"], "digits_fedavg"),
+        ([TOY], "toy_regression"),
+        (["dataset=custom", "dataset.name=mine", "dataset.shape=[8,8,1]", "dataset.classes=3"], "mine"),
+        (["dataset=cifar10", "model=cnn"], "cifar10_cnn"),
+        (["model=cnn"], "digits_fedavg_cnn"),
+        (["experiment=cifar10_fedavg", "model=cnn"], "cifar10_fedavg_cnn"),
+        (["experiment=toy_regression", "dataset.name='x y'"], "toy_regression"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_run_is_named_after_what_the_command_chose(words: list[str], name: str) -> None:
+    assert overrides_of(words) == name
+
+
+@pytest.mark.parametrize(
+    ("words", "label"),
+    [
+        (["model=cnn,linear"], "${experiment}"),
+        (["experiment=a,b"], "sweep"),
+        (["experiment=a,b", "model=cnn"], "cnn"),
+        (["dataset=digits,digits_turned"], "sweep"),
+    ],
+    ids=" ".join,
+)
+def test_a_sweep_is_not_named_after_what_it_varies(words: list[str], label: str) -> None:
+    assert name_override(words)[0].startswith(f"run_name='{label}-$")
+
+
+def test_a_given_name_is_kept() -> None:
+    assert name_override(["model=cnn", "run_name=mine"]) == []
+
+
+def test_the_start_counts_the_parameters_that_the_real_model_has() -> None:
+    for words in (["model=cnn"], [TOY], ["model=vit_tiny"]):
+        config = compose(["home=/nowhere", *words])
+        real = sum(tensor.numel() for tensor in build(config.model, config.dataset).parameters())
+        assert overview(config)["parameters"] == real
+
+
+def test_the_start_says_the_bytes_that_each_rule_sends() -> None:
+    def sizes(*words: str) -> tuple[int, int]:
+        facts = overview(compose(["home=/nowhere", "experiment=digits_fedlora", *words]))
+        return facts["bytes_down"], facts["bytes_up"]
+
+    model = compose(["home=/nowhere"])
+    assert overview(model)["bytes_up"] == overview(model)["bytes_down"] == 4 * overview(model)["parameters"]
+    down, up = sizes("strategy.aggregation=fedit")
+    assert down == up
+    assert sizes("strategy.aggregation=flora")[0] > 4 * down
+    assert sizes("strategy.aggregation=flora")[1] == up
+    only_b = sizes("strategy.aggregation=ffa")[1]
+    only_a = sizes("strategy.aggregation=fedsa", "evaluate.objective=personal_accuracy")[1]
+    assert only_a < up
+    assert only_a != only_b
+    assert sizes("strategy.aggregation=rolora") == (down, (only_a + only_b) // 2)
+
+
+def test_the_bytes_at_the_start_are_those_of_the_messages_but_for_their_headers(federate: Any) -> None:
+    _, path = federate(TOY, "num_rounds=1")
+    line = next(json.loads(text) for text in (path / METRICS).read_text().splitlines() if '"train"' in text[:20])
+    facts = overview(compose(["home=/nowhere", TOY]))
+    tensors = 2
+    assert line["client_bytes_up"]["0"] == facts["bytes_up"] + 128 * tensors
+    assert line["client_bytes_down"]["0"] == facts["bytes_down"] + 128 * tensors
+
+
+def test_the_model_is_counted_without_drawing_its_weights() -> None:
+    before = torch.random.get_rng_state()
+    overview(compose(["home=/nowhere", "model=vit_b_16"]))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_three_lines_say_what_a_run_is_about_to_do(tmp_path: Path) -> None:
+    ensure_artifacts(tmp_path / "data", "regression")
+    config = compose([f"home={tmp_path}", TOY, "run_name=mine", "strategy.fraction_train=0.6"])
+    assert start_lines("mine", overview(config)) == [
+        f"run mine in {tmp_path}/runs/mine",
+        "linear (11 parameters) on regression (300 training and 90 test samples), 3 clients, 2 a round (iid)",
+        "fedavg, 5 rounds, evaluated every 1; in a training round a client receives 44 B and sends 44 B",
+    ]
+    assert overview(config, is_here=False)["samples"] is None
+
+
+def test_a_job_of_a_sweep_says_it_in_one_line() -> None:
+    facts = overview(compose(["home=/nowhere", "experiment=digits_fedlora"]))
+    assert job_line(["seed=1", "train.lr=0.1"], facts) == (
+        "starting: seed=1 train.lr=0.1; vit_tiny (124,938 parameters, 19,082 trained) on digits_turned, 10 clients; "
+        "fedlora (fedit), 20 rounds"
+    )
+
+
+def test_the_start_is_told_on_stderr_and_as_fields_of_the_event(
+    main: Any, capsys: pytest.CaptureFixture[str], home: Path
+) -> None:
+    figures = {"rounds": 5, "seconds": 1.0, "model_sha256": "ab"}
+    assert main(figures, TOY, "run_name=j") == 0
+    said = capsys.readouterr()
+    assert said.err.splitlines()[0] == f"run j in {home}/runs/j"
+    assert said.err.splitlines()[3:] == ["starting the server and the clients"]
+    assert main(figures, "--format", "json", TOY, "run_name=j") == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    event = json.loads(said.out.splitlines()[0])
+    wanted = {"event": "started", "run_name": "j", "rounds": 5, "parameters": 11, "bytes_up": 44, "clients": 3}
+    assert wanted.items() <= event.items()
+
+
+def test_settings_that_are_refused_are_said_before_the_start_is(home: Path) -> None:
+    config, started = compose([f"home={home}", TOY, "deployment.client_cpus=9999"]), []
+    with pytest.raises(ValueError, match="client_cpus=9999 is more than"):
+        run_once(config, lambda: started.append(True))
+    assert not started
+
+
+def test_a_run_that_failed_after_a_round_says_the_command_that_resumes_it(
+    main: Any, capsys: pytest.CaptureFixture[str], home: Path
+) -> None:
+    add_store(write_run(home / "runs" / "mine", status=None) / "server_chunks.db", rounds=3)
+    words = [TOY, "train.lr=0.01", "lora.targets=[qkv,proj]", "run_name=mine", "resume=false"]
+    assert main(run.RunError("all is lost"), *words, argv0="/venv/bin/flapp run") == 1
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "error: all is lost",
+        "rounds 1 to 3 are kept; once that is fixed, resume with: "
+        f"flapp run {TOY} train.lr=0.01 'lora.targets=[qkv,proj]' run_name=mine resume=true",
+    ]
+
+
+def test_a_command_that_failed_in_its_first_round_is_not_advised_again(
+    main: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(run.RunError("all is lost"), TOY, "run_name=mine") == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == "no round was complete; run_name=mine can be used again once that is fixed"
+    main(run.RunError("all is lost"), "-m", TOY, "run_name=toys", "seed=0,1")
+    assert not re.search("resume|start again", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("argv0", "name"), [("/venv/bin/flapp run", "flapp run"), ("/x/tools/run.py", "python -m tools.run")]
+)
+def test_hints_name_commands_as_the_user_called_this_one(
+    main: Any, capsys: pytest.CaptureFixture[str], home: Path, argv0: str, name: str
+) -> None:
+    main({}, "seed=0,1", argv0=argv0)
+    main(run.RunError("no base: make it first with python -m tools.run run_name=base"), TOY, argv0=argv0)
+    said = capsys.readouterr().err
+    assert f"add -m for a sweep, a run with each of them ({name} -m seed=0,1)\n" in said
+    assert f"make it first with {name} run_name=base\n" in said
+    assert len(set(re.findall(r"flapp run|python -m tools\.\w+", said))) == 1
+
+
+def test_flapp_names_every_module_by_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/venv/bin/flapp"])
+    for name, (module, _) in cli.COMMANDS.items():
+        assert as_called(f"use python -m tools.{module} x") == f"use flapp {name} x"
+    assert as_called("python -m tools.supernode") == "python -m tools.supernode"
+
+
+def test_an_interrupted_run_without_a_complete_round_says_that_the_same_command_starts_again(
+    main: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(KeyboardInterrupt(), TOY, "run_name=mine") == 130
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "interrupted: everything that was started has been stopped",
+        f"no round was complete; to start again: python -m tools.run {TOY} run_name=mine",
+    ]
+
+
+def test_an_interrupted_sweep_says_the_command_that_resumes_all_of_it(
+    main: Any, capsys: pytest.CaptureFixture[str], home: Path
+) -> None:
+    write_run(home / "runs" / "toys" / "0", status=None)  # the job that is interrupted has begun
+    assert main(KeyboardInterrupt(), "-m", TOY, "run_name=toys", "seed=0,1") == 130
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith(f"[job 0] starting: {TOY} run_name=toys seed=0; linear (11 parameters)")
+    assert said[-1] == f"resume the sweep with: python -m tools.run -m {TOY} seed=0,1 run_name=toys resume=true"
+    assert "resumable" not in json.loads((home / "runs" / "toys" / "sweep.json").read_text())[0]
+
+
+@pytest.mark.parametrize("error", ["lost sight of the run: go on with it by run_name=mine resume=true", ""])
+def test_an_error_that_says_how_to_go_on_is_not_followed_by_another_hint(
+    main: Any, capsys: pytest.CaptureFixture[str], error: str
+) -> None:
+    end = run.RunError(error) if error else {"rounds": 5, "seconds": 1.0, "model_sha256": "ab"}
+    main(end, TOY, "run_name=mine")
+    assert not re.search("resume with|start again", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_explains_runs_with_examples_groups_and_exit_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/venv/bin/flapp run", "seed=1", flag])
+    assert run.main() == 0
+    text = capsys.readouterr().out
+    assert len(re.findall(r"^  flapp run ", text, re.MULTILINE)) == 5
+    for folder in (path for path in CONF.iterdir() if path.is_dir()):
+        choices = text.partition(f"  {folder.name}=")[2]
+        assert all(path.stem in choices for path in folder.glob("*.yaml"))
+    for words in ("--cfg job", "--multirun", "FLAPP_HOME", "Exit status: 0", "130 if interrupted", str(CONF)):
+        assert words in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_the_saved_log_has_no_codes_of_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coloured = r"\033[92mINFO 2026-11-21 10:00:00,123\033[0m:      [ROUND 1/2]\n\033[1A\033[2Kplain \u2514\n"
+    stand_in = tmp_path / "flwr"
+    stand_in.write_text(f"#!{sys.executable}\nimport sys\nsys.stdout.buffer.write('{coloured}'.encode())\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(superlink, "program", lambda name: str(tmp_path / name))
+    (tmp_path / "log.txt").write_text("before\n")
+    link = superlink.SuperLink("127.0.0.1:1")
+    try:
+        link.save_log("1", tmp_path / "log.txt")
+    finally:
+        link.stop()
+    text = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert text == "before\nINFO 2026-11-21 10:00:00,123:      [ROUND 1/2]\nplain \u2514\n"
+
+
+@pytest.mark.parametrize("module", ["server_app", "client_app"])
+def test_the_apps_log_with_timestamps(module: str) -> None:
+    code = (
+        f"import sys; from flapp import {module}; from flwr.common import log; from flwr.common.logger import "
+        "console_handler as h; h.stream = sys.stdout; log(20, 'hello')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=app.APP, timeout=300, check=True
+    )
+    assert re.search(r"INFO \d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}.*hello", done.stdout)
+
+
+def test_the_log_says_how_many_clients_train_in_percent(federate: Any, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("flwr")
+    logger.addHandler(caplog.handler)
+    try:
+        federate(TOY, "num_rounds=1", "strategy.fraction_evaluate=0.5")
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "100 % of the clients train, 50 % evaluate" in caplog.text
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["/venv/bin/flapp", *words])
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)  # a closed pipe must not end pytest
+    return cli.main()
+
+
+def test_flapp_lists_its_commands_and_knows_its_version(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    for name in cli.COMMANDS:
+        assert len(re.findall(rf"^  {name} +\w", text, re.MULTILINE)) == 1
+    assert call(monkeypatch) == 2
+    assert call(monkeypatch, "--version") == 0
+    assert re.search(r"flapp \d+\.\d+\.\d+", capsys.readouterr().out)
+
+
+def test_every_command_of_flapp_explains_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in cli.COMMANDS:
+        with suppress(SystemExit):  # argparse's
+            assert call(monkeypatch, name, "--help") == 0
+        assert len(capsys.readouterr().out) > 100, name
+
+
+def test_a_command_that_flapp_does_not_have_is_refused_with_those_it_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "sweep") == 2
+    assert capsys.readouterr().err.startswith("error: sweep is not a command of flapp: choose one of run, runs, report")
+
+
+def test_flapp_passes_on_arguments_and_exit_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert call(monkeypatch, "checkpoints", "list", str(tmp_path)) == 1
+    assert "holds no *_chunks.db" in capsys.readouterr().err
+
+
+def test_flapp_help_imports_neither_pytorch_nor_hydra() -> None:
+    code = (
+        "import sys; from tools import cli; sys.argv = ['flapp', '--help']; cli.main(); "
+        "print([name for name in ('torch', 'hydra', 'flwr', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=app.APP, timeout=300)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_console_script_is_declared_and_exists() -> None:
+    project = tomllib.loads((app.APP / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"flapp": "tools.cli:main"}
+
+
+def test_an_installed_wheel_makes_the_app_of_its_own_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with app.app_folder() as folder:
+        assert folder == app.APP
+    package = tmp_path / "site-packages" / "flapp"
+    for name, content in read_source().items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_bytes(content)
+    (package / "__pycache__").mkdir()
+    for name in app.SHIPPED:
+        (package / name).write_bytes((app.APP / name).read_bytes())
+    (package / "conf").mkdir()
+    (package / "conf" / "config.yaml").write_text("seed: 0\n")
+    monkeypatch.setattr(app, "PACKAGE", package)
+    monkeypatch.setattr(app, "CONF", package / "conf")
+    with app.app_folder() as folder:
+        assert {path.name for path in folder.iterdir()} == {"flapp", "conf", *app.SHIPPED}
+        made = {str(path.relative_to(folder / "flapp")): path.read_bytes() for path in folder.rglob("flapp/**/*.py")}
+        assert made == read_source()
+        assert (folder / "conf" / "config.yaml").exists()
+        assert not list((folder / "flapp").rglob("__pycache__"))
+    assert not folder.exists()

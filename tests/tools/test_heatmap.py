@@ -1,0 +1,90 @@
+"""The heatmap shows what a saved partition asked for and what it dealt out."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flapp.data.artifact import open_artifact, write_artifact
+from flapp.data.embedded import ensure_artifacts
+from flapp.data.partition import hold_out, load_partition, save_partition
+from tools import partition_heatmap
+
+
+@pytest.fixture
+def partition(tmp_path: Path, data_home: Path) -> tuple[Path, Path]:
+    """Return a saved Dirichlet partition of the digits, and their folder."""
+    folder, path = ensure_artifacts(data_home / "data", "digits"), tmp_path / "partition.safetensors"
+    train, test = (open_artifact(folder / split).labels for split in ("train", "test"))
+    load_partition(path, kind="dirichlet", train_labels=train, test_labels=test, clients=7, seed=1, alpha=0.3)
+    return path, folder
+
+
+def test_the_saved_request_is_what_was_dealt_out_up_to_rounding(partition: tuple[Path, Path]) -> None:
+    tables, classes = partition_heatmap.read_tables(*partition)
+    assert tables["train, requested"].shape == (7, len(classes))
+    assert np.abs(tables["train, requested"] - tables["train, actual"]).max() <= 1
+
+
+def test_every_sample_is_counted_once(partition: tuple[Path, Path]) -> None:
+    tables, _ = partition_heatmap.read_tables(*partition)
+    for split in ("train", "test"):
+        labels = open_artifact(partition[1] / split).labels
+        assert tables[f"{split}, actual"].sum(axis=0).tolist() == np.bincount(labels).tolist()
+
+
+def test_training_samples_that_are_saved_as_validation_samples_are_not_counted_as_training(
+    partition: tuple[Path, Path], tmp_path: Path
+) -> None:
+    path, folder = partition
+    labels = open_artifact(folder / "train").labels
+    held = hold_out(load_partition(path), labels, 0.2, seed=0)
+    save_partition(tmp_path / "held.safetensors", held)
+    tables, _ = partition_heatmap.read_tables(tmp_path / "held.safetensors", folder)
+    assert tables["train, actual"].sum() == sum(map(len, held.train)) < len(labels)
+
+
+def test_the_tool_draws_a_png(partition: tuple[Path, Path], tmp_path: Path) -> None:
+    from PIL import Image
+
+    out = tmp_path / "out.png"
+    assert partition_heatmap.main([*map(str, partition), str(out)]) == 0
+    with Image.open(out) as image:
+        assert image.format == "PNG"
+        assert len(np.unique(np.asarray(image.convert("L")))) > 50
+
+
+def test_what_cannot_be_drawn_is_refused_in_one_line(
+    partition: tuple[Path, Path], data_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, folder = map(str, partition)
+    other = tmp_path / "other"
+    for split, count in (("train", 1437), ("test", 12)):
+        images = np.zeros((count, 1, 1, 1), np.uint8)
+        write_artifact(other / split, images, np.zeros(count, np.int64), ["a"], "")
+    regression = str(ensure_artifacts(data_home / "data", "regression"))
+    out = str(tmp_path / "out.png")
+    for arguments, reason in (
+        ([str(tmp_path / "none"), folder, out], "there is no partition at"),
+        ([path, str(other), out], f"is no partition of {other / 'test'}"),
+        ([path, regression, out], "has no classes to count"),
+        ([path, str(tmp_path), out], "no artifact at"),
+        ([path, folder, str(tmp_path / "no" / "out.png")], "cannot be written"),
+    ):
+        assert partition_heatmap.main(arguments) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert reason in error
+        assert error.count("\n") == 1
+    assert not Path(out).exists()
+
+
+def test_a_client_never_imports_what_only_tools_need() -> None:
+    import subprocess
+    import sys
+
+    tools = {"matplotlib", "torchvision", "hydra", "PIL", "sklearn"}
+    script = f"import sys, flapp.client_app; print({tools} & set(sys.modules))"
+    root = Path(__file__).resolve().parents[2]
+    shown = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "set()"

@@ -1,0 +1,258 @@
+"""tools.prepare_data: raw files to artifacts; after kill -9 the same command ends in the same bytes."""
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flapp.config.load import ConfigError, compose
+from flapp.data import blocks, materialized
+from flapp.data.artifact import open_artifact, write_artifact
+from flapp.data.cifar import cifar_files, cifar_sha256, read_cifar
+from flapp.data.embedded import ensure_artifacts
+from flapp.data.materialized import materialize
+from tests.support.cifar_files import write_cifar
+from tools import prepare_data
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCK = 20_000  # bytes: six images of 32x32x3
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Return every file below a folder by its path, with its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def cifar(tmp_path: Path, *more: str) -> list[str]:
+    """Return the command line that prepares 100 + 20 small CIFAR images."""
+    if not (tmp_path / "raw").exists():
+        write_cifar(tmp_path / "raw")
+    return ["dataset=cifar10", f"dataset.source={tmp_path / 'raw'}", f"home={tmp_path / 'home'}", *more]
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """Run the tool, which must refuse with one line, and return that line."""
+    capsys.readouterr()
+    assert prepare_data.main(arguments) == 1
+    lines = capsys.readouterr().err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert lines[-1] == errors[0]
+    return errors[0]
+
+
+def test_cifar_is_prepared_at_native_resolution_and_resized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare_data.main(cifar(tmp_path, "dataset.materialize=48")) == 0
+    out, folder = capsys.readouterr().out, tmp_path / "home" / "data" / "cifar10"
+    assert f"{folder / 'train'}: 100 samples of 32x32x3" in out
+    assert "done in " in out
+    for split, count in (("train", 100), ("test", 20)):
+        native, large = (open_artifact(folder / name, verify=True) for name in (split, f"{split}@48"))
+        paths = cifar_files("cifar10", tmp_path / "raw", split)
+        planes, labels, _ = read_cifar("cifar10", paths)
+        assert native.images.shape == (count, 32, 32, 3)
+        assert np.array_equal(native.images, planes.transpose(0, 2, 3, 1))
+        assert native.labels.tolist() == large.labels.tolist() == labels.tolist()
+        assert native.source_sha256 == cifar_sha256(paths)
+        assert (large.layout, large.images.shape, large.images.dtype) == ("NCHW", (count, 3, 48, 48), np.uint8)
+        assert large.source_sha256 == native.digest
+        for small, resized in zip(native.images, large.images, strict=True):
+            wanted = Image.fromarray(small).resize((48, 48), Image.Resampling.BILINEAR)
+            assert np.array_equal(np.asarray(wanted), resized.transpose(1, 2, 0))
+
+
+KILLED = f"""
+import os, signal, sys
+from flapp.data import blocks
+from tools import prepare_data
+blocks.BLOCK_BYTES = {BLOCK}
+class Bar(prepare_data.tqdm):
+    def __init__(self, desc, **settings):
+        super().__init__(desc=desc, **settings)
+        self.split, self.blocks = desc, 0
+    def update(self, n=1):
+        self.blocks += bool(n)
+        if self.split == sys.argv[1] and self.blocks == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+prepare_data.tqdm = Bar
+sys.exit(prepare_data.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("split", ["train", "test@48"])
+def test_kill_9_and_the_same_command_again_end_in_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
+) -> None:
+    command, home = cifar(tmp_path, "dataset.materialize=48"), tmp_path / "home"
+    killed = subprocess.run([sys.executable, "-c", KILLED, split, *command], cwd=ROOT, check=False, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert len((home / "data" / "cifar10" / f"{split}.tmp" / "journal").read_text().splitlines()) == 1 + 3
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", BLOCK)
+    assert prepare_data.main(command) == 0
+    disturbed = tree(home)
+    shutil.rmtree(home)
+    assert prepare_data.main(command) == 0
+    assert tree(home) == disturbed
+
+
+def test_a_second_preparation_says_that_there_is_nothing_to_do_and_does_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, folder = cifar(tmp_path, "dataset.materialize=16"), tmp_path / "home" / "data" / "cifar10"
+    assert prepare_data.main(command) == 0
+    before = {path: path.stat().st_ino for path in folder.rglob("*")}
+    capsys.readouterr()
+    assert prepare_data.main(command) == 0
+    assert capsys.readouterr().out.count("already prepared, nothing to do") == 4
+    assert {path: path.stat().st_ino for path in folder.rglob("*")} == before
+
+
+def test_other_files_are_refused_until_overwrite_replaces_what_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, folder = cifar(tmp_path, "dataset.materialize=16"), tmp_path / "home" / "data" / "cifar10"
+    assert prepare_data.main(command) == 0
+    before = {split: open_artifact(folder / split).digest for split in ("train", "train@16")}
+    shutil.rmtree(tmp_path / "raw")
+    write_cifar(tmp_path / "raw", seed=1)
+    assert refused(capsys, command).endswith("train was made from other files: add overwrite=true to replace it")
+    assert prepare_data.main([*command, "overwrite=true"]) == 0
+    after = {split: open_artifact(folder / split, verify=True).digest for split in before}
+    assert not set(before.values()) & set(after.values())
+
+
+def test_a_materialised_set_that_its_native_one_left_behind_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare_data.main(cifar(tmp_path, "dataset.materialize=16")) == 0
+    shutil.rmtree(tmp_path / "raw")
+    assert prepare_data.main(cifar(tmp_path, "overwrite=true")) == 0  # the same files again: nothing is stale
+    assert prepare_data.main(cifar(tmp_path, "dataset.materialize=16")) == 0
+    shutil.rmtree(tmp_path / "raw")
+    write_cifar(tmp_path / "raw", seed=1)
+    assert prepare_data.main(cifar(tmp_path, "overwrite=true")) == 0
+    assert "train@16 was made from other files" in refused(capsys, cifar(tmp_path, "dataset.materialize=16"))
+
+
+@pytest.mark.parametrize(("size", "off_by", "allowed"), [(48, 1, False), (299, 2, True), (299, 5, False)])
+def test_images_that_differ_from_pils_are_refused_and_leave_nothing(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    off_by: int,
+    allowed: bool,
+) -> None:
+    def resize_by_pil_and_a_bit(pixels: np.ndarray, size: int) -> np.ndarray:
+        resized = [
+            np.asarray(Image.fromarray(image.transpose(1, 2, 0)).resize((size, size), Image.Resampling.BILINEAR))
+            for image in pixels
+        ]
+        shifted = np.stack(resized).transpose(0, 3, 1, 2).astype(np.int16)
+        shifted[:, 1, 3, 5] += np.where(shifted[:, 1, 3, 5] < 128, off_by, -off_by)
+        return shifted.astype(np.uint8)
+
+    monkeypatch.setattr(materialized, "resize", resize_by_pil_and_a_bit)
+    command, folder = cifar(tmp_path, f"dataset.materialize={size}"), tmp_path / "home" / "data" / "cifar10"
+    if allowed:
+        assert prepare_data.main(command) == 0
+        return
+    assert f"at {size} pixels differs from PIL's resize by {off_by} levels" in refused(capsys, command)
+    assert [path.name for path in folder.iterdir()] == ["train"]
+
+
+@pytest.mark.parametrize("size", [16, 32, 96, 224, 299, 336])
+def test_the_real_resize_passes_the_comparison_with_pil(tmp_path: Path, size: int) -> None:
+    images = np.random.default_rng(size).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    write_artifact(tmp_path / "test", images, np.arange(8), list("01234567"), "source")
+    folder = materialize(tmp_path / "test", size)
+    assert folder == tmp_path / f"test@{size}"
+    assert open_artifact(folder, verify=True).images.shape == (8, 3, size, size)
+
+
+def test_grey_and_embedded_images_are_materialised_too(tmp_path: Path) -> None:
+    command = ["dataset=digits", f"home={tmp_path}", "dataset.materialize=24"]
+    assert prepare_data.main(command) == 0
+    native, large = (open_artifact(tmp_path / "data" / "digits" / name) for name in ("test", "test@24"))
+    assert (native.images.shape, large.images.shape) == ((360, 32, 32, 1), (360, 1, 24, 24))
+    # What the tool writes is what a run prepares by itself on first use.
+    ensure_artifacts(tmp_path / "by itself", "digits")
+    assert tree(tmp_path / "by itself" / "digits" / "test") == tree(tmp_path / "data" / "digits" / "test")
+
+
+def test_a_failed_download_is_an_error_and_nothing_is_made_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from urllib.error import URLError
+
+    import torchvision
+
+    asked: list[Any] = []
+
+    def fail(root: Path, train: bool, download: bool) -> None:
+        asked.append((root, download))
+        raise URLError("no network\nhere")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", fail)
+    error = refused(capsys, ["dataset=cifar100", "dataset.download=true", f"home={tmp_path}"])
+    assert "cifar100 cannot be downloaded into" in error
+    assert "no network here" in error
+    assert asked == [(tmp_path / "raw", True)]
+    assert not (tmp_path / "data" / "cifar100").exists()
+
+
+def test_what_is_downloaded_is_read_from_where_it_was_put_and_not_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torchvision
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda root, train, download: write_cifar(root))
+    command = ["dataset=cifar10", "dataset.download=true", f"home={tmp_path}"]
+    assert prepare_data.main(command) == 0
+    assert len(open_artifact(tmp_path / "data" / "cifar10" / "train").labels) == 100
+    shutil.rmtree(tmp_path / "raw")
+    monkeypatch.delattr(torchvision.datasets, "CIFAR10")
+    assert prepare_data.main(command) == 0
+    assert capsys.readouterr().out.count("nothing to do") == 2
+    assert prepare_data.main([*command, "dataset.materialize=16"]) == 0
+
+
+REFUSED = {
+    "dataset=cifar10": "dataset=cifar10 needs its files: add dataset.source=DIR",
+    "dataset=cifar10 dataset.source=/nowhere": "/nowhere/data_batch_1 is missing",
+    "dataset=digits dataset.source=/nowhere": "digits is embedded: leave out dataset.source",
+    "dataset=digits dataset.download=true": "digits is embedded: leave out dataset.source",
+    "dataset=digits dataset.shape=[8,8,1]": "shape [32, 32, 1] in 10 classes, not dataset.shape=[8, 8, 1]",
+    "dataset=digits dataset.materialize=0": "dataset.materialize=0 is out of range",
+    "dataset=custom dataset.name=birds dataset.shape=[8,8,3] dataset.classes=2": "dataset=birds cannot be prepared",
+    "experiment=toy_regression dataset.materialize=24": "dataset.materialize=24 resizes images, dataset=regression has",
+    "dataset=digit": "dataset=digit is not known: choose one of",
+    "dataset=digits overwrite=yes": "overwrite=yes must be true or false",
+    "dataset=digits overwrit=true": "overwrit is not a setting",
+}
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_what_cannot_be_prepared_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert REFUSED[command] in refused(capsys, [*command.split(), f"home={tmp_path}"])
+    assert not list(tmp_path.rglob("meta.json"))
+
+
+def test_a_home_that_cannot_be_made_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert "Not a directory" in refused(capsys, ["dataset=digits", f"home={tmp_path / 'file' / 'home'}"])
+
+
+def test_a_relative_source_is_taken_from_the_working_folder_and_refused_where_there_is_none(tmp_path: Path) -> None:
+    settings = compose(["dataset=cifar10", "dataset.source=raw", "home=h"], tmp_path)
+    assert (settings.dataset.source, settings.home) == (str(tmp_path / "raw"), str(tmp_path / "h"))
+    with pytest.raises(ConfigError, match=r"^dataset\.source=raw is relative.*absolute path$"):
+        compose(["dataset=cifar10", "dataset.source=raw"])

@@ -1,0 +1,260 @@
+"""Whoever watches a run sees its rounds and replies on a terminal, JSON lines where asked for, and else plain lines."""
+
+import io
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flapp.config.load import compose
+from flapp.config.schema import Config, ConfigError
+from tests.conftest import read_lines
+from tools import run
+from tools.running.progress import FORMAT, Progress, RoundReader, take_format
+
+Federate = Callable[..., tuple[dict[str, Any], Path]]
+TOY = ("experiment=toy_regression", "num_rounds=3", "evaluate.every=2")
+
+
+class Terminal(io.StringIO):
+    """What bars take for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Config:
+    return compose([f"home={tmp_path}", "run_name=watched", *TOY])
+
+
+@pytest.fixture
+def folder(settings: Config) -> Path:
+    """Return the empty folder of the run that is watched."""
+    path = settings.runs_dir / settings.run_name
+    path.mkdir(parents=True)
+    return path
+
+
+@pytest.fixture
+def lines(federate: Federate) -> list[str]:
+    """Return the lines of a run of three rounds."""
+    _, path = federate(*TOY)
+    return (path / "metrics.jsonl").read_text().splitlines(keepends=True)
+
+
+def choose_format(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    monkeypatch.setenv(FORMAT, form)
+
+
+def json_lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("words", "left", "form"),
+    [
+        (["run", "seed=1"], ["run", "seed=1"], "text"),
+        (["run", "--format", "json", "-m", "seed=1"], ["run", "-m", "seed=1"], "json"),
+        (["run", "seed=1", "--format=json"], ["run", "seed=1"], "json"),
+        (["run", "--format=text", "seed=1"], ["run", "seed=1"], "text"),
+    ],
+)
+def test_the_format_is_taken_out_of_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], left: list[str], form: str
+) -> None:
+    choose_format(monkeypatch, "json")
+    take_format(words)
+    assert [word for word in words if not word.startswith("hydra.")] == left
+    assert os.environ[FORMAT] == form
+
+
+@pytest.mark.parametrize("words", [["--format"], ["--format", "yaml"], ["--format="]])
+def test_another_format_is_refused(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    choose_format(monkeypatch, "text")
+    with pytest.raises(ConfigError, match=r"--format=(yaml)? is not known: choose one of text, json"):
+        take_format(words)
+
+
+def test_a_growing_file_is_read_a_round_at_a_time_and_never_twice(tmp_path: Path, lines: list[str]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    reader, found = RoundReader(path), []
+    for character in range(0, len("".join(lines)), 97):
+        path.write_text("".join(lines)[:character])
+        found += reader.read()
+    path.write_text("".join(lines))
+    found += reader.read()
+    assert [values["round"] for values in found] == [1, 2, 3]
+
+
+def test_lines_of_a_round_that_are_dropped_on_resuming_are_not_told(tmp_path: Path, lines: list[str]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    ends = [number for number, line in enumerate(lines, 1) if json.loads(line)["kind"] == "round"]
+    path.write_text("".join(lines[: ends[0] + 1]))  # round 1, and the training of round 2
+    reader = RoundReader(path)
+    assert len(reader.read()) == 1
+    path.write_text("".join(lines[: ends[0]]))
+    assert reader.read() == []
+    path.write_text("".join([*lines[: ends[0]], lines[0], *lines[ends[0] :]]))  # a roster, and round 2 anew
+    assert [values["round"] for values in reader.read()] == [2, 3]
+
+
+def test_json_lines_say_what_each_round_reached(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], federate: Federate, settings: Config
+) -> None:
+    _, path = federate(*TOY)
+    choose_format(monkeypatch, "json")
+    with Progress(settings, path) as resumed:
+        resumed.look()
+    assert capsys.readouterr() == ("", "")
+    with Progress(settings, settings.runs_dir / "none") as progress:
+        progress.reader.path = path / "metrics.jsonl"
+        progress.look()
+    said, errors = capsys.readouterr()
+    assert errors == ""
+    found = json_lines(said)
+    assert [(line["event"], line["run_name"], line["round"]) for line in found] == [
+        ("round", "watched", number) for number in (1, 2, 3)
+    ]
+    assert found[0]["loss"] is None
+    train, evaluated, ended = (read_lines(path, kind) for kind in ("train", "evaluate", "round"))
+    assert [line["loss"] for line in found[1:]] == [line["loss"] for line in evaluated]
+    assert [line["train_loss"] for line in found] == [line["loss"] for line in train]
+    assert [line["seconds"] for line in found] == [line["seconds"] for line in ended]
+    assert found[1]["bytes_down"] == train[1]["bytes_down"] + evaluated[0]["bytes_down"]
+
+
+def test_a_line_tells_of_each_round_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: Config,
+    folder: Path,
+    lines: list[str],
+) -> None:
+    choose_format(monkeypatch, "text")
+    with Progress(settings, folder) as progress:
+        (folder / "metrics.jsonl").write_text("".join(lines))
+        progress.look()
+        progress.look()
+    out, said = capsys.readouterr()
+    assert out == ""
+    figures = [r"train loss \d+\.\d{4}", r"train loss \d+\.\d{4}, test loss \d+\.\d{4}"]
+    expected = [rf"round {number} of 3: {figures[number > 1]}, \d+\.\d s" for number in (1, 2, 3)]
+    assert all(re.fullmatch(*pair) for pair in zip(expected, said.splitlines(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("rounds", "told"), [(20, [*range(1, 21)]), (21, [*range(2, 21, 2), 21]), (1000, [*range(50, 1001, 50)])]
+)
+def test_a_long_run_is_told_in_about_twenty_lines(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: Config,
+    folder: Path,
+    rounds: int,
+    told: list[int],
+) -> None:
+    choose_format(monkeypatch, "text")
+    lines = [json.dumps({"kind": "round", "round": number, "seconds": 0.5}) for number in range(1, rounds + 1)]
+    with Progress(replace(settings, num_rounds=rounds), folder) as progress:
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        progress.look()
+    assert capsys.readouterr().err.splitlines() == [f"round {number} of {rounds}: 0.5 s" for number in told]
+
+
+def test_bars_show_rounds_with_figures_and_the_replies_of_the_phase(
+    monkeypatch: pytest.MonkeyPatch, settings: Config, folder: Path, lines: list[str]
+) -> None:
+    choose_format(monkeypatch, "text")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Progress(settings, folder) as progress:
+        progress.look()
+        assert "waiting for clients" in str(progress.replies)
+        tell = {"rounds": 3, "asked": 3}
+        (folder / "progress.json").write_text(json.dumps({"round": 0, "phase": "join", "replies": 2, **tell}))
+        progress.look()
+        assert "clients join: 2/3" in str(progress.replies)
+        (folder / "metrics.jsonl").write_text("".join(lines[:-2]))  # round 3 has not been evaluated
+        (folder / "progress.json").write_text(json.dumps({"round": 3, "phase": "train", "replies": 1, **tell}))
+        progress.look()
+        assert "round 3 train: 1/3" in str(progress.replies)
+        assert " 2/3 " in str(progress.rounds)
+        written = [json.loads(line) for line in reversed(lines[:-2])]
+        train, test = (next(line["loss"] for line in written if line["kind"] == kind) for kind in ("train", "evaluate"))
+        figures = f"train loss={train:.4f}, test loss={test:.4f}, all bytes=4.50kB"
+        assert figures in str(progress.rounds)
+
+
+def test_a_resumed_run_is_not_shown_what_the_earlier_start_said(
+    monkeypatch: pytest.MonkeyPatch, settings: Config, folder: Path, lines: list[str]
+) -> None:
+    choose_format(monkeypatch, "text")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    (folder / "metrics.jsonl").write_text("".join(lines[:3]))
+    (folder / "progress.json").write_text(json.dumps({"round": 2, "phase": "train", "replies": 1, "asked": 3}))
+    with Progress(settings, folder) as progress:
+        progress.look()
+        assert "waiting for clients" in str(progress.replies)
+        assert " 1/3 " in str(progress.rounds)
+
+
+@pytest.fixture
+def loggers() -> Iterator[None]:
+    """Let loggers speak again in later tests, which Hydra silences or raises to errors only."""
+    level = logging.root.level
+    yield
+    logging.root.setLevel(level)
+    for name in logging.root.manager.loggerDict:
+        logging.getLogger(name).disabled = False
+
+
+@pytest.mark.usefixtures("loggers")
+@pytest.mark.parametrize(
+    ("outcome", "events", "status"),
+    [
+        ({"rounds": 3, "seconds": 1.0, "model_sha256": "ab"}, ["started", "finished"], 0),
+        (run.RunError("all is lost", {"status": "failed"}), ["started", "failed"], 1),
+    ],
+    ids=["finished", "failed"],
+)
+def test_with_json_stdout_has_nothing_but_lines_of_json(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    outcome: Any,
+    events: list[str],
+    status: int,
+) -> None:
+    def run_once(settings: Config, on_start: Callable[[], object]) -> dict[str, Any]:
+        on_start()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome | {"status": "finished", "run_dir": "/r"}
+
+    choose_format(monkeypatch, "text")
+    monkeypatch.setattr(run, "run_once", run_once)
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["run", "--format", "json", *TOY, f"home={tmp_path}", "run_name=j"])
+    assert run.main() == status
+    found = json_lines(capsys.readouterr().out)
+    assert [(line["event"], line["run_name"]) for line in found] == [(event, "j") for event in events]
+    assert found[0]["parameters"] == 11
+    assert found[-1]["summary"]["status"] == ("failed" if status else "finished")
+
+
+def test_the_last_lines_say_that_a_run_stopped_early_and_whose_model_it_ends_with() -> None:
+    summary = {"rounds": 3, "seconds": 12.3, "loss": 1.25, "model_sha256": "ab", "run_dir": "/r", "stopped_early": True}
+    text = "finished 3 rounds (stopped early) in 12 s: test loss 1.2500\nmodel /r/model.safetensors"
+    assert run.final_line(summary | {"selected_round": 3}).startswith(
+        f"{text} (of the last round, sha256 ab)\nresults in /r\n"
+    )
+    assert run.final_line(summary | {"selected_round": 2}).startswith(
+        f"{text} (of round 2, sha256 ab)\nresults in /r\n"
+    )

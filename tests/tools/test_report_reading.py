@@ -1,0 +1,129 @@
+"""What the report reads from run directories is right, also when they are odd."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from tests.support.html_page import report_on
+from tests.support.run_files import add_store, write_run
+from tools.page import reading
+from tools.page.charts import by_traffic
+from tools.page.drawing import grouped
+from tools.page.sections import ranges
+
+
+def test_a_store_that_cannot_be_read_or_is_being_written_is_said_in_the_page(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs" / "r", rounds=1, classes=0, old=True)
+    (run / "server_chunks.db").write_bytes(b"no database" * 100)
+    assert "Not read: " in report_on(tmp_path / "r.html", run).said
+    (run / "server_chunks.db").unlink()
+    add_store(run / "server_chunks.db", 1)
+    (run / "server_chunks.db-journal").write_bytes(b"hot")
+    assert "it has a journal" in report_on(tmp_path / "r.html", run).said
+    assert (run / "server_chunks.db-journal").read_bytes() == b"hot"
+
+
+def test_a_folder_of_runs_without_sweep_json_is_one_of_several_runs(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "plain"
+    for job in (10, 2):
+        write_run(folder / str(job), 1, 2, 0, old=True)
+    runs, jobs = reading.read_all([folder])
+    assert [run.label for run in runs] == ["2", "10"]
+    assert jobs == []
+
+
+def test_odd_files_are_noted_not_fatal(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs" / "r", rounds=1)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train"}\nnot json\n[1]\n{"kind": "evaluate", "round": 2, "accuracy": NaN, "loss": "x"}\n')
+    (run / "metrics.json").write_text("{")
+    (run / "config.yaml").write_text(": :\n- {")
+    page = report_on(tmp_path / "r.html", run)
+    for words in ("4 lines of metrics.jsonl", "metrics.json cannot be read", "config.yaml cannot be read"):
+        assert words in page.said
+
+
+def test_the_best_round_is_by_the_objective_of_the_run(tmp_path: Path) -> None:
+    for objective, best in (("accuracy", 2), ("loss", 1)):
+        run = write_run(tmp_path / objective, 3, old=True, evaluate={"objective": objective})
+        figures = [{"accuracy": 0.5, "loss": 0.1}, {"accuracy": 0.9, "loss": 0.5}, {"accuracy": 0.7, "loss": 0.3}]
+        lines = [{"kind": "evaluate", "round": i + 1, **found} for i, found in enumerate(figures)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert reading.read_run(run).best() == (best, figures[best - 1][objective])
+
+
+def test_a_run_with_validation_figures_is_judged_by_them_and_shows_them(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r", 3, evaluate={"objective": "loss"})
+    (run / "metrics.json").unlink()
+    lines = [{"kind": "evaluate", "round": i, "loss": 1.0 * i, "val_loss": 4.0 - i} for i in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert reading.read_run(run).best() == (3, 1.0)
+    page = report_on(tmp_path / "r.html", run)
+    assert "The objective, and what makes a round the best, is validation loss." in page.said
+
+
+def test_accuracy_is_set_against_all_bytes_up_to_its_round(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r", 3, old=True)
+    lines = [{"kind": "train", "round": i, "bytes_up": 1_000_000, "bytes_down": 2_000_000} for i in (1, 2, 3)]
+    lines.append({"kind": "evaluate", "round": 2, "accuracy": 0.5, "bytes_up": 0, "bytes_down": 4_000_000})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    megabytes, accuracy = by_traffic(reading.read_run(run))
+    assert (megabytes.tolist(), accuracy.tolist()) == ([10.0], [0.5])
+
+
+def test_failures_are_grouped_by_reason(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs" / "r", rounds=1, clients=3)
+    for server_round in (2, 3, 5):
+        failures = [{"client": str(i), "reason": "sent NaN"} for i in range(2)]
+        line = {"kind": "train", "round": server_round, "failures": failures, "absent": ["2"]}
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    found = reading.read_run(run).clients
+    failed = found.failures["train", "sent NaN"]
+    assert (failed.count, failed.rounds, failed.clients) == (6, {2, 3, 5}, {"0", "1"})
+    assert found.absent == {"2": 3}
+    assert ranges(failed.rounds) == "2-3, 5"
+
+
+def test_what_clients_hold_is_read_from_clients_jsonl(tmp_path: Path) -> None:
+    run = reading.read_run(write_run(tmp_path / "r", rounds=1, clients=12, classes=4))
+    assert list(run.roster("samples")) == [str(i) for i in range(12)]
+    for name, labels in run.roster("label_hist").items():
+        assert run.roster("samples")[name] == {"train": sum(labels), "val": 0, "test": 25}
+
+
+def test_what_clients_hold_is_read_from_the_roster_of_a_run_of_an_earlier_version(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "r", rounds=1, clients=2, old=True)
+    held = {"samples": {"0": {"train": 5, "val": 1, "test": 2}}, "label_hist": {"0": [2, 3]}}
+    lines = [{"kind": "roster", "round": 0, **held}]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "clients.jsonl").write_text('{"round": 0, "client": "0", "shard_digest": "d"}\n')
+    run = reading.read_run(path)
+    assert {key: run.roster(key) for key in held} == held
+    assert run.notes == ()
+
+
+def test_lines_of_clients_jsonl_that_are_odd_are_noted_and_replace_nothing(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "r", rounds=2, clients=2)
+    before = reading.read_run(path)
+    with (path / "clients.jsonl").open("a") as file:
+        file.write('{"kind": "train", "round": 9, "failures": []}\n{"round": 0, "client": 3}\n[]\n{"round": 0, "cl')
+    after = reading.read_run(path)
+    assert after.lines == before.lines
+    cut = "the last line of clients.jsonl was cut off and is left out"
+    assert after.notes == (cut, "3 lines of clients.jsonl are no lines of a run and are left out")
+    for name in ("metrics.jsonl", "metrics.json"):
+        (path / name).unlink()
+    assert len(reading.read_run(path).roster("samples")) == 2
+
+
+def test_many_clients_are_drawn_as_sums_of_neighbours() -> None:
+    table = np.random.default_rng(0).integers(0, 9, (1000, 62)).astype(float)
+    rows, together = grouped(table, 100)
+    assert (rows.shape, together) == ((100, 62), 10)
+    assert np.array_equal(rows[3], table[30:40].sum(axis=0))
+    assert rows.sum() == table.sum()
+    uneven, together = grouped(table[:250], 100)
+    assert (len(uneven), together) == (84, 3)
+    assert uneven.sum() == table[:250].sum()

@@ -1,0 +1,140 @@
+"""Runs that end with their model stored split, and python -m tools.split_model for those that did not."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flapp.model.split.components import ModelFactory
+from flapp.model.split.files import COMPONENTS, StorageManager, read_metadata
+from flapp.server.roster import Roster
+from tests.support.split_models import write_vit
+from tools import split_model
+
+Federate = Callable[..., tuple[dict[str, Any], Path]]
+ONE_ROUND = ("clients=2", "num_rounds=1", "train.steps=2", "evaluate.personal_epochs=0", "model.dropout=0.1")
+LORA = ("strategy=fedlora", "lora=default", "lora.rank=4", "strategy.aggregation=fedit")
+
+
+def auto(folder: Path, points: str = "1-2") -> tuple[str, ...]:
+    return ("split=auto", f"split.model_storage_dir={folder}", f"split.split_config={points}")
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return what the tool reads of a finished run."""
+    path = tmp_path_factory.mktemp("runs") / "mine"
+    write_vit(path / "model.safetensors", dropout=0.1)
+    facts = {"status": "finished", "model_sha256": split_model.sha256_of_file(path / "model.safetensors")}
+    (path / "metrics.json").write_text(json.dumps(facts))
+    model = {"name": "vit_tiny", "image_size": None, "dropout": 0.1, "channels": None, "pretrained": None}
+    dataset = {"name": "mine", "shape": [32, 32, 1], "classes": 10, "normalization": "half", "source": None}
+    dataset |= {"download": False, "materialize": None, "augment": False}
+    config = {"run_name": "sweep/0", "model": model, "dataset": dataset, "of_an_older_version": True}
+    (path / "config.yaml").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("settings", [ONE_ROUND, ONE_ROUND + LORA], ids=["fedavg", "fedlora"])
+def test_a_run_with_auto_save_ends_with_its_model_stored_split(
+    federate: Federate, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    summary, path = federate(*settings, *auto(tmp_path / "split"))
+    whole = load_file(path / "model.safetensors")
+    models = ModelFactory.load_split_models(tmp_path / "split", path.name)
+    stored = {key: tensor for model in models for key, tensor in model.state_dict().items()}
+    assert stored.keys() == whole.keys()
+    assert all(torch.equal(stored[key], tensor) for key, tensor in whole.items())
+    assert {model.part.model_sha256 for model in models} == {summary["model_sha256"]}
+    assert models[0].part.config["dropout"] == 0.1
+    without, _ = federate(*settings)
+    assert without["model_sha256"] == summary["model_sha256"]
+
+
+def test_a_run_whose_model_could_not_be_stored_fails_before_round_one(
+    federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Roster, "wait", lambda *_: pytest.fail("the run began"))
+    (tmp_path / "split").write_text("in the way")
+    with pytest.raises(ValueError, match="split is not a folder: name another storage folder"):
+        federate(*ONE_ROUND, *auto(tmp_path / "split"))
+    (tmp_path / "other/top").mkdir(parents=True)
+    name = f"{tmp_path.name}-1"  # of the next run
+    (tmp_path / f"other/top/{name}_1-2_top.safetensors").write_text("of another run")
+    for resume in ((), (f"run_name={name}", "resume=true")):
+        with pytest.raises(ValueError, match=f"{name}_1-2_top.safetensors exists already"):
+            federate(*ONE_ROUND, *auto(tmp_path / "other"), *resume)
+
+
+def test_a_run_that_broke_off_while_its_model_was_stored_is_resumed(
+    federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = (tmp_path / "split", f"{tmp_path.name}-0", 1, 2, "bottom")
+    bottom = StorageManager.get_split_model_path(*place)
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelFactory, "create_split_models", lambda *_, **__: bottom.write_text("half") and 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            federate(*ONE_ROUND, *auto(tmp_path / "split"))
+    summary, _ = federate(*ONE_ROUND, *auto(tmp_path / "split"), f"run_name={tmp_path.name}-0", "resume=true")
+    assert read_metadata(bottom).model_sha256 == summary["model_sha256"]
+
+
+def test_the_tool_splits_a_finished_run_and_checks_it(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(run_dir), "--points", "1", "2", "--out", str(tmp_path), "--check"]
+    assert split_model.main(arguments) == 0
+    out, err = capsys.readouterr()
+    for component in COMPONENTS:
+        path = StorageManager.get_split_model_path(tmp_path, "sweep-0", 1, 2, component)
+        assert str(path) in out
+        assert read_metadata(path).config["dropout"] == 0.1
+    assert "checked: top(trunk(bottom(x))) is the whole model's output, bit for bit" in out
+    assert err == ""
+    assert split_model.main(arguments) == 1
+    assert "sweep-0_1-2_bottom.safetensors exists already" in capsys.readouterr().err
+    assert split_model.main([*arguments, "--overwrite"]) == 0
+
+
+def test_the_check_finds_components_that_are_not_the_model(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = write_vit(tmp_path / "other.safetensors", seed=1)
+    monkeypatch.setattr(split_model, "build", lambda *_: whole)
+    monkeypatch.setattr(split_model, "read_tensors", lambda _: (whole.state_dict(), {}))
+    assert split_model.main([str(run_dir), "--points", "1", "2", "--out", str(tmp_path), "--check"]) == 1
+    assert "the components do not give the whole model's output" in capsys.readouterr().err
+
+
+def test_the_tool_refuses_in_one_line(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def check(run: Path, points: tuple[int, int], message: str) -> None:
+        given = [str(run), "--points", *map(str, points), "--out", str(tmp_path / "out")]
+        assert split_model.main(given) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert message in err
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for file in run_dir.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    check(run_dir, (2, 3), "split points 2 and 3 of a model of 3 layers are not possible")
+    check(tmp_path / "nowhere", (1, 2), "nowhere is not the directory of a finished run")
+    (copy / "metrics.json").write_text('{"status": "failed"}')
+    check(copy, (1, 2), "is of a run that failed: go on with it by resume=true first")
+    (copy / "metrics.json").write_text(json.dumps({"status": "finished", "model_sha256": "0" * 64}))
+    check(copy, (1, 2), "metrics.json says 000000000000")
+    (copy / "metrics.json").write_text("")
+    check(copy, (1, 2), "is not the directory of a finished run")
+    (copy / "metrics.json").write_text("[]")
+    check(copy, (1, 2), "config.yaml or metrics.json is damaged")
+    for text in ("a: [", "a: 1", "[]", ""):
+        (copy / "config.yaml").write_text(text)
+        check(copy, (1, 2), "is not the directory of a finished run")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,365 @@
+"""Sweeps: jobs one after the other and side by side, their table, sweep.json, and nothing left behind."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from flapp.config.load import compose, to_yaml
+from flapp.config.schema import ConfigError
+from tests.federation.test_run import TOY, Federate, run, started_processes
+from tools.deployment.processes import SWEEP, TOKEN, listens, reserve_port
+from tools.deployment.submit import APP
+from tools.running import sweep
+
+TWO_AT_A_TIME = ("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+EXTRA = "pip install -e '.[sweep]'"
+needs_joblib = pytest.mark.skipif(not importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher"), reason=EXTRA)
+needs_optuna = pytest.mark.skipif(not importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper"), reason=EXTRA)
+
+
+def of_job(number: int, folder: Path = Path("/sweep"), **launcher: Any) -> Any:
+    """Return what Hydra tells a job of a sweep about itself."""
+    facts = {"mode": RunMode.MULTIRUN, "job": {"num": number}, "sweep": {"dir": str(folder)}, "launcher": launcher}
+    sweeper = {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"}
+    return OmegaConf.create(facts | {"overrides": {"task": [f"seed={number}"]}, "sweeper": sweeper})
+
+
+@contextlib.contextmanager
+def child(work: Callable[[], None]) -> Iterator[int]:
+    """Run a function in a process of its own."""
+    if (pid := os.fork()) == 0:
+        with contextlib.suppress(BaseException):
+            work()
+        os._exit(0)
+    try:
+        yield pid
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < end, path
+        time.sleep(0.02)
+
+
+def finished_run(path: Path, objective: float, *overrides: str) -> None:
+    """Make the folder of a run that is over, which a resumed sweep takes as it is."""
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text(to_yaml(compose(list(overrides))))
+    summary = {"status": "finished", "rounds": 5, "seconds": 1.0, "loss": objective, "model_sha256": "ab"}
+    (path / "metrics.json").write_text(json.dumps(summary | {"objective": objective, "run_dir": str(path)}))
+
+
+def table(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return done.stdout[done.stdout.index("job  overrides") :].splitlines()
+
+
+def test_the_table_has_a_line_a_job_with_the_settings_that_are_not_everybodys() -> None:
+    finished = {"job": 0, "overrides": ["model=cnn", "seed=0"], "status": "finished", "objective": 0.5}
+    failed = {"job": 1, "overrides": ["model=cnn", "seed=10"], "status": "failed", "error": "why"}
+    lines = sweep.sweep_table([finished | {"bytes_up": 12345, "run_dir": "/r/0"}, failed]).splitlines()
+    assert lines == [
+        "job  overrides  objective  total bytes up  run",
+        "0    seed=0     0.5000     12,345          /r/0",
+        "1    seed=10                               failed: why",
+    ]
+
+
+@pytest.mark.parametrize(("metric", "words", "best"), [("val_accuracy", "validation accuracy", 1), ("loss", "loss", 0)])
+def test_the_table_says_what_the_objective_is_and_which_job_is_best(metric: str, words: str, best: int) -> None:
+    job = {"status": "finished", "objective_metric": metric, "run_dir": "/r"}
+    outcomes = [job | {"job": n, "overrides": [f"seed={n}"], "objective": n / 2, metric: n / 2} for n in range(2)]
+    failed = {"job": 2, "overrides": ["seed=2"], "status": "failed", "error": "why"}
+    lines = sweep.sweep_table([*outcomes, failed]).splitlines()
+    assert lines[0].split("  ")[2:] == [f"objective ({words})", "run"]
+    assert lines[-1] == f"best: job {best}, {words} {best / 2:.4f}"
+    assert not sweep.sweep_table([outcomes[0], failed]).splitlines()[-1].startswith("best")
+
+
+def test_jobs_are_told_of_in_their_order_whatever_order_they_end_in() -> None:
+    outcomes: list[sweep.Outcome] = []
+    with sweep.gathered(outcomes):
+        for number in (10, 2, 0):
+            with sweep.reported(of_job(number)) as outcome:
+                outcome["status"] = "finished"
+    assert [outcome["job"] for outcome in outcomes] == [0, 2, 10]
+    assert SWEEP not in os.environ
+
+
+def test_a_sweep_in_the_folder_of_a_run_leaves_no_file_there(tmp_path: Path) -> None:
+    finished_run(tmp_path / "runs" / "a", 0.5)
+    before = sorted((tmp_path / "runs" / "a").iterdir())
+    outcomes: list[sweep.Outcome] = []
+    with sweep.gathered(outcomes), sweep.reported(of_job(0, tmp_path / "runs" / "a")):
+        pass
+    outcomes[0]["error"] = "its name is taken"
+    assert "failed: its name is taken" in sweep.conclude(outcomes)
+    assert sorted((tmp_path / "runs" / "a").iterdir()) == before
+
+
+def test_an_error_that_nobody_foresaw_is_in_the_table_and_still_raised() -> None:
+    outcomes: list[sweep.Outcome] = []
+    with pytest.raises(KeyError), sweep.gathered(outcomes), sweep.reported(of_job(3)):
+        raise KeyError("a bug")
+    assert outcomes[0]["status"] == "failed"
+    assert outcomes[0]["error"] == "KeyError: 'a bug'"
+
+
+def test_a_job_whose_process_is_killed_is_in_the_table() -> None:
+    outcomes: list[sweep.Outcome] = []
+
+    def work() -> None:
+        with sweep.reported(of_job(4)):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with sweep.gathered(outcomes), child(work) as pid:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert [(outcome["job"], outcome["error"]) for outcome in outcomes] == [(4, "its process was killed")]
+
+
+def test_what_a_killed_job_leaves_running_is_stopped_and_its_folder_removed() -> None:
+    with sweep.gathered([]):
+        folder = Path(f"{os.environ[SWEEP]}-superlink")
+        folder.mkdir()
+        left = subprocess.Popen(["sleep", "60"], env=os.environ | {TOKEN: str(folder)})
+        other = subprocess.Popen(["sleep", "60"], env=os.environ | {TOKEN: "/tmp/flapp-another"})
+    left.wait(timeout=5)
+    assert other.poll() is None
+    assert not folder.exists()
+    other.kill()
+    other.wait()
+
+
+def test_jobs_in_other_processes_are_interrupted_and_may_clean_up(tmp_path: Path) -> None:
+    outcomes: list[sweep.Outcome] = []
+
+    def work() -> None:
+        with sweep.reported(of_job(0)):
+            try:
+                (tmp_path / "runs").touch()
+                time.sleep(60)
+            finally:
+                time.sleep(0.5)
+                (tmp_path / "cleaned up").touch()
+
+    with sweep.gathered(outcomes), child(work):
+        wait_for(tmp_path / "runs")
+        sweep.interrupt_jobs()
+        assert (tmp_path / "cleaned up").exists()
+        with pytest.raises(KeyboardInterrupt), sweep.reported(of_job(1)):
+            pytest.fail("a job began after the interrupt")
+    assert [(outcome["job"], outcome["error"]) for outcome in outcomes] == [(0, "interrupted")]
+
+
+def test_jobs_side_by_side_share_the_processors_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "available_cpus", lambda: 8)
+    settings = compose(["home=/h"])
+
+    def cpus(n_jobs: int | None, **values: Any) -> int | None:
+        given = replace(settings, deployment=replace(settings.deployment, **values))
+        job = of_job(0, Path("/h/runs/s"), **({} if n_jobs is None else {"n_jobs": n_jobs}))
+        return sweep.as_job(given, job).deployment.total_cpus
+
+    assert [cpus(n) for n in (None, 1, 2, 3, 8, 100, -1, -7)] == [None, None, 4, 2, 1, 1, 1, 4]
+    assert cpus(2, total_cpus=6) == 6
+    assert cpus(8, client_cpus=3) == 3
+
+
+def test_every_job_has_a_folder_of_its_own_and_resumes_only_what_was_begun(tmp_path: Path) -> None:
+    settings = compose([f"home={tmp_path}", "resume=true"])
+    folder = tmp_path / "runs" / "s"
+    (folder / "0").mkdir(parents=True)
+    jobs = [sweep.as_job(settings, of_job(number, folder)) for number in range(2)]
+    assert [(job.run_name, job.resume) for job in jobs] == [("s/0", True), ("s/1", False)]
+
+
+def test_a_sweep_that_is_over_is_neither_run_again_nor_forgotten(tmp_path: Path) -> None:
+    settings = compose([f"home={tmp_path}", "run_name=s"])
+    folder = tmp_path / "runs" / "s"
+    finished = {"job": 0, "folder": str(folder), "overrides": ["seed=0"], "status": "finished", "run_dir": "/r"}
+    sweep.conclude([finished])
+    written = (folder / "sweep.json").read_text()
+    assert json.loads(written)[0]["overrides"] == "seed=0"
+    with pytest.raises(ConfigError, match="run_name=s is taken"):
+        sweep.as_job(settings, of_job(0, folder))
+    sweep.conclude([finished | {"folder": str(folder), "status": "failed", "error": "taken"}])
+    assert (folder / "sweep.json").read_text() == written
+
+
+def test_lines_of_jobs_side_by_side_are_whole_and_marked_and_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with sweep.gathered([]), sweep.reported(of_job(7, n_jobs=2)):
+        assert not sys.stderr.isatty()
+        sys.stderr.write("half a ")
+        assert terminal.getvalue() == ""
+        sys.stderr.write("line\nand")
+    assert terminal.getvalue() == "[job 7] half a line\n"
+    with sweep.gathered([]), sweep.reported(of_job(7)):
+        assert sys.stderr is terminal
+
+
+def test_a_reserved_port_is_nobody_elses_until_a_server_listens_there() -> None:
+    with reserve_port() as reserved, socket.socket() as server:
+        port = reserved.getsockname()[1]
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("127.0.0.1", port))
+        assert not listens(os.getpid(), port)
+        server.listen()
+        assert listens(os.getpid(), port)
+        with child(lambda: time.sleep(60)) as pid:
+            server.close()
+            assert listens(pid, port)  # it has inherited the socket
+            assert not listens(os.getpid(), port)
+
+
+def test_a_launcher_that_is_not_there_is_said_with_what_brings_it(tmp_path: Path) -> None:
+    done = run(tmp_path, "-m", "hydra/launcher=ray", "seed=0,1")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: hydra/launcher=ray is not installed: pip install -e '.[sweep]'")
+    assert done.stderr.count("\n") == 1
+
+
+@needs_joblib
+def test_of_eight_jobs_two_at_a_time_one_fails_and_seven_count(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "eight"
+    for number in range(8):
+        finished_run(folder / str(number), number / 10, TOY, f"seed={99 if number == 5 else number}")
+    done = run(tmp_path, *TWO_AT_A_TIME, TOY, "seed=range(8)", "run_name=eight", "resume=true")
+    assert done.returncode == 1
+    assert [line.split()[:3] for line in table(done)[1:6]] == [[str(n), f"seed={n}", f"{n / 10:.4f}"] for n in range(5)]
+    assert "failed: run_name=eight/5 was run with other settings (partition.seed was 99, is 5;" in table(done)[6]
+    assert len(table(done)) == 9
+    outcomes = json.loads((folder / "sweep.json").read_text())
+    assert [outcome.get("objective") for outcome in outcomes] == [0.0, 0.1, 0.2, 0.3, 0.4, None, 0.6, 0.7]
+    assert [outcome["status"] for outcome in outcomes].count("failed") == 1
+    assert outcomes[7]["overrides"] == f"{TOY} seed=7 run_name=eight resume=True"
+    assert outcomes[7]["run_dir"] == str(folder / "7")
+    assert done.stderr.startswith("[job 5] error: run_name=eight/5 was run")
+
+
+def test_a_sweeper_that_searches_has_its_jobs_hold_out_validation_samples(tmp_path: Path) -> None:
+    searched = of_job(0, tmp_path / "runs" / "s")
+    searched.sweeper["_target_"] = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
+    home = f"home={tmp_path}"
+    assert sweep.as_job(compose([home]), searched).held_out == 0.2
+    assert sweep.as_job(compose([home, "evaluate.validation_fraction=0.1"]), searched).held_out == 0.1
+    assert sweep.as_job(compose([home]), of_job(0, tmp_path / "runs" / "s")).held_out == 0
+    shards = sweep.as_job(compose([home, "experiment=femnist_fedavg"]), searched)
+    assert shards.evaluate.validation_fraction is None
+    with pytest.raises(ConfigError, match=r"validation_fraction=0 makes that a figure of test samples: leave it out"):
+        sweep.as_job(compose([home, "evaluate.validation_fraction=0"]), searched)
+
+
+@needs_optuna
+@pytest.mark.parametrize(("limit", "failures"), [(0.01, range(1, 6)), (0.0, [6])], ids=["some fail", "all fail"])
+def test_optuna_searches_on_after_failed_trials(tmp_path: Path, limit: float, failures: Any) -> None:
+    script = f"""
+        import sys
+        from tools import run
+
+        def stand_in(config, on_start):
+            if config.train.lr > {limit}:
+                raise run.RunError("too high")
+            assert config.held_out == 0.2, config.held_out
+            facts = {{"rounds": 1, "seconds": 1, "model_sha256": "ab", "run_dir": config.run_name}}
+            return facts | {{"status": "finished", "objective": config.train.lr}}
+
+        run.run_once = stand_in
+        sys.exit(run.main())
+    """
+    words = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=6", "hydra.sweeper.direction=maximize"]
+    words += ["hydra.sweeper.sampler.seed=0", "train.lr=interval(0.0005,0.02)", "run_name=search", f"home={tmp_path}"]
+    command = [sys.executable, "-c", textwrap.dedent(script), *words]
+    done = subprocess.run(command, cwd=APP, capture_output=True, text=True, timeout=120)
+    folder = tmp_path / "runs" / "search"
+    assert done.returncode == 1
+    assert len(table(done)) == 7
+    assert "Traceback" not in done.stderr
+    if not limit:
+        assert not folder.exists()  # no run has begun
+        return
+    outcomes = json.loads((folder / "sweep.json").read_text())
+    assert sum(outcome["status"] == "failed" for outcome in outcomes) in failures
+    if finished := [outcome["objective"] for outcome in outcomes if outcome["status"] == "finished"]:
+        assert OmegaConf.load(folder / "optimization_results.yaml").best_value == max(finished)
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_every_job_and_tells_which_failed(tmp_path: Path) -> None:
+    done = run(tmp_path, "-m", TOY, "num_rounds=1", "train.steps=50", "train.lr=0.01,1e30", "run_name=sweep")
+    assert done.returncode == 1
+    assert len(table(done)) == 3
+    summary = json.loads((tmp_path / "runs" / "sweep" / "0" / "metrics.json").read_text())
+    assert table(done)[1].endswith(f"{tmp_path}/runs/sweep/0")
+    assert f"  {summary['objective']:.4f}  " in table(done)[1]
+    assert "lower train.lr" in table(done)[2]
+    assert started_processes(tmp_path) == []
+
+
+@pytest.mark.slow
+@needs_joblib
+def test_two_runs_at_once_prepare_one_dataset_and_end_in_the_bytes_of_runs_alone(
+    tmp_path: Path, federate: Federate
+) -> None:
+    settings = ("model=linear", "num_rounds=1", "clients=4")
+    done = run(tmp_path, *TWO_AT_A_TIME, *settings, "seed=0,1", "run_name=two")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "two"
+    for outcome in json.loads((folder / "sweep.json").read_text()):
+        expected, _ = federate(*settings, f"seed={outcome['job']}")
+        summary = json.loads((folder / str(outcome["job"]) / "metrics.json").read_text())
+        assert summary["model_sha256"] == expected["model_sha256"]
+        assert outcome["objective"] == summary["objective"] == expected["objective"]
+    assert not list((tmp_path / "data").rglob("*.tmp"))
+    assert started_processes(tmp_path) == []
+
+
+@pytest.mark.slow
+@needs_joblib
+def test_an_interrupted_sweep_leaves_no_process_behind_and_goes_on(tmp_path: Path) -> None:
+    env = os.environ | {"FLAPP_HOME": str(tmp_path), "PYTHONPATH": str(APP)}
+    words = [TOY, "num_rounds=40", "seed=0,1,2", "run_name=stopped"]
+    command = [sys.executable, "-m", "tools.run", *TWO_AT_A_TIME, *words]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for number in range(2):
+        progress = tmp_path / "runs" / "stopped" / str(number) / "progress.json"
+        end = time.monotonic() + 240
+        while not progress.exists():
+            assert time.monotonic() < end
+            assert process.poll() is None
+            time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted: everything that was started has been stopped" in said.splitlines()
+    assert started_processes(tmp_path) == []
+    done = run(tmp_path, *TWO_AT_A_TIME, *words, "resume=true")
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads((tmp_path / "runs" / "stopped" / "sweep.json").read_text())
+    assert [outcome["status"] for outcome in outcomes] == ["finished"] * 3

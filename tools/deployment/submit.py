@@ -1,0 +1,249 @@
+"""Submit a run to a SuperLink, follow it to its end, and tell the truth about how it ended."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flapp.architecture import find_oversize
+from flapp.config.load import to_json
+from flapp.config.rules import count_messages
+from flapp.config.schema import Config, ConfigError
+from flapp.data.verified import Stamp, stamp
+from flapp.listing import describe_refused
+from flapp.server.metric_lines import sound_summary
+from flapp.server.origin import Origin
+from flapp.server.preflight import check_run
+from flapp.server.run_dir import SUMMARY, check_resumable, check_source
+from flapp.server.run_names import check_new, restarts
+from tools.deployment.processes import HOST, SuperLinkError, available_cpus
+from tools.deployment.superlink import CONNECTION, PrivateSuperLink, SuperLink
+from tools.deployment.supervisor import KEYS, root_certificates
+from tools.federation import install_app, known_federation
+from tools.running.app import APP as APP
+from tools.running.app import app_folder
+from tools.running.progress import Progress, read_json
+
+LOOK_SECONDS, STATUS_SECONDS, END_SECONDS = 0.3, 15, 60
+CONFIG = ("config.yaml",)
+REPLACED = "run {} ended before its first round was complete, so it starts again (its log.txt is kept)"
+
+
+class RunError(RuntimeError):
+    """A run that did not finish, said in one line; `summary` is its metrics.json if it wrote one."""
+
+    def __init__(self, text: str, summary: dict[str, Any] | None = None) -> None:
+        super().__init__(text)
+        self.summary = summary
+
+
+def run_once(config: Config, on_start: Callable[[], object] = lambda: None) -> dict[str, Any]:
+    """Run a federation to its end and return its metrics.json; raises RunError, SuperLinkError or ConfigError.
+
+    on_start is called when the settings have been checked, before the first process starts.
+    """
+    path = config.runs_dir / config.run_name
+    here, earlier = is_here(config), None
+    if here and restarts(config):
+        earlier = read_json(path / "metrics.json")
+    elif here and config.resume:
+        check_resumable(config)
+        earlier = read_json(path / "metrics.json")
+        if earlier and earlier.get("status") == "finished" and config.resume_from is None:
+            return check_summary(earlier, path / "metrics.json")
+        check_source(config)
+        if doubt := Origin(path).doubt(config.resume_from):
+            print(f"warning: {doubt}", file=sys.stderr)
+    elif here:
+        check_new(config)
+    is_simulation, is_inline = config.deployment.kind == "simulation", config.deployment.kind == "inline"
+    federation_words = ["--federation-config", simulation_words(config)] if is_simulation else []
+    if is_inline:
+        check_cpus(config)
+    if here:
+        check_run(config, clients_here=is_home_shared(config), quick=True)
+        if restarts(config):
+            print(f"note: {REPLACED.format(config.run_name)}", file=sys.stderr)
+    before = stamp(path, CONFIG)
+    if is_inline:
+        from tools.running import inline  # imports us, and Flower, which no mistake should wait for
+
+        inline.prepare(config)
+        on_start()
+        return inline.run_inline(config, before)
+    config, superlink = choose_superlink(config)
+    on_start()
+    with superlink, app_folder() as app:
+        settings = superlink.folder / "run.toml"
+        settings.write_text(f"config-json = {json.dumps(to_json(config), ensure_ascii=False)}\n")
+        if config.deployment.kind == "superlink" and config.deployment.address is None:
+            install_app(Path(str(config.deployment.federation)))
+        words = ["run", str(app), CONNECTION, "-c", str(settings), *federation_words]
+        run_id = str(superlink.flwr(*words)["run-id"])
+        try:
+            return follow(superlink, run_id, path, config, earlier, before) if here else follow_log(superlink, run_id)
+        except SuperLinkError as error:
+            back = "" if config.deployment.kind == "simulation" else "once its SuperLink is back, "
+            fix = f"{back}resume it with run_name={config.run_name} resume=true"
+            raise RunError(f"lost sight of the run ({error}): {fix}") from error
+        except BaseException:
+            superlink.stop_run(run_id)
+            raise
+        finally:
+            if path.is_dir() and here:
+                superlink.save_log(run_id, path / "log.txt")
+
+
+def choose_superlink(config: Config) -> tuple[Config, SuperLink]:
+    """Return the SuperLink that the run goes to, not entered yet, and the config with what that SuperLink settles."""
+    settings = config.deployment
+    if settings.kind == "simulation":
+        return config, PrivateSuperLink(settings.port, settings.ray_address)
+    if settings.address is not None:
+        certificates = Path(settings.root_certificates) if settings.root_certificates else None
+        return config, SuperLink(settings.address, certificates)
+    folder = Path(str(settings.federation))
+    federation = known_federation(folder)
+    if len(federation.clients) < config.clients:
+        raise ConfigError(
+            f"clients={config.clients}, but the federation of {folder} has {len(federation.clients)}: "
+            f"set clients={len(federation.clients)}"
+        )
+    if federation.tls and settings.client_keys is None:
+        config = replace(config, deployment=replace(settings, client_keys=str(folder / KEYS)))
+    return config, SuperLink(federation.address, root_certificates(folder, federation))
+
+
+def is_here(config: Config) -> bool:
+    """Say whether the ServerApp runs on this machine, and so leaves its files where we can read them."""
+    address = config.deployment.address
+    host = address.rpartition(":")[0].strip("[]") if config.deployment.kind == "superlink" and address else HOST
+    return host in (HOST, "localhost", "::1")
+
+
+def is_home_shared(config: Config) -> bool:
+    """Say whether the clients run on this machine and read their data from the run's home."""
+    settings = config.deployment
+    if settings.kind != "superlink":
+        return settings.ray_address is None
+    if settings.address is not None:
+        return False
+    federation = known_federation(Path(str(settings.federation)))
+    return not federation.homes and federation.shards is None
+
+
+def simulation_words(config: Config) -> str:
+    """Return the size of a simulation in the words of --federation-config; raises ConfigError."""
+    settings = config.deployment
+    if not settings.ray_address:
+        check_cpus(config)
+    words = (
+        f"num-supernodes={count_messages(config)} "
+        f"client-resources-num-cpus={settings.client_cpus} client-resources-num-gpus={settings.client_gpus}"
+    )
+    return words if settings.ray_address else f"{words} init-args-num-cpus={settings.total_cpus or available_cpus()}"
+
+
+def check_cpus(config: Config) -> None:
+    """Raise ConfigError when a client is to have more processors than there are."""
+    settings = config.deployment
+    if settings.client_cpus > (cpus := settings.total_cpus or available_cpus()):
+        raise ConfigError(f"deployment.client_cpus={settings.client_cpus} is more than the {cpus} there are")
+
+
+def follow(
+    superlink: SuperLink, run_id: str, path: Path, config: Config, earlier: dict[str, Any] | None, before: Stamp
+) -> dict[str, Any]:
+    """Show a run's progress until it ends; return its summary, or raise RunError with the reason it failed for.
+
+    `earlier` is the summary of an earlier start, which lies there until the run is resumed; `before` is the stamp of
+    its config.yaml, which the run writes anew once it has dropped the rounds that it does not go on from.
+    """
+    warn_of_size(config)
+    asked = time.monotonic()
+    with Progress(config, path) as progress:
+        while (summary := read_json(path / "metrics.json")) is None or summary == earlier:
+            superlink.check_alive()
+            if stamp(path, CONFIG) != before:
+                progress.look()
+            if time.monotonic() - asked > STATUS_SECONDS:
+                asked = time.monotonic()
+                status, details = superlink.status(run_id)
+                if status.startswith("finished") and read_json(path / "metrics.json") in (None, earlier):
+                    raise RunError(f"Flower says {status} and there is no metrics.json: {details}")
+            time.sleep(LOOK_SECONDS)
+        progress.look()
+    if summary["status"] != "finished":
+        raise failure(summary)
+    wait_for_end(superlink, run_id)
+    return summary
+
+
+def warn_of_size(config: Config) -> None:
+    """Print a warning about a model too large for the data, where the data are here; the ServerApp logs it too."""
+    if config.model.name != "cnn":
+        return
+    from tools.running.overview import count_samples  # imports Flower
+
+    samples = count_samples(config)
+    if samples and (warning := find_oversize(config.model, config.dataset, samples["train"])):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def check_summary(summary: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the summary of a finished run; raises ConfigError when it lacks what is said of such a run."""
+    needed = ("rounds", "seconds", "model_sha256", "run_dir")
+    odd = sound_summary(summary)[1] + [key for key in needed if summary.get(key) is None]
+    if odd:
+        raise ConfigError(f"{path} is damaged ({odd[0]}): restore it from a copy, or remove it to end the run again")
+    return summary
+
+
+def follow_log(superlink: SuperLink, run_id: str) -> dict[str, Any]:
+    """Show the log of a run on another machine until it ends; return the summary that the ServerApp logged at its end.
+
+    Raises RunError when it failed.
+    """
+    summary: dict[str, Any] | None = None
+    for line in superlink.read_log(run_id):
+        print(line, file=sys.stderr)
+        _, found, text = line.partition(SUMMARY)
+        if found:
+            summary = json.loads(text)
+    if summary is None:
+        status, details = superlink.status(run_id)
+        raise RunError(f"Flower says {status} and the run has logged no summary: {details}")
+    if summary["status"] != "finished":
+        raise failure(summary)
+    wait_for_end(superlink, run_id)
+    return summary
+
+
+def failure(summary: dict[str, Any]) -> RunError:
+    """Return the error of a run that wrote this summary: why it failed, and who was refused unless that says it."""
+    error, refused = str(summary["error"]), refusals(summary)
+    is_said = all(reason in error for reason in (summary.get("refused") or {}).values())
+    return RunError(error if is_said else f"{error} ({refused})", summary)
+
+
+def refusals(summary: dict[str, Any]) -> str:
+    """Say in one line whom a run refused, or nothing."""
+    refused = summary.get("refused")
+    if not refused:
+        return ""
+    more = summary["refused_count"] - len(refused)
+    return describe_refused(refused) + (f"; and {more} more" if more else "")
+
+
+def wait_for_end(superlink: SuperLink, run_id: str) -> None:
+    """Wait until Flower, too, says that a run is completed; raises RunError."""
+    end = time.monotonic() + END_SECONDS
+    while not (status := superlink.status(run_id)[0]).startswith("finished"):
+        if time.monotonic() > end:
+            raise RunError(f"the run wrote its results but Flower still says {status} after {END_SECONDS} s")
+        time.sleep(LOOK_SECONDS)
+    if status != "finished:completed":
+        raise RunError(f"the run wrote its results but Flower says {status}")

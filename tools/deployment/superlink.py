@@ -1,0 +1,212 @@
+"""SuperLinks that runs are submitted to: any by its address, and a private one, started for one run and stopped.
+
+The SuperLink that `flwr run` starts by itself is a daemon that keeps the folder, environment and code of its first
+launch; the private one belongs to one run, starts from a neutral folder, and has a home and a port of its own.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from packaging.version import Version
+
+from tools.deployment.processes import (
+    HOST,
+    KILL_SECONDS,
+    SWEEP,
+    Processes,
+    SuperLinkError,
+    answers,
+    environment,
+    is_free,
+    last_line,
+    listens,
+    program,
+    reserve_port,
+)
+
+ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # codes of a terminal: colours, cursor
+START_SECONDS = 60
+CONNECTION = "flapp"  # what Flower's command line calls the SuperLink
+OWN_SUPERLINK = (sys.executable, "-P", str(Path(__file__).with_name("owner_only.py")))
+RAY_WITH_TOKENS = "2.52.0"  # the first Ray with token authentication
+
+
+class SuperLink:
+    """Speak to the SuperLink at `address` by Flower's command line, from a folder of one's own.
+
+    root_certificates: the CA that its certificate must be signed by; None for a SuperLink without TLS.
+    """
+
+    def __init__(self, address: str, root_certificates: Path | None = None) -> None:
+        self.address = address
+        prefix = Path(os.environ.get(SWEEP, "flapp")).name + "-"
+        self.folder = Path(tempfile.mkdtemp(prefix=prefix))  # short, because Ray puts sockets below it
+        self.processes = Processes(str(self.folder))
+        self.env = environment(self.folder, self.processes.token)
+        secure = "insecure = true" if root_certificates is None else f'root-certificates = "{root_certificates}"'
+        home = self.folder / "flwr"
+        home.mkdir()
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "{CONNECTION}"\n[superlink.{CONNECTION}]\naddress = "{address}"\n{secure}\n'
+        )
+
+    def __enter__(self) -> "SuperLink":
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """See that the SuperLink is there; raises SuperLinkError."""
+        self.flwr("list", "--limit", "1")
+
+    def stop(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def check_alive(self) -> None:
+        """Raise SuperLinkError if the SuperLink is gone."""
+        host, _, port = self.address.rpartition(":")
+        if not answers(int(port), host):
+            raise SuperLinkError(f"the SuperLink at {self.address} answers no more")
+
+    def flwr(self, *arguments: str) -> dict[str, Any]:
+        """Run `flwr ARGUMENTS --format json` against this SuperLink and return its answer."""
+        command = [program("flwr"), *arguments, "--format", "json"]
+        done = subprocess.run(command, env=self.env, cwd=self.folder, capture_output=True, text=True, check=False)
+        try:
+            answer = json.loads(done.stdout)
+        except json.JSONDecodeError:
+            raise SuperLinkError(f"flwr {arguments[0]} failed: {last_line(done.stderr or done.stdout)}") from None
+        if not answer.get("success"):
+            raise SuperLinkError(f"flwr {arguments[0]} failed: {last_line(answer.get('error-message', ''))}")
+        return answer
+
+    def status(self, run_id: str) -> tuple[str, str]:
+        """Return Flower's status of a run, such as finished:completed, and its details."""
+        run = self.flwr("list", "--run-id", run_id)["runs"][0]
+        return str(run["status"]), str(run["status-details"])
+
+    def stop_run(self, run_id: str) -> None:
+        """Have Flower stop a run that nobody waits for any more, if it still can be."""
+        with contextlib.suppress(SuperLinkError):
+            self.flwr("stop", run_id)
+
+    def read_log(self, run_id: str) -> Iterator[str]:
+        """Yield what the ServerApp of a run prints, line by line, until the run ends."""
+        command = [program("flwr"), "log", run_id, "--stream"]
+        env = self.env | {"PYTHONUNBUFFERED": "1"}  # or lines come by the thousand
+        with subprocess.Popen(command, env=env, cwd=self.folder, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            try:
+                yield from (line.rstrip("\n") for line in process.stdout)
+            finally:
+                process.terminate()
+
+    def save_log(self, run_id: str, path: Path) -> None:
+        """Add what the apps of a run printed to `path`, without the codes that colour a terminal."""
+        command = [program("flwr"), "log", run_id, "--show"]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with (
+            subprocess.Popen(command, env=self.env, cwd=self.folder, **pipes) as process,
+            path.open("a", encoding="utf-8") as file,
+        ):
+            assert process.stdout is not None
+            file.writelines(ANSI.sub("", line.decode(errors="replace")) for line in process.stdout)
+
+
+class PrivateSuperLink(SuperLink):
+    """Run a simulation SuperLink as a context manager; port None takes a free one.
+
+    ray_address: of a Ray cluster to simulate the clients in; None has Ray started for the run.
+    """
+
+    def __init__(self, port: int | None = None, ray_address: str | None = None) -> None:
+        ray = ray_environment(ray_address)
+        self.reserved = reserve_port() if port is None else socket.socket()
+        self.port = int(self.reserved.getsockname()[1]) if port is None else port
+        super().__init__(f"{HOST}:{self.port}")
+        self.env |= ray
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it answers; raises SuperLinkError."""
+        if not is_free(self.port):
+            raise SuperLinkError(
+                f"deployment.port={self.port} is in use on {HOST}: choose another, or set it to null for a free one"
+            )
+        command = [*OWN_SUPERLINK, "--insecure", "--simulation", "--isolation", "subprocess"]
+        command += ["--host", HOST, "--port", str(self.port), "--disable-runtime-dependency-installation"]
+        with (self.folder / "superlink.log").open("wb") as log:
+            self.process = subprocess.Popen(
+                command, env=self.env, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+            )
+        end = time.monotonic() + START_SECONDS
+        while not listens(self.process.pid, self.port):
+            self.check_alive()
+            if time.monotonic() > end:
+                raise SuperLinkError(f"the SuperLink did not answer in {START_SECONDS} s: {last_line(self._log())}")
+            time.sleep(0.1)
+
+    def check_alive(self) -> None:
+        """Raise SuperLinkError if the SuperLink has ended by itself."""
+        if self.process is None or self.process.poll() is not None:
+            raise SuperLinkError(f"the SuperLink ended by itself: {last_line(self._log())}")
+
+    def stop_run(self, run_id: str) -> None:
+        """Leave a run to end with its SuperLink."""
+
+    def stop(self) -> None:
+        """Stop every process this SuperLink has started, and remove its folder."""
+        self.processes.stop()
+        if self.process is not None:
+            self.process.wait(KILL_SECONDS)
+        self.reserved.close()
+        super().stop()
+
+    def _log(self) -> str:
+        path = self.folder / "superlink.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+
+def ray_environment(ray_address: str | None) -> dict[str, str]:
+    """Return the environment in which Ray asks everybody for a token: Ray listens on all of this machine's addresses.
+
+    A cluster of the run's own gets a fresh token. Another cluster has a token already, named in this process's
+    environment, which the run inherits. Raises SuperLinkError if the installed Ray does not know tokens.
+    """
+    if Version(found := version("ray")) < Version(RAY_WITH_TOKENS):
+        raise SuperLinkError(
+            f"Ray {found} would run code from anybody who reaches its ports: "
+            f"install Ray {RAY_WITH_TOKENS} or later (pip install -U 'flwr[simulation]')"
+        )
+    if ray_address is None:
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        print(
+            f"warning: the Ray cluster at {ray_address} may run code from anybody who reaches it: start all of it "
+            "with RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN, and give this run the same",
+            file=sys.stderr,
+        )
+    return {"RAY_ADDRESS": ray_address}

@@ -1,0 +1,187 @@
+"""Run the ServerApp in this process, and the ClientApp in worker processes of its own or, with workers=0, here too.
+
+Everything that the apps log, and all that workers print, goes to log.txt in the run's folder.
+"""
+
+import contextlib
+import io
+import logging
+import multiprocessing
+import os
+import resource
+import secrets
+import threading
+import traceback
+from collections.abc import Iterator
+from logging import ERROR, INFO
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, RecordDict
+from flwr.common.logger import FLOWER_LOGGER, ConsoleHandler, log
+
+from flapp.config.load import to_json
+from flapp.config.rules import count_messages
+from flapp.config.schema import Config, ConfigError
+from flapp.data.verified import Stamp, stamp
+from flapp.server.inline import CLIENT_APP, SERVER_NODE, InlineGrid, start_forkserver
+from tools.deployment.processes import SWEEP, available_cpus
+from tools.deployment.submit import CONFIG, LOOK_SECONDS, check_cpus, failure, warn_of_size
+from tools.running.progress import Progress, read_json
+
+LAZY = ("torch._dynamo",)  # every optimizer imports it when it is built, which takes longer than importing PyTorch
+
+
+def prepare(config: Config) -> None:
+    """Have the process that workers are forked from import PyTorch while this one does other things."""
+    if config.deployment.workers == 0:
+        return
+    folder = os.environ.pop(SWEEP, None)  # the tracker ends with this process, and cannot be ended before
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        if folder is not None:
+            os.environ[SWEEP] = folder
+    settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    kept = settings.get("tempdir")
+    settings["tempdir"] = folder  # for the fork server's socket: the guard removes that folder
+    try:
+        start_forkserver(CLIENT_APP, *LAZY, *(["flapp.model.vit"] if config.model.name.startswith("vit") else []))
+    finally:
+        settings["tempdir"] = kept
+
+
+def run_inline(config: Config, before: Stamp) -> dict[str, Any]:
+    """Run a federation to its end and return its metrics.json; raises RunError, or the ServerApp's own error.
+
+    before: the stamp of config.yaml, which the run writes anew when it has begun.
+    """
+    from flapp import server_app  # imports PyTorch, which no mistake should wait for
+    from flapp.training import keep_freed_memory
+
+    path = config.runs_dir / config.run_name
+    earlier = read_json(path / "metrics.json")
+    workers = count_workers(config)
+    nodes = [{"partition-id": i, "num-partitions": max(1, workers)} for i in range(max(1, workers))]
+    run_id = secrets.randbits(62) + 1
+    run_config: dict[str, Any] = {"config-json": to_json(config)}
+    warn_of_size(config)
+    keep_freed_memory()
+    allow_many_files()
+    with logged(path / "log.txt") as open_log, Watcher(config, path, before):
+        grid = InlineGrid(run_config, nodes, workers, run_id, path / "log.txt", find_devices(config, workers), open_log)
+        with grid:
+            try:
+                server_app.app(grid, Context(run_id, SERVER_NODE, {}, RecordDict(), run_config))
+            except Exception as error:
+                log(ERROR, traceback.format_exc())
+                summary = read_json(path / "metrics.json")
+                if summary is None or summary == earlier:
+                    raise
+                raise failure(summary) from error
+    return read_json(path / "metrics.json") or {}
+
+
+def allow_many_files() -> None:
+    """Let this process open as many files as the system allows: each large reply is one while the round lasts."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def count_workers(config: Config) -> int:
+    """Return how many worker processes a run has; raises ConfigError for more than the processors or GPUs allow."""
+    settings = config.deployment
+    cpus = settings.total_cpus or available_cpus()
+    check_cpus(config)
+    most = min(cpus // settings.client_cpus, count_messages(config))
+    if settings.workers == 0 or not settings.client_gpus:
+        return most if settings.workers is None else settings.workers
+    import torch
+
+    gpus = torch.cuda.device_count()
+    fit = int(gpus / settings.client_gpus)
+    if fit < (settings.workers or 1):
+        raise ConfigError(
+            f"deployment.workers={settings.workers} take {settings.client_gpus:g} of a GPU each, and there are {gpus}: "
+            f"set deployment.workers={fit} or lower deployment.client_gpus"
+        )
+    return settings.workers or min(most, fit)
+
+
+def find_devices(config: Config, workers: int) -> list[str] | None:
+    """Return which GPUs each worker sees, dealt out in turn; None where the settings give workers no GPUs."""
+    share = config.deployment.client_gpus
+    if not share or not workers:
+        return None
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+    if share < 1:
+        each = int(1 / share)
+        return [names[i // each % len(names)] for i in range(workers)]
+    whole = int(share)
+    return [",".join(names[i * whole : (i + 1) * whole]) for i in range(workers)]
+
+
+@contextlib.contextmanager
+def logged(path: Path) -> Iterator[Any]:
+    """Send the log of Flower and the apps to a file meanwhile; give what opens it, once the run's folder is there."""
+    handler = ConsoleHandler(timestamps=True, colored=False, stream=io.StringIO())
+    handler.setLevel(INFO)
+
+    def open_log() -> None:
+        if isinstance(handler.stream, io.StringIO) and path.parent.is_dir():
+            held, file = handler.stream.getvalue(), path.open("a", encoding="utf-8")
+            file.write(held)
+            handler.setStream(file)
+
+    loggers = (FLOWER_LOGGER, logging.getLogger("py.warnings"))
+    before = [list(each.handlers) for each in loggers]
+    logging.captureWarnings(True)
+    for each in loggers:
+        each.handlers = [handler]
+        each.disabled = False  # as Hydra leaves it
+    try:
+        yield open_log
+    finally:
+        open_log()
+        logging.captureWarnings(False)
+        for each, handlers in zip(loggers, before, strict=True):
+            each.handlers = handlers
+        handler.stream.close()
+
+
+class Watcher:
+    """Show a run's progress from a thread of its own, beside the run in the main thread."""
+
+    def __init__(self, config: Config, path: Path, before: Stamp) -> None:
+        self.path, self.before = path, before
+        self.progress = Progress(config, path, plain=config.deployment.workers == 0)
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+
+    def __enter__(self) -> "Watcher":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.thread.join()
+        with self.progress:
+            self._look()
+
+    def _watch(self) -> None:
+        while not self.ended.wait(LOOK_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        """Look only after the run has written its settings: earlier files are from an earlier start."""
+        if stamp(self.path, CONFIG) == self.before:
+            return
+        try:
+            self.progress.look()
+        except Exception as error:  # noqa: BLE001 - watching must not end the run, whose files may be being written
+            log(logging.DEBUG, "progress: %s", error)

@@ -1,0 +1,181 @@
+"""Show how a run goes: bars on a terminal, lines elsewhere, and JSON lines on stdout with --format json.
+
+Every JSON line has `event` and `run_name` (null where the settings did not make a run), and:
+
+    started    rounds, and what the run is about to do: see tools/overview.py
+    round      round, rounds, train_loss; loss, accuracy, personal_accuracy (null unless evaluated); bytes_up,
+               bytes_down and seconds of this round
+    finished   summary: what metrics.json says
+    failed     error; summary, or null where the run wrote none
+"""
+
+import json
+import os
+import sys
+from contextlib import suppress
+from math import ceil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from flapp.config.schema import Config, ConfigError
+from flapp.server.metric_lines import read_line
+from flapp.untrusted import printable
+from flapp.untrusted import read_json as parse_file
+
+FORMAT, FORMATS = "FLAPP_FORMAT", ("text", "json")  # in the environment, for a launcher's other processes too
+HYDRA_TO_STDERR = "hydra.hydra_logging.handlers.console.stream=ext://sys.stderr"
+MOST_LINES = 20  # about a run, where there is no bar
+STARTING, COUNTING = "{desc}[{elapsed}]", "{desc}{n_fmt}/{total_fmt} |{bar}|"
+
+
+def take_format(words: list[str]) -> None:
+    """Take --format out of a command line, for this process and those it starts; raises ConfigError."""
+    os.environ[FORMAT] = FORMATS[0]
+    for at in reversed([i for i, word in enumerate(words) if word.partition("=")[0] == "--format"]):
+        _, given, value = words[at].partition("=")
+        if not given:
+            value = "".join(words[at + 1 : at + 2])
+        del words[at : at + (1 if given else 2)]
+        if value not in FORMATS:
+            raise ConfigError(f"--format={value} is not known: choose one of {', '.join(FORMATS)}")
+        os.environ[FORMAT] = value
+    if is_json():
+        words.append(HYDRA_TO_STDERR)
+
+
+def is_json() -> bool:
+    """Say whether stdout is for JSON lines only."""
+    return os.environ.get(FORMAT) == "json"
+
+
+def announce(event: str, run_name: str | None, **values: Any) -> None:
+    """Print a JSON line if they are asked for."""
+    if is_json():
+        print(json.dumps({"event": event, "run_name": run_name, **values}), flush=True)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file, or None while it is not there; raises ValueError when it is damaged."""
+    try:
+        values = parse_file(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({printable(error)}): restore it from a copy, or remove it") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, not an object: restore it from a copy, or remove it")
+    return values
+
+
+class RoundReader:
+    """Read metrics.jsonl as it grows, round by round; `current` are the lines of the round under way."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.current: list[dict[str, Any]] = []
+        self._offset = 0  # behind a complete round: lines that follow are dropped when the run is resumed
+
+    def read(self, last_round: int | None = None) -> list[dict[str, Any]]:
+        """Return the figures of the rounds that have ended since the last time, up to last_round if it is given."""
+        ended: list[dict[str, Any]] = []
+        self.current = []
+        with suppress(FileNotFoundError), self.path.open("rb") as file:
+            file.seek(self._offset)
+            for text in file:
+                if not text.endswith(b"\n"):
+                    break
+                try:
+                    line = read_line(text)
+                except ValueError:
+                    break  # a resumed run cuts the file there
+                if last_round is not None and line["round"] > last_round:
+                    break
+                self.current.append(line)
+                if self.current[-1]["kind"] == "round":
+                    ended.append(figures(self.current))
+                    self.current, self._offset = [], file.tell()
+        return ended
+
+
+def figures(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what the lines of a round say of it; None for what they do not."""
+    number = lines[-1]["round"]
+    kinds = {line["kind"]: line for line in lines if line["round"] == number}
+    train, evaluated = kinds.get("train", {}), kinds.get("evaluate", {})
+    found = {"round": number, "train_loss": train.get("loss")}
+    found |= {key: evaluated.get(key) for key in ("loss", "accuracy", "personal_accuracy")}
+    found |= {key: train.get(key, 0) + evaluated.get(key, 0) for key in ("bytes_up", "bytes_down")}
+    return found | {"seconds": kinds.get("round", {}).get("seconds")}
+
+
+def latest(found: dict[str, Any]) -> dict[str, str]:
+    """Return the losses and the accuracy of a round, as people read them."""
+    values = {"train loss": found["train_loss"], "test loss": found["loss"], "accuracy": found["accuracy"]}
+    return {key: f"{value:.4f}" for key, value in values.items() if value is not None}
+
+
+class Progress:
+    """Show a run whenever it is looked at: bars of rounds and of replies on a terminal, else a line per round.
+
+    plain: a line per round on a terminal too, where a debugger may ask for input.
+    """
+
+    def __init__(self, config: Config, path: Path, plain: bool = False) -> None:
+        self.config, self.path = config, path
+        self.reader = RoundReader(path / "metrics.jsonl")
+        earlier = self.reader.read(config.resume_from)  # by an earlier start
+        self.stale = read_json(path / "progress.json")
+        self.bytes = sum(found["bytes_up"] + found["bytes_down"] for found in earlier)
+        self.shown: dict[str, str] = {}
+        off = True if plain or is_json() else None
+        done = earlier[-1]["round"] if earlier else 0
+        common: dict[str, Any] = {"disable": off, "file": sys.stderr, "dynamic_ncols": True}
+        self.rounds = tqdm(total=config.num_rounds, initial=done, unit="round", desc="rounds", **common)
+        self.replies = tqdm(total=0, desc="starting", bar_format=STARTING, leave=False, **common)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.replies.close()
+        self.rounds.close()
+
+    def look(self) -> None:
+        """Show what has happened since the last look."""
+        for found in self.reader.read():
+            announce("round", self.config.run_name, rounds=self.config.num_rounds, **found)
+            self.bytes += found["bytes_up"] + found["bytes_down"]
+            self.rounds.update(found["round"] - self.rounds.n)
+            self._show_figures(found)
+            if self.rounds.disable and not is_json():
+                self._print_round(found)
+        if self.reader.current:
+            self._show_figures(figures(self.reader.current))
+        if not self.rounds.disable:
+            self._show_replies()
+
+    def _print_round(self, found: dict[str, Any]) -> None:
+        """Print a line about a round, or about every nth in a long run."""
+        number, rounds = found["round"], self.config.num_rounds
+        if number % ceil(rounds / MOST_LINES) == 0 or number == rounds:
+            figures = [f"{key} {value}" for key, value in latest(found).items()] + [f"{found['seconds']:.1f} s"]
+            print(f"round {number} of {rounds}: {', '.join(figures)}", file=sys.stderr)
+
+    def _show_figures(self, found: dict[str, Any]) -> None:
+        """Put the latest losses and accuracy beside the rounds, and all the bytes that have travelled."""
+        self.shown |= latest(found)
+        self.rounds.set_postfix(self.shown | {"all bytes": tqdm.format_sizeof(self.bytes, "B")})
+
+    def _show_replies(self) -> None:
+        now = read_json(self.path / "progress.json")
+        if now is None or now == self.stale:
+            self.replies.set_description("waiting for clients" if self.path.is_dir() else "starting")
+            return
+        if self.replies.bar_format == STARTING and now["phase"] != "join":
+            self.rounds.unpause()  # so that the time left is told by rounds alone
+        self.replies.bar_format = COUNTING
+        self.replies.total, self.replies.n = now["asked"], now["replies"]
+        self.replies.set_description(f"round {now['round']} {now['phase']}" if now["round"] else "clients join")

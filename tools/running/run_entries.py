@@ -1,0 +1,144 @@
+"""What is known of the runs below home/runs: their names, status, sizes and settings."""
+
+import glob
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from flapp.config.load import compose
+from flapp.config.schema import ConfigError
+from flapp.server.run_lock import find_holder
+from tools.page.reading import METRICS, flat, read_config, read_json
+
+BARE = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")  # a string that needs no quotes in Hydra's grammar
+OWN = ("home", "run_name", "experiment", "resume", "resume_from", "resume_anyway")  # settings that say nothing here
+
+
+class RunsError(ValueError):
+    """A command that cannot be done, said in one line."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run of the list; sizes in bytes; started: the last time that it was, in local time."""
+
+    name: str
+    status: str
+    rounds: int
+    num_rounds: int
+    accuracy: float | None
+    loss: float | None
+    started: str
+    run_bytes: int
+    store_bytes: int
+    split_bytes: int
+
+
+def find_runs(runs: Path) -> list[str]:
+    """Return the names of all runs below the folder `runs`, the jobs of a sweep by their numbers."""
+    found = []
+    for folder, below, files in os.walk(runs):
+        is_run = "config.yaml" in files
+        below[:] = [] if is_run else [name for name in below if not name.startswith(".")]
+        if is_run:
+            found.append(str(Path(folder).relative_to(runs)))
+    return sorted(found, key=lambda name: [part.zfill(9) if part.isdigit() else part for part in name.split("/")])
+
+
+def describe(home: Path, name: str) -> Entry:
+    """Return what the list says of a run."""
+    path = home / "runs" / name
+    config, summary = read_config(path / "config.yaml", []), read_json(path / "metrics.json", {})
+    begun = path / "environment.jsonl" if (path / "environment.jsonl").exists() else path / "config.yaml"
+    return Entry(
+        name,
+        "running" if find_holder(path) is not None else str(summary.get("status", "interrupted")),
+        last_round(path) or (0 if summary.get("status") == "failed" else int(summary.get("rounds") or 0)),
+        int(config.get("num_rounds", 0)),
+        summary.get("accuracy"),
+        summary.get("loss"),
+        f"{datetime.fromtimestamp(begun.stat().st_mtime):%Y-%m-%d %H:%M}",
+        size_of(path),
+        size_of(home / "checkpoints" / name),
+        sum(file.stat().st_size for file in split_files(config, name)),
+    )
+
+
+def last_round(path: Path) -> int:
+    """Return the last round that metrics.jsonl has to its end, 0 before the first."""
+    try:
+        lines = (path / METRICS).read_text().splitlines(keepends=True)
+    except OSError:
+        return 0
+    ends = (line for line in reversed(lines) if line.endswith("\n") and '"kind": "round"' in line)
+    return int(json.loads(next(ends, '{"round": 0}'))["round"])
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of all files below a folder, 0 if there is none."""
+    return sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
+
+
+def split_files(config: dict[str, Any], name: str) -> list[Path]:
+    """List the files of the split model that a run has stored (see flapp.model.StorageManager)."""
+    folder = config.get("split.model_storage_dir")
+    if not config.get("split.auto_save_split_models") or not folder:
+        return []
+    begin = glob.escape(f"{name.replace('/', '-')}_{config.get('split.split_config')}_")
+    return sorted(Path(folder).glob(f"*/{begin}*"))
+
+
+def normal(name: str) -> str:
+    """Return the name of a run or sweep in its plain form; raises RunsError for one that leads out of home/runs."""
+    parts = PurePosixPath(name).parts
+    if not parts or any(part == "/" or part.startswith(".") for part in parts):
+        raise RunsError(f"{name!r} is not the name of a run: give it as `python -m tools.runs list` shows it")
+    return "/".join(parts)
+
+
+def jobs_of(home: Path, name: str) -> list[str]:
+    """Return the name itself if it is a run's, or the names of the runs of a sweep; raises RunsError without any."""
+    name, runs = normal(name), home / "runs"
+    found = [name] if (runs / name / "config.yaml").is_file() else [f"{name}/{job}" for job in find_runs(runs / name)]
+    if not found:
+        raise RunsError(f"{name} is not a run in {runs}: see the names with `python -m tools.runs list`")
+    return found
+
+
+def changed_words(path: Path) -> list[str]:
+    """Return the settings of a run that differ from the defaults of its experiment, as words of the command line.
+
+    Raises RunsError when they cannot be read.
+    """
+    notes: list[str] = []
+    settings = read_config(path / "config.yaml", notes)
+    if notes:
+        raise RunsError(f"{path}: {notes[0]}")
+    home, words = f"home={word(settings.get('home', str(path)))}", [f"experiment={settings.get('experiment')}"]
+    try:
+        defaults = compose([*words, home])
+    except ConfigError:  # an experiment with settings that must be given, or one that is gone
+        defaults = compose([home])
+    plain = flat(json.loads(json.dumps(asdict(defaults))))
+    changed = {key: value for key, value in settings.items() if key not in OWN and value != plain.get(key)}
+    return words + [f"{key}={word(value)}" for key, value in changed.items()]
+
+
+def word(value: Any) -> str:
+    """Write a value in Hydra's grammar."""
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return f"[{','.join(map(word, value))}]"
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    if not isinstance(value, str) or (
+        BARE.fullmatch(text) and text.lower() not in ("null", "true", "false", "inf", "nan")
+    ):
+        return text
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(text, Quote.single).with_quotes()

@@ -1,0 +1,291 @@
+"""Sweeps: what the jobs of one command report, wherever they run, and what is made of it: a table and sweep.json.
+
+A launcher may run jobs in processes of its own, several at a time, and kill them. FLAPP_SWEEP names a folder that all
+of them find: a job leaves <number>.json there when it ends, and the SuperLink it starts is called after that folder,
+by which it is found and stopped whatever has become of the job.
+
+sweep.json lies in the sweep's folder: a list with an object a job, in order of job: job (number), overrides, status
+(finished or failed), and either objective, objective_metric (the figure that it is), accuracy, personal_accuracy,
+bytes_up, bytes_down, aggregation_error (null where there is none) and run_dir, or error.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import psutil
+from hydra.conf import HydraConf
+from hydra.types import RunMode
+
+from flapp.config.schema import VALIDATION_FRACTION, Config, ConfigError
+from flapp.server.run_names import taken
+from flapp.server.summary import in_words
+from tools.deployment.processes import OWNER, SWEEP, Processes, available_cpus, note_process
+from tools.deployment.submit import CONFIG, is_here
+from tools.running.guard import guarded
+from tools.running.progress import is_json
+
+COLUMNS = {  # of the table
+    "objective": ("objective", "{:.4f}"),
+    "accuracy": ("accuracy", "{:.4f}"),
+    "personal_accuracy": ("personal accuracy", "{:.4f}"),
+    "bytes_up": ("total bytes up", "{:,}"),
+    "bytes_down": ("total bytes down", "{:,}"),
+    "aggregation_error": ("aggregation error", "{:.1e}"),
+}
+SUMMARY = "sweep.json"
+INTERRUPTED, INTERRUPT_SECONDS = "interrupted", 60
+Outcome = dict[str, Any]
+
+
+@contextlib.contextmanager
+def gathered(outcomes: list[Outcome]) -> Iterator[None]:
+    """Let jobs report, here or in processes started from here, and fill `outcomes` in their order in the end.
+
+    Stops what jobs that were killed have left running. If this process itself is killed, its guard does.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="flapp-"))
+    with guarded(SWEEP, str(folder), folder):
+        note_process(folder / OWNER)
+        os.environ[SWEEP] = str(folder)
+        try:
+            yield
+        finally:
+            Processes(str(folder)).stop()
+            reports = sorted(folder.glob("*.json"), key=lambda path: int(path.stem))
+            outcomes += [json.loads(path.read_text()) for path in reports]
+            for left in folder.parent.glob(f"{folder.name}*"):
+                shutil.rmtree(left, ignore_errors=True)
+            del os.environ[SWEEP]
+
+
+@contextlib.contextmanager
+def reported(hydra_config: HydraConf) -> Iterator[Outcome]:
+    """Give a job its outcome to fill in, failed until it says otherwise, and leave it where `gathered` finds it."""
+    folder, number = Path(os.environ[SWEEP]), job_number(hydra_config)
+    outcome: Outcome = {"job": number, "overrides": list(hydra_config.overrides.task), "status": "failed"}
+    outcome["folder"] = hydra_config.sweep.dir if is_sweep(hydra_config) else None
+    outcome["resumable"] = None  # run name and folder, once the job has started
+    with _stoppable(folder / f"{number}.pid"), _own_lines(hydra_config):
+        _write(folder / f"{number}.json", outcome | {"error": "its process was killed"})  # unless it is written anew
+        try:
+            yield outcome
+        except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            outcome["error"] = "interrupted" if interrupted else f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            _write(folder / f"{number}.json", outcome)
+
+
+@contextlib.contextmanager
+def _stoppable(path: Path) -> Iterator[None]:
+    """Note this process in `path` while a job runs, so that `interrupt_jobs` reaches it in a launcher's process."""
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # such a process: only the command's own interrupts it
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+    if (path.parent / INTERRUPTED).exists():
+        raise KeyboardInterrupt
+    path.write_text(str(os.getpid()))
+    try:
+        yield
+    finally:
+        path.unlink()
+
+
+def interrupt_jobs() -> None:
+    """Break off the jobs in other processes, which a launcher would kill, and wait until they have cleaned up."""
+    if SWEEP not in os.environ:
+        return
+    folder = Path(os.environ[SWEEP])
+    (folder / INTERRUPTED).touch()  # launchers hand out further jobs
+    for process in _job_processes(folder):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    end = time.monotonic() + INTERRUPT_SECONDS
+    while _job_processes(folder) and time.monotonic() < end:
+        time.sleep(0.1)
+
+
+def _job_processes(folder: Path) -> list[psutil.Process]:
+    """List the children of this process in which jobs run."""
+    running = []
+    for path in folder.glob("*.pid"):
+        with contextlib.suppress(FileNotFoundError):  # its job has just ended
+            running.append(path.read_text())
+    return [child for child in psutil.Process().children() if str(child.pid) in running]
+
+
+def is_sweep(hydra_config: HydraConf) -> bool:
+    """Say whether a job is one of several."""
+    return bool(hydra_config.mode == RunMode.MULTIRUN)
+
+
+def job_number(hydra_config: HydraConf) -> int:
+    """Return a job's number in its sweep, 0 of a single run."""
+    return int(hydra_config.job.num) if is_sweep(hydra_config) else 0
+
+
+def as_job(config: Config, hydra_config: HydraConf) -> Config:
+    """Give a job its own run directory in the sweep's, and its share of the processors where several run at once.
+
+    A sweep that is resumed starts the jobs that it had not come to. A sweeper that searches goes by the objective, so
+    its jobs hold out validation samples. Raises ConfigError when the sweep is over and not resumed.
+    """
+    if not is_here(config):
+        raise ConfigError(
+            f"a sweep reads its runs' folders, which the server at {config.deployment.address} keeps: start the sweep "
+            "on its machine"
+        )
+    path = Path(hydra_config.sweep.dir) / str(job_number(hydra_config))
+    if (path.parent / SUMMARY).exists() and not config.resume:
+        raise ConfigError(taken(config))
+    deployment = config.deployment
+    if (jobs := jobs_at_once(hydra_config)) > 1 and deployment.total_cpus is None:
+        deployment = replace(deployment, total_cpus=max(available_cpus() // jobs, deployment.client_cpus))
+    run_name = os.path.relpath(path, config.runs_dir)
+    config = replace(config, run_name=run_name, deployment=deployment)
+    config = validated(config) if searches(hydra_config) else config
+    return config if path.exists() else replace(config, resume=False, resume_from=None, resume_anyway=False)
+
+
+def searches(hydra_config: HydraConf) -> bool:
+    """Say whether the sweeper chooses settings by the objective, as all but Hydra's own do, which runs a given list."""
+    return not str(hydra_config.sweeper["_target_"]).endswith(".BasicSweeper")
+
+
+def validated(config: Config) -> Config:
+    """Return the config with an objective that is of validation samples; raises ConfigError when it forbids them."""
+    if config.validates:
+        return config
+    if (fraction := config.evaluate.validation_fraction) is not None:
+        raise ConfigError(
+            f"a sweeper that searches goes by the objective, and evaluate.validation_fraction={fraction:g} makes that "
+            f"a figure of test samples: leave it out (which holds out {VALIDATION_FRACTION:g}) or set another fraction"
+        )
+    return replace(config, evaluate=replace(config.evaluate, validation_fraction=VALIDATION_FRACTION))
+
+
+def jobs_at_once(hydra_config: HydraConf) -> int:
+    """Return how many jobs the launcher may run side by side: n_jobs of joblib's, which counts -1 as all processors."""
+    jobs = int(hydra_config.launcher.get("n_jobs") or 1) if is_sweep(hydra_config) else 1
+    return jobs if jobs > 0 else max(1, available_cpus() + 1 + jobs)
+
+
+@contextlib.contextmanager
+def _own_lines(hydra_config: HydraConf) -> Iterator[None]:
+    """Mark what a job prints with its number while others run beside it; a progress bar finds no terminal then."""
+    if jobs_at_once(hydra_config) == 1:
+        yield
+        return
+    mark = job_mark(hydra_config)
+    with (
+        contextlib.redirect_stdout(_MarkedLines(sys.stdout, "" if is_json() else mark)),
+        contextlib.redirect_stderr(_MarkedLines(sys.stderr, mark)),
+    ):
+        yield
+
+
+def job_mark(hydra_config: HydraConf) -> str:
+    """Return what marks the lines of a job."""
+    return f"[job {job_number(hydra_config)}] "
+
+
+def mark_of(hydra_config: HydraConf) -> str:
+    """Return the mark for a line of a job whose lines are not marked already, and nothing for a run of its own."""
+    return job_mark(hydra_config) if is_sweep(hydra_config) and jobs_at_once(hydra_config) == 1 else ""
+
+
+class _MarkedLines(io.TextIOBase):
+    """Write to a stream by whole lines, each with a mark before it, so that processes do not cut up each other's."""
+
+    def __init__(self, stream: TextIO, mark: str) -> None:
+        self.stream, self.mark, self.begun = stream, mark, ""
+
+    def write(self, text: str) -> int:
+        *lines, self.begun = (self.begun + text).split("\n")
+        self.stream.write("".join(f"{self.mark}{line}\n" for line in lines))
+        self.stream.flush()
+        return len(text)
+
+
+def objective_of(outcome: Outcome) -> float | None:
+    """Return what a sweeper is told of a job; of one that failed None, which Optuna's takes for a failed trial."""
+    objective = outcome.get("objective")
+    return None if objective is None or math.isnan(objective) else float(objective)
+
+
+def conclude(outcomes: list[Outcome]) -> str:
+    """Write sweep.json into the folder of the sweep and return its table; of a single run there is neither.
+
+    A sweep of which nothing finished leaves the file of an earlier one under its name, and one in which no run has
+    begun leaves nothing.
+    """
+    folders = {Path(folder) for outcome in outcomes if (folder := outcome.pop("folder"))}
+    for outcome in outcomes:
+        outcome.pop("resumable", None)
+    for folder in folders:  # one, unless the jobs differ in experiment or home
+        if (folder / "config.yaml").exists():
+            continue  # the folder of a run, in which every job was refused
+        is_finished = any(outcome["status"] == "finished" for outcome in outcomes)
+        if not is_finished and not list(folder.glob(f"*/{CONFIG[0]}")):
+            _remove_unbegun(folder)
+        elif is_finished or not (folder / SUMMARY).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(folder / SUMMARY, [outcome | {"overrides": " ".join(outcome["overrides"])} for outcome in outcomes])
+    return sweep_table(outcomes) if folders else ""
+
+
+def _remove_unbegun(folder: Path) -> None:
+    """Remove the folder that Hydra made for a sweep, unless there is more in it than Hydra's own file."""
+    with contextlib.suppress(OSError):
+        if list(folder.iterdir()) == [folder / "multirun.yaml"]:
+            (folder / "multirun.yaml").unlink()
+        folder.rmdir()
+
+
+def sweep_table(outcomes: list[Outcome]) -> str:
+    """Return the table of a sweep: a line a job with its own settings, its figures, and its folder or its error."""
+    common = set.intersection(*(set(outcome["overrides"]) for outcome in outcomes)) if len(outcomes) > 1 else set()
+    metrics = {metric for outcome in outcomes if (metric := outcome.get("objective_metric"))}
+    metric = metrics.pop() if len(metrics) == 1 else None
+    shown = [key for key in COLUMNS if key != metric and any(outcome.get(key) is not None for outcome in outcomes)]
+    heads = [COLUMNS[key][0] for key in shown]
+    if metric and shown[:1] == ["objective"]:
+        heads[0] = f"objective ({in_words(metric)})"
+    rows = [["job", "overrides", *heads, "run"]]
+    for outcome in outcomes:
+        figures = ["" if outcome.get(key) is None else COLUMNS[key][1].format(outcome[key]) for key in shown]
+        end = outcome["run_dir"] if outcome["status"] == "finished" else f"failed: {outcome['error']}"
+        own = " ".join(word for word in outcome["overrides"] if word not in common)
+        rows.append([str(outcome["job"]), own, *figures, end])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1] + [0]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([*lines, *best_job(outcomes, metric)]) + "\n"
+
+
+def best_job(outcomes: list[Outcome], metric: str | None) -> list[str]:
+    """Return the line that names the job with the best objective, of several with one metric."""
+    found = [outcome for outcome in outcomes if objective_of(outcome) is not None]
+    if metric is None or len(found) < 2:
+        return []
+    best = (min if metric.endswith("loss") else max)(found, key=lambda outcome: float(outcome["objective"]))
+    return [f"best: job {best['job']}, {in_words(metric)} {best['objective']:.4f}"]
+
+
+def _write(path: Path, values: Any) -> None:
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(json.dumps(values, indent=1))
+    partial.replace(path)
