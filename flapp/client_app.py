@@ -26,21 +26,21 @@ from flapp.client.data import (
 from flapp.client.mods import checkpoint_mod, describe, group_mod, name_errors_mod, privacy_mod
 from flapp.client.store import private_key
 from flapp.config.load import derive_seed, load
-from flapp.config.schema import Config, ConfigError, DatasetConfig, ModelConfig, Site
+from flapp.config.schema import Config, ConfigError, DatasetConfig, ModelConfig, NodeConfig
 from flapp.messages import (
     METRICS,
     NUM_EXAMPLES,
     VAL,
     Claim,
     HeldArray,
+    Instructions,
     MessageError,
-    Order,
     as_record,
     pack,
     pack_claims,
     pack_reply,
     unpack_arrays,
-    unpack_order,
+    unpack_instructions,
     unpack_piece,
     views,
 )
@@ -60,14 +60,14 @@ def attest(message: Message, context: Context) -> Message:
     try:
         config, site = load(context.run_config, context.node_config)
     except ConfigError:
-        unpack_order(message)  # other source code is the likelier fault
+        unpack_instructions(message)  # other source code is the likelier fault
         raise
     with files_looked_up_once(message.metadata.message_id):
-        order: Callable[[], Order] = cache(partial(unpack_order, message))
+        order: Callable[[], Instructions] = cache(partial(unpack_instructions, message))
         return pack_claims(message, [attest_client(order, config, site, name) for name in clients_at(config, site)])
 
 
-def attest_client(unpack: Callable[[], Order], config: Config, site: Site, client_id: str) -> Claim:
+def attest_client(unpack: Callable[[], Instructions], config: Config, site: NodeConfig, client_id: str) -> Claim:
     """Return one client's claim; what keeps it from taking part becomes the claim's fault, under its own name."""
     try:
         order = unpack()
@@ -85,7 +85,7 @@ def attest_client(unpack: Callable[[], Order], config: Config, site: Site, clien
 @app.query("base")
 def keep_piece(message: Message, context: Context) -> Message:
     """Keep a piece of the frozen base, which is put in place when the last has come."""
-    order = unpack_order(message)
+    order = unpack_instructions(message)
     config, _ = load(context.run_config, context.node_config)
     index, count, arrays = unpack_piece(message.content)
     tensors = arrays.to_torch_state_dict()
@@ -139,17 +139,19 @@ def evaluate_round(message: Message, context: Context) -> Message:
     """
     config, order, data = begin(message, context)
     model = receive_model(config, replace(order, accepted_round=0), message, context)
-    metrics: dict[str, int | float] = {NUM_EXAMPLES: data.claim.test} | test(model, config, data, "")
+    metrics: dict[str, int | float] = {NUM_EXAMPLES: data.claim.test} | evaluate_local(model, config, data, "")
     if data.claim.test or data.claim.val:
         try:
             if personalize(model, config, order, data, context):
-                metrics |= test(model, config, data, "personal-")
+                metrics |= evaluate_local(model, config, data, "personal-")
         except FloatingPointError as error:  # the global model's test stands all the same
             log(WARNING, "client %s has no personalised test: %s", order.client_id, error)
     return pack_reply(message, data.claim, metrics)
 
 
-def personalize(model: torch.nn.Module, config: Config, order: Order, data: ClientData, context: Context) -> bool:
+def personalize(
+    model: torch.nn.Module, config: Config, order: Instructions, data: ClientData, context: Context
+) -> bool:
     """Make the global model this client's own, by its private tensors or by fine-tuning; say whether it is."""
     settings = config.evaluate
     if order.private:
@@ -159,9 +161,9 @@ def personalize(model: torch.nn.Module, config: Config, order: Order, data: Clie
     return bool(order.private or settings.personal_epochs)
 
 
-def begin(message: Message, context: Context) -> tuple[Config, Order, ClientData]:
+def begin(message: Message, context: Context) -> tuple[Config, Instructions, ClientData]:
     """Read the config and the order of a message, which must be meant for a client that lives here, and its data."""
-    order = unpack_order(message)
+    order = unpack_instructions(message)
     config, site = load(context.run_config, context.node_config)
     check_lives_here(order.client_id, config, site)
     keep_freed_memory()
@@ -170,7 +172,7 @@ def begin(message: Message, context: Context) -> tuple[Config, Order, ClientData
     return config, order, open_client_data(config, site, order.client_id)
 
 
-def receive_model(config: Config, order: Order, message: Message, context: Context) -> torch.nn.Module:
+def receive_model(config: Config, order: Instructions, message: Message, context: Context) -> torch.nn.Module:
     """Return this process's model with every tensor of the message, and of those it keeps to itself, in place.
 
     Only what the order asks for gets gradients. Raises MessageError when message and base do not make up the model.
@@ -191,7 +193,7 @@ def receive_model(config: Config, order: Order, message: Message, context: Conte
     return model
 
 
-def own_tensors(model: torch.nn.Module, order: Order, context: Context) -> dict[str, torch.Tensor]:
+def own_tensors(model: torch.nn.Module, order: Instructions, context: Context) -> dict[str, torch.Tensor]:
     """Return the tensors that a client keeps to itself, as of the last round that the server took; zeros before one.
 
     Raises MessageError when there was such a round but its tensors are lost.
@@ -210,7 +212,7 @@ def own_tensors(model: torch.nn.Module, order: Order, context: Context) -> dict[
 def fit(
     model: torch.nn.Module,
     config: Config,
-    order: Order,
+    order: Instructions,
     data: ClientData,
     lr: float,
     epochs: int,
@@ -227,7 +229,7 @@ def fit(
     return train(model, batches, optimizer, epochs, steps, seeds[1], rules)
 
 
-def test(model: torch.nn.Module, config: Config, data: ClientData, prefix: str) -> dict[str, int | float]:
+def evaluate_local(model: torch.nn.Module, config: Config, data: ClientData, prefix: str) -> dict[str, int | float]:
     """Evaluate on this client's test samples and on its validation samples, if it has the split, never on others.
 
     Return the sums as metrics, those of validation with `val-` before them; `correct` only where there are classes.

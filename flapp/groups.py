@@ -28,12 +28,12 @@ from flapp.messages import (
     ORDER,
     TRAIN,
     UNPACKED,
+    Instructions,
     MessageError,
-    Order,
     as_record,
     one_line,
     pack,
-    pack_order,
+    pack_instructions,
     view,
 )
 
@@ -79,9 +79,9 @@ def cut(names: Sequence[str]) -> list[tuple[str, ...]]:
     return [tuple(names[start : start + size]) for start in range(0, len(names), size)]
 
 
-def pack_group(node_id: int, kind: str, order: Order, group: Group, arrays: ArrayRecord) -> Message:
+def pack_group(node_id: int, kind: str, order: Instructions, group: Group, arrays: ArrayRecord) -> Message:
     """Build the message that asks a node for all clients of a group; the order's client_id is empty."""
-    message = pack_order(node_id, kind, order, arrays)
+    message = pack_instructions(node_id, kind, order, arrays)
     columns = {_key(field.name): [getattr(asked, field.name) for asked in group.asked] for field in fields(Asked)}
     rest = {_key(field.name): getattr(group, field.name) for field in fields(Group) if field.name != "asked"}
     message.content[GROUP] = ConfigRecord({**columns, **rest})
@@ -100,7 +100,7 @@ def unpack_group(message: Message) -> Group:
     return Group(asked, **rest)
 
 
-def for_one(message: Message, order: Order, asked: Asked, arrays: ArrayRecord) -> Message:
+def for_one(message: Message, order: Instructions, asked: Asked, arrays: ArrayRecord) -> Message:
     """Return the message that one client of a group would have had, as Flower delivers it."""
     own = replace(order, client_id=asked.client_id, accepted_round=asked.accepted_round)
     record = cast(ConfigRecord, message.content[ORDER]).copy()

@@ -49,7 +49,7 @@ class MessageError(ValueError):
 
 
 @dataclass(frozen=True)
-class Order:
+class Instructions:
     """What the server asks: of which client, in which round, under which run name.
 
     accepted_round is the last round in which the server took this client's trained model, 0 for none: whatever
@@ -100,10 +100,10 @@ def _types(cls: type) -> dict[str, type]:
     return {name: list if "tuple" in str(kind) else kind for name, kind in cls.__annotations__.items()}
 
 
-ORDER_FIELDS, CLAIM_FIELDS, ANSWER_FIELDS = map(_types, (Order, Claim, Answer))
+ORDER_FIELDS, CLAIM_FIELDS, ANSWER_FIELDS = map(_types, (Instructions, Claim, Answer))
 
 
-def pack_order(node_id: int, kind: str, order: Order, arrays: ArrayRecord | None = None) -> Message:
+def pack_instructions(node_id: int, kind: str, order: Instructions, arrays: ArrayRecord | None = None) -> Message:
     """Build the message of `kind` that asks node `node_id` for `order`."""
     content = RecordDict({ORDER: _config_record(vars(order))})
     if arrays is not None:
@@ -111,12 +111,12 @@ def pack_order(node_id: int, kind: str, order: Order, arrays: ArrayRecord | None
     return Message(content, dst_node_id=node_id, message_type=kind, group_id=str(order.server_round))
 
 
-def unpack_order(message: Message) -> Order:
+def unpack_instructions(message: Message) -> Instructions:
     """Read the order in a message, refusing one from a server that runs other source code."""
-    known: Order | None = message.__dict__.get(UNPACKED)
+    known: Instructions | None = message.__dict__.get(UNPACKED)
     if known is not None:
         return known
-    order = Order(**_fields(message.content, ORDER, ORDER_FIELDS))
+    order = Instructions(**_fields(message.content, ORDER, ORDER_FIELDS))
     if order.source_digest != source_digest():
         raise MessageError(
             f"flapp here has source {source_digest()[:12]}, the server's has {order.source_digest[:12]}: "
@@ -133,9 +133,9 @@ def unpack_arrays(content: RecordDict) -> ArrayRecord:
     return record
 
 
-def pack_piece(node_id: int, order: Order, index: int, count: int, arrays: ArrayRecord) -> Message:
+def pack_piece(node_id: int, order: Instructions, index: int, count: int, arrays: ArrayRecord) -> Message:
     """Build the message that carries piece `index` of `count` of the base that `order` names."""
-    message = pack_order(node_id, BASE, order, arrays)
+    message = pack_instructions(node_id, BASE, order, arrays)
     message.content[PIECE] = ConfigRecord({"index": index, "count": count})
     return message
 

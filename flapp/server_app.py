@@ -128,7 +128,7 @@ def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> dict[str, Any]:
     if done:
         saved, facts = run.load_round(done)
         load_global(model, {key: saved.pop(key) for key in sent})
-        strategy.go_on_after(done, facts, {key: tensor.numpy() for key, tensor in saved.items()})
+        strategy.restore(done, facts, {key: tensor.numpy() for key, tensor in saved.items()})
         log(INFO, "%s goes on after round %d of %d", config.run_name, done, config.num_rounds)
     if done < config.num_rounds and not run.summary.totals["stopped_early"]:
         polled.on_reply = partial(take_replies, run, strategy)
@@ -152,7 +152,7 @@ def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> dict[str, Any]:
             )
     selected, _ = run.load_round(run.summary.selected_round())
     load_global(model, {key: selected[key] for key in sent})
-    return leave_model(config, run, model, base)
+    return save_final_model(config, run, model, base)
 
 
 def count_releases(run: RunDirectory) -> ReleaseLedger:
@@ -201,7 +201,7 @@ def load_global(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     assert not odd, odd
 
 
-def leave_model(config: Config, run: RunDirectory, model: nn.Module, base: Base | None) -> dict[str, Any]:
+def save_final_model(config: Config, run: RunDirectory, model: nn.Module, base: Base | None) -> dict[str, Any]:
     """Write the final model, adapters folded in, and the adapter alone where it is all that changed; then finish."""
     digest = run.save_model(merged_state_dict(model) if base else model.state_dict())
     rule = RULES.get(config.strategy.aggregation or "")

@@ -23,13 +23,13 @@ from flwr.supercore.task_identity import TaskIdentity
 from flapp import client_app
 from flapp.architecture import build
 from flapp.config.load import load
-from flapp.messages import TRAIN, Order, pack_order, source_digest
+from flapp.messages import TRAIN, Instructions, pack_instructions, source_digest
 
 run_config, site = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
 settings, _ = load(run_config, site)
 arrays = ArrayRecord(build(settings.model, settings.dataset).state_dict())
-message = pack_order(1, TRAIN, Order("0", 1, "imports", source_digest()), arrays)
+message = pack_instructions(1, TRAIN, Instructions("0", 1, "imports", source_digest()), arrays)
 message.metadata.__dict__["_message_id"] = "1"
 reply = client_app.app(message, Context(1, 1, site, RecordDict(), run_config))
 assert not reply.has_error(), reply.error

@@ -28,9 +28,10 @@ from flapp.data.partition import load_partition, make_partition, save_partition
 from flapp.data.shards.build import write_shards
 from flapp.data.shards.manifest import load_manifest
 from flapp.data.shards.split_file import digest_of
+from flapp.files import sha256_of_file
 from flapp.messages import view
 from flapp.model.adapter_files import export_adapter, import_adapter
-from flapp.model.files import load_tensors, sha256_of_file
+from flapp.model.files import load_tensors
 from flapp.model.pretrained import read_state
 from flapp.model.split.components import ModelFactory
 from flapp.server.metric_lines import read_line, sound_summary

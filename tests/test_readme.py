@@ -25,7 +25,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from flapp import server_app
 from flapp.config.convert import setting_names
-from flapp.config.load import ConfigError, compose, read_site, to_json
+from flapp.config.load import ConfigError, compose, read_node_config, to_json
 from tests.conftest import LocalGrid
 from tools import cli
 from tools.deployment.submit import APP
@@ -113,7 +113,7 @@ def is_supernode(command: str) -> None:
     from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
     given = _parse_args_run_supernode().parse_args(words_of(command)[3:])
-    read_site(tomllib.loads("\n".join(re.findall(r'\S+=".*?"', given.node_config))))
+    read_node_config(tomllib.loads("\n".join(re.findall(r'\S+=".*?"', given.node_config))))
 
 
 def is_flwr(command: str) -> None:

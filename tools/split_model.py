@@ -19,7 +19,8 @@ from flapp.architecture import build
 from flapp.config.convert import build as build_settings
 from flapp.config.load import read_yaml
 from flapp.config.schema import DatasetConfig, ModelConfig
-from flapp.model.files import read_tensors, sha256_of_file
+from flapp.files import sha256_of_file
+from flapp.model.files import read_tensors
 from flapp.model.split.components import ModelFactory, SplitModel
 from flapp.model.split.files import COMPONENTS, StorageManager
 from flapp.untrusted import check_safetensors, printable, read_json

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flapp.config.schema import Config, ConfigError, DatasetConfig, Site
+from flapp.config.schema import Config, ConfigError, DatasetConfig, NodeConfig
 from flapp.data.artifact import check_samples
 from flapp.data.loader import ClientLoader
 from flapp.data.offline import OfflineDataset
@@ -42,7 +42,7 @@ class ClientData:
     claim: Claim
 
 
-def clients_at(config: Config, site: Site) -> list[str]:
+def clients_at(config: Config, site: NodeConfig) -> list[str]:
     """Name the clients at a node: its own id in a deployment, every num_partitions-th client in a simulation."""
     if site.client_id is not None:
         return [site.client_id]
@@ -51,7 +51,7 @@ def clients_at(config: Config, site: Site) -> list[str]:
     return [str(i) for i in range(site.partition_id, config.clients, site.num_partitions)]
 
 
-def check_lives_here(client_id: str, config: Config, site: Site) -> None:
+def check_lives_here(client_id: str, config: Config, site: NodeConfig) -> None:
     """Raise ConfigError when a message for this client has reached the node of another; simulated nodes serve all."""
     if site.client_id is None and not site.num_partitions:
         clients_at(config, site)  # says what the node lacks
@@ -59,7 +59,7 @@ def check_lives_here(client_id: str, config: Config, site: Site) -> None:
         raise ConfigError(f"a message for client {client_id} reached the node of client {site.client_id}")
 
 
-def open_client_data(config: Config, site: Site, client_id: str) -> ClientData:
+def open_client_data(config: Config, site: NodeConfig, client_id: str) -> ClientData:
     """Open what a client holds; raises ConfigError for an unknown client, DataError for data that will not do."""
     if config.distributed_data.streaming:  # it is read anew each round, and so checked anew
         return open_own_shard(config, site, client_id)
@@ -67,7 +67,7 @@ def open_client_data(config: Config, site: Site, client_id: str) -> ClientData:
 
 
 @lru_cache(maxsize=4096)
-def open_once(config: Config, site: Site, client_id: str, files: Stamp) -> ClientData:
+def open_once(config: Config, site: NodeConfig, client_id: str, files: Stamp) -> ClientData:
     """Open what a client holds and keep it open while `files` stay as they are."""
     if config.distributed_data.enabled:
         return open_own_shard(config, site, client_id)
@@ -76,7 +76,7 @@ def open_once(config: Config, site: Site, client_id: str, files: Stamp) -> Clien
     return open_shared_part(config, int(client_id), files)
 
 
-def stamp_of_files(config: Config, site: Site, client_id: str) -> Stamp:
+def stamp_of_files(config: Config, site: NodeConfig, client_id: str) -> Stamp:
     """Return what differs once a file that a client's samples are read from is written again."""
     if config.distributed_data.enabled:
         return stamp(shard_folder(config, site, client_id), SHARD_FILES)
@@ -104,12 +104,12 @@ def _stamp_at(config: Config, moment: tuple[object, ...]) -> Stamp:
     return stamp_of_shared_files(config)
 
 
-def shard_folder(config: Config, site: Site, client_id: str) -> Path:
+def shard_folder(config: Config, site: NodeConfig, client_id: str) -> Path:
     """Return the site's shard-path, in a simulation home/data/<dataset>/shards/client_<id>."""
     return Path(site.shard_path or config.shards_dir / f"client_{client_id}")
 
 
-def open_own_shard(config: Config, site: Site, client_id: str) -> ClientData:
+def open_own_shard(config: Config, site: NodeConfig, client_id: str) -> ClientData:
     """Open the shard of a client."""
     settings = config.distributed_data
     path = shard_folder(config, site, client_id)

@@ -23,14 +23,14 @@ from flapp.messages import (
     REPLAYED,
     TRAIN,
     Claim,
+    Instructions,
     MessageError,
-    Order,
     describe_error,
     one_line,
     pack,
     settle,
     unpack_arrays,
-    unpack_order,
+    unpack_instructions,
     unpack_reply,
     views,
 )
@@ -54,7 +54,7 @@ def group_mod(message: Message, context: Context, call_next: ClientAppCallable) 
 
 def serve_group(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Return the answer to a group's message; raises MessageError for one that cannot be read."""
-    order, group, arrays = unpack_order(message), unpack_group(message), unpack_arrays(message.content)
+    order, group, arrays = unpack_instructions(message), unpack_group(message), unpack_arrays(message.content)
     total, outcomes = WeightedSum(), []
     for asked in group.asked:
         received = cut_rank(arrays, asked.rank) if asked.rank else arrays
@@ -73,7 +73,9 @@ def serve_group(message: Message, context: Context, call_next: ClientAppCallable
     return pack_outcomes(message, outcomes, total.arrays or None)
 
 
-def examine(reply: Message, kind: str, order: Order, group: Group, asked: Asked, received: ArrayRecord) -> Outcome:
+def examine(
+    reply: Message, kind: str, order: Instructions, group: Group, asked: Asked, received: ArrayRecord
+) -> Outcome:
     """Return what came of a client; raises MessageError for a reply that cannot count, with the server's reasons.
 
     Only tensors for a sum are examined here, others by the server, which gets them.
@@ -118,7 +120,7 @@ def checkpoint_mod(message: Message, context: Context, call_next: ClientAppCalla
     kind = message.metadata.message_type
     if kind not in (TRAIN, EVALUATE):
         return call_next(message, context)
-    order = unpack_order(message)  # before the settings, which other source code may not know
+    order = unpack_instructions(message)  # before the settings, which other source code may not know
     config, site = load(context.run_config, context.node_config)
     if not config.checkpoint.enabled:
         return call_next(message, context)

@@ -16,8 +16,8 @@ from flapp.checkpoint.records import Round, Saved
 from flapp.checkpoint.tensors import digest_of
 from flapp.client.data import open_client_data
 from flapp.config.load import config_digest
-from flapp.config.schema import Config, Site
-from flapp.messages import Claim, Order, pack, pack_reply, unpack_arrays, unpack_reply, views
+from flapp.config.schema import Config, NodeConfig
+from flapp.messages import Claim, Instructions, pack, pack_reply, unpack_arrays, unpack_reply, views
 
 
 def private_key(client_id: str) -> str:
@@ -30,8 +30,8 @@ class ClientStore:
     """One client's store while it handles one message; every method may raise CheckpointError."""
 
     config: Config
-    site: Site
-    order: Order
+    site: NodeConfig
+    order: Instructions
     context: Context
 
     @property

@@ -20,12 +20,12 @@ from typing import Any
 
 from flapp.config.convert import build, hint, setting_names, takes_list
 from flapp.config.rules import PATHS, check_together
-from flapp.config.schema import Config, ConfigError, Site
+from flapp.config.schema import Config, ConfigError, NodeConfig
 from flapp.untrusted import DEEPEST, parse_json, printable, read_bytes
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # of a wheel, or of a checkout
-FREE = (  # a resumed run may change these: they do not reach its bytes
+CHANGEABLE_ON_RESUME = (  # a resumed run may change these: they do not reach its bytes
     *("home", "run_name", "resume", "resume_from", "resume_anyway", "deployment", "checkpoint", "split", "results"),
     *("strategy.wait_for_clients", "strategy.timeout"),
     *("dataset.source", "dataset.download", "distributed_data.shard_path", "distributed_data.manifest"),
@@ -38,7 +38,7 @@ PLAIN = re.compile(r"[A-Za-z0-9._-]+")  # a value that can be part of a run's na
 _compose_lock = threading.Lock()  # GlobalHydra is one per process and not thread-safe
 
 
-def load(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> tuple[Config, Site]:
+def load(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> tuple[Config, NodeConfig]:
     """Return the checked config of a run and the facts of this node, whose own home wins; raises ConfigError.
 
     run_config holds `config-json`, which wins, or `overrides`, words of Hydra's grammar separated by spaces.
@@ -53,11 +53,11 @@ def load(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> tuple
 
 
 @lru_cache(maxsize=64)
-def _site_of(node_config: tuple[tuple[str, Any], ...]) -> Site:
-    return read_site(dict(node_config))
+def _site_of(node_config: tuple[tuple[str, Any], ...]) -> NodeConfig:
+    return read_node_config(dict(node_config))
 
 
-def read_site(node_config: Mapping[str, Any]) -> Site:
+def read_node_config(node_config: Mapping[str, Any]) -> NodeConfig:
     """Read a node's own facts from Flower's node_config; raises ConfigError for a key that nothing reads."""
     paths = ("shard-path", "checkpoint-dir", "home")
     known: dict[str, Any] = {"client-id": str, "partition-id": int, "num-partitions": int} | dict.fromkeys(paths, str)
@@ -66,7 +66,7 @@ def read_site(node_config: Mapping[str, Any]) -> Site:
             raise ConfigError(f"node-config has {key}, which is not a setting{hint(key, known)}")
         if key in paths and not Path(str(value)).is_absolute():
             raise ConfigError(f"{key}={value} is relative: give an absolute path")
-    return Site(**{key.replace("-", "_"): known[key](value) for key, value in node_config.items()})
+    return NodeConfig(**{key.replace("-", "_"): known[key](value) for key, value in node_config.items()})
 
 
 def compose(overrides: Sequence[str], base: Path | None = None) -> Config:
@@ -226,7 +226,7 @@ def _deciding(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = prefix + key
-        if name not in FREE:
+        if name not in CHANGEABLE_ON_RESUME:
             flat |= _deciding(value, name + ".") if isinstance(value, Mapping) else {name: value}
     return flat
 

@@ -197,7 +197,7 @@ class DeploymentConfig:
 
 
 @dataclass(frozen=True)
-class Site:
+class NodeConfig:
     """What only this node knows: its client id and folders in a deployment, or its place among the simulated nodes."""
 
     client_id: str | None = None

@@ -1,13 +1,11 @@
 """Tensors on disk: safetensors, written whole or not at all."""
 
-import hashlib
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flapp.files import replacing, sha256_of_file
 from flapp.untrusted import check_safetensors, parse_json, printable
 
 if TYPE_CHECKING:
@@ -25,14 +23,8 @@ def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, **facts: Any) -> s
     from safetensors.torch import save_file
 
     header = json.dumps({"format_version": FORMAT_VERSION, **facts}, sort_keys=True)
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # others may be writing the same file
-    try:
+    with replacing(path) as partial:
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, metadata={"flapp": header})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return sha256_of_file(path)
 
 
@@ -88,9 +80,3 @@ def mismatch(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[
         "misshapen": [f"{n} {found[n]} where the model has {expected[n]}" for n in both],
     }
     return "; ".join(f"{len(names)} {kind}, first {printable(names[0])}" for kind, names in faults.items() if names)
-
-
-def sha256_of_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

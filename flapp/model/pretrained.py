@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flapp.model.files import sha256_of_file, shapes_of
+from flapp.files import sha256_of_file
+from flapp.model.files import shapes_of
 from flapp.model.fitting import POSITIONS, fit_pretrained, from_torchvision
 from flapp.model.lora import head_of, layout_of
 from flapp.untrusted import check_regular, check_safetensors, printable

@@ -27,12 +27,12 @@ from flapp.messages import (
     ATTEST,
     Answer,
     Claim,
+    Instructions,
     MessageError,
-    Order,
     describe_error,
     one_line,
     pack,
-    pack_order,
+    pack_instructions,
     pack_piece,
     unpack_claims,
 )
@@ -180,9 +180,9 @@ class Roster:
         count = min(sample_size(fraction, len(self.expected)), len(self._present))
         return sorted(random.Random(derive_seed(*seed)).sample(self._present, count))
 
-    def order(self, server_round: int, **rest: Any) -> Order:
-        """Return what members are asked in a round, without a client's own fields; rest as in Order."""
-        return Order("", server_round, self.run_name, source_digest(), base=self.base_digest, **rest)
+    def order(self, server_round: int, **rest: Any) -> Instructions:
+        """Return what members are asked in a round, without a client's own fields; rest as in Instructions."""
+        return Instructions("", server_round, self.run_name, source_digest(), base=self.base_digest, **rest)
 
     def node_of(self, client_id: str, index: int) -> int:
         """Return the node that serves a member; in a simulation they take turns by the index of the message."""
@@ -198,7 +198,7 @@ class Roster:
         return find_answer_fault(answer, client_id, member.claim.shard_digest)
 
     def _attest(self, node_ids: list[int]) -> list[Member]:
-        messages = [pack_order(node_id, ATTEST, self.order(0)) for node_id in node_ids]
+        messages = [pack_instructions(node_id, ATTEST, self.order(0)) for node_id in node_ids]
         silent = {f"node {node_id}": f"gave no answer in {self.timeout:g} s" for node_id in node_ids}
         found: list[Member] = []
         for node_id, reply in self._answers(messages):

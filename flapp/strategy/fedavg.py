@@ -32,7 +32,7 @@ from flapp.messages import (
     Answer,
     MessageError,
     describe_error,
-    pack_order,
+    pack_instructions,
     unpack_arrays,
     unpack_reply,
     view,
@@ -110,7 +110,7 @@ class FedAvg(FlowerFedAvg):
         """Return the tensors that a later start must have besides the global model."""
         return self.server_optimizer.state(arrays) if self.server_optimizer else {}
 
-    def go_on_after(self, done: int, facts: dict[str, Any], state: dict[str, np.ndarray]) -> None:
+    def restore(self, done: int, facts: dict[str, Any], state: dict[str, np.ndarray]) -> None:
         """Go on after the first `done` rounds, with the facts and tensors of that moment."""
         self.done = done
         self.accepted = dict(facts["accepted"])
@@ -284,7 +284,7 @@ class FedAvg(FlowerFedAvg):
 
     def _single_message(self, index: int, name: str) -> Message:
         order = replace(self.order, client_id=name, accepted_round=self.accepted.get(name, 0))
-        return pack_order(self.roster.node_of(name, index), self.phase.kind, order, self.outgoing(name))
+        return pack_instructions(self.roster.node_of(name, index), self.phase.kind, order, self.outgoing(name))
 
     def _asked(self, name: str) -> Asked:
         weight, claim = self.phase.weights.get(name, 0.0), self.roster.members[name].claim

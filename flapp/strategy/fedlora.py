@@ -82,14 +82,14 @@ class FedLoRA(FedAvg):
         """Return what FedAvg does, which base the adapters are of, and the ranks of clients that pruned themselves."""
         return super().facts() | {"base": self.roster.base_digest, "pruned": self.pruned}
 
-    def go_on_after(self, done: int, facts: dict[str, Any], state: dict[str, np.ndarray]) -> None:
+    def restore(self, done: int, facts: dict[str, Any], state: dict[str, np.ndarray]) -> None:
         """Go on after `done` rounds; raises FederationError when the base is not the one the run began with."""
         if (before := facts["base"]) != (now := self.roster.base_digest):
             raise FederationError(
                 f"the run began over base {before[:12]}, the base is now {now[:12]}: bring back the file that "
                 "model.pretrained named, or start a new run"
             )
-        super().go_on_after(done, facts, state)
+        super().restore(done, facts, state)
         self.pruned = dict(facts["pruned"])
 
     def instructions(self, kind: str, server_round: int) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from flapp.client.data import open_client_data
 from flapp.client.mods import checkpoint_mod
 from flapp.client.store import private_key
 from flapp.config.load import compose, to_json
-from flapp.config.schema import Config, Site
-from flapp.messages import EVALUATE, TRAIN, Order, pack_order, pack_reply, source_digest, unpack_arrays
+from flapp.config.schema import Config, NodeConfig
+from flapp.messages import EVALUATE, TRAIN, Instructions, pack_instructions, pack_reply, source_digest, unpack_arrays
 
 SITE = {"client-id": "0"}
 
@@ -48,8 +48,8 @@ class Client:
     def ask(self, server_round: int, value: float, accepted: int = 0, kind: str = TRAIN, fail: bool = False) -> Message:
         """Send one message as a process of its own would get it: with an empty context."""
         private = ("own",) if self.private else ()
-        order = Order("0", server_round, "mod", source_digest(), accepted, self.base, private=private)
-        message = pack_order(1, kind, order, model(value))
+        order = Instructions("0", server_round, "mod", source_digest(), accepted, self.base, private=private)
+        message = pack_instructions(1, kind, order, model(value))
         message.metadata.__dict__["_message_id"] = "1"
         run_config = {"config-json": to_json(self.settings)}
         context = Context(1, 1, self.node_config, RecordDict(), run_config)
@@ -63,7 +63,7 @@ class Client:
             if self.private and kind == TRAIN:
                 own = (self.seen or 0.0) + server_round
                 context.state[private_key("0")] = ArrayRecord({"own": Array(np.array([own], np.float32))})
-            claim = open_client_data(self.settings, Site(client_id="0"), "0").claim
+            claim = open_client_data(self.settings, NodeConfig(client_id="0"), "0").claim
             received = unpack_arrays(message.content)["weight"].numpy()
             trained = ArrayRecord({"weight": Array(received + 1), "steps": Array(np.array(8))})
             return pack_reply(message, claim, {"num-examples": 5, "train-loss": 0.1 + server_round}, trained)

@@ -129,9 +129,9 @@ def test_a_tensor_without_noise_is_refused_by_name() -> None:
 def release(train: Callable[[Tensors], Tensors], settings: Config) -> Tensors:
     """Send privacy_mod a message whose app trains as told, and return by how much what leaves differs from it."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
-    order = messages.Order("0", 1, "mod", messages.source_digest())
+    order = messages.Instructions("0", 1, "mod", messages.source_digest())
     start = {"a": np.full(2, 3.0, np.float32), "b": np.zeros(2, np.float32)}
-    message = messages.pack_order(1, messages.TRAIN, order, ArrayRecord({k: Array(v) for k, v in start.items()}))
+    message = messages.pack_instructions(1, messages.TRAIN, order, ArrayRecord({k: Array(v) for k, v in start.items()}))
     message.metadata.__dict__["_message_id"] = "1"
 
     def app(message: Message, context: Context) -> Message:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flapp.config.convert import setting_names
-from flapp.config.load import CONF, compose, derive_seed, from_dict, load, read_site, to_json
+from flapp.config.load import CONF, compose, derive_seed, from_dict, load, read_node_config, to_json
 from flapp.config.schema import Config, ConfigError
 from flapp.model.build import build_model
 
@@ -126,11 +126,11 @@ def test_a_broken_config_json_is_refused(text: str) -> None:
 
 
 def test_node_config_is_read_and_a_misspelt_key_refused() -> None:
-    site = read_site({"client-id": 3})
+    site = read_node_config({"client-id": 3})
     assert site.client_id == "3"
-    assert read_site({"partition-id": 1, "num-partitions": 4}).num_partitions == 4
+    assert read_node_config({"partition-id": 1, "num-partitions": 4}).num_partitions == 4
     with pytest.raises(ConfigError, match="node-config has cleint-id, which is not a setting: did you mean client-id"):
-        read_site({"cleint-id": "3"})
+        read_node_config({"cleint-id": "3"})
 
 
 def test_a_run_name_may_not_leave_the_runs_folder() -> None:

@@ -197,7 +197,7 @@ def test_one_failing_client_of_ten_is_named_and_the_run_goes_on(
 ) -> None:
     real = client_app.fit
 
-    def fit(model: Any, config: Any, order: messages.Order, *rest: Any) -> Any:
+    def fit(model: Any, config: Any, order: messages.Instructions, *rest: Any) -> Any:
         if order.client_id == "7" and order.server_round == 2:
             raise MemoryError("no room for the batch")
         return real(model, config, order, *rest)

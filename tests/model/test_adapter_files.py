@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torchvision.models.vision_transformer import VisionTransformer
 
+from flapp.files import sha256_of_file
 from flapp.model.adapter_files import Adapter, export_adapter, export_merged, import_adapter
 from flapp.model.build import build_model
-from flapp.model.files import sha256_of_file
 from flapp.model.lora import add_lora, base_state_dict, head_of, lora_state_dict, mark_only_lora_as_trainable
 from flapp.model.pretrained import load_pretrained
 from tests.support.adapters import CASES, adapted, base, in_peft, logits, steps

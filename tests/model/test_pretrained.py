@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torchvision.models import vit_b_16
 from torchvision.models.vision_transformer import VisionTransformer
 
+from flapp.files import sha256_of_file
 from flapp.model.build import build_model
-from flapp.model.files import save_tensors, sha256_of_file
+from flapp.model.files import save_tensors
 from flapp.model.fitting import from_torchvision, to_torchvision
 from flapp.model.pretrained import load_pretrained
 

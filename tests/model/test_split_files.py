@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flapp.model.files import read_tensors, save_tensors, sha256_of_file
+from flapp.files import sha256_of_file
+from flapp.model.files import read_tensors, save_tensors
 from flapp.model.split.components import ModelFactory
 from flapp.model.split.files import COMPONENTS, StorageManager, read_component, read_metadata
 from tests.support.full_disk import largest_file

@@ -157,12 +157,12 @@ def test_a_run_broken_off_before_or_after_its_best_round_ends_in_the_same_bytes(
 def test_a_run_broken_off_after_it_stopped_trains_no_further(
     federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def leave_model(*_: Any) -> None:
+    def save_final_model(*_: Any) -> None:
         raise Broken("the power is gone")
 
     whole, _ = federate(*TOY, *STOP, *BEST)
     with monkeypatch.context() as patch:
-        patch.setattr(server_app, "leave_model", leave_model)
+        patch.setattr(server_app, "save_final_model", save_final_model)
         with pytest.raises(Broken):
             federate(*TOY, *STOP, *BEST, "run_name=stopped")
     resumed, path = federate(*TOY, *STOP, *BEST, "run_name=stopped", "resume=true")

@@ -12,7 +12,7 @@ from flwr.app import Message
 from flapp import partitions
 from flapp.client.data import open_client_data
 from flapp.config.load import compose
-from flapp.config.schema import ConfigError, Site
+from flapp.config.schema import ConfigError, NodeConfig
 from flapp.data.artifact import DataError, write_artifact
 from flapp.data.partition import Partition, hold_out, load_partition, save_partition
 from flapp.messages import METRICS, NUM_EXAMPLES
@@ -126,7 +126,7 @@ def test_no_sample_is_held_out_and_trained_on(data_home: Path, made: str) -> Non
     config = compose([*MADE, f"home={data_home}", made, BEST])
     whole = partitions.open_partition(compose([*MADE, f"home={data_home}", made]))
     for client in "01":
-        data = open_client_data(config, Site(partition_id=int(client), num_partitions=2), client)
+        data = open_client_data(config, NodeConfig(partition_id=int(client), num_partitions=2), client)
         (train, trained), (val, held) = data.splits["train"], data.splits["val"]
         assert train.artifact.path == val.artifact.path
         assert np.array_equal(np.union1d(trained, held), whole.train[int(client)])

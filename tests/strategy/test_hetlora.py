@@ -15,7 +15,7 @@ from flapp import architecture, client_app, messages
 from flapp.checkpoint.manager import ChunkManager
 from flapp.client.data import make_batches, open_client_data
 from flapp.config.load import compose, from_dict, read_yaml
-from flapp.config.schema import ConfigError, Site
+from flapp.config.schema import ConfigError, NodeConfig
 from flapp.model.lora import LoRALinear, adapted_layers, tail_norm, truncate_state
 from flapp.server_app import initial_model
 from flapp.training import StepRules, TrainResult, build_optimizer, evaluate, train
@@ -235,7 +235,7 @@ def test_clients_test_the_global_model_at_their_own_rank_and_at_the_global_scale
                 product = settings.lora.alpha / settings.lora.rank * b[:, :rank] @ a[:rank]
                 state[key] = torch.from_numpy(numbers(state[key]) + product).float()
         plain.load_state_dict(state)
-        data = open_client_data(settings, Site(num_partitions=3), str(number))
+        data = open_client_data(settings, NodeConfig(num_partitions=3), str(number))
         found = evaluate(plain, make_batches(settings, data, "test", torch.device("cpu"), None))
         assert losses[str(number)] == pytest.approx(found.loss_sum, rel=1e-4)
 

@@ -11,7 +11,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from flapp.config.load import compose
 from flapp.config.schema import Config
-from flapp.messages import TRAIN, Claim, Order, pack, pack_order, pack_reply, size_of, source_digest
+from flapp.messages import TRAIN, Claim, Instructions, pack, pack_instructions, pack_reply, size_of, source_digest
 from flapp.server_app import build_strategy, initial_model, keys_of
 from tools.bench import Row
 
@@ -47,6 +47,6 @@ def bytes_up(config: Config) -> list[int]:
 
 def reply_to(current: ArrayRecord, instructions: dict[str, Any]) -> Message:
     """Return a client's reply: the tensors that the order asks for, of the global model."""
-    order = Order("0", 1, "", source_digest(), **instructions)
+    order = Instructions("0", 1, "", source_digest(), **instructions)
     returned = ArrayRecord({key: current[key] for key in order.returns or current})
-    return pack_reply(pack_order(1, TRAIN, order), Claim("0"), {}, returned)
+    return pack_reply(pack_instructions(1, TRAIN, order), Claim("0"), {}, returned)

@@ -22,7 +22,7 @@ from torchvision import transforms
 
 from flapp.client.data import make_batches, open_client_data, open_once
 from flapp.config.load import compose
-from flapp.config.schema import Config, Site
+from flapp.config.schema import Config, NodeConfig
 from flapp.data.shards.build import write_shards
 from flapp.source import source_digest, versions
 from tools.bench import Row, measure
@@ -85,7 +85,7 @@ def start_ours(config: Config, client: int) -> Any:
     """Open a client's data as a fresh process does, and return the images of its first batch."""
     for cached in (open_once, source_digest, versions):
         cached.cache_clear()
-    data = open_client_data(config, Site(), str(client))
+    data = open_client_data(config, NodeConfig(), str(client))
     return next(iter(make_batches(config, data, "train", torch.device("cpu"), seed=0)))[0]
 
 

@@ -21,7 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flapp.model.files import FORMAT_VERSION, read_tensors, save_tensors, sha256_of_file
+from flapp.files import sha256_of_file
+from flapp.model.files import FORMAT_VERSION, read_tensors, save_tensors
 from flapp.untrusted import check_regular, printable, read_json
 
 if TYPE_CHECKING:

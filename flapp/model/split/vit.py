@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock
 
-from flapp.model.files import sha256_of_file
+from flapp.files import sha256_of_file
 from flapp.model.fitting import POSITIONS, from_torchvision
 from flapp.model.layout import SIZES
 from flapp.model.pretrained import read_state

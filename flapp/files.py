@@ -1,0 +1,91 @@
+"""Writing files: each appears whole or not at all, and is on disk when the writer returns.
+
+Everything in flapp and tools that writes a file or a folder of its own does it by `replacing` or `replacing_folder`.
+Reading files that somebody else may have written is in untrusted.py.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: Path, mode: int | None = None) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write to, and rename it to `path` when the block ends.
+
+    Where the block raises, `path` stays as it was. mode: permissions that the file has from its first byte on.
+    """
+    partial = _beside(path)
+    try:
+        if mode is not None:
+            os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+        yield partial
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty temporary folder beside `folder`, and rename it to `folder` when the block ends.
+
+    A folder that is there already is replaced. Where the block raises, it stays as it was.
+    """
+    partial = _beside(folder)
+    old = folder.with_name(f"{partial.name}.old")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in (*partial.iterdir(), partial):
+            sync(path)
+        if folder.exists():
+            os.replace(folder, old)  # a folder cannot be renamed onto one that has content
+        os.replace(partial, folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_bytes(path: Path, content: bytes, mode: int | None = None) -> None:
+    """Write a file whole or not at all."""
+    with replacing(path, mode) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file whole or not at all; raises ValueError for infinities and NaN, which JSON does not have."""
+    write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's entries, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _beside(path: Path) -> Path:
+    """Return a hidden name in the same folder that no other writer has."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
