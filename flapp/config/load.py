@@ -18,9 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from flapp.config.convert import build, hint, setting_names, takes_list
 from flapp.config.rules import PATHS, check_together
-from flapp.config.schema import Config, ConfigError, NodeConfig
+from flapp.config.schema import Config, ConfigError, NodeConfig, from_plain, hint, setting_types, takes_list
 from flapp.untrusted import DEEPEST, parse_json, printable, read_bytes
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -119,7 +118,7 @@ def from_tree(tree: Any, base: Path | None = None) -> Config:
 
 def from_dict(values: Mapping[str, Any]) -> Config:
     """Check plain nested values against the settings above and return them as a Config; raises ConfigError."""
-    config = build(Config, values)
+    config = from_plain(Config, values)
     check_together(config)
     return config
 
@@ -200,7 +199,7 @@ def explain(error: Exception) -> ConfigError:
     first = text.splitlines()[0]
     if first.startswith("Could not override '"):
         key = first.split("'")[1]
-        return ConfigError(f"{key} is not a setting{hint(key, setting_names())}")
+        return ConfigError(f"{key} is not a setting{hint(key, setting_types())}")
     if first.startswith(("Ambiguous value for argument '", "Sweep parameters '")):
         word = first.split("'", 1)[1].rpartition("'")[0]
         key, _, values = word.partition("=")
