@@ -109,8 +109,9 @@ def from_tree(tree: Any, base: Path | None = None) -> Config:
     from omegaconf import OmegaConf
 
     values = typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
-    for *group, key in PATHS:
-        node = values.get(group[0]) if group else values
+    for setting in PATHS:
+        group, _, key = setting.rpartition(".")
+        node = values.get(group) if group else values
         if isinstance(node, dict) and node.get(key) is not None:
             node[key] = _absolute(node[key], base)
     return from_dict(values)

@@ -80,7 +80,7 @@ def test_every_choice_in_conf_composes_and_builds_its_model(group: str, choice: 
             ["split=auto", "split.split_config=1:2"],
             "split.split_config=1:2 does not go with model=vit_tiny: split points",
         ),
-        (["split=auto", "model=cnn"], "splits a ViT, which model=cnn is not: set split=none"),
+        (["split=auto", "model=cnn"], "splits ViTs only, got model=cnn: set split=none"),
         (["split.auto_save_split_models=true"], "needs a folder: set split.model_storage_dir"),
         (["split.model_storage_dir=here"], "split.model_storage_dir=here is relative"),
         (["a b"], "settings are written key=value"),
