@@ -1,4 +1,4 @@
-"""What docs/architecture.md says of the code is true: its names exist, and its guides work when followed to the letter."""
+"""docs/architecture.md is true of the code: its names exist, and its guides work when followed to the letter."""
 
 import importlib
 import os
@@ -17,7 +17,9 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text()
 SECTIONS = {text.partition("\n")[0]: text for text in re.split(r"^##+ ", PAGE, flags=re.MULTILINE)[1:]}
 GUIDES = [title for title in SECTIONS if title.startswith("Add a ")]
 STEP = re.compile(r"^\d\. (Create|Append to|In) `(.*?)`.*?^    ```\w+\n(.*?)^    ```", re.DOTALL | re.MULTILINE)
-SIGNS = {"Add a client mod": "sends 2 tensors"}  # in the log of the run, where its success alone does not prove the change
+SIGNS = {
+    "Add a client mod": "sends 2 tensors"
+}  # in the log of the run, where its success alone does not prove the change
 CHEAP = "train.steps=1 train.batch_size=2 evaluate.personal_epochs=0 checkpoint=off deployment.workers=0 run_name=try"
 
 
@@ -87,4 +89,4 @@ def test_a_guide_works_when_followed_to_the_letter(guide: str, tmp_path: Path) -
 
 
 def test_there_is_a_guide_for_each_kind_of_extension() -> None:
-    assert GUIDES == [f"Add a {kind}" for kind in ("dataset", "model", "LoRA rule", "strategy", "client mod")]
+    assert [f"Add a {kind}" for kind in ("dataset", "model", "LoRA rule", "strategy", "client mod")] == GUIDES

@@ -26,8 +26,8 @@ from flwr.app import Context, RecordDict
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from flapp import server_app
-from flapp.config.convert import setting_names
 from flapp.config.load import ConfigError, compose, read_node_config, to_json
+from flapp.config.schema import setting_types
 from tests.conftest import LocalGrid
 from tools import cli, configuration
 
@@ -222,7 +222,7 @@ def test_pasted_commands_have_no_placeholders_and_name_what_earlier_ones_made() 
 
 
 def test_settings_in_tables_and_links_exist() -> None:
-    known = setting_names()
+    known = setting_types()
     for path, text in PAGES.items():
         for key in re.findall(r"^\| `([\w.]+)=", text, re.MULTILINE):
             assert key in known or (ROOT / "conf" / key).is_dir(), key
@@ -254,8 +254,9 @@ def test_configuration_files_are_well_formed() -> None:
     assert all(map(json.loads, blocks("json")))
 
 
-def test_the_page_of_settings_is_up_to_date() -> None:
+def test_the_page_of_settings_is_up_to_date_and_explains_each() -> None:
     assert PAGES[configuration.PAGE] == configuration.page(), "run python -m tools.configuration"
+    assert "|  |" not in PAGES[configuration.PAGE], "a setting has no comment in conf/config.yaml"
 
 
 def test_the_tests_that_run_the_attacks_are_there() -> None:

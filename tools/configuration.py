@@ -48,7 +48,7 @@ def page() -> str:
     for name, kind in groups.items():
         texts.append(f"## {name}\n")
         if heading := comments(CONF / "config.yaml").get(name):
-            texts.append(f"{sentence(heading)}\n")
+            texts.append(f"{heading}.\n")
         if (CONF / name).is_dir():
             texts.append(choices(name, default))
         texts.append(table(f"{name}.", kind, [key for key, _ in fields(kind)], default[name]))
@@ -63,7 +63,7 @@ def table(prefix: str, kind: Any, names: list[str], default: dict[str, Any]) -> 
             f"`{prefix}{name}`",
             type_in_words(types_of[name]),
             f"`{value_in_words(default[name])}`",
-            meaning(prefix, name),
+            meaning(prefix + name, types_of[name]),
         )
         for name in names
     ]
@@ -77,7 +77,7 @@ def choices(group: str, default: dict[str, Any]) -> str:
     rows = []
     for path in sorted((CONF / group).glob("[!_]*.yaml")):
         head = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ")]
-        what = sentence(" ".join(line for line in head if not line.startswith("@package")))
+        what = " ".join(line for line in head if not line.startswith("@package"))
         changed = ", ".join(f"`{key}={value_in_words(value)}`" for key, value in changes(group, path.stem, default))
         rows.append((f"`{group}={path.stem}`", what, "(the default)" if path.stem == chosen else changed))
     return markdown(("choice", "what it is", "differs by"), rows)
@@ -150,14 +150,10 @@ def value_in_words(value: Any) -> str:
     return re.sub(r"\$\{(\w+)\}", r"<\1>", text)
 
 
-def meaning(prefix: str, name: str) -> str:
-    """Return the comment of a setting in conf/: of config.yaml, or of the first file of its group that has one."""
-    files = [CONF / "config.yaml", *sorted((CONF / prefix[:-1]).glob("*.yaml"))] if prefix else [CONF / "config.yaml"]
-    for path in files:
-        key = prefix + name if path.name == "config.yaml" else name
-        if found := comments(path).get(key):
-            return sentence(found)
-    return ""
+def meaning(name: str, kind: Any) -> str:
+    """Return the comment of a setting in conf/config.yaml, without the list of values where the type has it."""
+    text = comments(CONF / "config.yaml").get(name, "")
+    return re.sub(r": [\w-]+( \| [\w-]+)+$", "", text) if "`" in type_in_words(kind) else text
 
 
 def comments(path: Path) -> dict[str, str]:
@@ -175,12 +171,6 @@ def comments(path: Path) -> dict[str, str]:
         elif line.strip().startswith("# "):
             above.append(line.strip()[2:])
     return found
-
-
-def sentence(text: str) -> str:
-    """Return a comment with a capital letter at its start, and without a full stop at its end."""
-    starts_with_name = re.match(r"[\w.-]+( \||$)|[a-z]+_", text)
-    return (text if starts_with_name else text[:1].upper() + text[1:]).rstrip(".")
 
 
 def markdown(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
