@@ -24,8 +24,8 @@ from flwr.app import Context, RecordDict
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from flapp import server_app
-from flapp.config.convert import setting_names
 from flapp.config.load import ConfigError, compose, read_node_config, to_json
+from flapp.config.schema import setting_types
 from tests.conftest import LocalGrid
 from tools import cli
 from tools.deployment.submit import APP
@@ -210,7 +210,7 @@ def test_pasted_commands_have_no_placeholders_and_name_what_earlier_ones_made() 
 
 
 def test_settings_in_tables_and_links_exist() -> None:
-    known = setting_names()
+    known = setting_types()
     for key in re.findall(r"^\| `([\w.]+)=", README, re.MULTILINE):
         assert key in known or (APP / "conf" / key).is_dir(), key
     anchors = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in re.findall(r"^#+ (.*)", README, re.M)}
