@@ -5,10 +5,9 @@ from pathlib import Path
 
 from flapp.config.load import derive_seed
 from flapp.config.schema import WRITER_PARTITIONS, Config
-from flapp.data.artifact import DataError, check_samples
-from flapp.data.embedded import ensure_artifacts
+from flapp.data.artifact import DataError, Stamp, check_samples, open_verified, stamp
 from flapp.data.partition import Partition, hold_out, load_partition
-from flapp.data.verified import Stamp, open_verified, stamp
+from flapp.data.sources import ensure_artifacts
 
 
 def open_partition(config: Config) -> Partition:

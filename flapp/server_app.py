@@ -23,10 +23,10 @@ from flapp.architecture import adapt, build, choose_device, find_oversize, prune
 from flapp.base import Base, keep_base
 from flapp.config.load import derive_seed, load
 from flapp.config.schema import Config
-from flapp.data.embedded import ensure_artifacts, is_prepared
 from flapp.data.loader import ClientLoader
 from flapp.data.offline import OfflineDataset
 from flapp.data.shards.manifest import check_claim, open_manifest
+from flapp.data.sources import ensure_artifacts, is_prepared
 from flapp.messages import Claim, pack, views
 from flapp.model.adapter_files import export_adapter, import_adapter
 from flapp.model.lora import adapted_layers, draw_lora_A, layout_of, mark_only_lora_as_trainable, merged_state_dict

@@ -67,7 +67,7 @@ from tools.deployment.supervisor import (
 )
 from tools.running.app import APP, app_folder
 from tools.running.called import as_called, new_parser
-from tools.verify_shards import verify_shards
+from tools.verify_data import verify_shards
 
 READY_SECONDS, LEAVE_SECONDS, LOOK_SECONDS = 120, 25, 0.3
 SUPERVISOR_LOG = "supervisor.log"
@@ -140,9 +140,9 @@ def plan(given: argparse.Namespace) -> Federation:
 
 def check_shards(folder: Path) -> list[str]:
     """Verify every shard and the manifest, and return the clients; raises FederationError with the first fault."""
-    for where, check, ok, detail in verify_shards(folder.resolve(), None):
-        if not ok:
-            raise FederationError(f"{where}: {check}: {detail}")
+    for check in verify_shards(folder.resolve(), None):
+        if not check.ok:
+            raise FederationError(f"{check.where}: {check.name}: {check.detail}")
     return list(load_manifest(folder))
 
 

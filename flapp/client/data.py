@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from flapp.config.schema import Config, ConfigError, DatasetConfig, NodeConfig
-from flapp.data.artifact import check_samples
+from flapp.data.artifact import Stamp, check_samples, stamp
 from flapp.data.loader import ClientLoader
 from flapp.data.offline import OfflineDataset
 from flapp.data.partition import label_histogram
 from flapp.data.shards.client import SHARD_FILES, DistributedShardLoader
 from flapp.data.shards.dataset import ShardStream
-from flapp.data.verified import Stamp, stamp
 from flapp.messages import Claim
 from flapp.partitions import cached_partition, stamp_of_shared_files
 from flapp.source import source_digest, versions

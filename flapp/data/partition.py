@@ -5,13 +5,13 @@ and `<split>_offsets` (clients + 1), with `requested`, the float (clients, class
 that the draw asked for. Only a partition by writer has the split val saved; `hold_out` adds it to others.
 """
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from flapp.data.artifact import DataError, locked
+from flapp.files import replacing
 from flapp.untrusted import check_safetensors, printable
 
 MAX_DRAWS = 1000
@@ -171,11 +171,9 @@ def save_partition(path: Path, partition: Partition) -> None:
     for split, parts in saved.items():
         arrays[f"{split}_indices"] = np.concatenate(parts)
         arrays[f"{split}_offsets"] = np.cumsum([0, *map(len, parts)])
-    partial = path.with_suffix(".tmp")
-    save_file(arrays, partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        save_file(arrays, partial)
 
 
 def _iid(train_labels: np.ndarray, test_labels: np.ndarray, clients: int, rng: np.random.Generator) -> Partition:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from flapp.data.artifact import open_artifact, write_artifact
-from flapp.data.embedded import ensure_artifacts
 from flapp.data.partition import hold_out, load_partition, save_partition
+from flapp.data.sources import ensure_artifacts
 from tools import partition_heatmap
 
 

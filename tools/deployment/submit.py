@@ -12,7 +12,7 @@ from flapp.architecture import find_oversize
 from flapp.config.load import to_json
 from flapp.config.rules import count_messages
 from flapp.config.schema import Config, ConfigError
-from flapp.data.verified import Stamp, stamp
+from flapp.data.artifact import Stamp, stamp
 from flapp.listing import describe_refused
 from flapp.server.metric_lines import sound_summary
 from flapp.server.origin import Origin

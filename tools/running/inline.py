@@ -24,7 +24,7 @@ from flwr.common.logger import FLOWER_LOGGER, ConsoleHandler, log
 from flapp.config.load import to_json
 from flapp.config.rules import count_messages
 from flapp.config.schema import Config, ConfigError
-from flapp.data.verified import Stamp, stamp
+from flapp.data.artifact import Stamp, stamp
 from flapp.server.inline import CLIENT_APP, SERVER_NODE, InlineGrid, start_forkserver
 from tools.deployment.processes import SWEEP, available_cpus
 from tools.deployment.submit import CONFIG, LOOK_SECONDS, check_cpus, failure, warn_of_size

@@ -13,8 +13,8 @@ from flapp.architecture import plan
 from flapp.config.rules import sample_size
 from flapp.config.schema import Config
 from flapp.data.artifact import open_artifact
-from flapp.data.embedded import is_prepared
 from flapp.data.shards.manifest import load_manifest
+from flapp.data.sources import is_prepared
 from flapp.model.layout import Layout
 from flapp.strategy.fedlora import global_keys
 from flapp.strategy.lora_aggregation import RULES
