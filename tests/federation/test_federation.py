@@ -130,7 +130,7 @@ def test_the_result_without_a_client_is_the_average_of_the_others(federate: Fede
 
     def listen(name: str, reply: Message) -> Message:
         if messages.ARRAYS in reply.content.array_records:
-            _, metrics = messages.unpack_reply(reply.content)
+            metrics = messages.unpack_reply(reply.content).metrics
             seen[name] = (reply.content.array_records[messages.ARRAYS], int(metrics["num-examples"]))
         return set_tensor(np.full(10, np.nan, np.float32))(reply) if name == "1" and name in seen else reply
 
@@ -319,7 +319,7 @@ def test_batchnorm_buffers_are_averaged_and_counts_stay_whole_numbers(
 
     def listen(name: str, reply: Message) -> Message:
         if messages.ARRAYS in reply.content.array_records:
-            _, metrics = messages.unpack_reply(reply.content)
+            metrics = messages.unpack_reply(reply.content).metrics
             sent[name] = (reply.content.array_records[messages.ARRAYS], int(metrics["num-examples"]))
         return reply
 

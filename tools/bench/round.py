@@ -11,7 +11,7 @@ from statistics import median
 import torch
 
 from flapp import client_app
-from flapp.client.data import open_client_data
+from flapp.client.task import Task
 from flapp.config.load import compose
 from flapp.config.schema import Config, NodeConfig
 from flapp.messages import Instructions
@@ -45,10 +45,8 @@ def fit_client(task: tuple[Config, int, str, int]) -> None:
     torch.set_num_threads(threads)
     model = client_app.cached_model(config.model, config.dataset, config.train.device, config.train.compile)
     lr = scheduled_lr(config.train.lr, config.train.schedule, server_round, config.num_rounds)
-    data = open_client_data(config, NodeConfig(), client_id)
-    client_app.fit(
-        model, config, Instructions(client_id, server_round, "", ""), data, lr, config.train.epochs, None, "train"
-    )
+    asked = Task(Instructions(client_id, server_round, "", ""), config, NodeConfig())
+    client_app.fit(model, asked, lr, config.train.epochs, None, "train")
 
 
 def bare_rounds(config: Config, workers: int) -> list[float]:
