@@ -11,8 +11,8 @@ from pathlib import Path
 
 from flwr.app import ArrayRecord, Context, Message
 
+from flapp.checkpoint.chunks import Round, Saved
 from flapp.checkpoint.manager import ChunkManager
-from flapp.checkpoint.records import Round, Saved
 from flapp.checkpoint.tensors import digest_of
 from flapp.client.task import Task
 from flapp.config.load import config_digest
@@ -76,7 +76,7 @@ class ClientStore:
 
     def _open(self) -> ChunkManager:
         cut = self.task.config.checkpoint
-        return ChunkManager(self.path, cut.keep_rounds, cut.chunk_bytes, cut.chunk_num, cut.engine)
+        return ChunkManager(self.path, cut.keep_rounds, cut.chunk_bytes, cut.chunk_num)
 
     def _find(self, store: ChunkManager, number: int) -> Round | None:
         """Return a round if it is kept and was trained with the same settings."""

@@ -197,10 +197,10 @@ def test_one_failing_client_of_ten_is_named_and_the_run_goes_on(
 ) -> None:
     real = client_app.fit
 
-    def fit(model: Any, config: Any, order: messages.Instructions, *rest: Any) -> Any:
-        if order.client_id == "7" and order.server_round == 2:
+    def fit(model: Any, task: Any, *rest: Any) -> Any:
+        if task.client_id == "7" and task.instructions.server_round == 2:
             raise MemoryError("no room for the batch")
-        return real(model, config, order, *rest)
+        return real(model, task, *rest)
 
     monkeypatch.setattr(client_app, "fit", fit)
     summary, path = federate("model=linear", "num_rounds=3", "train.epochs=1", "evaluate.personal_epochs=0")
