@@ -268,7 +268,7 @@ def test_the_tests_that_run_the_attacks_are_there() -> None:
             text = (ROOT / "tests" / file).read_text()
             assert not test or f"\ndef {test}(" in text, f"{file} has no {test}"
             found += 1
-    assert found > 25
+    assert found >= 25
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("material"), reason="needs mkdocs-material (the extra docs)")
