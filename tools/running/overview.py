@@ -17,7 +17,7 @@ from flapp.data.shards.manifest import load_manifest
 from flapp.data.sources import is_prepared
 from flapp.model.layout import Layout
 from flapp.strategy.fedlora import global_keys
-from flapp.strategy.lora_aggregation import RULES
+from flapp.strategy.lora_rules import RULES
 from tools.checkpoints import in_bytes
 
 FLOAT32 = 4  # bytes of a number in every tensor of our models
