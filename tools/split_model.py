@@ -20,7 +20,8 @@ from flapp.config.load import read_yaml
 from flapp.config.schema import DatasetConfig, ModelConfig, from_plain
 from flapp.files import sha256_of_file
 from flapp.model.files import read_tensors
-from flapp.model.split.components import ModelFactory, SplitModel
+from flapp.model.split.component import SplitModel
+from flapp.model.split.factory import ModelFactory
 from flapp.model.split.files import COMPONENTS, StorageManager
 from flapp.untrusted import check_safetensors, printable, read_json
 from tools.running.called import as_called, new_parser

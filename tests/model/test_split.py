@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flapp.model.layout import SIZES
-from flapp.model.split.components import ModelFactory, ModelType, SplitModel, Whole
+from flapp.model.split.component import ModelType, SplitModel, Whole
+from flapp.model.split.factory import ModelFactory
 from flapp.model.split.files import COMPONENTS, StorageManager, parse_points, read_metadata
 from tests.support.split_models import compose, draw_ids, draw_images, refusal, write_gpt2, write_vit
 
@@ -147,7 +148,7 @@ def test_each_component_loads_alone(tmp_path: Path) -> None:
 
 PEAK = """
 import re, sys
-from flapp.model.split.components import ModelFactory
+from flapp.model.split.factory import ModelFactory
 from flapp.model.split import gpt2 as split_gpt2
 def status(key):
     return int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024

@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from flapp.model import cnn
+from flapp.model import networks
 from tools.bench import STOCK_PROJECT, bare
 from tools.deployment.processes import available_cpus
 from tools.deployment.superlink import CONNECTION, PrivateSuperLink
@@ -29,8 +29,7 @@ from flwr.serverapp.strategy import FedAvg
 from safetensors.torch import load_file
 
 from stock import bare
-from stock.cnn import LeafCNN
-from stock.linear import Linear
+from stock.networks import LeafCNN, Linear
 
 client = ClientApp()
 server = ServerApp()
@@ -82,8 +81,7 @@ def write_app(folder: Path) -> None:
     (folder / "stock" / "app.py").write_text(APP)
     (folder / "pyproject.toml").write_text(STOCK_PROJECT + SETTINGS)
     shutil.copy(bare.__file__, folder / "stock" / "bare.py")
-    for name in ("cnn", "linear"):
-        shutil.copy(Path(cnn.__file__).with_name(f"{name}.py"), folder / "stock")
+    shutil.copy(networks.__file__, folder / "stock" / "networks.py")
 
 
 def run(work: Path, ends: Path, nodes: int) -> str:

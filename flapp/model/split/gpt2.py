@@ -18,7 +18,7 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 from transformers.masking_utils import create_causal_mask
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from flapp.model.split.components import ModelType, SplitModel, Whole
+from flapp.model.split.component import ModelType, SplitModel, Whole
 
 EMBEDDING = "transformer.wte.weight"
 

@@ -1,28 +1,18 @@
-"""Split models: bottom, trunk and top of a transformer, each a module that can be stored, checked and loaded alone.
-
-    bottom   whatever turns inputs into tokens, and layers 0 to p1 - 1
-    trunk    layers p1 to p2 - 1
-    top      layers p2 to the last, and whatever turns tokens into outputs
-
-top(trunk(bottom(x))) is the whole model bit for bit (on a CPU, in eval mode). Tensors keep the whole model's names. A
-type of model says how a whole one is read and what its components are; its module is imported by whoever needs it.
-split_files.py owns the files.
-"""
+"""Split models, store their components, and load them again, each alone if wished."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flapp.model.files import FORMAT_VERSION, mismatch, shapes_of
+from flapp.model.split.component import ModelType, Part, SplitModel
 from flapp.model.split.files import (
     COMPONENTS,
     Metadata,
     StorageManager,
-    Unsaved,
     check_component,
     check_points,
     read_component,
@@ -30,78 +20,8 @@ from flapp.model.split.files import (
 )
 from flapp.untrusted import printable
 
-# What torch and transformers are seen to raise for sizes and names that make no sense.
+# What torch and transformers raise for sizes and names that make no sense.
 BUILD_ERRORS = (ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError, AssertionError)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Which part of which model a component is, and the JSON values that it can be built from."""
-
-    model_type: str
-    name: str
-    component: str
-    split_points: tuple[int, int]
-    num_layers: int
-    config: Mapping[str, Any]
-    model_sha256: str
-
-    @property
-    def layers(self) -> tuple[int, int]:
-        """Return the first layer and the one behind the last."""
-        bounds = (0, *self.split_points, self.num_layers)
-        place = COMPONENTS.index(self.component)
-        return bounds[place], bounds[place + 1]
-
-
-class SplitModel(nn.Module):
-    """A component; `tied` names its parameters that are another one's: {own name: "component:name there"}."""
-
-    part: Part
-    tied: Mapping[str, str] = {}
-
-    def save_split_model(self, path: str | Path, save_metadata: bool = True, *, overwrite: bool = False) -> Metadata:
-        """Write weights to `path`, which ends in .safetensors, and metadata beside; raises ValueError."""
-        if not save_metadata:
-            raise ValueError(f"{path} is not written without metadata, by which it is checked: leave save_metadata out")
-        return write_components([self.unsaved(Path(path))], overwrite)[0]
-
-    def unsaved(self, path: Path) -> Unsaved:
-        """Return what there is to write of this component."""
-        tensors = self.state_dict()
-        return Unsaved(path, tensors, self._facts(tensors))
-
-    def _facts(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        part, (start, end) = self.part, self.part.layers
-        parameters = {name: p.numel() for name, p in self.named_parameters() if name not in self.tied}
-        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
-        return {
-            **{"model_type": part.model_type, "model_class": type(self).__name__},
-            **{"name": part.name, "component": part.component, "split_points": list(part.split_points)},
-            **{"start_layer": start, "end_layer": end, "num_layers": part.num_layers},
-            **{"num_parameters": sum(parameters.values()), "tied": dict(self.tied)},
-            **{"dtype": "+".join(dtypes), "memory_mb": sum(t.nbytes for t in tensors.values()) / 2**20},
-            **{"config": dict(part.config), "model_sha256": part.model_sha256},
-        }
-
-
-@dataclass(frozen=True)
-class Whole:
-    """A whole model that was read: its name, tensors and digest, and the JSON values to build components from."""
-
-    name: str
-    config: Mapping[str, Any]
-    num_layers: int
-    tensors: Mapping[str, Tensor]
-    sha256: str
-
-
-@dataclass(frozen=True)
-class ModelType:
-    """A type of model: read(source, **settings) returns a Whole; components are built from (config, start, end)."""
-
-    read: Callable[..., Whole]
-    components: Mapping[str, Callable[[Mapping[str, Any], int, int], SplitModel]]
 
 
 def _vit() -> ModelType:
@@ -177,7 +97,8 @@ class ModelFactory:
         """Write components where StorageManager says they lie, all or none."""
         places = [(m.part.name, *m.part.split_points, m.part.component) for m in models]
         paths = [StorageManager.get_split_model_path(storage_path, *place) for place in places]
-        return write_components([m.unsaved(path) for m, path in zip(models, paths, strict=True)], overwrite)
+        contents = [(m.state_dict(), m.facts()) for m in models]
+        return write_components(dict(zip(paths, contents, strict=True)), overwrite)
 
     @classmethod
     def load_split_models(
@@ -231,7 +152,7 @@ class ModelFactory:
         if fault := mismatch(shapes_of(model.state_dict()), shapes_of(tensors)):
             raise ValueError(f"{path} does not fit its metadata: {fault}")
         model = _fill(model, part, tensors)
-        if {"format_version": FORMAT_VERSION, **model.unsaved(Path(path)).facts} != found.facts():
+        if {"format_version": FORMAT_VERSION, **model.facts()} != found.facts():
             raise ValueError(f"{path} is not what its metadata says: it was stored by another program")
         return model.to(device)
 
