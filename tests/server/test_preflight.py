@@ -195,9 +195,6 @@ def test_packages_that_are_not_installed_are_named(data_home: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ConfigError, match=r'pip install -e "\.\[tensorboard\]", or set results.tensorboard=false'):
         check(data_home, "results.tensorboard=true")
-    monkeypatch.setattr(preflight, "has_fast", lambda: False)
-    with pytest.raises(ConfigError, match=r'engine=fast needs .* pip install "flapp\[fast\]", or set checkpoint.engin'):
-        check(data_home, "checkpoint.engine=fast")
 
 
 def test_a_home_that_cannot_hold_runs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
