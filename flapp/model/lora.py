@@ -136,7 +136,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def tail_norm(model: nn.Module, rank: int) -> Tensor:
-    """Return sum ||B[:, rank:]||_F ||A[rank:]||_F over the adapted layers: what the ranks after the first `rank` weigh.
+    """Return sum ||B[:, rank:]||_F ||A[rank:]||_F over the adapted layers: the weight of the ranks after `rank`.
 
     A scalar with a gradient: the penalty of HetLoRA's self-pruning (Cho et al. 2024, arXiv:2401.06432, section 4).
     """

@@ -45,7 +45,7 @@ class ModelFactory:
 
     @classmethod
     def register(cls, model_type: str, load: Callable[[], ModelType]) -> None:
-        """Make another type known; load() is called whenever it is asked for."""
+        """Add a type of model; load() is called whenever the type is used."""
         cls.types[model_type] = load
 
     @classmethod
@@ -63,10 +63,10 @@ class ModelFactory:
         overwrite: bool = False,
         **settings: Any,
     ) -> tuple[SplitModel, SplitModel, SplitModel]:
-        """Return bottom, trunk and top of a model, in eval mode, and with auto_save store them in storage_path.
+        """Return bottom, trunk and top of a model, in eval mode; with auto_save, also store them in storage_path.
 
         model_type `vit`: a file of weights that load_pretrained takes, or a run's folder; its setting is `dropout`.
-        `gpt2`: a folder or a name on the hub; its setting is `attn_implementation`. `name` is that of the files, by
+        `gpt2`: a folder or a name on the hub; its setting is `attn_implementation`. `name` is used for the files, by
         default the model's. Raises ValueError unless 0 < split_point_1 < split_point_2 < layers, and for whatever
         cannot be read or stored.
         """
@@ -82,7 +82,9 @@ class ModelFactory:
         parts = [Part(model_type, name or whole.name, component, *about) for component in COMPONENTS]
         bottom, trunk, top = models = [_fill(_skeleton(kind, part), part, whole.tensors) for part in parts]
         if lost := whole.tensors.keys() - {key for model in models for key in model.state_dict()}:
-            raise ValueError(f"{model_name_or_path} has {len(lost)} tensors that are no component's: {min(lost)}")
+            raise ValueError(
+                f"{model_name_or_path} has {len(lost)} tensors that belong to no component, first {min(lost)}"
+            )
         for model in models:
             model.to(device)
         _tie(models)
@@ -110,10 +112,10 @@ class ModelFactory:
         components: Sequence[str] = COMPONENTS,
         device: str | torch.device = "cpu",
     ) -> tuple[SplitModel, ...]:
-        """Return the components asked for, in eval mode, of the split that the name and points leave no doubt about.
+        """Return components of one split, in eval mode; name and points are needed where several splits are stored.
 
         The whole model is never built. Raises ValueError when a file is missing, damaged or not what its name says, or
-        when components are not of one split of one model.
+        when the components are not from one split of one model.
         """
         for component in components:
             check_component(component)
@@ -133,7 +135,7 @@ class ModelFactory:
 
     @classmethod
     def load_component(cls, path: str | Path, device: str | torch.device = "cpu") -> SplitModel:
-        """Build the component stored at `path`, in eval mode, after metadata and digest were found right."""
+        """Build the component stored at `path`, in eval mode, after checking its metadata and digest."""
         found, tensors = read_component(path)
         check_component(found.component)
         kind = cls._type(found.model_type)
@@ -182,7 +184,7 @@ def _fill(model: SplitModel, part: Part, tensors: Mapping[str, Tensor]) -> Split
 
 
 def _tie(models: Sequence[SplitModel]) -> None:
-    """Let components that are in one process share the parameters that are tied; raises ValueError if they differ."""
+    """Let components in one process share their tied parameters; raises ValueError if these differ."""
     by_component = {model.part.component: model for model in models}
     for model in models:
         for name, source in model.tied.items():
@@ -208,7 +210,7 @@ def _check_siblings(models: Sequence[SplitModel]) -> None:
 
 
 def _choose(base: str | Path, name: str | None, p1: int | None, p2: int | None) -> tuple[str, int, int]:
-    """Return the one split below `base` that fits what is given."""
+    """Return the only split below `base` that fits what is given; raises ValueError for none or several."""
     wanted = (name, p1, p2)
     splits = StorageManager.find_splits(base)
     found = [s for s in splits if all(w is None or w == f for w, f in zip(wanted, s, strict=True))]
