@@ -56,7 +56,7 @@ def test_a_client_of_the_stock_app_trains_as_the_bare_loop_does(
     work = bare.read_work(path)
     state = load_file(work.start)
     monkeypatch.syspath_prepend(tmp_path / "app")
-    for name in ("stock", "stock.app", "stock.bare", "stock.cnn", "stock.linear"):
+    for name in ("stock", "stock.app", "stock.bare", "stock.networks"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     from stock.app import client  # type: ignore[import-not-found]
 
