@@ -1,8 +1,8 @@
 """Rounds in the database of a chunk store: written in one transaction, dropped, read and verified."""
 
 import ctypes
-import functools
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -276,27 +276,19 @@ def pieces_of(parts: Iterable[Part], buffers: Mapping[str, memoryview]) -> Piece
 def writeback_of(path: Path) -> Callable[[], object]:
     """Return a function that starts writing the dirty pages of the open file `path` to disk, on Linux.
 
-    While more are still to come, that leaves less to do for the last fsync. It borrows the descriptor that SQLite has
-    open: closing one of its own would drop every lock that this process holds on the file
+    While more pages are still to come, that leaves less to do for the last fsync. It borrows SQLite's own descriptor:
+    closing another one would drop every lock that this process holds on the file
     (https://sqlite.org/howtocorrupt.html, "POSIX advisory locks").
     """
-    function = _sync_file_range()
-    with suppress(OSError):
-        wanted = path.stat()
-        for name in os.listdir("/proc/self/fd") if function else ():
-            with suppress(OSError):  # the descriptor of listdir is closed by now
-                descriptor = int(name)
-                if os.path.samestat(os.fstat(descriptor), wanted):
-                    return lambda: function(descriptor, 0, 0, SYNC_FILE_RANGE_WRITE)  # type: ignore[misc]
+    descriptors = os.listdir("/proc/self/fd") if sys.platform == "linux" else []
+    wanted = path.stat()
+    for descriptor in map(int, descriptors):
+        with suppress(OSError):  # the descriptor of listdir is closed by now
+            if os.path.samestat(os.fstat(descriptor), wanted):
+                start = ctypes.CDLL(None).sync_file_range
+                start.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+                return lambda: start(descriptor, 0, 0, SYNC_FILE_RANGE_WRITE)
     return lambda: None
-
-
-@functools.cache
-def _sync_file_range() -> Callable[..., int] | None:
-    function = getattr(ctypes.CDLL(None), "sync_file_range", None) if os.name == "posix" else None
-    if function is not None:
-        function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    return function
 
 
 def _names(parts: Iterable[Part]) -> str:
