@@ -229,17 +229,21 @@ class Store(Database):
                 yield entry, pieces
 
         for digest, entry, _ in self.hashed(read_each(), ahead):
-            if digest != entry.hash:
-                raise CheckpointError(
-                    f"{self.path}: round {round_num}, chunk {entry.chunk_id} ({_names(entry.parts)}): its bytes are "
-                    f"damaged (another {self.meta['hash']} than noted): restore the file from a copy"
-                )
+            self._compare(round_num, entry, digest)
 
     def read_chunk(self, round_num: int, entry: Entry) -> bytearray:
         """Return the bytes of one chunk, verified."""
         data = bytearray(entry.size)
-        self.read_verified(round_num, [(entry, [memoryview(data)])], 1)
+        self.read(entry, [memoryview(data)])
+        self._compare(round_num, entry, self.hash([memoryview(data)]))
         return data
+
+    def _compare(self, round_num: int, entry: Entry, digest: bytes) -> None:
+        if digest != entry.hash:
+            raise CheckpointError(
+                f"{self.path}: round {round_num}, chunk {entry.chunk_id} ({_names(entry.parts)}): its bytes are "
+                f"damaged (another {self.meta['hash']} than noted): restore the file from a copy"
+            )
 
     def read_into(self, round_num: int, entries: list[Entry], buffers: Mapping[str, memoryview]) -> None:
         """Read chunks into the bytes of their tensors, which hold no good values until this returns."""
@@ -280,11 +284,10 @@ def writeback_of(path: Path) -> Callable[[], object]:
     closing another one would drop every lock that this process holds on the file
     (https://sqlite.org/howtocorrupt.html, "POSIX advisory locks").
     """
-    descriptors = os.listdir("/proc/self/fd") if sys.platform == "linux" else []
-    wanted = path.stat()
-    for descriptor in map(int, descriptors):
-        with suppress(OSError):  # the descriptor of listdir is closed by now
-            if os.path.samestat(os.fstat(descriptor), wanted):
+    descriptors = Path("/proc/self/fd").glob("*") if sys.platform == "linux" else ()
+    for descriptor in (int(entry.name) for entry in descriptors):
+        with suppress(OSError):  # the descriptor that lists the folder is closed by now
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
                 start = ctypes.CDLL(None).sync_file_range
                 start.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
                 return lambda: start(descriptor, 0, 0, SYNC_FILE_RANGE_WRITE)
