@@ -117,11 +117,9 @@ class ChunkManager:
             meta = self._store.meta
             chunk_num = self.chunk_num or (None if self.chunk_bytes else meta.get("chunk_num"))
             most = self.chunk_bytes or meta["chunk_bytes"]
-            parts = cut_evenly(specs, chunk_num) if chunk_num else cut_tensors(specs, most)
-            chunks = ((each, pieces_of(each, buffers)) for each in parts)
-            stored = self._store.put_round(round_num, chunks, facts, self.keep_rounds, pinned)
-        digest, new_chunks, new_bytes = stored
-        return Saved(round_num, len(specs), len(parts), new_chunks, size, new_bytes, digest)
+            cut = cut_evenly(specs, chunk_num) if chunk_num else cut_tensors(specs, most)
+            chunks = ((parts, pieces_of(parts, buffers)) for parts in cut)
+            return self._store.put_round(round_num, chunks, facts, self.keep_rounds, pinned)
 
     def rounds(self) -> list[Round]:
         """Return the stored rounds by their number."""

@@ -16,6 +16,7 @@ from flapp.checkpoint.chunks import (
     Entry,
     Part,
     Round,
+    Saved,
     Spec,
     check_believable,
     decode_parts,
@@ -49,8 +50,8 @@ class Store(Database):
         facts: tuple[str, str, str],
         keep: int | None,
         pinned: Collection[int],
-    ) -> tuple[str, int, int]:
-        """Write a round inside saving() and expire others; return its model digest, new chunks and new bytes.
+    ) -> Saved:
+        """Write a round inside saving(), and expire others.
 
         chunks: parts and bytes in pieces, by chunk_id; facts: metrics, config_digest, input_digest.
         """
@@ -72,7 +73,9 @@ class Store(Database):
                 f"{self.path} did not keep round {round_num} ({kept} of {len(written)} chunks): restore the file from "
                 "a copy, or move it away to start a new one"
             )
-        return model_digest, new_chunks, new_bytes
+        tensors = {part.key for _, parts in written for part in parts}
+        size = sum(part.nbytes for _, parts in written for part in parts)
+        return Saved(round_num, len(tensors), len(written), new_chunks, size, new_bytes, model_digest)
 
     def _put_chunks(
         self, round_num: int, chunks: Iterable[tuple[list[Part], Pieces]]
