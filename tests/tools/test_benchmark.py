@@ -188,7 +188,7 @@ def test_a_file_that_is_no_benchmark_is_refused_in_one_line(
     run = write_run(tmp_path / "runs" / "one", rounds=2)
     words = [str(run), "--out", str(tmp_path / "page.html"), "--benchmark", str(tmp_path / "out.json")]
     assert report.main(words) == 1
-    assert "out.json is not of tools.benchmark: write it with its --json" in capsys.readouterr().err
+    assert "out.json is not a file of tools.benchmark: " in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
 
 

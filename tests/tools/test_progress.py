@@ -2,11 +2,10 @@
 
 import io
 import json
-import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -203,50 +202,6 @@ def test_a_resumed_run_is_not_shown_what_the_earlier_start_said(
         progress.look()
         assert "waiting for clients" in str(progress.replies)
         assert " 1/3 " in str(progress.rounds)
-
-
-@pytest.fixture
-def loggers() -> Iterator[None]:
-    """Let loggers speak again in later tests, which Hydra silences or raises to errors only."""
-    level = logging.root.level
-    yield
-    logging.root.setLevel(level)
-    for name in logging.root.manager.loggerDict:
-        logging.getLogger(name).disabled = False
-
-
-@pytest.mark.usefixtures("loggers")
-@pytest.mark.parametrize(
-    ("outcome", "events", "status"),
-    [
-        ({"rounds": 3, "seconds": 1.0, "model_sha256": "ab"}, ["started", "finished"], 0),
-        (run.RunError("all is lost", {"status": "failed"}), ["started", "failed"], 1),
-    ],
-    ids=["finished", "failed"],
-)
-def test_with_json_stdout_has_nothing_but_lines_of_json(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    outcome: Any,
-    events: list[str],
-    status: int,
-) -> None:
-    def run_once(settings: Config, on_start: Callable[[], object]) -> dict[str, Any]:
-        on_start()
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome | {"status": "finished", "run_dir": "/r"}
-
-    choose_format(monkeypatch, "text")
-    monkeypatch.setattr(run, "run_once", run_once)
-    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["run", "--format", "json", *TOY, f"home={tmp_path}", "run_name=j"])
-    assert run.main() == status
-    found = json_lines(capsys.readouterr().out)
-    assert [(line["event"], line["run_name"]) for line in found] == [(event, "j") for event in events]
-    assert found[0]["parameters"] == 11
-    assert found[-1]["summary"]["status"] == ("failed" if status else "finished")
 
 
 def test_the_last_lines_say_that_a_run_stopped_early_and_whose_model_it_ends_with() -> None:

@@ -30,7 +30,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(home: Path) -> Page:
-    return report_on(home / "whole.html", home / "runs" / "whole")
+    return report_on(home / "whole.html", home / "runs" / "whole", drawn=True)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the page of a sweep of three runs and a job that failed."""
     folder = tmp_path_factory.mktemp("sweep")
     out = folder / "sweep.html"
-    report_on(out, write_sweep(folder / "runs" / "three", jobs=3))
+    report_on(out, write_sweep(folder / "runs" / "three", jobs=3), drawn=True)
     return out
 
 
@@ -220,7 +220,7 @@ def test_legends_name_the_settings_in_which_runs_differ(tmp_path: Path) -> None:
         write_run(tmp_path / "runs" / f"r{i}", 2, 3, 4, seed=seed, partition={"seed": seed}, train={"lr": lr, "x": x})
         for i, (seed, lr, x) in enumerate(settings)
     ]
-    page = report_on(tmp_path / "three.html", *runs)
+    page = report_on(tmp_path / "three.html", *runs, drawn=True)
     (alt,) = [alt for alt in page.alts if alt.startswith("Accuracy. A (")]
     for name in ("A (seed=0, lr=0.1, x=true) ", "B (seed=0, lr=0.5, x=true) ", "C (seed=1, lr=0.5, x=false) "):
         assert name in alt
@@ -304,9 +304,9 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path, capsys: pytest.Ca
     run = write_run(tmp_path / "runs" / "r", rounds=1, classes=0)
     (tmp_path / "nothing").mkdir()
     for arguments, reason in (
-        ([tmp_path / "nothing"], "is no run and holds none"),
-        ([tmp_path / "absent"], "is no folder"),
-        ([run / "config.yaml"], "is no folder"),
+        ([tmp_path / "nothing"], "is not a run and holds none"),
+        ([tmp_path / "absent"], "is not a folder"),
+        ([run / "config.yaml"], "is not a folder"),
         ([run, "--out", tmp_path / "no" / "out.html"], "out.html: make it first"),
     ):
         assert report.main(list(map(str, arguments))) == 1
@@ -319,7 +319,7 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.slow
 def test_500_rounds_of_1000_clients_are_rendered(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs" / "big", rounds=500, clients=1000, classes=62)
-    page = report_on(tmp_path / "big.html", run)
+    page = report_on(tmp_path / "big.html", run, drawn=True)
     assert "Each row is the sum of 10 of the 1,000 clients" in page.said
     assert "20 of 1,000 clients" in page.said
     assert len(page.html) < 2_000_000

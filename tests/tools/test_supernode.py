@@ -89,7 +89,7 @@ def test_flowers_own_loop_waits_with_our_pauses_and_shortly_again_after_work(
 @pytest.mark.parametrize("change", [lambda m: delattr(m, "time"), lambda m: setattr(m, "time", print)])
 def test_a_flower_of_another_build_is_refused_in_one_line(node: Any, change: Any) -> None:
     change(node)
-    with pytest.raises(SystemExit, match=r"^error: .*start_client_internal has no `time`: use flower-supernode.*$"):
+    with pytest.raises(SystemExit, match=r"^error: .*start_client_internal has no `time`: use .*--plain.*$"):
         replace_names(NODE, time=Pauses())
 
 
