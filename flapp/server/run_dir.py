@@ -327,7 +327,7 @@ def check_source(config: Config) -> None:
 
 def _open_store(path: Path, config: Config) -> ChunkManager:
     cut = config.checkpoint
-    return ChunkManager(path / STORE, cut.keep_rounds, cut.chunk_bytes, cut.chunk_num, cut.engine)
+    return ChunkManager(path / STORE, cut.keep_rounds, cut.chunk_bytes, cut.chunk_num)
 
 
 def _one_line(error: BaseException) -> str:
