@@ -42,12 +42,12 @@ class Page(HTMLParser):
             self.said += data + " "
 
 
-def report_on(out: Path, *runs: Path, drawn: bool = False) -> Page:
-    """Write and read the page about runs; its figures are empty unless drawn, which takes most of the time."""
+def report_on(out: Path, *words: object, drawn: bool = False) -> Page:
+    """Write and read a page, given run directories and options; its figures are empty unless drawn, which is slow."""
     with pytest.MonkeyPatch.context() as patch:
         if not drawn:
             patch.setattr(Picture, "svg", lambda _: "")
-        assert report.main([*map(str, runs), "--out", str(out)]) == 0
+        assert report.main([*map(str, words), "--out", str(out)]) == 0
     return Page(out)
 
 

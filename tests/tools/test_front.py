@@ -182,7 +182,7 @@ def test_the_start_is_told_on_stderr_or_as_the_first_of_the_json_lines(
         assert (ended["event"], ended["run_name"], ended["summary"]["status"]) == (event, "j", event)
 
 
-def test_settings_that_are_refused_are_said_before_the_start_is(home: Path) -> None:
+def test_refused_settings_are_reported_before_the_start(home: Path) -> None:
     config, started = compose([f"home={home}", TOY, "deployment.client_cpus=9999"]), []
     with pytest.raises(ValueError, match="client_cpus=9999 is more than"):
         run_once(config, lambda: started.append(True))
@@ -202,7 +202,7 @@ def test_a_run_that_failed_after_a_round_says_the_command_that_resumes_it(
     ]
 
 
-def test_a_command_that_failed_in_its_first_round_is_not_advised_again(
+def test_a_run_that_failed_in_its_first_round_gets_no_advice_to_resume(
     main: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(run.RunError("all is lost"), TOY, "run_name=mine") == 1
@@ -255,7 +255,7 @@ def test_an_interrupted_sweep_says_the_command_that_resumes_all_of_it(
 
 
 @pytest.mark.parametrize("error", ["lost sight of the run: go on with it by run_name=mine resume=true", ""])
-def test_an_error_that_says_how_to_go_on_is_not_followed_by_another_hint(
+def test_an_error_that_says_how_to_continue_is_not_followed_by_another_hint(
     main: Any, capsys: pytest.CaptureFixture[str], error: str
 ) -> None:
     end = run.RunError(error) if error else {"rounds": 5, "seconds": 1.0, "model_sha256": "ab"}

@@ -93,7 +93,7 @@ def test_a_growing_file_is_read_a_round_at_a_time_and_never_twice(tmp_path: Path
     assert [values["round"] for values in found] == [1, 2, 3]
 
 
-def test_lines_of_a_round_that_are_dropped_on_resuming_are_not_told(tmp_path: Path, lines: list[str]) -> None:
+def test_lines_that_a_resumed_run_drops_are_not_shown(tmp_path: Path, lines: list[str]) -> None:
     path = tmp_path / "metrics.jsonl"
     ends = [number for number, line in enumerate(lines, 1) if json.loads(line)["kind"] == "round"]
     path.write_text("".join(lines[: ends[0] + 1]))  # round 1, and the training of round 2
@@ -130,7 +130,7 @@ def test_json_lines_say_what_each_round_reached(
     assert found[1]["bytes_down"] == train[1]["bytes_down"] + evaluated[0]["bytes_down"]
 
 
-def test_a_line_tells_of_each_round_where_there_is_no_terminal(
+def test_without_a_terminal_each_round_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     settings: Config,
@@ -152,7 +152,7 @@ def test_a_line_tells_of_each_round_where_there_is_no_terminal(
 @pytest.mark.parametrize(
     ("rounds", "told"), [(20, [*range(1, 21)]), (21, [*range(2, 21, 2), 21]), (1000, [*range(50, 1001, 50)])]
 )
-def test_a_long_run_is_told_in_about_twenty_lines(
+def test_a_long_run_prints_about_twenty_lines(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     settings: Config,

@@ -13,7 +13,7 @@ from tools.page.drawing import grouped
 from tools.page.sections import ranges
 
 
-def test_a_store_that_cannot_be_read_or_is_being_written_is_said_in_the_page(tmp_path: Path) -> None:
+def test_the_page_names_stores_that_cannot_be_read_or_are_being_written(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs" / "r", rounds=1, classes=0, old=True)
     (run / "server_chunks.db").write_bytes(b"no database" * 100)
     assert "Not read: " in report_on(tmp_path / "r.html", run).said

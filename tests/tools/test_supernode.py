@@ -112,7 +112,7 @@ class Server:
         return self.ended
 
 
-def test_clients_are_forked_and_all_else_is_started_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clients_are_forked_and_other_programs_are_started_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Server] = []
 
     def popen(command: list[str], **options: Any) -> Server:

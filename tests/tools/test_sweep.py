@@ -68,7 +68,7 @@ def table(done: subprocess.CompletedProcess[str]) -> list[str]:
     return done.stdout[done.stdout.index("job  overrides") :].splitlines()
 
 
-def test_the_table_has_a_line_a_job_with_the_settings_that_are_not_everybodys() -> None:
+def test_the_table_has_one_line_per_job_with_the_settings_that_differ() -> None:
     finished = {"job": 0, "overrides": ["model=cnn", "seed=0"], "status": "finished", "objective": 0.5}
     failed = {"job": 1, "overrides": ["model=cnn", "seed=10"], "status": "failed", "error": "why"}
     lines = sweep.sweep_table([finished | {"bytes_up": 12345, "run_dir": "/r/0"}, failed]).splitlines()
@@ -90,7 +90,7 @@ def test_the_table_says_what_the_objective_is_and_which_job_is_best(metric: str,
     assert not sweep.sweep_table([outcomes[0], failed]).splitlines()[-1].startswith("best")
 
 
-def test_jobs_are_told_of_in_their_order_whatever_order_they_end_in() -> None:
+def test_outcomes_are_in_the_order_of_the_jobs_not_of_their_ends() -> None:
     outcomes: list[sweep.Outcome] = []
     with sweep.gathered(outcomes):
         for number in (10, 2, 0):
@@ -111,7 +111,7 @@ def test_a_sweep_in_the_folder_of_a_run_leaves_no_file_there(tmp_path: Path) -> 
     assert sorted((tmp_path / "runs" / "a").iterdir()) == before
 
 
-def test_an_error_that_nobody_foresaw_is_in_the_table_and_still_raised() -> None:
+def test_an_unexpected_error_is_in_the_table_and_is_raised() -> None:
     outcomes: list[sweep.Outcome] = []
     with pytest.raises(KeyError), sweep.gathered(outcomes), sweep.reported(of_job(3)):
         raise KeyError("a bug")
@@ -186,7 +186,7 @@ def test_every_job_has_a_folder_of_its_own_and_resumes_only_what_was_begun(tmp_p
     assert [(job.run_name, job.resume) for job in jobs] == [("s/0", True), ("s/1", False)]
 
 
-def test_a_sweep_that_is_over_is_neither_run_again_nor_forgotten(tmp_path: Path) -> None:
+def test_a_finished_sweep_is_not_run_again_and_keeps_its_file(tmp_path: Path) -> None:
     settings = compose([f"home={tmp_path}", "run_name=s"])
     folder = tmp_path / "runs" / "s"
     finished = {"job": 0, "folder": str(folder), "overrides": ["seed=0"], "status": "finished", "run_dir": "/r"}
@@ -199,7 +199,7 @@ def test_a_sweep_that_is_over_is_neither_run_again_nor_forgotten(tmp_path: Path)
     assert (folder / "sweep.json").read_text() == written
 
 
-def test_lines_of_jobs_side_by_side_are_whole_and_marked_and_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_of_parallel_jobs_are_whole_and_marked_and_see_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -229,7 +229,7 @@ def test_a_reserved_port_is_nobody_elses_until_a_server_listens_there() -> None:
             assert not listens(os.getpid(), port)
 
 
-def test_a_launcher_that_is_not_there_is_said_with_what_brings_it(tmp_path: Path) -> None:
+def test_a_missing_launcher_is_reported_with_the_command_that_installs_it(tmp_path: Path) -> None:
     done = run(tmp_path, "-m", "hydra/launcher=ray", "seed=0,1")
     assert done.returncode == 1
     assert done.stderr.startswith("error: hydra/launcher=ray is not installed: pip install -e '.[sweep]'")
