@@ -1,4 +1,4 @@
-"""The benchmark's table says how each ratio stands, whatever becomes of a topic; none of this measures a time."""
+"""The benchmark's table shows the verdict on each ratio, even when a topic fails; nothing is measured here."""
 
 import json
 import sys

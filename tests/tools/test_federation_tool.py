@@ -1,4 +1,4 @@
-"""tools.federation without starting Flower: what it checks first, what it would start, and how it starts that again."""
+"""tools.federation without Flower: its checks, the commands that it would start, and how it restarts programs."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""Whoever watches a run sees its rounds and replies on a terminal, JSON lines where asked for, and else plain lines."""
+"""The progress of a run: bars of rounds and replies on a terminal, JSON lines if asked for, otherwise plain lines."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""A SuperLink behind nginx, on a network of its own: a site trains through it, and nothing else gets through."""
+"""A SuperLink behind nginx on a test network: a site trains through it, and nothing else gets through."""
 
 import contextlib
 import http.client

@@ -1,4 +1,4 @@
-"""The report says what runs did in one page that needs nothing else, and says what it has not found."""
+"""The report shows runs in one page that needs no other file, and names what it has not found."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What the report reads from run directories is right, also when they are odd."""
+"""The report reads run directories correctly, damaged ones too."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Handing a run to a SuperLink: whose files are here, a run followed by its log, and what is said when it is lost."""
+"""Submitting a run to a SuperLink on another machine: it is followed by its log; a lost run says how to continue."""
 
 from collections.abc import Iterator
 from pathlib import Path

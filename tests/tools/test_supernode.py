@@ -1,4 +1,4 @@
-"""tools.supernode: Flower's SuperNode with shorter waits, and clients that are forks."""
+"""tools.supernode: Flower's SuperNode with shorter waits and with clients that are forks."""
 
 import importlib
 import io

@@ -1,4 +1,4 @@
-"""Sweeps: jobs one after the other and side by side, their table, sweep.json, and nothing left behind."""
+"""Sweeps: jobs in sequence and in parallel, their table and sweep.json, and no process left behind."""
 
 import contextlib
 import importlib.util
