@@ -31,7 +31,7 @@ from flapp.messages import Claim, pack, views
 from flapp.model.adapter_files import export_adapter, import_adapter
 from flapp.model.lora import adapted_layers, draw_lora_A, layout_of, mark_only_lora_as_trainable, merged_state_dict
 from flapp.model.pretrained import load_pretrained
-from flapp.model.split.components import ModelFactory
+from flapp.model.split.factory import ModelFactory
 from flapp.model.split.files import StorageManager
 from flapp.partitions import open_partition
 from flapp.privacy import UNPROTECTED, check_floating, describe_plan

@@ -71,14 +71,6 @@ def normalize(pixels: Tensor, normalization: str, out: Tensor | None = None, exa
     return out.mul_(scale).add_(shift)
 
 
-def to_input(pixels: Tensor, normalization: str, image_size: int | None = None) -> Tensor:
-    """Turn uint8 (n, C, H, W) into normalised float32 (n, C, image_size, image_size) on its own device.
-
-    image_size=None keeps the size. On the CPU the bits are those of torchvision's pipeline.
-    """
-    return normalize(resize(pixels, image_size) if image_size else pixels, normalization)
-
-
 def augment(pixels: Tensor, draws: Tensor) -> Tensor:
     """Shift each image of (n, C, H, W), filling the rest with zeros, and then mirror it; strides are kept.
 

@@ -156,18 +156,10 @@ def roll_labels(content: bytes) -> bytes:
         ("images.npy", lambda content: content[:-100], r"images\.npy cannot be read .*100 bytes too few"),
         ("images.npy", lambda content: content + bytes(4416), "4,416 bytes behind its array"),
         ("images.npy", flip, "block 4 has another SHA-256"),
-        (
-            "labels.npy",
-            roll_labels,
-            r"labels\.npy was changed or damaged .*block 0",
-        ),
+        ("labels.npy", roll_labels, r"labels\.npy was changed or damaged .*block 0"),
         ("meta.json", lambda content: content.replace(b"true", b"false"), "is not a complete artifact"),
         ("meta.json", lambda content: b"[1", r"meta\.json is damaged"),
-        (
-            "meta.json",
-            lambda content: content.replace(b"23", b"24"),
-            r"holds uint8 \[23, 8, 8, 3\], its meta",
-        ),
+        ("meta.json", lambda content: content.replace(b"23", b"24"), r"holds uint8 \[23, 8, 8, 3\], its meta"),
     ],
 )
 def test_damage_is_named(folder: Path, name: str, change: Callable[[bytes], bytes], reason: str) -> None:

@@ -49,14 +49,7 @@ def test_only_zeros_and_ones_are_black_and_white(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("scale", "value", "shown"),
-    [
-        (255, 1.25, "1.25"),
-        (255, -0.5, "-0.5"),
-        (255, 200, "200"),
-        (1, 256, "256"),
-        (1, -1, "-1"),
-        (1, 12.5, "12.5"),
-    ],
+    [(255, 1.25, "1.25"), (255, -0.5, "-0.5"), (255, 200, "200"), (1, 256, "256"), (1, -1, "-1"), (1, 12.5, "12.5")],
 )
 def test_a_pixel_out_of_range_is_refused_by_file_user_and_value(
     tmp_path: Path, scale: int, value: float, shown: str

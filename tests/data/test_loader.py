@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms import functional
 
 from flapp.data.artifact import DataError, write_artifact
-from flapp.data.images import resize, to_input
+from flapp.data.images import resize
 from flapp.data.loader import ClientLoader, will_need
 from flapp.data.offline import OfflineDataset
 from tests.support.images import COUNT, photographs, pil_resize, torchvision_batch, write_resized, write_split
@@ -152,7 +152,7 @@ def test_uint8_batches_become_the_same_input_wherever_they_are_normalised(datase
     resized = ClientLoader(dataset, np.arange(COUNT), 8, image_size=64, output="uint8")
     assert torch.equal(torch.cat([resized.to_input(pixels) for pixels, _ in resized]), expected)
     native = ClientLoader(dataset, np.arange(COUNT), 8, output="uint8")
-    assert torch.equal(torch.cat([to_input(pixels, "imagenet", 64) for pixels, _ in native]), expected)
+    assert torch.equal(torch.cat([native.to_input(resize(pixels, 64)) for pixels, _ in native]), expected)
 
 
 def test_bfloat16_batches_are_the_float32_ones_rounded(dataset: OfflineDataset) -> None:

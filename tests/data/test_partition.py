@@ -57,10 +57,7 @@ def test_partitions_depend_on_the_seed() -> None:
     [
         ({"kind": "dirichlet", "clients": 500, "min_size": 5}, "clients=500 partition.min_size=5 of 2000 training"),
         ({"kind": "dirichlet", "clients": 5, "min_size": 3000}, "2000 training samples: lower partition.min_size"),
-        (
-            {"kind": "dirichlet", "clients": 50, "alpha": 0.01, "min_size": 30},
-            "the smallest of 50 clients at best",
-        ),
+        ({"kind": "dirichlet", "clients": 50, "alpha": 0.01, "min_size": 30}, "the smallest of 50 clients at best"),
         ({"kind": "iid", "clients": 50, "min_size": 41}, "lower clients to at most 48"),
         ({"kind": "pathological", "clients": 3, "classes_per_client": 2}, "cannot deal 10 classes to 3 clients with 2"),
     ],

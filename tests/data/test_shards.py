@@ -89,6 +89,7 @@ def test_manual_follows_the_file(source: Path, samples: Samples, tmp_path: Path)
         (lambda m, names: m["a"].append(names[0]), "writer f0000_00 is given to client a twice"),
         (lambda m, names: m["b"].pop(), r"leaves 1 writers of the source out \(f0006_06\)"),
         (lambda m, names: m["b"].append("f9999"), "client b has writer 'f9999', who is not in the source"),
+        (lambda m, names: m.__setitem__("twice", []), "names client a twice"),
         (lambda m, names: m.__setitem__("c", []), "client c must have a list of one writer or more"),
         (lambda m, names: m.__setitem__("../x", m.pop("b")), r"client id '\.\./x' must be letters"),
     ],
@@ -99,16 +100,11 @@ def test_a_manual_mapping_with_a_fault_is_refused_before_anything_is_written(
     names = sorted(samples)
     mapping = {"a": names[:3], "b": names[3:]}
     change(mapping, names)
-    (tmp_path / "mapping.json").write_text(json.dumps(mapping))
+    text = json.dumps(mapping).replace('"twice"', '"a"')
+    (tmp_path / "mapping.json").write_text(text)
     with pytest.raises(DataError, match=said):
         write_shards(source, tmp_path / "shards", "manual", mapping=tmp_path / "mapping.json")
     assert not (tmp_path / "shards").exists()
-
-
-def test_a_client_named_twice_in_a_mapping_is_refused(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "mapping.json").write_text('{"a": ["f0000_00"], "a": ["f0001_01"]}')
-    with pytest.raises(DataError, match="names client a twice"):
-        write_shards(source, tmp_path / "shards", "manual", mapping=tmp_path / "mapping.json")
 
 
 @pytest.mark.parametrize(
@@ -304,6 +300,13 @@ def test_shards_without_a_manifest_of_this_format_are_kept_unless_overwrite_is_s
         write_shards(source, shards.folder, "round_robin", clients=3, seed=1)
     write_shards(source, shards.folder, "round_robin", clients=3, seed=1, overwrite=True)
     assert content_of(shards.folder) == before
+
+
+def test_a_folder_with_other_files_is_not_replaced(source: Path, shards: Manifest) -> None:
+    (shards.folder / "thesis.tex").touch()
+    with pytest.raises(DataError, match=r"thesis\.tex is not a shard's: move it away"):
+        write_shards(source, shards.folder, "natural", overwrite=True)
+    assert (shards.folder / "thesis.tex").exists()
 
 
 def test_a_source_that_changed_is_noticed(samples: Samples, shards: Manifest, tmp_path: Path) -> None:

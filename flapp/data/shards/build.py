@@ -50,6 +50,7 @@ def write_shards(
     source, out = Path(source), Path(out)
     with locked(out.with_name(f"{out.name}.lock")):
         remove_leftovers(out)
+        _check_folder(out)
         found = open_source(source, progress, out.parent)
         plan = assign_writers(found.writers, strategy, clients, seed, mapping)
         _check_training(found, plan)
@@ -129,6 +130,14 @@ def _recipe(source: Source, client: str, writers: list[str], settings: dict[str,
     }
 
 
+def _check_folder(out: Path) -> None:
+    """Raise DataError if `out`, which is replaced as a whole, holds anything but shards."""
+    ours = {"manifest.json", "clients.jsonl", "clients.idx"}
+    for path in out.iterdir() if out.exists() else ():
+        if path.name not in ours and not path.name.startswith(("client_", ".client")):
+            raise DataError(f"{path} is not a shard's: move it away, or choose another folder for the shards")
+
+
 def _whole_shards(out: Path, facts: dict[str, Any]) -> Manifest | None:
     """Return the manifest of the shards in `out`, None if there are none or one is damaged.
 
@@ -163,12 +172,7 @@ def _check_training(source: Source, plan: dict[str, list[str]]) -> None:
 def _write_client(source: Source, out: Path, recipe: dict[str, Any]) -> ShardRecord:
     cuts = {
         name: split_samples(
-            name,
-            source.writers[name],
-            source.has_test,
-            recipe["seed"],
-            recipe["val_fraction"],
-            recipe["test_fraction"],
+            name, source.writers[name], source.has_test, recipe["seed"], recipe["val_fraction"], recipe["test_fraction"]
         )
         for name in recipe["writers"]
     }
