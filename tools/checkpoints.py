@@ -131,10 +131,7 @@ def show(given: argparse.Namespace) -> Found:
         }
         for key, tensor in tensors.items()
     ]
-    rows = [
-        (key, each["dtype"], str(tuple(each["shape"])), in_bytes(each["bytes"]), str(each["chunks"]))
-        for key, each in zip(tensors, shown, strict=True)
-    ]
+    rows = [(s["key"], s["dtype"], str(tuple(s["shape"])), in_bytes(s["bytes"]), str(s["chunks"])) for s in shown]
     digests = {name: getattr(row, name) or "-" for name in ("model_digest", "config_digest", "input_digest")}
     lines = [
         *table(("tensor", "dtype", "shape", "bytes", "chunks"), rows, (3, 4)),
