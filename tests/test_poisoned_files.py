@@ -32,7 +32,7 @@ from flapp.messages import view
 from flapp.model.adapter_files import export_adapter, import_adapter
 from flapp.model.files import load_tensors
 from flapp.model.pretrained import read_state
-from flapp.model.split.components import ModelFactory
+from flapp.model.split.factory import ModelFactory
 from flapp.server.metric_lines import read_line, sound_summary
 from flapp.server.run_dir import RunDirectory, check_resumable
 from flapp.untrusted import parse_json, printable, read_json
@@ -187,8 +187,8 @@ def test_other_things_in_place_of_numbers_are_said_in_the_report(tmp_path: Path)
     (run / "clients.jsonl").write_text("".join(json.dumps(line) + "\n" for line in clients))
     ask(report.main, run, "--out", tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
-    assert "lines of metrics.jsonl are no lines of a run and are left out" in page
-    assert "lines of clients.jsonl are no lines of a run and are left out" in page
+    assert "lines of metrics.jsonl are not lines of a run and are left out" in page
+    assert "lines of clients.jsonl are not lines of a run and are left out" in page
     said = "bytes_up, bytes_down, seconds, best_round, selected_round, best_value"
     assert f"metrics.json has values of wrong types, which are left out: {said}" in page
 

@@ -18,7 +18,8 @@ from flapp.data.partition import check_enough
 from flapp.data.shards.client import read_meta
 from flapp.data.shards.manifest import open_manifest
 from flapp.data.sources import ensure_artifacts
-from flapp.model.fitting import check_adapter, check_pretrained
+from flapp.model.adapter_files import check_adapter
+from flapp.model.pretrained import check_pretrained
 from flapp.model.split.files import StorageManager
 from flapp.partitions import open_partition
 from flapp.server.client_keys import ClientKeys

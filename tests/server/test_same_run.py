@@ -100,7 +100,7 @@ def test_a_client_with_other_data_does_not_answer_from_its_store(
     real = client_app.fit
 
     def fit(*args: Any) -> Any:
-        trained.append(args[2].server_round)
+        trained.append(args[1].instructions.server_round)
         return real(*args)
 
     monkeypatch.setattr(client_app, "fit", fit)
