@@ -55,16 +55,18 @@ class Ring:
 
 
 class Prefetcher:
-    """Make up to `ahead` batches ahead of the consumer in a thread: make(job, slot, scratch) returns one in `slot`."""
+    """Make up to `ahead` batches ahead of the consumer in a thread."""
 
-    def __init__(self, make: Callable[[Job, Buffers, Buffers], Batch], ahead: int) -> None:
-        self.make = make
+    def __init__(self, ahead: int) -> None:
         self.ahead = ahead
         # The kernel zeroes new memory, which costs as much as four batches: later epochs use the first one's rings.
         self._idle: list[Ring] = []
 
-    def batches(self, jobs: list[Job]) -> Iterator[Batch]:
-        """Yield the batch of each job; the thread ends with the iteration, and its errors are raised here."""
+    def batches(self, jobs: list[Job], make: Callable[[Job, Buffers, Buffers], Batch]) -> Iterator[Batch]:
+        """Yield make(job, slot, scratch), which has its inputs in `slot`, for each job.
+
+        The thread ends with the iteration, however that ends; its errors are raised here.
+        """
         ring = self._idle.pop() if self._idle else Ring([Buffers() for _ in range(self.ahead + 1)], Buffers())
         free: SimpleQueue[Buffers] = SimpleQueue()
         made: SimpleQueue[Batch | BaseException] = SimpleQueue()
@@ -76,7 +78,7 @@ class Prefetcher:
                     slot = free.get()
                     if is_over.is_set():
                         return
-                    made.put(self.make(job, slot, ring.scratch))
+                    made.put(make(job, slot, ring.scratch))
             except BaseException as error:  # noqa: BLE001 - the consumer raises it
                 made.put(error)
 
@@ -150,7 +152,7 @@ class ClientLoader:
         self.batch_size = batch_size
         self.image_size = image_size
         self.output = output
-        self.prefetcher = Prefetcher(self._make, prefetch) if prefetch and dataset.has_images else None
+        self.prefetcher = Prefetcher(prefetch) if prefetch and dataset.has_images else None
         self.augment = augment
         self.exact = exact
         # Augmentation comes before the resize, so it cannot use a materialized artifact.
@@ -173,7 +175,7 @@ class ClientLoader:
     def __iter__(self) -> Iterator[Batch]:
         jobs = self._draw_epoch()
         if self.prefetcher:
-            yield from self.prefetcher.batches(jobs)
+            yield from self.prefetcher.batches(jobs, self._make)
         else:
             for job in jobs:
                 yield self._make(job, Buffers(), Buffers())

@@ -264,6 +264,18 @@ def test_the_kernel_is_told_of_every_page_that_the_next_rows_are_on() -> None:
     assert advised == [(4096, 128 + 10_000), (36864, 128 + 45_000)]
 
 
+def test_a_loader_and_its_buffers_are_freed_when_nobody_uses_it(dataset: OfflineDataset) -> None:
+    loader = ClientLoader(dataset, np.arange(COUNT), 8)
+    epoch(loader)
+    alive = weakref.ref(loader)
+    gc.disable()
+    try:
+        del loader
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
 def test_a_client_without_samples_has_no_batch(dataset: OfflineDataset) -> None:
     loader = ClientLoader(dataset, np.array([], dtype=np.int64), 4, 1, augment=True)
     assert (len(loader), list(loader)) == (0, [])
