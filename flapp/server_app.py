@@ -19,14 +19,14 @@ from flwr.common.logger import update_console_handler
 from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
-from flapp.architecture import adapt, build, choose_device, find_oversize, pruned_rank, split_place
+from flapp.architecture import adapt, build, choose_device, find_oversize, split_place
 from flapp.base import Base, keep_base
 from flapp.config.load import derive_seed, load
 from flapp.config.schema import Config
-from flapp.data.embedded import ensure_artifacts, is_prepared
 from flapp.data.loader import ClientLoader
 from flapp.data.offline import OfflineDataset
 from flapp.data.shards.manifest import check_claim, open_manifest
+from flapp.data.sources import ensure_artifacts, is_prepared
 from flapp.messages import Claim, pack, views
 from flapp.model.adapter_files import export_adapter, import_adapter
 from flapp.model.lora import adapted_layers, draw_lora_A, layout_of, mark_only_lora_as_trainable, merged_state_dict
@@ -46,7 +46,7 @@ from flapp.server.run_dir import SUMMARY, RunDirectory
 from flapp.server.summary import StoppedEarly
 from flapp.strategy.fedavg import FedAvg
 from flapp.strategy.fedlora import FedLoRA, global_keys
-from flapp.strategy.lora_aggregation import RULES
+from flapp.strategy.lora_rules import RULES
 from flapp.strategy.server_optimizer import ServerOptimizer
 from flapp.training import evaluate
 
@@ -142,7 +142,6 @@ def run_rounds(grid: Grid, config: Config, run: RunDirectory) -> dict[str, Any]:
         if warning := find_oversize(config.model, config.dataset, samples):
             log(WARNING, "%s", warning)
         with suppress(StoppedEarly):
-            strategy.timeout = config.strategy.timeout
             strategy.start(
                 polled,
                 ArrayRecord({key: pack(state[key].numpy()) for key in sent}),
@@ -169,8 +168,8 @@ def take_replies(run: RunDirectory, strategy: FedAvg, new: Sequence[Message], do
     if run.clock.phase == "configure":
         run.show_progress(strategy.phase.server_round, "join", done, asked)
         return
-    strategy.take(new)
     phase = strategy.phase
+    phase.take(new)
     run.show_progress(phase.server_round, phase.kind, phase.done(), len(phase.names))
 
 
@@ -278,36 +277,11 @@ def build_strategy(config: Config, roster: Roster, run: RunDirectory, model: nn.
     optimizer = None
     if settings.server_optimizer is not None:
         optimizer = ServerOptimizer(settings.server_optimizer, settings.server_lr, settings.server_momentum)
-    common: dict[str, Any] = {
-        "roster": roster,
-        "run": run,
-        "seed": config.seed,
-        "num_rounds": config.num_rounds,
-        "fraction_train": settings.fraction_train,
-        "fraction_evaluate": settings.fraction_evaluate,
-        "weighting": settings.weighting,
-        "min_replies": settings.min_replies,
-        "norm_limit": settings.norm_limit,
-        "max_weight_share": settings.max_weight_share,
-        "evaluate_every": config.evaluate.every,
-        "validates": config.validates,
-        "server_optimizer": optimizer,
-        "releases": count_releases(run) if config.privacy.enabled else None,
-    }
+    releases = count_releases(run) if config.privacy.enabled else None
     if settings.aggregation is None:
-        return FedAvg(**common)
-    dealt = config.lora.rank_by_client or ()
-    return FedLoRA(
-        **common,
-        aggregation=settings.aggregation,
-        layers=list(adapted_layers(model)),
-        private=private,
-        scaling=config.lora.alpha / config.lora.rank,
-        rank=config.lora.rank,
-        ranks={name: dealt[i % len(dealt)] for i, name in enumerate(roster.expected)} if dealt else {},
-        prune=partial(pruned_rank, config.lora),
-        fresh=partial(fresh_adapter, config, model),
-    )
+        return FedAvg(roster, run, config, optimizer, releases)
+    layers, fresh = list(adapted_layers(model)), partial(fresh_adapter, config, model)
+    return FedLoRA(roster, run, config, optimizer, releases, layers=layers, private=private, fresh=fresh)
 
 
 def fresh_adapter(config: Config, model: nn.Module, server_round: int) -> dict[str, np.ndarray]:

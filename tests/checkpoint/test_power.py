@@ -77,8 +77,8 @@ def test_no_power_cut_loses_an_acknowledged_round_or_leaves_half_of_one(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "cuts"), [(300, 1000), (9000, 1000), (100_000, 300)])
-def test_a_thousand_power_cuts_lose_nothing_whatever_the_page_size(tmp_path: Path, size: int, cuts: int) -> None:
+@pytest.mark.parametrize(("size", "cuts"), [(300, 300), (9000, 300), (100_000, 100)])
+def test_power_cuts_lose_nothing_whatever_the_page_size(tmp_path: Path, size: int, cuts: int) -> None:
     assert count_losses(save_on_a_power_disk(tmp_path, 20, size), tmp_path, cuts, seed=size) == 0
 
 

@@ -28,7 +28,7 @@ from flapp.server.preflight import check_run
 from flapp.server.roster import FederationError
 from flapp.server.run_dir import RunDirectory
 from flapp.server.run_names import is_failed_start
-from flapp.strategy.fedavg import FedAvg
+from flapp.strategy.phase import Phase
 from tests.conftest import Broken, LocalGrid, break_off
 from tests.federation.test_run import run, started_processes
 from tools.deployment import submit
@@ -352,7 +352,7 @@ def test_reasons_come_first_once_and_short(federate: Federate, monkeypatch: pyte
     def refuse(*_: Any) -> Any:
         raise ConfigError("its disk is full: make room")
 
-    monkeypatch.setattr("flapp.client_app.open_client_data", refuse)
+    monkeypatch.setattr("flapp.client.task.open_client_data", refuse)
     with pytest.raises(FederationError) as caught:
         federate("model=linear", "clients=40")
     assert str(caught.value) == (
@@ -371,7 +371,7 @@ def test_a_round_without_replies_says_why_first(federate: Federate, monkeypatch:
     def refuse(*_: Any) -> Any:
         raise MessageError("is odd")
 
-    monkeypatch.setattr(FedAvg, "_take_single", refuse)
+    monkeypatch.setattr(Phase, "_take_single", refuse)
     with pytest.raises(FederationError, match=r"^round 1: clients 0 to 2: is odd \(0 of 3 clients gave a valid train"):
         federate(*TOY)
 

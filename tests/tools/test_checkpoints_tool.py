@@ -57,7 +57,7 @@ def as_json(capsys: pytest.CaptureFixture[str], *words: object, status: int = 0)
     """Return what --json prints, as strict JSON."""
 
     def refuse(word: str) -> None:
-        raise AssertionError(f"{word} is no JSON")
+        raise AssertionError(f"{word} is not JSON")
 
     return json.loads("\n".join(printed(capsys, *words, "--json", status=status)), parse_constant=refuse)
 
@@ -171,7 +171,7 @@ def test_diff_names_what_was_added_removed_and_reshaped(tmp_path: Path, capsys: 
         store.save_model_chunks({"a": torch.ones(2), "b": torch.ones(3, 1), "d": torch.ones(5)}, 1)
     changes = as_json(capsys, "diff", tmp_path / "s.db", 0, 1)["changes"]
     kinds = {row["key"]: (row["kind"], row["relative_norm"]) for row in changes}
-    nothing = None  # what JSON has for the infinity of a change from zero, and for no norm at all
+    nothing = None  # JSON has neither infinity (a change from zero) nor NaN (no norm at all)
     assert kinds == {
         "a": ("changed", nothing),
         "b": ("reshaped", nothing),
@@ -205,7 +205,7 @@ def test_a_store_without_rounds_is_listed(tmp_path: Path, capsys: pytest.Capture
     assert printed(capsys, "list", tmp_path)[1].split()[2:5] == ["0", "-", "-"]
 
 
-def test_what_is_not_there_is_said_in_one_line_and_nothing_is_made(
+def test_a_missing_store_round_or_folder_gives_one_line_and_nothing_is_made(
     db: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for command in (["list"], ["show", 1], ["verify"], ["diff", 1, 2], ["export", 1, tmp_path / "x"], ["compact"]):
