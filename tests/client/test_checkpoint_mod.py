@@ -19,8 +19,6 @@ from flapp.config.load import compose, to_json
 from flapp.config.schema import Config, NodeConfig
 from flapp.messages import EVALUATE, TRAIN, Instructions, pack_instructions, pack_reply, source_digest, unpack_arrays
 
-SITE = {"client-id": "0"}
-
 
 @pytest.fixture
 def settings(data_home: Path, tmp_path: Path) -> Config:
@@ -38,7 +36,7 @@ class Client:
     def __init__(self, settings: Config, folder: Path, private: bool = False) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self.settings = settings
-        self.node_config: dict[str, Any] = SITE | {"checkpoint-dir": str(folder)}
+        self.node_config: dict[str, Any] = {"client-id": "0", "checkpoint-dir": str(folder)}
         self.private = private
         self.base = ""
         self.calls = 0
@@ -48,8 +46,8 @@ class Client:
     def ask(self, server_round: int, value: float, accepted: int = 0, kind: str = TRAIN, fail: bool = False) -> Message:
         """Send one message as a process of its own would get it: with an empty context."""
         private = ("own",) if self.private else ()
-        order = Instructions("0", server_round, "mod", source_digest(), accepted, self.base, private=private)
-        message = pack_instructions(1, kind, order, model(value))
+        asked = Instructions("0", server_round, "mod", source_digest(), accepted, self.base, private=private)
+        message = pack_instructions(1, kind, asked, model(value))
         message.metadata.__dict__["_message_id"] = "1"
         run_config = {"config-json": to_json(self.settings)}
         context = Context(1, 1, self.node_config, RecordDict(), run_config)
@@ -71,12 +69,22 @@ class Client:
         return checkpoint_mod(message, context, app)
 
 
+@pytest.fixture
+def client(settings: Config, tmp_path: Path) -> Client:
+    return Client(settings, tmp_path)
+
+
+@pytest.fixture
+def private(settings: Config, tmp_path: Path) -> Client:
+    """Return a client that keeps tensors to itself."""
+    return Client(settings, tmp_path, private=True)
+
+
 def values(reply: Message) -> dict[str, list[Any]]:
     return {key: array.numpy().tolist() for key, array in unpack_arrays(reply.content).items()}
 
 
-def test_the_store_holds_what_was_sent_to_the_bit(settings: Config, tmp_path: Path) -> None:
-    client = Client(settings, tmp_path)
+def test_the_store_holds_what_was_sent_to_the_bit(client: Client) -> None:
     reply = client.ask(1, 0.1)
     with ChunkManager(client.path, create=False) as store:
         kept = store.reconstruct_model_from_chunks(1)
@@ -86,8 +94,7 @@ def test_the_store_holds_what_was_sent_to_the_bit(settings: Config, tmp_path: Pa
         assert kept[key].numpy().dtype == array.numpy().dtype
 
 
-def test_the_same_message_again_is_answered_from_the_store(settings: Config, tmp_path: Path) -> None:
-    client = Client(settings, tmp_path)
+def test_the_same_message_again_is_answered_from_the_store(client: Client) -> None:
     first, again = client.ask(1, 0.1), client.ask(1, 0.1)
     assert client.calls == 1
     assert values(again) == values(first)
@@ -106,25 +113,23 @@ def test_the_same_message_again_is_answered_from_the_store(settings: Config, tmp
     ],
     ids=["model", "round", "accepted round", "settings", "base"],
 )
-def test_another_message_is_trained(settings: Config, tmp_path: Path, change: Callable[[Client], object]) -> None:
-    client = Client(settings, tmp_path)
+def test_another_message_is_trained(client: Client, change: Callable[[Client], object]) -> None:
     client.ask(1, 0.1)
     change(client)
     assert client.calls == 2
 
 
-def test_private_state_is_put_back_as_of_the_round_that_the_server_took(settings: Config, tmp_path: Path) -> None:
-    client = Client(settings, tmp_path, private=True)
-    client.ask(1, 0.0)  # own = 1
-    client.ask(2, 1.0, accepted=1)  # own = 3; the server never gets this one
-    client.ask(3, 1.0, accepted=1)
-    assert client.seen == 1.0
-    client.ask(4, 2.0, accepted=3)
-    assert client.seen == 4.0
-    client.ask(4, 2.0, accepted=4, kind=EVALUATE)
-    assert client.seen == 8.0
-    client.ask(5, 0.0, accepted=0)
-    assert client.seen is None
+def test_private_state_is_put_back_as_of_the_round_that_the_server_took(private: Client) -> None:
+    private.ask(1, 0.0)  # own = 1
+    private.ask(2, 1.0, accepted=1)  # own = 3; the server never gets this one
+    private.ask(3, 1.0, accepted=1)
+    assert private.seen == 1.0
+    private.ask(4, 2.0, accepted=3)
+    assert private.seen == 4.0
+    private.ask(4, 2.0, accepted=4, kind=EVALUATE)
+    assert private.seen == 8.0
+    private.ask(5, 0.0, accepted=0)
+    assert private.seen is None
 
 
 def test_retention_never_drops_the_private_state_that_the_server_counts_on(settings: Config, tmp_path: Path) -> None:
@@ -135,8 +140,7 @@ def test_retention_never_drops_the_private_state_that_the_server_counts_on(setti
         assert client.seen == 1.0
 
 
-def test_a_failed_reply_and_an_evaluation_leave_no_store(settings: Config, tmp_path: Path) -> None:
-    client = Client(settings, tmp_path)
+def test_a_failed_reply_and_an_evaluation_leave_no_store(client: Client) -> None:
     client.ask(1, 0.1, fail=True)
     client.ask(1, 0.1, kind=EVALUATE)
     assert client.calls == 2
@@ -144,9 +148,8 @@ def test_a_failed_reply_and_an_evaluation_leave_no_store(settings: Config, tmp_p
 
 
 def test_a_store_that_cannot_be_written_is_a_warning_or_the_clients_failure(
-    settings: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    client: Client, settings: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
-    client = Client(settings, tmp_path)
     client.path.mkdir(parents=True)  # a folder where the database should be
     assert values(client.ask(1, 0.0))["weight"] == [[1.0, 1.0]] * 3
     strict = replace(settings.checkpoint, on_error="fail")
@@ -155,19 +158,17 @@ def test_a_store_that_cannot_be_written_is_a_warning_or_the_clients_failure(
         client.ask(1, 0.0)
 
 
-def test_private_state_that_cannot_be_kept_is_always_the_clients_failure(settings: Config, tmp_path: Path) -> None:
-    client = Client(settings, tmp_path, private=True)
-    client.path.mkdir(parents=True)
+def test_private_state_that_cannot_be_kept_is_always_the_clients_failure(private: Client) -> None:
+    private.path.mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"client_0_chunks\.db"):  # or the server would count on it
-        client.ask(1, 0.0)
+        private.ask(1, 0.0)
 
 
-def test_private_state_of_another_run_of_that_name_is_not_taken(settings: Config, tmp_path: Path) -> None:
-    client = Client(settings, tmp_path, private=True)
-    client.ask(1, 0.0)
-    client.settings = replace(settings, seed=9)
-    client.ask(2, 0.0, accepted=1)
-    assert client.seen is None
+def test_private_state_of_another_run_of_that_name_is_not_taken(private: Client, settings: Config) -> None:
+    private.ask(1, 0.0)
+    private.settings = replace(settings, seed=9)
+    private.ask(2, 0.0, accepted=1)
+    assert private.seen is None
 
 
 def test_checkpoint_off_keeps_nothing(settings: Config, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from flapp import architecture, client_app, messages
 from flapp.checkpoint.manager import ChunkManager
 from flapp.client.data import make_batches, open_client_data
 from flapp.config.load import compose, from_dict, read_yaml
-from flapp.config.schema import ConfigError, NodeConfig
+from flapp.config.schema import NodeConfig
 from flapp.model.lora import LoRALinear, adapted_layers, tail_norm, truncate_state
 from flapp.server_app import initial_model
 from flapp.training import StepRules, TrainResult, build_optimizer, evaluate, train
@@ -232,38 +232,3 @@ def test_clients_test_the_global_model_at_their_own_rank_and_at_the_global_scale
         data = open_client_data(settings, NodeConfig(num_partitions=3), str(number))
         found = evaluate(plain, make_batches(settings, data, "test", torch.device("cpu"), None))
         assert losses[str(number)] == pytest.approx(found.loss_sum, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (
-            [*HETLORA, "strategy.aggregation=flexlora", "lora.prune_gamma=0.5"],
-            "lora.prune_gamma=0.5 lets clients prune their ranks, which strategy.aggregation=flexlora does not do: set "
-            "strategy.aggregation=hetlora or lora.prune_gamma=null",
-        ),
-        ([*HETLORA, "lora.prune_penalty=1"], "lora.prune_penalty=1.0 has no effect without lora.prune_gamma: set one"),
-        ([*HETLORA, "lora.rank_min=2"], "lora.rank_min=2 has no effect without lora.prune_gamma: set one"),
-        ([*HETLORA, "lora.prune_gamma=1"], "lora.prune_gamma=1 is out of range"),
-        (
-            [*HETLORA, "lora.prune_gamma=0.5", "lora.rank_by_client=[2,4]", "lora.rank_min=3"],
-            "lora.rank_min=3 is more than the smallest rank that a client starts with, 2: lower lora.rank_min",
-        ),
-        (
-            [*HETLORA, "lora.prune_gamma=0.5", "strategy.weighting=alignment"],
-            "compares updates of one shape: leave lora.rank_by_client and lora.prune_gamma out",
-        ),
-    ],
-)
-def test_settings_that_do_not_go_with_pruning_are_refused_with_the_fix(overrides: list[str], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        compose(overrides)
-    assert message in str(caught.value)
-
-
-def test_the_example_has_clients_of_different_ranks_that_prune_and_count_the_same() -> None:
-    composed = compose(["experiment=digits_hetlora"])
-    assert len(set(composed.lora.rank_by_client or ())) > 1
-    assert composed.lora.prune_gamma is not None
-    assert composed.lora.prune_penalty > 0
-    assert (composed.strategy.aggregation, composed.strategy.weighting) == ("hetlora", "uniform")
