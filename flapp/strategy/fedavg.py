@@ -37,9 +37,9 @@ from flapp.messages import (
     unpack_reply,
     view,
 )
-from flapp.server.releases import ReleaseLedger
+from flapp.server.journals import ReleaseLedger
+from flapp.server.observer import Observer
 from flapp.server.roster import FederationError, Roster
-from flapp.server.run_dir import RunDirectory
 from flapp.strategy.alignment import alignment_weights
 from flapp.strategy.bounds import NormBound, cap_shares
 from flapp.strategy.evaluation import totals
@@ -51,18 +51,18 @@ from flapp.sums import WeightedSum, weighted_average
 class FedAvg(FlowerFedAvg):
     """Federated averaging (McMahan et al. 2017) whose result does not depend on the order of replies.
 
-    roster: who may take part; run: where results go; weighting: `num-examples`, `uniform` or `alignment`; min_replies:
-    valid replies a phase needs, or FederationError; evaluate_every: rounds between evaluations, the last is always one;
-    norm_limit: the longest update that counts, in medians; max_weight_share: the most that one client counts for;
-    releases: counts what clients release, with privacy.enabled; validates: whether evaluations must also have figures
-    of validation samples.
+    roster: who may take part; observer: is told what happens; weighting: `num-examples`, `uniform` or `alignment`;
+    min_replies: valid replies a phase needs, or FederationError; evaluate_every: rounds between evaluations, the last
+    is always one; norm_limit: the longest update that counts, in medians; max_weight_share: the most that one client
+    counts for; releases: counts what clients release, with privacy.enabled; validates: whether evaluations must also
+    have figures of validation samples.
     Flower counts rounds from 1 at every start; `done` are the rounds of earlier starts, which go before them.
     """
 
     def __init__(
         self,
         roster: Roster,
-        run: RunDirectory,
+        observer: Observer,
         seed: int,
         num_rounds: int,
         fraction_train: float = 1.0,
@@ -78,7 +78,7 @@ class FedAvg(FlowerFedAvg):
     ) -> None:
         super().__init__(fraction_train, fraction_evaluate, weighted_by_key=NUM_EXAMPLES, arrayrecord_key=ARRAYS)
         self.roster = roster
-        self.run = run
+        self.observer = observer
         self.seed = seed
         self.num_rounds = num_rounds
         self.weighting = weighting
@@ -128,14 +128,14 @@ class FedAvg(FlowerFedAvg):
         """Draw this round's clients and ask them to train the global model."""
         self.current = arrays
         messages = self._ask(TRAIN, self.done + server_round, self.fraction_train)
-        self.run.clock.enter("send")
+        self.observer.enter("send")
         return messages
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Draw clients to evaluate the new global model, in the rounds that are evaluated."""
-        self.run.clock.enter("evaluate")
+        self.observer.enter("evaluate")
         if not self.is_evaluated(self.done + server_round):
             return []
         self.current = arrays
@@ -145,7 +145,7 @@ class FedAvg(FlowerFedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Average the valid replies' models; raises FederationError when there are fewer than min_replies."""
-        self.run.clock.enter("aggregate")
+        self.observer.enter("aggregate")
         phase = self._receive(replies)
         names = sorted(phase.metrics)
         examples = [self._examples[name] for name in names]
@@ -160,7 +160,7 @@ class FedAvg(FlowerFedAvg):
         if capped := {name: share for name, share in phase.capped.items() if name in phase.metrics}:
             found["capped"] = capped
         busy = {name: round(m["seconds"], 3) for name, m in sorted(phase.metrics.items()) if "seconds" in m}
-        self.run.append(TRAIN, phase.server_round, loss=loss, **found, client_seconds=busy, **self._log_line())
+        self.observer.append(TRAIN, phase.server_round, loss=loss, **found, client_seconds=busy, **self._log_line())
         if self.remembers:
             self.accepted |= dict.fromkeys(names, phase.server_round)
         return arrays, MetricRecord({"train-loss": loss})
@@ -189,7 +189,7 @@ class FedAvg(FlowerFedAvg):
         result = self._add_up({name: claim.test for name, claim in claims.items()}, "")
         if self.validates:
             result |= self._add_up({name: claim.val for name, claim in claims.items()}, VAL)
-        self.run.append(EVALUATE, phase.server_round, **result, **self._log_line())
+        self.observer.append(EVALUATE, phase.server_round, **result, **self._log_line())
         return MetricRecord({key.replace("_", "-"): v for key, v in result.items() if isinstance(v, float)})
 
     def _add_up(self, held: dict[str, int], start: str) -> dict[str, Any]:
@@ -249,7 +249,7 @@ class FedAvg(FlowerFedAvg):
     def _ask(self, kind: str, server_round: int, fraction: float) -> list[Message]:
         self.roster.refresh()
         if self.roster.refusals_changed():
-            self.run.append("refused", server_round, refused=self.roster.refused)
+            self.observer.append("refused", server_round, refused=self.roster.refused)
         chosen = self.roster.sample(fraction, self.seed, server_round, kind)
         rest = self.instructions(kind, server_round)
         self.order = self.roster.order(server_round, **rest)
@@ -267,7 +267,7 @@ class FedAvg(FlowerFedAvg):
             name: sum(byte_sizes(self.outgoing(name))) if self.rank_sent(name) else down for name in chosen
         }
         messages = [m for index, names in enumerate(self.phase.groups) for m in self._messages(index, names)]
-        self.run.show_progress(server_round, kind, 0, len(chosen))
+        self.observer.show_progress(server_round, kind, 0, len(chosen))
         return messages
 
     def _messages(self, index: int, names: tuple[str, ...]) -> list[Message]:
@@ -383,7 +383,7 @@ class FedAvg(FlowerFedAvg):
         # Fewer may be asked to evaluate than min_replies, never to train: clients that left count as no reply.
         needed = self.min_replies if phase.kind == TRAIN else min(self.min_replies, max(1, len(phase.names)))
         if len(phase.metrics) < needed:
-            self.run.append(phase.kind, phase.server_round, **self._log_line())
+            self.observer.append(phase.kind, phase.server_round, **self._log_line())
             raise FederationError(
                 f"round {phase.server_round}: {by_reason(phase.failures, 3) or 'no client is present'} "
                 f"({len(phase.metrics)} of {len(phase.names)} clients gave a valid {phase.kind} reply, "

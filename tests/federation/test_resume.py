@@ -129,11 +129,11 @@ def test_a_run_that_lost_its_store_is_refused_and_left_as_it_was(federate: Feder
     _, path = federate(*TOY, "run_name=robbed")
     before = {name: (path / name).read_bytes() for name in ("metrics.json", "metrics.jsonl", "config.yaml")}
     (path / "server_chunks.db").unlink()
-    with pytest.raises(ConfigError, match=r"ends with round 0, metrics.jsonl goes on to round \d: bring the right"):
+    with pytest.raises(ConfigError, match=r"ends with round 0, metrics.jsonl with round \d: bring the right"):
         federate(*TOY, "run_name=robbed", "resume=true")
     assert {name: (path / name).read_bytes() for name in before} == before
     (path / "config.yaml").unlink()
-    with pytest.raises(ConfigError, match="is no run: .* has no config.yaml"):
+    with pytest.raises(ConfigError, match="is not a run directory: .* has no config.yaml"):
         federate(*TOY, "run_name=robbed", "resume=true")
 
 
@@ -240,8 +240,3 @@ def kill_and_resume(home: Path, kills: int, seed: int) -> None:
 def test_runs_killed_at_random_moments_and_resumed_end_in_the_same_bytes(data_home: Path, federate: Federate) -> None:
     federate("model=linear", "clients=2", "num_rounds=1")  # prepares the digits
     kill_and_resume(data_home, kills=4, seed=1)
-
-
-@pytest.mark.slow
-def test_a_run_of_six_rounds_killed_ten_times_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    kill_and_resume(tmp_path, kills=10, seed=2)

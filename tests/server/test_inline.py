@@ -4,6 +4,7 @@ import gc
 import getpass
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def federate_inline(settings: Config, grid: InlineGrid) -> tuple[dict[str, Any],
 # Messages and workers
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_ends_in_the_same_bytes_with_any_number_of_workers(workers: int, start: Start, tmp_path: Path) -> None:
     grid = start(workers, client_app=CLIENT_APP)
     summary, _ = federate_inline(compose([TOY, f"home={tmp_path}", "run_name=same"]), grid)
@@ -112,12 +113,8 @@ def test_a_model_is_written_once_for_all_messages_that_carry_it(start: Start) ->
     assert not views(reply.content.array_records["arrays"])["w"].any()
     ask(grid, *(say(FIRST, "work", model()) for _ in range(2)))
     assert grid.blocks_made == 4
-
-
-def test_small_models_take_no_shared_memory(start: Start) -> None:
-    grid = start(1)
     ask(grid, say(FIRST, "work", model(1e-4)))
-    assert grid.blocks_made == 0
+    assert grid.blocks_made == 4  # small models take no shared memory
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -363,18 +360,12 @@ def test_an_exception_of_a_client_is_in_the_log_with_its_traceback(tool: Callabl
     process = tool("train.lr=1e30", "train.steps=50", "run_name=bad", "deployment.workers=1")
     out, said = process.communicate(timeout=SECONDS)
     assert process.returncode == 1
-    assert "error: round 1: clients 0 to 2: " in said
+    error, hint = said.splitlines()[-2:]
+    assert re.fullmatch(r"error: round 1: clients 0 to 2: .*lower train.lr.*0 of 3 clients gave a valid train.*", error)
+    assert hint == "no round was complete; run_name=bad can be used again once that is fixed"
     assert "Traceback" not in out + said
     log = (tmp_path / "runs" / "bad" / "log.txt").read_text()
     assert "Traceback (most recent call last)" in log
     assert 'flapp/training.py", line ' in log
     assert "FloatingPointError" in log
     assert "\x1b" not in log
-
-
-@pytest.mark.slow
-def test_without_workers_each_round_is_a_plain_line(tool: Callable[..., Any]) -> None:
-    process = tool("num_rounds=2", "run_name=plain", "deployment.workers=0")
-    _, said = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0
-    assert [line.partition(":")[0] for line in said.splitlines()[-2:]] == ["round 1 of 2", "round 2 of 2"]

@@ -12,7 +12,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flapp.config.load import compose
 from flapp.config.schema import Config
 from flapp.messages import TRAIN, Claim, Instructions, pack, pack_instructions, pack_reply, size_of, source_digest
-from flapp.server_app import build_strategy, initial_model, keys_of
+from flapp.server.run import build_strategy, initial_model, keys_of
 from tools.bench import Row
 
 WORDS = ("experiment=cifar10_fedlora", "model.pretrained=null")

@@ -11,7 +11,7 @@ from typing import Any
 
 from flapp.config.load import compose
 from flapp.config.schema import ConfigError
-from flapp.server.run_lock import find_holder
+from flapp.server.run_names import find_holder
 from tools.page.reading import METRICS, flat, read_config, read_json
 
 BARE = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")  # a string that needs no quotes in Hydra's grammar
