@@ -11,7 +11,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flapp.checkpoint.tensors import digest_of
 from flapp.model.files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -30,6 +29,13 @@ class Base:
 
 class BaseError(ValueError):
     """A base that is not there or not what its name says."""
+
+
+def digest_of(tensors: Mapping[str, "Tensor"]) -> str:
+    """Return the digest of tensors; imports PyTorch, which the modules that import this one may not need."""
+    from flapp.checkpoint import tensors as tensor_bytes
+
+    return tensor_bytes.digest_of(tensors)
 
 
 def keep_base(models: Path, tensors: Mapping[str, "Tensor"]) -> Base:

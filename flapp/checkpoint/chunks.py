@@ -1,8 +1,8 @@
-"""Cutting tensors into chunks, the JSON that says what a chunk holds, and the digests of both; needs no torch.
+"""What a store holds: tensors cut into chunks, rounds, and the digests of both; needs no torch.
 
-A cut is {chunk_id, parts: {key: [(flat_start, flat_end, shape)]}, flat_size}: elements flat_start to flat_end of each
-tensor, laid one behind the other in raw row-major little-endian bytes, each in its own dtype. In the database `parts`
-is JSON and carries the dtype as well, and the key of an earlier tensor whose memory this one shares (tied weights):
+A chunk is elements start to end of one or more tensors, one after the other, as raw row-major little-endian bytes,
+each tensor in its own dtype. The database says in JSON what a chunk holds, by tensor: start, end, shape, dtype and, for
+tied weights, the key of the earlier tensor that has the same memory:
 
     {"head.weight": [[0, 640, [10, 64], "float32"]], "tied.weight": [[0, 8, [8], "bfloat16", "embedding.weight"]]}
 """
@@ -16,25 +16,24 @@ from typing import Any, TypedDict
 
 from flapp.untrusted import parse_json, printable
 
-Parts = dict[str, list[tuple[int, int, tuple[int, ...]]]]
-
 ITEM_SIZES = {f"{kind}{8 * size}": size for kind in ("int", "uint") for size in (1, 2, 4, 8)}
 ITEM_SIZES |= {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 ITEM_SIZES |= {"complex32": 4, "complex64": 8, "complex128": 16}
 ITEM_SIZES |= {f"float8_{kind}": 1 for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")}
 LARGEST = 1 << 62  # bytes of one tensor, so that no product of sizes overflows
-# A round may hold ALWAYS_BELIEVED bytes, or MOST_REPEATED times those of its different chunks. More must be asked for
-# by a model that has as many: equal chunks are stored once, so a small file can claim a model of any size.
+# Equal chunks are stored once, so a small file can claim a model of any size. Without a model to load it into, a round
+# may have ALWAYS_BELIEVED bytes, or MOST_REPEATED times the bytes of its distinct chunks.
 ALWAYS_BELIEVED = 128 << 20
 MOST_REPEATED = 8
+Parts = dict[str, list[tuple[int, int, tuple[int, ...]]]]
 
 
 class CheckpointError(ValueError):
-    """Says in one line what is wrong with a store or a model for it, and what to do."""
+    """Says in one line what is wrong with a store or with a model for it, and how to fix it."""
 
 
 class Cut(TypedDict):
-    """What one chunk is made of."""
+    """What one chunk of ChunkManager.split_model holds: (start, end, shape) by tensor, and its number of elements."""
 
     chunk_id: int
     parts: Parts
@@ -43,7 +42,7 @@ class Cut(TypedDict):
 
 @dataclass(frozen=True)
 class Spec:
-    """A tensor's kind: a dtype of ITEM_SIZES, its shape and the key of the tensor whose memory it shares, if any."""
+    """A tensor's dtype (one of ITEM_SIZES), shape, and the key of the tensor whose memory it shares, if any."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -71,55 +70,106 @@ class Part:
     spec: Spec
 
     @property
-    def offset(self) -> int:
-        """Return where the part begins in its tensor, in bytes."""
-        return self.start * ITEM_SIZES[self.spec.dtype]
-
-    @property
     def nbytes(self) -> int:
         return (self.end - self.start) * ITEM_SIZES[self.spec.dtype]
 
+    def of(self, buffer: memoryview) -> memoryview:
+        """Return the part's bytes in those of its whole tensor."""
+        offset = self.start * ITEM_SIZES[self.spec.dtype]
+        return buffer[offset : offset + self.nbytes]
 
-def cut_tensors(specs: Mapping[str, Spec], chunk_bytes: int) -> list[Cut]:
-    """Cut every tensor on its own into chunks of at most `chunk_bytes`, so that one that stays keeps its chunks."""
-    cuts: list[Cut] = []
+
+@dataclass(frozen=True)
+class Chunk:
+    """A stored chunk: its data are the bytes of its parts, one after the other."""
+
+    chunk_id: int
+    hash: str
+    parts: Parts
+    size: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a chunk of a round is stored: `rowid` in chunk_data."""
+
+    chunk_id: int
+    hash: bytes
+    parts: list[Part]
+    size: int
+    rowid: int
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What saving a round stored: its tensors, chunks and bytes, and how many of those are new in the store."""
+
+    round: int
+    tensors: int
+    chunks: int
+    new_chunks: int
+    bytes: int
+    new_bytes: int
+    model_digest: str
+
+
+@dataclass(frozen=True)
+class Round:
+    """A stored round; created_at is UTC in ISO 8601."""
+
+    round: int
+    created_at: str
+    metrics: dict[str, Any]
+    config_digest: str
+    input_digest: str
+    model_digest: str
+    chunks: int
+    bytes: int
+
+
+def cut_tensors(specs: Mapping[str, Spec], chunk_bytes: int) -> list[list[Part]]:
+    """Cut each tensor separately into chunks of at most `chunk_bytes`, so that an unchanged tensor keeps its chunks."""
+    chunks: list[list[Part]] = []
     for key, spec in specs.items():
         step = max(1, chunk_bytes // ITEM_SIZES[spec.dtype])
-        for start in range(0, max(spec.numel, 1), step):
-            end = min(start + step, spec.numel)
-            cuts.append({"chunk_id": len(cuts), "parts": {key: [(start, end, spec.shape)]}, "flat_size": end - start})
-    return cuts
+        starts = range(0, max(spec.numel, 1), step)
+        chunks += [[Part(key, start, min(start + step, spec.numel), spec)] for start in starts]
+    return chunks
 
 
-def cut_evenly(specs: Mapping[str, Spec], chunk_num: int) -> list[Cut]:
-    """Cut all tensors, one behind the other, into `chunk_num` chunks whose element counts differ by at most one.
+def cut_evenly(specs: Mapping[str, Spec], chunk_num: int) -> list[list[Part]]:
+    """Cut all tensors, one after the other, into `chunk_num` chunks whose element counts differ by at most one.
 
-    There are fewer chunks when there are fewer elements, since none is empty.
+    No chunk is empty, so fewer elements than `chunk_num` make fewer chunks.
     """
     total = sum(spec.numel for spec in specs.values())
     count = max(1, min(chunk_num, total)) if specs else 0
-    bounds = [total * i // max(count, 1) for i in range(count + 1)]
-    cuts: list[Cut] = [{"chunk_id": i, "parts": {}, "flat_size": bounds[i + 1] - bounds[i]} for i in range(count)]
+    ends = [total * (i + 1) // count for i in range(count)]
+    chunks: list[list[Part]] = [[] for _ in ends]
     position = current = 0
     for key, spec in specs.items():
-        first, last = position, position + spec.numel
+        start = 0
         while True:
-            current += position == bounds[current + 1] and last > position
-            end = min(last, bounds[current + 1])
-            cuts[current]["parts"][key] = [(position - first, end - first, spec.shape)]
-            position = end
-            if position == last:
+            current += position == ends[current] and spec.numel > 0
+            end = min(spec.numel, start + ends[current] - position)
+            chunks[current].append(Part(key, start, end, spec))
+            position, start = position + end - start, end
+            if start == spec.numel:
                 break
-    return cuts
+    return chunks
 
 
-def parts_of(cut: Cut, specs: Mapping[str, Spec]) -> list[Part]:
-    """Return the parts of a cut in the order of their bytes."""
-    return [Part(key, start, end, specs[key]) for key, ranges in cut["parts"].items() for start, end, _ in ranges]
+def ranges_of(parts: Iterable[Part]) -> Parts:
+    """Return (start, end, shape) of each part, by tensor."""
+    ranges: Parts = {}
+    for part in parts:
+        ranges.setdefault(part.key, []).append((part.start, part.end, part.spec.shape))
+    return ranges
 
 
 def encode_parts(parts: Iterable[Part]) -> str:
-    """Return the JSON of the module's docstring."""
+    """Return the JSON described at the top of this file."""
     ranges: dict[str, list[Any]] = {}
     for part in parts:
         tied = [part.spec.tied] if part.spec.tied is not None else []
@@ -129,7 +179,7 @@ def encode_parts(parts: Iterable[Part]) -> str:
 
 
 def decode_parts(text: object) -> list[Part]:
-    """Read encode_parts' JSON; raises ValueError for anything else, whatever the sizes that it claims."""
+    """Read the JSON of encode_parts; raises ValueError for anything else, whatever sizes it claims."""
     try:
         ranges = parse_json(text, surrogates=True) if isinstance(text, str) else None
         return [_part(key, *row) for key, rows in ranges.items() for row in rows]  # type: ignore[union-attr]
@@ -144,35 +194,37 @@ def _part(key: str, start: int, end: int, shape: list[int], dtype: str, tied: st
     if type(dtype) is not str or dtype not in ITEM_SIZES or type(tied) not in (str, type(None)):
         raise ValueError(f"{key} has an unknown dtype or tie")
     if math.prod(max(n, 1) for n in shape) > LARGEST // 16 or len(shape) > 64:
-        raise ValueError(f"{key} has a shape beyond all memory")
+        raise ValueError(f"{key} has a shape larger than any memory")
     return Part(key, start, end, Spec(dtype, tuple(shape), tied))
 
 
 def join(chunks: Iterable[list[Part]]) -> dict[str, Spec]:
-    """Return the tensors that chunks are parts of; raises ValueError unless each is there once from end to end."""
+    """Return the tensors that chunks hold; raises ValueError unless they hold each element exactly once, in order."""
     specs: dict[str, Spec] = {}
     filled: dict[str, int] = {}
     for part in (part for parts in chunks for part in parts):
         if specs.setdefault(part.key, part.spec) != part.spec:
             raise ValueError(f"tensor {part.key} is {specs[part.key]} in one chunk and {part.spec} in another")
         if part.start != filled.get(part.key, 0):
-            raise ValueError(f"tensor {part.key} lacks what stands before element {part.start:,}")
+            raise ValueError(f"tensor {part.key} lacks elements before element {part.start:,}")
         filled[part.key] = part.end
     for key, spec in specs.items():
         if filled[key] != spec.numel:
             raise ValueError(f"tensor {key} ends at element {filled[key]:,} of {spec.numel:,}")
         if spec.tied is not None and specs.get(spec.tied) != Spec(spec.dtype, spec.shape):
-            raise ValueError(f"tensor {key} is tied to {spec.tied}, which is not there or of another kind")
+            raise ValueError(f"tensor {key} is tied to {spec.tied}, which is missing or has another dtype or shape")
     return specs
 
 
-def check_believable(claimed: int, stored: int) -> None:
-    """Raise ValueError when a round claims more bytes than its different chunks, of `stored` bytes, may stand for."""
+def check_believable(where: str, entries: list[Entry]) -> None:
+    """Raise CheckpointError when a round claims more bytes than its distinct chunks make believable."""
+    claimed = sum(entry.size for entry in entries)
+    stored = sum({entry.rowid: entry.size for entry in entries}.values())
     most = max(ALWAYS_BELIEVED, MOST_REPEATED * stored)
     if claimed > most:
-        raise ValueError(
-            f"it claims tensors of {claimed:,} bytes, but its different chunks hold {stored:,}, from which at most "
-            f"{most:,} are read without a model: pass the model that it belongs to, or do not trust the file"
+        raise CheckpointError(
+            f"{where}: it claims tensors of {claimed:,} bytes, but its distinct chunks hold {stored:,}, and without a "
+            f"model at most {most:,} are read: pass the model that it belongs to, or do not trust the file"
         )
 
 
@@ -192,3 +244,8 @@ def layout(chunks: Iterable[tuple[bytes, list[Part]]]) -> dict[str, list[Any]]:
 def round_digest(chunks: Iterable[tuple[bytes, list[Part]]]) -> str:
     """Return the SHA-256 over the sorted (key, dtype, shape, tie, chunk hashes and ranges) of a round, in hex."""
     return hashlib.sha256(json.dumps(sorted(layout(chunks).items())).encode()).hexdigest()
+
+
+def facts_digest(*facts: object) -> str:
+    """Return the SHA-256 over a round's number, saved, created_at, metrics and three digests, in hex."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""ChunkManager: save a model a round, find rounds again, and rebuild models from them, verified."""
+"""ChunkManager: save a model for each round, look rounds up, and rebuild models from them, verified."""
 
 import json
 import operator
@@ -8,12 +8,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from flapp.checkpoint import audit, streams
+from flapp.checkpoint import audit
 from flapp.checkpoint.audit import TensorChange, Verification
-from flapp.checkpoint.chunks import CheckpointError, Cut, Parts, cut_evenly, cut_tensors, parts_of
-from flapp.checkpoint.records import Chunk, Entry, Round, Saved
-from flapp.checkpoint.sql import CHUNKS
-from flapp.checkpoint.store import Store
+from flapp.checkpoint.chunks import (
+    CheckpointError,
+    Chunk,
+    Cut,
+    Entry,
+    Part,
+    Round,
+    Saved,
+    cut_evenly,
+    cut_tensors,
+    ranges_of,
+)
+from flapp.checkpoint.store import CHUNKS, VERIFY_BYTES, Store, pieces_of
 from flapp.untrusted import parse_json
 
 if TYPE_CHECKING:
@@ -29,14 +38,13 @@ class ChunkManager:
         keep_rounds: int | None = None,
         chunk_bytes: int | None = None,
         chunk_num: int | None = None,
-        engine: str = "auto",
         create: bool = True,
     ) -> None:
-        """Open the store at `path`, made if missing with `create`.
+        """Open the store at `path`, or make it if it is missing and `create` is set.
 
-        keep_rounds: how many rounds stay, all if None. chunk_bytes: the most that a chunk holds (about 1 MiB if
-        None); chunk_num: cut the whole model into so many equal chunks instead. A store that exists goes on cutting
-        as it was made for, unless told otherwise. Raises CheckpointError for a file that is no store.
+        keep_rounds: how many rounds to keep, all if None. chunk_bytes: the size of a full chunk (about 1 MiB if None);
+        chunk_num: cut the whole model into this many equal chunks instead. An existing store keeps the way of cutting
+        it was made with, unless one is given. Raises CheckpointError for a file that is not a store.
         """
         settings = {"keep_rounds": keep_rounds, "chunk_bytes": chunk_bytes, "chunk_num": chunk_num}
         for name, value in settings.items():
@@ -44,7 +52,7 @@ class ChunkManager:
                 raise CheckpointError(f"{name}={value} must be at least 1, or None")
         self.path = Path(path)
         self.keep_rounds, self.chunk_bytes, self.chunk_num = keep_rounds, chunk_bytes, chunk_num
-        self._store = Store(self.path, engine, create)
+        self._store = Store(self.path, create)
 
     def __enter__(self) -> "ChunkManager":
         return self
@@ -69,15 +77,21 @@ class ChunkManager:
 
         if _integer("chunk_num", chunk_num) < 1:
             raise CheckpointError(f"chunk_num={chunk_num} must be at least 1")
-        return cut_evenly(specs_of(self.model_to_params(params)), chunk_num)
+        chunks = cut_evenly(specs_of(self.model_to_params(params)), chunk_num)
+        sizes = [sum(part.end - part.start for part in parts) for parts in chunks]
+        return [
+            {"chunk_id": i, "parts": ranges_of(parts), "flat_size": size}
+            for i, (parts, size) in enumerate(zip(chunks, sizes, strict=True))
+        ]
 
     def extract_chunk_data(self, params: Mapping[str, Any], chunk: Cut) -> bytes:
         """Return the raw bytes of one chunk of split_model."""
         from flapp.checkpoint.tensors import raw, specs_of
 
         chosen = self.model_to_params({key: params[key] for key in chunk["parts"]})
-        parts = parts_of(chunk, specs_of(chosen))
-        return b"".join(raw(chosen[part.key])[part.offset : part.offset + part.nbytes] for part in parts)
+        specs = specs_of(chosen)
+        ranges = [(key, start, end) for key, rows in chunk["parts"].items() for start, end, _ in rows]
+        return b"".join(Part(key, start, end, specs[key]).of(raw(chosen[key])) for key, start, end in ranges)
 
     def save_model_chunks(
         self,
@@ -89,10 +103,10 @@ class ChunkManager:
         input_digest: str = "",
         pinned: Collection[int] = (),
     ) -> Saved:
-        """Store a model as a round, in place of an earlier one of that number, and expire the rounds not to keep.
+        """Store a model as a round, replacing one of the same number, and drop the rounds that keep_rounds excludes.
 
-        metrics: what JSON can hold. pinned: rounds that do not expire. All of it happens or, when CheckpointError
-        is raised, nothing.
+        metrics: plain values for JSON. pinned: rounds that are kept anyway. When CheckpointError is raised, nothing has
+        changed.
         """
         from flapp.checkpoint.tensors import raw, specs_of
 
@@ -106,12 +120,11 @@ class ChunkManager:
             meta = self._store.meta
             chunk_num = self.chunk_num or (None if self.chunk_bytes else meta.get("chunk_num"))
             most = self.chunk_bytes or meta["chunk_bytes"]
-            cuts = cut_evenly(specs, chunk_num) if chunk_num else cut_tensors(specs, most)
-            parts = [parts_of(cut, specs) for cut in cuts]
-            chunks = streams.hashed(self._store, parts, buffers)
+            parts = cut_evenly(specs, chunk_num) if chunk_num else cut_tensors(specs, most)
+            chunks = ((each, pieces_of(each, buffers)) for each in parts)
             stored = self._store.put_round(round_num, chunks, facts, self.keep_rounds, pinned)
         digest, new_chunks, new_bytes = stored
-        return Saved(round_num, len(specs), len(cuts), new_chunks, size, new_bytes, digest)
+        return Saved(round_num, len(specs), len(parts), new_chunks, size, new_bytes, digest)
 
     def rounds(self) -> list[Round]:
         """Return the stored rounds by their number."""
@@ -138,37 +151,26 @@ class ChunkManager:
             return self._chunk(round_num, found[0])
 
     def _chunk(self, round_num: int, entry: Entry) -> Chunk:
-        data = [memoryview(bytearray(entry.size))]
-        self._store.read(entry, data)
-        if damage := self._store.damage(round_num, entry, data):
-            raise damage
-        parts: Parts = {}
-        for part in entry.parts:
-            parts.setdefault(part.key, []).append((part.start, part.end, part.spec.shape))
-        return Chunk(entry.chunk_id, entry.hash.hex(), parts, entry.size, bytes(data[0]))
+        data = bytes(self._store.read_chunk(round_num, entry))
+        return Chunk(entry.chunk_id, entry.hash.hex(), ranges_of(entry.parts), entry.size, data)
 
     def _checked(self, round_num: int, bounded: bool = True) -> tuple[list[Entry], dict[str, Any]]:
-        """Return the chunks and tensors of a round, whose metadata must be whole and as it was saved.
-
-        bounded: nothing else says how large the tensors may be, so refuse a size that is not believable.
-        """
+        """Return the chunks and tensors of a round whose metadata is as it was saved; bounded: see Store.check."""
         records = self._store.records()
         if round_num not in records:
             stored = ", ".join(map(str, records)) or "none"
             raise CheckpointError(f"{self.path} has no round {round_num}: it holds {stored[:200]}")
         found = self._store.round(records[round_num])
         entries = [self._store.entry(round_num, row) for row in self._store.execute(CHUNKS, round_num)]
-        if bounded:
-            audit.check_size(self._store, round_num, entries)
-        return entries, audit.check_metadata(self._store, round_num, found.model_digest, entries)
+        return entries, self._store.check(round_num, found.model_digest, entries, bounded)
 
     def reconstruct_model_from_chunks(self, round_num: int, model: "nn.Module | None" = None) -> Any:
         """Return a round's tensors by name, or load them into `model`, in place, and return it.
 
-        The model must have the same names, shapes and dtypes. Without one, a round that repeats a few chunks to claim
-        far more bytes than the file holds is refused (see store.py). Every byte is verified before any of it is used:
-        when CheckpointError is raised, nothing is returned and the model is as it was, unless a disk fails between
-        verifying and reading again: the error then says that the model is partly overwritten.
+        The model must have the same names, shapes and dtypes. Without one, a round that claims far more bytes than the
+        file holds is refused (see chunks.py). Every byte is verified before any of it is used: when CheckpointError is
+        raised, the model is as it was, unless the disk fails after that and the error says that the model is partly
+        overwritten.
         """
         from flapp.checkpoint.tensors import new_tensors, raw, reject_foreign, shares_memory, written
 
@@ -178,12 +180,12 @@ class ChunkManager:
                 params = self.model_to_params(model)
                 reject_foreign(f"{self.path}: round {round_num}", specs, params)
                 largest = max((entry.size for entry in entries), default=0)
-                if largest <= streams.VERIFY_BYTES and shares_memory(model, params, specs):
+                if largest <= VERIFY_BYTES and shares_memory(model, params, specs):
                     written(model)
-                    streams.load(self._store, round_num, entries, {key: raw(tensor) for key, tensor in params.items()})
+                    self._store.load_into(round_num, entries, {key: raw(tensor) for key, tensor in params.items()})
                     return model
             tensors = new_tensors(specs)
-            streams.read(self._store, round_num, entries, {key: raw(tensor) for key, tensor in tensors.items()})
+            self._store.read_into(round_num, entries, {key: raw(tensor) for key, tensor in tensors.items()})
         if model is None:
             return tensors
         model.load_state_dict(tensors, strict=True)
@@ -202,8 +204,8 @@ class ChunkManager:
     def get_storage_stats(self) -> dict[str, Any]:
         """Return what the store holds and what it takes on disk, in bytes."""
         with self._store.transaction():
-            entries, chunks, stored = self._store.statistics()
             rounds = self._store.rounds()
+            entries, chunks, stored = self._store.totals()
         logical, size = sum(row.bytes for row in rounds), self.path.stat().st_size
         return {
             "client_id": self.path.stem.removeprefix("client_").removesuffix("_chunks"),
@@ -220,11 +222,11 @@ class ChunkManager:
         }
 
     def verify(self) -> Verification:
-        """Check all of the store, every byte once, and return every problem found."""
+        """Check the whole store, every byte once, and return the problems found."""
         return audit.verify(self._store)
 
     def diff(self, first: int, second: int) -> list[TensorChange]:
-        """Return the tensors that differ between two rounds; those with the same chunks are not read."""
+        """Return the tensors that differ between two rounds; tensors with equal chunks are not read."""
         with self._store.transaction():
             return audit.diff(self._store, (first, second), [self._checked(number)[0] for number in (first, second)])
 

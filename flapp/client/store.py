@@ -11,8 +11,8 @@ from pathlib import Path
 
 from flwr.app import ArrayRecord, Context, Message
 
+from flapp.checkpoint.chunks import Round, Saved
 from flapp.checkpoint.manager import ChunkManager
-from flapp.checkpoint.records import Round, Saved
 from flapp.checkpoint.tensors import digest_of
 from flapp.client.data import open_client_data
 from flapp.config.load import config_digest
@@ -83,7 +83,7 @@ class ClientStore:
 
     def _open(self) -> ChunkManager:
         cut = self.config.checkpoint
-        return ChunkManager(self.path, cut.keep_rounds, cut.chunk_bytes, cut.chunk_num, cut.engine)
+        return ChunkManager(self.path, cut.keep_rounds, cut.chunk_bytes, cut.chunk_num)
 
     def _put_back(self, store: ChunkManager, kept: Round) -> ArrayRecord:
         """Load a round, leave its private tensors in context.state, and return the others."""

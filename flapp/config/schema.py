@@ -152,7 +152,6 @@ class CheckpointConfig:
     keep_rounds: Count | None
     chunk_bytes: Count | None
     chunk_num: Count | None
-    engine: Literal["auto", "stdlib", "fast"]
     on_error: Literal["fail", "warn"]
     replay: bool
 

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 from flapp.architecture import choose_device, plan, split_place
-from flapp.checkpoint.engines import NEEDS_FAST, has_fast
 from flapp.config.schema import WRITER_PARTITIONS, Config, ConfigError
 from flapp.data.artifact import Artifact, check_samples, open_artifact
 from flapp.data.embedded import ensure_artifacts
@@ -69,8 +68,6 @@ def check_packages(config: Config) -> None:
     """Refuse settings that need a package that is not installed."""
     if config.results.tensorboard:
         check_tensorboard()
-    if config.checkpoint.engine == "fast" and not has_fast():
-        raise ConfigError(f"checkpoint.engine=fast {NEEDS_FAST}, or set checkpoint.engine=auto")
 
 
 def check_files(config: Config) -> None:

@@ -67,7 +67,7 @@ class RunDirectory:
         self.observer = Observer(path, config, lock_run(path, config.run_name))
         name_holder(path, run_id)
         cut = config.checkpoint
-        self.store = ChunkManager(path / STORE, cut.keep_rounds, cut.chunk_bytes, cut.chunk_num, cut.engine)
+        self.store = ChunkManager(path / STORE, cut.keep_rounds, cut.chunk_bytes, cut.chunk_num)
 
     @classmethod
     def create(cls, config: Config, run_id: int | None = None) -> "RunDirectory":

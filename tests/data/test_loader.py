@@ -228,7 +228,7 @@ def test_the_thread_ends_however_the_iteration_does(dataset: OfflineDataset) -> 
 
 def test_a_program_may_end_in_the_middle_of_an_epoch(folder: Path) -> None:
     program = (
-        "import sys, numpy; from flapp.data import ClientLoader, OfflineDataset\n"
+        "import sys, numpy; from flapp.data import OfflineDataset; from flapp.data.loader import ClientLoader\n"
         "batches = iter(ClientLoader(OfflineDataset(sys.argv[1]), numpy.arange(30), 2))\n"
         "next(batches); print('done'); assert 'torchvision' not in sys.modules"
     )

@@ -201,7 +201,8 @@ def test_the_tensors_are_plain_safetensors_of_the_promised_kind(shards: Manifest
 
 def test_preparing_shards_needs_no_torch(source: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from flapp.data import write_shards, DistributedShardLoader;"
+        "import sys; from pathlib import Path; from flapp.data import DistributedShardLoader;"
+        "from flapp.data.shards.build import write_shards;"
         "m = write_shards(Path(sys.argv[1]), Path(sys.argv[2]), 'natural');"
         "DistributedShardLoader(m.shard_path('0')); print('torch' in sys.modules)"
     )

@@ -267,7 +267,7 @@ def test_validation_figures_that_cannot_be_are_refused_by_name(federate: Federat
                 numbers[metric] = value
         return reply
 
-    few = ("clients=10", "partition.min_size=1", "evaluate.validation_fraction=0.5", "num_rounds=1")
+    few = ("clients=10", "evaluate.validation_fraction=0.5")
     _, path = federate(*MADE, made, BEST, *few, tamper=tamper)
     failures = read_lines(path, "evaluate")[0]["failures"]
     assert {failure["client"]: failure["reason"] for failure in failures} == {

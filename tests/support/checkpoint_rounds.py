@@ -1,13 +1,16 @@
 """Small models that differ from round to round, and whether a store holds them bit for bit."""
 
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
+from flapp.checkpoint.chunks import CheckpointError
 from flapp.checkpoint.manager import ChunkManager
 from flapp.checkpoint.tensors import digest_of
 
@@ -15,7 +18,7 @@ Digests = dict[int, str]  # of the tensors of each round
 
 
 def model_of(round_num: int, size: int = 9000) -> dict[str, Tensor]:
-    """Return a model of 6.5 * size bytes, of which two thirds are another in each round and the rest in each fourth."""
+    """Return a model of 6.5 * size bytes: two thirds change in every round, the rest in every fourth."""
     new, old = np.random.default_rng(round_num), np.random.default_rng(round_num // 4)
     return {
         "frozen.weight": torch.from_numpy(old.standard_normal(size // 2, dtype=np.float32)),
@@ -24,6 +27,12 @@ def model_of(round_num: int, size: int = 9000) -> dict[str, Tensor]:
         "steps": torch.tensor(round_num),
         "none": torch.empty(0, 3),
     }
+
+
+def save_rounds(store: ChunkManager, *rounds: int, size: int = 9000) -> None:
+    """Save model_of each round."""
+    for number in rounds:
+        store.save_model_chunks(model_of(number, size), number)
 
 
 def digests_of(store: ChunkManager) -> Digests:
@@ -38,9 +47,25 @@ def expected(rounds: Mapping[int, int] | range | list[int], size: int = 9000) ->
 
 
 def is_sound(path: Path) -> bool:
-    """Ask SQLite and the store itself, which no manager may have open."""
-    with sqlite3.connect(path) as db:
+    """Ask SQLite and the store itself about a file that no manager has open."""
+    with closing(sqlite3.connect(path)) as db:
         ((answer,),) = db.execute("PRAGMA integrity_check").fetchall()
-    db.close()
     with ChunkManager(path) as store:
         return bool(answer == "ok") and not store.verify().problems
+
+
+def edit(path: Path, *statements: str) -> None:
+    """Change a database behind the store's back."""
+    with closing(sqlite3.connect(path)) as db:
+        for statement in statements:
+            db.executescript(statement)
+        db.commit()
+
+
+@contextmanager
+def refused(path: Path, message: str = ".") -> Iterator[None]:
+    """Expect a CheckpointError that names `path`, in one line."""
+    with pytest.raises(CheckpointError, match=message) as error:
+        yield
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,14 +1,13 @@
-"""A disk that loses power: an SQLite VFS that passes all on to the real files and keeps a log of what it was asked.
+"""A disk that loses power: an SQLite VFS that works on real files and logs every operation.
 
     with PowerDisk() as disk:            # every apsw connection opened inside goes through it
         ...work...; disk.acknowledge(state)
-    disk.cut(position, random, folder)   # the files as they may be when the power goes before operation `position`
+    disk.cut(position, random, folder)   # the files as a power cut before operation `position` may leave them
 
-What a sync has not confirmed is not on the disk yet. A write is torn at the sectors of 512 bytes, and any subset of the
-sectors written since the last sync may have arrived, in any order; where a file has grown without them, there is
-garbage. The same goes for truncations, and for the names of files made, renamed and deleted since their folder
-was last synced. Only the file names count, so one PowerDisk serves one folder. Early writeback behind SQLite's back is
-a hint, promises nothing, and leaves the log as it is; os.fsync, os.replace and os.unlink are seen too.
+Nothing is on the disk until a sync confirms it. Any subset of the sectors of 512 bytes written since the last sync may
+have arrived, in any order; where a file has grown without them, there is garbage. The same goes for truncations, and
+for the names of files made and deleted since their folder was last synced. Only file names count, so one PowerDisk
+serves one folder. os.fsync is logged too. Early writeback guarantees nothing, so it is not logged.
 """
 
 import os
@@ -29,7 +28,7 @@ WRITES = ("write", "truncate", "sync", "open", "delete")
 class Operation:
     """What the disk was asked: `file` is a number that stays with the content, `name` an entry of the folder."""
 
-    kind: str  # create, write, truncate, sync, unlink, rename, syncdir or acknowledge
+    kind: str  # create, write, truncate, sync, unlink, syncdir or acknowledge
     name: str = ""
     file: int = -1
     offset: int = 0  # of a write, or the size left by a truncation
@@ -50,8 +49,7 @@ class PowerDisk(apsw.VFS):
 
     def __enter__(self) -> "PowerDisk":
         self.patch = pytest.MonkeyPatch()
-        for name, seen in (("fsync", self._fsync), ("replace", self._replace), ("unlink", self._unlink)):
-            self.patch.setattr(os, name, seen(getattr(os, name)))
+        self.patch.setattr(os, "fsync", self._fsync(os.fsync))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -102,13 +100,9 @@ class PowerDisk(apsw.VFS):
     def xDelete(self, filename: str, syncdir: bool) -> None:
         self.ask("delete")
         super().xDelete(filename, syncdir)
-        self.forget(filename)
+        self.log.append(Operation("unlink", Path(filename).name, self.files.pop(Path(filename).name, -1)))
         if syncdir:
             self.log.append(Operation("syncdir"))
-
-    def forget(self, path: str) -> None:
-        """Log that a name is gone."""
-        self.log.append(Operation("unlink", Path(path).name, self.files.pop(Path(path).name, -1)))
 
     def _fsync(self, real: Callable[[int], None]) -> Callable[[int], None]:
         def fsync(descriptor: int) -> None:
@@ -120,22 +114,6 @@ class PowerDisk(apsw.VFS):
                 self.log.append(Operation("sync", file=self.files[path.name]))
 
         return fsync
-
-    def _replace(self, real: Callable[..., None]) -> Callable[..., None]:
-        def replace(source: Any, target: Any) -> None:
-            real(source, target)
-            self.files[Path(target).name] = self.files.pop(Path(source).name)
-            self.log.append(Operation("rename", Path(target).name, self.files[Path(target).name]))
-            self.log.append(Operation("unlink", Path(source).name))
-
-        return replace
-
-    def _unlink(self, real: Callable[..., None]) -> Callable[..., None]:
-        def unlink(path: Any, **options: Any) -> None:
-            real(path, **options)
-            self.forget(str(path))
-
-        return unlink
 
     def states_at(self, position: int) -> tuple[Any, Any]:
         """Return the last state acknowledged before `position`, and the one that was being saved (None: neither)."""
@@ -236,7 +214,7 @@ def after_cut(log: list[Operation], rng: random.Random) -> dict[str, bytes]:
     for op in log:
         if op.kind == "create":
             files[op.file] = Content()
-        if op.kind in ("create", "unlink", "rename"):
+        if op.kind in ("create", "unlink"):
             unsynced.append(op)
         elif op.kind in ("write", "truncate"):
             files[op.file].pending.append(op)

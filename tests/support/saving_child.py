@@ -1,8 +1,8 @@
 """Processes that save rounds until they are done or killed: python -m tests.support.saving_child
 
-For each line of standard input, a JSON list of {path, engine, rounds, keep, size}, it forks a process for each,
-which costs nothing since torch is imported already. It prints `child PID` for each, then what they print (`saved N`
-when save_model_chunks has returned, `error ...`), and `gone` when all have ended.
+For each line of standard input, a JSON list of {path, rounds, keep, size}, it forks one process per entry, which
+starts at once since torch is imported already. It prints `child PID` for each, then what they print (`saved N` when
+save_model_chunks has returned, `error ...`), and `gone` when all have ended.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 from flapp.checkpoint import store
 from flapp.checkpoint.chunks import CheckpointError
 from flapp.checkpoint.manager import ChunkManager
-from tests.support.checkpoint_rounds import model_of
+from tests.support.checkpoint_rounds import save_rounds
 
 
 def say(line: str) -> None:
@@ -24,11 +24,11 @@ def say(line: str) -> None:
     os.write(1, f"{line}\n".encode())
 
 
-def save(path: str, engine: str, rounds: list[int], keep: int | None, size: int) -> None:
+def save(path: str, rounds: list[int], keep: int | None, size: int) -> None:
     try:
-        with ChunkManager(path, keep_rounds=keep, engine=engine, chunk_bytes=6000) as manager:
+        with ChunkManager(path, keep_rounds=keep, chunk_bytes=6000) as manager:
             for number in rounds:
-                manager.save_model_chunks(model_of(number, size), number)
+                save_rounds(manager, number, size=size)
                 say(f"saved {number}")
     except CheckpointError as error:
         say(f"error {error}")
@@ -51,7 +51,7 @@ def serve() -> None:
 
 
 class Nursery:
-    """Start saving processes, and hear from them."""
+    """Starts saving processes, and hears from them."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self.process = process
@@ -69,15 +69,12 @@ class Nursery:
         return word, rest
 
     def hear_until_gone(self) -> list[tuple[str, str]]:
-        heard = []
-        while (word := self.hear())[0] != "gone":
-            heard.append(word)
-        return heard
+        return list(iter(self.hear, ("gone", "")))
 
 
 @contextmanager
 def nursery() -> Iterator[Nursery]:
-    """Yield a Nursery, stopped at the end."""
+    """Give a Nursery, and stop it at the end."""
     command = [sys.executable, "-m", "tests.support.saving_child"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         yield Nursery(process)

@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import os
 import pickle
 import sqlite3
 import tempfile
@@ -16,23 +15,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flapp.checkpoint.engines import has_fast
 from flapp.checkpoint.manager import ChunkManager
+from flapp.files import sync
 from flapp.model.build import build_model
 from tools.bench import Row, measure
 
-ENGINES = ("stdlib", "fast") if has_fast() else ("stdlib",)
 RANK, LORA_ROUNDS = 8, 10
 State = dict[str, Tensor]
 
 
 def rows() -> list[Row]:
-    """Measure in a temporary folder on a real disk, each store with as many rounds as it needs."""
+    """Measure in a temporary folder on a real disk."""
     with tempfile.TemporaryDirectory(prefix="flapp-bench-", dir=disk_folder()) as folder:
         torch.manual_seed(0)
-        measured = [*saving(Path(folder)), *saving_lora(Path(folder)), *loading(Path(folder)), *small(Path(folder))]
-    missing = "no apsw or blake3: pip install -e '.[benchmark]'"
-    return measured if has_fast() else [*measured, Row("every row above, fast", "-", None, 0, note=missing)]
+        return [*saving(Path(folder)), *saving_lora(Path(folder)), *loading(Path(folder)), *small(Path(folder))]
 
 
 def disk_folder() -> Path:
@@ -40,11 +36,6 @@ def disk_folder() -> Path:
     in_memory = [Path(part.mountpoint) for part in psutil.disk_partitions(all=True) if part.fstype == "tmpfs"]
     choices = [Path(tempfile.gettempdir()), Path("/var/tmp"), Path.cwd()]
     return next((path for path in choices if not any(path.is_relative_to(each) for each in in_memory)), choices[0])
-
-
-def sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def save_torch(path: Path, state: State) -> None:
@@ -75,16 +66,18 @@ def save_flat_pickled(path: Path, state: State) -> None:
 
 
 class Saver:
-    """Saves round after round by one engine, each of them wholly new to the store unless `partly`."""
+    """Saves round after round, each of them entirely new to the store unless `partly`."""
 
-    def __init__(self, path: Path, engine: str, keep_rounds: int | None, partly: bool = False) -> None:
-        self.store = ChunkManager(path, keep_rounds=keep_rounds, engine=engine)
+    def __init__(self, path: Path, keep_rounds: int | None, partly: bool = False) -> None:
+        self.store = ChunkManager(path, keep_rounds=keep_rounds)
         self.rounds, self.partly = itertools.count(), partly
 
     def __call__(self, state: State) -> None:
         saved = self.store.save_model_chunks(state, next(self.rounds))
         if not self.partly and saved.new_bytes != saved.bytes:
-            raise RuntimeError(f"only {saved.new_bytes} of {saved.bytes} bytes were new: nothing is compared so")
+            raise RuntimeError(
+                f"only {saved.new_bytes} of {saved.bytes} bytes were new: the comparison would be unfair"
+            )
 
 
 def alternate(save: Callable[[State], None], states: list[State]) -> Callable[[], None]:
@@ -102,18 +95,15 @@ def saving(folder: Path) -> list[Row]:
     shapes = build_model("vit_b_16", (224, 224, 3), 1000).state_dict()
     states = [random_like(shapes), random_like(shapes)]
     ways: dict[str, Callable[[State], None]] = {
-        "torch": partial(save_torch, folder / "model.pt"),
-        "safetensors": partial(save_safetensors, folder / "model.safetensors"),
-        "flat": partial(save_flat_pickled, folder / "flat.db"),
-        **{engine: Saver(folder / f"{engine}.db", engine, keep_rounds=1) for engine in ENGINES},
+        "torch.save + fsync": partial(save_torch, folder / "model.pt"),
+        "safetensors + fsync": partial(save_safetensors, folder / "model.safetensors"),
+        "flat pickled chunks": partial(save_flat_pickled, folder / "flat.db"),
+        "store": Saver(folder / "store.db", keep_rounds=1),
     }
     seconds = measure({name: alternate(save, states) for name, save in ways.items()}, warmup=3)
-    names = {"torch": "torch.save + fsync", "safetensors": "safetensors + fsync", "flat": "flat pickled chunks"}
-    targets = {"stdlib": (1.35, 1.2, 12.0), "fast": (2.2, 1.9, 25.0)}
     return [
-        Row(f"save ViT-B, all changed, {engine}", against, seconds[other] / seconds[engine], target)
-        for engine in ENGINES
-        for (other, against), target in zip(names.items(), targets[engine], strict=True)
+        Row("save ViT-B, all changed", against, seconds[against] / seconds["store"], target)
+        for against, target in zip(ways, (2.2, 1.9, 25.0), strict=False)
     ]
 
 
@@ -137,64 +127,49 @@ def saving_lora(folder: Path) -> list[Row]:
     def change() -> State:
         return state | random_like({key: state[key] for key in changing})
 
-    savers = {engine: Saver(folder / f"lora-{engine}.db", engine, None, partly=True) for engine in ENGINES}
-    ways: dict[str, Callable[[], None]] = {"torch": lambda: save_torch(folder / "model.pt", change())}
-    ways |= {name: partial(lambda save: save(change()), save) for name, save in savers.items()}
-    seconds = measure(ways, repeats=LORA_ROUNDS - 1)
-    what = f"save ViT-B + LoRA (r={RANK})"
-    result = [
-        Row(f"{what}, {engine}", "torch.save + fsync", seconds["torch"] / seconds[engine], 5) for engine in ENGINES
-    ]
-    store = savers[ENGINES[-1]].store
-    new = store.save_model_chunks(change(), LORA_ROUNDS).new_bytes
-    store.cleanup_old_rounds(LORA_ROUNDS)
-    stored = store.get_storage_stats()["storage_size_bytes"]
+    save = Saver(folder / "lora.db", None, partly=True)
+    seconds = measure(
+        {"torch": lambda: save_torch(folder / "model.pt", change()), "store": lambda: save(change())},
+        repeats=LORA_ROUNDS - 1,
+    )
+    new = save.store.save_model_chunks(change(), LORA_ROUNDS).new_bytes
+    save.store.cleanup_old_rounds(LORA_ROUNDS)
+    stored = save.store.get_storage_stats()["storage_size_bytes"]
     kept = f"{LORA_ROUNDS} rounds kept, {stored:,} bytes"
-    result.append(Row(f"{what}, new bytes of a round", "changed bytes", new / changed, 1.01, False))
-    result.append(Row(f"{what}, the file", "the model", stored / whole, 1.10, False, note=kept))
-    return result
+    what = f"save ViT-B + LoRA (r={RANK})"
+    return [
+        Row(what, "torch.save + fsync", seconds["torch"] / seconds["store"], 5),
+        Row(f"{what}, new bytes of a round", "changed bytes", new / changed, 1.01, False),
+        Row(f"{what}, the file", "the model", stored / whole, 1.10, False, note=kept),
+    ]
 
 
 def loading(folder: Path) -> list[Row]:
     """Load the stored model into a live one, verified, against torch.load without any check."""
     model = build_model("vit_b_16", (224, 224, 3), 1000)
     save_torch(folder / "model.pt", model.state_dict())
-    stores = {engine: ChunkManager(folder / f"load-{engine}.db", engine=engine) for engine in ENGINES}
-    for store in stores.values():
-        store.save_model_chunks(model, 0)
+    store = ChunkManager(folder / "load.db")
+    store.save_model_chunks(model, 0)
     ways: dict[str, Callable[[], object]] = {
         "torch": lambda: model.load_state_dict(torch.load(folder / "model.pt")),
         "torch only": lambda: torch.load(folder / "model.pt"),
-        **{name: partial(store.reconstruct_model_from_chunks, 0, model) for name, store in stores.items()},
+        "store": lambda: store.reconstruct_model_from_chunks(0, model),
     }
     seconds = measure(ways, repeats=9, warmup=2)
-    targets = {"stdlib": 1.15, "fast": 2.8}
-    against = "torch.load + load_state_dict, unverified"
-    return [
-        Row(
-            f"verified load into the live ViT-B, {engine}",
-            against,
-            seconds["torch"] / seconds[engine],
-            targets[engine],
-            note=f"{seconds['torch only'] / seconds[engine]:.2f}x against torch.load alone",
-        )
-        for engine in ENGINES
-    ]
+    what, against = "verified load into the live ViT-B", "torch.load + load_state_dict, unverified"
+    note = f"{seconds['torch only'] / seconds['store']:.2f}x against torch.load alone"
+    return [Row(what, against, seconds["torch"] / seconds["store"], 2.8, note=note)]
 
 
 def small(folder: Path) -> list[Row]:
     """Save small models, whose cost is that of the fsyncs; for information."""
     result = []
-    for name, model in {
-        "linear, 11 parameters": nn.Linear(10, 1),
-        "vit_tiny": build_model("vit_tiny", (32, 32, 3), 10),
-    }.items():
+    models = {"linear, 11 parameters": nn.Linear(10, 1), "vit_tiny": build_model("vit_tiny", (32, 32, 3), 10)}
+    for name, model in models.items():
         states = [random_like(model.state_dict()) for _ in range(2)]
-        savers = {e: Saver(folder / f"{name}-{e}.db", e, keep_rounds=1, partly=True) for e in ENGINES}
-        ways: dict[str, Callable[[State], None]] = {"torch": partial(save_torch, folder / "small.pt"), **savers}
-        seconds = measure({each: alternate(save, states) for each, save in ways.items()}, repeats=15)
-        for engine in ENGINES:
-            size = savers[engine].store.get_storage_stats()["storage_size_bytes"]
-            ratio, note = seconds["torch"] / seconds[engine], f"for information; {size:,} bytes"
-            result.append(Row(f"save {name}, {engine}", "torch.save + fsync", ratio, 0, note=note))
+        saver = Saver(folder / f"{name}.db", keep_rounds=1, partly=True)
+        ways = {"torch": alternate(partial(save_torch, folder / "small.pt"), states), "store": alternate(saver, states)}
+        seconds = measure(ways, repeats=15)
+        note = f"for information; {saver.store.get_storage_stats()['storage_size_bytes']:,} bytes"
+        result.append(Row(f"save {name}", "torch.save + fsync", seconds["torch"] / seconds["store"], 0, note=note))
     return result

@@ -9,10 +9,10 @@ from pathlib import Path
 import apsw
 import pytest
 
-from flapp.checkpoint import store
+from flapp.checkpoint import database, store
 from flapp.checkpoint.chunks import CheckpointError
 from flapp.checkpoint.manager import ChunkManager
-from tests.support.checkpoint_rounds import Digests, digests_of, expected, is_sound, model_of
+from tests.support.checkpoint_rounds import Digests, digests_of, expected, is_sound, model_of, save_rounds
 from tests.support.power_vfs import PowerDisk
 
 DB = "client_1_chunks.db"
@@ -26,11 +26,11 @@ BREAKAGES = {
 }
 
 
-def save_rounds(folder: Path, rounds: int = 12, size: int = 9000) -> PowerDisk:
-    """Save rounds with retention, a cleanup and a compaction, on a disk that logs it and is told what was promised."""
+def save_on_a_power_disk(folder: Path, rounds: int = 12, size: int = 9000) -> PowerDisk:
+    """Save rounds with retention, a cleanup and a compaction; the disk is told what was acknowledged."""
     with PowerDisk() as disk, pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "WRITEBACK_BYTES", 10_000)  # begins the early writeback, which promises nothing
-        manager = ChunkManager(folder / DB, keep_rounds=3, chunk_bytes=6000, engine="fast")
+        manager = ChunkManager(folder / DB, keep_rounds=3, chunk_bytes=6000)
         for number in range(rounds):
             manager.save_model_chunks(model_of(number, size), number, pinned=(1,))
             disk.acknowledge(digests_of(manager))
@@ -40,17 +40,17 @@ def save_rounds(folder: Path, rounds: int = 12, size: int = 9000) -> PowerDisk:
                 manager.compact()
                 disk.acknowledge(digests_of(manager))
                 manager.close()
-                manager = ChunkManager(folder / DB, keep_rounds=3, engine="fast")
+                manager = ChunkManager(folder / DB, keep_rounds=3)
         manager.save_model_chunks(model_of(99, size), rounds - 1)
         disk.acknowledge(digests_of(manager))
         manager.close()
     return disk
 
 
-def what_is_left(path: Path, engine: str) -> Digests | None:
+def what_is_left(path: Path) -> Digests | None:
     """Read the store after a power cut; None for one that cannot be read."""
     try:
-        with ChunkManager(path, engine=engine) as manager:
+        with ChunkManager(path) as manager:
             found = digests_of(manager)
         return found if is_sound(path) else None
     except CheckpointError:
@@ -67,23 +67,23 @@ def count_losses(disk: PowerDisk, folder: Path, cuts: int, seed: int = 0) -> int
         position = rng.randrange(len(disk.log) + 1)
         disk.cut(position, rng, left)
         before, after = disk.states_at(position)
-        losses += what_is_left(left / DB, ("fast", "stdlib")[cut % 2]) not in (before or {}, after or before)
+        losses += what_is_left(left / DB) not in (before or {}, after or before)
         shutil.rmtree(left)
     return losses
 
 
 def test_no_power_cut_loses_an_acknowledged_round_or_leaves_half_of_one(tmp_path: Path) -> None:
-    assert count_losses(save_rounds(tmp_path), tmp_path, 100) == 0
+    assert count_losses(save_on_a_power_disk(tmp_path), tmp_path, 100) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "cuts"), [(300, 1000), (9000, 1000), (100_000, 300)])
 def test_a_thousand_power_cuts_lose_nothing_whatever_the_page_size(tmp_path: Path, size: int, cuts: int) -> None:
-    assert count_losses(save_rounds(tmp_path, 20, size), tmp_path, cuts, seed=size) == 0
+    assert count_losses(save_on_a_power_disk(tmp_path, 20, size), tmp_path, cuts, seed=size) == 0
 
 
 def test_a_power_cut_while_recovering_from_a_power_cut_loses_nothing(tmp_path: Path) -> None:
-    first, rng, recovered = save_rounds(tmp_path, 8), random.Random(1), 0
+    first, rng, recovered = save_on_a_power_disk(tmp_path, 8), random.Random(1), 0
     while recovered < 10:
         left = tmp_path / "left"
         left.mkdir()
@@ -95,13 +95,13 @@ def test_a_power_cut_while_recovering_from_a_power_cut_loses_nothing(tmp_path: P
             with PowerDisk() as second:
                 second.find(left)
                 begin = len(second.log)
-                with ChunkManager(left / DB, engine="fast") as manager:
+                with ChunkManager(left / DB) as manager:
                     assert digests_of(manager) in allowed
             for again in range(begin, len(second.log) + 1):
                 shutil.rmtree(left)
                 left.mkdir()
                 second.cut(again, rng, left)
-                assert what_is_left(left / DB, "stdlib") in allowed
+                assert what_is_left(left / DB) in allowed
         shutil.rmtree(left)
 
 
@@ -110,21 +110,18 @@ def test_the_simulated_power_cuts_catch_a_store_that_promises_too_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breakage: str
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(store, "PRAGMAS", BREAKAGES[breakage])
-        disk = save_rounds(tmp_path)
+        patch.setattr(database, "PRAGMAS", BREAKAGES[breakage])
+        disk = save_on_a_power_disk(tmp_path)
     losses = count_losses(disk, tmp_path, 60)
     assert losses > 0
 
 
-def test_both_engines_write_with_the_settings_that_the_power_cuts_have_tried(tmp_path: Path) -> None:
-    names = ("journal_mode", "synchronous", "auto_vacuum", "secure_delete", "page_size", "encoding", "locking_mode")
-    found = []
-    for engine in ("stdlib", "fast"):
-        with ChunkManager(tmp_path / f"{engine}.db", engine=engine) as manager:
-            manager.save_model_chunks(model_of(1), 1)
-            found.append({name: manager._store.execute(f"PRAGMA {name}")[0][0] for name in names})
-    assert found[0] == found[1]
-    assert (found[0]["journal_mode"], found[0]["synchronous"], found[0]["locking_mode"]) == ("truncate", 2, "normal")
+def test_a_store_has_the_settings_that_the_power_cuts_have_tried(tmp_path: Path) -> None:
+    names = ("journal_mode", "synchronous", "auto_vacuum", "secure_delete", "encoding", "locking_mode")
+    with ChunkManager(tmp_path / DB) as manager:
+        save_rounds(manager, 1)
+        found = [manager._store.execute(f"PRAGMA {name}")[0][0] for name in names]
+    assert found == ["truncate", 2, 2, 0, "UTF-8", "normal"]
 
 
 def test_the_folders_made_for_a_store_are_on_the_disk_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,9 +140,8 @@ def test_the_folders_made_for_a_store_are_on_the_disk_with_it(tmp_path: Path, mo
 def two_rounds(tmp_path: Path) -> Path:
     """Return a folder with a store of rounds 1 and 2."""
     folder = tmp_path / "sound"
-    with ChunkManager(folder / DB, engine="fast", chunk_bytes=6000) as manager:
-        for number in (0, 1, 2):
-            manager.save_model_chunks(model_of(number), number)
+    with ChunkManager(folder / DB, chunk_bytes=6000) as manager:
+        save_rounds(manager, 0, 1, 2)
         manager.cleanup_old_rounds(2)
     return folder
 
@@ -163,7 +159,7 @@ def failures(folder: Path, of: tuple[str, ...], act: Callable[[ChunkManager], ob
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(folder, work)
         with PowerDisk() as disk:
-            with ChunkManager(work / DB, keep_rounds=2, engine="fast") as manager:
+            with ChunkManager(work / DB, keep_rounds=2) as manager:
                 disk.fail_at(len(kinds), of=of, **how)
                 try:
                     act(manager)
@@ -181,9 +177,9 @@ def failures(folder: Path, of: tuple[str, ...], act: Callable[[ChunkManager], ob
                 found = digests_of(manager)
                 assert found in (expected([1, 2]), expected([2, 3]))
                 done += [len(kinds) - 1] if found != expected([1, 2]) else []
-            with ChunkManager(work / DB, keep_rounds=2, engine="stdlib") as manager:
+            with ChunkManager(work / DB, keep_rounds=2) as manager:
                 assert digests_of(manager) == found
-                manager.save_model_chunks(model_of(3), 3)
+                save_rounds(manager, 3)
                 assert digests_of(manager) == expected([2, 3])
             assert is_sound(work / DB)
 
@@ -203,7 +199,7 @@ def test_a_save_on_a_disk_that_fails_at_any_operation_says_so_and_keeps_the_roun
     kinds = failures(
         two_rounds,
         ("write", "truncate", "sync", "open", "delete"),
-        lambda manager: manager.save_model_chunks(model_of(3), 3),
+        lambda manager: save_rounds(manager, 3),
         code=code,
         sticky=sticky,
     )
@@ -213,5 +209,5 @@ def test_a_save_on_a_disk_that_fails_at_any_operation_says_so_and_keeps_the_roun
 
 def test_a_disk_that_cannot_be_read_gives_no_tensors_but_one_line(two_rounds: Path) -> None:
     assert "read" in failures(two_rounds, ("read",), lambda manager: manager.reconstruct_model_from_chunks(2))
-    assert "read" in failures(two_rounds, ("read",), lambda manager: manager.save_model_chunks(model_of(3), 3))
+    assert "read" in failures(two_rounds, ("read",), lambda manager: save_rounds(manager, 3))
     assert "read" in failures(two_rounds, ("read",), ChunkManager.rounds)

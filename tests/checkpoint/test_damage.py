@@ -1,0 +1,242 @@
+"""Damaged files give one clear line, never a wrong tensor."""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from flapp.checkpoint.chunks import CheckpointError
+from flapp.checkpoint.manager import ChunkManager
+from flapp.checkpoint.tensors import digest_of
+from tests.support.checkpoint_rounds import edit, expected, model_of, refused, save_rounds
+
+SIZE = 1500
+ROUNDS = expected([2, 3, 4], SIZE)
+Damage = Callable[[bytearray, random.Random], None]
+
+
+def flip_a_bit(content: bytearray, rng: random.Random) -> None:
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+
+
+def flip_a_bit_of_the_header(content: bytearray, rng: random.Random) -> None:
+    content[rng.randrange(100)] ^= 1 << rng.randrange(8)
+
+
+def flip_a_bit_of_a_page_head(content: bytearray, rng: random.Random) -> None:
+    page = content[16] << 8 | content[17]
+    content[rng.randrange(len(content) // page) * page + rng.randrange(100)] ^= 1 << rng.randrange(8)
+
+
+def spoil_text(content: bytearray, rng: random.Random) -> None:
+    words = (b"format_version", b'"loss"', b"blake3", b"CREATE TABLE rounds", b"body.weight", b"+00:00")
+    word = rng.choice(words)
+    content[content.index(word) + rng.randrange(len(word))] |= 0x80  # no longer UTF-8
+
+
+def lose_the_end(content: bytearray, rng: random.Random) -> None:
+    del content[rng.randrange(len(content)) :]
+
+
+def zero_a_sector(content: bytearray, rng: random.Random) -> None:
+    start = rng.randrange(len(content) // 512) * 512
+    content[start : start + 512] = bytes(512)
+
+
+def swap_two_sectors(content: bytearray, rng: random.Random) -> None:
+    a, b = (rng.randrange(len(content) // 512) * 512 for _ in range(2))
+    content[a : a + 512], content[b : b + 512] = content[b : b + 512], content[a : a + 512]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Return the file of a store of rounds 2, 3 and 4 with metadata, blobs and free pages."""
+    path = tmp_path_factory.mktemp("sound") / "store.db"
+    with ChunkManager(path, chunk_bytes=2000) as manager:
+        for number in range(5):
+            manager.save_model_chunks(model_of(number, SIZE), number, {"loss": number / 7, "names": ["a", "b"]})
+        manager.cleanup_old_rounds(3)
+    content = path.read_bytes()
+    assert int.from_bytes(content[36:40], "big") > 3, "the store must have free pages"
+    return content
+
+
+def questions(manager: ChunkManager, change: bool) -> Iterator[Callable[[], object]]:
+    """Yield everything that can be asked of a store besides its tensors and, with `change`, that writes to it."""
+    yield from (manager.rounds, manager.get_storage_stats, lambda: manager.diff(2, 4))
+    yield lambda: manager.get_chunk_by_id(3, 1)
+    for number in (*ROUNDS, 7):
+        yield lambda n=number: manager.find_round(n)  # type: ignore[misc]
+        yield lambda n=number: manager.load_chunks_by_round(n)  # type: ignore[misc]
+    if change:
+        yield manager.compact
+        yield lambda: save_rounds(manager, 8, size=SIZE)
+        yield lambda: manager.cleanup_old_rounds(1)
+
+
+def read_rounds(manager: ChunkManager) -> Iterator[str]:
+    """Read each round right, or yield why not; verify must see what is wrong with them."""
+    lost = False
+    for number, digest in ROUNDS.items():
+        try:
+            assert digest_of(manager.reconstruct_model_from_chunks(number)) == digest, "a wrong tensor"
+        except CheckpointError as error:
+            lost = True
+            yield str(error)
+    try:
+        assert manager.verify().problems or not lost, "verify saw nothing"
+    except CheckpointError as error:
+        yield str(error)
+
+
+def ask_damaged(path: Path, change: bool) -> bool:
+    """Ask a damaged store for everything it has; return whether a round was lost."""
+    said: list[str] = []
+    try:
+        with ChunkManager(path) as manager:
+            said += read_rounds(manager)
+            lost = bool(said)
+            for ask in questions(manager, change):
+                try:
+                    ask()
+                except CheckpointError as error:
+                    said.append(str(error))
+    except CheckpointError as error:
+        lost = True
+        said.append(str(error))
+    assert not any("\n" in line for line in said)
+    assert all(str(path) in line for line in said)
+    return lost
+
+
+@pytest.mark.parametrize(
+    ("damage", "times"),
+    [
+        (flip_a_bit, 100),
+        (flip_a_bit_of_the_header, 40),
+        (flip_a_bit_of_a_page_head, 60),
+        (spoil_text, 20),
+        (lose_the_end, 20),
+        (zero_a_sector, 20),
+        (swap_two_sectors, 20),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_damaged_store_gives_the_right_tensors_or_one_line(
+    path: Path, sound: bytes, damage: Damage, times: int
+) -> None:
+    rng, lost = random.Random(times), 0
+    for attempt in range(times):
+        content = bytearray(sound)
+        damage(content, rng)
+        path.write_bytes(content)
+        lost += ask_damaged(path, change=attempt % 5 == 0)
+        for each in path.parent.iterdir():
+            each.unlink()
+    assert lost > times // 10
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"x", b"PK\x03\x04" + bytes(3000), b"SQLite format 3\x00", b"SQLite format 3\x00" + bytes(5000)],
+    ids=["empty", "one byte", "a zip", "a header cut off", "a header and zeros"],
+)
+def test_a_file_that_is_not_a_store_is_refused_and_left_alone(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    try:
+        with ChunkManager(path) as manager:
+            assert manager.rounds() == []  # SQLite also takes very short files for new databases
+    except CheckpointError as error:
+        assert str(path) in str(error)  # noqa: PT017
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        *itertools.product(
+            ("created_at", "metrics", "config_digest", "input_digest", "model_digest"), ("x'7b7d'", "NULL")
+        ),
+        *(("metrics", value) for value in ("'[}'", "'[]'", "'null'", "''", "replace(metrics, '0.4', '0.5')")),
+        ("created_at", "replace(created_at, '2', '3')"),
+        *((name, "'another'") for name in ("config_digest", "input_digest", "model_digest", "facts_digest")),
+        *(("saved", value) for value in ("saved + 1", "saved - 4", "NULL", "'text'", "x'00'")),
+        *(("facts_digest", value) for value in ("NULL", "''", "x'00'")),
+    ],
+)
+def test_changed_facts_of_a_round_are_refused_and_seen_by_verify(
+    path: Path, sound: bytes, column: str, value: str
+) -> None:
+    path.write_bytes(sound)
+    edit(path, f"UPDATE rounds SET {column} = {value} WHERE round = 3")
+    with ChunkManager(path) as manager:
+        with refused(path, "round 3: its metadata is damaged"):
+            manager.rounds()
+        for ask in (manager.find_round, manager.reconstruct_model_from_chunks, manager.load_chunks_by_round):
+            with refused(path, "round 3: its metadata is damaged"):
+                ask(3)
+        assert manager.find_round(4)
+        assert any("round 3: its metadata is damaged" in problem for problem in manager.verify().problems)
+        assert digest_of(manager.reconstruct_model_from_chunks(4)) == ROUNDS[4]
+
+
+DAMAGES = {  # of round 1, whose second chunk is the tensor body.weight
+    "UPDATE chunk_data SET data = zeroblob(length(data)) WHERE id = 2": "its bytes are damaged",
+    "UPDATE chunk_data SET data = x'00' WHERE id = 2": r"chunk 1 \(body.weight\): its sizes differ",
+    "UPDATE chunk_data SET data = NULL WHERE id = 2": r"chunk 1 \(body.weight\): its sizes differ",
+    "UPDATE chunk_data SET codec = 9 WHERE id = 2": r"chunk 1 \(body.weight\): it is stored by codec 9",
+    "UPDATE chunk_data SET hash = 'text' WHERE id = 2": r"chunk 1 \(body.weight\): its bytes are not in the store",
+    "DELETE FROM chunk_data WHERE id = 2": r"chunk 1 \(body.weight\): its bytes are not in the store",
+    "DELETE FROM chunk_metadata WHERE chunk_id = 1": "its metadata is not what was saved",
+    "DELETE FROM chunk_metadata WHERE chunk_id = 3": "its metadata is not what was saved",
+    "UPDATE chunk_metadata SET parts = '{' WHERE chunk_id = 1": "chunk 1: its parts are not what flapp writes",
+    "UPDATE chunk_metadata SET parts = replace(parts, '0,9000,', '0,9000000000000000,') WHERE chunk_id = 1": "sizes di",
+    "UPDATE chunk_metadata SET parts = replace(parts, '[90,100]', '[100,90]') WHERE chunk_id = 1": "another model dig",
+    "UPDATE chunk_metadata SET parts = replace(parts, '[90,100]', '[91,100]') WHERE chunk_id = 1": "ends at element 9,",
+    "UPDATE chunk_metadata SET parts = replace(parts, 'float32', 'int32') WHERE chunk_id = 1": "another model digest",
+    "UPDATE chunk_metadata SET parts = replace(parts, 'body', 'last') WHERE chunk_id = 1": "another model digest",
+    "UPDATE chunk_metadata SET size = 9000000000000000 WHERE chunk_id = 1": r"\(body.weight\): its sizes differ",
+    "UPDATE chunk_metadata SET hash = x'00' WHERE chunk_id = 1": r"\(body.weight\): its bytes are not in the store",
+    "UPDATE chunk_metadata SET hash = 5 WHERE chunk_id = 1": r"\(body.weight\): its bytes are not in the store",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named_by_round_chunk_and_tensor_and_repaired_by_saving_again(
+    store: ChunkManager, damage: str
+) -> None:
+    save_rounds(store, 1)
+    store.close()
+    edit(store.path, damage)
+    with ChunkManager(store.path) as again:
+        with refused(store.path, f"round 1.*{DAMAGES[damage]}"):
+            again.reconstruct_model_from_chunks(1)
+        with refused(store.path):
+            again.load_chunks_by_round(1)
+        assert again.verify().problems
+        save_rounds(again, 1)
+        if "chunk_data SET" not in damage:
+            assert digest_of(again.reconstruct_model_from_chunks(1)) == expected([1])[1]
+
+
+def test_verify_continues_after_the_first_defect(store: ChunkManager) -> None:
+    save_rounds(store, 0, 1, 2)
+    good = store.verify()
+    assert (good.rounds, good.chunks, good.problems) == (3, store.get_storage_stats()["unique_chunks"], ())
+    assert good.bytes == store.get_storage_stats()["stored_bytes"]
+    lost = store.get_chunk_by_id(2, 2).hash
+    store.close()
+    edit(
+        store.path,
+        "UPDATE chunk_data SET data = zeroblob(length(data)) WHERE id = 2",
+        "DELETE FROM chunk_metadata WHERE round = 1 AND chunk_id = 1",
+        f"DELETE FROM chunk_data WHERE hash = x'{lost}'",
+        "INSERT INTO chunk_data(hash, codec, data) VALUES (x'77', 0, x'77')",
+        "INSERT INTO chunk_metadata SELECT 9, chunk_id, hash, parts, size FROM chunk_metadata WHERE round = 0",
+    )
+    with ChunkManager(store.path) as again:
+        problems = "\n".join(again.verify().problems)
+    for text in ("round 0, chunk 1", "round 1: ", "round 2, chunk 2", "belong to no round", "round 9"):
+        assert text in problems
