@@ -1,6 +1,6 @@
 """Measure flapp against what people use otherwise, and print each ratio beside its target and its limit.
 
-    python -m tools.benchmark round aggregate        some topics
+    python -m tools.benchmark lora aggregate         some topics
     python -m tools.benchmark all --json OUT         every topic, also as JSON, which tools.report --benchmark shows
     python -m tools.benchmark simulation --short     less of a topic that takes long, in under 3 minutes
 
@@ -12,20 +12,44 @@ A row is `met` at its target, `within limit` short of it by no more than a machi
 
 import importlib
 import json
+import platform
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
+import psutil
+
+from flapp.files import write_text
 from tools.bench import HEADS, Row
-from tools.bench.machine import describe_machine
+from tools.deployment.processes import available_cpus
 from tools.running.called import new_parser
 
 # each a module of tools.bench with rows() -> list[Row]
-TOPICS = ("data", "checkpoint", "lora", "aggregate", "bytes", "start", "round", "deployment", "simulation")
+TOPICS = ("data", "checkpoint", "lora", "aggregate", "bytes", "start", "deployment", "simulation")
 WITH_SHORT_FORM = ("simulation",)  # their rows() take short
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def describe_machine() -> dict[str, str]:
+    """Return what ratios depend on: processor, usable cores, memory, GPU, versions; and the date, in UTC."""
+    import torch
+
+    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores usable": str(available_cpus()),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "GPU": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "flwr")},
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
 
 
 def table(rows: list[Row]) -> str:
@@ -79,7 +103,7 @@ def main(words: list[str] | None = None) -> int:
     print(table(rows))
     if arguments.json:
         found = {"machine": machine, "seconds": seconds, "rows": [as_json(row) for row in rows]}
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        write_text(arguments.json, json.dumps(found, indent=1) + "\n")
     return int(not all(row.passed for row in rows))
 
 

@@ -39,6 +39,7 @@ import psutil
 
 from flapp.data.artifact import DataError
 from flapp.data.shards.manifest import load_manifest
+from flapp.files import write_json
 from flapp.untrusted import printable, read_json
 from tools.certificates import make_server_files, make_site_keys
 from tools.deployment.processes import (
@@ -63,7 +64,6 @@ from tools.deployment.supervisor import (
     read_federation,
     root_certificates,
     site_name,
-    write_json,
 )
 from tools.running.app import APP, app_folder
 from tools.running.called import as_called, new_parser
@@ -127,7 +127,14 @@ def plan(given: argparse.Namespace) -> Federation:
         raise FederationError(f"--port {port} is in use on {HOST}: choose another, or leave it out for a free one")
     shards = str(given.shards.resolve()) if given.shards else None
     return Federation(
-        secrets.token_hex(16), f"{HOST}:{port}", given.tls, tuple(clients), shards, given.homes, given.threads
+        secrets.token_hex(16),
+        f"{HOST}:{port}",
+        given.tls,
+        tuple(clients),
+        shards,
+        given.homes,
+        given.threads,
+        given.plain,
     )
 
 
@@ -338,6 +345,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, help="of the SuperLink; default: a free one")
     parser.add_argument("--threads", type=int, default=1, help="of a client's process; default: 1")
     parser.add_argument("--homes", action="store_true", help="give each site a home of its own: data, bases, stores")
+    parser.add_argument("--plain", action="store_true", help="run Flower's own SuperNodes, which are slower")
     parser.add_argument("--foreground", action="store_true", help="supervise in this process, until it is stopped")
     parser.add_argument("--json", action="store_true", help="print the status as JSON")
     given = parser.parse_args(arguments)

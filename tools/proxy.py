@@ -20,6 +20,7 @@ from string import Template
 
 from cryptography import x509
 
+from flapp.files import write_text
 from tools.running.called import as_called, new_parser
 
 TEMPLATE = Path(__file__).with_name("nginx.conf")
@@ -52,7 +53,7 @@ def write_proxy_files(folder: Path, listen: str, superlink: int) -> Path:
     run.mkdir(exist_ok=True)
     values = {"folder": folder, "run": run, "listen": listen, "superlink": superlink, "calls": "|".join(CALLS)}
     path = folder / "nginx.conf"
-    path.write_text(Template(TEMPLATE.read_text()).substitute(values))
+    write_text(path, Template(TEMPLATE.read_text()).substitute(values))
     return path
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
+from flapp.files import write_bytes
 from tools.checkpoints import count
 from tools.page.benchmark import benchmark_section
 from tools.page.charts import by_name, pictures_of
@@ -72,17 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", "Glyph", UserWarning)  # the browser has fonts for them
     try:
+        if not given.out.absolute().parent.is_dir():
+            raise ReportError(f"there is no folder for {given.out}: make it first")
         runs, jobs = read_all(given.runs)
         more = [benchmark_section(given.benchmark)] if given.benchmark else []
         html, pictures = page_of(runs, jobs, title_of(given.runs, runs), *more)
-        partial = given.out.with_name(given.out.name + ".tmp")
-        partial.write_text(html, encoding="utf-8", errors="replace")  # of paths that are not UTF-8
-        partial.replace(given.out)
+        write_bytes(given.out, html.encode(errors="replace"))  # of paths that are not UTF-8
         if given.png:
             export(given.png, pictures)
     except (ReportError, OSError) as error:
-        file = str(error.filename).removesuffix(".tmp") if isinstance(error, OSError) else ""
-        said = f"{file} cannot be used ({error.strerror})" if isinstance(error, OSError) else error
+        said = f"{error.filename} cannot be used ({error.strerror})" if isinstance(error, OSError) else error
         print(as_called(f"error: {said}"), file=sys.stderr)
         return 1
     print(given.out)

@@ -16,9 +16,8 @@ import torch
 from torch import nn
 
 from flapp.architecture import build
-from flapp.config.convert import build as build_settings
 from flapp.config.load import read_yaml
-from flapp.config.schema import DatasetConfig, ModelConfig
+from flapp.config.schema import DatasetConfig, ModelConfig, from_plain
 from flapp.files import sha256_of_file
 from flapp.model.files import read_tensors
 from flapp.model.split.components import ModelFactory, SplitModel
@@ -32,14 +31,14 @@ MODEL = "model.safetensors"
 def split_run(run: Path, points: Sequence[int], out: Path, check: bool, overwrite: bool) -> list[str]:
     """Split the model of the run directory `run` and return lines to print; raises ValueError."""
     config = read_finished(run)
-    model = build_settings(ModelConfig, config["model"], "model.")
+    model = from_plain(ModelConfig, config["model"], "model.")
     name, (p1, p2) = StorageManager.get_model_name(str(config["run_name"])), points
     models = ModelFactory.create_split_models(
         "vit", run / MODEL, p1, p2, "cpu", out, True, name=name, overwrite=overwrite, dropout=model.dropout
     )
     lines = [describe(out, part) for part in models]
     if check:
-        whole = build(model, build_settings(DatasetConfig, config["dataset"], "dataset."))
+        whole = build(model, from_plain(DatasetConfig, config["dataset"], "dataset."))
         whole.load_state_dict(read_tensors(run / MODEL)[0])
         lines.append(compare(whole.eval(), ModelFactory.load_split_models(out, name, p1, p2)))
     return lines

@@ -18,9 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from flapp.config.convert import build, hint, setting_names, takes_list
 from flapp.config.rules import PATHS, check_together
-from flapp.config.schema import Config, ConfigError, NodeConfig
+from flapp.config.schema import Config, ConfigError, NodeConfig, from_plain, hint, setting_types, takes_list
 from flapp.untrusted import DEEPEST, parse_json, printable, read_bytes
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -110,8 +109,9 @@ def from_tree(tree: Any, base: Path | None = None) -> Config:
     from omegaconf import OmegaConf
 
     values = typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
-    for *group, key in PATHS:
-        node = values.get(group[0]) if group else values
+    for setting in PATHS:
+        group, _, key = setting.rpartition(".")
+        node = values.get(group) if group else values
         if isinstance(node, dict) and node.get(key) is not None:
             node[key] = _absolute(node[key], base)
     return from_dict(values)
@@ -119,7 +119,7 @@ def from_tree(tree: Any, base: Path | None = None) -> Config:
 
 def from_dict(values: Mapping[str, Any]) -> Config:
     """Check plain nested values against the settings above and return them as a Config; raises ConfigError."""
-    config = build(Config, values)
+    config = from_plain(Config, values)
     check_together(config)
     return config
 
@@ -200,7 +200,7 @@ def explain(error: Exception) -> ConfigError:
     first = text.splitlines()[0]
     if first.startswith("Could not override '"):
         key = first.split("'")[1]
-        return ConfigError(f"{key} is not a setting{hint(key, setting_names())}")
+        return ConfigError(f"{key} is not a setting{hint(key, setting_types())}")
     if first.startswith(("Ambiguous value for argument '", "Sweep parameters '")):
         word = first.split("'", 1)[1].rpartition("'")[0]
         key, _, values = word.partition("=")

@@ -1,324 +1,261 @@
-"""Settings that are fine alone but not together, each with what is wrong and how to mend it."""
+"""Settings that are fine alone but not together: what is wrong and how to fix it."""
 
+from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 
-from flapp.config.schema import (
-    RANKS_MAY_DIFFER,
-    VALIDATION_FRACTION,
-    WRITER_PARTITIONS,
-    Config,
-    ConfigError,
-    DeploymentConfig,
-)
+from flapp.config.schema import RANKS_MAY_DIFFER, VALIDATION_FRACTION, WRITER_PARTITIONS, Config, ConfigError
 from flapp.model.layout import SIZES
 from flapp.model.split.files import check_points, parse_points
 
-PATHS = (
-    ("home",),
-    ("dataset", "source"),
-    ("partition", "mapping"),
-    ("model", "pretrained"),
-    ("lora", "adapter"),
-    ("split", "model_storage_dir"),
-    ("distributed_data", "shard_path"),
-    ("distributed_data", "manifest"),
-    ("deployment", "federation"),
-    ("deployment", "root_certificates"),
-    ("deployment", "client_keys"),
+PATHS = (  # settings that are paths; the apps run in another folder, so relative ones are refused
+    *("home", "dataset.source", "partition.mapping", "model.pretrained", "lora.adapter", "split.model_storage_dir"),
+    *("distributed_data.shard_path", "distributed_data.manifest"),
+    *("deployment.federation", "deployment.root_certificates", "deployment.client_keys"),
 )
-
-GROUPS = 16  # that many clients are cut into, about
-NAME_BYTES = 255  # that a file system takes for one name
+GROUPS = 16  # the clients of a round are cut into about this many groups
+NAME_BYTES = 255  # the longest name that file systems take
 
 
 def check_together(config: Config) -> None:
-    """Refuse settings that are fine alone but not together: (broken, what is wrong and how to mend it)."""
-    for path in PATHS:
-        value = reduce(getattr, path, config)
+    """Raise ConfigError for the first setting that does not go with the others."""
+    parts = (_path_faults, _run_faults, _data_faults, _evaluation_faults, _lora_faults, _strategy_faults)
+    for part in (*parts, _runtime_faults, _split_faults):
+        if fault := next(part(config), None):
+            raise ConfigError(fault)
+
+
+def _path_faults(config: Config) -> Iterator[str]:
+    for setting in PATHS:
+        value = reduce(getattr, setting.split("."), config)
         if value is not None and not Path(str(value)).is_absolute():
-            setting = ".".join(path)
-            raise ConfigError(
-                f"{setting}={value} is relative, and the apps run in another folder: give an absolute path"
-            )
-    images, train, strategy = len(config.dataset.shape) == 3, config.train, config.strategy
-    shards, lora = config.distributed_data, config.lora
-    stopping, every = config.stopping, config.evaluate.every
-    sampled = sample_size(strategy.fraction_train, config.clients)
-    rules = [
-        *name_rules(config.run_name),
-        (
-            config.resume_from is not None and not config.resume,
-            f"resume_from={config.resume_from} goes back in a run that has begun: add resume=true",
-        ),
-        (
-            config.resume_anyway and not config.resume,
-            "resume_anyway=true resumes a run although its source or data changed: add resume=true",
-        ),
-        (
-            config.dataset.materialize is not None and not images,
-            f"dataset.materialize={config.dataset.materialize} resizes images, dataset={config.dataset.name} has none: "
-            "leave it out",
-        ),
-        (
-            config.model.name != "linear" and not (images and config.dataset.classes),
-            f"model={config.model.name} classifies images, dataset={config.dataset.name} has none: set model=linear",
-        ),
-        (
-            config.dataset.classes == 0 and config.partition.kind != "iid",
-            f"partition={config.partition.kind} needs classes, dataset={config.dataset.name} has none: "
-            "set partition=iid",
-        ),
-        (
-            config.partition.kind == "dirichlet" and config.partition.alpha is None,
-            "partition=dirichlet needs partition.alpha: set it to a number above 0",
-        ),
-        (
-            config.partition.kind == "pathological" and config.partition.classes_per_client is None,
-            "partition=pathological needs partition.classes_per_client: set it to a number above 0",
-        ),
-        (
-            config.dataset.augment and not images,
-            f"dataset.augment=true changes images, dataset={config.dataset.name} has none: set dataset.augment=false",
-        ),
-        (
-            shards.enabled and config.partition.kind not in WRITER_PARTITIONS,
-            f"partition={config.partition.kind} cuts a shared artifact, distributed_data.enabled=true has shards of "
-            f"whole writers: set partition to one of {', '.join(WRITER_PARTITIONS)}",
-        ),
-        (
-            shards.streaming and not shards.enabled,
-            "distributed_data.streaming=true streams shards: set distributed_data.enabled=true",
-        ),
-        (
-            shards.streaming and (config.dataset.augment or config.model.image_size is not None),
+            yield f"{setting}={value} is relative, and the apps run in another folder: give an absolute path"
+
+
+def _run_faults(config: Config) -> Iterator[str]:
+    """Yield faults of what names and resumes a run."""
+    run_name, name = config.run_name, Path(config.run_name)
+    if not run_name.isprintable():
+        yield f"run_name={run_name!r} has characters that cannot be printed: give a plain name"
+    if name.is_absolute() or ".." in name.parts or not name.parts:
+        yield f"run_name={run_name} leaves home/runs: give a plain name"
+    if any(len(part.encode(errors="replace")) > NAME_BYTES for part in name.parts):
+        yield f"run_name={run_name} has more than the {NAME_BYTES} bytes of a file name: give a shorter name"
+    if config.resume_from is not None and not config.resume:
+        yield f"resume_from={config.resume_from} goes back in a run that has begun: add resume=true"
+    if config.resume_anyway and not config.resume:
+        yield "resume_anyway=true resumes a run although its source or data changed: add resume=true"
+
+
+def _data_faults(config: Config) -> Iterator[str]:
+    """Yield faults of dataset, partition, shards and the model over them."""
+    data, partition, model, shards = config.dataset, config.partition, config.model, config.distributed_data
+    images = len(data.shape) == 3
+    if data.materialize is not None and not images:
+        yield f"dataset.materialize={data.materialize} resizes images, dataset={data.name} has none: leave it out"
+    if model.name != "linear" and not (images and data.classes):
+        yield f"model={model.name} classifies images, dataset={data.name} has none: set model=linear"
+    if model.name == "linear" and (model.channels is not None or model.dropout > 0):
+        yield "model=linear has neither channels nor dropout: leave model.channels and model.dropout out"
+    if data.classes == 0 and partition.kind != "iid":
+        yield f"partition={partition.kind} needs classes, dataset={data.name} has none: set partition=iid"
+    if partition.kind == "dirichlet" and partition.alpha is None:
+        yield "partition=dirichlet needs partition.alpha: set it to a number above 0"
+    if partition.kind == "pathological" and partition.classes_per_client is None:
+        yield "partition=pathological needs partition.classes_per_client: set it to a number above 0"
+    if data.augment and not images:
+        yield f"dataset.augment=true changes images, dataset={data.name} has none: set dataset.augment=false"
+    if shards.enabled and partition.kind not in WRITER_PARTITIONS:
+        yield (
+            f"partition={partition.kind} cuts a shared artifact, distributed_data.enabled=true has shards of whole "
+            f"writers: set partition to one of {', '.join(WRITER_PARTITIONS)}"
+        )
+    if shards.streaming and not shards.enabled:
+        yield "distributed_data.streaming=true streams shards: set distributed_data.enabled=true"
+    if shards.streaming and (data.augment or model.image_size is not None):
+        yield (
             "distributed_data.streaming=true gives images as they are stored: set dataset.augment=false and "
-            "model.image_size=null",
-        ),
-        *metric_rules(config, "evaluate.objective", config.evaluate.objective),
-        *metric_rules(config, "stopping.metric", config.stopping.metric),
-        *validation_rules(config),
-        (
-            stopping.metric is not None and every * (1 + stopping.patience) >= config.num_rounds,
-            f"stopping.patience={stopping.patience} evaluations, one in evaluate.every={every} rounds, are never over "
-            f"before num_rounds={config.num_rounds}: lower stopping.patience or evaluate.every",
-        ),
-        (
-            config.evaluate.select == "best" and every >= config.num_rounds,
-            f"evaluate.select=best has only the last round to choose from: lower evaluate.every={every} below "
-            f"num_rounds={config.num_rounds}",
-        ),
-        (
-            config.dataset.normalization == "imagenet" and (not images or config.dataset.shape[2] != 3),
-            f"dataset.normalization=imagenet needs images of 3 channels, got shape {list(config.dataset.shape)}: "
-            "set dataset.normalization=half",
-        ),
-        (
-            train.optimizer == "adamw" and train.momentum > 0,
-            f"train.momentum={train.momentum} has no meaning for adamw: set train.optimizer=sgd or train.momentum=0",
-        ),
-        (
-            strategy.name == "fedlora" and not lora.enabled,
-            "FedLoRA needs a model with adapters: set lora=default (got lora=none)",
-        ),
-        (
-            strategy.name != "fedlora" and lora.enabled,
-            f"lora=default trains adapters, strategy={strategy.name} sends whole models: set strategy=fedlora "
-            "or lora=none",
-        ),
-        (
-            (strategy.name == "fedlora") != (strategy.aggregation is not None),
-            f"strategy.aggregation={strategy.aggregation} does not go with strategy={strategy.name}: it is a rule for "
-            "adapters, which strategy=fedlora has",
-        ),
-        (
-            lora.enabled and not lora.targets,
-            "lora.targets is empty: name the layers that get adapters, such as [qkv,proj]",
-        ),
-        (
-            lora.rank_by_client is not None and strategy.aggregation not in RANKS_MAY_DIFFER,
-            f"lora.rank_by_client gives clients different ranks, which strategy.aggregation={strategy.aggregation} "
-            f"cannot aggregate: choose one of {', '.join(RANKS_MAY_DIFFER)}",
-        ),
-        (
-            max(lora.rank_by_client or (0,)) > lora.rank,
-            f"lora.rank_by_client={list(lora.rank_by_client or ())} has more than lora.rank={lora.rank}, the largest: "
-            "raise lora.rank",
-        ),
-        (
-            lora.prune_gamma is not None and strategy.aggregation != "hetlora",
-            f"lora.prune_gamma={lora.prune_gamma} lets clients prune their ranks, which "
-            f"strategy.aggregation={strategy.aggregation} does not do: set strategy.aggregation=hetlora or "
-            "lora.prune_gamma=null",
-        ),
-        (
-            lora.prune_gamma is None and lora.prune_penalty > 0,
-            f"lora.prune_penalty={lora.prune_penalty} has no effect without lora.prune_gamma: set one, such as 0.75",
-        ),
-        (
-            lora.prune_gamma is None and lora.rank_min > 1,
-            f"lora.rank_min={lora.rank_min} has no effect without lora.prune_gamma: set one, such as 0.75",
-        ),
-        (
-            lora.rank_min > min(lora.rank_by_client or (lora.rank,)),
-            f"lora.rank_min={lora.rank_min} is more than the smallest rank that a client starts with, "
-            f"{min(lora.rank_by_client or (lora.rank,))}: lower lora.rank_min",
-        ),
-        (
-            strategy.aggregation == "fedsa" and not config.checkpoint.enabled,
-            "strategy.aggregation=fedsa keeps each client's B in its chunk store: set checkpoint=recent (got "
-            "checkpoint.enabled=false)",
-        ),
-        (
-            (lora.rank_by_client is not None or lora.prune_gamma is not None) and strategy.weighting == "alignment",
-            "strategy.weighting=alignment compares updates of one shape: leave lora.rank_by_client and "
-            "lora.prune_gamma out",
-        ),
-        (
-            strategy.server_optimizer is not None and strategy.aggregation not in (None, "fedit"),
-            f"strategy.server_optimizer={strategy.server_optimizer} steps along an average, which "
-            f"strategy.aggregation={strategy.aggregation} is not: use fedit or fedavg",
-        ),
-        (
-            strategy.server_lr is not None and strategy.server_optimizer is None,
-            f"strategy.server_lr={strategy.server_lr} has no effect without strategy.server_optimizer: set one",
-        ),
-        (
-            strategy.aggregation == "fedsa" and lora.adapter is not None,
-            "lora.adapter gives all clients one B, strategy.aggregation=fedsa leaves each its own: choose another rule",
-        ),
-        (
-            config.model.name == "linear" and (config.model.channels is not None or config.model.dropout > 0),
-            "model=linear has neither channels nor dropout: leave model.channels and model.dropout out",
-        ),
-        (
-            config.privacy.enabled and strategy.aggregation not in (None, "fedit"),
-            f"privacy.enabled=true perturbs all that was sent, strategy.aggregation={strategy.aggregation} has only a "
-            "part sent back: use fedit or fedavg",
-        ),
-        (
-            config.privacy.enabled and config.privacy.delta * config.clients >= 1,
-            f"privacy.delta={config.privacy.delta} lets the whole update of one in {config.clients} clients leak: "
-            f"set it far below 1/clients, such as {0.01 / config.clients:.0e}",
-        ),
-        (
-            strategy.min_replies > sampled,
-            f"strategy.min_replies={strategy.min_replies} can never be met with {sampled} clients in a round: "
-            "lower it, or raise clients or strategy.fraction_train",
-        ),
-        (
-            config.checkpoint.chunk_bytes is not None and config.checkpoint.chunk_num is not None,
-            f"checkpoint.chunk_bytes={config.checkpoint.chunk_bytes} and checkpoint.chunk_num="
-            f"{config.checkpoint.chunk_num} are two ways to cut: set one of them to null",
-        ),
-        (
-            (strategy.min_clients or 0) > config.clients,
-            f"strategy.min_clients={strategy.min_clients} is more than clients={config.clients}: lower it",
-        ),
-        (
-            config.deployment.client_keys is not None and config.deployment.kind != "superlink",
-            f"deployment.client_keys={config.deployment.client_keys} pins keys of SuperNodes, and simulated nodes have "
-            "none: leave it out, or set deployment=local",
-        ),
-        *runtime_rules(config.deployment),
-    ]
-    for broken, message in rules:
-        if broken:
-            raise ConfigError(message)
-    if config.split.auto_save_split_models:
-        check_split(config)
+            "model.image_size=null"
+        )
+    if data.normalization == "imagenet" and (not images or data.shape[2] != 3):
+        yield (
+            f"dataset.normalization=imagenet needs images of 3 channels, got shape {list(data.shape)}: "
+            "set dataset.normalization=half"
+        )
 
 
-def runtime_rules(settings: DeploymentConfig) -> list[tuple[bool, str]]:
-    """Return the rules for settings that only another runtime has."""
-    of_simulation = {"port": settings.port, "ray_address": settings.ray_address}
-    of_local = {"address": settings.address, "root_certificates": settings.root_certificates}
-    inline = settings.kind == "inline"
-    return [
-        *(
-            (inline and value is not None, f"deployment.{key}={value} is for deployment={kind}: add deployment={kind}")
-            for kind, group in (("simulation", of_simulation), ("local", of_local))
-            for key, value in group.items()
-        ),
-        (
-            settings.workers is not None and not inline,
-            f"deployment.workers={settings.workers} is for deployment=inline: leave it out, or set deployment=inline",
-        ),
-    ]
-
-
-def name_rules(run_name: str) -> list[tuple[bool, str]]:
-    """Return the rules for the name of a run, which names folders: inside home/runs, and of a file system's names."""
-    name = Path(run_name)
-    too_long = [part for part in name.parts if len(part.encode(errors="replace")) > NAME_BYTES]
-    return [
-        (
-            not run_name.isprintable(),
-            f"run_name={run_name!r} has characters that cannot be printed: give a plain name",
-        ),
-        (
-            name.is_absolute() or ".." in name.parts or not name.parts,
-            f"run_name={run_name} leaves home/runs: give a plain name",
-        ),
-        (
-            bool(too_long),
-            f"run_name={run_name} has more than the {NAME_BYTES} bytes of a file name: give a shorter name",
-        ),
-    ]
-
-
-def metric_rules(config: Config, setting: str, metric: str | None) -> list[tuple[bool, str]]:
-    """Return the rules for a setting that names a metric of evaluations: the metric must be measured."""
-    fedsa = config.strategy.aggregation == "fedsa"
-    personal = config.evaluate.personal_epochs > 0 or fedsa
-    return [
-        (
-            metric not in (None, "loss") and config.dataset.classes == 0,
-            f"{setting}={metric} needs classes, dataset={config.dataset.name} has none: set {setting}=loss",
-        ),
-        (
-            metric == "personal_accuracy" and not personal,
-            f"{setting}={metric} needs fine-tuning: set evaluate.personal_epochs to 1 or more",
-        ),
-        (
-            fedsa and metric in ("accuracy", "loss"),
-            f"{setting}={metric} is of the global model, which lacks every client's B with "
-            f"strategy.aggregation=fedsa: "
-            + (f"set {setting}=personal_accuracy" if config.dataset.classes else "choose another rule"),
-        ),
-    ]
-
-
-def validation_rules(config: Config) -> list[tuple[bool, str]]:
-    """Return the rules for what is held out for validation: whatever chooses needs some, and shards have their own."""
-    fraction, writers = config.evaluate.validation_fraction, config.partition.kind in WRITER_PARTITIONS
-    best, metric = config.evaluate.select == "best", config.stopping.metric
-    chooser = "evaluate.select=best" if best else f"stopping.metric={metric}"
-    return [
-        (
-            fraction is not None and writers,
+def _evaluation_faults(config: Config) -> Iterator[str]:
+    """Yield faults of evaluation, early stopping and validation samples."""
+    stopping, evaluate, writers = config.stopping, config.evaluate, config.partition.kind in WRITER_PARTITIONS
+    yield from _metric_faults(config, "evaluate.objective", evaluate.objective)
+    yield from _metric_faults(config, "stopping.metric", stopping.metric)
+    fraction, best = evaluate.validation_fraction, evaluate.select == "best"
+    if fraction is not None and writers:
+        yield (
             f"evaluate.validation_fraction={fraction} holds out training samples, and clients of "
-            f"partition={config.partition.kind} have validation samples of their own: set it to null",
-        ),
-        (
-            config.chooses and fraction == 0,
+            f"partition={config.partition.kind} have validation samples of their own: set it to null"
+        )
+    if config.chooses and fraction == 0:
+        chooser = "evaluate.select=best" if best else f"stopping.metric={stopping.metric}"
+        yield (
             f"{chooser} chooses by validation samples, and evaluate.validation_fraction={fraction} holds out none: set "
-            f"it to null (which holds out {VALIDATION_FRACTION:g}) or to another fraction",
-        ),
-    ]
+            f"it to null (which holds out {VALIDATION_FRACTION:g}) or to another fraction"
+        )
+    if stopping.metric is not None and evaluate.every * (1 + stopping.patience) >= config.num_rounds:
+        yield (
+            f"stopping.patience={stopping.patience} evaluations, one in evaluate.every={evaluate.every} rounds, are "
+            f"never over before num_rounds={config.num_rounds}: lower stopping.patience or evaluate.every"
+        )
+    if best and evaluate.every >= config.num_rounds:
+        yield (
+            f"evaluate.select=best has only the last round to choose from: lower evaluate.every={evaluate.every} below "
+            f"num_rounds={config.num_rounds}"
+        )
 
 
-def check_split(config: Config) -> None:
-    """Refuse a final model that could not be stored split: no folder for it, no ViT, or points it has no layers for."""
+def _metric_faults(config: Config, setting: str, metric: str | None) -> Iterator[str]:
+    """Yield faults of a setting that names a metric: evaluations must measure it."""
+    fedsa, classes = config.strategy.aggregation == "fedsa", config.dataset.classes
+    if metric not in (None, "loss") and not classes:
+        yield f"{setting}={metric} needs classes, dataset={config.dataset.name} has none: set {setting}=loss"
+    if metric == "personal_accuracy" and not (config.evaluate.personal_epochs > 0 or fedsa):
+        yield f"{setting}={metric} needs fine-tuning: set evaluate.personal_epochs to 1 or more"
+    if fedsa and metric in ("accuracy", "loss"):
+        yield (
+            f"{setting}={metric} is of the global model, which lacks every client's B with strategy.aggregation=fedsa: "
+            + (f"set {setting}=personal_accuracy" if classes else "choose another rule")
+        )
+
+
+def _lora_faults(config: Config) -> Iterator[str]:
+    """Yield faults of adapters and the rule that aggregates them."""
+    strategy, lora, rule = config.strategy, config.lora, config.strategy.aggregation
+    if strategy.name == "fedlora" and not lora.enabled:
+        yield "FedLoRA needs a model with adapters: set lora=default (got lora=none)"
+    if strategy.name != "fedlora" and lora.enabled:
+        yield (
+            f"lora=default trains adapters, strategy={strategy.name} sends whole models: set strategy=fedlora or "
+            "lora=none"
+        )
+    if (strategy.name == "fedlora") != (rule is not None):
+        yield (
+            f"strategy.aggregation={rule} does not go with strategy={strategy.name}: it is a rule for adapters, which "
+            "strategy=fedlora has"
+        )
+    if lora.enabled and not lora.targets:
+        yield "lora.targets is empty: name the layers that get adapters, such as [qkv,proj]"
+    if rule == "fedsa" and not config.checkpoint.enabled:
+        yield (
+            "strategy.aggregation=fedsa keeps each client's B in its chunk store: set checkpoint=recent (got "
+            "checkpoint.enabled=false)"
+        )
+    if rule == "fedsa" and lora.adapter is not None:
+        yield (
+            "lora.adapter gives all clients one B, strategy.aggregation=fedsa leaves each its own: choose another rule"
+        )
+    if (lora.rank_by_client is not None or lora.prune_gamma is not None) and strategy.weighting == "alignment":
+        yield (
+            "strategy.weighting=alignment compares updates of one shape: leave lora.rank_by_client and "
+            "lora.prune_gamma out"
+        )
+    yield from _rank_faults(config)
+
+
+def _rank_faults(config: Config) -> Iterator[str]:
+    """Yield faults of ranks that differ or are pruned."""
+    lora, rule = config.lora, config.strategy.aggregation
+    ranks = lora.rank_by_client or (lora.rank,)
+    if lora.rank_by_client is not None and rule not in RANKS_MAY_DIFFER:
+        yield (
+            f"lora.rank_by_client gives clients different ranks, which strategy.aggregation={rule} cannot aggregate: "
+            f"choose one of {', '.join(RANKS_MAY_DIFFER)}"
+        )
+    if max(ranks) > lora.rank:
+        yield (f"lora.rank_by_client={list(ranks)} has more than lora.rank={lora.rank}, the largest: raise lora.rank")
+    if lora.prune_gamma is not None and rule != "hetlora":
+        yield (
+            f"lora.prune_gamma={lora.prune_gamma} lets clients prune their ranks, which strategy.aggregation={rule} "
+            "does not do: set strategy.aggregation=hetlora or lora.prune_gamma=null"
+        )
+    for setting, value, off in (("prune_penalty", lora.prune_penalty, 0), ("rank_min", lora.rank_min, 1)):
+        if lora.prune_gamma is None and value > off:
+            yield f"lora.{setting}={value} has no effect without lora.prune_gamma: set one, such as 0.75"
+    if lora.rank_min > min(ranks):
+        yield (
+            f"lora.rank_min={lora.rank_min} is more than the smallest rank that a client starts with, {min(ranks)}: "
+            "lower lora.rank_min"
+        )
+
+
+def _strategy_faults(config: Config) -> Iterator[str]:
+    """Yield faults of local training, the server's rule, privacy and stores."""
+    train, strategy, privacy, checkpoint = config.train, config.strategy, config.privacy, config.checkpoint
+    rule, sampled = strategy.aggregation, sample_size(strategy.fraction_train, config.clients)
+    if train.optimizer == "adamw" and train.momentum > 0:
+        yield f"train.momentum={train.momentum} has no meaning for adamw: set train.optimizer=sgd or train.momentum=0"
+    if strategy.server_optimizer is not None and rule not in (None, "fedit"):
+        yield (
+            f"strategy.server_optimizer={strategy.server_optimizer} steps along an average, which "
+            f"strategy.aggregation={rule} is not: use fedit or fedavg"
+        )
+    if strategy.server_lr is not None and strategy.server_optimizer is None:
+        yield f"strategy.server_lr={strategy.server_lr} has no effect without strategy.server_optimizer: set one"
+    if strategy.min_replies > sampled:
+        yield (
+            f"strategy.min_replies={strategy.min_replies} can never be met with {sampled} clients in a round: lower "
+            "it, or raise clients or strategy.fraction_train"
+        )
+    if (strategy.min_clients or 0) > config.clients:
+        yield f"strategy.min_clients={strategy.min_clients} is more than clients={config.clients}: lower it"
+    if privacy.enabled and rule not in (None, "fedit"):
+        yield (
+            f"privacy.enabled=true perturbs all that was sent, strategy.aggregation={rule} has only a part sent back: "
+            "use fedit or fedavg"
+        )
+    if privacy.enabled and privacy.delta * config.clients >= 1:
+        yield (
+            f"privacy.delta={privacy.delta} lets the whole update of one in {config.clients} clients leak: set it far "
+            f"below 1/clients, such as {0.01 / config.clients:.0e}"
+        )
+    if checkpoint.chunk_bytes is not None and checkpoint.chunk_num is not None:
+        yield (
+            f"checkpoint.chunk_bytes={checkpoint.chunk_bytes} and checkpoint.chunk_num={checkpoint.chunk_num} are two "
+            "ways to cut: set one of them to null"
+        )
+
+
+def _runtime_faults(config: Config) -> Iterator[str]:
+    """Yield settings that only another runtime has."""
+    deployment, inline = config.deployment, config.deployment.kind == "inline"
+    if deployment.client_keys is not None and deployment.kind != "superlink":
+        yield (
+            f"deployment.client_keys={deployment.client_keys} pins keys of SuperNodes, and simulated nodes have none: "
+            "leave it out, or set deployment=local"
+        )
+    kinds = {"port": "simulation", "ray_address": "simulation", "address": "local", "root_certificates": "local"}
+    for key, kind in kinds.items():
+        if inline and (value := getattr(deployment, key)) is not None:
+            yield f"deployment.{key}={value} is for deployment={kind}: add deployment={kind}"
+    if deployment.workers is not None and not inline:
+        yield (
+            f"deployment.workers={deployment.workers} is for deployment=inline: leave it out, or set deployment=inline"
+        )
+
+
+def _split_faults(config: Config) -> Iterator[str]:
+    """Yield what keeps the final model from being stored split: no folder, no ViT, or points outside its layers."""
     split, name = config.split, config.model.name
+    if not split.auto_save_split_models:
+        return
     if split.model_storage_dir is None:
-        raise ConfigError("split.auto_save_split_models=true needs a folder: set split.model_storage_dir")
+        yield "split.auto_save_split_models=true needs a folder: set split.model_storage_dir"
     if name not in SIZES:
-        raise ConfigError(f"split.auto_save_split_models=true splits a ViT, which model={name} is not: set split=none")
+        yield f"split.auto_save_split_models=true splits ViTs only, got model={name}: set split=none"
+        return
     try:
         check_points(*parse_points(split.split_config), SIZES[name][1])
     except ValueError as error:
-        raise ConfigError(f"split.split_config={split.split_config} does not go with model={name}: {error}") from error
+        yield f"split.split_config={split.split_config} does not go with model={name}: {error}"
 
 
 def sample_size(fraction: float, clients: int) -> int:

@@ -1,8 +1,19 @@
-"""Every setting of flapp by name, type and range; the values live in conf/, the ways to them in config.py."""
+"""Every setting of flapp by name, type and range. The values are in conf/; load.py reads them."""
 
-from dataclasses import dataclass, fields
+import difflib
+import json
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from flapp.untrusted import printable
+
+T = TypeVar("T")
 
 RANKS_MAY_DIFFER = ("flora", "flexlora", "hetlora")  # rules of aggregation
 VALIDATION_FRACTION = 0.2  # of the training samples, where something chooses and nothing else is said
@@ -10,37 +21,20 @@ WRITER_PARTITIONS = ("natural", "round_robin", "random", "manual")  # made with 
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used, said in one line that names the key and the fix."""
+    """A setting cannot be used. The message is one line that names the setting, what was found and the fix."""
 
 
-@dataclass(frozen=True)
-class Bound:
-    """A range: at least `ge`, more than `gt`, at most `le`."""
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)  # "3" is not 3, 1 is not true
 
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-
-    def broken_by(self, value: float) -> str | None:
-        """Say what the value should have been, or None when it is in range."""
-        if self.ge is not None and not value >= self.ge:
-            return f"at least {self.ge}"
-        if self.gt is not None and not value > self.gt:
-            return f"more than {self.gt}"
-        if self.le is not None and not value <= self.le:
-            return f"at most {self.le}"
-        return None
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Dropout = Annotated[float, Field(ge=0, le=0.99)]
 
 
-Count = Annotated[int, Bound(ge=1)]
-Natural = Annotated[int, Bound(ge=0)]
-Positive = Annotated[float, Bound(gt=0)]
-NotNegative = Annotated[float, Bound(ge=0)]
-Fraction = Annotated[float, Bound(gt=0, le=1)]
-Dropout = Annotated[float, Bound(ge=0, le=0.99)]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class DatasetConfig:
     name: str
     shape: tuple[Count, ...]
@@ -52,7 +46,7 @@ class DatasetConfig:
     augment: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class PartitionConfig:
     kind: Literal["dirichlet", "iid", "pathological", "natural", "round_robin", "random", "manual"]
     seed: Natural
@@ -62,7 +56,7 @@ class PartitionConfig:
     mapping: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class ModelConfig:
     name: str
     image_size: Count | None
@@ -71,7 +65,7 @@ class ModelConfig:
     pretrained: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class LoRAConfig:
     enabled: bool
     rank: Count
@@ -79,13 +73,13 @@ class LoRAConfig:
     targets: tuple[str, ...]
     dropout: Dropout
     rank_by_client: tuple[Count, ...] | None
-    prune_gamma: Annotated[float, Bound(gt=0, le=0.999)] | None
+    prune_gamma: Annotated[float, Field(gt=0, le=0.999)] | None
     prune_penalty: NotNegative
     rank_min: Count
     adapter: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class StrategyConfig:
     name: Literal["fedavg", "fedlora"]
     aggregation: Literal["fedit", "ffa", "rolora", "fedsa", "flora", "fedex", "flexlora", "hetlora"] | None
@@ -94,8 +88,8 @@ class StrategyConfig:
     weighting: Literal["num-examples", "uniform", "alignment"]
     server_optimizer: Literal["fedadam", "fedyogi", "fedavgm"] | None
     server_lr: Positive | None
-    server_momentum: Annotated[float, Bound(ge=0, le=0.999)]
-    norm_limit: Annotated[float, Bound(gt=1)] | None
+    server_momentum: Annotated[float, Field(ge=0, le=0.999)]
+    norm_limit: Annotated[float, Field(gt=1)] | None
     max_weight_share: Fraction | None
     min_replies: Count
     min_clients: Count | None
@@ -103,12 +97,12 @@ class StrategyConfig:
     timeout: Positive
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class TrainConfig:
     optimizer: Literal["adamw", "sgd"]
     lr: Positive
     schedule: Literal["cosine", "constant"]
-    momentum: Annotated[float, Bound(ge=0, le=1)]
+    momentum: Annotated[float, Field(ge=0, le=1)]
     weight_decay: NotNegative
     batch_size: Count
     epochs: Count
@@ -122,7 +116,7 @@ class TrainConfig:
     threads: Count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class EvaluateConfig:
     every: Count
     personal_epochs: Natural
@@ -131,22 +125,22 @@ class EvaluateConfig:
     central: bool
     objective: Literal["accuracy", "personal_accuracy", "loss"]
     select: Literal["last", "best"]
-    validation_fraction: Annotated[float, Bound(ge=0, le=0.9)] | None
+    validation_fraction: Annotated[float, Field(ge=0, le=0.9)] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class StoppingConfig:
     metric: Literal["accuracy", "personal_accuracy", "loss"] | None
     patience: Count
     min_delta: NotNegative
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class ResultsConfig:
     tensorboard: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class CheckpointConfig:
     enabled: bool
     keep_rounds: Count | None
@@ -156,22 +150,22 @@ class CheckpointConfig:
     replay: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class PrivacyConfig:
     enabled: bool
     clipping_norm: Positive
     epsilon: Positive
-    delta: Annotated[float, Bound(gt=0, le=1)]
+    delta: Annotated[float, Field(gt=0, le=1)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class SplitConfig:
     model_storage_dir: str | None
     auto_save_split_models: bool
     split_config: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class DistributedDataConfig:
     enabled: bool
     shard_path: str | None
@@ -180,7 +174,7 @@ class DistributedDataConfig:
     strict_check: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class DeploymentConfig:
     kind: Literal["inline", "simulation", "superlink"]
     workers: Natural | None
@@ -188,14 +182,14 @@ class DeploymentConfig:
     address: str | None
     root_certificates: str | None
     client_keys: str | None
-    port: Annotated[int, Bound(ge=1, le=65535)] | None
+    port: Annotated[int, Field(ge=1, le=65535)] | None
     client_cpus: Count
     client_gpus: NotNegative
     total_cpus: Count | None
     ray_address: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class NodeConfig:
     """What only this node knows: its client id and folders in a deployment, or its place among the simulated nodes."""
 
@@ -207,7 +201,7 @@ class NodeConfig:
     num_partitions: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Config:
     home: str
     run_name: str
@@ -275,3 +269,70 @@ class Config:
     @property
     def runs_dir(self) -> Path:
         return Path(self.home) / "runs"
+
+
+PROBLEMS = {  # what to say for pydantic's types of errors, with their context filled in
+    "json_invalid": "has text that is not Unicode: use plain characters",
+    "missing": "is missing: give it a value",
+    "dataclass_type": "must be a group of settings",
+    "int_type": "must be a whole number",
+    "float_type": "must be a finite number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "tuple_type": "must be a list",
+    "greater_than": "is out of range: it must be more than {gt:g}",
+    "greater_than_equal": "is out of range: it must be at least {ge:g}",
+    "less_than_equal": "is out of range: it must be at most {le:g}",
+    "literal_error": "is not known: choose one of {expected}",
+}
+
+
+def from_plain(cls: type[T], values: Any, prefix: str = "") -> T:
+    """Return the settings `cls` of plain nested values, or raise ConfigError; prefix: of the names in the error."""
+    try:
+        return TypeAdapter(cls).validate_json(json.dumps(values))  # strict JSON has lists for tuples, as YAML has
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        unknown = [each for each in errors if each["type"] == "unexpected_keyword_argument"]
+        raise ConfigError(_describe((unknown or errors)[0], cls, prefix)) from None
+
+
+def _describe(error: Mapping[str, Any], cls: type, prefix: str) -> str:
+    """Say in one line what pydantic found wrong with one setting."""
+    kind, found = error["type"], error["input"]
+    path = [part for part in error["loc"] if isinstance(part, str)]  # without places in lists
+    key = prefix + ".".join(path)
+    if kind == "unexpected_keyword_argument":
+        siblings = [name.rpartition(".") for name in setting_types(cls)]
+        close = hint(path[-1], [name for group, _, name in siblings if group == ".".join(path[:-1])])
+        return f"{key} is not a setting{close}"
+    context = error.get("ctx", {})
+    choices = str(context.get("expected", "")).replace("'", "").replace(" or ", ", ")
+    problem = PROBLEMS.get(kind, printable(error["msg"])).format_map({**context, "expected": choices})
+    if kind == "dataclass_type":
+        return f"{key or 'the config'} {problem}, got {printable(found)}"
+    if kind == "missing" or not key:
+        return f"{key or 'the config'} {problem}"
+    return f"{key}={printable(found)} {problem}" + (f", got {type(found).__name__}" if kind.endswith("_type") else "")
+
+
+def setting_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Return the annotation of every setting by its dotted name, those of groups included."""
+    found: dict[str, Any] = {}
+    for name, annotation in typing.get_type_hints(cls).items():
+        if is_dataclass(annotation):
+            found |= setting_types(typing.cast(type, annotation), f"{prefix}{name}.")
+        found[prefix + name] = annotation
+    return found
+
+
+def takes_list(key: str) -> bool:
+    """Say whether the setting with this dotted name may be a list."""
+    return "tuple" in str(setting_types().get(key))
+
+
+def hint(key: str, names: Iterable[str]) -> str:
+    """Return the end of a message about an unknown name: what was probably meant."""
+    close = difflib.get_close_matches(key, list(names), n=1, cutoff=0.5)
+    return f": did you mean {close[0]}?" if close else ": see conf/config.yaml for the settings"

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from flapp.config.convert import setting_names
 from flapp.config.load import CONF, compose, derive_seed, from_dict, load, read_node_config, to_json
-from flapp.config.schema import Config, ConfigError
+from flapp.config.schema import ConfigError, setting_types
 from flapp.model.build import build_model
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
@@ -81,7 +80,7 @@ def test_every_choice_in_conf_composes_and_builds_its_model(group: str, choice: 
             ["split=auto", "split.split_config=1:2"],
             "split.split_config=1:2 does not go with model=vit_tiny: split points",
         ),
-        (["split=auto", "model=cnn"], "splits a ViT, which model=cnn is not: set split=none"),
+        (["split=auto", "model=cnn"], "splits ViTs only, got model=cnn: set split=none"),
         (["split.auto_save_split_models=true"], "needs a folder: set split.model_storage_dir"),
         (["split.model_storage_dir=here"], "split.model_storage_dir=here is relative"),
         (["a b"], "settings are written key=value"),
@@ -164,7 +163,7 @@ def test_seeds_depend_on_every_part_and_on_nothing_else() -> None:
 
 def test_every_setting_is_written_in_conf() -> None:
     values = json.loads(to_json(compose([])))
-    for name in setting_names(Config):
+    for name in setting_types():
         node = values
         for part in name.split("."):
             assert part in node, name

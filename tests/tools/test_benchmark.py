@@ -13,7 +13,7 @@ from tests.support.html_page import Page
 from tests.support.run_files import write_run
 from tools import benchmark, report
 from tools.bench import Row, bytes
-from tools.bench.machine import describe_machine
+from tools.benchmark import describe_machine
 
 GOOD, NEAR, BAD = Row("a", "b", 2.0, 2), Row("near", "b", 1.7, 2, note="noisy"), Row("bad", "<b>", 1.6, 2)
 
@@ -57,24 +57,24 @@ def test_the_table_shows_ratio_target_limit_and_verdict() -> None:
 
 
 def test_only_a_missed_limit_fails(topic: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
-    topic("round", lambda: [GOOD])
+    topic("bytes", lambda: [GOOD])
     topic("lora", lambda: [NEAR])
-    assert benchmark.main(["round", "lora"]) == 0
+    assert benchmark.main(["bytes", "lora"]) == 0
     topic("lora", lambda: [BAD])
-    assert benchmark.main(["round", "lora"]) == 1
+    assert benchmark.main(["bytes", "lora"]) == 1
     told = capsys.readouterr().err.splitlines()
-    assert told[:2] == ["round ...", "round: 0 s"]
+    assert told[:2] == ["bytes ...", "bytes: 0 s"]
 
 
 def test_a_topic_that_raises_keeps_the_rows_of_the_others(topic: Callable[..., None], tmp_path: Path) -> None:
     def fail() -> list[Row]:
         raise RuntimeError("no disk\nis left")
 
-    topic("round", fail)
+    topic("bytes", fail)
     topic("lora", lambda: [GOOD])
-    assert benchmark.main(["round", "lora", "--json", str(tmp_path / "out.json")]) == 1
+    assert benchmark.main(["bytes", "lora", "--json", str(tmp_path / "out.json")]) == 1
     failed, kept = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert (failed["what"], failed["verdict"]) == ("all of `round`", "not measured")
+    assert (failed["what"], failed["verdict"]) == ("all of `bytes`", "not measured")
     assert failed["note"] == "RuntimeError: no disk is left"
     assert (kept["what"], kept["verdict"]) == ("a", "met")
 
@@ -97,15 +97,15 @@ def test_all_runs_every_topic_and_its_json_has_machine_seconds_and_rows(
 def test_a_json_that_cannot_be_written_is_refused_before_anything_is_measured(
     topic: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    topic("round", lambda: pytest.fail("measured"))
+    topic("bytes", lambda: pytest.fail("measured"))
     with pytest.raises(SystemExit):
-        benchmark.main(["round", "--json", str(tmp_path / "none" / "out.json")])
+        benchmark.main(["bytes", "--json", str(tmp_path / "none" / "out.json")])
     assert "there is no folder for" in capsys.readouterr().err
 
 
 def test_every_topic_exists_and_is_a_module_of_its_own() -> None:
     folder = Path(benchmark.__file__).parent / "bench"
-    helpers = {"__init__", "machine", "usage", "bare", "stock"}
+    helpers = {"__init__", "usage", "bare", "stock"}
     assert {path.stem for path in folder.glob("*.py")} - helpers == set(benchmark.TOPICS)
 
 

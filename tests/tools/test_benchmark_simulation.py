@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 from safetensors.torch import load_file
 
 from tests.support.waiting import wait_for
@@ -48,11 +49,13 @@ def test_the_bare_loop_ends_with_the_model_that_flapp_ends_with(
 def test_a_client_of_the_stock_app_trains_as_the_bare_loop_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stock.write_app(tmp_path)
+    for name in ("run_id", "node_id", "task_id"):  # no message is made without them
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    stock.write_app(tmp_path / "app")
     path = linear(tmp_path, 6, 3, 1).work()
     work = bare.read_work(path)
     state = load_file(work.start)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "app")
     for name in ("stock", "stock.app", "stock.bare", "stock.cnn", "stock.linear"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     from stock.app import client  # type: ignore[import-not-found]

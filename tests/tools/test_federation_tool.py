@@ -11,10 +11,11 @@ import psutil
 import pytest
 
 from flapp.data.shards.manifest import Manifest
+from flapp.files import write_json
 from tools import federation
 from tools.deployment import supervisor
 from tools.deployment.processes import Processes, answers, free_port
-from tools.deployment.supervisor import FACTS, Child, Federation, Supervisor, supernode_command, write_json
+from tools.deployment.supervisor import FACTS, Child, Federation, Supervisor, supernode_command
 
 
 def described(**changes: object) -> Federation:
@@ -66,6 +67,8 @@ def test_a_site_is_told_only_what_is_its_own(tmp_path: Path) -> None:
     plain = " ".join(supernode_command(tmp_path, described(), "1"))
     assert '--node-config client-id="1" ' in plain
     assert "--insecure" in plain
+    assert "/supernode.py " in plain
+    assert "/owner_only.py supernode " in " ".join(supernode_command(tmp_path, described(plain=True), "1"))
     rich = described(tls=True, shards="/data/shards", homes=True)
     secure = " ".join(supernode_command(tmp_path, rich, "1"))
     assert f'client-id="1" shard-path="/data/shards/client_1" home="{tmp_path}/client_1/home"' in secure

@@ -114,4 +114,4 @@ def test_another_flower_and_another_system_are_refused_by_name(monkeypatch: pyte
         protect("flwr.other")
     monkeypatch.setattr(owner_only, "TCP", tmp_path / "tcp")
     with pytest.raises(SystemExit, match="has no .*/tcp, so other users cannot be kept out of .*: use Linux"):
-        protect(owner_only.SUPERLINK)
+        protect(owner_only.PROGRAMS["superlink"])

@@ -307,7 +307,7 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path, capsys: pytest.Ca
         ([tmp_path / "nothing"], "is no run and holds none"),
         ([tmp_path / "absent"], "is no folder"),
         ([run / "config.yaml"], "is no folder"),
-        ([run, "--out", tmp_path / "no" / "out.html"], "out.html cannot be used (No such file"),
+        ([run, "--out", tmp_path / "no" / "out.html"], "out.html: make it first"),
     ):
         assert report.main(list(map(str, arguments))) == 1
         error = capsys.readouterr().err

@@ -1,10 +1,13 @@
 """What every benchmark shares: rows with a ratio, measured interleaved in one process, by medians."""
 
 import gc
+import json
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 STOCK_PROJECT = """
 [project]
@@ -17,7 +20,7 @@ publisher = "stock"
 serverapp = "stock.app:server"
 clientapp = "stock.app:client"
 [tool.flwr.app.config]
-"""  # pyproject.toml of an app of plain Flower in the module stock.app; the app's settings follow
+"""
 HEADS = ("what", "against", "ratio", "target", "limit", "verdict", "note")
 SLACK = 1.2  # between target and limit, where a row names no limit of its own: ratios move so much from run to run
 
@@ -85,3 +88,15 @@ def measure(
             if turn >= warmup:
                 seconds[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def write_stock_app(folder: Path, source: str, *modules: str, **settings: str | int) -> None:
+    """Write an app of plain Flower: its source, files to copy beside it, and the values of its run config."""
+    package = folder / "stock"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "app.py").write_text(source)
+    for module in modules:
+        shutil.copy(module, package)
+    config = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
+    (folder / "pyproject.toml").write_text(STOCK_PROJECT + config)

@@ -1,31 +1,28 @@
 """An idle round over a SuperLink and three SuperNodes: flapp on its own SuperNodes, against a stock app on stock ones.
 
 Both are asked to train and to evaluate by all clients in every round, with next to no work in either. The stock app
-is what Flower's documentation starts with: its FedAvg, and a client in NumPy, which imports no PyTorch.
+is what Flower's documentation starts with: its FedAvg, and a client in NumPy, which does not import PyTorch.
 """
 
 import contextlib
 import itertools
 import json
-import secrets
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
-from flapp.config.load import compose, to_json
-from tools import supernode
-from tools.bench import STOCK_PROJECT, Row
-from tools.deployment.processes import HOST, Processes, SuperLinkError, answers, environment, free_port, program
+from flapp.config.load import compose
+from tools import federation
+from tools.bench import Row, write_stock_app
+from tools.deployment.processes import SuperLinkError
+from tools.deployment.submit import run_once
 from tools.deployment.superlink import CONNECTION, SuperLink
 
-TURNS, ROUNDS, NODES = 2, 5, 3
-START_SECONDS, RUN_SECONDS = 60, 300
-APP = Path(__file__).resolve().parents[2]
-STOCK_APP = """
+TURNS, ROUNDS, NODES, RUN_SECONDS = 2, 5, 3, 300
+APP = f"""
 import time
 import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
@@ -38,12 +35,12 @@ server = ServerApp()
 
 @client.train()
 def train(message, context):
-    metrics = MetricRecord({"num-examples": 100})
-    return Message(RecordDict({"arrays": message.content["arrays"], "metrics": metrics}), reply_to=message)
+    metrics = MetricRecord({{"num-examples": 100}})
+    return Message(RecordDict({{"arrays": message.content["arrays"], "metrics": metrics}}), reply_to=message)
 
 @client.evaluate()
 def evaluate(message, context):
-    return Message(RecordDict({"metrics": MetricRecord({"num-examples": 30, "loss": 0.0})}), reply_to=message)
+    return Message(RecordDict({{"metrics": MetricRecord({{"num-examples": 30, "loss": 0.0}})}}), reply_to=message)
 
 @server.main()
 def main(grid, context):
@@ -52,103 +49,49 @@ def main(grid, context):
             print(time.time(), file=file)
 
     arrays = ArrayRecord([np.zeros((1, 10), np.float32), np.zeros(1, np.float32)])
-    strategy = FedAvg(min_train_nodes=NODES, min_evaluate_nodes=NODES, min_available_nodes=NODES)
-    strategy.start(grid, arrays, num_rounds=context.run_config["rounds"], evaluate_fn=note_end)
-"""
-STOCK_SETTINGS = """rounds = 0
-ends = ""
+    strategy = FedAvg(min_train_nodes={NODES}, min_evaluate_nodes={NODES}, min_available_nodes={NODES})
+    strategy.start(grid, arrays, num_rounds={ROUNDS}, evaluate_fn=note_end)
 """
 
 
 @contextlib.contextmanager
-def deployment(folder: Path, node_command: list[str]) -> Iterator[SuperLink]:
-    """Run a SuperLink and NODES SuperNodes, each below `folder`, and yield the SuperLink to submit runs to."""
-    processes = Processes(secrets.token_hex(16))
-    address = f"{HOST}:{free_port()}"
-
-    def start(name: str, command: list[str]) -> None:
-        home = folder / name
-        home.mkdir(parents=True)
-        with (home / "log.txt").open("wb") as log:
-            subprocess.Popen(
-                [*command, "--insecure", "--isolation", "subprocess", "--host", HOST],
-                env=environment(home, processes.token),
-                cwd=home,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def wait(ports: list[int]) -> None:
-        end = time.monotonic() + START_SECONDS
-        while not all(answers(port) for port in ports):
-            if time.monotonic() > end:
-                raise SuperLinkError(f"not all of the deployment in {folder} answers after {START_SECONDS} s")
-            time.sleep(0.1)
-
+def deployed(home: Path, *options: str) -> Iterator[SuperLink]:
+    """Bring up a federation of NODES sites below `home`, and give its SuperLink."""
+    folder = home / "federation"
+    with contextlib.redirect_stdout(sys.stderr):
+        if federation.main(["up", "--folder", str(folder), "--clients", str(NODES), *options]):
+            raise SuperLinkError(f"the federation in {folder} did not start")
     try:
-        port = int(address.rpartition(":")[2])
-        no_install = "--disable-runtime-dependency-installation"
-        start("superlink", [program("flower-superlink"), "--port", str(port), no_install])
-        wait([port])
-        ports = [free_port() for _ in range(NODES)]
-        for number, own in enumerate(ports):
-            options = ["--superlink", address, "--port", str(own), "--node-config", f'client-id="{number}"']
-            start(f"client_{number}", [*node_command, *options])
-        wait(ports)
-        with SuperLink(address) as superlink:
+        with SuperLink(federation.read_federation(folder).address) as superlink:
             yield superlink
     finally:
-        processes.stop()
+        federation.take_down(folder)
 
 
-def run_rounds(superlink: SuperLink, app: Path, settings: str, read_ends: Callable[[], list[float]]) -> list[float]:
-    """Run an app and return the seconds from each of its rounds' end to the next; those of the first are unknown."""
-    run_id = superlink.flwr("run", str(app), CONNECTION, "-c", settings)["run-id"]
-    end = time.monotonic() + RUN_SECONDS
-    while len(ends := read_ends()) < ROUNDS:
-        if time.monotonic() > end:
-            raise SuperLinkError(f"{app.name} had {len(ends)} rounds in {RUN_SECONDS} s: {superlink.status(run_id)}")
+def stock_rounds(superlink: SuperLink, home: Path, turn: int) -> list[float]:
+    """Run the stock app and return the seconds of its rounds."""
+    app, ends = home / f"app-{turn}", home / f"ends-{turn}"
+    write_stock_app(app, APP, ends=str(ends))
+    run_id = superlink.flwr("run", str(app), CONNECTION)["run-id"]
+    deadline = time.monotonic() + RUN_SECONDS
+    while len(lines := ends.read_text().splitlines() if ends.exists() else []) <= ROUNDS:  # the first is the start
+        if time.monotonic() > deadline:
+            raise SuperLinkError(f"{len(lines)} rounds in {RUN_SECONDS} s: {superlink.status(run_id)}")
         time.sleep(0.2)
+    return steps(map(float, lines[1:]))
+
+
+def flapp_rounds(home: Path, turn: int) -> list[float]:
+    """Run flapp's toy regression, one step per client and round, and return the seconds of its rounds."""
+    words = ["experiment=toy_regression", "deployment=local", f"home={home}", f"run_name=turn-{turn}"]
+    words += [f"clients={NODES}", f"num_rounds={ROUNDS}", "train.steps=1", "evaluate.every=1"]
+    summary = run_once(compose([*words, "evaluate.personal_epochs=0"]))
+    lines = map(json.loads, (Path(summary["run_dir"]) / "metrics.jsonl").read_text().splitlines())
+    return steps(line["time"] for line in lines if line["kind"] == "evaluate")
+
+
+def steps(ends: Iterator[float]) -> list[float]:
     return [after - before for before, after in itertools.pairwise(ends)]
-
-
-def stock_rounds(superlink: SuperLink, folder: Path, turn: int) -> list[float]:
-    """Run the stock app, written to `folder`, and return its rounds' seconds."""
-    (folder / "stock").mkdir(exist_ok=True)
-    (folder / "stock" / "__init__.py").touch()
-    (folder / "stock" / "app.py").write_text(STOCK_APP.replace("NODES", str(NODES)))
-    (folder / "pyproject.toml").write_text(STOCK_PROJECT + STOCK_SETTINGS)
-    ends = folder / f"ends-{turn}"
-    ends.touch()
-    # it notes the start of its first round as well
-    return run_rounds(
-        superlink,
-        folder,
-        f'rounds={ROUNDS} ends="{ends}"',
-        lambda: [float(line) for line in whole_lines(ends)[1:]],
-    )
-
-
-def flapp_rounds(superlink: SuperLink, folder: Path, turn: int) -> list[float]:
-    """Run flapp's toy regression, one step a client and round, and return its rounds' seconds."""
-    words = ["experiment=toy_regression", f"home={folder}", f"run_name=turn-{turn}", f"clients={NODES}"]
-    words += [f"num_rounds={ROUNDS}", "train.steps=1", "evaluate.every=1", "evaluate.personal_epochs=0"]
-    config = compose(words)
-    settings = folder / "run.toml"
-    settings.write_text(f"config-json = {json.dumps(to_json(config))}\n")
-    lines = config.runs_dir / config.run_name / "metrics.jsonl"
-
-    def read_ends() -> list[float]:
-        found = [json.loads(line) for line in whole_lines(lines)]
-        return [line["time"] for line in found if line["kind"] == "evaluate"]
-
-    return run_rounds(superlink, APP, str(settings), read_ends)
-
-
-def whole_lines(path: Path) -> list[str]:
-    """Return the lines of a file that is being written, or none while it is not there."""
-    return path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
 
 
 def rows() -> list[Row]:
@@ -156,12 +99,11 @@ def rows() -> list[Row]:
     stock: list[float] = []
     ours: list[float] = []
     with tempfile.TemporaryDirectory(prefix="flapp-") as root, contextlib.ExitStack() as stack:
-        folders = [Path(root) / name for name in ("stock", "flapp")]
-        commands = [[program("flower-supernode")], [sys.executable, supernode.__file__]]
-        links = [stack.enter_context(deployment(*pair)) for pair in zip(folders, commands, strict=True)]
+        theirs, home = Path(root) / "stock", Path(root) / "flapp"
+        superlink = stack.enter_context(deployed(theirs, "--plain"))
+        stack.enter_context(deployed(home))
         for turn in range(TURNS):
-            stock += stock_rounds(links[0], folders[0], turn)
-            ours += flapp_rounds(links[1], folders[1], turn)
+            stock += stock_rounds(superlink, theirs, turn)
+            ours += flapp_rounds(home, turn)
     note = f"{NODES} SuperNodes, train and evaluate: {median(stock):.1f} s stock, in NumPy; {median(ours):.1f} s ours"
-    ratio = median(ours) / median(stock)
-    return [Row("idle round, deployed", "stock Flower", ratio, 0.5, higher_is_better=False, note=note)]
+    return [Row("idle round, deployed", "stock Flower", median(ours) / median(stock), 0.5, False, note=note)]

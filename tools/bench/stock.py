@@ -5,14 +5,13 @@
     python -m tools.bench.stock WORK.json ENDS NODES
 """
 
-import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from flapp.model import cnn
-from tools.bench import STOCK_PROJECT, bare
+from flapp.model import cnn, linear
+from tools.bench import bare, write_stock_app
 from tools.deployment.processes import available_cpus
 from tools.deployment.superlink import CONNECTION, PrivateSuperLink
 
@@ -69,31 +68,20 @@ def main(grid, context):
     arrays = ArrayRecord(load_file(work.start))
     strategy.start(grid, arrays, num_rounds=len(work.drawn), evaluate_fn=note_end)
 """
-SETTINGS = """work = ""
-ends = ""
-nodes = 0
-"""
 
 
-def write_app(folder: Path) -> None:
+def write_app(folder: Path, **settings: str | int) -> None:
     """Write the app, with copies of the bare loop and of the models' classes."""
-    (folder / "stock").mkdir()
-    (folder / "stock" / "__init__.py").touch()
-    (folder / "stock" / "app.py").write_text(APP)
-    (folder / "pyproject.toml").write_text(STOCK_PROJECT + SETTINGS)
-    shutil.copy(bare.__file__, folder / "stock" / "bare.py")
-    for name in ("cnn", "linear"):
-        shutil.copy(Path(cnn.__file__).with_name(f"{name}.py"), folder / "stock")
+    write_stock_app(folder, APP, *(str(module.__file__) for module in (bare, cnn, linear)), **settings)
 
 
 def run(work: Path, ends: Path, nodes: int) -> str:
     """Run the app to its end; return an empty text, or what Flower says when it ended before its last round."""
-    words = f'work="{work}" ends="{ends}" nodes={nodes}'
     size = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-num-cpus={available_cpus()}"
     rounds = len(bare.read_work(work).drawn)
     with tempfile.TemporaryDirectory(prefix="flapp-stock-") as folder, PrivateSuperLink() as superlink:
-        write_app(Path(folder))
-        run_id = superlink.flwr("run", folder, CONNECTION, "-c", words, "--federation-config", size)["run-id"]
+        write_app(Path(folder), work=str(work), ends=str(ends), nodes=nodes)
+        run_id = superlink.flwr("run", folder, CONNECTION, "--federation-config", size)["run-id"]
         asked = time.monotonic()
         while count_lines(ends) < rounds:
             time.sleep(LOOK_SECONDS)

@@ -1,12 +1,11 @@
-"""A Flower SuperLink that answers only the user who started it.
+"""Flower's SuperLink or SuperNode, answering only the user who started it.
 
-    python -P tools/owner_only.py ARGUMENTS        the arguments of flower-superlink
+    python -P tools/deployment/owner_only.py superlink ARGUMENTS        the arguments of flower-superlink
+    python -P tools/deployment/owner_only.py supernode ARGUMENTS        the arguments of flower-supernode
 
 Flower's APIs ask for no password, so every user of this machine could submit an app to the SuperLink's port, and the
 app would run as the user who started the SuperLink. Linux lists the user of each TCP socket in /proc/net/tcp. A
 connection from another user, or from another machine, is refused there and then.
-
-tools.supernode protects the port of a SuperNode in the same way.
 """
 
 import asyncio
@@ -21,7 +20,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-SUPERLINK = "flwr.superlink.cli.flower_superlink"
+PROGRAMS = {"superlink": "flwr.superlink.cli.flower_superlink", "supernode": "flwr.supernode.cli.flower_supernode"}
 TCP, TCP6 = Path("/proc/net/tcp"), Path("/proc/net/tcp6")
 PREFIXES = {TCP: "", TCP6: "0000000000000000FFFF0000"}  # of an IPv4 address
 ESTABLISHED, CLOSED = "01", "0"  # a connection's state; the inode of a socket that its process has closed
@@ -91,5 +90,6 @@ def protect(name: str) -> None:
 
 
 if __name__ == "__main__":
-    protect(SUPERLINK)
-    sys.exit(importlib.import_module(SUPERLINK).flower_superlink())
+    module = PROGRAMS[sys.argv.pop(1)]
+    protect(module)
+    sys.exit(getattr(importlib.import_module(module), module.rpartition(".")[2])())

@@ -41,7 +41,7 @@ from tools.deployment.processes import (
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # codes of a terminal: colours, cursor
 START_SECONDS = 60
 CONNECTION = "flapp"  # what Flower's command line calls the SuperLink
-OWN_SUPERLINK = (sys.executable, "-P", str(Path(__file__).with_name("owner_only.py")))
+OWNER_ONLY = (sys.executable, "-P", str(Path(__file__).with_name("owner_only.py")))  # then superlink or supernode
 RAY_WITH_TOKENS = "2.52.0"  # the first Ray with token authentication
 
 
@@ -156,7 +156,7 @@ class PrivateSuperLink(SuperLink):
             raise SuperLinkError(
                 f"deployment.port={self.port} is in use on {HOST}: choose another, or set it to null for a free one"
             )
-        command = [*OWN_SUPERLINK, "--insecure", "--simulation", "--isolation", "subprocess"]
+        command = [*OWNER_ONLY, "superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
         command += ["--host", HOST, "--port", str(self.port), "--disable-runtime-dependency-installation"]
         with (self.folder / "superlink.log").open("wb") as log:
             self.process = subprocess.Popen(

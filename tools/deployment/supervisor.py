@@ -5,7 +5,6 @@ writes what it sees to <folder>/supervisor.json, and on SIGTERM stops the SuperN
 supervisor.json. If it is killed, its guard stops them; supervisor.json stays.
 """
 
-import json
 import os
 import re
 import signal
@@ -19,9 +18,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from flapp.files import write_json
 from flapp.untrusted import printable, read_json
 from tools.deployment.processes import HOST, TOKEN, SuperLinkError, answers, environment, free_port
-from tools.deployment.superlink import OWN_SUPERLINK, SuperLink
+from tools.deployment.superlink import OWNER_ONLY, SuperLink
 from tools.running.guard import guarded
 
 FACTS, SEEN, LOG = "federation.json", "supervisor.json", "log.txt"
@@ -29,7 +29,7 @@ SUPERLINK, KEYS = "superlink", "keys"
 CLIENT_ID = re.compile(r"[^/\0\r\n]{1,100}")
 FIRST_PAUSE, LONGEST_PAUSE, SETTLED_SECONDS = 1.0, 60.0, 60.0  # a SuperNode killed is let in again after 60 s at most
 LOOK_SECONDS, STOP_SECONDS, REGISTRARS = 0.3, 8.0, 4
-SUPERNODE = (sys.executable, "-P", str(Path(__file__).parents[1] / "supernode.py"))
+FAST_SUPERNODE = (sys.executable, "-P", str(Path(__file__).parents[1] / "supernode.py"))
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Federation:
     """What a federation on this machine is made of; the content of federation.json.
 
     address: of the SuperLink, host:port; clients: ids; shards: a folder per client, or None when they share `home`;
-    homes: whether each site has a home of its own; threads: of a client's process.
+    homes: whether each site has a home of its own; threads: of a client's process; plain: whether the SuperNodes are
+    Flower's own instead of tools.supernode.
     """
 
     token: str
@@ -47,6 +48,7 @@ class Federation:
     shards: str | None
     homes: bool
     threads: int
+    plain: bool = False
 
     @property
     def port(self) -> int:
@@ -71,7 +73,7 @@ def read_federation(folder: Path) -> Federation:
 
 def _faults(federation: Federation) -> Iterator[str]:
     """Yield the fields whose values `up` never writes: clients, for one, name folders."""
-    kinds = {"token": str, "address": str, "tls": bool, "homes": bool, "threads": int}
+    kinds = {"token": str, "address": str, "tls": bool, "homes": bool, "threads": int, "plain": bool}
     yield from (name for name, kind in kinds.items() if type(getattr(federation, name)) is not kind)
     if not re.fullmatch(r"[0-9A-Za-z.\-]+:[0-9]{1,5}", federation.address):
         yield "address"
@@ -79,13 +81,6 @@ def _faults(federation: Federation) -> Iterator[str]:
         yield "clients"
     if not isinstance(federation.shards, str | None) or not (federation.shards or "").isprintable():
         yield "shards"
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file whole."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(values, indent=1))
-    os.replace(partial, path)
 
 
 def site_name(client_id: str) -> str:
@@ -100,7 +95,7 @@ def root_certificates(folder: Path, federation: Federation) -> Path | None:
 
 def superlink_command(folder: Path, federation: Federation) -> list[str]:
     """Return the command line of the SuperLink, which answers this user only."""
-    command = [*OWN_SUPERLINK, "--host", HOST, "--port", str(federation.port)]
+    command = [*OWNER_ONLY, "superlink", "--host", HOST, "--port", str(federation.port)]
     command += ["--isolation", "subprocess", "--disable-runtime-dependency-installation"]
     if not federation.tls:
         return [*command, "--insecure"]
@@ -118,7 +113,8 @@ def supernode_command(folder: Path, federation: Federation, client_id: str) -> l
     if federation.homes:
         settings["home"] = str(site / "home")
     node_config = " ".join(f'{key}="{value}"' for key, value in settings.items())
-    command = [*SUPERNODE, "--superlink", federation.address, "--node-config", node_config]
+    program = (*OWNER_ONLY, "supernode") if federation.plain else FAST_SUPERNODE
+    command = [*program, "--superlink", federation.address, "--node-config", node_config]
     command += ["--host", HOST, "--port", str(free_port()), "--isolation", "subprocess"]
     if not federation.tls:
         return [*command, "--insecure"]
@@ -182,6 +178,7 @@ class Supervisor:
         self.superlink = Child(folder / SUPERLINK)
         self.nodes = {client_id: Child(folder / site_name(client_id)) for client_id in self.federation.clients}
         self.ready = False  # the SuperLink answers, and knows the keys
+        self.seen: dict[str, Any] = {}  # what was last written to supervisor.json
 
     def run(self) -> None:
         """Start what is to run, and start it again, for ever."""
@@ -201,8 +198,11 @@ class Supervisor:
             node.has_ended()
             if self.ready and node.is_due():
                 node.start(supernode_command(self.folder, self.federation, client_id), self._environment(node))
-        seen = {SUPERLINK: self.superlink.facts()} | {site_name(i): node.facts() for i, node in self.nodes.items()}
-        write_json(self.folder / SEEN, {"pid": os.getpid(), "ready": self.ready, "programs": seen})
+        programs = {SUPERLINK: self.superlink.facts()} | {site_name(i): node.facts() for i, node in self.nodes.items()}
+        seen = {"pid": os.getpid(), "ready": self.ready, "programs": programs}
+        if seen != self.seen:
+            write_json(self.folder / SEEN, seen)
+            self.seen = seen
 
     def stop(self) -> None:
         """Stop the SuperNodes, while there is a SuperLink to take their leave from, and then the SuperLink."""

@@ -29,6 +29,7 @@ from hydra.conf import HydraConf
 from hydra.types import RunMode
 
 from flapp.config.schema import VALIDATION_FRACTION, Config, ConfigError
+from flapp.files import write_json
 from flapp.server.run_names import taken
 from flapp.server.summary import in_words
 from tools.deployment.processes import OWNER, SWEEP, Processes, available_cpus, note_process
@@ -78,7 +79,9 @@ def reported(hydra_config: HydraConf) -> Iterator[Outcome]:
     outcome["folder"] = hydra_config.sweep.dir if is_sweep(hydra_config) else None
     outcome["resumable"] = None  # run name and folder, once the job has started
     with _stoppable(folder / f"{number}.pid"), _own_lines(hydra_config):
-        _write(folder / f"{number}.json", outcome | {"error": "its process was killed"})  # unless it is written anew
+        write_json(
+            folder / f"{number}.json", outcome | {"error": "its process was killed"}
+        )  # unless it is written anew
         try:
             yield outcome
         except BaseException as error:
@@ -86,7 +89,7 @@ def reported(hydra_config: HydraConf) -> Iterator[Outcome]:
             outcome["error"] = "interrupted" if interrupted else f"{type(error).__name__}: {error}"
             raise
         finally:
-            _write(folder / f"{number}.json", outcome)
+            write_json(folder / f"{number}.json", outcome)
 
 
 @contextlib.contextmanager
@@ -244,7 +247,9 @@ def conclude(outcomes: list[Outcome]) -> str:
             _remove_unbegun(folder)
         elif is_finished or not (folder / SUMMARY).exists():
             folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / SUMMARY, [outcome | {"overrides": " ".join(outcome["overrides"])} for outcome in outcomes])
+            write_json(
+                folder / SUMMARY, [outcome | {"overrides": " ".join(outcome["overrides"])} for outcome in outcomes]
+            )
     return sweep_table(outcomes) if folders else ""
 
 
@@ -283,9 +288,3 @@ def best_job(outcomes: list[Outcome], metric: str | None) -> list[str]:
         return []
     best = (min if metric.endswith("loss") else max)(found, key=lambda outcome: float(outcome["objective"]))
     return [f"best: job {best['job']}, {in_words(metric)} {best['objective']:.4f}"]
-
-
-def _write(path: Path, values: Any) -> None:
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(json.dumps(values, indent=1))
-    partial.replace(path)
