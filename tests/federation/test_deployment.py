@@ -1,12 +1,10 @@
 """A real federation with TLS: the bytes of every other runtime, outsiders kept out, and what is killed comes back."""
 
 import contextlib
-import os
 import re
 import signal
 import ssl
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,10 +15,10 @@ import psutil
 import pytest
 
 from tests.conftest import read_lines
+from tests.support.commands import finish, start_tool
 from tests.support.waiting import wait_for
 from tools.certificates import make_server_files, make_site_keys
 from tools.deployment.processes import HOST, TOKEN, Processes, environment, free_port, program
-from tools.deployment.submit import APP
 from tools.deployment.superlink import SuperLink
 from tools.deployment.supervisor import Federation, read_federation
 from tools.federation import online_nodes
@@ -40,30 +38,16 @@ CASES = {  # one whose replies are summed, one that needs each client's tensors
 }
 
 
-def tool(home: Path, module: str, *arguments: str) -> subprocess.Popen[str]:
-    """Start one of our tools as a user would, from another folder."""
-    env = os.environ | {"FLAPP_HOME": str(home), "PYTHONPATH": str(APP)}
-    command = [sys.executable, "-m", f"tools.{module}", *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=home, env=env, stdout=pipe, stderr=pipe, text=True)
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Wait for a tool and return its exit status, and what it said."""
-    out, err = process.communicate(timeout=400)
-    return process.returncode, out, err
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Return a home with a federation of three sites that runs, secured; afterwards nothing of it is left."""
     home = tmp_path_factory.mktemp("site")
-    status, said, error = finish(tool(home, "federation", "up", "--clients", "3", "--tls"))
+    status, said, error = finish(start_tool(home, "federation", "up", "--clients", "3", "--tls"))
     assert status == 0, error
     assert "(TLS, registered keys only): 3 of 3 SuperNodes online" in said
     token = read_federation(home / "federation").token
     yield home
-    assert finish(tool(home, "federation", "down"))[0] == 0
+    assert finish(start_tool(home, "federation", "down"))[0] == 0
     assert Processes(token).running() == []
 
 
@@ -75,7 +59,7 @@ def federation(home: Path) -> Federation:
 
 def submit(home: Path, name: str, *settings: str) -> subprocess.Popen[str]:
     """Start a run over the federation."""
-    return tool(home, "run", "deployment=local", "clients=3", f"run_name={name}", *settings)
+    return start_tool(home, "run", "deployment=local", "clients=3", f"run_name={name}", *settings)
 
 
 def reached(home: Path, name: str, server_round: int) -> Callable[[], bool]:
@@ -223,16 +207,16 @@ def test_a_superlink_killed_comes_back_and_the_run_is_resumed_to_the_same_bytes(
     status, _, error = finish(run)
     assert status == 1
     assert error.splitlines()[-1].endswith("run_name=link resume=true")
-    wait_for(lambda: finish(tool(home, "federation", "status"))[0] == 0)
+    wait_for(lambda: finish(start_tool(home, "federation", "status"))[0] == 0)
     status, said, error = finish(submit(home, "link", *settings, "resume=true"))
     assert status == 0, error
     undisturbed, _ = federate("clients=3", *settings)
     assert digest_of(said) == undisturbed["model_sha256"]
-    assert finish(tool(home, "checkpoints", "verify", str(home / "checkpoints")))[0] == 0
+    assert finish(start_tool(home, "checkpoints", "verify", str(home / "checkpoints")))[0] == 0
 
 
 def test_more_clients_than_sites_are_refused_before_the_run(home: Path) -> None:
-    status, _, error = finish(tool(home, "run", "deployment=local", *TOY, "clients=5"))
+    status, _, error = finish(start_tool(home, "run", "deployment=local", *TOY, "clients=5"))
     assert status == 1
     assert error.splitlines()[-1].endswith("has 3: set clients=3")
 

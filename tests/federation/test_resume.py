@@ -18,8 +18,7 @@ from flapp.checkpoint.manager import ChunkManager
 from flapp.config.load import compose, to_json
 from flapp.config.schema import ConfigError
 from flapp.model.files import save_tensors
-from flapp.server import run_dir
-from tests.conftest import Broken, LocalGrid, break_off, read_lines
+from tests.conftest import LocalGrid, break_off, read_lines
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]
 TOY = ("experiment=toy_regression", "num_rounds=4")
@@ -135,17 +134,6 @@ def test_a_run_that_lost_its_store_is_refused_and_left_as_it_was(federate: Feder
     (path / "config.yaml").unlink()
     with pytest.raises(ConfigError, match="is not a run directory: .* has no config.yaml"):
         federate(*TOY, "run_name=robbed", "resume=true")
-
-
-def test_a_run_that_still_runs_is_not_resumed(federate: Federate, data_home: Path) -> None:
-    settings = compose([f"home={data_home}", *TOY, "run_name=running"])
-    running = run_dir.RunDirectory.create(settings)
-    written = (running.path / "config.yaml").read_text()
-    with pytest.raises(ConfigError, match="run_name=running is still running"):
-        federate(*TOY, "run_name=running", "resume=true", "checkpoint.keep_rounds=7")
-    assert (running.path / "config.yaml").read_text() == written
-    running.fail(Broken("stopped"))
-    assert federate(*TOY, "run_name=running", "resume=true")[0]["status"] == "finished"
 
 
 def test_lines_of_a_round_that_was_not_completed_are_dropped(federate: Federate, data_home: Path) -> None:

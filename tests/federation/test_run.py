@@ -1,52 +1,25 @@
 """The front doors: what `python -m tools.run` and `flwr run` say, leave behind and exit with."""
 
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
-from tools.deployment.processes import SWEEP, TOKEN, SuperLinkError
+from tests.support.commands import left_running, run
+from tools.deployment.processes import SuperLinkError
 from tools.deployment.submit import APP
 from tools.deployment.superlink import PrivateSuperLink
 from tools.run import final_line
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]
 TOY = "experiment=toy_regression"
-
-
-def run(home: Path, *arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
-    """Run tools.run from a folder that is not the checkout."""
-    command = [sys.executable, "-m", "tools.run", *arguments]
-    env = os.environ | {"FLAPP_HOME": str(home), "PYTHONPATH": str(APP)}
-    return subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=300, **settings)
-
-
-def started_processes(home: Path) -> list[psutil.Process]:
-    """List what runs over this home have started and not stopped."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            facts = process.environ()
-            if (
-                {TOKEN, SWEEP} & facts.keys()
-                and facts.get("FLAPP_HOME") == str(home)
-                and process.status() != psutil.STATUS_ZOMBIE
-            ):
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
 
 
 def test_the_app_bundle_holds_the_app_and_its_conf_but_no_tools() -> None:
@@ -66,10 +39,9 @@ def test_the_app_bundle_holds_the_app_and_its_conf_but_no_tools() -> None:
 )
 def test_a_wrong_setting_ends_with_one_line_and_starts_nothing(tmp_path: Path, arguments: list[str], line: str) -> None:
     done = run(tmp_path, *arguments)
-    assert done.returncode == 1
+    assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(line)
     assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
 
 
@@ -115,7 +87,7 @@ def test_a_run_by_command_gives_the_bytes_of_the_run_in_process(tmp_path: Path, 
     log = (path / "log.txt").read_text()
     assert re.search(r"^INFO \d{4}-\d\d-\d\d [\d:,]+: +\[ROUND 2/2\]$", log, re.MULTILINE)
     assert "\x1b" not in log
-    assert started_processes(tmp_path) == []
+    assert left_running(tmp_path) == []
     again = run(tmp_path, "run_name=one")
     assert again.returncode == 1
     assert "run_name=one is taken" in again.stderr

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from flwr.app import Array, Error, Message
 from flapp.config.load import compose, to_json
 from flapp.messages import TRAIN, HeldArray
 from tests.conftest import read_lines
-from tests.server.test_inline import PYTORCHS, SECONDS, left_running
+from tests.support.commands import PYTORCHS, SECONDS, left_running, start_tool
 from tests.support.waiting import wait_for
 from tools.deployment import submit
 from tools.deployment.superlink import CONNECTION, PrivateSuperLink
@@ -180,16 +179,14 @@ KILLS, ROUNDS = 5, 15
 
 
 @pytest.fixture
-def start_run(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+def start_run(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
     """Return a function that starts tools.run with a home and a temporary folder of its own."""
     (tmp_path / "tmp").mkdir()
-    env = os.environ | {"FLAPP_HOME": str(tmp_path), "PYTHONPATH": str(submit.APP), "TMPDIR": str(tmp_path / "tmp")}
     started = []
 
-    def start(*words: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "tools.run", *words]
+    def start(*words: str) -> "subprocess.Popen[str]":
         with (tmp_path / "said.txt").open("wb") as said:
-            started.append(subprocess.Popen(command, cwd=tmp_path, env=env, stdout=said, stderr=said))
+            started.append(start_tool(tmp_path, "run", *words, stdout=said, stderr=said))
         return started[-1]
 
     yield start
@@ -200,7 +197,7 @@ def start_run(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]
 
 @pytest.mark.slow
 def test_a_run_killed_five_times_at_random_moments_ends_in_the_undisturbed_bytes(
-    start_run: Callable[..., subprocess.Popen[bytes]], tmp_path: Path, run_inline: Run
+    start_run: Callable[..., subprocess.Popen[str]], tmp_path: Path, run_inline: Run
 ) -> None:
     words = (*WIDE, f"num_rounds={ROUNDS}", f"evaluate.every={ROUNDS}", "train.steps=10")
     command = (*words, "run_name=killed", "deployment.workers=2")

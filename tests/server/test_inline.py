@@ -1,7 +1,6 @@
 """deployment=inline: clients in worker processes, or in this one; whatever dies, a run ends in the same bytes."""
 
 import gc
-import getpass
 import json
 import os
 import re
@@ -28,9 +27,9 @@ from flapp.messages import describe_error, views
 from flapp.server.inline import CLIENT_APP, SERVER_NODE, InlineGrid, start_forkserver
 from flapp.server.shared_arrays import LEAST_BYTES
 from tests.conftest import read_lines
+from tests.support.commands import PYTORCHS, SECONDS, left_running, start_tool
 from tests.support.inline_app import say
 from tests.support.waiting import wait_for
-from tools.deployment.submit import APP
 from tools.running import inline
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]
@@ -39,8 +38,6 @@ TOY = "experiment=toy_regression"
 TOY_SHA256 = "7dc8604b95a122b98affdee1cf8c35759aa322679e947c9f6bd32de881bcd85f"
 NODE = {"partition-id": 0, "num-partitions": 1}
 FIRST = SERVER_NODE + 1  # the id of the first node
-PYTORCHS = {f"torchinductor_{getpass.getuser()}"}  # its cache, which it makes in every temporary folder
-SECONDS = 120  # generous, for a busy machine
 
 
 @pytest.fixture
@@ -281,30 +278,15 @@ def tool(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Return a function that starts tools.run in a process group of its own, with a home and a temporary folder."""
     started = []
     (tmp_path / "tmp").mkdir()
-    env = os.environ | {"FLAPP_HOME": str(tmp_path), "PYTHONPATH": str(APP), "TMPDIR": str(tmp_path / "tmp")}
 
     def begin(*words: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "tools.run", TOY, *words]
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, cwd=tmp_path, env=env, start_new_session=True, **pipes))
+        started.append(start_tool(tmp_path, "run", TOY, *words, start_new_session=True))
         return started[-1]
 
     yield begin
     for process in started:
         process.kill()
         process.communicate()
-
-
-def left_running(home: Path) -> list[psutil.Process]:
-    """List the processes that were started over this home."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("FLAPP_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
 
 
 @pytest.mark.slow

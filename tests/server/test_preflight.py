@@ -30,7 +30,7 @@ from flapp.server.run_dir import RunDirectory
 from flapp.server.run_names import is_failed_start
 from flapp.strategy.fedavg import FedAvg
 from tests.conftest import Broken, LocalGrid, break_off
-from tests.federation.test_run import run, started_processes
+from tests.support.commands import left_running, run
 from tools.deployment import submit
 from tools.running import sweep
 
@@ -328,7 +328,8 @@ def test_a_run_that_is_still_running_is_not_replaced(federate: Federate, data_ho
     with pytest.raises(ConfigError, match="run_name=busy is taken"):
         federate(*TOY, "run_name=busy")
     with pytest.raises(ConfigError, match="run_name=busy is still running"):
-        federate(*TOY, "run_name=busy", "resume=true")
+        federate(*TOY, "run_name=busy", "resume=true", "checkpoint.keep_rounds=7")
+    assert "keep_rounds: 7" not in (running.path / "config.yaml").read_text()
     running.fail(Broken("stopped"))
     with (running.path / "metrics.jsonl").open() as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -396,4 +397,4 @@ def test_mistakes_of_a_sweep_are_one_line_a_job_and_leave_no_run(tmp_path: Path)
     assert [text.startswith(line) for text in done.stderr.splitlines()] == [True, True], done.stderr
     assert not (tmp_path / "runs" / "no").exists()
     assert not list((tmp_path / "runs").glob(".*"))
-    assert started_processes(tmp_path) == []
+    assert left_running(tmp_path) == []
