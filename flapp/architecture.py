@@ -1,4 +1,4 @@
-"""The model that the settings describe, as server and clients build it; its weights come from elsewhere."""
+"""Build the model that the settings describe, on server and clients; its weights come from elsewhere."""
 
 import math
 from pathlib import Path
@@ -16,7 +16,7 @@ MOST_PARAMETERS = 100  # for each training sample
 
 
 def plan(model: ModelConfig, dataset: DatasetConfig, lora: LoRAConfig | None = None) -> Layout:
-    """Return the layout of the model that build makes, with its adapters where `lora` has some, without PyTorch.
+    """Return the layout of the model that build makes, with adapters if `lora` enables them, without PyTorch.
 
     Raises ValueError when the model cannot be built or adapted.
     """
@@ -51,21 +51,21 @@ def find_oversize(model: ModelConfig, dataset: DatasetConfig, samples: int) -> s
 
 
 def choose_device(name: str) -> str:
-    """Return the device that train.device means: `auto` is CUDA where there is some."""
+    """Return the device that train.device means: `auto` is CUDA if available."""
     import torch
 
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def pruned_rank(lora: LoRAConfig, rank: int) -> int:
-    """Return the rank to which a client of `rank` may prune its adapters: `rank` itself where there is no pruning."""
+    """Return the lowest rank to which a client of `rank` may prune its adapters; `rank` itself without pruning."""
     if lora.prune_gamma is None:
         return rank
     return min(rank, max(lora.rank_min, int(lora.prune_gamma * rank)))
 
 
 def adapt(model: "nn.Module", lora: LoRAConfig, rank: int) -> None:
-    """Put adapters of `rank` on a model in place; whatever the rank, all scale by lora.alpha / lora.rank."""
+    """Put adapters of `rank` on a model in place, all scaled by lora.alpha / lora.rank whatever their rank."""
     from flapp.model.lora import add_lora
 
     add_lora(model, rank, lora.alpha * rank / lora.rank, lora.targets, lora.dropout)

@@ -1,7 +1,7 @@
 """The frozen base of adapters on disk: home/models/<digest>/base.safetensors.
 
-The digest is of the tensors, whatever file they came in. A base that arrives in pieces is gathered beside, in
-<digest>.pieces-<node id>/<index>.safetensors, and put in place when it is whole and its digest is right.
+The digest is of the tensors, whatever file they came in. The pieces of a base that arrives are gathered beside it, in
+<digest>.pieces-<node id>/<index>.safetensors. The base is put in place when it is whole and its digest is right.
 """
 
 import shutil
@@ -28,7 +28,7 @@ class Base:
 
 
 class BaseError(ValueError):
-    """A base that is not there or not what its name says."""
+    """A base that is missing or does not match its name."""
 
 
 def digest_of(tensors: Mapping[str, "Tensor"]) -> str:
@@ -49,7 +49,7 @@ def keep_base(models: Path, tensors: Mapping[str, "Tensor"]) -> Base:
 
 
 def find_base(models: Path, digest: str) -> str:
-    """Return the digest of what is stored under this name, which should be the same, or "" when nothing is."""
+    """Return the digest of the file stored under this name, which should be the same; "" if there is none."""
     path = base_path(models, digest)
     try:
         facts = path.stat()
@@ -82,9 +82,9 @@ def cut_base(tensors: Mapping[str, "Tensor"]) -> Iterator[dict[str, "Tensor"]]:
 def receive_piece(
     models: Path, digest: str, node_id: int, index: int, count: int, tensors: Mapping[str, "Tensor"]
 ) -> int:
-    """Keep a piece, put the base in place when it is the last to come, and return how many are still missing.
+    """Keep a piece, put the base in place when all have come, and return how many are still missing.
 
-    Nodes that share a home gather their pieces apart, and the first to have them all puts the base in place.
+    Nodes that share a home gather their pieces separately. The first node to have them all puts the base in place.
     """
     folder = base_path(models, digest).parent.with_suffix(f".pieces-{node_id}")
     if find_base(models, digest) == digest:
@@ -104,7 +104,7 @@ def receive_piece(
 
 
 def base_path(models: Path, digest: str) -> Path:
-    """Say where a base lies."""
+    """Return the path of a base; raises BaseError for a name that is not a digest."""
     if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
         raise BaseError(f"{digest!r} is not the digest of a base")
     return models / digest / "base.safetensors"
@@ -112,7 +112,7 @@ def base_path(models: Path, digest: str) -> Path:
 
 @lru_cache(maxsize=16)
 def _digest_of_file(path: Path, modified: int, size: int) -> str:
-    """Return the digest of the tensors in a file, read once for each state of it; "damaged" when it is not one."""
+    """Return the digest of a file's tensors, or "damaged"; the file is read again only when it has changed."""
     try:
         return digest_of(load_tensors(path)[0])
     except ValueError:

@@ -1,4 +1,4 @@
-"""What is wrong with a client's reply: checked at the node before a client enters a sum, and by the server."""
+"""Checks of a client's reply: made at the node before a client enters a sum, and by the server."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,7 +9,7 @@ from flwr.app import Array
 
 from flapp.messages import NUM_EXAMPLES, TRAIN, VAL, Answer, Claim, MessageError, one_line, view
 
-LARGEST = 1.8e19  # beyond it a square overflows float32, and no optimiser gets any further
+LARGEST = 1.8e19  # beyond it a square overflows float32, so that no optimiser can continue
 BLOCK = 1 << 17  # elements: a float64 block near the level-2 cache
 SMALL = 1 << 10  # elements: a product by BLAS, which takes no second thread for so few
 SMALL_BLOCK = 1 << 16  # of float32, which fit into the level-2 cache twice
@@ -19,7 +19,7 @@ LARGEST_LOSS = float(np.finfo(np.float32).max)  # of one sample
 
 
 def find_answer_fault(answer: Answer, client_id: str, shard_digest: str) -> str | None:
-    """Return why a reply is not that of a client with these data, or None."""
+    """Return why a reply is not from this client with these data, or None."""
     if answer.client_id != client_id:
         return f"answered as client {one_line(answer.client_id)}"
     if answer.shard_digest != shard_digest:
@@ -28,9 +28,9 @@ def find_answer_fault(answer: Answer, client_id: str, shard_digest: str) -> str 
 
 
 def find_fault(record: Mapping[str, Array], expected: Mapping[str, Array]) -> str | None:
-    """Return what makes a model unfit to be averaged with `expected`, or None.
+    """Return why a model cannot be averaged with `expected`, or None.
 
-    Checked are keys, shapes and dtypes, and that every value is finite and at most LARGEST.
+    Keys, shapes and dtypes must be the same, and every value must be finite and at most LARGEST.
     """
     if record.keys() != expected.keys():
         odd = sorted(set(record) ^ set(expected))
@@ -50,7 +50,7 @@ def find_fault(record: Mapping[str, Array], expected: Mapping[str, Array]) -> st
 
 
 def find_value_fault(values: np.ndarray, largest: float = LARGEST) -> str | None:
-    """Return what makes the values of one tensor unfit to train from, or None."""
+    """Return why one tensor's values cannot be trained from, or None."""
     if values.dtype.kind != "f" or values.size == 0:
         return None
     highest, lowest = values.max(), values.min()  # both are NaN if any value is
@@ -62,9 +62,9 @@ def find_value_fault(values: np.ndarray, largest: float = LARGEST) -> str | None
 
 
 def find_metric_fault(kind: str, claim: Claim, metrics: Mapping[str, float], validates: bool) -> str | None:
-    """Return what is wrong with the numbers of a reply of `kind` from a client that holds what it claimed, or None.
+    """Return what is wrong with the numbers of a reply of `kind` from a client with this claim, or None.
 
-    validates: whether an evaluation must also have figures of validation samples.
+    validates: whether an evaluation must also have figures for validation samples.
     """
     train = kind == TRAIN
     samples = claim.train if train else claim.test
@@ -90,7 +90,7 @@ def find_metric_fault(kind: str, claim: Claim, metrics: Mapping[str, float], val
 
 
 def _sums_needed(claim: Claim, metrics: Mapping[str, float], validates: bool) -> set[str]:
-    """Name the sums that an evaluation must have; with one of a personalised model, all of them."""
+    """Name the sums that an evaluation must have. One of a personalised model needs all of its sums."""
     starts = ("", VAL) if validates else ("",)
     kinds = ("", "personal-") if any("personal-" in key for key in metrics) else ("",)
     sums = ("loss-sum", "correct") if claim.label_hist else ("loss-sum",)
@@ -105,21 +105,27 @@ def floating_pairs(trained: Mapping[str, Array], sent: Mapping[str, Array]) -> I
             yield values, view(sent[key])
 
 
-def measure_update(trained: Mapping[str, Array], expected: Mapping[str, Array]) -> float:
+def check_update(
+    trained: Mapping[str, Array], expected: Mapping[str, Array], limit: float, multiple: float | None = None
+) -> float:
     """Return the Euclidean length of an update, within 1e-5 of it.
 
-    trained: a client's tensors; expected: those that it was sent. Raises MessageError as find_fault finds.
+    trained: a client's tensors; expected: those that it was sent. Raises MessageError for a fault of find_fault or
+    find_norm_fault.
     """
     squares = _squared_length(trained, expected) if trained.keys() == expected.keys() else math.nan
-    if squares**0.5 < LARGEST / 100:  # then no value can be infinite or too large, if those sent are not
-        return squares**0.5
-    if fault := find_fault(trained, expected):
+    norm = squares**0.5
+    if not norm < LARGEST / 100:  # otherwise no value can be infinite or too large, if those sent are not
+        if fault := find_fault(trained, expected):
+            raise MessageError(fault)
+        norm = update_norm(floating_pairs(trained, expected))
+    if fault := find_norm_fault(norm, limit, multiple):
         raise MessageError(fault)
-    return update_norm(floating_pairs(trained, expected))
+    return norm
 
 
 def _squared_length(trained: Mapping[str, Array], expected: Mapping[str, Array]) -> float:
-    """Return the squared length of an update; NaN or infinite where a value is, or a tensor is of another kind."""
+    """Return the squared length of an update; NaN or infinite where a value is, or where a tensor does not fit."""
     squares = 0.0
     with np.errstate(over="ignore", invalid="ignore"):
         for key, sent in expected.items():
@@ -152,7 +158,7 @@ def _squared_distance(after: np.ndarray, before: np.ndarray) -> float:
 def update_norm(tensors: Iterable[tuple[np.ndarray, np.ndarray]], weight: float = 1.0) -> float:
     """Return the Euclidean length of an update, given as pairs (trained, received) of tensors, in float64.
 
-    weight: what the received tensors are multiplied by first; of a weighted sum it is the sum of the weights.
+    weight: multiplies the received tensors first; for a weighted sum it is the sum of the weights.
     """
     squares, buffer = 0.0, np.empty(0)
     for trained, received in tensors:
@@ -172,7 +178,7 @@ def update_norm(tensors: Iterable[tuple[np.ndarray, np.ndarray]], weight: float 
 
 
 def find_norm_fault(norm: float, limit: float, multiple: float | None) -> str | None:
-    """Return why an update of this length is left out of a round, or None; multiple: of the median, for the text."""
+    """Return why an update of this length is left out, or None; multiple: of the median, for the text."""
     if norm <= limit:
         return None
     most = f"the limit is {limit:.3g} ({multiple:g} times the median)" if multiple else f"the limit is {limit:.3g}"
@@ -183,7 +189,7 @@ def find_sum_fault(total: Mapping[str, Array], sent: Mapping[str, Array], weight
     """Return what is wrong with a weighted sum of models, or None.
 
     sent: the tensors that each of them began with; weight: the sum of the weights; most: the sum of the weighted
-    lengths of the updates, which is as far as the sum can be from weight times `sent`, but for rounding.
+    lengths of the updates. Apart from rounding, the sum cannot be farther than that from weight times `sent`.
     """
     if total.keys() != sent.keys():
         return "it has other tensors than the model"

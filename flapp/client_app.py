@@ -1,39 +1,32 @@
-"""The ClientApp: unpack the message, work on this client's own data, pack the reply."""
+"""The ClientApp: read the message, work on this client's own data, pack the reply."""
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from logging import DEBUG, INFO, WARNING
 
 import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common import log
 from flwr.common.logger import update_console_handler
 
 from flapp.architecture import adapt, build, choose_device, pruned_rank
 from flapp.base import find_base, load_base, receive_piece
-from flapp.client.data import (
-    ClientData,
-    check_lives_here,
-    clients_at,
-    files_looked_up_once,
-    make_batches,
-    open_client_data,
-)
+from flapp.client.data import clients_at, files_looked_up_once, make_batches
 from flapp.client.mods import checkpoint_mod, describe, group_mod, name_errors_mod, privacy_mod
 from flapp.client.store import private_key
+from flapp.client.task import Task, read_task
 from flapp.config.load import derive_seed, load
-from flapp.config.schema import Config, ConfigError, DatasetConfig, ModelConfig, NodeConfig
+from flapp.config.schema import Config, ConfigError, DatasetConfig, ModelConfig
 from flapp.messages import (
     METRICS,
     NUM_EXAMPLES,
     VAL,
     Claim,
     HeldArray,
-    Instructions,
     MessageError,
     as_record,
     pack,
@@ -50,46 +43,49 @@ from flapp.training import StepRules, TrainResult, build_optimizer, evaluate, ke
 
 app = ClientApp(mods=[group_mod, name_errors_mod, checkpoint_mod, privacy_mod])
 update_console_handler(timestamps=True)  # in the process that runs the app
-# Tensors over the bytes of a message are only ever read: the model copies them.
-warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
 
 @app.query("attest")
 def attest(message: Message, context: Context) -> Message:
     """Say which clients live at this node and what they hold, or why one cannot take part."""
     try:
-        config, site = load(context.run_config, context.node_config)
+        config, node_config = load(context.run_config, context.node_config)
     except ConfigError:
         unpack_instructions(message)  # other source code is the likelier fault
         raise
-    with files_looked_up_once(message.metadata.message_id):
-        order: Callable[[], Instructions] = cache(partial(unpack_instructions, message))
-        return pack_claims(message, [attest_client(order, config, site, name) for name in clients_at(config, site)])
-
-
-def attest_client(unpack: Callable[[], Instructions], config: Config, site: NodeConfig, client_id: str) -> Claim:
-    """Return one client's claim; what keeps it from taking part becomes the claim's fault, under its own name."""
+    names = clients_at(config, node_config)
     try:
-        order = unpack()
+        instructions = unpack_instructions(message)
+    except MessageError as error:
+        return pack_claims(message, [Claim(name, fault=str(error)) for name in names])
+    with files_looked_up_once(message.metadata.message_id):
+        tasks = [Task(replace(instructions, client_id=name), config, node_config) for name in names]
+        return pack_claims(message, list(map(make_claim, tasks)))
+
+
+def make_claim(task: Task) -> Claim:
+    """Return one client's claim; whatever keeps the client from taking part becomes the claim's fault."""
+    config, base = task.config, task.instructions.base
+    try:
         if config.privacy.enabled:
             find_sigma(config.privacy)  # fails without its package, before the first round
-        data = open_client_data(config, site, client_id)
-        base = find_base(config.models_dir, order.base) if order.base else ""
+        data = task.data
+        held = find_base(config.models_dir, base) if base else ""
     except Exception as error:  # noqa: BLE001 - one client's fault must not keep its node's others out
-        return Claim(client_id, fault=describe(error))
+        return Claim(task.client_id, fault=describe(error))
     counts = f"{data.claim.train} train, {data.claim.val} val, {data.claim.test} test"
-    log(DEBUG if site.num_partitions else INFO, "client %s: %s samples from %s", client_id, counts, data.path)
-    return replace(data.claim, base_digest=base)
+    level = DEBUG if task.node_config.num_partitions else INFO
+    log(level, "client %s: %s samples from %s", task.client_id, counts, data.path)
+    return replace(data.claim, base_digest=held)
 
 
 @app.query("base")
 def keep_piece(message: Message, context: Context) -> Message:
-    """Keep a piece of the frozen base, which is put in place when the last has come."""
-    order = unpack_instructions(message)
+    """Keep a piece of the frozen base, which is put in place when all pieces have come."""
+    base = unpack_instructions(message).base
     config, _ = load(context.run_config, context.node_config)
     index, count, arrays = unpack_piece(message.content)
-    tensors = arrays.to_torch_state_dict()
-    missing = receive_piece(config.models_dir, order.base, context.node_id, index, count, tensors)
+    missing = receive_piece(config.models_dir, base, context.node_id, index, count, arrays.to_torch_state_dict())
     return Message(RecordDict({METRICS: MetricRecord({"missing": missing})}), reply_to=message)
 
 
@@ -97,24 +93,22 @@ def keep_piece(message: Message, context: Context) -> Message:
 def train_round(message: Message, context: Context) -> Message:
     """Train the received model on this client's training samples and send it back."""
     started = time.monotonic()
-    config, order, data = begin(message, context)
-    model = receive_model(config, order, message, context)
-    lr = scheduled_lr(config.train.lr, config.train.schedule, order.server_round, config.num_rounds)
-    learn = partial(fit, model, config, order, data, lr, config.train.epochs, config.train.steps, "train")
+    task = read_task(message, context)
+    config, instructions, claim = task.config, task.instructions, task.data.claim
+    model = receive_model(task, message)
+    restore_own(model, task, context)
+    lr = scheduled_lr(config.train.lr, config.train.schedule, instructions.server_round, config.num_rounds)
+    learn = partial(fit, model, task, lr, config.train.epochs, config.train.steps, "train")
     if config.lora.prune_gamma is None:
         result, state = learn(), model.state_dict()
     else:
         result, state = prune(model, config, learn)
-    metrics = {NUM_EXAMPLES: data.claim.train, "train-loss": result.loss, "seconds": time.monotonic() - started}
-    if order.private:
-        kept = {key: pack(state[key].cpu().numpy()) for key in order.private}
-        context.state[private_key(order.client_id)] = as_record(kept)
-    return pack_reply(message, data.claim, metrics, pack_tensors(state, order.returns or state))
-
-
-def pack_tensors(state: Mapping[str, torch.Tensor], keys: Iterable[str]) -> ArrayRecord:
-    """Return some tensors of a model, which may change once the reply has left."""
-    return as_record({key: HeldArray(state[key].cpu().numpy()) for key in keys})
+    metrics = {NUM_EXAMPLES: claim.train, "train-loss": result.loss, "seconds": time.monotonic() - started}
+    if instructions.private:
+        kept = {key: pack(state[key].cpu().numpy()) for key in instructions.private}
+        context.state[private_key(task.client_id)] = as_record(kept)
+    trained = {key: HeldArray(state[key].cpu().numpy()) for key in instructions.returns or state}
+    return pack_reply(message, claim, metrics, as_record(trained))
 
 
 def prune(
@@ -122,7 +116,7 @@ def prune(
 ) -> tuple[TrainResult, dict[str, torch.Tensor]]:
     """Train with a penalty on the last ranks, and cut them off if they weigh less afterwards (HetLoRA's self-pruning).
 
-    Return what training did, and the state dict in the rank that this client has from now on.
+    Return the result of training, and the state dict in the rank that this client has from now on.
     """
     rank = pruned_rank(config.lora, next(iter(adapted_layers(model).values())).rank)
     before = tail_norm(model, rank).item()
@@ -137,83 +131,84 @@ def evaluate_round(message: Message, context: Context) -> Message:
 
     Both are measured on its test samples and, where the run validates, on its validation samples.
     """
-    config, order, data = begin(message, context)
-    model = receive_model(config, replace(order, accepted_round=0), message, context)
-    metrics: dict[str, int | float] = {NUM_EXAMPLES: data.claim.test} | evaluate_local(model, config, data, "")
-    if data.claim.test or data.claim.val:
+    task = read_task(message, context)
+    claim = task.data.claim
+    model = receive_model(task, message)
+    metrics: dict[str, int | float] = {NUM_EXAMPLES: claim.test} | evaluate_local(model, task, "")
+    if claim.test or claim.val:
         try:
-            if personalize(model, config, order, data, context):
-                metrics |= evaluate_local(model, config, data, "personal-")
-        except FloatingPointError as error:  # the global model's test stands all the same
-            log(WARNING, "client %s has no personalised test: %s", order.client_id, error)
-    return pack_reply(message, data.claim, metrics)
+            if personalize(model, task, context):
+                metrics |= evaluate_local(model, task, "personal-")
+        except FloatingPointError as error:  # the evaluation of the global model still counts
+            log(WARNING, "client %s has no personalised test: %s", task.client_id, error)
+    return pack_reply(message, claim, metrics)
 
 
-def personalize(
-    model: torch.nn.Module, config: Config, order: Instructions, data: ClientData, context: Context
-) -> bool:
-    """Make the global model this client's own, by its private tensors or by fine-tuning; say whether it is."""
-    settings = config.evaluate
-    if order.private:
-        model.load_state_dict(own_tensors(model, order, context), strict=False)
+def personalize(model: torch.nn.Module, task: Task, context: Context) -> bool:
+    """Make the global model this client's own, by its private tensors or by fine-tuning; return whether it is."""
+    settings = task.config.evaluate
+    if task.instructions.private:
+        restore_own(model, task, context)
     elif settings.personal_epochs:
-        fit(model, config, order, data, settings.personal_lr, settings.personal_epochs, None, "personal")
-    return bool(order.private or settings.personal_epochs)
+        fit(model, task, settings.personal_lr, settings.personal_epochs, None, "personal")
+    return bool(task.instructions.private or settings.personal_epochs)
 
 
-def begin(message: Message, context: Context) -> tuple[Config, Instructions, ClientData]:
-    """Read the config and the order of a message, which must be meant for a client that lives here, and its data."""
-    order = unpack_instructions(message)
-    config, site = load(context.run_config, context.node_config)
-    check_lives_here(order.client_id, config, site)
+def receive_model(task: Task, message: Message) -> torch.nn.Module:
+    """Return this process's model with every tensor of the message in place, and zeros for those that a client keeps.
+
+    Only tensors that the instructions name get gradients. Raises MessageError when message and base do not make up the
+    model.
+    """
+    config, instructions = task.config, task.instructions
     keep_freed_memory()
     if torch.get_num_threads() != config.train.threads:
         torch.set_num_threads(config.train.threads)
-    return config, order, open_client_data(config, site, order.client_id)
-
-
-def receive_model(config: Config, order: Instructions, message: Message, context: Context) -> torch.nn.Module:
-    """Return this process's model with every tensor of the message, and of those it keeps to itself, in place.
-
-    Only what the order asks for gets gradients. Raises MessageError when message and base do not make up the model.
-    """
-    tensors = {key: torch.from_numpy(values) for key, values in views(unpack_arrays(message.content)).items()}
-    if not order.base:
+    tensors = as_tensors(unpack_arrays(message.content))
+    if not instructions.base:
         model = cached_model(config.model, config.dataset, config.train.device, config.train.compile)
         model.load_state_dict(tensors)
         return model
     ranks = {len(tensor) for key, tensor in tensors.items() if key.endswith(".lora_A")} or {config.lora.rank}
-    model, base = cached_adapted_model(config, order.base, min(ranks))
-    tensors |= own_tensors(model, order, context)
-    if missing := model.state_dict().keys() - base - tensors.keys():
-        raise MessageError(f"neither the message nor base {order.base[:12]} has {min(missing)}")
+    model, base = cached_adapted_model(config, instructions.base, min(ranks))
+    state = model.state_dict()
+    tensors |= {key: torch.zeros_like(tensor) for key, tensor in state.items() if key in instructions.private}
+    if missing := state.keys() - base - tensors.keys():
+        raise MessageError(f"neither the message nor base {instructions.base[:12]} has {min(missing)}")
     model.load_state_dict(tensors, strict=False)
+    trained = {*instructions.returns, *instructions.private}
     for key, parameter in model.named_parameters():
-        parameter.requires_grad_(key in order.returns or key in order.private)
+        parameter.requires_grad_(key in trained)
     return model
 
 
-def own_tensors(model: torch.nn.Module, order: Instructions, context: Context) -> dict[str, torch.Tensor]:
-    """Return the tensors that a client keeps to itself, as of the last round that the server took; zeros before one.
+def restore_own(model: torch.nn.Module, task: Task, context: Context) -> None:
+    """Load the tensors that a client keeps to itself, as of the last round that the server accepted, if there is one.
 
     Raises MessageError when there was such a round but its tensors are lost.
     """
-    if not order.private or not order.accepted_round:
-        return {key: torch.zeros_like(tensor) for key, tensor in model.state_dict().items() if key in order.private}
-    kept = context.state.array_records.get(private_key(order.client_id))
-    if kept is None or kept.keys() != set(order.private):
+    instructions = task.instructions
+    if not instructions.private or not instructions.accepted_round:
+        return
+    kept = context.state.array_records.get(private_key(task.client_id))
+    if kept is None or kept.keys() != set(instructions.private):
         raise MessageError(
-            f"client {order.client_id} has lost what it kept to itself in round {order.accepted_round}: bring back "
+            f"client {task.client_id} has lost its private tensors of round {instructions.accepted_round}: bring back "
             "its checkpoint store, or start a new run"
         )
-    return {key: torch.from_numpy(values) for key, values in views(kept).items()}
+    model.load_state_dict(as_tensors(kept), strict=False)
+
+
+def as_tensors(record: Mapping[str, Array]) -> dict[str, torch.Tensor]:
+    """Return tensors over the arrays of a record, without a copy. They are only ever read: the model copies them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return {key: torch.from_numpy(values) for key, values in views(record).items()}
 
 
 def fit(
     model: torch.nn.Module,
-    config: Config,
-    order: Instructions,
-    data: ClientData,
+    task: Task,
     lr: float,
     epochs: int,
     steps: int | None,
@@ -221,25 +216,25 @@ def fit(
     penalty: Callable[[], torch.Tensor] | None = None,
 ) -> TrainResult:
     """Train in place; shuffling and dropout are drawn from (seed, client, round, purpose), whoever runs it."""
-    seeds = [derive_seed(config.seed, order.client_id, order.server_round, purpose, use) for use in ("order", "noise")]
-    batches = make_batches(config, data, "train", device_of(model), seeds[0])
-    settings = config.train
+    settings, key = task.config.train, (task.config.seed, task.client_id, task.instructions.server_round, purpose)
+    seeds = [derive_seed(*key, use) for use in ("order", "noise")]
+    batches = make_batches(task.config, task.data, "train", device_of(model), seeds[0])
     optimizer = build_optimizer(model, settings.optimizer, lr, settings.momentum, settings.weight_decay)
     rules = StepRules(settings.accumulate, settings.clip_norm, settings.proximal_mu, settings.precision, penalty)
     return train(model, batches, optimizer, epochs, steps, seeds[1], rules)
 
 
-def evaluate_local(model: torch.nn.Module, config: Config, data: ClientData, prefix: str) -> dict[str, int | float]:
-    """Evaluate on this client's test samples and on its validation samples, if it has the split, never on others.
+def evaluate_local(model: torch.nn.Module, task: Task, prefix: str) -> dict[str, int | float]:
+    """Evaluate on this client's test samples and, if it has the split, on its validation samples.
 
-    Return the sums as metrics, those of validation with `val-` before them; `correct` only where there are classes.
+    Return the sums as metrics. Names of validation begin with `val-`; `correct` is only there for classes.
     """
     metrics: dict[str, int | float] = {}
     for split, start in (("test", ""), ("val", VAL)):
-        if split in data.splits:
-            found = evaluate(model, make_batches(config, data, split, device_of(model), None))
+        if split in task.data.splits:
+            found = evaluate(model, make_batches(task.config, task.data, split, device_of(model), None))
             metrics[f"{start}{prefix}loss-sum"] = found.loss_sum
-            if config.dataset.classes:
+            if task.config.dataset.classes:
                 metrics[f"{start}{prefix}correct"] = found.correct
     return metrics
 
@@ -262,12 +257,12 @@ def cached_adapted_model(config: Config, base_digest: str, rank: int) -> tuple[t
     adapt(model, config.lora, rank)
     base = load_base(config.models_dir, base_digest)
     if odd := model.load_state_dict(base, strict=False).unexpected_keys:
-        raise MessageError(f"base {base_digest[:12]} has {odd[0]}, which model={config.model.name} has not")
+        raise MessageError(f"base {base_digest[:12]} has {odd[0]}, but model={config.model.name} does not")
     return place(model, config.train.device, config.train.compile), frozenset(base)
 
 
 def place(model: torch.nn.Module, device: str, compiled: bool) -> torch.nn.Module:
-    """Move a model to its device, and have it compiled on first use if it is to be."""
+    """Move a model to its device, and compile it on first use if asked to."""
     model.to(choose_device(device))
     if compiled:
         model.compile()

@@ -1,7 +1,7 @@
 """Groups of clients: one message asks a node for several clients, and the reply carries one sum, or each client's part.
 
     record    in the message                           in the reply
-    order     what all clients of the group are asked  -
+    order     the instructions for all of the clients  -
     group     columns with one entry a client: Asked   columns: client-id, failure ("" if there is none), shard-digest
     arrays    the global model, once                   -
     metrics   -                                        columns; NaN where a client has no such number
@@ -14,7 +14,7 @@ share a node with others, as in a deployment, gets a message of its own, and the
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -25,9 +25,8 @@ from flapp.messages import (
     LONGEST_TEXT,
     METRICS,
     MOST_METRICS,
-    ORDER,
     TRAIN,
-    UNPACKED,
+    Answer,
     Instructions,
     MessageError,
     as_record,
@@ -43,7 +42,7 @@ UPDATE_NORM = "update-norm"
 
 @dataclass(frozen=True)
 class Asked:
-    """What a node must know of a client of a group. rank: to which its adapters are cut, 0 where they are not."""
+    """What a node must know about a client of a group. rank: to which its adapters are cut, 0 where they are not."""
 
     client_id: str
     accepted_round: int
@@ -53,24 +52,16 @@ class Asked:
     rank: int
 
 
+ASKED_KEYS = {field.name: field.name.replace("_", "-") for field in fields(Asked)}
+
+
 @dataclass(frozen=True)
 class Group:
-    """The clients of one message. Updates longer than norm_limit are left out; with is_summed the reply is one sum."""
+    """The clients of one message. Updates longer than norm_limit are left out. With is_summed the reply is one sum."""
 
     asked: tuple[Asked, ...]
     norm_limit: float
     is_summed: bool
-
-
-@dataclass
-class Outcome:
-    """What came of one client: a reason why it failed, or its numbers, and its tensors unless they are in a sum."""
-
-    client_id: str
-    failure: str = ""
-    shard_digest: str = ""
-    metrics: Mapping[str, float] | None = None
-    arrays: ArrayRecord | None = None
 
 
 def cut(names: Sequence[str]) -> list[tuple[str, ...]]:
@@ -79,12 +70,11 @@ def cut(names: Sequence[str]) -> list[tuple[str, ...]]:
     return [tuple(names[start : start + size]) for start in range(0, len(names), size)]
 
 
-def pack_group(node_id: int, kind: str, order: Instructions, group: Group, arrays: ArrayRecord) -> Message:
-    """Build the message that asks a node for all clients of a group; the order's client_id is empty."""
-    message = pack_instructions(node_id, kind, order, arrays)
-    columns = {_key(field.name): [getattr(asked, field.name) for asked in group.asked] for field in fields(Asked)}
-    rest = {_key(field.name): getattr(group, field.name) for field in fields(Group) if field.name != "asked"}
-    message.content[GROUP] = ConfigRecord({**columns, **rest})
+def pack_group(node_id: int, kind: str, shared: Instructions, group: Group, arrays: ArrayRecord) -> Message:
+    """Build the message that asks a node for all clients of a group; the instructions' client_id is empty."""
+    message = pack_instructions(node_id, kind, shared, arrays)
+    columns: dict[str, Any] = {key: [getattr(asked, name) for asked in group.asked] for name, key in ASKED_KEYS.items()}
+    message.content[GROUP] = ConfigRecord(columns | {"norm-limit": group.norm_limit, "is-summed": group.is_summed})
     return message
 
 
@@ -92,53 +82,41 @@ def unpack_group(message: Message) -> Group:
     """Read which clients a message is for."""
     record: Mapping[str, Any] = message.content.config_records[GROUP]
     try:
-        columns = [record[_key(field.name)] for field in fields(Asked)]
+        columns = [record[key] for key in ASKED_KEYS.values()]
         asked = tuple(Asked(*row) for row in zip(*columns, strict=True))
-        rest = {field.name: record[_key(field.name)] for field in fields(Group) if field.name != "asked"}
+        return Group(asked, record["norm-limit"], record["is-summed"])
     except (KeyError, TypeError, ValueError) as error:
         raise MessageError(f"the message's group cannot be read ({one_line(repr(error))})") from error
-    return Group(asked, **rest)
 
 
-def for_one(message: Message, order: Instructions, asked: Asked, arrays: ArrayRecord) -> Message:
-    """Return the message that one client of a group would have had, as Flower delivers it."""
-    own = replace(order, client_id=asked.client_id, accepted_round=asked.accepted_round)
-    record = cast(ConfigRecord, message.content[ORDER]).copy()
-    record["client-id"], record["accepted-round"] = asked.client_id, asked.accepted_round
-    content = RecordDict({ORDER: record, ARRAYS: arrays})
-    single = Message(content=content, metadata=message.metadata)  # type: ignore[call-overload]
-    single.__dict__[UNPACKED] = own
-    return cast(Message, single)
-
-
-def pack_outcomes(message: Message, outcomes: Sequence[Outcome], total: Mapping[str, Array] | None) -> Message:
+def pack_answers(message: Message, answers: Sequence[Answer], total: Mapping[str, Array] | None) -> Message:
     """Answer a group's message."""
-    names = sorted({name for outcome in outcomes for name in outcome.metrics or ()})
+    names = sorted({name for answer in answers for name in answer.metrics})
     numbers = MetricRecord()
     for name in names:
-        numbers[name] = [float((outcome.metrics or {}).get(name, math.nan)) for outcome in outcomes]
+        numbers[name] = [float(answer.metrics.get(name, math.nan)) for answer in answers]
     content = RecordDict({METRICS: numbers})
     content[GROUP] = ConfigRecord(
         {
-            "client-id": [outcome.client_id for outcome in outcomes],
-            "failure": [outcome.failure for outcome in outcomes],
-            "shard-digest": [outcome.shard_digest for outcome in outcomes],
+            "client-id": [answer.client_id for answer in answers],
+            "failure": [answer.failure for answer in answers],
+            "shard-digest": [answer.shard_digest for answer in answers],
         }
     )
     if total is not None:
         content[SUM] = as_record(total)
-    for outcome in outcomes:
-        if outcome.arrays is not None:
-            content[f"{ARRAYS}-{outcome.client_id}"] = outcome.arrays
+    for answer in answers:
+        if answer.arrays is not None:
+            content[f"{ARRAYS}-{answer.client_id}"] = answer.arrays
     return Message(content, reply_to=message)
 
 
-def unpack_outcomes(
+def unpack_answers(
     content: RecordDict, kind: str, names: Sequence[str], is_summed: bool
-) -> tuple[list[Outcome], ArrayRecord | None]:
-    """Read the reply to a group's message: what came of each client, in order, and the sum if there is one.
+) -> tuple[list[Answer], ArrayRecord | None]:
+    """Read the reply to a group's message: each client's answer, in order, and the sum if there is one.
 
-    Raises MessageError for clients that were not asked or are missing, and for records or numbers of another shape.
+    Raises MessageError for clients that were not asked or are missing, and for unexpected records or columns.
     """
     record, metrics = content.get(GROUP), content.get(METRICS)
     if not isinstance(record, ConfigRecord) or not isinstance(metrics, MetricRecord):
@@ -152,21 +130,21 @@ def unpack_outcomes(
             raise MessageError("its node's reply has a column that does not fit the clients")
     if len(metrics) > MOST_METRICS or any(len(text) > LONGEST_TEXT for text in digests):
         raise MessageError(f"its node's reply has {len(metrics)} metrics or a digest that is too long")
-    outcomes = []
+    answers = []
     for index, name in enumerate(names):
         own = {key: values[index] for key, values in numbers.items() if not math.isnan(values[index])}
-        outcomes.append(Outcome(name, one_line(failures[index]), digests[index], own))
-    sound = [outcome for outcome in outcomes if not outcome.failure]
-    expected = {METRICS, GROUP}
-    if kind == TRAIN:
-        expected |= ({SUM} if sound else set()) if is_summed else {f"{ARRAYS}-{o.client_id}" for o in sound}
-    if odd := sorted(content.keys() ^ expected):
+        answers.append(Answer(name, digests[index], own, failure=one_line(failures[index])))
+    sound = [answer for answer in answers if not answer.failure]
+    models = set[str]()
+    if kind == TRAIN and sound:
+        models = {SUM} if is_summed else {f"{ARRAYS}-{answer.client_id}" for answer in sound}
+    if odd := sorted(content.keys() ^ {METRICS, GROUP, *models}):
         raise MessageError(f"its node's reply has a record too many or too few: {one_line(odd[0])}")
-    if odd := sorted(key for key in expected - {METRICS, GROUP} if not isinstance(content[key], ArrayRecord)):
+    if odd := sorted(key for key in models if not isinstance(content[key], ArrayRecord)):
         raise MessageError(f"its node's reply has no arrays in {one_line(odd[0])}")
-    for outcome in sound:
-        outcome.arrays = cast("ArrayRecord | None", content.get(f"{ARRAYS}-{outcome.client_id}"))
-    return outcomes, cast("ArrayRecord | None", content.get(SUM))
+    for answer in sound:
+        answer.arrays = cast("ArrayRecord | None", content.get(f"{ARRAYS}-{answer.client_id}"))
+    return answers, cast("ArrayRecord | None", content.get(SUM))
 
 
 def cut_rank(arrays: Mapping[str, Array], rank: int) -> ArrayRecord:
@@ -179,7 +157,3 @@ def cut_rank(arrays: Mapping[str, Array], rank: int) -> ArrayRecord:
         else:
             found[key] = pack(view(array)[:, :rank]) if part == "lora_B" else array
     return as_record(found)
-
-
-def _key(name: str) -> str:
-    return name.replace("_", "-")

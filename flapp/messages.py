@@ -1,4 +1,4 @@
-"""The words in our messages: packed and unpacked here and nowhere else.
+"""The records in our messages: packed and unpacked here and nowhere else.
 
     type          server to client                       client to server
     query.attest  order                                  claims: columns, an entry for each client at the node
@@ -6,9 +6,9 @@
     train         order, arrays (the global model)       arrays (the trained model), metrics, claim
     evaluate      order, arrays                          metrics, claim
 
-`order` says who is meant, in which round of which run, and whose source code asks; `claim` says who answers, and with
-which data.
-Both are ConfigRecords, `metrics` a MetricRecord, `arrays` an ArrayRecord of the state dict.
+`order` holds the Instructions: the client, the round, the run and the digest of the server's source code. `claim` says
+who answers, and with which data. Both are ConfigRecords. `metrics` is a MetricRecord, and `arrays` an ArrayRecord of
+the state dict. Groups of clients have messages of their own: see groups.py.
 """
 
 import io
@@ -16,7 +16,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -28,12 +28,11 @@ from flapp.source import source_digest
 from flapp.untrusted import printable, read_npy_header
 
 ATTEST, BASE, TRAIN, EVALUATE = "query.attest", "query.base", "train", "evaluate"
-ARRAYS, ORDER, METRICS, CLAIM, CLAIMS, PIECE = "arrays", "order", "metrics", "claim", "claims", "piece"
-UNPACKED = "order"  # attribute of a message for one client of a group, whose order has been read already
+ARRAYS, INSTRUCTIONS, METRICS, CLAIM, CLAIMS, PIECE = "arrays", "order", "metrics", "claim", "claims", "piece"
 NUM_EXAMPLES, REPLAYED = "num-examples", "replayed"
-VAL = "val-"  # starts the names of metrics that are of validation samples
-LONGEST_TEXT, MOST_METRICS, MOST_CLASSES, MOST_PIECES = 500, 64, 1 << 16, 1 << 16  # that a message may hold
-LOST = {  # what Flower's own error codes mean; other errors bring their own reason
+VAL = "val-"  # begins the names of metrics of validation samples
+LONGEST_TEXT, MOST_METRICS, MOST_CLASSES, MOST_PIECES = 500, 64, 1 << 16, 1 << 16  # in one message
+LOST = {  # the meaning of Flower's own error codes; other errors have a reason of their own
     ErrorCode.NODE_UNAVAILABLE: "its node stopped answering (killed, out of memory, or disconnected)",
     ErrorCode.MESSAGE_UNAVAILABLE: "its node left the federation, or did not answer before the message expired",
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "its answer expired before it could be read",
@@ -50,12 +49,12 @@ class MessageError(ValueError):
 
 @dataclass(frozen=True)
 class Instructions:
-    """What the server asks: of which client, in which round, under which run name.
+    """What the server asks of a client: in which round, under which run name.
 
-    accepted_round is the last round in which the server took this client's trained model, 0 for none: whatever
-    private state the client keeps between rounds, it goes on from there. With adapters, base is the digest of the
-    frozen tensors that the client must hold, returns names those it trains and sends back, and private those it
-    trains and keeps; without, all of the model travels.
+    accepted_round is the last round in which the server accepted this client's trained model, 0 for none; the client
+    continues from the private state that it had then. With adapters, base is the digest of the frozen tensors that the
+    client must hold, returns names the tensors that it trains and sends back, and private those that it trains and
+    keeps. Without adapters the whole model travels.
     """
 
     client_id: str
@@ -70,9 +69,9 @@ class Instructions:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a client says of itself: samples per split, training labels per class, and digests to check it by.
+    """What a client holds: samples per split, training labels per class, and digests to check them by.
 
-    A client that cannot take part says why in `fault`, and nothing else counts.
+    A client that cannot take part says why in `fault`; then nothing else counts.
     """
 
     client_id: str
@@ -88,41 +87,45 @@ class Claim:
     fault: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Answer:
-    """Who answers a train or evaluate message, and the digest of the data that it worked on."""
+    """One client's answer to a train or evaluate message: its numbers and after training its tensors, or why it failed.
+
+    shard_digest: of the data that it worked on.
+    """
 
     client_id: str
-    shard_digest: str
+    shard_digest: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    arrays: ArrayRecord | None = None
+    failure: str = ""
 
 
 def _types(cls: type) -> dict[str, type]:
     return {name: list if "tuple" in str(kind) else kind for name, kind in cls.__annotations__.items()}
 
 
-ORDER_FIELDS, CLAIM_FIELDS, ANSWER_FIELDS = map(_types, (Instructions, Claim, Answer))
+INSTRUCTION_FIELDS, CLAIM_FIELDS = _types(Instructions), _types(Claim)
+ANSWER_FIELDS = {"client_id": str, "shard_digest": str}
 
 
-def pack_instructions(node_id: int, kind: str, order: Instructions, arrays: ArrayRecord | None = None) -> Message:
-    """Build the message of `kind` that asks node `node_id` for `order`."""
-    content = RecordDict({ORDER: _config_record(vars(order))})
+def pack_instructions(node_id: int, kind: str, asked: Instructions, arrays: ArrayRecord | None = None) -> Message:
+    """Build the message of `kind` that gives a node these instructions."""
+    content = RecordDict({INSTRUCTIONS: _config_record(vars(asked))})
     if arrays is not None:
         content[ARRAYS] = arrays
-    return Message(content, dst_node_id=node_id, message_type=kind, group_id=str(order.server_round))
+    return Message(content, dst_node_id=node_id, message_type=kind, group_id=str(asked.server_round))
 
 
 def unpack_instructions(message: Message) -> Instructions:
-    """Read the order in a message, refusing one from a server that runs other source code."""
-    known: Instructions | None = message.__dict__.get(UNPACKED)
-    if known is not None:
-        return known
-    order = Instructions(**_fields(message.content, ORDER, ORDER_FIELDS))
-    if order.source_digest != source_digest():
+    """Read the instructions in a message; raises MessageError for a server that runs other source code."""
+    instructions = Instructions(**_fields(message.content, INSTRUCTIONS, INSTRUCTION_FIELDS))
+    if instructions.source_digest != source_digest():
         raise MessageError(
-            f"flapp here has source {source_digest()[:12]}, the server's has {order.source_digest[:12]}: "
+            f"flapp here has source {source_digest()[:12]}, the server's has {instructions.source_digest[:12]}: "
             "install the same flapp on both, and restart a SuperLink or SuperNode started elsewhere"
         )
-    return order
+    return instructions
 
 
 def unpack_arrays(content: RecordDict) -> ArrayRecord:
@@ -133,9 +136,9 @@ def unpack_arrays(content: RecordDict) -> ArrayRecord:
     return record
 
 
-def pack_piece(node_id: int, order: Instructions, index: int, count: int, arrays: ArrayRecord) -> Message:
-    """Build the message that carries piece `index` of `count` of the base that `order` names."""
-    message = pack_instructions(node_id, BASE, order, arrays)
+def pack_piece(node_id: int, asked: Instructions, index: int, count: int, arrays: ArrayRecord) -> Message:
+    """Build the message that carries piece `index` of `count` of the base that the instructions name."""
+    message = pack_instructions(node_id, BASE, asked, arrays)
     message.content[PIECE] = ConfigRecord({"index": index, "count": count})
     return message
 
@@ -150,7 +153,7 @@ def unpack_piece(content: RecordDict) -> tuple[int, int, ArrayRecord]:
 
 
 def pack_claims(message: Message, claims: list[Claim]) -> Message:
-    """Answer an attest message with every client that this node speaks for: columns, with one entry a client."""
+    """Answer an attest message for every client at this node: columns, with one entry a client."""
     columns: dict[str, list[Any]] = {name: [getattr(claim, name) for claim in claims] for name in CLAIM_FIELDS}
     columns["label_hist"] = [count for claim in claims for count in claim.label_hist]
     columns["classes"] = [len(claim.label_hist) for claim in claims]
@@ -174,19 +177,19 @@ def unpack_claims(content: RecordDict, most: int) -> list[Claim]:
     if count > most:
         raise MessageError(f"claims {count} clients, the run has {most}")
     counts, sizes = columns["label_hist"], columns["classes"]
-    if not _is_column(sizes, int, count) or any(not 0 <= size <= MOST_CLASSES for size in sizes):
-        raise MessageError("its claims have a label histogram that is not of counts")
-    if not _is_column(counts, int, sum(sizes)) or any(number < 0 for number in counts):
+    is_sound = _is_column(sizes, int, count) and all(0 <= size <= MOST_CLASSES for size in sizes)
+    if not is_sound or not _is_column(counts, int, sum(sizes)) or any(number < 0 for number in counts):
         raise MessageError("its claims have a label histogram that is not of counts")
     ends = list(itertools.accumulate(sizes, initial=0))
     rest: dict[str, list[Any]] = {"label_hist": [tuple(counts[i:j]) for i, j in itertools.pairwise(ends)]}
     for name, kind in CLAIM_FIELDS.items():
-        if name != "label_hist":
-            rest[name] = columns[name]
-            if not _is_column(columns[name], kind, count):
-                raise MessageError(f"its claims have a mistyped entry: {name}")
-            if kind is str and name != "fault" and any(len(text) > LONGEST_TEXT for text in rest[name]):
-                raise MessageError(f"its claims have a {name} of over {LONGEST_TEXT} characters")
+        if name == "label_hist":
+            continue
+        if not _is_column(columns[name], kind, count):
+            raise MessageError(f"its claims have a mistyped entry: {name}")
+        if kind is str and name != "fault" and any(len(text) > LONGEST_TEXT for text in columns[name]):
+            raise MessageError(f"its claims have a {name} of over {LONGEST_TEXT} characters")
+        rest[name] = columns[name]
     rest["fault"] = [one_line(text) for text in rest["fault"]]
     return [Claim(**dict(zip(rest, values, strict=True))) for values in zip(*rest.values(), strict=True)]
 
@@ -207,10 +210,10 @@ def pack_reply(
     return Message(content, reply_to=message)
 
 
-def unpack_reply(content: RecordDict, kind: str = TRAIN) -> tuple[Answer, dict[str, float]]:
-    """Read who answers and the numbers of a reply of `kind`.
+def unpack_reply(content: RecordDict, kind: str = TRAIN) -> Answer:
+    """Read a client's reply of `kind`.
 
-    Raises MessageError for records that such a reply does not have, for too many metrics, and for lists among them.
+    Raises MessageError for missing and foreign records, for too many metrics, and for lists among them.
     """
     expected = {CLAIM, METRICS, ARRAYS} if kind == TRAIN else {CLAIM, METRICS}
     if odd := content.keys() - expected:
@@ -223,28 +226,30 @@ def unpack_reply(content: RecordDict, kind: str = TRAIN) -> tuple[Answer, dict[s
         raise MessageError(f"sent {len(metrics)} metrics, at most {MOST_METRICS} are read")
     if lists := [name for name, value in metrics.items() if isinstance(value, list)]:
         raise MessageError(f"the reply's metric {one_line(lists[0])} is a list, not a number")
-    answer = Answer(**_fields(content, CLAIM, ANSWER_FIELDS))
-    if max(len(answer.client_id), len(answer.shard_digest)) > LONGEST_TEXT:
+    facts = _fields(content, CLAIM, ANSWER_FIELDS)
+    if max(map(len, facts.values())) > LONGEST_TEXT:
         raise MessageError(f"the reply's claim has a text of over {LONGEST_TEXT} characters")
-    return answer, metrics  # type: ignore[return-value]
+    arrays = unpack_arrays(content) if kind == TRAIN else None
+    return Answer(**facts, metrics=metrics, arrays=arrays)  # type: ignore[arg-type]
 
 
 def describe_error(error: Error) -> str:
-    """Say in one line why a message was not answered, in plain words where Flower's say little."""
+    """Return in one line why a message was not answered, in plainer words than Flower's."""
     reason = error.reason or ""
     code = ErrorCode.CLIENT_APP_CRASHED if RAY_LOST.match(reason) else error.code
     return LOST.get(code) or one_line(reason)
 
 
 def one_line(text: str) -> str:
-    """Return a text that somebody else wrote as one printable line of at most LONGEST_TEXT characters."""
+    """Return somebody else's text as one printable line of at most LONGEST_TEXT characters."""
     return printable(" ".join(text[: 4 * LONGEST_TEXT].split()), LONGEST_TEXT - 3)
 
 
 class HeldArray(Array):
-    """An Array over numbers that somebody else may change later, such as a model's; its bytes are made when asked for.
+    """An Array over numbers that may change later, such as a model's; its bytes are made when they are first asked for.
 
-    A client of a group is often only added to a sum, for which its bytes are not needed: see settle.
+    The tensors of a client in a group are often only added to a sum, which does not need the bytes. Elsewhere `settle`
+    makes them before the numbers change.
     """
 
     def __init__(self, values: np.ndarray) -> None:
@@ -260,7 +265,7 @@ class HeldArray(Array):
         return self.__dict__["packed"]
 
     def deflate(self) -> bytes:
-        """Return the bytes of a plain Array: Flower writes the name of the class into them, and knows its own only."""
+        """Return the bytes of a plain Array: Flower writes the class name into them, and knows only its own class."""
         return Array(self.dtype, self.shape, self.stype, self.data).deflate()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -275,7 +280,7 @@ def settle(message: Message) -> None:
 
 
 def parts_of(array: Array) -> tuple[bytes | memoryview, ...]:
-    """Return what to write one after another for the bytes of an array, without a copy of it."""
+    """Return the bytes of an array in parts to write one after another, without a copy."""
     held: np.ndarray | None = array.__dict__.get("held")
     if held is None or not held.size or not held.flags.c_contiguous:
         return (array.data,)
@@ -347,11 +352,9 @@ def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     return header.getvalue()
 
 
-def size_of(message: Message) -> int:
-    """Return the bytes of a message's model, as they travel."""
-    if not message.has_content():
-        return 0
-    return sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
+def size_of(record: Mapping[str, Array]) -> int:
+    """Return the bytes of a model, as it travels."""
+    return sum(map(size_of_array, record.values()))
 
 
 def _config_record(values: Mapping[str, Any]) -> ConfigRecord:

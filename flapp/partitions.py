@@ -5,10 +5,9 @@ from pathlib import Path
 
 from flapp.config.load import derive_seed
 from flapp.config.schema import WRITER_PARTITIONS, Config
-from flapp.data.artifact import DataError, check_samples
-from flapp.data.embedded import ensure_artifacts
+from flapp.data.artifact import DataError, Stamp, check_samples, open_verified, stamp
 from flapp.data.partition import Partition, hold_out, load_partition
-from flapp.data.verified import Stamp, open_verified, stamp
+from flapp.data.sources import ensure_artifacts
 
 
 def open_partition(config: Config) -> Partition:
@@ -17,16 +16,16 @@ def open_partition(config: Config) -> Partition:
 
 
 def stamp_of_shared_files(config: Config) -> Stamp:
-    """Return what differs once a file of the shared artifact, or of a partition by writer, is written again."""
+    """Return a stamp that changes when a file of the shared artifact, or of a partition by writer, is written."""
     folder = ensure_artifacts(config.data_dir, config.dataset.name)
     return stamp(folder / "train") + stamp(folder / "test") + stamp(folder / "partitions", [writer_partition(config)])
 
 
 @lru_cache(maxsize=8)
 def cached_partition(config: Config, files: Stamp) -> Partition:
-    """Read the partition of this config's dataset, making and saving it if this process is the first to ask.
+    """Read the partition of this config's dataset; the first process that asks makes and saves it.
 
-    Where training samples are held out for validation, they are its val.
+    Training samples that are held out for validation are its val.
     """
     dataset = config.data_dir / config.dataset.name
     artifacts = [open_verified(dataset / split) for split in ("train", "test")]
@@ -58,7 +57,7 @@ def writer_partition(config: Config) -> str:
 
 
 def read_writer_partition(config: Config, path: Path) -> Partition:
-    """Read the partition by writer that was exported with the shards; raises DataError when it is of other clients."""
+    """Read the partition by writer that was exported with the shards; raises DataError if it has other clients."""
     fix = (
         f"make it with python -m tools.prepare_data dataset={config.dataset.name} dataset.source=DIR "
         f"partition={config.partition.kind} clients={config.clients} distributed_data.enabled=false"

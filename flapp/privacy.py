@@ -1,4 +1,4 @@
-"""Local differential privacy: the Gaussian mechanism on each client's own update, and what many updates add up to.
+"""Local differential privacy: the Gaussian mechanism on each client's update, and the total privacy loss of many.
 
 A client releases w + clip(u) + noise, where w is the model that it was sent and u is its update. Two neighbours are any
 two updates of one client, whatever its data and however many samples they differ in. Both lie in a ball of radius
@@ -6,9 +6,9 @@ clipping_norm, so they are at most 2 * clipping_norm apart: that is the l2 sensi
 that sends no update at all, or zeros, the sensitivity would be clipping_norm. The server sees who takes part, so that
 would protect less.)
 
-The noise is the least that gives (epsilon, delta): the analytic Gaussian mechanism (Balle and Wang 2018,
-arXiv:1805.06530), by the package dp-accounting. T releases with a noise multiplier z are as private as one with
-z / sqrt(T) (Dong, Roth and Su 2019, arXiv:1905.02383). Nothing is taken off for clients that are drawn at random: the
+The noise is the least that gives (epsilon, delta), by the analytic Gaussian mechanism (Balle and Wang 2018,
+arXiv:1805.06530) of the package dp-accounting. T releases with a noise multiplier z are as private as one with
+z / sqrt(T) (Dong, Roth and Su 2019, arXiv:1905.02383). Drawing clients at random does not lower epsilon here: the
 server knows whom it has asked.
 """
 
@@ -37,7 +37,7 @@ def find_sigma(settings: PrivacyConfig) -> float:
 
 @lru_cache(maxsize=64)
 def total_epsilon(settings: PrivacyConfig, releases: int) -> float:
-    """Return the epsilon, at settings.delta, of all that a client has told after so many releases.
+    """Return the epsilon, at settings.delta, of all that a client has released after so many releases.
 
     Raises ConfigError without the package dp-accounting.
     """
@@ -48,7 +48,7 @@ def total_epsilon(settings: PrivacyConfig, releases: int) -> float:
 
 
 def describe_plan(settings: PrivacyConfig, num_rounds: int) -> str:
-    """Say in one line what the settings promise for one round and for all; raises ConfigError as find_sigma does."""
+    """Return in one line what the settings promise for one round and for all; raises ConfigError as find_sigma does."""
     total = total_epsilon(settings, num_rounds)
     return (
         f"local differential privacy: updates are clipped to length {settings.clipping_norm:g}, noise has standard "
@@ -62,9 +62,9 @@ def perturb(
 ) -> dict[str, np.ndarray]:
     """Return the tensors of `sent` plus the update to `trained`, clipped, plus noise N(0, sigma^2) on every number.
 
-    The update is clipped as one vector over all tensors. All of it is computed in float64 and rounded once, at the
-    end. The noise is drawn from fresh entropy of the operating system. Raises ValueError when the tensors do not match
-    or one of them is not of floating point, FloatingPointError when the update is not finite.
+    The update is clipped as one vector over all tensors, computed in float64 and rounded once at the end. The noise is
+    drawn from the operating system's entropy, not from the seed. Raises ValueError when the tensors do not match or one
+    is not of floating point, and FloatingPointError when the update is not finite.
     """
     if sent.keys() != trained.keys():
         raise ValueError(f"only one of the sent and the trained model has {min(sent.keys() ^ trained.keys())}")
@@ -83,7 +83,7 @@ def perturb(
 
 
 def check_floating(tensors: Mapping[str, np.ndarray]) -> None:
-    """Raise ValueError when a tensor is not of floating point, to which no noise can be added."""
+    """Raise ValueError when a tensor is not of floating point, so that noise cannot be added."""
     if odd := [key for key, values in tensors.items() if values.dtype.kind != "f"]:
         raise ValueError(
             f"privacy.enabled=true cannot add noise to {odd[0]}, which is of {tensors[odd[0]].dtype}: "
@@ -103,7 +103,7 @@ def _noise_multiplier(epsilon: float, delta: float) -> float:
 
 def _gaussian() -> ModuleType:
     try:
-        from dp_accounting import gaussian_mechanism  # only who asks for privacy pays for SciPy
+        from dp_accounting import gaussian_mechanism  # imports SciPy, which is slow
     except ImportError as error:
         raise ConfigError(
             f"privacy.enabled=true needs the package dp-accounting ({error}): "

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
-MALLOC = ((-4, 0), (-1, (1 << 31) - 1), (-2, 1 << 26))  # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h
+MALLOC_OPTIONS = ((-4, 0), (-1, (1 << 31) - 1), (-2, 1 << 26))  # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training did: mean loss per sample seen, samples seen (epochs count again), batches."""
+    """The result of training: mean loss per sample seen, samples seen (once in each epoch), batches."""
 
     loss: float
     samples: int
@@ -27,7 +27,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over the samples evaluated: of loss, of correct answers (0 for regression), and how many."""
+    """Sums over the samples evaluated: of losses, of correct answers (0 for regression), and of samples."""
 
     loss_sum: float
     correct: int
@@ -36,7 +36,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class StepRules:
-    """How gradients become a step: batches per step, longest gradient, FedProx's pull, and the precision before.
+    """How gradients become a step: batches per step, longest gradient, FedProx's mu, and the precision of the model.
 
     penalty is a term that each step adds to the loss; its gradient is taken in float32 and counts before clipping.
     """
@@ -48,49 +48,33 @@ class StepRules:
     penalty: Callable[[], Tensor] | None = None
 
 
-class Stepper:
-    """Step an optimiser after every `accumulate` backward passes, along the mean of their gradients.
+def take_step(
+    optimizer: torch.optim.Optimizer, parameters: list[Tensor], start: list[Tensor], rules: StepRules, batches: int
+) -> None:
+    """Step an optimizer along the mean gradient of so many backward passes, and drop the gradients.
 
-    proximal_mu adds mu (w - w_0) to it, the gradient of FedProx's mu / 2 ||w - w_0||^2, w_0 being the weights that
-    training began with (Li et al. 2020, arXiv:1812.06127, equation 2).
+    rules.proximal_mu adds mu (w - w_0), the gradient of FedProx's mu / 2 ||w - w_0||^2, where w_0, in `start`, are the
+    weights before training (Li et al. 2020, arXiv:1812.06127, equation 2).
     """
+    if batches > 1:
+        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], batches)
+    if rules.penalty is not None:
+        rules.penalty().backward()
+    if rules.proximal_mu:
+        with torch.no_grad():
+            for p, before in zip(parameters, start, strict=True):
+                if p.grad is not None:
+                    p.grad.add_(p - before, alpha=rules.proximal_mu)
+    if rules.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(parameters, rules.clip_norm)
+    optimizer.step()
+    drop_gradients(parameters)
 
-    def __init__(self, optimizer: torch.optim.Optimizer, rules: StepRules) -> None:
-        self.optimizer = optimizer
-        self.rules = rules
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.start = [p.detach().clone() for p in self.parameters] if rules.proximal_mu else []
-        self.waiting = 0
-        self._drop_gradients()
 
-    def __call__(self, last: bool = False) -> None:
-        """Count a backward pass and step when it is time; `last` steps with what is left over."""
-        self.waiting += not last
-        if self.waiting == 0 or (not last and self.waiting < self.rules.accumulate):
-            return
-        rules = self.rules
-        if self.waiting > 1 or rules.penalty is not None or rules.proximal_mu or rules.clip_norm is not None:
-            with torch.no_grad():
-                self._shape_gradients()
-        self.optimizer.step()
-        self._drop_gradients()
-        self.waiting = 0
-
-    def _drop_gradients(self) -> None:
-        for p in self.parameters:  # Optimizer.zero_grad does the same at several times the cost
-            p.grad = None
-
-    def _shape_gradients(self) -> None:
-        if self.waiting > 1:
-            torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], self.waiting)
-        if self.rules.penalty is not None:
-            with torch.enable_grad():
-                self.rules.penalty().backward()
-        for p, start in zip(self.parameters, self.start, strict=False):
-            if p.grad is not None:
-                p.grad.add_(p - start, alpha=self.rules.proximal_mu)
-        if self.rules.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.rules.clip_norm)
+def drop_gradients(parameters: list[Tensor]) -> None:
+    """Do what Optimizer.zero_grad does, at a fraction of its cost."""
+    for p in parameters:
+        p.grad = None
 
 
 def loss_of(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
@@ -105,7 +89,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build `sgd` or `adamw` over the trainable parameters; momentum is SGD's, AdamW ignores it."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    # What PyTorch would choose for the CPU, but it would look at every parameter again in each step.
+    # PyTorch would choose the same for the CPU, but look at every parameter again in each step.
     foreach = False if all(p.device.type == "cpu" for p in parameters) else None
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, foreach=foreach)
@@ -130,12 +114,15 @@ def train(
 ) -> TrainResult:
     """Train in place for `epochs` passes over `batches`, or for exactly `steps` batches if given.
 
-    seed fixes dropout (torch's global generators, which are put back afterwards). Raises ValueError when there
-    is no batch, and FloatingPointError when the loss is no longer finite: such a model is worth nothing.
+    seed fixes dropout: torch's global generators, which are restored afterwards. Raises ValueError when there is no
+    batch, and FloatingPointError when the loss is not finite.
     """
     device = next(model.parameters()).device
     total, samples, done = torch.zeros((), dtype=torch.float64, device=device), 0, 0
-    take_step = Stepper(optimizer, rules)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    start = [p.detach().clone() for p in parameters] if rules.proximal_mu else []
+    drop_gradients(parameters)
+    waiting = 0  # backward passes since the last step
     model.train()
     autocast = torch.autocast(device.type, torch.bfloat16) if rules.precision == "bfloat16" else nullcontext()
     with seeded(seed, device):
@@ -144,10 +131,14 @@ def train(
             with autocast:
                 loss = loss_of(model(inputs), targets)
             loss.backward()
-            take_step()
+            waiting += 1
+            if waiting == rules.accumulate:
+                take_step(optimizer, parameters, start, rules, waiting)
+                waiting = 0
             total.add_(loss.detach(), alpha=len(targets))
             samples, done = samples + len(targets), done + 1
-        take_step(last=True)
+        if waiting:
+            take_step(optimizer, parameters, start, rules, waiting)
     if done == 0:
         raise ValueError("there is no training sample to learn from")
     mean = total.item() / samples
@@ -175,7 +166,7 @@ def evaluate(model: nn.Module, batches: Batches) -> Evaluation:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators meanwhile; on the CPU only the one that is used there, which is much cheaper."""
+    """Seed torch's global generators for a while; on the CPU only the CPU's, which is much cheaper."""
     if device.type == "cpu":
         generator = torch.default_generator
         state = generator.get_state()
@@ -208,10 +199,10 @@ def _repeat(batches: Batches, epochs: int, steps: int | None) -> Batches:
 def keep_freed_memory() -> None:
     """Have the C library keep the memory of freed arrays for the next ones, until this process ends.
 
-    glibc gives arrays of more than 32 MiB back to the system, and every page of a new one is then cleared again when it
-    is first touched: a quarter of the CPU time of training models of that size. Other C libraries are left alone.
+    glibc returns arrays of more than 32 MiB to the system, which then clears every page of a new one: a quarter of the
+    CPU time of training models of that size. Other C libraries are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        for option, value in MALLOC:
+        for option, value in MALLOC_OPTIONS:
             mallopt(option, value)

@@ -15,7 +15,7 @@ from flapp import server_app
 from flapp.config.load import compose, to_json
 from flapp.data.shards.build import write_shards
 from flapp.data.shards.manifest import Manifest
-from flapp.messages import ORDER
+from flapp.messages import INSTRUCTIONS
 from flapp.server.inline import InlineGrid
 from flapp.strategy.fedavg import FedAvg
 from tests.support.leaf_files import Samples, as_leaf, draw_samples, write_leaf
@@ -65,7 +65,7 @@ class LocalGrid(InlineGrid):
     def handle(self, message: Message) -> Message:
         reply = super().handle(message)
         if self.tamper is not None:
-            client_id = message.content.config_records[ORDER]["client-id"]
+            client_id = message.content.config_records[INSTRUCTIONS]["client-id"]
             reply = self.tamper(str(client_id), reply)
             reply.metadata.__dict__["_reply_to_message_id"] = message.metadata.message_id
         return reply

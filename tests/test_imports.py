@@ -49,7 +49,7 @@ def imports_of_training(home: Path, site: dict[str, str], *overrides: str) -> se
 
 
 def test_a_linear_client_imports_nothing_heavy_but_pytorch(tmp_path: Path) -> None:
-    from flapp.data.embedded import ensure_artifacts
+    from flapp.data.sources import ensure_artifacts
 
     ensure_artifacts(tmp_path / "data", "regression")
     found = imports_of_training(tmp_path, {"client-id": "0"}, "experiment=toy_regression", "train.steps=1")
@@ -94,7 +94,7 @@ LORA = ["strategy=fedlora", "lora=default"]
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a home with prepared digits, and weights and adapters that do not fit their model."""
-    from flapp.data.embedded import ensure_artifacts
+    from flapp.data.sources import ensure_artifacts
 
     home = tmp_path_factory.mktemp("imports")
     ensure_artifacts(home / "data", "digits")

@@ -1,12 +1,12 @@
-"""Measure flapp against what people use otherwise, and print each ratio beside its target and its limit.
+"""Measure flapp against other software, and print each ratio beside its target and its limit.
 
     python -m tools.benchmark lora aggregate         some topics
     python -m tools.benchmark all --json OUT         every topic, also as JSON, which tools.report --benchmark shows
-    python -m tools.benchmark simulation --short     less of a topic that takes long, in under 3 minutes
+    python -m tools.benchmark simulation --short     the short form of a long topic, in under 3 minutes
 
-Ratios are medians of interleaved turns in one process, a new one for each topic; absolute times are no part of them.
-A row is `met` at its target, `within limit` short of it by no more than a machine's noise, `MISSED` beyond, and
-`not measured` when its topic fails or lacks a package: pip install -e '.[benchmark]' has them all. The JSON is
+Ratios are medians of interleaved turns in one process; each topic has a new process. A row is `met` at its target,
+`within limit` if it falls short by no more than the noise of a machine, otherwise `MISSED`, and `not measured` if its
+topic failed or a package is missing: pip install -e '.[benchmark]' installs them all. The JSON is
 {"machine": {...}, "seconds": total, "rows": [...]}. Exits 1 only when a row misses its limit or was not measured.
 """
 
@@ -64,13 +64,13 @@ def as_json(row: Row) -> dict[str, object]:
 
 
 def rows_of(topic: str, short: bool = False) -> list[Row]:
-    """Measure a topic; what it raises becomes its only row, so that the other topics keep theirs."""
+    """Measure a topic; if it raises, its only row tells the error, and the other topics keep theirs."""
     print(f"{topic} ...", file=sys.stderr, flush=True)
     started = time.monotonic()
     try:
         options = {"short": True} if short else {}
         rows: list[Row] = importlib.import_module(f"tools.bench.{topic}").rows(**options)
-    except Exception as error:  # noqa: BLE001 - any of them is told in the table
+    except Exception as error:  # noqa: BLE001 - the table tells any error
         said = " ".join(f"{type(error).__name__}: {error}".split())
         rows = [Row(f"all of `{topic}`", "-", None, 0, note=said)]
     print(f"{topic}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
@@ -78,13 +78,13 @@ def rows_of(topic: str, short: bool = False) -> list[Row]:
 
 
 def in_own_process(topic: str, short: bool = False) -> list[Row]:
-    """Measure a topic in a new process: what one leaves behind in the allocator makes the next one's rivals faster."""
+    """Measure a topic in a new process, so that memory freed by one topic does not make the next one faster."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(rows_of, topic, short).result()
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run the topics asked for; returns 1 when a row misses its limit or was not measured."""
+    """Run the given topics; returns 1 when a row misses its limit or was not measured."""
     parser = new_parser(__doc__)
     parser.add_argument("topics", nargs="+", choices=[*TOPICS, "all"])
     parser.add_argument("--json", type=Path, metavar="OUT", help="write machine and rows to this file too")

@@ -1,14 +1,14 @@
 """Look into a checkpoint store: its rounds, their tensors, what changed, and whether every byte is as it was saved.
 
-    python -m tools.checkpoints list DB                     rounds, metrics, digests, and what they take on disk
+    python -m tools.checkpoints list DB                     rounds, metrics, digests, and their size on disk
     python -m tools.checkpoints show DB ROUND               the tensors of a round
-    python -m tools.checkpoints verify DB                   every byte; exits 1 with one line a problem
+    python -m tools.checkpoints verify DB                   every byte; exits 1 with one line for each problem
     python -m tools.checkpoints diff DB ROUND ROUND         which tensors changed, and by how much
     python -m tools.checkpoints export DB ROUND FILE        a round as FILE.safetensors
     python -m tools.checkpoints compact DB                  give the space of dropped rounds back
 
-DB is a *_chunks.db; list, verify and compact also take a folder, and then speak of every store below it. --json prints
-the same for machines. Exits 0, or 1 with one line on standard error.
+DB is a *_chunks.db; list, verify and compact also take a folder with stores below it. --json prints the same as JSON.
+Exits 0, or 1 with one line on standard error.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from flapp.untrusted import printable
 from tools.running.called import as_called, new_parser
 
 PATTERN = "*_chunks.db"
-MOST_TEXT = 1000  # characters of one thing that a store says of itself
-Cells = Sequence[str]
+MOST_TEXT = 1000  # characters of one thing that a store says about itself
+Found = tuple[dict[str, Any], Iterable[str]]  # what a command prints, as JSON and as lines
 
 
 def find_stores(path: Path) -> list[Path]:
@@ -50,121 +50,55 @@ def _by_number(name: str) -> list[tuple[str, int]]:
 
 
 def open_store(path: Path) -> ChunkManager:
-    """Open one store that must be there."""
+    """Open one existing store."""
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder: name one of the {len(find_stores(path))} stores in it")
     return ChunkManager(path, create=False)
 
 
-def visit(path: Path, act: Callable[[ChunkManager], Iterable[str] | None]) -> list[str]:
-    """Let `act` see every store at `path`; return the problems it finds, and those of stores that cannot be read."""
-    problems: list[str] = []
+def visit(path: Path, act: Callable[[ChunkManager], Any]) -> tuple[list[Any], list[str]]:
+    """Return what `act` returns for every store at `path`, and what is wrong with stores that cannot be read."""
+    results, problems = [], []
     for db in find_stores(path):
         try:
             with open_store(db) as store:
-                problems += act(store) or ()
+                results.append(act(store))
         except CheckpointError as error:
             problems.append(str(error))
-    return problems
+    return results, problems
 
 
-def list_rounds(given: argparse.Namespace) -> dict[str, Any]:
-    """Return the rounds and statistics of a store."""
+def list_rounds(given: argparse.Namespace) -> Found:
+    """List the rounds of a store, or the stores in a folder."""
+    if given.db.is_dir():
+        return list_stores(given.db)
     with open_store(given.db) as store:
-        return {"rounds": [asdict(row) for row in store.rounds()], "statistics": store.get_storage_stats()}
-
-
-def list_stores(given: argparse.Namespace) -> dict[str, Any]:
-    """Return the statistics of every store in a folder, and what is wrong with those that cannot be read."""
-    stores: list[dict[str, Any]] = []
-    problems = visit(given.db, lambda store: stores.append(store.get_storage_stats()))
-    return {"stores": stores, "problems": problems}
-
-
-def show(given: argparse.Namespace) -> dict[str, Any]:
-    """Return a round and its tensors, read and verified."""
-    with open_store(given.db) as store:
-        tensors = store.reconstruct_model_from_chunks(given.round)
-        chunks = Counter(key for chunk in store.load_chunks_by_round(given.round) for key in chunk.parts)
-        row = store.find_round(given.round)
-    assert row is not None
-    rows = [
-        {
-            "key": key,
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "shape": list(tensor.shape),
-            "bytes": tensor.nbytes,
-            "chunks": chunks[key],
-        }
-        for key, tensor in tensors.items()
-    ]
-    return asdict(row) | {"tensors": rows}
-
-
-def verify(given: argparse.Namespace) -> dict[str, Any]:
-    """Return how much of every store was checked, and all problems."""
-    totals = Counter(rounds=0, chunks=0, bytes=0)
-
-    def check(store: ChunkManager) -> tuple[str, ...]:
-        found = store.verify()
-        totals.update(rounds=found.rounds, chunks=found.chunks, bytes=found.bytes)
-        return found.problems
-
-    problems = visit(given.db, check)
-    return {"stores": len(find_stores(given.db)), **totals, "problems": problems}
-
-
-def diff(given: argparse.Namespace) -> dict[str, Any]:
-    """Return the tensors that differ between two rounds."""
-    with open_store(given.db) as store:
-        changes = [asdict(change) for change in store.diff(given.first, given.second)]
-    return {"first": given.first, "second": given.second, "changes": changes}
-
-
-def export(given: argparse.Namespace) -> dict[str, Any]:
-    """Write a round as a safetensors file and return its SHA-256."""
-    with open_store(given.db) as store:
-        return {"round": given.round, "file": str(given.file), "sha256": store.export(given.round, given.file)}
-
-
-def compact(given: argparse.Namespace) -> dict[str, Any]:
-    """Shrink every store and return its bytes before and after, and what is wrong with those that cannot be read."""
-    stores: list[dict[str, Any]] = []
-
-    def shrink(store: ChunkManager) -> None:
-        before, after = store.compact()
-        stores.append({"db_path": str(store.path), "bytes_before": before, "bytes_after": after})
-
-    problems = visit(given.db, shrink)
-    return {"stores": stores, "problems": problems}
-
-
-def list_lines(found: dict[str, Any]) -> Iterator[str]:
-    digests = ("model_digest", "config_digest", "input_digest")
+        rounds, stats = store.rounds(), store.get_storage_stats()
     heads = ("round", "created (UTC)", "chunks", "bytes", "model", "config", "input", "metrics")
-    rows: list[Cells] = [
+    rows = [
         (
-            str(row["round"]),
-            row["created_at"].removesuffix("+00:00"),
-            f"{row['chunks']:,}",
-            in_bytes(row["bytes"]),
-            *(row[name][:8] or "-" for name in digests),
-            in_words(row["metrics"]),
+            str(row.round),
+            row.created_at.removesuffix("+00:00"),
+            f"{row.chunks:,}",
+            in_bytes(row.bytes),
+            *(digest[:8] or "-" for digest in (row.model_digest, row.config_digest, row.input_digest)),
+            in_words(row.metrics),
         )
-        for row in found["rounds"]
+        for row in rounds
     ]
-    yield from table(heads, rows, right=(0, 2, 3))
-    stats = found["statistics"]
-    yield (
+    total = (
         f"{count(stats['rounds'], 'round')} of {in_bytes(stats['logical_bytes'])} in all, stored as "
         f"{count(stats['unique_chunks'], 'chunk')} of {in_bytes(stats['stored_bytes'])} "
         f"(x {stats['dedup_ratio']:.2f}), file of {in_bytes(stats['storage_size_bytes'])}"
     )
+    return {"rounds": list(map(asdict, rounds)), "statistics": stats}, [*table(heads, rows, (0, 2, 3)), total]
 
 
-def stores_lines(found: dict[str, Any]) -> Iterator[str]:
+def list_stores(folder: Path) -> Found:
+    """List the stores in a folder."""
+    stores, problems = visit(folder, ChunkManager.get_storage_stats)
     heads = ("store", "client", "rounds", "first", "last", "chunks", "logical", "stored", "dedup", "file")
-    rows: list[Cells] = [
+    rows = [
         (
             row["db_path"],
             row["client_id"],
@@ -175,54 +109,91 @@ def stores_lines(found: dict[str, Any]) -> Iterator[str]:
             f"x {row['dedup_ratio']:.2f}",
             in_bytes(row["storage_size_bytes"]),
         )
-        for row in found["stores"]
+        for row in stores
     ]
-    yield from table(heads, rows, right=range(2, 10))
+    return {"stores": stores, "problems": problems}, table(heads, rows, range(2, 10))
 
 
-def show_lines(found: dict[str, Any]) -> Iterator[str]:
-    tensors = found["tensors"]
-    rows: list[Cells] = [
-        (row["key"], row["dtype"], str(tuple(row["shape"])), in_bytes(row["bytes"]), str(row["chunks"]))
-        for row in tensors
+def show(given: argparse.Namespace) -> Found:
+    """Show a round and its tensors, read and verified."""
+    with open_store(given.db) as store:
+        tensors = store.reconstruct_model_from_chunks(given.round)
+        chunks = Counter(key for chunk in store.load_chunks_by_round(given.round) for key in chunk.parts)
+        row = store.find_round(given.round)
+    assert row is not None
+    shown = [
+        {
+            "key": key,
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+            "bytes": tensor.nbytes,
+            "chunks": chunks[key],
+        }
+        for key, tensor in tensors.items()
     ]
-    yield from table(("tensor", "dtype", "shape", "bytes", "chunks"), rows, right=(3, 4))
-    created = printable(found["created_at"])
-    yield f"round {found['round']}, {created}: {count(len(tensors), 'tensor')}, {in_bytes(found['bytes'])}"
-    for name in ("metrics", "model_digest", "config_digest", "input_digest"):
-        said = in_words(found[name], MOST_TEXT) if name == "metrics" else printable(found[name] or "-", MOST_TEXT)
-        yield f"{name:<13}  {said}"
+    rows = [
+        (key, each["dtype"], str(tuple(each["shape"])), in_bytes(each["bytes"]), str(each["chunks"]))
+        for key, each in zip(tensors, shown, strict=True)
+    ]
+    digests = {name: getattr(row, name) or "-" for name in ("model_digest", "config_digest", "input_digest")}
+    lines = [
+        *table(("tensor", "dtype", "shape", "bytes", "chunks"), rows, (3, 4)),
+        f"round {row.round}, {printable(row.created_at)}: {count(len(rows), 'tensor')}, {in_bytes(row.bytes)}",
+        f"{'metrics':<13}  {in_words(row.metrics, MOST_TEXT)}",
+        *(f"{name:<13}  {printable(digest, MOST_TEXT)}" for name, digest in digests.items()),
+    ]
+    return asdict(row) | {"tensors": shown}, lines
 
 
-def verify_lines(found: dict[str, Any]) -> Iterator[str]:
+def verify(given: argparse.Namespace) -> Found:
+    """Check every byte of every store."""
+    checks, problems = visit(given.db, ChunkManager.verify)
+    problems += [problem for check in checks for problem in check.problems]
+    found = {name: sum(getattr(check, name) for check in checks) for name in ("rounds", "chunks", "bytes")}
+    found = {"stores": len(find_stores(given.db)), **found}
     checked = ", ".join(count(found[f"{what}s"], what) for what in ("store", "round", "chunk"))
-    verdict = count(len(found["problems"]), "problem") if found["problems"] else "ok"
-    yield f"{checked}, {in_bytes(found['bytes'])}: {verdict}"
+    verdict = count(len(problems), "problem") if problems else "ok"
+    return {**found, "problems": problems}, [f"{checked}, {in_bytes(found['bytes'])}: {verdict}"]
 
 
-def diff_lines(found: dict[str, Any]) -> Iterator[str]:
-    changes = found["changes"]
+def diff(given: argparse.Namespace) -> Found:
+    """Compare the tensors of two rounds."""
+    with open_store(given.db) as store:
+        changes = store.diff(given.first, given.second)
+    found = {"first": given.first, "second": given.second, "changes": list(map(asdict, changes))}
     if not changes:
-        yield f"rounds {found['first']} and {found['second']} hold the same tensors"
-        return
-    rows: list[Cells] = [
-        (row["key"], row["kind"], f"{row['changed']:,}", *map(in_digits, (row["norm"], row["relative_norm"])))
-        for row in changes
-    ]
-    yield from table(("tensor", "change", "elements", "norm of change", "relative"), rows, right=(2, 3, 4))
-    yield f"{count(len(changes), 'changed tensor')} from round {found['first']} to round {found['second']}"
+        return found, [f"rounds {given.first} and {given.second} hold the same tensors"]
+    rows = [(c.key, c.kind, f"{c.changed:,}", *map(in_digits, (c.norm, c.relative_norm))) for c in changes]
+    total = f"{count(len(changes), 'changed tensor')} from round {given.first} to round {given.second}"
+    return found, [*table(("tensor", "change", "elements", "norm of change", "relative"), rows, (2, 3, 4)), total]
 
 
-def export_lines(found: dict[str, Any]) -> Iterator[str]:
-    yield f"{found['sha256']}  {found['file']}"
+def export(given: argparse.Namespace) -> Found:
+    """Write a round as a safetensors file."""
+    with open_store(given.db) as store:
+        sha256 = store.export(given.round, given.file)
+    return {"round": given.round, "file": str(given.file), "sha256": sha256}, [f"{sha256}  {given.file}"]
 
 
-def compact_lines(found: dict[str, Any]) -> Iterator[str]:
-    for row in found["stores"]:
-        yield f"{row['db_path']}: {in_bytes(row['bytes_before'])} -> {in_bytes(row['bytes_after'])}"
+def compact(given: argparse.Namespace) -> Found:
+    """Shrink every store."""
+    sizes, problems = visit(given.db, lambda store: (str(store.path), *store.compact()))
+    stores = [{"db_path": path, "bytes_before": before, "bytes_after": after} for path, before, after in sizes]
+    lines = [f"{path}: {in_bytes(before)} -> {in_bytes(after)}" for path, before, after in sizes]
+    return {"stores": stores, "problems": problems}, lines
 
 
-def table(heads: Cells, rows: Sequence[Cells], right: Sequence[int]) -> Iterator[str]:
+COMMANDS: dict[str, Callable[[argparse.Namespace], Found]] = {
+    "list": list_rounds,
+    "show": show,
+    "verify": verify,
+    "diff": diff,
+    "export": export,
+    "compact": compact,
+}
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> Iterator[str]:
     """Yield aligned lines; the columns in `right` hold numbers."""
     rows = [[printable(cell, MOST_TEXT) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
@@ -258,23 +229,12 @@ def in_words(metrics: dict[str, Any], width: int = 60) -> str:
 
 
 def finite(value: Any) -> Any:
-    """Return what JSON can hold: null for NaN and infinities, which standard JSON has not."""
+    """Return plain values with null for NaN and the infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-Command = tuple[Callable[[argparse.Namespace], dict[str, Any]], Callable[[dict[str, Any]], Iterator[str]]]
-COMMANDS: dict[str, Command] = {
-    "list": (list_rounds, list_lines),
-    "show": (show, show_lines),
-    "verify": (verify, verify_lines),
-    "diff": (diff, diff_lines),
-    "export": (export, export_lines),
-    "compact": (compact, compact_lines),
-}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -295,20 +255,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     given = parse(arguments)
-    act, lines = COMMANDS[given.command]
-    if given.command == "list" and given.db.is_dir():
-        act, lines = list_stores, stores_lines
     try:
-        found = act(given)
+        found, lines = COMMANDS[given.command](given)
     except CheckpointError as error:
         print(as_called(f"error: {printable(error, MOST_TEXT)}"), file=sys.stderr)
         return 1
     for problem in found.get("problems", ()):
         print(f"error: {printable(problem, MOST_TEXT)}", file=sys.stderr)
-    print(json.dumps(finite(found), indent=1) if given.json else "\n".join(lines(found)))
+    print(json.dumps(finite(found), indent=1) if given.json else "\n".join(lines))
     return int(bool(found.get("problems")))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word, as it ends every other tool
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it silently
     sys.exit(main())

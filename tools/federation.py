@@ -1,20 +1,20 @@
-"""A whole federation on this machine: a SuperLink, a SuperNode for each client, and what keeps them running.
+"""Run a whole federation on this machine: a SuperLink, a SuperNode for each client, and a supervisor.
 
     python -m tools.federation up --clients 3              clients "0" to "2", over the data in home
     python -m tools.federation up --shards DIR             one for each client of a folder of shards, checked first
     python -m tools.federation up --clients 3 --tls        certificates, and only SuperNodes with registered keys
     python -m tools.run deployment=local clients=3         run something over it
-    python -m tools.federation status                      what runs now; exits 1 unless all of it does
+    python -m tools.federation status                      show what runs; exits 1 unless everything runs
     python -m tools.federation down
 
 Everything lies in one folder, home/federation unless --folder says otherwise:
 
-    federation.json          what the federation is made of
-    supervisor.json          what runs now; supervisor.log says what ended, and when it was started again
-    ca.crt, ca.key, server.crt, server.key     with --tls; private keys are readable by their owner only
-    superlink/log.txt        what the SuperLink says; its Flower home lies beside
+    federation.json          the parts of the federation
+    supervisor.json          what runs now; supervisor.log says what ended and when it was started again
+    ca.crt, ca.key, server.crt, server.key     with --tls; private keys can be read by their owner only
+    superlink/log.txt        the SuperLink's log; its Flower home is in the same folder
     keys/client_<id>.pub     with --tls: the sites' public keys, by which runs recognise clients
-    client_<id>/log.txt      what a SuperNode says, and its clients' processes; with --tls its site.key and site.pub
+    client_<id>/log.txt      the log of a SuperNode and its clients; with --tls also its site.key and site.pub
 """
 
 import argparse
@@ -53,7 +53,7 @@ from tools.deployment.processes import (
     last_line,
     lives,
 )
-from tools.deployment.superlink import SuperLink
+from tools.deployment.superlink import APP, SuperLink, app_folder
 from tools.deployment.supervisor import (
     FACTS,
     KEYS,
@@ -65,9 +65,8 @@ from tools.deployment.supervisor import (
     root_certificates,
     site_name,
 )
-from tools.running.app import APP, app_folder
 from tools.running.called import as_called, new_parser
-from tools.verify_shards import verify_shards
+from tools.verify_data import verify_shards
 
 READY_SECONDS, LEAVE_SECONDS, LOOK_SECONDS = 120, 25, 0.3
 SUPERVISOR_LOG = "supervisor.log"
@@ -76,16 +75,16 @@ LOG_BYTES = 1 << 16  # of what a SuperNode says after its start, in which its id
 
 
 class FederationError(RuntimeError):
-    """A federation that cannot be brought up or found, said in one line."""
+    """A federation cannot be started or found; the message is one line."""
 
 
 def up(given: argparse.Namespace) -> int:
-    """Check everything, start the federation, and wait until every SuperNode is in; or take it down again."""
+    """Check everything, start the federation and wait until every SuperNode is online; if that fails, stop it."""
     folder: Path = given.folder
     if (supervisor := find_supervisor(folder)) is not None:
         raise FederationError(f"{folder} has a federation that runs (pid {supervisor.pid}): take it down first")
     federation = plan(given)
-    sweep(folder)  # what a federation that was killed may have left
+    stop_all(folder)  # processes that a killed federation may have left
     folder.mkdir(parents=True, exist_ok=True)
     for name in (SEEN, *(f"{each}/{LOG}" for each in (SUPERLINK, *map(site_name, federation.clients)))):
         (folder / name).unlink(missing_ok=True)
@@ -114,7 +113,7 @@ def up(given: argparse.Namespace) -> int:
 
 
 def plan(given: argparse.Namespace) -> Federation:
-    """Decide what the federation is made of, and check that it can be; raises FederationError or DataError."""
+    """Return the parts of the federation that the command line asks for; raises FederationError or DataError."""
     clients = check_shards(given.shards) if given.shards else [str(i) for i in range(given.clients or 0)]
     if not clients:
         raise FederationError("how many clients? give --clients N, or --shards DIR")
@@ -140,14 +139,14 @@ def plan(given: argparse.Namespace) -> Federation:
 
 def check_shards(folder: Path) -> list[str]:
     """Verify every shard and the manifest, and return the clients; raises FederationError with the first fault."""
-    for where, check, ok, detail in verify_shards(folder.resolve(), None):
-        if not ok:
-            raise FederationError(f"{where}: {check}: {detail}")
+    for check in verify_shards(folder.resolve(), None):
+        if not check.ok:
+            raise FederationError(f"{check.where}: {check.name}: {check.detail}")
     return list(load_manifest(folder))
 
 
 def wait_until_ready(folder: Path, federation: Federation, process: subprocess.Popen[bytes]) -> None:
-    """Wait until the SuperLink has every SuperNode; raises FederationError saying who is missing and its last words."""
+    """Wait until every SuperNode is online; raises FederationError with those that are missing and the ends of logs."""
     end = time.monotonic() + READY_SECONDS
     missing = ""
     while time.monotonic() < end:
@@ -163,24 +162,24 @@ def wait_until_ready(folder: Path, federation: Federation, process: subprocess.P
         time.sleep(LOOK_SECONDS)
     logs = {name: folder / name / LOG for name in (SUPERLINK, *map(site_name, federation.clients))}
     words = "; ".join(f"{name}: {last_line(path.read_text())}" for name, path in logs.items() if path.exists())
-    raise FederationError(f"after {READY_SECONDS} s, not there: {missing}. Last words: {words[:1000]}")
+    raise FederationError(f"after {READY_SECONDS} s, not online: {missing}. Last log lines: {words[:1000]}")
 
 
 def online_nodes(folder: Path, federation: Federation) -> set[str]:
-    """Return the ids of the nodes that the SuperLink says are online; a dead one stays so for up to a minute."""
+    """Return the ids of the nodes that are online for the SuperLink; a dead node stays online for up to a minute."""
     with SuperLink(federation.address, root_certificates(folder, federation)) as superlink:
         nodes = superlink.flwr("supernode", "list")["nodes"]
     return {str(node["node-id"]) for node in nodes if node["status"] == "online"}
 
 
 def find_missing(folder: Path, programs: dict[str, Any], online: set[str]) -> list[str]:
-    """Name the SuperNodes that do not run now, or whose present process is not a node that is online."""
+    """Name the SuperNodes that do not run, or whose current process is not an online node."""
     names = [name for name in programs if name != SUPERLINK]
     return [name for name in names if online.isdisjoint(node_ids(folder / name / LOG, programs[name]))]
 
 
 def node_ids(log: Path, program: dict[str, Any]) -> list[str]:
-    """Return the node ids that a SuperNode has logged since its last start; none if its process is dead."""
+    """Return the node ids that a SuperNode has logged since its last start; none if it does not run."""
     if program["pid"] is None or not lives(program["pid"]):
         return []
     with log.open("rb") as file:
@@ -189,7 +188,7 @@ def node_ids(log: Path, program: dict[str, Any]) -> list[str]:
 
 
 def status(given: argparse.Namespace) -> int:
-    """Print what runs, and return 0 only when all of it does."""
+    """Print the state of all programs; returns 0 only when all of them run."""
     folder: Path = given.folder
     federation = known_federation(folder)
     seen = read_seen(folder)
@@ -217,7 +216,7 @@ def status(given: argparse.Namespace) -> int:
 
 
 def describe_down(folder: Path, federation: Federation, seen: dict[str, Any] | None) -> str:
-    """Say in one line that no supervisor runs, whether it was killed, and what to do."""
+    """Return one line: that no supervisor runs, whether it was killed, and what to do."""
     left = [process.pid for process in Processes(federation.token).running()]
     if left:
         pids = ", ".join(map(str, left))
@@ -231,22 +230,22 @@ def describe_down(folder: Path, federation: Federation, seen: dict[str, Any] | N
 
 
 def table(folder: Path, facts: dict[str, Any]) -> str:
-    """Return the status as text: a line a program."""
+    """Return the status as text, with one line per program."""
     secure = "TLS, registered keys only" if facts["tls"] else "no TLS"
     lines = [f"SuperLink at {facts['address']} ({secure}): {facts['online']} of {facts['clients']} SuperNodes online"]
     width = max(map(len, facts["programs"]))
     for name, program in facts["programs"].items():
         offline = " (not online)" if name in facts["missing"] else ""
-        state = f"pid {program['pid']}{offline}" if program["pid"] else "waits to be started again"
+        state = f"pid {program['pid']}{offline}" if program["pid"] else "waiting to be started again"
         again = f"  started {program['restarts'] + 1} times" if program["restarts"] else ""
         lines.append(f"  {name:<{width}}  {state:<12}  {folder / name / LOG}{again}")
     return "\n".join(lines)
 
 
 def install_app(folder: Path) -> None:
-    """Put the app where the SuperLink and every SuperNode look for it, before the first process there asks for it.
+    """Install the app for the SuperLink and every SuperNode before any of their processes needs it.
 
-    Two processes that install one app at once would find each other's half.
+    Two processes that installed the same app at once would find each other's half-written files.
     """
     from flwr.cli.build import build_fab_from_disk  # half a second, for local federations only
     from flwr.cli.install import install_from_fab
@@ -276,24 +275,24 @@ def down(given: argparse.Namespace) -> int:
 
 
 def take_down(folder: Path) -> int:
-    """Let the supervisor stop its programs in order, then stop what is left; return how many processes there were."""
+    """Have the supervisor stop its programs, then stop all others; return how many processes there were."""
     running = len(Processes(read_federation(folder).token).running())
     if (supervisor := find_supervisor(folder)) is not None:
         with contextlib.suppress(psutil.NoSuchProcess):
             supervisor.terminate()
         psutil.wait_procs([supervisor], timeout=LEAVE_SECONDS)
-    sweep(folder)
+    stop_all(folder)
     return running
 
 
-def sweep(folder: Path) -> None:
-    """Stop every process that carries the token of the folder's last federation."""
+def stop_all(folder: Path) -> None:
+    """Stop every process with the token of the folder's last federation."""
     if (folder / FACTS).exists():
         Processes(read_federation(folder).token).stop()
 
 
 def known_federation(folder: Path) -> Federation:
-    """Read the federation of a folder; raises FederationError when it never had one."""
+    """Read the federation of a folder; raises FederationError when there is none."""
     try:
         return read_federation(folder)
     except FileNotFoundError:
@@ -317,7 +316,7 @@ def find_supervisor(folder: Path) -> psutil.Process | None:
 
 
 def read_seen(folder: Path) -> dict[str, Any] | None:
-    """Return what the supervisor last wrote, or None before it has."""
+    """Return the content of supervisor.json, or None if there is none."""
     path = folder / SEEN
     try:
         seen = read_json(path)

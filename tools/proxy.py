@@ -1,15 +1,15 @@
-"""nginx in front of a SuperLink: SuperNodes get through, and nothing else that a SuperLink offers.
+"""Write the configuration of nginx in front of a SuperLink: it passes on the calls of SuperNodes and nothing else.
 
     python -m tools.proxy /etc/flapp --listen 0.0.0.0:8000 --superlink 9000
     nginx -c /etc/flapp/nginx.conf
 
-A SuperLink serves all its APIs at one port, and only the Fleet API, which SuperNodes speak, asks who is there. Whoever
-reaches the Control API may submit apps, stop runs, and register and unregister SuperNodes. So the SuperLink listens on
-the loopback address of its machine, and nginx passes on the calls of the Fleet API.
+A SuperLink serves all its APIs at one port, and only the Fleet API, which SuperNodes use, authenticates the caller.
+Whoever reaches the Control API may submit apps, stop runs, and register and unregister SuperNodes. So the SuperLink
+listens on the loopback address of its machine, and nginx passes on the calls of the Fleet API.
 
-The folder has what `tools.certificates server` made: nginx shows server.crt to the sites, and checks that the SuperLink
-has it too. nginx.conf and the folder nginx/, for temporary files, are written into it. nginx does not need root: let
-the user who owns the keys run it.
+The folder must hold the files of `tools.certificates server`: nginx presents server.crt to the sites, and checks that
+the SuperLink has it too. nginx.conf and the folder nginx/ for temporary files are written there. nginx does not need
+root: let the user who owns the keys run it.
 """
 
 import re
@@ -32,10 +32,10 @@ NEEDED = ("ca.crt", "server.crt", "server.key")
 
 
 def write_proxy_files(folder: Path, listen: str, superlink: int) -> Path:
-    """Write nginx.conf, and the folder that nginx writes to, into `folder`; return the path of nginx.conf.
+    """Write nginx.conf and the folder for temporary files into `folder`; return the path of nginx.conf.
 
     listen: the address:port that sites reach; superlink: the SuperLink's port on 127.0.0.1. Raises ValueError when
-    nginx could not use these, or the certificates in `folder`.
+    nginx could not use them or the certificates.
     """
     fix = f"python -m tools.certificates server {folder} --host NAME"
     for name in NEEDED:
@@ -48,7 +48,7 @@ def write_proxy_files(folder: Path, listen: str, superlink: int) -> Path:
     if not re.fullmatch(r"[\w.:\[\]-]+:\d+", listen):
         raise ValueError(f"--listen {listen} is not an address: give HOST:PORT")
     if not re.fullmatch(r"[\w./-]+", str(folder)):
-        raise ValueError(f"{folder} has characters that mean something to nginx: use a folder with a plain name")
+        raise ValueError(f"{folder} has characters with a meaning in nginx.conf: use a folder with a plain name")
     run = folder / "nginx"
     run.mkdir(exist_ok=True)
     values = {"folder": folder, "run": run, "listen": listen, "superlink": superlink, "calls": "|".join(CALLS)}
@@ -58,7 +58,7 @@ def write_proxy_files(folder: Path, listen: str, superlink: int) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the files and say where nginx.conf is."""
+    """Write the files and print the path of nginx.conf."""
     parser = new_parser(__doc__)
     parser.add_argument("folder", type=Path, help="with ca.crt, server.crt and server.key")
     parser.add_argument("--listen", default="0.0.0.0:8000", help="where sites come in; default: %(default)s")

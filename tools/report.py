@@ -1,12 +1,12 @@
-"""Write one HTML page about one run, several runs or a sweep, which needs no network and no other file.
+"""Write one HTML page about one run, several runs or a sweep. It needs no network and no other file.
 
     python -m tools.report RUN_DIR --out report.html                 curves, classes, bytes, time, stores, failures
-    python -m tools.report RUN_DIR RUN_DIR --out report.html         ... of each, and what they differ in
-    python -m tools.report SWEEP_DIR --out report.html --png FIGURES ... of a sweep, and its figures as PNG too
-    python -m tools.report RUN_DIR --benchmark benchmark.json        ... and what tools.benchmark --json measured
+    python -m tools.report RUN_DIR RUN_DIR --out report.html         ... of each run, and a comparison
+    python -m tools.report SWEEP_DIR --out report.html --png FIGURES ... of a sweep, with the figures as PNG files
+    python -m tools.report RUN_DIR --benchmark benchmark.json        ... with the results of tools.benchmark --json
 
-RUN_DIR is a folder below home/runs; SWEEP_DIR is one whose folders are runs. Nothing in them is written. What a run
-does not record is said in the page. Exits 0, or 1 with one line on standard error.
+RUN_DIR is a folder below home/runs; SWEEP_DIR is a folder of runs. Nothing is written to them. The page says what a run
+does not record. Exits 0, or 1 with one line on standard error.
 """
 
 import re
@@ -20,13 +20,12 @@ from matplotlib import rc_context
 
 from flapp.files import write_bytes
 from tools.checkpoints import count
-from tools.page.benchmark import benchmark_section
 from tools.page.charts import by_name, pictures_of
 from tools.page.drawing import STYLE, Picture
 from tools.page.markup import Html, document, join, section, tag, tiles
 from tools.page.reading import ReportError, read_all
 from tools.page.run import Job, Run
-from tools.page.sections import alerts, objectives, sections_of, setup_of, summary_of
+from tools.page.sections import alerts, benchmarks, objectives, sections_of, setup_of, summary_of
 from tools.page.several import page_of_several
 from tools.running.called import as_called, new_parser
 
@@ -64,19 +63,19 @@ def export(folder: Path, pictures: Pictures) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Report the runs that the command line names; returns the exit status."""
+    """Write the page that the command line asks for; returns the exit status."""
     parser = new_parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR")
     parser.add_argument("--out", type=Path, default=Path("report.html"))
-    parser.add_argument("--png", type=Path, metavar="DIR", help="the figures as PNG files, too")
-    parser.add_argument("--benchmark", type=Path, metavar="JSON", help="what tools.benchmark --json wrote, too")
+    parser.add_argument("--png", type=Path, metavar="DIR", help="also write the figures as PNG files")
+    parser.add_argument("--benchmark", type=Path, metavar="JSON", help="also show a file of tools.benchmark --json")
     given = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", "Glyph", UserWarning)  # the browser has fonts for them
     try:
         if not given.out.absolute().parent.is_dir():
             raise ReportError(f"there is no folder for {given.out}: make it first")
         runs, jobs = read_all(given.runs)
-        more = [benchmark_section(given.benchmark)] if given.benchmark else []
+        more = [benchmarks(given.benchmark)] if given.benchmark else []
         html, pictures = page_of(runs, jobs, title_of(given.runs, runs), *more)
         write_bytes(given.out, html.encode(errors="replace"))  # of paths that are not UTF-8
         if given.png:

@@ -1,4 +1,4 @@
-"""Run the app once, or over a sweep, and tell the truth about how it ended; HELP says how to use it."""
+"""Run the app once or over a sweep, and report how it ended. HELP describes the command."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ from tools.federation import FederationError
 from tools.running import sweep
 from tools.running.called import as_called
 from tools.running.progress import announce, is_json, take_format
-from tools.running.resuming import advice, complete_rounds, resume_command
+from tools.running.run_entries import advice, complete_rounds, resume_command
 
 HELP = """\
 Train one model with many clients: a federated run, or a sweep of runs, on this machine or over real SuperNodes.
@@ -81,13 +81,13 @@ def job(tree: DictConfig) -> float | None:
         except (RunError, FederationError, SuperLinkError, OmegaConfBaseException, OSError, ValueError) as error:
             outcome["error"] = as_called(str(explain(error) if isinstance(error, OmegaConfBaseException) else error))
             if "resume=true" in outcome["error"]:
-                outcome["resumable"] = None  # the error says itself how to go on
+                outcome["resumable"] = None  # the error itself says how to continue
             fail(outcome["error"], 1, run_name, getattr(error, "summary", None))
     return sweep.objective_of(outcome)
 
 
 def start(config: Config, hydra_config: HydraConf, outcome: sweep.Outcome) -> None:
-    """Say what a run is about to do, and note that it can be resumed from now on."""
+    """Print what a run is about to do, and note that it can be resumed from now on."""
     from tools.running.overview import (  # imports Flower, which no mistake should wait for
         job_line,
         overview,
@@ -113,7 +113,7 @@ def start(config: Config, hydra_config: HydraConf, outcome: sweep.Outcome) -> No
 
 
 def final_line(summary: dict[str, Any], took: float | None = None) -> str:
-    """Say how a run ended, in one paragraph; took: the seconds since the command, or this job of a sweep, began."""
+    """Return the last lines about a finished run; took: seconds since the command, or its job of a sweep, began."""
     shown = dict.fromkeys(("accuracy", "personal_accuracy", "loss", summary.get("objective_metric", "loss")))
     known = {key: value for key in shown if (value := summary.get(key)) is not None}
     figures = [
@@ -141,7 +141,7 @@ def final_line(summary: dict[str, Any], took: float | None = None) -> str:
 
 
 def seconds(run: float, command: float | None) -> str:
-    """Return the seconds of a run, over all its starts, with those of this command in parentheses."""
+    """Return the seconds of a run over all its starts, with those of this command in parentheses."""
     if command is None:
         return _rounded(run)
     return f"{_rounded(run)} ({_rounded(command)} {'with start-up' if command >= run else 'in this start'})"
@@ -198,12 +198,12 @@ def run_jobs(outcomes: list[sweep.Outcome]) -> int:
     except ValueError:
         if len(outcomes) < 2 or any(outcome["status"] == "finished" for outcome in outcomes):
             raise
-        return 1  # Optuna's sweeper looks for the best of trials that have all failed
+        return 1  # Optuna's sweeper raises this when all trials have failed
     return int(any(outcome["status"] != "finished" for outcome in outcomes))
 
 
 def how_to_go_on(outcomes: list[sweep.Outcome], words: list[str]) -> str | None:
-    """Return the command that resumes a run or sweep that did not finish; None if it did, or if it never started."""
+    """Return a hint how to resume a run or sweep; None if it finished or never started."""
     left = [outcome for outcome in outcomes if outcome["status"] != "finished" and outcome["resumable"]]
     if not left:
         return None
@@ -217,7 +217,7 @@ def how_to_go_on(outcomes: list[sweep.Outcome], words: list[str]) -> str | None:
 
 
 def help_text() -> str:
-    """Return HELP with the groups of settings that conf/ offers and how flapp was called."""
+    """Return HELP with the groups of settings in conf/, and with commands as the user called flapp."""
     groups = sorted(folder for folder in CONF.iterdir() if folder.is_dir())
     listed = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
     default = {(key, str(value)) for each in listed if isinstance(each, dict) for key, value in each.items()}
@@ -236,7 +236,7 @@ def help_text() -> str:
 
 
 def fail(error: str, status: int, run_name: str | None = None, summary: dict[str, Any] | None = None) -> int:
-    """Say why a run, or nothing at all, came to its end, and return the exit status."""
+    """Report why a command failed, and return the exit status."""
     error = as_called(error)
     announce("failed", run_name, error=error, summary=summary)
     print(f"error: {error}", file=sys.stderr)
@@ -245,7 +245,7 @@ def fail(error: str, status: int, run_name: str | None = None, summary: dict[str
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     for number in SIGNALS:
-        signal.signal(number, signal.default_int_handler)  # a second one does not wait for jobs to clean up
+        signal.signal(number, signal.default_int_handler)  # a second signal does not wait for jobs to clean up
     sweep.interrupt_jobs()
     raise KeyboardInterrupt
 

@@ -5,10 +5,9 @@
     python -m tools.runs stop NAME                 stop it if it is running, also after its command was killed
     python -m tools.runs remove NAME... [--yes]    its folder and client stores, after asking; of a sweep, all its runs
 
-A run is finished, failed, running, or interrupted (it does not run, and has not said how it ended). Sizes are those of
-the run's folder and of its client stores: the checkpoints of the clients, in home/checkpoints. Stores that sites keep
-elsewhere are not counted. Split models (split=auto) are counted, and stay when a run is removed. --json prints the
-same for machines.
+A run is finished, failed, running, or interrupted (it is not running and left no result). Sizes are those of the run's
+folder and of its client stores: the clients' checkpoints in home/checkpoints. Stores in other places are not counted.
+Split models (split=auto) are counted, but stay when a run is removed. --json prints the same as JSON.
 Exits 0, or 1 with one line on standard error.
 """
 
@@ -29,13 +28,21 @@ from flapp.server.run_names import held_lock
 from tools.checkpoints import finite, in_bytes
 from tools.page.reading import read_json, tail
 from tools.running.called import as_called, new_parser
-from tools.running.resuming import complete_rounds, resume_command
-from tools.running.run_entries import Entry, RunsError, changed_words, describe, find_runs, jobs_of
+from tools.running.run_entries import (
+    Entry,
+    RunsError,
+    changed_words,
+    complete_rounds,
+    describe,
+    find_runs,
+    jobs_of,
+    resume_command,
+)
 
 SWEEP_FILES = ("sweep.json", "multirun.yaml", "optimization_results.yaml")
 LAST_LINES, LOG_WIDTH = 5, 150
-EMPTY = "INFO 2026-11-21 10:00:00,123:"  # what Flower's log says where it leaves a line empty
-FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {  # of metrics.json: how show names and writes them
+EMPTY = "INFO 2026-11-21 10:00:00,123:"  # an empty line in Flower's log
+FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {  # of metrics.json: how `show` names and formats them
     "error": ("error", lambda text: as_called(str(text))),
     "accuracy": ("accuracy", "{:.4f}".format),
     "personal_accuracy": ("personal accuracy", "{:.4f}".format),
@@ -53,7 +60,7 @@ def list_runs(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def list_lines(found: dict[str, Any]) -> Iterator[str]:
-    """Yield a table; the jobs of a sweep stand below its name."""
+    """Yield the lines of a table, with the jobs of a sweep below its name."""
     runs = [Entry(**values) for values in found["runs"]]
     if not runs:
         yield "no runs"
@@ -83,7 +90,7 @@ def _size(run: Entry) -> int:
 
 
 def show(given: argparse.Namespace) -> dict[str, Any]:
-    """Return what is known of one run."""
+    """Return all facts about one run."""
     names = jobs_of(given.home, given.name)
     if len(names) > 1 or names[0] != str(PurePosixPath(given.name)):
         raise RunsError(f"{given.name} is a sweep: name one of its runs, such as {names[0]}")
@@ -98,7 +105,7 @@ def show(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def show_lines(found: dict[str, Any]) -> Iterator[str]:
-    """Yield a run's facts, a line each."""
+    """Yield the facts about a run, one per line."""
     yield f"{found['name']}: {found['status']}, {found['rounds']} of {found['num_rounds']} rounds"
     sizes = {"folder": "run_bytes", "client stores": "store_bytes", "split models": "split_bytes"}
     held = ", ".join(f"{name} {in_bytes(found[key])}" for name, key in sizes.items() if found[key])
@@ -115,7 +122,7 @@ def show_lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def remove(given: argparse.Namespace) -> dict[str, Any]:
-    """Remove runs and their clients' stores; nothing if one of them cannot be removed."""
+    """Remove runs and their clients' stores; if one of them cannot be removed, none is."""
     runs, stores = given.home / "runs", given.home / "checkpoints"
     names = list(dict.fromkeys(each for name in given.names for each in jobs_of(given.home, name)))
     entries = [describe(given.home, name) for name in names]
@@ -144,7 +151,7 @@ def links_on(home: Path, folder: Path) -> list[Path]:
 
 
 def confirm(is_sure: bool, names: list[str], size: int) -> None:
-    """Ask before anything is removed; raises RunsError if the answer is no, or if there is nobody to ask."""
+    """Ask before anything is removed; raises RunsError if the answer is no or there is no terminal."""
     what = names[0] if len(names) == 1 else f"{len(names)} runs ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
     if is_sure:
         return
@@ -156,7 +163,7 @@ def confirm(is_sure: bool, names: list[str], size: int) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder if it is there; it is hidden first, so that a crash does not leave half a run under its name."""
+    """Remove a folder if it exists; it is renamed first, so that a crash cannot leave half a run under its name."""
     if folder.is_dir():
         hidden = folder.with_name(f".removed-{folder.name}-{os.getpid()}")
         folder.rename(hidden)
@@ -164,7 +171,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_sweep(folder: Path) -> None:
-    """Remove the folder of a sweep, unless it still holds more than the files about the sweep."""
+    """Remove the folder of a sweep unless it holds other files than those about the sweep."""
     if folder.is_dir() and {path.name for path in folder.iterdir()} <= set(SWEEP_FILES):
         shutil.rmtree(folder)
 
@@ -177,8 +184,8 @@ def remove_lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def stop(given: argparse.Namespace) -> dict[str, Any]:
-    """Stop a run, even if another process waits for it; its pids are null if it was not running."""
-    from tools.running.stop import stop_run  # it imports Flower
+    """Stop a run, even if another process waits for it; pids is null if it was not running."""
+    from tools.running.stop import stop_run  # imports Flower
 
     return {"name": given.name, "pids": stop_run(given.home / "runs", given.name)}
 

@@ -2,7 +2,7 @@
 
     python -m tools.split_model RUN_DIR --points 2 10 --out DIR [--check] [--overwrite]
 
-RUN_DIR/model.safetensors has adapters folded in already. --check loads the three from their files again and compares
+Adapters are merged into RUN_DIR/model.safetensors already. --check loads the three from their files again and compares
 their output with that of the whole model, bit for bit. Prints the files; exits 0, or 1 with one line on standard error.
 """
 
@@ -20,7 +20,8 @@ from flapp.config.load import read_yaml
 from flapp.config.schema import DatasetConfig, ModelConfig, from_plain
 from flapp.files import sha256_of_file
 from flapp.model.files import read_tensors
-from flapp.model.split.components import ModelFactory, SplitModel
+from flapp.model.split.component import SplitModel
+from flapp.model.split.factory import ModelFactory
 from flapp.model.split.files import COMPONENTS, StorageManager
 from flapp.untrusted import check_safetensors, printable, read_json
 from tools.running.called import as_called, new_parser
@@ -45,7 +46,7 @@ def split_run(run: Path, points: Sequence[int], out: Path, check: bool, overwrit
 
 
 def read_finished(run: Path) -> dict[str, Any]:
-    """Return the settings of a run that went to its end, whose model is the one it says."""
+    """Return the settings of a finished run whose model has the SHA-256 that its summary says."""
     try:
         config, summary = read_yaml(run / "config.yaml"), read_json(run / "metrics.json")
         check_safetensors(run / MODEL)
@@ -58,7 +59,7 @@ def read_finished(run: Path) -> dict[str, Any]:
         raise ValueError(f"{run} is not the directory of a finished run: its config.yaml or metrics.json is damaged")
     if summary.get("status") != "finished":
         status = printable(summary.get("status"))
-        raise ValueError(f"{run} is of a run that {status}: go on with it by resume=true first")
+        raise ValueError(f"{run} is of a run that {status}: resume it first, with resume=true")
     if summary.get("model_sha256") != digest:
         said = printable(summary.get("model_sha256"))
         raise ValueError(f"{run / MODEL} has SHA-256 {digest[:12]}, metrics.json says {said}")

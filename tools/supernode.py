@@ -1,15 +1,16 @@
-"""A SuperNode that wastes no time between messages: Flower's own, which asks more often and starts clients faster.
+"""Flower's SuperNode with shorter waits between messages and a faster start of clients.
 
     python -m tools.supernode ARGUMENTS        the arguments of flower-supernode
 
 Flower's SuperNode asks for a message every 3 s and for its client's reply every 0.5 s, its SuperExec looks for work
 every second, and each message starts a new Python, which imports PyTorch. Here each of them asks at short intervals
-first and then ever more rarely, down to Flower's own interval, and a client's process is a fork of one that has
-imported what clients need but has run nothing. What is sent and computed stays the same, to the last byte.
+first, which then grow to Flower's own. A client's process is a fork of a process that has imported what clients need
+but has run nothing. What is sent and computed stays the same, to the last byte. A SuperNode whose SuperExec dies ends
+too; Flower's own would stay online without answering.
 
-Flower has no settings for this, so names are replaced in three of its modules; other versions of Flower may have no
-such names, and are refused. A SuperNode consists of three processes: this one; `superexec`, which it starts; and
-`clients`, started by that, whose forks are the clients' processes.
+Flower has no settings for this, so names are replaced in three of its modules. Versions of Flower without these names
+are refused; `tools.federation up --plain` runs Flower's own SuperNode. There are three processes: this one, then
+`superexec`, which it starts, and `clients`, which `superexec` starts and whose forks are the clients' processes.
 """
 
 import gc
@@ -36,14 +37,14 @@ SUPEREXEC, CLIENT, INSTALL = "flower-superexec", "flwr-clientapp", "--allow-runt
 
 
 class Pauses:
-    """Sleep shortly at first and ever longer, up to what is asked for; shortly again for another kind of wait."""
+    """Sleeps that are short at first and grow up to the requested length; another kind of wait starts short again."""
 
     def __init__(self) -> None:
         self.longest = 0.0
         self.pause = FIRST_PAUSE
 
     def sleep(self, seconds: float) -> None:
-        """Sleep for `seconds` at most; waits that are asked for in another length are of another kind."""
+        """Sleep for `seconds` at most; a wait of another requested length is another kind of wait."""
         if seconds != self.longest:
             self.longest = seconds
             self.reset()
@@ -51,19 +52,19 @@ class Pauses:
         self.pause = min(self.pause * GROWTH, seconds)
 
     def reset(self) -> None:
-        """Begin with short pauses again: something has happened."""
+        """Start with short pauses again, because something has happened."""
         self.pause = FIRST_PAUSE
 
 
 class Launcher:
-    """Start a SuperExec's programs: clients as forks of a process that ends when this one does, others as ever."""
+    """Start the programs of a SuperExec: clients as forks of a process that ends with this one, others as usual."""
 
     def __init__(self, pauses: Pauses) -> None:
         self.pauses = pauses
         self.server: subprocess.Popen[str] | None = None
 
     def start(self, command: list[str], **options: Any) -> None:
-        """Stand in for subprocess.Popen; what is to install packages of its own must not inherit ours."""
+        """Replace subprocess.Popen; programs that install packages of their own must not inherit ours."""
         self.pauses.reset()
         if command[0] == CLIENT and not options and INSTALL not in command:
             self._fork(command)
@@ -92,7 +93,7 @@ def replace_names(name: str, **stand_ins: Any) -> None:
         if not isinstance(original := getattr(module, key, None), ModuleType) or original.__name__ != key:
             sys.exit(
                 f"error: {Path(__file__).name} does not fit Flower {package_version}, whose {name} has no `{key}`: "
-                "use flower-supernode, which is slower, or the version of Flower that flapp was tested with"
+                "use tools.federation up --plain, which is slower, or the version of Flower that flapp was tested with"
             )
         setattr(module, key, stand_in)
 
@@ -109,7 +110,7 @@ def load_owner_only() -> Any:
 
 
 def run_supernode() -> Any:
-    """Run Flower's SuperNode, with a SuperExec of ours; its port answers this user only."""
+    """Run Flower's SuperNode with our SuperExec; its port answers only this user."""
 
     def popen(command: list[str]) -> Any:
         assert command[0] == SUPEREXEC, command
@@ -131,7 +132,7 @@ def end_with(process: subprocess.Popen[bytes]) -> None:
 
 
 def run_superexec() -> Any:
-    """Run Flower's SuperExec, whose clients are forks."""
+    """Run Flower's SuperExec with clients that are forks."""
     pauses = Pauses()
     replace_names(EXEC, time=pauses)
     replace_names(LAUNCH, subprocess=SimpleNamespace(Popen=Launcher(pauses).start, DEVNULL=subprocess.DEVNULL))

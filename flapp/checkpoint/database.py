@@ -146,9 +146,6 @@ class Database:
                 raise CheckpointError(
                     f"{self.path} is damaged ({name} is {printable(repr(size))}): restore the file from a copy"
                 )
-        self._use(meta)
-
-    def _use(self, meta: dict[str, Any]) -> None:
         self.execute("PRAGMA cache_size=-2048")  # the default counts pages of the size before: 30 MB of 64 KiB pages
         self.meta = meta
 
@@ -172,6 +169,7 @@ class Database:
                     self._read_meta()
                     if not self.meta:
                         self._create(chunk_bytes, chunk_num)
+                        self._read_meta()
                     yield
             except BaseException:
                 self.meta = known  # tables made in this transaction are gone with it
@@ -186,7 +184,6 @@ class Database:
         meta |= {"chunk_num": chunk_num} if chunk_num else {}
         for item in meta.items():
             self.execute("INSERT INTO store_meta VALUES (?, ?)", *item)
-        self._use(meta)
 
     def vacuum(self) -> None:
         """Give free pages back to the file system in place: a new file would lose what others are writing."""

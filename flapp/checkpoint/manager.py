@@ -46,10 +46,9 @@ class ChunkManager:
         chunk_num: cut the whole model into this many equal chunks instead. An existing store keeps the way of cutting
         it was made with, unless one is given. Raises CheckpointError for a file that is not a store.
         """
-        settings = {"keep_rounds": keep_rounds, "chunk_bytes": chunk_bytes, "chunk_num": chunk_num}
-        for name, value in settings.items():
-            if value is not None and _integer(name, value) < 1:
-                raise CheckpointError(f"{name}={value} must be at least 1, or None")
+        for name, value in {"keep_rounds": keep_rounds, "chunk_bytes": chunk_bytes, "chunk_num": chunk_num}.items():
+            if value is not None:
+                _integer(name, value, 1)
         self.path = Path(path)
         self.keep_rounds, self.chunk_bytes, self.chunk_num = keep_rounds, chunk_bytes, chunk_num
         self._store = Store(self.path, create)
@@ -75,9 +74,7 @@ class ChunkManager:
         """Cut a model into `chunk_num` chunks of near-equal element count, none of them empty."""
         from flapp.checkpoint.tensors import specs_of
 
-        if _integer("chunk_num", chunk_num) < 1:
-            raise CheckpointError(f"chunk_num={chunk_num} must be at least 1")
-        chunks = cut_evenly(specs_of(self.model_to_params(params)), chunk_num)
+        chunks = cut_evenly(specs_of(self.model_to_params(params)), _integer("chunk_num", chunk_num, 1))
         sizes = [sum(part.end - part.start for part in parts) for parts in chunks]
         return [
             {"chunk_id": i, "parts": ranges_of(parts), "flat_size": size}
@@ -110,7 +107,7 @@ class ChunkManager:
         """
         from flapp.checkpoint.tensors import raw, specs_of
 
-        round_num = _round_number(round_num)
+        round_num = _integer("round_num", round_num, 0)
         facts = (_json(round_num, metrics), config_digest, input_digest)
         params = self.model_to_params(model)
         specs = specs_of(params)
@@ -120,11 +117,9 @@ class ChunkManager:
             meta = self._store.meta
             chunk_num = self.chunk_num or (None if self.chunk_bytes else meta.get("chunk_num"))
             most = self.chunk_bytes or meta["chunk_bytes"]
-            parts = cut_evenly(specs, chunk_num) if chunk_num else cut_tensors(specs, most)
-            chunks = ((each, pieces_of(each, buffers)) for each in parts)
-            stored = self._store.put_round(round_num, chunks, facts, self.keep_rounds, pinned)
-        digest, new_chunks, new_bytes = stored
-        return Saved(round_num, len(specs), len(parts), new_chunks, size, new_bytes, digest)
+            cut = cut_evenly(specs, chunk_num) if chunk_num else cut_tensors(specs, most)
+            chunks = ((parts, pieces_of(parts, buffers)) for parts in cut)
+            return self._store.put_round(round_num, chunks, facts, self.keep_rounds, pinned)
 
     def rounds(self) -> list[Round]:
         """Return the stored rounds by their number."""
@@ -193,13 +188,11 @@ class ChunkManager:
 
     def cleanup_old_rounds(self, keep: int) -> None:
         """Drop all rounds but the `keep` that were saved last."""
-        if _integer("keep", keep) < 1:
-            raise CheckpointError(f"keep={keep} must be at least 1")
-        self._store.expire(keep)
+        self._store.expire(_integer("keep", keep, 1))
 
     def drop_rounds_after(self, round_num: int) -> None:
         """Drop all rounds with a higher number."""
-        self._store.drop_after(_round_number(round_num))
+        self._store.drop_after(_integer("round_num", round_num, 0))
 
     def get_storage_stats(self) -> dict[str, Any]:
         """Return what the store holds and what it takes on disk, in bytes."""
@@ -241,17 +234,14 @@ class ChunkManager:
         return before, self.path.stat().st_size
 
 
-def _integer(name: str, value: Any) -> int:
+def _integer(name: str, value: Any, least: int) -> int:
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise CheckpointError(f"{name}={value!r} must be an integer") from None
-
-
-def _round_number(value: Any) -> int:
-    if not 0 <= _integer("round_num", value) < 1 << 63:
-        raise CheckpointError(f"round_num={value} must be at least 0")
-    return operator.index(value)
+    if not least <= number < 1 << 63:
+        raise CheckpointError(f"{name}={number} must be at least {least} and fit into 64 bits")
+    return number
 
 
 def _json(round_num: int, metrics: Mapping[str, Any] | None) -> str:

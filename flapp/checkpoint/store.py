@@ -1,8 +1,8 @@
 """Rounds in the database of a chunk store: written in one transaction, dropped, read and verified."""
 
 import ctypes
-import functools
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +16,7 @@ from flapp.checkpoint.chunks import (
     Entry,
     Part,
     Round,
+    Saved,
     Spec,
     check_believable,
     decode_parts,
@@ -49,8 +50,8 @@ class Store(Database):
         facts: tuple[str, str, str],
         keep: int | None,
         pinned: Collection[int],
-    ) -> tuple[str, int, int]:
-        """Write a round inside saving() and expire others; return its model digest, new chunks and new bytes.
+    ) -> Saved:
+        """Write a round inside saving(), and expire others.
 
         chunks: parts and bytes in pieces, by chunk_id; facts: metrics, config_digest, input_digest.
         """
@@ -72,7 +73,9 @@ class Store(Database):
                 f"{self.path} did not keep round {round_num} ({kept} of {len(written)} chunks): restore the file from "
                 "a copy, or move it away to start a new one"
             )
-        return model_digest, new_chunks, new_bytes
+        tensors = {part.key for _, parts in written for part in parts}
+        size = sum(part.nbytes for _, parts in written for part in parts)
+        return Saved(round_num, len(tensors), len(written), new_chunks, size, new_bytes, model_digest)
 
     def _put_chunks(
         self, round_num: int, chunks: Iterable[tuple[list[Part], Pieces]]
@@ -229,17 +232,21 @@ class Store(Database):
                 yield entry, pieces
 
         for digest, entry, _ in self.hashed(read_each(), ahead):
-            if digest != entry.hash:
-                raise CheckpointError(
-                    f"{self.path}: round {round_num}, chunk {entry.chunk_id} ({_names(entry.parts)}): its bytes are "
-                    f"damaged (another {self.meta['hash']} than noted): restore the file from a copy"
-                )
+            self._compare(round_num, entry, digest)
 
     def read_chunk(self, round_num: int, entry: Entry) -> bytearray:
         """Return the bytes of one chunk, verified."""
         data = bytearray(entry.size)
-        self.read_verified(round_num, [(entry, [memoryview(data)])], 1)
+        self.read(entry, [memoryview(data)])
+        self._compare(round_num, entry, self.hash([memoryview(data)]))
         return data
+
+    def _compare(self, round_num: int, entry: Entry, digest: bytes) -> None:
+        if digest != entry.hash:
+            raise CheckpointError(
+                f"{self.path}: round {round_num}, chunk {entry.chunk_id} ({_names(entry.parts)}): its bytes are "
+                f"damaged (another {self.meta['hash']} than noted): restore the file from a copy"
+            )
 
     def read_into(self, round_num: int, entries: list[Entry], buffers: Mapping[str, memoryview]) -> None:
         """Read chunks into the bytes of their tensors, which hold no good values until this returns."""
@@ -276,27 +283,18 @@ def pieces_of(parts: Iterable[Part], buffers: Mapping[str, memoryview]) -> Piece
 def writeback_of(path: Path) -> Callable[[], object]:
     """Return a function that starts writing the dirty pages of the open file `path` to disk, on Linux.
 
-    While more are still to come, that leaves less to do for the last fsync. It borrows the descriptor that SQLite has
-    open: closing one of its own would drop every lock that this process holds on the file
+    While more pages are still to come, that leaves less to do for the last fsync. It borrows SQLite's own descriptor:
+    closing another one would drop every lock that this process holds on the file
     (https://sqlite.org/howtocorrupt.html, "POSIX advisory locks").
     """
-    function = _sync_file_range()
-    with suppress(OSError):
-        wanted = path.stat()
-        for name in os.listdir("/proc/self/fd") if function else ():
-            with suppress(OSError):  # the descriptor of listdir is closed by now
-                descriptor = int(name)
-                if os.path.samestat(os.fstat(descriptor), wanted):
-                    return lambda: function(descriptor, 0, 0, SYNC_FILE_RANGE_WRITE)  # type: ignore[misc]
+    descriptors = Path("/proc/self/fd").glob("*") if sys.platform == "linux" else ()
+    for descriptor in (int(entry.name) for entry in descriptors):
+        with suppress(OSError):  # the descriptor that lists the folder is closed by now
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                start = ctypes.CDLL(None).sync_file_range
+                start.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+                return lambda: start(descriptor, 0, 0, SYNC_FILE_RANGE_WRITE)
     return lambda: None
-
-
-@functools.cache
-def _sync_file_range() -> Callable[..., int] | None:
-    function = getattr(ctypes.CDLL(None), "sync_file_range", None) if os.name == "posix" else None
-    if function is not None:
-        function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    return function
 
 
 def _names(parts: Iterable[Part]) -> str:

@@ -1,4 +1,4 @@
-"""Tensors as raw bytes and back: the only part of the store that needs torch."""
+"""Turn tensors into raw bytes and back: the only part of the store that needs torch."""
 
 import hashlib
 import itertools
@@ -19,8 +19,8 @@ ALIGNMENT = 64  # bytes, as torch's own allocations
 def model_to_params(model: nn.Module | Mapping[str, Any]) -> dict[str, Tensor]:
     """Return every parameter and buffer of a model or state dict by name, as contiguous tensors on the CPU.
 
-    Nothing is copied that is one already. Tensors that share all their memory (tied weights) come back as one.
-    Raises CheckpointError for what is no dense tensor.
+    Such tensors are not copied. Tensors that share all their memory (tied weights) come back as one object.
+    Raises CheckpointError for anything but dense tensors.
     """
     state = model.state_dict() if isinstance(model, nn.Module) else model
     seen: dict[Any, Tensor] = {}
@@ -29,8 +29,10 @@ def model_to_params(model: nn.Module | Mapping[str, Any]) -> dict[str, Tensor]:
         if not isinstance(key, str):
             raise CheckpointError(f"tensor {key!r} has no name: the keys of a model are strings")
         tensor = _as_tensor(key, value)
-        identity = _identity(tensor) or key
-        params[key] = seen.setdefault(identity, _on_cpu(tensor))
+        identity: Any = key
+        if tensor.numel():
+            identity = tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj()
+        params[key] = seen.setdefault(identity, tensor.cpu().resolve_conj().resolve_neg().contiguous())
     return params
 
 
@@ -51,7 +53,7 @@ def _as_tensor(key: str, value: Any) -> Tensor:
 
 
 class _Unlocked:
-    """Show a read-only array as one that torch takes without a warning; nothing here ever writes to it."""
+    """Shows a read-only array as writeable, because torch warns otherwise; nothing here ever writes to it."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array  # keeps its memory alive
@@ -59,22 +61,12 @@ class _Unlocked:
         self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
 
 
-def _identity(tensor: Tensor) -> Any:
-    if tensor.numel() == 0:
-        return None
-    return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj())
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.cpu().resolve_conj().resolve_neg().contiguous()
-
-
 def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def specs_of(params: Mapping[str, Tensor]) -> dict[str, Spec]:
-    """Return the kind of every tensor of model_to_params; of tied ones, all but the first name the first."""
+    """Return the spec of every tensor of model_to_params; of tied ones, all but the first name the first."""
     first: dict[int, str] = {}
     specs = {}
     for key, tensor in params.items():
@@ -84,14 +76,14 @@ def specs_of(params: Mapping[str, Tensor]) -> dict[str, Spec]:
 
 
 def raw(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous CPU tensor where they lie."""
+    """Return the bytes of a contiguous CPU tensor, without a copy."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type] # numpy's before 3.12
 
 
 def new_tensors(specs: Mapping[str, Spec]) -> dict[str, Tensor]:
-    """Return uninitialised tensors for `specs`, tied where those are, in one block of huge pages.
+    """Return uninitialised tensors for `specs`, tied as they are, in one block of huge pages.
 
-    First touch of 4 KiB pages costs more than reading the file: 283 ms against 34 for ViT-B.
+    Touching new pages of 4 KiB costs more than reading the file: 283 ms against 34 for ViT-B.
     """
     own = {key: spec for key, spec in specs.items() if spec.tied is None}
     arena = _arena(sum(-(-spec.nbytes // ALIGNMENT) * ALIGNMENT for spec in own.values()))
@@ -114,7 +106,7 @@ def _arena(size: int) -> mmap.mmap:
 
 
 def digest_of(tensors: Mapping[str, Tensor | np.ndarray]) -> str:
-    """Return the SHA-256 over the sorted (key, dtype, shape, raw bytes) of a model, in hexadecimal, without a copy."""
+    """Return the SHA-256 over the sorted (key, dtype, shape, raw bytes) of a model, in hexadecimal."""
     params = model_to_params(tensors)
     sha256 = hashlib.sha256()
     for key in sorted(params):
@@ -129,14 +121,16 @@ def reject_foreign(where: str, specs: Mapping[str, Spec], params: Mapping[str, T
     found = specs_of(params)
     if odd := sorted(found.keys() ^ specs.keys()):
         side = "is missing in the model" if odd[0] in specs else "is missing in the round"
-        raise CheckpointError(f"{where} is of another model: tensor {odd[0]} {side} ({len(odd)} such tensors)")
+        raise CheckpointError(f"{where} belongs to another model: tensor {odd[0]} {side} ({len(odd)} such tensors)")
     for key, spec in specs.items():
         if str(spec) != str(found[key]):
-            raise CheckpointError(f"{where} is of another model: tensor {key} is {spec}, the model has {found[key]}")
+            raise CheckpointError(
+                f"{where} belongs to another model: tensor {key} is {spec}, the model has {found[key]}"
+            )
 
 
 def shares_memory(model: nn.Module, params: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> bool:
-    """Say whether `params`, of model_to_params, are the model's own memory and of the kinds `specs`, ties too."""
+    """Say whether `params`, from model_to_params, are the model's own memory and match `specs`, ties included."""
     own = model.state_dict()
     if specs_of(params) != specs or any(key.endswith("_extra_state") for key in own):
         return False
@@ -146,5 +140,5 @@ def shares_memory(model: nn.Module, params: Mapping[str, Tensor], specs: Mapping
 
 
 def written(model: nn.Module) -> None:
-    """Tell autograd that the model's memory is written, as load_state_dict would."""
+    """Tell autograd that the model's memory changes, as load_state_dict does."""
     torch.autograd.graph.increment_version([*model.parameters(), *model.buffers()])

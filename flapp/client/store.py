@@ -14,14 +14,13 @@ from flwr.app import ArrayRecord, Context, Message
 from flapp.checkpoint.chunks import Round, Saved
 from flapp.checkpoint.manager import ChunkManager
 from flapp.checkpoint.tensors import digest_of
-from flapp.client.data import open_client_data
+from flapp.client.task import Task
 from flapp.config.load import config_digest
-from flapp.config.schema import Config, NodeConfig
-from flapp.messages import Claim, Instructions, pack, pack_reply, unpack_arrays, unpack_reply, views
+from flapp.messages import as_record, pack, pack_reply, unpack_arrays, unpack_reply, views
 
 
 def private_key(client_id: str) -> str:
-    """Name the ArrayRecord of `context.state` in which an app leaves what a client keeps to itself."""
+    """Name the ArrayRecord of `context.state` that holds the tensors which a client keeps to itself."""
     return f"private-{client_id}"
 
 
@@ -29,25 +28,23 @@ def private_key(client_id: str) -> str:
 class ClientStore:
     """One client's store while it handles one message; every method may raise CheckpointError."""
 
-    config: Config
-    site: NodeConfig
-    order: Instructions
+    task: Task
     context: Context
 
     @property
     def path(self) -> Path:
-        """Say where the store lies: below the site's checkpoint-dir, or home/checkpoints."""
-        root = Path(self.site.checkpoint_dir or Path(self.config.home) / "checkpoints")
-        name = f"client_{self.order.client_id}"
-        return root / self.config.run_name / name / f"{name}_chunks.db"
+        """Return where the store lies: below the node's checkpoint-dir, or home/checkpoints."""
+        config, name = self.task.config, f"client_{self.task.client_id}"
+        root = Path(self.task.node_config.checkpoint_dir or Path(config.home) / "checkpoints")
+        return root / config.run_name / name / f"{name}_chunks.db"
 
     def restore_private(self) -> None:
-        """Put the client's private tensors back as of the last round that the server took from it; or none."""
-        self.context.state.pop(private_key(self.order.client_id), None)
-        if self.order.private and self.order.accepted_round and self.path.exists():
+        """Put the client's private tensors back as of the last round that the server accepted from it."""
+        instructions = self.task.instructions
+        self.context.state.pop(private_key(self.task.client_id), None)
+        if instructions.private and instructions.accepted_round and self.path.exists():
             with self._open() as store:
-                kept = store.find_round(self.order.accepted_round)
-                if kept is not None and kept.config_digest == config_digest(self.config):
+                if kept := self._find(store, instructions.accepted_round):
                     self._put_back(store, kept)
 
     def find_trained(self, message: Message, received: str) -> Message | None:
@@ -55,35 +52,36 @@ class ClientStore:
         if not self.path.exists():
             return None
         with self._open() as store:
-            kept = store.find_round(self.order.server_round)
-            if kept is None or kept.config_digest != config_digest(self.config):
-                return None
-            claim = open_client_data(self.config, self.site, self.order.client_id).claim
-            if kept.input_digest != self._digest_input(claim, received):
+            kept = self._find(store, self.task.instructions.server_round)
+            if kept is None or kept.input_digest != self._digest_input(received):
                 return None
             trained = self._put_back(store, kept)
         metrics = {name: value for name, value in kept.metrics.items() if name != "private"}
-        return pack_reply(message, claim, metrics, trained)
+        return pack_reply(message, self.task.data.claim, metrics, trained)
 
     def save(self, reply: Message, received: str) -> Saved:
         """Save a reply, and the private tensors in context.state, as this round's."""
-        _, metrics = unpack_reply(reply.content)
-        claim = open_client_data(self.config, self.site, self.order.client_id).claim
-        private = self.context.state.array_records.get(private_key(self.order.client_id), ArrayRecord())
-        tensors = views(unpack_arrays(reply.content)) | views(private)
+        answer = unpack_reply(reply.content)
+        private = self.context.state.array_records.get(private_key(self.task.client_id), ArrayRecord())
+        tensors = views(answer.arrays or {}) | views(private)
         with self._open() as store:
             return store.save_model_chunks(
                 tensors,
-                self.order.server_round,
-                metrics | ({"private": sorted(private)} if private else {}),
-                config_digest=config_digest(self.config),
-                input_digest=self._digest_input(claim, received),
-                pinned=(self.order.accepted_round,) if private else (),
+                self.task.instructions.server_round,
+                answer.metrics | ({"private": sorted(private)} if private else {}),
+                config_digest=config_digest(self.task.config),
+                input_digest=self._digest_input(received),
+                pinned=(self.task.instructions.accepted_round,) if private else (),
             )
 
     def _open(self) -> ChunkManager:
-        cut = self.config.checkpoint
+        cut = self.task.config.checkpoint
         return ChunkManager(self.path, cut.keep_rounds, cut.chunk_bytes, cut.chunk_num)
+
+    def _find(self, store: ChunkManager, number: int) -> Round | None:
+        """Return a round if it is kept and was trained with the same settings."""
+        kept = store.find_round(number)
+        return kept if kept is not None and kept.config_digest == config_digest(self.task.config) else None
 
     def _put_back(self, store: ChunkManager, kept: Round) -> ArrayRecord:
         """Load a round, leave its private tensors in context.state, and return the others."""
@@ -91,13 +89,13 @@ class ClientStore:
         arrays = {key: pack(tensor.numpy()) for key, tensor in tensors.items()}
         private = {key: arrays.pop(key) for key in kept.metrics.get("private", [])}
         if private:
-            self.context.state[private_key(self.order.client_id)] = ArrayRecord(private)
-        return ArrayRecord(arrays)
+            self.context.state[private_key(self.task.client_id)] = as_record(private)
+        return as_record(arrays)
 
-    def _digest_input(self, claim: Claim, received: str) -> str:
+    def _digest_input(self, received: str) -> str:
         """Return the SHA-256 of what this round's training starts from, besides the settings."""
-        order = self.order
-        facts: list[str | int] = [received, order.base, order.accepted_round, order.source_digest]
+        instructions, claim = self.task.instructions, self.task.data.claim
+        facts: list[str | int] = [received, instructions.base, instructions.accepted_round, instructions.source_digest]
         facts += [claim.shard_digest, claim.train, claim.versions]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -1,7 +1,7 @@
 """Settings: from conf/ by Hydra, through Flower's run_config and node_config, to one checked, read-only Config.
 
-settings.py names every setting with its type and range, convert.py checks them; the values live in conf/ only. Front
-doors compose once and ship the result as `config-json`, which the apps read without importing Hydra.
+schema.py names every setting with its type and range; the values are in conf/ only. Commands compose once and send the
+result as `config-json`, which the apps read without importing Hydra.
 """
 
 import hashlib
@@ -33,12 +33,12 @@ CHANGEABLE_ON_RESUME = (  # a resumed run may change these: they do not reach it
 MOST_YAML = 256 << 10  # bytes of a run's config.yaml, which has a few kB
 MOST_NODES = 20_000  # keys and values in it; OmegaConf takes seconds for as many
 MOST_SCALAR = 4096  # characters of a value without quotes: a number of more digits takes quadratic time
-PLAIN = re.compile(r"[A-Za-z0-9._-]+")  # a value that can be part of a run's name: one choice, not a sweep of several
+PLAIN = re.compile(r"[A-Za-z0-9._-]+")  # a value that can be part of a run's name: one choice, not several of a sweep
 _compose_lock = threading.Lock()  # GlobalHydra is one per process and not thread-safe
 
 
 def load(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> tuple[Config, NodeConfig]:
-    """Return the checked config of a run and the facts of this node, whose own home wins; raises ConfigError.
+    """Return the checked config of a run and the facts of this node; the node's home wins. Raises ConfigError.
 
     run_config holds `config-json`, which wins, or `overrides`, words of Hydra's grammar separated by spaces.
     """
@@ -89,9 +89,9 @@ def compose(overrides: Sequence[str], base: Path | None = None) -> Config:
 def name_override(words: Sequence[str]) -> list[str]:
     """Return an override of run_name for a command that chooses a dataset, model or strategy, or sweeps experiments.
 
-    The name then says what was chosen: the experiment, unless only a dataset replaces it, then dataset, model and
-    strategy. Choices that a sweep varies are left out. Empty when run_name is given, or when the default in
-    conf/config.yaml (experiment and time) is right.
+    The name consists of the experiment (left out if a dataset is chosen and no experiment), dataset, model and
+    strategy, without choices that a sweep varies. Returns nothing when run_name is given, or when the default in
+    conf/config.yaml (experiment and time) fits.
     """
     given = {key: value.strip("'\"") for key, _, value in (word.partition("=") for word in words)}
     chosen = [given.get("dataset.name", given.get("dataset")), given.get("model"), given.get("strategy")]
@@ -118,7 +118,7 @@ def from_tree(tree: Any, base: Path | None = None) -> Config:
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """Check plain nested values against the settings above and return them as a Config; raises ConfigError."""
+    """Check plain nested values and return them as a Config; raises ConfigError."""
     config = from_plain(Config, values)
     check_together(config)
     return config
@@ -139,8 +139,8 @@ def to_yaml(config: Config) -> str:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the plain values of a file of to_yaml, unchecked: another version of flapp may have written it.
 
-    Raises ConfigError for content that to_yaml does not write: anchors and aliases, deep nesting, other than plain
-    values; and OSError when the file cannot be read.
+    Raises ConfigError for what to_yaml never writes, such as anchors, aliases and deep nesting, and OSError when the
+    file cannot be read.
     """
     import yaml
     from omegaconf import OmegaConf
@@ -159,7 +159,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _check_yaml(text: str) -> None:
-    """Raise ValueError for YAML whose composition could recurse or multiply: nested deeply, or with anchors."""
+    """Raise ValueError for YAML that could exhaust the parser: nested deeply, very long, or with anchors."""
     import yaml
 
     depth = 0
@@ -182,7 +182,7 @@ def config_digest(config: Config) -> str:
 
 
 def differences(before: Mapping[str, Any], config: Config) -> list[str]:
-    """Say in which settings that a run's bytes may depend on `config` differs from the plain values of before."""
+    """List where `config` differs from the plain values `before`, in settings that a run's bytes may depend on."""
     old, new = _deciding(json.loads(json.dumps(before))), _deciding(json.loads(to_json(config)))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return [f"{key} was {old.get(key)}, is {new.get(key)}" for key in changed]

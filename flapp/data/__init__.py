@@ -1,12 +1,13 @@
-"""Artifacts, partitions, shards and batches; knows neither Flower, Hydra nor models.
+"""Artifacts, partitions, shards and batches; imports neither Flower, Hydra nor models.
 
-The names below are for users' own code. flapp imports from the modules.
+Reading order: artifact, sources, partition, images, offline, loader, shards. The names below are for users' own code;
+flapp imports from the modules.
 """
 
 from importlib import import_module
 from typing import Any
 
-# Imported when asked for: preparing data needs no PyTorch, whose import takes more than a second.
+# Imported on first use: preparing data needs no PyTorch, whose import takes more than a second.
 _HOMES = {
     "DistributedShardLoader": "shards.client",
     "OfflineCIFAR10": "offline",

@@ -1,42 +1,54 @@
-"""The artifact: one split of a dataset, written once, memory-mapped by every process that reads it.
+"""The artifact: one split of a dataset, written once and memory-mapped by every process that reads it.
 
     <data>/<dataset>/<split>/images.npy   uint8 (N, H, W, C), or float32 (N, features) for regression
                              labels.npy   int64 (N,), or float32 (N,) for regression
                              meta.json    format_version, complete, shapes, dtypes, classes, SHA-256s, writer
 
     <data>/<dataset>/<split>@<SIZE>/      the same images resized: uint8 (N, C, SIZE, SIZE), and "layout": "NCHW" in
-                                          meta.json (where it is absent, the layout is NHWC)
+                                          meta.json (without it, the layout is NHWC)
 
-Both arrays have real .npy headers, so that a wrong shape, a truncated or a pickled file is refused. The digest
-of an artifact is the SHA-256 of its block hashes, and names its content wherever a client has to vouch for it.
+    <data>/<dataset>/<split>.verified.json   inodes, sizes and times of the three files when their bytes were last
+                                             compared with meta.json: a process that finds the same does not compare
 
-Writing happens in <split>.tmp, which blocks.py goes on with after a crash, and ends with a rename.
+The rows of an array are hashed in blocks of 16 MiB. The digest of an artifact is the SHA-256 of all its block hashes;
+clients attest it as the content of their data.
 """
 
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
 from flapp import __version__
-from flapp.data.blocks import JOURNAL, DataError, ReadRows, block_hashes, damaged_blocks, write_npy
+from flapp.files import replacing_folder
 from flapp.untrusted import open_npy, printable, read_json
 
 FORMAT_VERSION = 1
 LAYOUTS = ("NHWC", "NCHW")
+FILES = ("meta.json", "images.npy", "labels.npy")
+BLOCK_BYTES = 16 << 20
+
+ReadRows = Callable[[int, int], np.ndarray]
+Stamp = tuple[tuple[str | int, ...], ...]
+
+_compared: set[Stamp] = set()
+
+
+class DataError(ValueError):
+    """Data is missing, damaged or not what was asked for; the message is one line with the fix."""
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """An opened split: memory-mapped arrays (copy-on-write, so writing to them never reaches the file)."""
+    """An opened split: memory-mapped arrays (copy-on-write: what is written to them never reaches the file)."""
 
     path: Path
     images: np.ndarray
@@ -53,13 +65,32 @@ class Artifact:
         return height, width
 
 
+def resized_folder(folder: Path, size: int | None) -> Path:
+    """Return the folder that holds the images of the split in `folder` resized to size x size pixels."""
+    return folder.with_name(f"{folder.name}@{size}")
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the exclusive lock file `path` (created if missing), waiting for whoever holds it."""
+    """Hold the exclusive lock file `path` (created if missing); wait while another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary folders of killed writers of `folder`; call it while nobody else writes there."""
+    for path in folder.parent.glob(f".{escape(folder.name)}.*.tmp*"):
+        shutil.rmtree(path)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise DataError if the disk of `folder` has fewer than `needed` bytes free."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise DataError(f"{folder} needs {needed:,} bytes, its disk has {free:,} free: make room or set another home")
 
 
 def write_artifact(
@@ -70,11 +101,11 @@ def write_artifact(
     source_sha256: str = "",
     layout: str = "NHWC",
 ) -> None:
-    """Write one split into `folder` whole or not at all, replacing what was there.
+    """Write one split into `folder`, whole or not at all, replacing what was there.
 
     images: uint8 (N, H, W, C), (N, C, H, W) with layout="NCHW", or float32 (N, features); labels: int64 (N,) below
-    len(classes), or float32 (N,) with no classes. source_sha256 names the files they come from, and is that of the
-    arrays if left out. Raises DataError for anything else.
+    len(classes), or float32 (N,) with no classes. source_sha256: of the files that the split comes from, by default
+    of the arrays. Raises DataError for anything else.
     """
     source_sha256 = source_sha256 or arrays_sha256(images, labels)
     _check(folder, images.dtype, images.shape, labels, len(classes), layout)
@@ -82,7 +113,7 @@ def write_artifact(
 
 
 def arrays_sha256(images: np.ndarray, labels: np.ndarray) -> str:
-    """Return the SHA-256 that stands for the source of a split that comes from no file."""
+    """Return the SHA-256 that names the source of a split that comes from no file."""
     return hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
 
 
@@ -95,37 +126,49 @@ def write_rows(
     source_sha256: str,
     layout: str = "NHWC",
     progress: Callable[[int], object] = lambda rows: None,
-    inspect: Callable[[np.ndarray], None] = lambda images: None,
 ) -> None:
-    """Write one split block by block, where read(start, stop) returns those images and `shape` is that of them all.
+    """Write one split as write_artifact does, block by block: read(start, stop) returns images of all, of `shape`.
 
-    Goes on behind the last good block of an earlier call with the same arguments that was cut off. progress(n) is
-    called for every n images on disk; inspect(images) sees them all before the artifact takes its place, and raises
-    to refuse them. Raises DataError for wrong arrays, a disk that is full or fails.
+    progress(n) is called for every n images written. Raises DataError for wrong arrays and when the disk is full or
+    fails.
     """
     dtype = np.dtype(np.uint8 if classes else np.float32)
     _check(folder, dtype, tuple(shape), labels, len(classes), layout)
+    check_space(folder, int(np.prod(shape)) * dtype.itemsize + labels.nbytes + 4096)
     labels = np.ascontiguousarray(labels)
     meta: dict[str, Any] = {"format_version": FORMAT_VERSION, "writer": f"flapp {__version__}"}
     meta |= {"layout": layout} if layout != "NHWC" else {}
-    meta["images"] = {"shape": list(shape), "dtype": str(dtype), "blocks": []}
-    meta["labels"] = {"shape": list(labels.shape), "dtype": str(labels.dtype), "blocks": block_hashes(labels)}
-    meta |= {"classes": list(classes), "source_sha256": source_sha256, "complete": True}
-    partial = folder.with_name(folder.name + ".tmp")
     try:
-        meta["images"]["blocks"] = write_npy(partial, read, shape, dtype, json.dumps(meta), progress)
-        written = np.lib.format.open_memmap(partial / "images.npy", mode="r")
-        try:
-            inspect(written)
-        except DataError:
-            shutil.rmtree(partial)
-            raise
-        np.save(partial / "labels.npy", labels, allow_pickle=False)
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1))
-        (partial / JOURNAL).unlink()
-        _put_in_place(partial, folder)
+        remove_leftovers(folder)
+        with replacing_folder(folder) as partial:
+            blocks = _write_images(partial / "images.npy", read, tuple(shape), dtype, progress)
+            meta["images"] = {"shape": list(shape), "dtype": str(dtype), "blocks": blocks}
+            np.save(partial / "labels.npy", labels, allow_pickle=False)
+            blocks = block_hashes(labels)
+            meta["labels"] = {"shape": list(labels.shape), "dtype": str(labels.dtype), "blocks": blocks}
+            meta |= {"classes": list(classes), "source_sha256": source_sha256, "complete": True}
+            (partial / "meta.json").write_text(json.dumps(meta, indent=1))
     except OSError as error:
-        raise DataError(f"{folder} cannot be written ({error.strerror or error}): mend it and try again") from error
+        raise DataError(f"{folder} cannot be written ({error.strerror or error}): fix that and try again") from error
+
+
+def _write_images(
+    path: Path, read: ReadRows, shape: tuple[int, ...], dtype: np.dtype, progress: Callable[[int], object]
+) -> list[str]:
+    """Write a .npy file block by block and return the SHA-256 of each block."""
+    rows, hashes = _block_rows(int(np.prod(shape[1:])) * dtype.itemsize), []
+    with path.open("wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, shape[0], rows):
+            stop = min(start + rows, shape[0])
+            block = np.ascontiguousarray(read(start, stop))
+            if block.dtype != dtype or block.shape != (stop - start, *shape[1:]):
+                raise DataError(f"{path}: images {start} to {stop} came as {block.dtype} {block.shape}")
+            file.write(block.data)
+            hashes.append(_sha256(block))
+            progress(stop - start)
+    return hashes
 
 
 def open_artifact(folder: Path, verify: bool = False) -> Artifact:
@@ -141,6 +184,34 @@ def open_artifact(folder: Path, verify: bool = False) -> Artifact:
                 f"says): delete {folder} and prepare it again"
             )
     return Artifact(folder, images, labels, tuple(meta["classes"]), digest(meta), meta.get("source_sha256", ""), layout)
+
+
+def open_verified(folder: Path) -> Artifact:
+    """Open the split in `folder` and make sure, once and not in every process, that its bytes are what meta.json says.
+
+    In a folder that cannot be written, every process compares for itself. Raises DataError naming what is wrong.
+    """
+    artifact, found = open_artifact(folder), stamp(folder)
+    if found not in _compared:
+        with _locked_note(folder) as note:
+            if not _is_noted(folder, found):
+                artifact = open_artifact(folder, verify=True)
+                if note:
+                    note.truncate(0)
+                    note.write(json.dumps(found))
+        _compared.add(found)
+    return artifact
+
+
+def is_verified(folder: Path) -> bool:
+    """Say whether the bytes of the split in `folder` have been compared since they were last written."""
+    found = stamp(folder)
+    return found in _compared or _is_noted(folder, found)
+
+
+def stamp(folder: Path, files: Sequence[str] = FILES) -> Stamp:
+    """Return the path, inode, size and times of files in `folder`, which change when one is written or removed."""
+    return tuple(_stamp(folder / name) for name in files)
 
 
 def check_samples(artifact: Artifact, shape: Sequence[int], classes: int) -> None:
@@ -182,7 +253,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def open_array(path: Path, facts: dict[str, Any]) -> np.ndarray:
-    """Map a .npy file whose shape and dtype must be those of `facts` and which must end where its array ends."""
+    """Map a .npy file that must have the shape and dtype in `facts` and end where its array ends."""
     try:
         array = open_npy(path)
     except (OSError, ValueError) as error:
@@ -193,17 +264,30 @@ def open_array(path: Path, facts: dict[str, Any]) -> np.ndarray:
     return array
 
 
-def _put_in_place(partial: Path, folder: Path) -> None:
-    """Rename the finished folder; what it replaces is moved aside first, since a folder cannot be renamed onto one."""
-    for path in (*partial.iterdir(), partial):
-        _sync(path)
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def block_hashes(array: np.ndarray) -> list[str]:
+    """Return the SHA-256 of every block of `array`."""
+    return [_sha256(block) for block in blocks_of(array)]
+
+
+def blocks_of(array: np.ndarray) -> list[np.ndarray]:
+    """Return views of the rows of `array` in blocks of at most BLOCK_BYTES, and of at least one row."""
+    rows = _block_rows(array[:1].nbytes)
+    return [array[start : start + rows] for start in range(0, len(array), rows)]
+
+
+def damaged_blocks(array: np.ndarray, hashes: Sequence[str], numbers: Sequence[int] | None = None) -> list[int]:
+    """Return the blocks, of `numbers` (None: all), that have another SHA-256 than in `hashes` or are missing."""
+    blocks = blocks_of(array)
+    wanted = range(max(len(blocks), len(hashes))) if numbers is None else numbers
+    return [n for n in wanted if n >= min(len(blocks), len(hashes)) or _sha256(blocks[n]) != hashes[n]]
+
+
+def _block_rows(row_bytes: int) -> int:
+    return max(1, BLOCK_BYTES // max(1, row_bytes))
+
+
+def _sha256(block: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(block).data).hexdigest()
 
 
 def _check(
@@ -222,7 +306,34 @@ def _check(
         raise DataError(f"{folder} has labels from {labels.min()} to {labels.max()}, but {classes} classes")
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def _stamp(path: Path) -> tuple[str | int, ...]:
+    try:
+        facts = path.stat()
+    except OSError:
+        return (str(path),)
+    return str(path), facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
+
+
+def _note(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.verified.json")
+
+
+@contextmanager
+def _locked_note(folder: Path) -> Iterator[TextIO | None]:
+    """Open and lock the note, so that one process compares while others wait; None if it cannot be written."""
+    try:
+        file = _note(folder).open("a")
+    except OSError:
+        yield None
+        return
+    with file:
+        with suppress(OSError):  # a file system without locks: several processes may compare at once
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def _is_noted(folder: Path, found: Stamp) -> bool:
+    try:
+        return bool(json.loads(_note(folder).read_text()) == [list(file) for file in found])
+    except (OSError, ValueError):
+        return False

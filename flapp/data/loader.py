@@ -1,10 +1,10 @@
-"""The loader that a client trains from: whole batches, made ahead by one thread."""
+"""The loader that a client trains from: batches made ahead by one thread."""
 
 import atexit
 import math
 import mmap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from queue import SimpleQueue
@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from flapp.data.artifact import Artifact, DataError
+from flapp.data.images import augment, normalize, resize
 from flapp.data.offline import OfflineDataset, read_rows
-from flapp.data.pixels import augment, normalize, resize
 
 OUTPUTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
 CACHED_VALUES = 3 * 224 * 224  # normalised at a time, and four times as many read and resized, to stay in the cache
-AUGMENT_SEED = 0x5EED  # keeps the draws of the augmentation apart from those of the order
+AUGMENT_SEED = 0x5EED  # makes the random numbers of the augmentation independent of those of the order
 
 Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one batch is made of: its rows, the rows of the batch after it, and what to do to them in augmentation."""
+    """The rows of one batch, their random numbers for augmentation, and the rows of the batch after it."""
 
     rows: Tensor
     next_rows: Tensor
@@ -34,13 +34,13 @@ class Job:
 
 
 class Buffers:
-    """Hand out named memory that is allocated on first use and written over ever after."""
+    """Named memory that is allocated on first use and overwritten from then on."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
 
     def take(self, name: str, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return (count, *shape) of the buffer `name`; the first call, which the largest count makes, allocates it."""
+        """Return (count, *shape) of the buffer `name`; the first call, which needs the largest count, allocates it."""
         if name not in self.tensors:
             self.tensors[name] = torch.empty((count, *shape), dtype=dtype)
         return self.tensors[name][:count]
@@ -48,30 +48,79 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Ring:
-    """The buffers of one iteration: one for each batch ahead and one for the consumer's, and one that none sees."""
+    """The buffers of one iteration: one for each batch ahead, one for the consumer's batch, and one for the maker."""
 
     slots: list[Buffers]
     scratch: Buffers
+
+
+class Prefetcher:
+    """Make up to `ahead` batches ahead of the consumer in a thread: make(job, slot, scratch) returns one in `slot`."""
+
+    def __init__(self, make: Callable[[Job, Buffers, Buffers], Batch], ahead: int) -> None:
+        self.make = make
+        self.ahead = ahead
+        # The kernel zeroes new memory, which costs as much as four batches: later epochs use the first one's rings.
+        self._idle: list[Ring] = []
+
+    def batches(self, jobs: list[Job]) -> Iterator[Batch]:
+        """Yield the batch of each job; the thread ends with the iteration, and its errors are raised here."""
+        ring = self._idle.pop() if self._idle else Ring([Buffers() for _ in range(self.ahead + 1)], Buffers())
+        free: SimpleQueue[Buffers] = SimpleQueue()
+        made: SimpleQueue[Batch | BaseException] = SimpleQueue()
+        is_over = threading.Event()
+
+        def work() -> None:
+            try:
+                for job in jobs:
+                    slot = free.get()
+                    if is_over.is_set():
+                        return
+                    made.put(self.make(job, slot, ring.scratch))
+            except BaseException as error:  # noqa: BLE001 - the consumer raises it
+                made.put(error)
+
+        def end() -> None:
+            is_over.set()
+            free.put(ring.scratch)  # any buffer: it only wakes the thread
+            if threading.current_thread() is not thread:  # the thread itself may collect a dropped iterator
+                thread.join()
+
+        for slot in ring.slots:
+            free.put(slot)
+        thread = threading.Thread(target=work, name="flapp-loader", daemon=True)
+        thread.start()
+        atexit.register(end)  # a thread inside PyTorch while the interpreter exits would abort the process
+        try:
+            for _, slot in zip(jobs, cycle(ring.slots), strict=False):
+                batch = made.get()
+                if isinstance(batch, BaseException):
+                    raise batch
+                yield batch
+                free.put(slot)  # the consumer has asked for the next batch, so it is done with this one
+        finally:
+            atexit.unregister(end)
+            end()
+            if not thread.is_alive():
+                self._idle.append(ring)
 
 
 class ClientLoader:
     """Iterate over one client's samples in batches of (input, label), in an order drawn from `seed`.
 
     Each iteration is one epoch with an order of its own; seed=None keeps the order of `indices`. Images are resized to
-    image_size (None: as stored) with PIL's bytes, or read from an artifact resized ahead where there is one. `output`:
+    image_size (None: as stored) with PIL's bytes, or read from a materialized artifact if there is one. `output`:
 
-        float32, bfloat16   normalised (n, C, H, W); exact=True gives torchvision's bits, False stays within 1e-6
-                            (before rounding to bfloat16) and is faster
+        float32, bfloat16   normalised (n, C, H, W); exact=True gives torchvision's bits, False is faster and within
+                            1e-6 of them (before rounding to bfloat16)
         uint8               (n, C, H, W) before normalisation, a quarter of the bytes to move to a GPU: see to_input
 
     augment mirrors every other image and shifts it by up to 1/8 of its size (4 of 32 pixels), drawn from `seed`, before
-    it is resized. Samples of regression pass through as they are.
+    it is resized. Samples of regression are returned as stored.
 
-    With prefetch, a thread makes up to `prefetch` batches ahead in a ring of prefetch + 1 buffers, which later epochs
-    use again: the inputs of a batch are valid until the next one is asked for, those of the last until the loader is
-    iterated again (clone() them to keep them); labels are valid for ever. prefetch=0 uses no thread and gives fresh
-    tensors, with the same bits. The thread ends with the iteration: at its end, when the iterator is closed or
-    dropped, or with an error, which is raised to whoever iterates.
+    With prefetch, a thread makes up to `prefetch` batches ahead in a ring of prefetch + 1 buffers: the inputs of a
+    batch are valid until the next batch is requested, those of the last until the next epoch (clone() them to keep
+    them); labels stay valid. With prefetch=0 there is no thread and each batch has new tensors, with the same bits.
 
     Raises DataError for settings that contradict each other.
     """
@@ -95,28 +144,27 @@ class ClientLoader:
         if augment and seed is None:
             raise DataError("augmentation is drawn from a seed: set seed, or augment=False")
         if batch_size < 1 or prefetch < 0:
-            raise DataError(f"batch_size={batch_size} has to be at least 1 and prefetch={prefetch} at least 0")
+            raise DataError(f"batch_size={batch_size} must be at least 1 and prefetch={prefetch} at least 0")
         self.dataset = dataset
         self.indices = torch.from_numpy(np.ascontiguousarray(indices, dtype=np.int64))
         self.batch_size = batch_size
         self.image_size = image_size
         self.output = output
-        self.prefetch = prefetch if dataset.has_images else 0
+        self.prefetcher = Prefetcher(self._make, prefetch) if prefetch and dataset.has_images else None
         self.augment = augment
         self.exact = exact
-        # Augmentation is drawn for images as stored, so the ones resized ahead are of no use to it.
+        # Augmentation comes before the resize, so it cannot use a materialized artifact.
         self.source: Artifact = dataset.artifact if augment else dataset.artifact_at(image_size)
         self.shape = self._sample_shape()
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.augment_generator = None if seed is None else torch.Generator().manual_seed(seed ^ AUGMENT_SEED)
-        # Large planes of the right size are normalised from where they are stored, which saves a copy.
+        # Large planes of the right size are normalised straight from the memory map, which saves a copy.
         self._is_as_wanted = (
             dataset.has_images
             and self.source.layout == "NCHW"
             and tuple(self.source.images.shape[1:]) == self.shape
             and math.prod(self.shape) >= CACHED_VALUES // 4
         )
-        self._idle_rings: list[Ring] = []
         self._is_cold = True
 
     def __len__(self) -> int:
@@ -124,15 +172,15 @@ class ClientLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         jobs = self._draw_epoch()
-        if self.prefetch:
-            yield from self._made_ahead(jobs)
+        if self.prefetcher:
+            yield from self.prefetcher.batches(jobs)
         else:
             for job in jobs:
                 yield self._make(job, Buffers(), Buffers())
         self._is_cold = False
 
     def to_input(self, pixels: Tensor) -> Tensor:
-        """Turn a batch of output uint8, on whatever device, into the normalised float32 that the model takes."""
+        """Turn a batch of output uint8, on any device, into the normalised float32 that the model takes."""
         return normalize(pixels, self.dataset.normalization)
 
     def _sample_shape(self) -> tuple[int, ...]:
@@ -142,7 +190,7 @@ class ClientLoader:
         return (channels, *((self.image_size,) * 2 if self.image_size else self.source.size))
 
     def _draw_epoch(self) -> list[Job]:
-        """Draw the whole epoch at once: one that is left early then leaves the generators the same for any prefetch."""
+        """Draw the whole epoch at once, so that the generators do not depend on prefetch if it is left early."""
         order = self.indices
         if not len(order):
             return []
@@ -159,52 +207,8 @@ class ClientLoader:
         count, generator = (len(self.indices),), self.augment_generator
         return torch.stack([torch.randint(low, high + 1, count, generator=generator) for low, high in limits], 1)
 
-    def _made_ahead(self, jobs: list[Job]) -> Iterator[Batch]:
-        # A new buffer costs as much as four batches, since the kernel zeroes it: later epochs take over the first's.
-        ring = self._idle_rings.pop() if self._idle_rings else self._new_ring()
-        free: SimpleQueue[Buffers] = SimpleQueue()
-        made: SimpleQueue[Batch | BaseException] = SimpleQueue()
-        is_over = threading.Event()
-
-        def work() -> None:
-            try:
-                for job in jobs:
-                    slot = free.get()
-                    if is_over.is_set():
-                        return
-                    made.put(self._make(job, slot, ring.scratch))
-            except BaseException as error:  # noqa: BLE001 - the consumer raises it
-                made.put(error)
-
-        def end() -> None:
-            is_over.set()
-            free.put(ring.scratch)  # whichever buffer, only to wake the thread
-            if threading.current_thread() is not thread:  # it may be the one that collects a dropped iterator
-                thread.join()
-
-        for slot in ring.slots:
-            free.put(slot)
-        thread = threading.Thread(target=work, name="flapp-loader", daemon=True)
-        thread.start()
-        atexit.register(end)  # a thread inside PyTorch while the interpreter goes away would abort the process
-        try:
-            for _, slot in zip(jobs, cycle(ring.slots), strict=False):
-                batch = made.get()
-                if isinstance(batch, BaseException):
-                    raise batch
-                yield batch
-                free.put(slot)  # the consumer is done with it: it has asked for the next batch
-        finally:
-            atexit.unregister(end)
-            end()
-            if not thread.is_alive():
-                self._idle_rings.append(ring)
-
-    def _new_ring(self) -> Ring:
-        return Ring([Buffers() for _ in range(self.prefetch + 1)], Buffers())
-
     def _make(self, job: Job, slot: Buffers, scratch: Buffers) -> Batch:
-        """Make one batch, its inputs in `slot`; what is only passing through goes into `scratch`."""
+        """Make one batch, its inputs in `slot`; intermediate results are in `scratch`."""
         labels = self.dataset.labels[job.rows]
         if not self.dataset.has_images:
             return torch.index_select(self.dataset.images, 0, job.rows), labels
@@ -243,7 +247,7 @@ class ClientLoader:
 
 
 def will_need(images: np.ndarray, rows: Tensor) -> None:
-    """Tell the kernel which rows of a memory-mapped array are read next, so that it fetches them from disk by then."""
+    """Tell the kernel which rows of a memory-mapped array are read next, so that it reads them from disk ahead."""
     if not isinstance(images, np.memmap) or not isinstance(images.base, mmap.mmap):
         return
     first, row = images.offset % mmap.ALLOCATIONGRANULARITY, images.strides[0]

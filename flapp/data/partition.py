@@ -1,17 +1,17 @@
 """Who holds which sample: seeded partitions of an artifact, saved so that every client reads the same one.
 
-A saved partition is one safetensors file: per split, `<split>_indices` (every sample once, client after client)
-and `<split>_offsets` (clients + 1), with `requested`, the float (clients, classes) table of training samples
-that the draw asked for. Only a partition by writer has the split val saved; `hold_out` adds it to others.
+A saved partition is one safetensors file: per split, `<split>_indices` (every sample once, client after client) and
+`<split>_offsets` (clients + 1); `requested`, float (clients, classes), has the training samples that the draw asked
+for. Only a partition by writer has the split val saved; `hold_out` adds it to others.
 """
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from flapp.data.artifact import DataError, locked
+from flapp.files import replacing
 from flapp.untrusted import check_safetensors, printable
 
 MAX_DRAWS = 1000
@@ -44,9 +44,9 @@ def make_partition(
 ) -> Partition:
     """Give every sample of both splits to exactly one of `clients`, each with one label mix in train and test.
 
-    kind: `iid`; `dirichlet`, each class shared out by Dir(alpha) (Hsu et al. 2019, arXiv:1909.06335);
-    `pathological`, classes_per_client classes each (McMahan et al. 2017, arXiv:1602.05629). Raises DataError,
-    with the numbers, when min_size training samples for everyone cannot be had.
+    kind: `iid`; `dirichlet`, each class divided by Dir(alpha) (Hsu et al. 2019, arXiv:1909.06335);
+    `pathological`, classes_per_client classes each (McMahan et al. 2017, arXiv:1602.05629). Raises DataError, with
+    the numbers, when not everyone gets min_size training samples.
     """
     check_enough(kind, len(train_labels), clients, min_size)
     rng = np.random.default_rng(seed)
@@ -83,7 +83,7 @@ def check_enough(kind: str, samples: int, clients: int, min_size: int) -> None:
 
 
 def load_partition(path: Path, **settings: object) -> Partition:
-    """Read the partition saved at `path`, making it by make_partition(**settings) first if it is missing."""
+    """Read the partition saved at `path`; if it is missing, make it by make_partition(**settings) first."""
     from safetensors import SafetensorError
 
     if not path.exists():
@@ -94,20 +94,11 @@ def load_partition(path: Path, **settings: object) -> Partition:
         sizes = {f"{s}_indices": len(settings[f"{s}_labels"]) for s in SPLITS if f"{s}_labels" in settings}  # type: ignore[arg-type]
         return _read_partition(path, sizes)
     except (SafetensorError, OSError, ValueError) as error:
-        said = printable(error)
-        raise DataError(
-            f"{path} is not a saved partition ({said}): delete it, and the next run draws it anew"
-        ) from error
-
-
-def kinds_of(splits: tuple[str, ...]) -> dict[str, tuple[str, int]]:
-    """Return the dtype and the number of axes of each tensor in the file of a partition."""
-    names = [f"{split}_{what}" for split in splits for what in ("indices", "offsets")]
-    return dict.fromkeys(names, ("I64", 1)) | {"requested": ("F64", 2)}
+        raise DataError(f"{path} is not a saved partition ({printable(error)}): delete it to draw it again") from error
 
 
 def _read_partition(path: Path, sizes: dict[str, int]) -> Partition:
-    """Read a saved partition; raises ValueError unless every array fits the others and the sizes that are known."""
+    """Read a saved partition; raises ValueError unless every array fits the others and the known sizes."""
     from safetensors import safe_open
 
     check_safetensors(path, MOST_HEADER)
@@ -115,7 +106,8 @@ def _read_partition(path: Path, sizes: dict[str, int]) -> Partition:
         found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is not a mapping
         kinds = {name: (part.get_dtype(), len(part.get_shape())) for name, part in found.items()}
         splits = (*SPLITS, "val") if "val_indices" in found else SPLITS
-        if kinds != kinds_of(splits):
+        names = [f"{split}_{what}" for split in splits for what in ("indices", "offsets")]
+        if kinds != dict.fromkeys(names, ("I64", 1)) | {"requested": ("F64", 2)}:
             raise ValueError(f"it holds {kinds or 'nothing'}")
         shapes = {name: tuple(part.get_shape()) for name, part in found.items()}
         if odd := [name for name, size in sizes.items() if shapes[name] != (size,)]:
@@ -139,10 +131,10 @@ def _read_partition(path: Path, sizes: dict[str, int]) -> Partition:
 
 
 def hold_out(partition: Partition, train_labels: np.ndarray, fraction: float, seed: int) -> Partition:
-    """Return the partition with a fraction of each client's training samples moved to its validation samples.
+    """Move a fraction of each client's training samples to its validation samples.
 
-    They are drawn from (seed, client) and spread evenly over the client's labels. A client of two samples or more holds
-    out at least one and keeps at least one.
+    They are drawn from (seed, client) and spread evenly over the client's labels. A client with two samples or more
+    holds out at least one and keeps at least one.
     """
     train, val = [], []
     for client, rows in enumerate(partition.train):
@@ -157,25 +149,23 @@ def hold_out(partition: Partition, train_labels: np.ndarray, fraction: float, se
 
 
 def label_histogram(labels: np.ndarray, classes: int) -> list[int]:
-    """Count the samples of each class; for regression (no classes) there is nothing to count."""
+    """Count the samples of each class; [] for regression, which has no classes."""
     return np.bincount(labels, minlength=classes).tolist() if classes else []
 
 
 def save_partition(path: Path, partition: Partition) -> None:
-    """Write a partition so that load_partition(path) returns it, whole or not at all."""
+    """Write a partition, whole or not at all, so that load_partition(path) returns it."""
     from safetensors.numpy import save_file
 
-    # safetensors writes the memory as it lies, so a transposed table has to be laid out in C order first.
+    # safetensors writes memory as it is, so a transposed table must be in C order first.
     arrays = {"requested": np.ascontiguousarray(partition.requested, dtype=np.float64)}
     saved = {"train": partition.train, "test": partition.test} | ({"val": partition.val} if partition.val else {})
     for split, parts in saved.items():
         arrays[f"{split}_indices"] = np.concatenate(parts)
         arrays[f"{split}_offsets"] = np.cumsum([0, *map(len, parts)])
-    partial = path.with_suffix(".tmp")
-    save_file(arrays, partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        save_file(arrays, partial)
 
 
 def _iid(train_labels: np.ndarray, test_labels: np.ndarray, clients: int, rng: np.random.Generator) -> Partition:
@@ -205,7 +195,7 @@ def _dirichlet_shares(
 
 
 def _pathological_shares(clients: int, classes: int, per_client: int, rng: np.random.Generator) -> np.ndarray:
-    """Deal the classes round and round, per_client to each client, in a drawn order; a class's owners share it."""
+    """Deal the classes in turn, per_client to each client, in random order; the owners of a class share it."""
     if per_client > classes or clients * per_client < classes:
         raise DataError(
             f"partition=pathological cannot deal {classes} classes to {clients} clients with {per_client} each: "

@@ -8,9 +8,9 @@ from typing import Any
 
 # Imported when asked for: checking settings needs no PyTorch, whose import takes more than a second.
 _HOMES = {
-    "ModelFactory": "split.components",
-    "ModelType": "split.components",
-    "SplitModel": "split.components",
+    "ModelFactory": "split.factory",
+    "ModelType": "split.component",
+    "SplitModel": "split.component",
     "StorageManager": "split.files",
     "add_lora": "lora",
     "build_model": "build",

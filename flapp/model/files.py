@@ -36,7 +36,7 @@ def load_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
         check_safetensors(path)
         with safe_open(path, framework="pt") as file:
             header = parse_json((file.metadata() or {}).get("flapp", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a mapping
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({printable(error)})") from error
     if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
@@ -45,10 +45,10 @@ def load_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
-    """Read what load_tensors reads, into memory of the tensors' own.
+    """Read the same as load_tensors, but into PyTorch's own memory.
 
-    load_tensors maps the file, where tensors start at any address, and some kernels round otherwise there; torch's
-    memory is aligned. No page of the file stays mapped, so memory never exceeds the tensors'.
+    load_tensors maps the file, where tensors start at any address; some kernels round differently there. PyTorch's
+    memory is aligned, and no page of the file stays mapped.
     """
     import torch
 

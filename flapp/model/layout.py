@@ -1,6 +1,6 @@
-"""What the settings say of a model without PyTorch: its layers, the shapes of its tensors, and where adapters go.
+"""Describe a model without PyTorch: its layers, the shapes of its tensors, and where adapters go.
 
-PyTorch and torchvision take seconds to import. A command that only has to check or describe a model does not need them.
+PyTorch and torchvision take seconds to import; a command that only checks or describes a model does not need them.
 """
 
 import math
@@ -34,7 +34,7 @@ class Layout:
     adapters: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
     def matching(self, targets: Sequence[str], rank: int) -> list[str]:
-        """Return the layers that `targets` name and that take adapters of `rank`, in the model's order.
+        """Return the layers that `targets` name, in the model's order.
 
         A target is the last part or parts of a dotted name: `proj`, `mlp.0`. Raises ValueError when a target matches
         nothing or anything but a plain linear layer, or when a layer is too small for the rank.

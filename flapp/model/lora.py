@@ -1,17 +1,14 @@
-"""LoRA (Hu et al. 2021): a frozen linear layer plus a trained product of two thin matrices, in loralib's words.
+"""LoRA (Hu et al. 2021): a frozen linear layer plus a trained product of two thin matrices, with loralib's names.
 
-An adapted layer keeps the names of the layer it stands for, and adds two:
+An adapted layer keeps the names of the layer that it replaces, and adds two:
 
     <layer>.weight, <layer>.bias     frozen
     <layer>.lora_A  (rank, in)       Kaiming-uniform
     <layer>.lora_B  (out, rank)      zero, so that a fresh adapter changes no output
-
-The state dict is the same whether or not an adapter is merged.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +19,7 @@ from flapp.model.layout import Layout
 
 
 class LoRALinear(nn.Linear):
-    """Compute W x + b + alpha / rank * B A dropout(x), over the very weight and bias of `base`, which are frozen."""
-
-    merged_weight: Tensor | None
+    """Compute W x + b + alpha / rank * B A dropout(x), sharing the weight and bias of `base`, frozen."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would draw a weight only to throw it away
@@ -34,12 +29,9 @@ class LoRALinear(nn.Linear):
         self.rank, self.alpha, self.scaling, self.dropout = rank, alpha, alpha / rank, dropout
         self.lora_A = nn.Parameter(draw_lora_A(base.weight.new_empty(rank, base.in_features)))
         self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
-        self.register_buffer("merged_weight", None, persistent=False)
         self.train(base.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.merged_weight is not None:
-            return F.linear(input, self.merged_weight, self.bias)
         y = F.linear(input, self.weight, self.bias)
         h = F.linear(F.dropout(input, self.dropout, self.training) if self.dropout else input, self.lora_A)
         # One addmm scales, multiplies and adds while a block is in cache; `y + scaling * linear(h)` goes over y thrice.
@@ -49,19 +41,10 @@ class LoRALinear(nn.Linear):
         return flat.view(y.shape)
 
     @torch.no_grad()
-    def folded_weight(self) -> Tensor:
+    def merged_weight(self) -> Tensor:
         """Return W + alpha / rank * B A, in the weight's own dtype even under autocast."""
         with torch.autocast(self.weight.device.type, enabled=False):
             return torch.addmm(self.weight, self.lora_B, self.lora_A, alpha=self.scaling)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode; training ends a merge, since a merged adapter would get no gradient."""
-        self.merged_weight = None if mode else self.merged_weight
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self.merged_weight = None  # it was made of the values that are replaced here
-        super()._load_from_state_dict(*args)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"
@@ -88,7 +71,7 @@ def add_lora(
 
     A target is the last part or parts of a dotted name: `proj`, `mlp.0`. A is drawn from torch's global generator, in
     the order of the model's layers. Raises ValueError, and leaves the model as it is, when a target matches nothing
-    or something else than a plain linear layer, or when rank, alpha or dropout cannot be.
+    or anything but a plain linear layer, or when rank, alpha or dropout is out of range.
     """
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise ValueError(
@@ -153,7 +136,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def tail_norm(model: nn.Module, rank: int) -> Tensor:
-    """Return sum ||B[:, rank:]||_F ||A[rank:]||_F over the adapted layers: what the ranks after the first `rank` weigh.
+    """Return sum ||B[:, rank:]||_F ||A[rank:]||_F over the adapted layers: the weight of the ranks after `rank`.
 
     A scalar with a gradient: the penalty of HetLoRA's self-pruning (Cho et al. 2024, arXiv:2401.06432, section 4).
     """
@@ -173,12 +156,6 @@ def truncate_state(state: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     return cut
 
 
-def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return what lora_state_dict does not: the frozen base."""
-    travels = lora_state_dict(model)
-    return {key: tensor for key, tensor in model.state_dict().items() if key not in travels}
-
-
 def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load the tensors of a lora_state_dict; raises ValueError unless names and shapes are the model's own."""
     if fault := mismatch(shapes_of(lora_state_dict(model)), shapes_of(state)):
@@ -186,25 +163,9 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def merge_lora(model: nn.Module) -> None:
-    """Fold each adapter into a weight that its layer uses alone from now on, until unmerge_lora, train() or a load.
-
-    The frozen weight stays beside it, and is what `state_dict` and `layer.weight` give. The model goes to eval mode.
-    """
-    model.eval()
-    for layer in adapted_layers(model).values():
-        layer.merged_weight = layer.folded_weight()
-
-
-def unmerge_lora(model: nn.Module) -> None:
-    """Go back to the frozen weights, which merge_lora never touched, and their adapters."""
-    for layer in adapted_layers(model).values():
-        layer.merged_weight = None
-
-
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict of the same model without adapters, each folded into its weight; leaves `model` alone."""
+    """Return the state dict of the same model without adapters, each merged into its weight; leaves `model` alone."""
     layers = adapted_layers(model)
     adapters = {f"{name}.lora_{ab}" for name in layers for ab in "AB"}
-    folded = {f"{name}.weight": layer.folded_weight() for name, layer in layers.items()}
-    return {key: folded.get(key, tensor) for key, tensor in model.state_dict().items() if key not in adapters}
+    merged = {f"{name}.weight": layer.merged_weight() for name, layer in layers.items()}
+    return {key: merged.get(key, tensor) for key, tensor in model.state_dict().items() if key not in adapters}

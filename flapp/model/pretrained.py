@@ -1,32 +1,50 @@
 """Pretrained weights from a local file: torchvision's checkpoints (.pth) or safetensors, in its names or in ours.
 
-Nothing is taken in part: a file that does not fit the model is an error, never a random start.
+torchvision                                       flapp
+...self_attention.in_proj_weight, in_proj_bias    ...self_attention.qkv.weight, qkv.bias
+...self_attention.out_proj.weight, out_proj.bias  ...self_attention.proj.weight, proj.bias
+...mlp.linear_1.*, mlp.linear_2.*                 ...mlp.0.*, mlp.3.*   (its files from before 2022; read only)
+
+A file that does not fit the model is refused whole. check_pretrained finds out from names and shapes alone, and needs
+PyTorch only for a .pth; so PyTorch is imported where it is used.
 """
 
 import pickle
+import re
 import zipfile
 import zlib
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flapp.files import sha256_of_file
-from flapp.model.files import shapes_of
-from flapp.model.fitting import POSITIONS, fit_pretrained, from_torchvision
-from flapp.model.lora import head_of, layout_of
+from flapp.model.files import mismatch, shapes_of
+from flapp.model.layout import Layout, Shape
 from flapp.untrusted import check_regular, check_safetensors, printable
 
-# What zipfile and torch's unpickler are seen to raise for damaged bytes, beside OSError.
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+T = TypeVar("T")
+CHECKED_BYTES = 64 << 20  # a larger .pth is not read whole before a run starts
+MOST_PICKLE = 16 << 20  # bytes of the names and shapes in a .pth
+POSITIONS = "encoder.pos_embedding"
+OURS = (
+    (re.compile(r"\bself_attention\.in_proj_(weight|bias)$"), r"self_attention.qkv.\1"),
+    (re.compile(r"\bself_attention\.out_proj\.(weight|bias)$"), r"self_attention.proj.\1"),
+    (re.compile(r"\bmlp\.linear_1\.(weight|bias)$"), r"mlp.0.\1"),
+    (re.compile(r"\bmlp\.linear_2\.(weight|bias)$"), r"mlp.3.\1"),
+)
+TORCHVISIONS = (
+    (re.compile(r"\bself_attention\.qkv\.(weight|bias)$"), r"self_attention.in_proj_\1"),
+    (re.compile(r"\bself_attention\.proj\.(weight|bias)$"), r"self_attention.out_proj.\1"),
+)
+# What zipfile and torch's unpickler raise for damaged bytes, besides OSError.
 DAMAGE = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, LookupError),
     *(TypeError, AttributeError, AssertionError, MemoryError, OverflowError),
 )
-MOST_PICKLE = 16 << 20  # bytes of the names and shapes in a .pth
 
 
 @dataclass(frozen=True)
@@ -38,16 +56,21 @@ class Pretrained:
     interpolated: bool
 
 
-def load_pretrained(model: nn.Module, path: Path) -> Pretrained:
+def load_pretrained(model: "nn.Module", path: Path) -> Pretrained:
     """Load every weight of `model`, which has no adapters yet, from the file at `path`.
 
     A head for another number of classes stays as the model has it; position embeddings for another image size are
     interpolated as torchvision does (bicubic). Raises ValueError for a file that is missing, unsafe or does not fit.
     """
+    from flapp.model.lora import head_of, layout_of
+
     state, own = from_torchvision(read_state(path)), model.state_dict()
-    head_loaded, interpolated = fit_pretrained(layout_of(model), shapes_of(state), path)
+    head_loaded, interpolated = _fit(layout_of(model), shapes_of(state), path)
     if interpolated:
-        state[POSITIONS] = _interpolated(state[POSITIONS], model)
+        from torchvision.models.vision_transformer import interpolate_embeddings
+
+        positions: Any = {POSITIONS: state[POSITIONS]}
+        state |= interpolate_embeddings(model.image_size, model.patch_size, positions)
     if not head_loaded:
         head = head_of(model) + "."
         state |= {name: tensor for name, tensor in own.items() if name.startswith(head)}
@@ -55,13 +78,71 @@ def load_pretrained(model: nn.Module, path: Path) -> Pretrained:
     return Pretrained(sha256_of_file(path), head_loaded, interpolated)
 
 
-def read_state(path: Path, is_checked: bool = True) -> dict[str, Tensor]:
+def check_pretrained(layout: Layout, path: Path) -> None:
+    """Raise ValueError where load_pretrained would, from names and shapes alone.
+
+    A .pth of at most CHECKED_BYTES is also read for damage.
+    """
+    _fit(layout, from_torchvision(read_shapes(path)), path)
+
+
+def _fit(layout: Layout, found: Mapping[str, Shape], path: Path) -> tuple[bool, bool]:
+    """Say what a model takes from tensors under our names: whether the head, and whether positions to be resized.
+
+    Raises ValueError when they do not fit.
+    """
+    own, state = layout.tensors, dict(found)
+    resized = _can_be_resized(own.get(POSITIONS), state.get(POSITIONS))
+    state |= {POSITIONS: own[POSITIONS]} if resized else {}
+    head = [name for name in own if name.rpartition(".")[0] == layout.head]
+    head_loaded = not all(name in state and _differs_in_rows(state[name], own[name]) for name in head)
+    state |= {} if head_loaded else {name: own[name] for name in head}
+    if fault := mismatch(own, state):
+        grey = "first conv_proj.weight (" in fault
+        hint = "build it with channels=3 to show it grey images" if grey else "give weights of this very model"
+        raise ValueError(f"{path} does not fit this {layout.kind}: {fault}; {hint}")
+    return head_loaded, resized
+
+
+def _differs_in_rows(found: Shape, own: Shape) -> bool:
+    return len(found) == len(own) and found[1:] == own[1:] and found[:1] != own[:1]
+
+
+def _can_be_resized(own: Shape | None, found: Shape | None) -> bool:
+    """Say whether position embeddings are for another grid of patches: a class token and a square of patches."""
+    if own is None or found is None or own[2:] != found[2:] or own == found:
+        return False
+    side = round((found[1] - 1) ** 0.5) if found[1] > 1 else 0
+    return side >= 1 and found[0] == 1 and side * side == found[1] - 1
+
+
+def read_shapes(path: Path) -> dict[str, Shape]:
+    """Return the shapes of a file's tensors by name; raises ValueError for a file that read_state refuses."""
+    if path.suffix != ".safetensors":
+        return shapes_of(read_state(path, is_checked=path.stat().st_size <= CHECKED_BYTES))
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        check_safetensors(path)
+        with safe_open(path, framework="numpy") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or holds more than tensors ({printable(error)})") from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read ({printable(error)})") from error
+    if not shapes:
+        raise ValueError(f"{path} holds no state dict, which maps names to tensors and nothing else")
+    return shapes
+
+
+def read_state(path: Path, is_checked: bool = True) -> dict[str, "Tensor"]:
     """Read a state dict, bare or as {"state_dict": ...} or {"model": ...}, running no code that is in the file.
 
     is_checked: whether the CRCs of a .pth are compared, which reads all of it.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+    from torch import Tensor
 
     try:
         if path.suffix == ".safetensors":
@@ -87,7 +168,9 @@ def read_state(path: Path, is_checked: bool = True) -> dict[str, Tensor]:
 
 
 def _load_pth(path: Path, is_checked: bool) -> Any:
-    """Load a file of torch.save, a zip since torch 1.6, when the CRC of every tensor in it is right."""
+    """Load a file of torch.save, a zip since torch 1.6; is_checked: compare the CRC of every tensor in it."""
+    import torch
+
     check_regular(path)
     with zipfile.ZipFile(path) as file:
         for entry in file.infolist():
@@ -101,17 +184,26 @@ def _load_pth(path: Path, is_checked: bool) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def _repeats_memory(tensor: Tensor) -> bool:
+def _repeats_memory(tensor: "Tensor") -> bool:
     """Say whether a tensor is not a dense one with bytes of its own, such as one number expanded to any shape."""
+    import torch
+
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         return True
     return tensor.nbytes > tensor.untyped_storage().nbytes()
 
 
-def _interpolated(positions: Tensor, model: nn.Module) -> Tensor:
-    """Return positions (1, tokens, width) of another grid of patches, resized to the grid of `model`."""
-    from torchvision.models.vision_transformer import interpolate_embeddings
+def from_torchvision(state: Mapping[str, T]) -> dict[str, T]:
+    """Return `state` under our names; names that are ours already stay."""
+    return {_renamed(name, OURS): tensor for name, tensor in state.items()}
 
-    assert isinstance(model.image_size, int)
-    assert isinstance(model.patch_size, int)
-    return interpolate_embeddings(model.image_size, model.patch_size, OrderedDict({POSITIONS: positions}))[POSITIONS]
+
+def to_torchvision(state: Mapping[str, T]) -> dict[str, T]:
+    """Return `state`, in our names and without adapters, under torchvision's."""
+    return {_renamed(name, TORCHVISIONS): tensor for name, tensor in state.items()}
+
+
+def _renamed(name: str, rules: tuple[tuple[re.Pattern[str], str], ...]) -> str:
+    for pattern, replacement in rules:
+        name = pattern.sub(replacement, name)
+    return name

@@ -1,7 +1,7 @@
 """torchvision's VisionTransformer with an attention whose projections are plain linear layers.
 
-`nn.MultiheadAttention` reads `out_proj.weight` directly and has a fast path in eval mode, so whatever wraps its
-layers is bypassed without a word. `SelfAttention` calls both of its layers, always.
+`nn.MultiheadAttention` reads `out_proj.weight` directly and has a fast path in eval mode, which silently bypass
+adapters on its layers. `SelfAttention` always calls both of its layers.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from flapp.model.layout import SIZES
 
 
 class SelfAttention(nn.Module):
-    """Attend over (N, tokens, width) with `heads` heads; stands where torchvision puts MultiheadAttention."""
+    """Attend over (N, tokens, width) with `heads` heads, in place of torchvision's MultiheadAttention."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class SelfAttention(nn.Module):
 
 
 class ViT(VisionTransformer):
-    """torchvision's, except that it shows a grey image (N, 1, H, W) to every channel of its first layer."""
+    """torchvision's VisionTransformer, which here also takes grey images (N, 1, H, W) as images of equal channels."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.expand(-1, self.conv_proj.in_channels, -1, -1))

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from flapp.architecture import choose_device, plan, split_place
 from flapp.config.schema import WRITER_PARTITIONS, Config, ConfigError
-from flapp.data.artifact import Artifact, check_samples, open_artifact
-from flapp.data.embedded import ensure_artifacts
+from flapp.data.artifact import Artifact, check_samples, is_verified, open_artifact
 from flapp.data.partition import check_enough
 from flapp.data.shards.client import read_meta
 from flapp.data.shards.manifest import open_manifest
-from flapp.data.verified import is_verified
-from flapp.model.fitting import check_adapter, check_pretrained
+from flapp.data.sources import ensure_artifacts
+from flapp.model.adapter_files import check_adapter
+from flapp.model.pretrained import check_pretrained
 from flapp.model.split.files import StorageManager
 from flapp.partitions import open_partition
 from flapp.server.client_keys import ClientKeys

@@ -19,13 +19,11 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from flapp.base import Base, cut_base
-from flapp.checks import find_answer_fault
 from flapp.config.load import derive_seed
 from flapp.config.rules import sample_size
 from flapp.listing import by_reason, list_names, name_clients
 from flapp.messages import (
     ATTEST,
-    Answer,
     Claim,
     Instructions,
     MessageError,
@@ -208,13 +206,6 @@ class Roster:
         if self.any_node:
             return list(self._nodes)[index % len(self._nodes)]
         return self.members[client_id].node_id
-
-    def check(self, client_id: str, answer: Answer) -> str | None:
-        """Return what is wrong with an answer, compared with what the client claimed when it was let in, or None."""
-        member = self.members.get(client_id)
-        if member is None:
-            return "is no longer in the federation"
-        return find_answer_fault(answer, client_id, member.claim.shard_digest)
 
     def _attest(self, node_ids: list[int]) -> list[Member]:
         messages = [pack_instructions(node_id, ATTEST, self.order(0)) for node_id in node_ids]

@@ -15,19 +15,19 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from torch import nn
 
-from flapp.architecture import adapt, build, choose_device, find_oversize, pruned_rank, split_place
+from flapp.architecture import adapt, build, choose_device, find_oversize, split_place
 from flapp.base import Base, keep_base
 from flapp.config.load import derive_seed
 from flapp.config.schema import Config
-from flapp.data.embedded import ensure_artifacts, is_prepared
 from flapp.data.loader import ClientLoader
 from flapp.data.offline import OfflineDataset
 from flapp.data.shards.manifest import check_claim, open_manifest
+from flapp.data.sources import ensure_artifacts, is_prepared
 from flapp.messages import Claim, pack, views
 from flapp.model.adapter_files import export_adapter, import_adapter
 from flapp.model.lora import adapted_layers, draw_lora_A, layout_of, mark_only_lora_as_trainable, merged_state_dict
 from flapp.model.pretrained import load_pretrained
-from flapp.model.split.components import ModelFactory
+from flapp.model.split.factory import ModelFactory
 from flapp.model.split.files import StorageManager
 from flapp.partitions import open_partition
 from flapp.privacy import UNPROTECTED, check_floating, describe_plan
@@ -40,7 +40,7 @@ from flapp.server.run_dir import RunDirectory
 from flapp.server.summary import StoppedEarly
 from flapp.strategy.fedavg import FedAvg
 from flapp.strategy.fedlora import FedLoRA, global_keys
-from flapp.strategy.lora_aggregation import RULES
+from flapp.strategy.lora_rules import RULES
 from flapp.strategy.server_optimizer import ServerOptimizer
 from flapp.training import evaluate
 
@@ -109,14 +109,13 @@ class Run:
 
     def train(self, done: int) -> None:
         """Run the rounds after round `done`."""
-        state, timeout = self.model.state_dict(), self.config.strategy.timeout
-        self.strategy.timeout = timeout
+        state = self.model.state_dict()
         with suppress(StoppedEarly):
             self.strategy.start(
                 cast(Grid, self.grid),
                 ArrayRecord({key: pack(state[key].numpy()) for key in self.sent}),
                 num_rounds=self.config.num_rounds - done,
-                timeout=timeout,
+                timeout=self.config.strategy.timeout,
                 evaluate_fn=self.end_round,
             )
 
@@ -125,8 +124,8 @@ class Run:
         if self.observer.clock.phase == "configure":
             self.observer.show_progress(self.strategy.phase.server_round, "join", done, asked)
             return
-        self.strategy.take(new)
         phase = self.strategy.phase
+        phase.take(new)
         self.observer.show_progress(phase.server_round, phase.kind, phase.done(), len(phase.names))
 
     def end_round(self, flower_round: int, arrays: ArrayRecord) -> MetricRecord | None:
@@ -290,33 +289,7 @@ def build_strategy(
     optimizer = None
     if settings.server_optimizer is not None:
         optimizer = ServerOptimizer(settings.server_optimizer, settings.server_lr, settings.server_momentum)
-    common: dict[str, Any] = {
-        "roster": roster,
-        "observer": observer,
-        "seed": config.seed,
-        "num_rounds": config.num_rounds,
-        "fraction_train": settings.fraction_train,
-        "fraction_evaluate": settings.fraction_evaluate,
-        "weighting": settings.weighting,
-        "min_replies": settings.min_replies,
-        "norm_limit": settings.norm_limit,
-        "max_weight_share": settings.max_weight_share,
-        "evaluate_every": config.evaluate.every,
-        "validates": config.validates,
-        "server_optimizer": optimizer,
-        "releases": releases,
-    }
     if settings.aggregation is None:
-        return FedAvg(**common)
-    dealt = config.lora.rank_by_client or ()
-    return FedLoRA(
-        **common,
-        aggregation=settings.aggregation,
-        layers=list(adapted_layers(model)),
-        private=private,
-        scaling=config.lora.alpha / config.lora.rank,
-        rank=config.lora.rank,
-        ranks={name: dealt[i % len(dealt)] for i, name in enumerate(roster.expected)} if dealt else {},
-        prune=partial(pruned_rank, config.lora),
-        fresh=partial(fresh_adapter, config, model),
-    )
+        return FedAvg(roster, observer, config, optimizer, releases)
+    layers, fresh = list(adapted_layers(model)), partial(fresh_adapter, config, model)
+    return FedLoRA(roster, observer, config, optimizer, releases, layers=layers, private=private, fresh=fresh)

@@ -1,8 +1,8 @@
 """FedLoRA as a Flower strategy: adapters and head travel, the frozen base stays where it is.
 
-What a client is sent, trains, sends back and keeps depends on the rule (lora_aggregation.RULES) alone; the order of
-each message names it, so that clients know of no rule. Rules that fold into the base send the base weights of the
-adapted layers down anew each round: clients keep nothing between rounds, and a resumed server needs no history.
+What a client is sent, trains, sends back and keeps depends on the rule (lora_rules.RULES) alone. The instructions in
+each message name these tensors, so that clients need not know the rule. Rules that fold into the base send the base
+weights of the adapted layers again in each round, so clients keep nothing and a resumed server needs no history.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,11 +15,12 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 from flwr.common import log
 
+from flapp.architecture import pruned_rank
 from flapp.groups import cut_rank
 from flapp.messages import TRAIN, as_record, pack, view
 from flapp.server.roster import FederationError
 from flapp.strategy.fedavg import FedAvg
-from flapp.strategy.lora_aggregation import RULES, Aggregated, Factors, error_norms, refill
+from flapp.strategy.lora_rules import RULES, Aggregated, Factors, error_norms, refill
 from flapp.strategy.phase import Phase
 from flapp.sums import WeightedSum, weighted_average
 
@@ -45,37 +46,34 @@ def global_keys(state: Iterable[str], travels: Iterable[str], aggregation: str |
 
 
 class FedLoRA(FedAvg):
-    """Federated LoRA by the rule `aggregation`; its other arguments are FedAvg's, and these:
+    """Federated LoRA by the rule strategy.aggregation. Its other arguments are FedAvg's, and these:
 
-    layers: names of the adapted layers; private: keys that each client keeps; scaling: alpha / rank; rank: of the
-    global adapter; ranks: of clients that begin with less; prune: gives the rank to which a client of a rank may prune
-    itself, which is that rank where clients do not; fresh: a round's new lora_A of every layer, of the global rank and
-    drawn from the seed. Factors that never travel are those of the roster's base.
+    layers: names of the adapted layers; private: keys that each client keeps; fresh: draws a round's new lora_A of
+    every layer, of the global rank, from the seed. Factors that never travel are those of the roster's base.
     """
 
     def __init__(
         self,
         *args: Any,
-        aggregation: str,
         layers: Sequence[str],
         private: Sequence[str],
-        scaling: float,
-        rank: int,
-        ranks: Mapping[str, int],
-        prune: Callable[[int], int],
         fresh: Callable[[int], Mapping[str, np.ndarray]],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.aggregation, self.rule = aggregation, RULES[aggregation]
-        self.layers, self.private = list(layers), tuple(private)
-        self.scaling, self.rank, self.ranks, self.prune, self.fresh = scaling, rank, ranks, prune, fresh
+        assert self.settings.aggregation is not None
+        self.rule = RULES[self.settings.aggregation]
+        self.layers, self.private, self.fresh = list(layers), tuple(private), fresh
+        self.lora = self.config.lora
+        self.scaling = self.lora.alpha / self.lora.rank
+        dealt = self.lora.rank_by_client or ()
+        self.ranks = {name: dealt[i % len(dealt)] for i, name in enumerate(self.roster.expected)} if dealt else {}
         self.pruned: dict[str, int] = {}
         self.remembers = bool(private)
 
     def summary(self) -> None:
         """Log the rule, and what FedAvg logs."""
-        log(INFO, "\t├──> adapters of %d layers, aggregated by %s", len(self.layers), self.aggregation)
+        log(INFO, "\t├──> adapters of %d layers, aggregated by %s", len(self.layers), self.settings.aggregation)
         super().summary()
 
     def facts(self) -> dict[str, Any]:
@@ -83,7 +81,7 @@ class FedLoRA(FedAvg):
         return super().facts() | {"base": self.roster.base_digest, "pruned": self.pruned}
 
     def restore(self, done: int, facts: dict[str, Any], state: dict[str, np.ndarray]) -> None:
-        """Go on after `done` rounds; raises FederationError when the base is not the one the run began with."""
+        """Continue after `done` rounds; raises FederationError when the base is not the one the run began with."""
         if (before := facts["base"]) != (now := self.roster.base_digest):
             raise FederationError(
                 f"the run began over base {before[:12]}, the base is now {now[:12]}: bring back the file that "
@@ -102,108 +100,88 @@ class FedLoRA(FedAvg):
     def rank_sent(self, client_id: str) -> int:
         """Return the rank to which a client's adapters are cut, 0 where they are not."""
         rank = self.rank_of(client_id)
-        return 0 if rank == self.rank else rank
+        return 0 if rank == self.lora.rank else rank
 
     def rank_of(self, client_id: str) -> int:
         """Return the rank that a client has now."""
-        return self.pruned.get(client_id, self.ranks.get(client_id, self.rank))
+        return self.pruned.get(client_id, self.ranks.get(client_id, self.lora.rank))
 
     def expected(self, name: str, trained: ArrayRecord) -> Mapping[str, Array]:
         """Return what a reply must fit: what was sent, or that cut to the rank to which the client may prune itself."""
-        wanted, rank, key = super().expected(name, trained), self.prune(self.rank_of(name)), f"{self.layers[0]}.{A}"
-        is_pruned = rank < self.rank_of(name) and key in trained and tuple(trained[key].shape[:1]) == (rank,)
+        wanted, own = super().expected(name, trained), self.rank_of(name)
+        rank, key = pruned_rank(self.lora, own), f"{self.layers[0]}.{A}"
+        is_pruned = rank < own and key in trained and tuple(trained[key].shape[:1]) == (rank,)
         return cut_rank(wanted, rank) if is_pruned else wanted
 
     def is_summed(self, phase: Phase) -> bool:
-        """Say whether the round is made of sums: rules that average are, once groups have more than one client."""
+        """Return whether the round is made of sums: for rules that average, if groups have more than one client."""
         return super().is_summed(phase) and self.rule.averages and any(len(group) > 1 for group in phase.groups)
 
     def combine_sum(self, total: WeightedSum, weight: float) -> tuple[ArrayRecord, dict[str, Any]]:
-        """Return the same as `combine`, of the weighted sum of all clients.
+        """Return the same as `combine`, from the weighted sum of all clients.
 
-        aggregation_error is None where both factors were trained, because a sum does not tell their products.
+        aggregation_error is None where both factors were trained, because a sum does not tell their products, and where
+        every client keeps its own B.
         """
-        norms = []
-        trained = {key for key in total.arrays if key.rpartition(".")[0] in self.layers}
-        exact = total.unrounded_mean(weight, sorted(trained))
+        is_known = len(self.rule.travels(self.phase.server_round)) == 1 and not self.rule.private_b
+        trained = [key for key in total.arrays if key.rpartition(".")[0] in self.layers]
+        exact = total.unrounded_mean(weight, trained if is_known else [])
         new = dict(self.current.items()) | dict(total.mean(weight, self.current).items())
+        if not is_known:
+            return as_record(new), {"aggregation_error": None}
+        norms = []
         for layer in self.layers:
-            a, b = (self._factor(new, f"{layer}.{part}") for part in (A, B))
-            if a is None or b is None:
-                norms.append((0.0, 0.0))  # every client keeps its own B
-            elif {f"{layer}.{A}", f"{layer}.{B}"} <= trained:
-                return as_record(new), {"aggregation_error": None}
-            else:
-                ideal = Factors(
-                    exact.get(f"{layer}.{A}", a.astype(np.float64)),
-                    exact.get(f"{layer}.{B}", b.astype(np.float64)),
-                    1.0,
-                )
-                norms.append(error_norms(Aggregated(a, b), [ideal]))
-        return as_record(new), self._relative(norms)
+            a, b = (self._resolve(new, f"{layer}.{part}") for part in (A, B))
+            assert a is not None
+            assert b is not None
+            ideal = [exact.get(f"{layer}.{part}", rounded.astype(np.float64)) for part, rounded in ((A, a), (B, b))]
+            norms.append(error_norms(Aggregated(a, b), [Factors(ideal[0], ideal[1], 1.0)]))
+        return as_record(new), _relative_error(norms)
 
     def combine(self, trained: dict[str, ArrayRecord], weights: list[float]) -> tuple[ArrayRecord, dict[str, Any]]:
-        """Aggregate adapters by the rule and average the rest; the line says how far the adapters are from the ideal.
+        """Aggregate adapters by the rule and average the rest; measure how far the adapters are from the ideal.
 
         aggregation_error is ||applied - ideal||_F / ||ideal||_F over all layers, None where it cannot be known. Applied
         is what the next global model really adds, before any server optimizer steps: its B A, and the change of its
-        base weights as they are stored.
-        client_ranks are those that clients have from now on, where they may differ from the global rank.
+        base weights as they are stored. client_ranks are those that clients have from now on, where they may differ
+        from the global rank.
         """
         records = list(trained.values())
+        factors = {layer: self._factors(records, weights, layer) for layer in self.layers}
         adapters = {f"{layer}.{part}" for layer in self.layers for part in (A, B)}
         rest = [key for key in records[0] if key not in adapters]
         new = dict(self.current.items())
         if rest:
-            new |= dict(weighted_average([_pick(record, rest) for record in records], weights).items())
-        norms = []
+            picked = [as_record({key: record[key] for key in rest}) for record in records]
+            new |= dict(weighted_average(picked, weights).items())
+        rank = self.lora.rank if self.rule.any_rank else None
         fresh = self.fresh(self.phase.server_round) if self.rule.any_rank else {}
-        for layer in self.layers:
-            clients = [self._factors(r, layer, weight) for r, weight in zip(records, weights, strict=True)]
-            found = self.rule.aggregate(clients, self.rank if self.rule.any_rank else None)
+        norms = []
+        for layer, clients in factors.items():
+            found = self.rule.aggregate(clients, rank)
             installed = self._install(layer, found, fresh)
             norms.append((0.0, 0.0) if self.rule.private_b else self._error_norms(layer, found, installed, clients))
             new |= installed
-        return as_record(new), self._relative(norms) | self._note_ranks(trained)
+        return as_record(new), _relative_error(norms) | self._note_ranks(trained)
 
-    def _relative(self, norms: Sequence[tuple[float, float]]) -> dict[str, Any]:
-        """Return the error over all layers, of the error and the ideal of each."""
-        error, ideal = (sum(norm**2 for norm in column) ** 0.5 for column in zip(*norms, strict=True))
-        return {"aggregation_error": error / ideal if ideal else None}
+    def _factors(self, records: Sequence[ArrayRecord], weights: Sequence[float], layer: str) -> list[Factors]:
+        """Return each client's factors of a layer: its own, or the common one that it did not send."""
+        found = []
+        for record, weight in zip(records, weights, strict=True):
+            a, b = (self._resolve(record, f"{layer}.{part}") for part in (A, B))
+            assert a is not None
+            found.append(Factors(a, b, weight))
+        return found
 
-    def _error_norms(
-        self, layer: str, found: Aggregated, installed: Mapping[str, Array], clients: Sequence[Factors]
-    ) -> tuple[float, float]:
-        """Return the error and the ideal of a layer, where something is folded by the base weight that is stored."""
-        key = f"{layer}.{WEIGHT}"
-        if key in installed:
-            change = np.subtract(view(installed[key]), view(self.current[key]), dtype=np.float64)
-            found = replace(found, folded=(change / self.scaling,))
-        return error_norms(found, clients)
-
-    def _note_ranks(self, trained: Mapping[str, ArrayRecord]) -> dict[str, Any]:
-        """Remember which clients have pruned themselves, and return what the line says of ranks."""
-        if not self.rule.any_rank:
-            return {}
-        found = {name: len(view(record[f"{self.layers[0]}.{A}"])) for name, record in trained.items()}
-        self.pruned |= {name: rank for name, rank in found.items() if rank < self.rank_of(name)}
-        may_differ = self.ranks or self.prune(self.rank) < self.rank
-        return {"client_ranks": found} if may_differ else {}
-
-    def _factors(self, record: ArrayRecord, layer: str, weight: float) -> Factors:
-        """Return a client's factors: its own, or where it sent none that which all have; no B where it is private."""
-        a, b = (self._factor(record, f"{layer}.{part}") for part in (A, B))
-        assert a is not None
-        return Factors(a, b, weight)
-
-    def _factor(self, record: Mapping[str, Array], key: str) -> np.ndarray | None:
+    def _resolve(self, record: Mapping[str, Array], key: str) -> np.ndarray | None:
+        """Return a tensor of a record or, where it lacks it, of the global model or the base; None if it is private."""
         assert self.roster.base is not None
         fixed = self.roster.base.tensors
         held = record if key in record else self.current
         return view(held[key]) if key in held else fixed[key].numpy() if key in fixed else None
 
     def _install(self, layer: str, found: Aggregated, fresh: Mapping[str, np.ndarray]) -> dict[str, Array]:
-        """Return the tensors of a layer that are new: its factors, and the base weight when something is folded in."""
+        """Return the new tensors of a layer: its factors, and the base weight when something is folded into it."""
         a, b, key = found.A, found.B, f"{layer}.{A}"
         if a is None:
             a, b = fresh[key], np.zeros_like(view(self.current[f"{layer}.{B}"]))
@@ -216,6 +194,27 @@ class FedLoRA(FedAvg):
             new[f"{layer}.{WEIGHT}"] = (weight + self.scaling * product).astype(weight.dtype)
         return {key: pack(value) for key, value in new.items() if value is not None and key in self.current}
 
+    def _error_norms(
+        self, layer: str, found: Aggregated, installed: Mapping[str, Array], clients: Sequence[Factors]
+    ) -> tuple[float, float]:
+        """Return the error and the ideal of a layer; what is folded is measured on the base weight that is stored."""
+        key = f"{layer}.{WEIGHT}"
+        if key in installed:
+            change = np.subtract(view(installed[key]), view(self.current[key]), dtype=np.float64)
+            found = replace(found, folded=(change / self.scaling,))
+        return error_norms(found, clients)
 
-def _pick(record: ArrayRecord, keys: list[str]) -> ArrayRecord:
-    return as_record({key: record[key] for key in keys})
+    def _note_ranks(self, trained: Mapping[str, ArrayRecord]) -> dict[str, Any]:
+        """Remember which clients have pruned themselves, and return what the round's line says of ranks."""
+        if not self.rule.any_rank:
+            return {}
+        found = {name: len(view(record[f"{self.layers[0]}.{A}"])) for name, record in trained.items()}
+        self.pruned |= {name: rank for name, rank in found.items() if rank < self.rank_of(name)}
+        may_differ = self.ranks or pruned_rank(self.lora, self.lora.rank) < self.lora.rank
+        return {"client_ranks": found} if may_differ else {}
+
+
+def _relative_error(norms: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Return the error over all layers, from the error and the ideal of each."""
+    error, ideal = (sum(norm**2 for norm in column) ** 0.5 for column in zip(*norms, strict=True))
+    return {"aggregation_error": error / ideal if ideal else None}

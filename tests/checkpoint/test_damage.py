@@ -140,8 +140,15 @@ def test_a_damaged_store_gives_the_right_tensors_or_one_line(
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"x", b"PK\x03\x04" + bytes(3000), b"SQLite format 3\x00", b"SQLite format 3\x00" + bytes(5000)],
-    ids=["empty", "one byte", "a zip", "a header cut off", "a header and zeros"],
+    [
+        b"",
+        b"x",
+        b"text " * 1000,
+        b"PK\x03\x04" + bytes(3000),
+        b"SQLite format 3\x00",
+        b"SQLite format 3\x00" + bytes(5000),
+    ],
+    ids=["empty", "one byte", "text", "a zip", "a header cut off", "a header and zeros"],
 )
 def test_a_file_that_is_not_a_store_is_refused_and_left_alone(path: Path, content: bytes) -> None:
     path.write_bytes(content)

@@ -64,47 +64,43 @@ def test_a_changed_claim_is_that_of_its_client_alone() -> None:
     assert (second.label_hist, second.train) == ((7, 8), 15)
 
 
+HISTOGRAM = "a label histogram that is not of counts"
+LONG = "x" * (LONGEST_TEXT + 1)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (column("client-id", ["0", "1", "2", "3"]), "a label histogram that is not of counts"),
-        (column("train", [5, 0]), "mistyped entry: train"),
-        (column("train", [5, 0, 4, 4]), "mistyped entry: train"),
-        (column("train", [5.0, 0.0, 4.0]), "mistyped entry: train"),
-        (column("train", [True, False, True]), "mistyped entry: train"),
-        (column("train", 5), "mistyped entry: train"),
+        *(
+            (column("train", wrong), "mistyped entry: train")
+            for wrong in ([5, 0], [5, 0, 4, 4], [5.0, 0.0, 4.0], [True, False, True], 5)
+        ),
         (column("val", ["1", "0", "0"]), "mistyped entry: val"),
         (column("shard-digest", [1, 2, 3]), "mistyped entry: shard_digest"),
         (column("last-modified", [1, 2, 3]), "mistyped entry: last_modified"),
         (column("fault", ["", ""]), "mistyped entry: fault"),
-        (column("classes", [3, 3]), "a label histogram that is not of counts"),
-        (column("classes", [3, 0, 4]), "a label histogram that is not of counts"),
-        (column("classes", [3, 0, 2]), "a label histogram that is not of counts"),
-        (column("classes", [4, -1, 3]), "a label histogram that is not of counts"),
-        (column("classes", [3.0, 0.0, 3.0]), "a label histogram that is not of counts"),
-        (column("classes", 6), "a label histogram that is not of counts"),
-        (column("label-hist", [2, 0, 3, 4, 0]), "a label histogram that is not of counts"),
-        (column("label-hist", [2.0, 0.0, 3.0, 4.0, 0.0, 0.0]), "a label histogram that is not of counts"),
-        (column("label-hist", 6), "a label histogram that is not of counts"),
-        (entry("label_hist", [-1, 5, 0]), "a label histogram that is not of counts"),
-        (entry("label_hist", [0] * (MOST_CLASSES + 1)), "a label histogram that is not of counts"),
-        (entry("client_id", "2" * (LONGEST_TEXT + 1)), "a client_id of over 500 characters"),
-        (entry("shard_digest", "d" * (LONGEST_TEXT + 1)), "a shard_digest of over 500 characters"),
-        (entry("base_digest", "d" * (LONGEST_TEXT + 1)), "a base_digest of over 500 characters"),
-        (entry("source_digest", "d" * (LONGEST_TEXT + 1)), "a source_digest of over 500 characters"),
-        (entry("versions", "v" * (LONGEST_TEXT + 1)), "a versions of over 500 characters"),
-        (without("val"), "a missing or foreign entry: val"),
-        (without("client-id"), "a missing or foreign entry: client_id"),
-        (without("classes"), "a missing or foreign entry: classes"),
+        (column("client-id", ["0", "1", "2", "3"]), HISTOGRAM),
+        *(
+            (column("classes", wrong), HISTOGRAM)
+            for wrong in ([3, 3], [3, 0, 4], [3, 0, 2], [4, -1, 3], [3.0, 0.0, 3.0], 6)
+        ),
+        *((column("label-hist", wrong), HISTOGRAM) for wrong in ([2, 0, 3, 4, 0], [2.0, 0.0, 3.0, 4.0, 0.0, 0.0], 6)),
+        (entry("label_hist", [-1, 5, 0]), HISTOGRAM),
+        (entry("label_hist", [0] * (MOST_CLASSES + 1)), HISTOGRAM),
+        *(
+            (entry(name, LONG), f"a {name} of over 500 characters")
+            for name in ("client_id", "shard_digest", "base_digest", "source_digest", "versions")
+        ),
+        *(
+            (without(name.replace("_", "-")), f"a missing or foreign entry: {name}")
+            for name in ("val", "client_id", "classes")
+        ),
         (column("x" * 10**5, [1, 2, 3]), "a missing or foreign entry: xxx"),
         (column("\x1b[2Jghost", [1, 2, 3]), r"a missing or foreign entry: \\x1b\[2Jghost"),
         (lambda content: content.update({"claim-0": ConfigRecord()}), "1 records that are not claims, such as claim-0"),
+        (lambda content: content.update({"arrays": ArrayRecord({"w": Array(np.zeros(9))})}), "such as arrays"),
         (lambda content: content.pop(CLAIMS), "carries no claims"),
         (lambda content: content.update({CLAIMS: MetricRecord()}), "carries no claims"),
-        (
-            lambda content: content.update({"arrays": ArrayRecord({"w": Array(np.zeros(9))})}),
-            "1 records that are not claims, such as arrays",
-        ),
     ],
 )
 def test_columns_that_are_not_of_claims_are_refused_by_name(change: Change, reason: str) -> None:

@@ -4,7 +4,6 @@ import inspect
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,34 +13,20 @@ from flwr.app import Array, ArrayRecord, Error, Message
 from safetensors.numpy import load_file
 
 from flapp import client_app, groups
+from flapp.client import task
 from flapp.groups import GROUP, SUM, cut
-from flapp.messages import ARRAYS, METRICS, TRAIN
+from flapp.messages import ARRAYS, METRICS, TRAIN, Claim
+from flapp.strategy.lora_rules import RULES
 from flapp.strategy.phase import FOLDED_AT_ONCE, Phase
-from tests.conftest import LocalGrid, read_lines
+from tests.conftest import LocalGrid, read_clients, read_lines
+from tests.support.replies import Federate, Sent, changing, failures, listen
 
-Federate = Callable[..., tuple[dict[str, Any], Path]]
-WIDE = (
-    "experiment=toy_regression",
-    "clients=70",
-    "num_rounds=2",
-    "checkpoint=off",
-    "partition.min_size=1",
-    "strategy.fraction_train=0.7",
-)
+TOY = ("experiment=toy_regression", "num_rounds=2", "checkpoint=off", "partition.min_size=1")
+WIDE, ALL = (*TOY, "clients=70", "strategy.fraction_train=0.7"), (*TOY, "clients=60")
 LORA = (
-    "experiment=digits_fedlora",
-    "model=linear",
-    "model.pretrained=null",
-    "lora.targets=[fc]",
-    "lora.rank=4",
-    "clients=33",
-    "num_rounds=2",
-    "train.steps=2",
-    "partition=iid",
-    "evaluate.every=2",
-    "evaluate.personal_epochs=0",
-    "strategy.fraction_evaluate=0.1",
-    "checkpoint=off",
+    *("experiment=digits_fedlora", "model=linear", "model.pretrained=null", "lora.targets=[fc]", "lora.rank=4"),
+    *("clients=33", "num_rounds=2", "train.steps=2", "partition=iid", "checkpoint=off"),
+    *("evaluate.every=2", "evaluate.personal_epochs=0", "strategy.fraction_evaluate=0.1"),
 )
 
 
@@ -65,7 +50,7 @@ def test_groups_and_single_messages_end_in_the_same_bytes(federate: Federate, co
     assert {line["replies"] for line in read_lines(path, "train")} == {49}
 
 
-@pytest.mark.parametrize("rule", ["fedit", "ffa", "rolora", "fedsa", "flora", "fedex", "flexlora", "hetlora"])
+@pytest.mark.parametrize("rule", RULES)
 def test_every_rule_ends_in_the_same_bytes_in_groups(federate: Federate, rule: str) -> None:
     words = [*LORA, f"strategy.aggregation={rule}"]
     if rule == "fedsa":
@@ -90,38 +75,34 @@ def test_alignment_ends_in_the_same_bytes_in_groups(federate: Federate) -> None:
 
 
 def test_the_average_of_groups_is_the_weighted_mean_in_float64(federate: Federate) -> None:
-    trained: dict[str, tuple[float, dict[str, np.ndarray]]] = {}
-
-    def listen(name: str, reply: Message) -> Message:
-        if reply.metadata.message_type == TRAIN:
-            record = reply.content.array_records[ARRAYS]
-            tensors = {key: array.numpy().astype(np.float64) for key, array in record.items()}
-            trained[name] = (float(reply.content.metric_records[METRICS]["num-examples"]), tensors)
-        return reply
-
-    federate(*WIDE, "num_rounds=1", tamper=listen)
+    seen: Sent = []
+    federate(*WIDE, "num_rounds=1", tamper=listen(seen))
     _, path = federate(*WIDE, "num_rounds=1", nodes=nodes(2), any_node=True)
-    total = sum(weight for weight, _ in trained.values())
+    counts = {name: line["train"] for name, line in read_clients(path).items()}
+    total = sum(counts[name] for name, _ in seen)
     for key, tensor in load_file(path / "model.safetensors").items():
-        mean = sum(weight * tensors[key] for weight, tensors in trained.values()) / total
+        mean = sum(counts[name] * arrays[key].astype(np.float64) for name, arrays in seen) / total
         np.testing.assert_allclose(tensor, mean.astype(np.float32), rtol=1e-6)
 
 
 GROUPED: dict[str, Any] = {"nodes": nodes(2), "any_node": True}
-ALL = ("experiment=toy_regression", "clients=60", "num_rounds=2", "checkpoint=off", "partition.min_size=1")
+
+
+def group_of(name: str) -> tuple[str, ...]:
+    return next(group for group in cut(sorted(map(str, range(60)))) if name in group)
 
 
 @pytest.fixture
 def break_clients(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
     """Return a function that has clients fail in their own ways, whether they are asked alone or in a group."""
-    fit, opened = client_app.fit, client_app.open_client_data
+    fit, opened = client_app.fit, task.open_client_data
     faults: dict[str, str] = {}
 
-    def broken_fit(model: Any, config: Any, order: Any, *rest: Any, **options: Any) -> Any:
-        fault = faults.get(order.client_id)
+    def broken_fit(model: Any, asked: task.Task, *rest: Any, **options: Any) -> Any:
+        fault = faults.get(asked.client_id)
         if fault == "raises":
             raise RuntimeError("out of memory")
-        result = fit(model, config, order, *rest, **options)
+        result = fit(model, asked, *rest, **options)
         with torch.no_grad():
             if fault == "nan":
                 next(model.parameters()).fill_(float("nan"))
@@ -129,20 +110,15 @@ def break_clients(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]],
                 next(model.parameters()).add_(1e6)
         return result
 
-    def other_data(config: Any, site: Any, client_id: str) -> Any:
-        data = opened(config, site, client_id)
-        if faults.get(client_id) == "data" and inspect.stack()[1].function == "begin":
+    def other_data(config: Any, node_config: Any, client_id: str) -> Any:
+        data = opened(config, node_config, client_id)
+        if faults.get(client_id) == "data" and not any(frame.function == "attest" for frame in inspect.stack()):
             return replace(data, claim=replace(data.claim, shard_digest="f" * 64))
         return data
 
     monkeypatch.setattr(client_app, "fit", broken_fit)
-    monkeypatch.setattr(client_app, "open_client_data", other_data)
+    monkeypatch.setattr(task, "open_client_data", other_data)
     return faults.update
-
-
-def failures(path: Path, server_round: int = 1) -> dict[str, str]:
-    line = next(line for line in read_lines(path, "train") if line["round"] == server_round)
-    return {failure["client"]: failure["reason"] for failure in line["failures"]}
 
 
 @pytest.mark.parametrize("size", [3, 30])
@@ -161,12 +137,8 @@ def test_failing_clients_are_named_and_cost_their_group_nothing(
         assert word in named[name]
     assert failures(path, 2).keys() == named.keys()
 
-    def silence(name: str, reply: Message) -> Message:
-        is_left_out = name in named and reply.metadata.message_type == TRAIN
-        return Message(Error(code=1, reason="left"), reply_to=reply) if is_left_out else reply
-
     break_clients(dict.fromkeys(named, "nothing"))
-    without, _ = federate(*ALL, tamper=silence)
+    without, _ = federate(*ALL, tamper=changing(*named, change=lambda reply: reply.content.pop(ARRAYS)))
     assert grouped["model_sha256"] == without["model_sha256"]
 
 
@@ -185,8 +157,7 @@ def test_a_long_update_in_the_first_round_is_asked_for_again_without_its_client(
     break_clients({"3": "long"})
     federate(*ALL, "num_rounds=1", **GROUPED)
     asked = cut(sorted(map(str, range(60))))
-    theirs = next(group for group in asked if "3" in group)
-    assert sent == [*map(list, asked), [name for name in theirs if name != "3"]]
+    assert sent == [*map(list, asked), [name for name in group_of("3") if name != "3"]]
 
 
 def spoil_group(change: Callable[[Message], None], name: str = "17") -> Callable[[str, Message], Message]:
@@ -239,9 +210,8 @@ def test_a_malformed_answer_costs_its_group_only(
     federate: Federate, change: Callable[[Message], None], word: str
 ) -> None:
     _, path = federate(*ALL, "num_rounds=1", **GROUPED, tamper=spoil_group(change))
-    theirs = next(group for group in cut(sorted(map(str, range(60)))) if "17" in group)
     named = failures(path)
-    assert named.keys() == set(theirs)
+    assert named.keys() == set(group_of("17"))
     assert all(word in reason for reason in named.values())
 
 
@@ -251,21 +221,17 @@ def test_a_node_that_fails_costs_its_group_only(federate: Federate) -> None:
         return Message(Error(code=1, reason="left on purpose"), reply_to=reply) if "17" in ids else reply
 
     _, path = federate(*ALL, "num_rounds=1", **GROUPED, tamper=fail)
-    assert set(failures(path).values()) == {"failed: left on purpose"}
+    assert failures(path) == dict.fromkeys(group_of("17"), "failed: left on purpose")
 
 
 def test_the_server_holds_few_models_however_many_groups_there_are() -> None:
     names = [f"{i:03}" for i in range(400)]
-    phase = Phase(TRAIN, 1, names, dict.fromkeys(names, 1.0))
+    phase = Phase(TRAIN, 1, {name: Claim(name) for name in names}, dict.fromkeys(names, 1.0))
     phase.waiting = {str(index): (index, group) for index, group in enumerate(phase.groups)}
     size = 1 << 17  # numbers: a megabyte in float64
     tracemalloc.start()
     try:
-        for index in reversed(range(FOLDED_AT_ONCE)):  # the first ones come in the wrong order
-            phase.sums[index] = ArrayRecord({"weight": Array(np.full(size, 1.0))})
-            del phase.waiting[str(index)]
-            phase.fold()
-        for index in range(FOLDED_AT_ONCE, len(phase.groups)):
+        for index in (*reversed(range(FOLDED_AT_ONCE)), *range(FOLDED_AT_ONCE, len(phase.groups))):
             phase.sums[index] = ArrayRecord({"weight": Array(np.full(size, 1.0))})
             del phase.waiting[str(index)]
             phase.fold()

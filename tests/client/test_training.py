@@ -18,30 +18,36 @@ def model(dropout: float = 0.0) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 8), nn.Dropout(dropout), nn.Linear(8, 4))
 
 
+def plain_steps(optimizer: type[torch.optim.Optimizer], epochs: int = 1, mu: float = 0.0, **rules: float) -> nn.Module:
+    """Train a model in plain PyTorch; mu is FedProx's."""
+    net = model()
+    start = [p.detach().clone() for p in net.parameters()]
+    stepper = optimizer(net.parameters(), lr=0.1, **rules)  # type: ignore[call-arg]
+    for x, y in BATCHES * epochs:
+        stepper.zero_grad()
+        pull = sum(((p - s) ** 2).sum() for p, s in zip(net.parameters(), start, strict=True))
+        (nn.functional.cross_entropy(net(x), y) + (mu / 2 * pull if mu else 0)).backward()
+        stepper.step()
+    return net
+
+
+def assert_equal(one: nn.Module, other: nn.Module, rtol: float = 0.0, atol: float = 0.0) -> None:
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
 def test_training_takes_the_steps_plain_pytorch_would() -> None:
-    ours, plain = model(), model()
+    ours = model()
     result = train(ours, BATCHES, build_optimizer(ours, "sgd", 0.1, momentum=0.9), epochs=2)
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
-    for x, y in BATCHES * 2:
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(plain(x), y).backward()
-        optimizer.step()
     assert (result.steps, result.samples) == (6, 40)
-    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(a, b)
+    assert_equal(ours, plain_steps(torch.optim.SGD, epochs=2, momentum=0.9))
 
 
 @pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
 def test_weight_decay_is_the_optimizers_own(name: str, kind: type[torch.optim.Optimizer]) -> None:
-    ours, plain = model(), model()
+    ours = model()
     train(ours, BATCHES, build_optimizer(ours, name, 0.1, weight_decay=0.5))
-    optimizer = kind(plain.parameters(), lr=0.1, weight_decay=0.5)  # type: ignore[call-arg]
-    for x, y in BATCHES:
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(plain(x), y).backward()
-        optimizer.step()
-    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(a, b)
+    assert_equal(ours, plain_steps(kind, weight_decay=0.5))
 
 
 def test_steps_count_batches_over_as_many_passes_as_needed() -> None:
@@ -107,30 +113,20 @@ def test_accumulated_batches_make_the_step_of_one_large_batch() -> None:
     halves = [(X[i : i + 4], Y[i : i + 4]) for i in (0, 4, 8, 12)]
     train(small, halves, build_optimizer(small, "sgd", 0.1), rules=StepRules(accumulate=2))
     train(large, [(X[:8], Y[:8]), (X[8:16], Y[8:16])], build_optimizer(large, "sgd", 0.1))
-    for a, b in zip(small.parameters(), large.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert_equal(small, large, rtol=1e-6, atol=1e-7)
 
 
 def test_what_is_left_of_accumulated_batches_makes_a_last_step() -> None:
     three, two_and_one = model(), model()
     train(three, BATCHES[:1], build_optimizer(three, "sgd", 0.1), rules=StepRules(accumulate=5))
     train(two_and_one, BATCHES[:1], build_optimizer(two_and_one, "sgd", 0.1))
-    for a, b in zip(three.parameters(), two_and_one.parameters(), strict=True):
-        assert torch.equal(a, b)
+    assert_equal(three, two_and_one)
 
 
 def test_the_proximal_term_is_the_gradient_of_fedprox() -> None:
-    ours, plain, mu = model(), model(), 0.5
-    train(ours, BATCHES, build_optimizer(ours, "sgd", 0.1), rules=StepRules(proximal_mu=mu))
-    start = [p.detach().clone() for p in plain.parameters()]
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
-    for x, y in BATCHES:
-        optimizer.zero_grad()
-        pull = sum(((p - s) ** 2).sum() for p, s in zip(plain.parameters(), start, strict=True))
-        (nn.functional.cross_entropy(plain(x), y) + mu / 2 * pull).backward()
-        optimizer.step()
-    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    ours = model()
+    train(ours, BATCHES, build_optimizer(ours, "sgd", 0.1), rules=StepRules(proximal_mu=0.5))
+    assert_equal(ours, plain_steps(torch.optim.SGD, mu=0.5), rtol=1e-5, atol=1e-7)
 
 
 def test_gradients_are_clipped_to_a_norm() -> None:
@@ -145,7 +141,6 @@ def test_bfloat16_autocast_trains_float32_weights() -> None:
     exact, rough = model(), model()
     train(exact, BATCHES, build_optimizer(exact, "sgd", 0.1))
     train(rough, BATCHES, build_optimizer(rough, "sgd", 0.1), rules=StepRules(precision="bfloat16"))
-    for a, b in zip(exact.parameters(), rough.parameters(), strict=True):
-        assert b.dtype == torch.float32
-        torch.testing.assert_close(a, b, rtol=0.1, atol=0.02)
+    assert {p.dtype for p in rough.parameters()} == {torch.float32}
+    assert_equal(exact, rough, rtol=0.1, atol=0.02)
     assert not torch.equal(exact[0].weight, rough[0].weight)

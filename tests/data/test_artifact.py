@@ -1,190 +1,242 @@
-"""Artifacts are written whole or not at all, and what was cut off goes on behind its last good block."""
+"""Artifacts: written whole or not at all, compared with their hashes once, and never trusted further than these go."""
 
+import json
+import multiprocessing
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from flapp.data import blocks
-from flapp.data.artifact import DataError, open_artifact, write_artifact, write_rows
+from flapp.data import artifact as artifacts
+from flapp.data.artifact import DataError, open_artifact, open_verified, write_artifact, write_rows
+from flapp.data.offline import OfflineDataset
+from flapp.data.sources import ensure_artifacts
 
 CLASSES = ["a", "b", "c"]
-BLOCK = 1000  # bytes: five images of 8x8x3
-
-
-class CutOffError(Exception):
-    """Stands for a kill: nothing in the writer handles it."""
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Return every file below a folder by its path, with its bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+Arrays = tuple[np.ndarray, np.ndarray]
 
 
 @pytest.fixture
-def arrays(monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.ndarray]:
+def arrays(monkeypatch: pytest.MonkeyPatch) -> Arrays:
     """Return 23 images in blocks of five, and their labels."""
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(artifacts, "BLOCK_BYTES", 1000)
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (23, 8, 8, 3), dtype=np.uint8), rng.integers(0, 3, 23)
 
 
-def write_until(folder: Path, images: np.ndarray, labels: np.ndarray, block: int | None = None) -> list[int]:
-    """Write an artifact, cut off before `block`; return where each block that was read began."""
-    begun: list[int] = []
+@pytest.fixture
+def folder(tmp_path: Path, arrays: Arrays) -> Path:
+    """Return an artifact of these arrays."""
+    write_artifact(tmp_path / "train", *arrays, CLASSES, "source")
+    return tmp_path / "train"
+
+
+def write_until(folder: Path, images: np.ndarray, labels: np.ndarray, error: Exception, counted: list[int]) -> None:
+    """Write an artifact whose fourth block fails to be read, counting the images before it."""
 
     def read(start: int, stop: int) -> np.ndarray:
-        if block is not None and start == block * 5:
-            raise CutOffError
-        begun.append(start)
+        if start == 15:
+            raise error
         return images[start:stop]
 
-    write_rows(folder, read, images.shape, labels, CLASSES, "source")
-    return begun
+    write_rows(folder, read, images.shape, labels, CLASSES, "source", progress=counted.append)
 
 
-def tear_images(partial: Path) -> None:
-    with (partial / "images.npy").open("ab") as file:
-        file.write(b"half a block")
+def test_an_artifact_is_the_bytes_that_numpy_saves_and_reads_back(folder: Path, arrays: Arrays) -> None:
+    for name, array in zip(("images", "labels"), arrays, strict=True):
+        np.save(folder.parent / "numpys.npy", array)
+        assert (folder / f"{name}.npy").read_bytes() == (folder.parent / "numpys.npy").read_bytes()
+    artifact = open_artifact(folder, verify=True)
+    assert np.array_equal(artifact.images, arrays[0])
+    assert (artifact.labels.tolist(), artifact.classes) == (arrays[1].tolist(), tuple(CLASSES))
+    artifact.images[:] = 0  # never reaches the file
+    assert open_artifact(folder, verify=True).images.any()
 
 
-def flip_in_second_block(partial: Path) -> None:
-    content = bytearray((partial / "images.npy").read_bytes())
-    content[128 + 5 * 192 + 7] ^= 1
-    (partial / "images.npy").write_bytes(content)
+def test_the_digest_is_that_of_the_content(folder: Path, tmp_path: Path, arrays: Arrays) -> None:
+    images, labels = arrays
+    write_artifact(tmp_path / "copy", images, labels, CLASSES, "elsewhere")
+    write_artifact(tmp_path / "rolled", images, np.roll(labels, 1), CLASSES, "source")
+    digests = [open_artifact(tmp_path / name).digest for name in ("train", "copy", "rolled")]
+    assert digests[0] == digests[1] != digests[2]
 
 
-def lose_the_last_bytes(partial: Path) -> None:
-    os.truncate(partial / "images.npy", (partial / "images.npy").stat().st_size - 100)
-
-
-def tear_journal(partial: Path) -> None:
-    os.truncate(partial / "journal", (partial / "journal").stat().st_size - 30)
-
-
-def lose_journal(partial: Path) -> None:
-    (partial / "journal").unlink()
-
-
-@pytest.mark.parametrize("block", [0, 1, 3, 4])
-def test_a_preparation_cut_off_reads_only_what_is_missing_and_ends_in_the_same_bytes(
-    tmp_path: Path, arrays: tuple[np.ndarray, np.ndarray], block: int
-) -> None:
-    write_artifact(tmp_path / "whole", *arrays, CLASSES, "source")
-    with pytest.raises(CutOffError):
-        write_until(tmp_path / "cut", *arrays, block)
-    assert not (tmp_path / "cut").exists()
-    assert write_until(tmp_path / "cut", *arrays) == list(range(block * 5, 23, 5))
-    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]
+def test_the_layout_of_resized_images_is_kept_and_that_of_others_is_nhwc(folder: Path, arrays: Arrays) -> None:
+    images, labels = arrays
+    write_artifact(folder.with_name("planes"), images.transpose(0, 3, 1, 2), labels, CLASSES, "source", layout="NCHW")
+    planes, pixels = open_artifact(folder.with_name("planes"), verify=True), open_artifact(folder)
+    assert (planes.layout, pixels.layout) == ("NCHW", "NHWC")
+    assert np.array_equal(planes.images.transpose(0, 2, 3, 1), pixels.images)
+    assert '"layout"' not in (folder / "meta.json").read_text()
 
 
 @pytest.mark.parametrize(
-    ("damage", "first"),
-    [(tear_images, 3), (flip_in_second_block, 1), (lose_the_last_bytes, 2), (tear_journal, 2), (lose_journal, 0)],
+    ("error", "raised", "reason"),
+    [
+        (KeyboardInterrupt("ctrl-c"), KeyboardInterrupt, "ctrl-c"),
+        (OSError(28, "No space left on device"), DataError, r"train cannot be written \(No space left on device\)"),
+    ],
 )
-def test_blocks_that_a_crash_damaged_are_written_again(
-    tmp_path: Path, arrays: tuple[np.ndarray, np.ndarray], damage: Callable[[Path], None], first: int
-) -> None:
-    write_artifact(tmp_path / "whole", *arrays, CLASSES, "source")
-    with pytest.raises(CutOffError):
-        write_until(tmp_path / "cut", *arrays, 3)
-    damage(tmp_path / "cut.tmp")
-    assert write_until(tmp_path / "cut", *arrays)[0] == first * 5
-    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
-
-
-def test_what_another_preparation_left_is_not_gone_on_with(
-    tmp_path: Path, arrays: tuple[np.ndarray, np.ndarray]
-) -> None:
-    images, labels = arrays
-    with pytest.raises(CutOffError):
-        write_until(tmp_path / "split", images, labels, 3)
-    assert write_until(tmp_path / "split", 255 - images, labels[::-1])[0] == 0
-    assert np.array_equal(open_artifact(tmp_path / "split", verify=True).images, 255 - images)
-
-
 def test_what_is_replaced_stays_until_the_new_one_is_whole(
-    tmp_path: Path, arrays: tuple[np.ndarray, np.ndarray]
+    folder: Path, arrays: Arrays, error: Exception, raised: type[BaseException], reason: str
 ) -> None:
     images, labels = arrays
-    write_until(tmp_path / "split", images, labels)
-    with pytest.raises(CutOffError):
-        write_until(tmp_path / "split", 255 - images, labels, 4)
-    assert np.array_equal(open_artifact(tmp_path / "split", verify=True).images, images)
-    write_until(tmp_path / "split", 255 - images, labels)
-    assert np.array_equal(open_artifact(tmp_path / "split", verify=True).images, 255 - images)
-    assert [path.name for path in tmp_path.iterdir()] == ["split"]
-
-
-def test_progress_counts_every_image_once_also_those_of_an_earlier_try(
-    tmp_path: Path, arrays: tuple[np.ndarray, np.ndarray]
-) -> None:
-    images, labels = arrays
-    with pytest.raises(CutOffError):
-        write_until(tmp_path / "split", images, labels, 2)
     counted: list[int] = []
-    write_rows(
-        tmp_path / "split",
-        lambda a, b: images[a:b],
-        images.shape,
-        labels,
-        CLASSES,
-        "source",
-        progress=counted.append,
-    )
-    assert counted == [10, 5, 5, 3]
+    with pytest.raises(raised, match=reason):
+        write_until(folder, 255 - images, labels, error, counted)
+    assert counted == [5, 5, 5]
+    assert np.array_equal(open_artifact(folder, verify=True).images, images)
+    write_artifact(folder, 255 - images, labels, CLASSES)
+    assert np.array_equal(open_artifact(folder, verify=True).images, 255 - images)
+    assert [path.name for path in folder.parent.iterdir()] == ["train"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from flapp.data.artifact import write_rows
+die = lambda start, stop: os.kill(os.getpid(), signal.SIGKILL)
+write_rows(Path(sys.argv[1]), die, (9, 2, 2, 1), np.arange(9), "x" * 9, "source")
+"""
+
+
+def test_a_killed_writer_leaves_nothing_that_its_successor_does_not_remove(folder: Path, arrays: Arrays) -> None:
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder)], check=False, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(folder.parent.iterdir())) == 2
+    assert np.array_equal(open_artifact(folder, verify=True).images, arrays[0])
+    write_artifact(folder, *arrays, CLASSES)
+    assert [path.name for path in folder.parent.iterdir()] == ["train"]
 
 
 def test_a_disk_without_room_is_found_out_before_anything_is_written(
-    tmp_path: Path, arrays: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, arrays: Arrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = SimpleNamespace(free=8000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(DataError, match=r"split needs 8,696 bytes and its disk has 8,000 free: make room") as caught:
-        write_until(tmp_path / "split", *arrays)
-    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=8000))
+    with pytest.raises(DataError, match=r"split needs 8,696 bytes, .* 8,000 free: make room"):
+        write_artifact(tmp_path / "split", *arrays, CLASSES)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_fails_is_said_in_one_line(tmp_path: Path, arrays: tuple[np.ndarray, np.ndarray]) -> None:
-    def fail(start: int, stop: int) -> np.ndarray:
-        raise OSError(28, "No space left on device")
+def test_an_artifact_of_the_wrong_kind_is_not_written(tmp_path: Path) -> None:
+    images, labels = np.zeros((3, 4, 4, 1), np.uint8), np.zeros(3, np.int64)
+    wrong: list[tuple[Any, ...]] = [
+        (images.astype(np.float32), labels, ["a"]),
+        (images, labels[:2], ["a"]),
+        (images, np.array([0, 1, 2]), ["a", "b"]),
+        (images, labels.astype(np.float32), ["a"]),
+        (images, labels, ["a"], "", "HWC"),
+    ]
+    for arguments in wrong:
+        with pytest.raises(DataError):
+            write_artifact(tmp_path / "x", *arguments)
+    assert list(tmp_path.iterdir()) == []
 
-    with pytest.raises(DataError, match=r"split cannot be written \(No space left on device\)"):
-        write_rows(tmp_path / "split", fail, arrays[0].shape, arrays[1], CLASSES, "source")
+
+def flip(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
 
 
-def test_the_layout_of_materialised_images_is_kept_and_that_of_others_is_nhwc(
-    tmp_path: Path, arrays: tuple[np.ndarray, np.ndarray]
+def roll_labels(content: bytes) -> bytes:
+    return content[:128] + content[136:] + content[128:136]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("images.npy", lambda content: content[:-100], r"images\.npy cannot be read .*100 bytes too few"),
+        ("images.npy", lambda content: content + bytes(4416), "4,416 bytes behind its array"),
+        ("images.npy", flip, "block 4 has another SHA-256"),
+        ("labels.npy", roll_labels, r"labels\.npy was changed or damaged .*block 0"),
+        ("meta.json", lambda content: content.replace(b"true", b"false"), "is not a complete artifact"),
+        ("meta.json", lambda content: b"[1", r"meta\.json is damaged"),
+        ("meta.json", lambda content: content.replace(b"23", b"24"), r"holds uint8 \[23, 8, 8, 3\], its meta"),
+    ],
+)
+def test_damage_is_named(folder: Path, name: str, change: Callable[[bytes], bytes], reason: str) -> None:
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+    with pytest.raises(DataError, match=reason) as refused:
+        open_artifact(folder, verify=True)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows whenever an artifact's arrays are hashed."""
+    found: list[int] = []
+    real = artifacts.damaged_blocks
+    monkeypatch.setattr(
+        artifacts, "damaged_blocks", lambda array, *rest: found.append(len(array)) or real(array, *rest)
+    )
+    return found
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_the_bytes_of_an_artifact_are_compared_once_by_one_process_where_it_can_leave_a_note(
+    folder: Path, hashed: list[int], monkeypatch: pytest.MonkeyPatch, writable: bool
 ) -> None:
-    images, labels = arrays
-    write_artifact(tmp_path / "planes", images.transpose(0, 3, 1, 2), labels, CLASSES, "source", layout="NCHW")
-    write_artifact(tmp_path / "pixels", images, labels, CLASSES, "source")
-    planes, pixels = (open_artifact(tmp_path / name, verify=True) for name in ("planes", "pixels"))
-    assert (planes.layout, pixels.layout) == ("NCHW", "NHWC")
-    assert np.array_equal(planes.images.transpose(0, 2, 3, 1), pixels.images)
-    assert '"layout"' not in (tmp_path / "pixels" / "meta.json").read_text()
-    with pytest.raises(DataError, match="has layout 'HWC': it must be one of NHWC, NCHW"):
-        write_artifact(tmp_path / "other", images, labels, CLASSES, "source", layout="HWC")
+    if not writable:
+        folder.with_name("train.verified.json").mkdir()  # stands for a folder in which no file can be made
+    for process in range(3):
+        monkeypatch.setattr(artifacts, "_compared", set())  # as a new process has it
+        for _ in range(2):
+            open_verified(folder)
+        assert len(hashed) == (2 if writable else 2 * (process + 1))
 
 
-def test_the_arrays_are_the_bytes_that_numpy_itself_saves(
-    tmp_path: Path, arrays: tuple[np.ndarray, np.ndarray]
+def test_an_artifact_whose_files_were_touched_is_compared_again(folder: Path, hashed: list[int]) -> None:
+    open_verified(folder)
+    hashed.clear()
+    path = folder / "images.npy"
+    facts, whole = path.stat(), path.read_bytes()
+    path.write_bytes(flip(whole))
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))  # same inode, size and time of writing
+    for use in (open_verified, OfflineDataset):
+        with pytest.raises(DataError, match=rf"{path} was changed or damaged .*: delete {folder} and prepare it again"):
+            use(folder)
+    path.write_bytes(whole)
+    open_verified(folder)
+    assert hashed
+
+
+def test_a_note_that_was_cut_off_or_is_of_other_files_is_not_believed(
+    folder: Path, hashed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_artifact(tmp_path / "split", *arrays, CLASSES, "source")
-    for name, array in zip(("images", "labels"), arrays, strict=True):
-        np.save(tmp_path / "numpys.npy", array)
-        assert (tmp_path / "split" / f"{name}.npy").read_bytes() == (tmp_path / "numpys.npy").read_bytes()
+    open_verified(folder)
+    note = folder.with_name("train.verified.json")
+    for text in ("", note.read_text()[:40], "[[1]]", note.read_text().replace("1", "2")):
+        note.write_text(text)
+        monkeypatch.setattr(artifacts, "_compared", set())
+        hashed.clear()
+        open_verified(folder)
+        assert hashed, text
 
 
-def test_a_file_longer_than_its_array_is_refused(tmp_path: Path, arrays: tuple[np.ndarray, np.ndarray]) -> None:
-    write_artifact(tmp_path / "split", *arrays, CLASSES, "source")
-    with (tmp_path / "split" / "images.npy").open("ab") as file:
-        file.write(bytes(23 * 192))
-    with pytest.raises(DataError, match="4,416 bytes behind its array"):
-        open_artifact(tmp_path / "split")
+def prepare(data: Path) -> int:
+    ensure_artifacts(data, "digits")
+    return (data / "digits" / "train" / "images.npy").stat().st_ino
+
+
+def test_clients_that_start_together_prepare_the_digits_once(tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        inodes = pool.map(prepare, [tmp_path] * 4)
+    assert len(set(inodes)) == 1  # a second preparation would have replaced the file
+    train, test = (open_artifact(tmp_path / "digits" / split, verify=True) for split in ("train", "test"))
+    assert len(train.labels) + len(test.labels) == 1797
+    assert (train.images.shape[1:], train.images.max()) == ((32, 32, 1), 255)
+    meta = json.loads((tmp_path / "digits" / "train" / "meta.json").read_text())
+    assert (meta["format_version"], meta["complete"]) == (1, True)
+
+
+def test_a_dataset_that_is_not_embedded_must_be_prepared(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"dataset cifar is not prepared.*tools\.prepare_data dataset=cifar"):
+        ensure_artifacts(tmp_path, "cifar")

@@ -1,4 +1,4 @@
-"""CIFAR's own files are read as torchvision reads them, and nothing in them is ever executed."""
+"""CIFAR's files are read as torchvision reads them, and nothing in them is ever executed."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flapp.data.artifact import DataError
-from flapp.data.cifar import CIFAR, cifar_files, cifar_sha256, read_cifar
+from flapp.data.sources import CIFAR, cifar_files, cifar_sha256, read_cifar
 from tests.support.cifar_files import python2_pickle, write_cifar
 
 
@@ -93,9 +93,15 @@ class Malicious:
         return self.call
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-@pytest.mark.parametrize("place", ["whole file", "label", "meta"])
-@pytest.mark.parametrize(("function", "name"), [(os.mkdir, "mkdir"), (eval, "eval"), (np.fromfile, "fromfile")])
+@pytest.mark.parametrize(
+    ("protocol", "place", "function", "name"),
+    [
+        (0, "whole file", os.mkdir, "mkdir"),
+        (2, "label", eval, "eval"),
+        (4, "meta", np.fromfile, "fromfile"),
+        (4, "label", os.mkdir, "mkdir"),
+    ],
+)
 def test_a_malicious_file_is_refused_by_name_and_does_not_run(
     tmp_path: Path, protocol: int, place: str, function: Callable[..., Any], name: str
 ) -> None:

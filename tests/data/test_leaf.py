@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from flapp.data.artifact import DataError
-from flapp.data.leaf import open_source
+from flapp.data.shards.leaf import open_source
 from tests.support.leaf_files import as_leaf, draw_samples, write_arrays, write_leaf
+from tests.support.poison import peak
 
 
 @pytest.mark.parametrize("scale", [255, 1])
@@ -48,18 +49,7 @@ def test_only_zeros_and_ones_are_black_and_white(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("scale", "value", "shown"),
-    [
-        (255, float("nan"), "nan"),
-        (255, float("inf"), "inf"),
-        (255, 1.25, "1.25"),
-        (255, -0.5, "-0.5"),
-        (255, 200, "200"),
-        (1, float("nan"), "nan"),
-        (1, 256, "256"),
-        (1, -1, "-1"),
-        (1, 12.5, "12.5"),
-        (1, 10**400, "no number"),
-    ],
+    [(255, 1.25, "1.25"), (255, -0.5, "-0.5"), (255, 200, "200"), (1, 256, "256"), (1, -1, "-1"), (1, 12.5, "12.5")],
 )
 def test_a_pixel_out_of_range_is_refused_by_file_user_and_value(
     tmp_path: Path, scale: int, value: float, shown: str
@@ -71,6 +61,33 @@ def test_a_pixel_out_of_range_is_refused_by_file_user_and_value(
     with pytest.raises(DataError, match=f"all_data_0.json: user {user} has.*{re.escape(shown)}") as refusal:
         open_source(write_leaf(tmp_path, content))
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [(float("nan"), "invalid char"), (float("inf"), "invalid char"), (10**400, "overflow"), (2**64, "overflow")],
+)
+def test_a_number_that_json_or_64_bits_do_not_have_is_refused(tmp_path: Path, value: float, reason: str) -> None:
+    content = as_leaf(draw_samples(4, 4))
+    content["user_data"]["f0001_01"]["x"][2][100] = value
+    with pytest.raises(DataError, match=rf"all_data_0\.json is damaged after user f0000_00 .*{reason}.*copy it again"):
+        open_source(write_leaf(tmp_path, content))
+
+
+def test_nesting_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    deep = "[" * 200_000 + "]" * 200_000
+    for text in (deep, f'{{"a": ["]]]]]]", {deep}]}}', f'{{"user_data": {{"a\\"]": {deep}}}}}'):
+        (tmp_path / "all_data_0.json").write_text(text)
+        before = peak()
+        with pytest.raises(DataError, match="more than 20 deep"):
+            open_source(tmp_path)
+        assert peak() - before < 100 << 20
+
+
+def test_a_name_with_control_characters_is_refused(tmp_path: Path) -> None:
+    samples = {"a\x1b[2J": draw_samples(3)["f0000_00"]}
+    with pytest.raises(DataError, match=r"control characters in the name 'a\\x1b\[2J': rename it"):
+        open_source(write_leaf(tmp_path, as_leaf(samples)))
 
 
 def test_files_of_different_scales_are_refused(tmp_path: Path) -> None:
@@ -85,16 +102,19 @@ def test_files_of_different_scales_are_refused(tmp_path: Path) -> None:
     [
         (lambda user: user["x"].pop(), "2 images in x and 3 labels"),
         (lambda user: user["x"].append(user["x"][0]), "4 images in x and 3 labels"),
-        (lambda user: user["y"].pop(), "num_samples says 3"),
+        (lambda user: user["y"].pop(), "3 images in x and 2 labels"),
+        (lambda user: (user["x"].pop(), user["y"].pop()), "has 2 labels, num_samples says 3"),
         (lambda user: user["x"][1].pop(), "783 pixels"),
-        (lambda user: user["x"].__setitem__(1, [[0.0] * 28] * 28), "something else than rows"),
-        (lambda user: user["x"][1].__setitem__(5, None), "something else than rows"),
+        (lambda user: user["x"].__setitem__(1, [[0.0] * 28] * 28), "something else than a row"),
+        (lambda user: user["x"][1].__setitem__(5, None), "something else than a row"),
+        (lambda user: user["x"][1].__setitem__(5, True), "something else than a row"),
+        (lambda user: user["x"][1].__setitem__(5, "0.5"), "something else than a row"),
         (lambda user: user["y"].__setitem__(1, 62), "label 62"),
         (lambda user: user["y"].__setitem__(1, -1), "label -1"),
         (lambda user: user["y"].__setitem__(1, 3.0), r"label 3\.0"),
         (lambda user: user["y"].__setitem__(1, True), "label True"),
         (lambda user: user.pop("y"), "no x or no y"),
-        (lambda user: user.__setitem__("y", 7), "instead of a list"),
+        (lambda user: user.__setitem__("y", 7), "instead of a list in x or y"),
     ],
 )
 def test_a_user_that_does_not_add_up_is_refused(tmp_path: Path, change, said: str) -> None:
@@ -139,7 +159,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"all_data_0\.json"):
             open_source(tmp_path)
     path.write_bytes(whole + b" {}")
-    with pytest.raises(DataError, match="instead of the end of the file"):
+    with pytest.raises(DataError, match=r"all_data_0\.json is damaged .*trailing garbage"):
         open_source(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""What a client trains on: the pixels PIL and torchvision would give it, in a seeded order, made ahead of time."""
+"""What a client trains on: the pixels of PIL and torchvision, in a seeded order, made ahead of time."""
 
 import gc
 import mmap
@@ -15,20 +15,10 @@ from torch import Tensor
 from torchvision.transforms import functional
 
 from flapp.data.artifact import DataError, write_artifact
+from flapp.data.images import resize
 from flapp.data.loader import ClientLoader, will_need
 from flapp.data.offline import OfflineDataset
-from flapp.data.pixels import resize, to_input
 from tests.support.images import COUNT, photographs, pil_resize, torchvision_batch, write_resized, write_split
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_split(tmp_path / "cifar10" / "train", photographs())
-
-
-@pytest.fixture
-def dataset(folder: Path) -> OfflineDataset:
-    return OfflineDataset(folder, normalization="imagenet")
 
 
 def epoch(loader: ClientLoader) -> tuple[Tensor, Tensor]:
@@ -51,7 +41,7 @@ def test_resized_batches_equal_the_bytes_of_pil(tmp_path: Path, size: int, chann
     assert np.array_equal(found.numpy(), expected)
 
 
-def test_images_that_are_not_square_and_sizes_that_no_four_divides_are_resized_too(tmp_path: Path) -> None:
+def test_images_that_are_not_square_and_sizes_that_are_not_multiples_of_four_are_resized_too(tmp_path: Path) -> None:
     images = np.ascontiguousarray(photographs(4)[:, :20, :28])
     dataset = OfflineDataset(write_split(tmp_path / "train", images))
     for size in (40, 30, 28, 20):
@@ -162,7 +152,7 @@ def test_uint8_batches_become_the_same_input_wherever_they_are_normalised(datase
     resized = ClientLoader(dataset, np.arange(COUNT), 8, image_size=64, output="uint8")
     assert torch.equal(torch.cat([resized.to_input(pixels) for pixels, _ in resized]), expected)
     native = ClientLoader(dataset, np.arange(COUNT), 8, output="uint8")
-    assert torch.equal(torch.cat([to_input(pixels, "imagenet", 64) for pixels, _ in native]), expected)
+    assert torch.equal(torch.cat([native.to_input(resize(pixels, 64)) for pixels, _ in native]), expected)
 
 
 def test_bfloat16_batches_are_the_float32_ones_rounded(dataset: OfflineDataset) -> None:

@@ -1,4 +1,4 @@
-"""Datasets over artifacts: torchvision's samples and manners, without torchvision's copies."""
+"""Datasets over artifacts give torchvision's samples, without torchvision's copies."""
 
 import multiprocessing
 import pickle
@@ -16,20 +16,12 @@ from flapp.data.offline import OfflineCIFAR10, OfflineCIFAR100, OfflineDataset
 from tests.support.images import COUNT, photographs, torchvision_batch, write_resized, write_split
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_split(tmp_path / "cifar10" / "train", photographs())
-
-
-@pytest.fixture
-def dataset(folder: Path) -> OfflineDataset:
-    return OfflineDataset(folder, normalization="imagenet")
-
-
-@pytest.mark.parametrize("size", [None, 64])
-def test_samples_of_the_dataset_equal_the_bits_of_torchvision(folder: Path, size: int | None) -> None:
-    dataset = OfflineDataset(folder, normalization="imagenet", image_size=size)
-    expected = torchvision_batch(photographs(), size or 32)
+@pytest.mark.parametrize(("size", "normalization"), [(None, "imagenet"), (64, "half")])
+def test_samples_of_the_dataset_equal_the_bits_of_torchvision(
+    folder: Path, size: int | None, normalization: str
+) -> None:
+    dataset = OfflineDataset(folder, normalization=normalization, image_size=size)
+    expected = torchvision_batch(photographs(), size or 32, normalization)
     assert torch.equal(dataset[3][0], expected[3])
     assert torch.equal(dataset[-1][0], expected[-1])
     assert torch.equal(torch.stack([x for x, _ in dataset.__getitems__([5, 0, 5])]), expected[[5, 0, 5]])

@@ -15,9 +15,7 @@ from flapp.data.shards import dataset as shard_dataset
 from flapp.data.shards.build import write_shards
 from flapp.data.shards.client import DistributedShardLoader
 from flapp.data.shards.manifest import Manifest
-from tests.support.leaf_files import (
-    flip,
-)
+from tests.support.leaf_files import flip
 
 
 def rewrite(path: Path, change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]) -> None:
@@ -39,7 +37,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "meta.json").write_bytes((f / "meta.json").read_bytes()[:99]),
         r"meta\.json is damaged",
     ),
-    "meta binary": (lambda f: (f / "meta.json").write_bytes(b"\xff\x00"), r"meta\.json is damaged"),
     "meta a list": (lambda f: (f / "meta.json").write_text("[]"), "is not of a shard of format 1"),
     "meta of a later format": (lambda f: restate(f, format_version=2), "format_version 2"),
     "meta without counts": (lambda f: restate(f, num_samples=7), "num_samples is missing or of a wrong type"),
@@ -54,7 +51,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "train.safetensors").write_bytes((f / "train.safetensors").read_bytes()[:-9]),
         r"train\.safetensors is damaged",
     ),
-    "file empty": (lambda f: (f / "test.safetensors").write_bytes(b""), r"test\.safetensors is damaged"),
     "pickled file": (
         lambda f: np.save(f / "a.npy", np.array([{}]), True) or (f / "a.npy").rename(f / "train.safetensors"),
         "damaged",
@@ -62,23 +58,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "bit in an image": (lambda f: flip(f / "train.safetensors", 5000), r"train\.safetensors has SHA-256"),
     "bit in a label": (lambda f: flip(f / "val.safetensors", -8), r"val\.safetensors has SHA-256"),
     "bit in the header": (lambda f: flip(f / "val.safetensors", 20), "client_2"),
-    "splits exchanged": (
-        lambda f: (f / "val.safetensors").write_bytes((f / "test.safetensors").read_bytes()),
-        r"val\.safetensors has SHA-256",
-    ),
-    "labels rolled": (lambda f: rewrite(f / "train.safetensors", lambda x, y: (x, np.roll(y, 1))), "SHA-256"),
     "images black": (lambda f: rewrite(f / "train.safetensors", lambda x, y: (x * 0, y)), "all zero"),
     "label 62": (lambda f: rewrite(f / "test.safetensors", lambda x, y: (x, y * 0 + 62)), "has label 62"),
-    "label -1": (lambda f: rewrite(f / "test.safetensors", lambda x, y: (x, y * 0 - 1)), "has label -1"),
     "more images than labels": (
         lambda f: rewrite(f / "train.safetensors", lambda x, y: (x[:24], y[:3])),
         r"images U8 \[24, 28, 28\], labels I64 \[3\] instead of",
     ),
     "float images": (lambda f: rewrite(f / "train.safetensors", lambda x, y: (x / np.float32(255), y)), "images F32"),
-    "images of 32 pixels": (
-        lambda f: rewrite(f / "train.safetensors", lambda x, y: (np.zeros((len(y), 32, 32), np.uint8), y)),
-        "instead of images U8",
-    ),
     "other tensors": (lambda f: save_file({"x": np.zeros(3)}, f / "train.safetensors"), r"x F64 \[3\] instead of"),
     "scalars": (
         lambda f: save_file({"images": np.array(1), "labels": np.array(1)}, f / "train.safetensors"),

@@ -1,7 +1,8 @@
-"""Shards: every sample with one client, in the split its writer and the seed say, in one format."""
+"""Shards: every sample with one client, in the split that its writer and the seed decide, and the same bytes again."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -29,6 +30,7 @@ from tests.support.leaf_files import (
     as_leaf,
     content_of,
     draw_samples,
+    flip,
     rows,
     rows_of,
     write_arrays,
@@ -37,9 +39,7 @@ from tests.support.leaf_files import (
 )
 
 
-@pytest.mark.parametrize(
-    ("strategy", "clients"), [("round_robin", 3), ("random", 3), ("natural", None), ("natural", 7)]
-)
+@pytest.mark.parametrize(("strategy", "clients"), [("round_robin", 3), ("random", 3), ("natural", None)])
 def test_every_sample_is_with_exactly_one_client_and_split(
     source: Path, samples: Samples, tmp_path: Path, strategy: str, clients: int | None
 ) -> None:
@@ -87,8 +87,9 @@ def test_manual_follows_the_file(source: Path, samples: Samples, tmp_path: Path)
     [
         (lambda m, names: m["b"].append(names[0]), "writer f0000_00 is given to clients a and b"),
         (lambda m, names: m["a"].append(names[0]), "writer f0000_00 is given to client a twice"),
-        (lambda m, names: m["b"].pop(), r"gives 1 writers of the source to nobody \(f0006_06\)"),
+        (lambda m, names: m["b"].pop(), r"leaves 1 writers of the source out \(f0006_06\)"),
         (lambda m, names: m["b"].append("f9999"), "client b has writer 'f9999', who is not in the source"),
+        (lambda m, names: m.__setitem__("twice", []), "names client a twice"),
         (lambda m, names: m.__setitem__("c", []), "client c must have a list of one writer or more"),
         (lambda m, names: m.__setitem__("../x", m.pop("b")), r"client id '\.\./x' must be letters"),
     ],
@@ -99,16 +100,11 @@ def test_a_manual_mapping_with_a_fault_is_refused_before_anything_is_written(
     names = sorted(samples)
     mapping = {"a": names[:3], "b": names[3:]}
     change(mapping, names)
-    (tmp_path / "mapping.json").write_text(json.dumps(mapping))
+    text = json.dumps(mapping).replace('"twice"', '"a"')
+    (tmp_path / "mapping.json").write_text(text)
     with pytest.raises(DataError, match=said):
         write_shards(source, tmp_path / "shards", "manual", mapping=tmp_path / "mapping.json")
     assert not (tmp_path / "shards").exists()
-
-
-def test_a_client_named_twice_in_a_mapping_is_refused(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "mapping.json").write_text('{"a": ["f0000_00"], "a": ["f0001_01"]}')
-    with pytest.raises(DataError, match="names client a twice"):
-        write_shards(source, tmp_path / "shards", "manual", mapping=tmp_path / "mapping.json")
 
 
 @pytest.mark.parametrize(
@@ -172,31 +168,13 @@ def test_a_client_without_training_samples_is_refused_before_anything_is_written
     assert not (tmp_path / "shards").exists()
 
 
-def test_whole_numbers_and_floats_give_identical_shards(source: Path, samples: Samples, tmp_path: Path) -> None:
+def test_every_form_of_the_source_gives_the_same_shards(source: Path, samples: Samples, tmp_path: Path) -> None:
     whole = write_leaf(tmp_path / "whole", as_leaf(samples, scale=1))
-    write_shards(source, tmp_path / "a", "random", clients=3)
-    write_shards(whole, tmp_path / "b", "random", clients=3)
-    assert content_of(tmp_path / "a") == content_of(tmp_path / "b")
-
-
-def test_arrays_and_leaf_hold_the_same_samples_with_the_same_clients(
-    source: Path, samples: Samples, tmp_path: Path
-) -> None:
     arrays = write_arrays(tmp_path / "arrays", samples)
-    made = [write_shards(path, tmp_path / f"{i}", "random", clients=3) for i, path in enumerate([source, arrays])]
-    assert writers_of(made[0]) == writers_of(made[1])
-    assert rows_of(made[0], *SPLITS) == rows_of(made[1], *SPLITS)
-
-
-def test_the_tensors_are_plain_safetensors_of_the_promised_kind(shards: Manifest) -> None:
-    for client in shards:
-        for split in SPLITS:
-            tensors = load_file(shards.shard_path(client) / f"{split}.safetensors")
-            count = shards[client].num_samples[split]
-            assert {name: (str(t.dtype), t.shape) for name, t in tensors.items()} == {
-                "images": ("uint8", (count, 28, 28)),
-                "labels": ("int64", (count,)),
-            }
+    made = [write_shards(s, tmp_path / f"{i}", "random", clients=3) for i, s in enumerate((source, whole, arrays))]
+    assert content_of(tmp_path / "0") == content_of(tmp_path / "1")
+    assert writers_of(made[0]) == writers_of(made[2])  # whose samples are in another order
+    assert rows_of(made[0], *SPLITS) == rows_of(made[2], *SPLITS)
 
 
 def test_preparing_shards_needs_no_torch(source: Path, tmp_path: Path) -> None:
@@ -256,3 +234,98 @@ def test_an_export_leaves_no_partition_of_other_samples_behind(source: Path, tmp
     stale = export_artifacts(first.path, tmp_path / "data")
     export_artifacts(write_shards(source, tmp_path / "b", "random", 3).path, tmp_path / "data")
     assert not stale.exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from flapp.data.shards.build import write_shards
+event, part = sys.argv[3:]
+def die(name, args):
+    if name == event and part in str(args[0]):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(die)
+write_shards(Path(sys.argv[1]), Path(sys.argv[2]), "natural", seed=1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("event", "part"),
+    [("open", "val.safetensors"), ("os.rename", ".client_4."), ("open", "/manifest.json"), ("os.rename", "/.killed.")],
+)
+def test_kill_9_and_the_same_command_again_end_in_identical_bytes(
+    source: Path, tmp_path: Path, event: str, part: str
+) -> None:
+    out = tmp_path / "killed"
+    command = [sys.executable, "-c", KILLED, str(source), str(out), event, part]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert not out.exists()
+    write_shards(source, out, "natural", seed=1)
+    write_shards(source, tmp_path / "whole", "natural", seed=1)
+    assert content_of(out) == content_of(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "killed.lock", "whole", "whole.lock"]
+
+
+def test_a_second_run_keeps_whole_shards_and_writes_damaged_ones_again(source: Path, shards: Manifest) -> None:
+    before, inode = content_of(shards.folder), shards.folder.stat().st_ino
+    write_shards(source, shards.folder, "round_robin", clients=3, seed=1)
+    assert shards.folder.stat().st_ino == inode
+    flip(shards.shard_path("1") / "val.safetensors", 500)
+    write_shards(source, shards.folder, "round_robin", clients=3, seed=1)
+    assert shards.folder.stat().st_ino != inode
+    assert content_of(shards.folder) == before
+
+
+@pytest.mark.parametrize(
+    "settings", [{"clients": 3, "seed": 2}, {"clients": 2, "seed": 1}, {"clients": 3, "seed": 1, "val_fraction": 0.2}]
+)
+def test_shards_of_other_settings_are_kept_unless_overwrite_is_set(
+    source: Path, shards: Manifest, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    before = content_of(shards.folder)
+    with pytest.raises(DataError, match="overwrite=true"):
+        write_shards(source, shards.folder, "round_robin", **settings)
+    assert content_of(shards.folder) == before
+    write_shards(source, shards.folder, "round_robin", overwrite=True, **settings)
+    write_shards(source, tmp_path / "fresh", "round_robin", **settings)
+    assert content_of(shards.folder) == content_of(tmp_path / "fresh")
+
+
+def test_shards_without_a_manifest_of_this_format_are_kept_unless_overwrite_is_set(
+    source: Path, shards: Manifest
+) -> None:
+    before = content_of(shards.folder)
+    shards.path.unlink()
+    with pytest.raises(DataError, match=r"no manifest at .*tools\.prepare_data .*overwrite=true"):
+        write_shards(source, shards.folder, "round_robin", clients=3, seed=1)
+    write_shards(source, shards.folder, "round_robin", clients=3, seed=1, overwrite=True)
+    assert content_of(shards.folder) == before
+
+
+def test_a_folder_with_other_files_is_not_replaced(source: Path, shards: Manifest) -> None:
+    (shards.folder / "thesis.tex").touch()
+    with pytest.raises(DataError, match=r"thesis\.tex is not a shard's: move it away"):
+        write_shards(source, shards.folder, "natural", overwrite=True)
+    assert (shards.folder / "thesis.tex").exists()
+
+
+def test_a_source_that_changed_is_noticed(samples: Samples, shards: Manifest, tmp_path: Path) -> None:
+    name = sorted(samples)[0]
+    images = samples[name][0].copy()
+    images[0, 0] ^= 255
+    changed = write_leaf(tmp_path / "changed", as_leaf(samples | {name: (images, samples[name][1])}))
+    with pytest.raises(DataError, match=r"comes from another source.*overwrite=true"):
+        write_shards(changed, shards.folder, "round_robin", clients=3, seed=1)
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written_or_removed(
+    source: Path, shards: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = content_of(shards.folder)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1 << 10}))
+    with pytest.raises(DataError, match="make room"):
+        write_shards(source, tmp_path / "new", "natural")
+    with pytest.raises(DataError, match="make room"):
+        write_shards(source, shards.folder, "natural", overwrite=True)
+    assert not (tmp_path / "new").exists()
+    assert content_of(shards.folder) == before

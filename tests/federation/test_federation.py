@@ -134,7 +134,7 @@ def test_the_result_without_a_client_is_the_average_of_the_others(federate: Fede
 
     def listen(name: str, reply: Message) -> Message:
         if messages.ARRAYS in reply.content.array_records:
-            _, metrics = messages.unpack_reply(reply.content)
+            metrics = messages.unpack_reply(reply.content).metrics
             seen[name] = (reply.content.array_records[messages.ARRAYS], int(metrics["num-examples"]))
         return set_tensor(np.full(10, np.nan, np.float32))(reply) if name == "1" and name in seen else reply
 
@@ -172,10 +172,10 @@ def test_one_failing_client_of_ten_is_named_and_the_run_goes_on(
 ) -> None:
     real = client_app.fit
 
-    def fit(model: Any, config: Any, order: messages.Instructions, *rest: Any) -> Any:
-        if order.client_id == "7" and order.server_round == 2:
+    def fit(model: Any, task: Any, *rest: Any) -> Any:
+        if task.client_id == "7" and task.instructions.server_round == 2:
             raise MemoryError("no room for the batch")
-        return real(model, config, order, *rest)
+        return real(model, task, *rest)
 
     monkeypatch.setattr(client_app, "fit", fit)
     summary, path = federate("model=linear", "num_rounds=3", "train.epochs=1", "evaluate.personal_epochs=0")
@@ -288,7 +288,7 @@ def test_batchnorm_buffers_are_averaged_and_counts_stay_whole_numbers(
 
     def listen(name: str, reply: Message) -> Message:
         if messages.ARRAYS in reply.content.array_records:
-            _, metrics = messages.unpack_reply(reply.content)
+            metrics = messages.unpack_reply(reply.content).metrics
             sent[name] = (reply.content.array_records[messages.ARRAYS], int(metrics["num-examples"]))
         return reply
 

@@ -35,7 +35,7 @@ def count_fits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
     def fit(*args: Any) -> Any:
         if args[-1] == "train":
-            trained.append((args[2].client_id, args[2].server_round))
+            trained.append((args[1].client_id, args[1].instructions.server_round))
         return real(*args)
 
     monkeypatch.setattr(client_app, "fit", fit)

@@ -12,9 +12,9 @@ from torchvision.models.vision_transformer import VisionTransformer
 from flapp.files import sha256_of_file
 from flapp.model.adapter_files import Adapter, export_adapter, export_merged, import_adapter
 from flapp.model.build import build_model
-from flapp.model.lora import add_lora, base_state_dict, head_of, lora_state_dict, mark_only_lora_as_trainable
+from flapp.model.lora import add_lora, head_of, lora_state_dict, mark_only_lora_as_trainable
 from flapp.model.pretrained import load_pretrained
-from tests.support.adapters import CASES, adapted, base, in_peft, logits, steps
+from tests.support.adapters import CASES, adapted, base, frozen_of, in_peft, logits, steps
 
 
 def edit(folder: Path, **settings: Any) -> None:
@@ -43,10 +43,10 @@ def test_an_adapter_of_pefts_is_where_training_starts(name: str, targets: tuple[
     theirs = steps(in_peft(name, targets), name, 3)
     theirs.save_pretrained(str(tmp_path))  # type: ignore[operator]
     model = adapted(name, targets)
-    frozen = {key: tensor.clone() for key, tensor in base_state_dict(model).items()}
+    frozen = frozen_of(model)
     assert import_adapter(model, tmp_path) == Adapter("", 2, 6.0)
     torch.testing.assert_close(logits(model, name), logits(theirs, name), atol=1e-5, rtol=1e-5)
-    assert all(torch.equal(tensor, frozen[key]) for key, tensor in base_state_dict(model).items())
+    assert all(torch.equal(tensor, frozen[key]) for key, tensor in frozen_of(model).items())
 
 
 def test_an_exported_adapter_comes_back_bit_for_bit_and_is_always_the_same_bytes(tmp_path: Path) -> None:

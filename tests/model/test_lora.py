@@ -1,5 +1,7 @@
 """Adapters, against PEFT and by hand."""
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -10,16 +12,25 @@ from flapp.model.build import build_model
 from flapp.model.lora import (
     LoRALinear,
     add_lora,
-    base_state_dict,
     head_of,
     load_lora_state_dict,
     lora_state_dict,
     mark_only_lora_as_trainable,
-    merge_lora,
     merged_state_dict,
-    unmerge_lora,
 )
-from tests.support.adapters import CASES, MODELS, adapted, base, batch, bytes_of, copy_adapters, in_peft, logits, steps
+from tests.support.adapters import (
+    CASES,
+    MODELS,
+    adapted,
+    base,
+    batch,
+    bytes_of,
+    copy_adapters,
+    frozen_of,
+    in_peft,
+    logits,
+    steps,
+)
 
 
 @pytest.mark.parametrize(("name", "targets"), CASES)
@@ -44,14 +55,14 @@ def test_adapters_give_pefts_logits_and_take_pefts_steps(name: str, targets: tup
 def test_every_tensor_that_travels_is_trained_and_nothing_else_changes(name: str, targets: tuple[str, ...]) -> None:
     """The gradient of A is zero in the very first step, while B is: so this looks at the gradients of the second."""
     model = adapted(name, targets)
-    before = bytes_of(base_state_dict(model)), bytes_of(lora_state_dict(model))
+    before = bytes_of(frozen_of(model)), bytes_of(lora_state_dict(model))
     steps(model, name, 2)
     parameters = dict(model.named_parameters())
     for key in lora_state_dict(model):
         gradient = parameters[key].grad
         assert gradient is not None, key
         assert gradient.abs().sum() > 0, key
-    after = bytes_of(base_state_dict(model)), bytes_of(lora_state_dict(model))
+    after = bytes_of(frozen_of(model)), bytes_of(lora_state_dict(model))
     assert after[0] == before[0]
     assert not [key for key in after[1] if after[1][key] == before[1][key]]
     assert {*after[0], *after[1]} == set(model.state_dict())
@@ -175,10 +186,10 @@ def test_what_is_trained_beside_the_adapters_can_be_chosen() -> None:
 
 def test_a_frozen_a_still_travels_and_never_counts_as_base() -> None:
     model = adapted()
-    keys = set(lora_state_dict(model)), set(base_state_dict(model))
+    keys = set(lora_state_dict(model)), set(frozen_of(model))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and not name.endswith("lora_A"))
-    assert (set(lora_state_dict(model)), set(base_state_dict(model))) == keys
+    assert (set(lora_state_dict(model)), set(frozen_of(model))) == keys
 
 
 def test_buffers_travel_since_training_changes_them() -> None:
@@ -186,7 +197,7 @@ def test_buffers_travel_since_training_changes_them() -> None:
     add_lora(model, 2, 2.0, ("0",))
     mark_only_lora_as_trainable(model)
     assert {"1.running_mean", "1.running_var", "1.num_batches_tracked", "2.weight"} <= set(lora_state_dict(model))
-    assert set(base_state_dict(model)) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert set(frozen_of(model)) == {"0.weight", "0.bias", "1.weight", "1.bias"}
 
 
 def test_an_adapter_loads_into_another_model_of_the_same_base_or_says_why_not() -> None:
@@ -231,7 +242,7 @@ def test_adapters_that_cannot_be_say_why_and_leave_the_model_alone(name: str, lo
 def test_a_layer_takes_one_adapter_and_a_model_without_any_says_so() -> None:
     with pytest.raises(ValueError, match="qkv, which is LoRALinear: choose among"):
         add_lora(adapted(), 2, 2.0)
-    for verb in (mark_only_lora_as_trainable, lora_state_dict, merge_lora, unmerge_lora, merged_state_dict):
+    for verb in (mark_only_lora_as_trainable, lora_state_dict, merged_state_dict):
         with pytest.raises(ValueError, match="ViT has no adapters: call add_lora first"):
             verb(base())  # type: ignore[operator]
 
@@ -252,3 +263,21 @@ def test_the_adapter_and_head_of_a_vit_b_are_a_190th_of_it() -> None:
     travels = sum(tensor.numel() for tensor in lora_state_dict(model).values())
     assert travels == 12 * 8 * (768 + 3 * 768 + 768 + 768) + 10 * 769
     assert whole // travels == 190
+
+
+@pytest.mark.parametrize(("name", "targets"), CASES)
+def test_the_merged_state_is_a_plain_models(name: str, targets: tuple[str, ...]) -> None:
+    model = steps(adapted(name, targets), name, 3)
+    before, plain = bytes_of(model.state_dict()), base(name)
+    plain.load_state_dict(merged_state_dict(model))
+    torch.testing.assert_close(logits(plain, name), logits(model, name), atol=1e-5, rtol=1e-5)
+    assert bytes_of(model.state_dict()) == before
+
+
+@pytest.mark.parametrize("remake", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])  # noqa: S301
+def test_copies_and_pickles_are_whole(remake: Callable[[nn.Module], nn.Module]) -> None:
+    model = steps(adapted(dropout=0.1), n=2)
+    again = remake(model)
+    assert torch.equal(logits(again), logits(model))
+    assert bytes_of(lora_state_dict(again)) == bytes_of(lora_state_dict(model))
+    assert bytes_of(steps(again).state_dict()) != bytes_of(model.state_dict())

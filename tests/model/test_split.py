@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flapp.model.layout import SIZES
-from flapp.model.split.components import ModelFactory, ModelType, SplitModel, Whole
+from flapp.model.split.component import ModelType, SplitModel, Whole
+from flapp.model.split.factory import ModelFactory
 from flapp.model.split.files import COMPONENTS, StorageManager, parse_points, read_metadata
 from tests.support.split_models import compose, draw_ids, draw_images, refusal, write_gpt2, write_vit
 
@@ -24,35 +25,27 @@ def create(kind: str, source: Path, p1: int = 1, p2: int = 2, **options: Any) ->
     return ModelFactory.create_split_models(kind, source, p1, p2, **options)
 
 
-def test_a_vit_of_six_layers_is_its_components_at_every_legal_pair(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["vit", "gpt2"])
+def test_a_model_of_six_layers_is_its_components_at_every_legal_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setitem(SIZES, "vit_six", (4, 6, 4, 32, 48))
-    expected = write_vit(tmp_path / "six.safetensors", "vit_six")(draw_images())
+    source = tmp_path / ("six.safetensors" if kind == "vit" else "six")
+    inputs = draw_images() if kind == "vit" else draw_ids()
+    expected = write_vit(source, "vit_six")(inputs) if kind == "vit" else write_gpt2(source)(inputs).logits
     for p1, p2 in PAIRS:
-        made = create("vit", tmp_path / "six.safetensors", p1, p2, storage_path=tmp_path, auto_save=True)
+        assert torch.equal(compose(create(kind, source, p1, p2), inputs), expected), (p1, p2)
+    for p1, p2 in ((1, 2), (2, 4), (4, 5)):
+        create(kind, source, p1, p2, storage_path=tmp_path, auto_save=True)
         loaded = ModelFactory.load_split_models(tmp_path, "six", p1, p2)
-        assert torch.equal(compose(made, draw_images()), expected), (p1, p2)
-        assert torch.equal(compose(loaded, draw_images()), expected), (p1, p2)
+        assert torch.equal(compose(loaded, inputs), expected), (p1, p2)
 
 
-def test_a_gpt2_of_six_layers_is_its_components_at_every_legal_pair(tmp_path: Path) -> None:
-    expected = write_gpt2(tmp_path / "six")(draw_ids()).logits
-    for p1, p2 in PAIRS:
-        made = create("gpt2", tmp_path / "six", p1, p2, storage_path=tmp_path, auto_save=True)
-        loaded = ModelFactory.load_split_models(tmp_path, "six", p1, p2)
-        assert torch.equal(compose(made, draw_ids()), expected), (p1, p2)
-        assert torch.equal(compose(loaded, draw_ids()), expected), (p1, p2)
-
-
-@pytest.mark.parametrize(("name", "points"), [("vit_tiny", (1, 2)), ("vit_b_16", (2, 10))])
-def test_our_vits_are_their_components(tmp_path: Path, name: str, points: tuple[int, int]) -> None:
-    expected = write_vit(tmp_path / f"{name}.safetensors", name)(draw_images())
-    source = tmp_path / f"{name}.safetensors"
-    assert torch.equal(
-        compose(create("vit", source, *points, storage_path=tmp_path, auto_save=True), draw_images()), expected
-    )
-    assert torch.equal(compose(ModelFactory.load_split_models(tmp_path), draw_images()), expected)
+def test_a_vit_b_16_is_its_components(tmp_path: Path) -> None:
+    expected = write_vit(tmp_path / "vit_b_16.safetensors", "vit_b_16")(draw_images())
+    made = create("vit", tmp_path / "vit_b_16.safetensors", 2, 10, storage_path=tmp_path, auto_save=True)
+    for models in (made, ModelFactory.load_split_models(tmp_path)):
+        assert torch.equal(compose(models, draw_images()), expected)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -147,7 +140,7 @@ def test_each_component_loads_alone(tmp_path: Path) -> None:
 
 PEAK = """
 import re, sys
-from flapp.model.split.components import ModelFactory
+from flapp.model.split.factory import ModelFactory
 from flapp.model.split import gpt2 as split_gpt2
 def status(key):
     return int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
@@ -214,11 +207,11 @@ def test_what_cannot_be_split_is_refused_in_one_line(tmp_path: Path) -> None:
     for kind, source, message in (
         ("t5", "vit.safetensors", "model_type=t5 is not known: choose one of gpt2, vit"),
         ("vit", "none.safetensors", "none.safetensors is missing: give a file of a ViT's weights"),
-        ("vit", "cnn.safetensors", "is no ViT that we have"),
-        ("vit", "more.safetensors", "1 tensors that are no component's: more"),
+        ("vit", "cnn.safetensors", "is not one of the ViTs that can be split"),
+        ("vit", "more.safetensors", "1 tensors that belong to no component, first more"),
         ("vit", "part.safetensors", "does not fit ViTTop: 1 missing, first encoder.ln.bias"),
         ("gpt2", "torn", "lacks 2 of the model's tensors, first transformer.h.3.ln_1.bias"),
-        ("gpt2", "bert", "is no GPT-2 without cross-attention, but bert"),
+        ("gpt2", "bert", "is a bert: only GPT-2"),
         ("gpt2", "empty", "cannot be read as a GPT-2"),
     ):
         with pytest.raises(ValueError, match=message) as caught:

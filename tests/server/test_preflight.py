@@ -19,7 +19,7 @@ from flapp.config.schema import Config, ConfigError
 from flapp.data.shards.manifest import Manifest
 from flapp.listing import by_reason, list_names
 from flapp.messages import MessageError
-from flapp.model import fitting
+from flapp.model import pretrained
 from flapp.model.build import build_model
 from flapp.model.files import save_tensors
 from flapp.partitions import open_partition
@@ -28,7 +28,7 @@ from flapp.server.preflight import check_run
 from flapp.server.roster import FederationError
 from flapp.server.run_dir import RunDirectory
 from flapp.server.run_names import is_failed_start
-from flapp.strategy.fedavg import FedAvg
+from flapp.strategy.phase import Phase
 from tests.conftest import Broken, LocalGrid, break_off
 from tests.support.commands import left_running, run
 from tools.deployment import submit
@@ -150,7 +150,7 @@ def test_of_large_weights_only_names_and_shapes_are_read(
     words = ("model=linear", f"model.pretrained={path}")
     with pytest.raises(ValueError, match="is damaged"):
         check(data_home, *words)
-    monkeypatch.setattr(fitting, "CHECKED_BYTES", 0)
+    monkeypatch.setattr(pretrained, "CHECKED_BYTES", 0)
     check(data_home, *words)
     save_tensors({"fc.weight": torch.zeros(10, 4), "fc.bias": torch.zeros(10)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"misshapen, first fc.weight \(10, 4\) where the model has \(10, 1024\)"):
@@ -353,7 +353,7 @@ def test_reasons_come_first_once_and_short(federate: Federate, monkeypatch: pyte
     def refuse(*_: Any) -> Any:
         raise ConfigError("its disk is full: make room")
 
-    monkeypatch.setattr("flapp.client_app.open_client_data", refuse)
+    monkeypatch.setattr("flapp.client.task.open_client_data", refuse)
     with pytest.raises(FederationError) as caught:
         federate("model=linear", "clients=40")
     assert str(caught.value) == (
@@ -372,7 +372,7 @@ def test_a_round_without_replies_says_why_first(federate: Federate, monkeypatch:
     def refuse(*_: Any) -> Any:
         raise MessageError("is odd")
 
-    monkeypatch.setattr(FedAvg, "_take_single", refuse)
+    monkeypatch.setattr(Phase, "_take_single", refuse)
     with pytest.raises(FederationError, match=r"^round 1: clients 0 to 2: is odd \(0 of 3 clients gave a valid train"):
         federate(*TOY)
 

@@ -13,8 +13,8 @@ from flapp import client_app, server_app
 from flapp.config.load import compose
 from flapp.config.schema import ConfigError
 from flapp.data.artifact import open_artifact, write_artifact
-from flapp.data.embedded import ensure_artifacts
 from flapp.data.shards.build import write_shards
+from flapp.data.sources import ensure_artifacts
 from flapp.messages import Claim
 from flapp.server import journals, run_dir
 from flapp.server.journals import ClientLedger
@@ -87,7 +87,7 @@ def test_a_run_is_not_resumed_over_data_that_was_prepared_anew_unless_it_is_to_g
     real = client_app.fit
 
     def fit(*args: Any) -> Any:
-        trained.append(args[2].server_round)
+        trained.append(args[1].instructions.server_round)
         return real(*args)
 
     monkeypatch.setattr(client_app, "fit", fit)

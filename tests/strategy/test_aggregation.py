@@ -1,13 +1,16 @@
-"""Averages against float64 numpy and against stock Flower."""
+"""Averages against float64 numpy and against stock Flower; weights, bounds and lengths against their definitions."""
+
+import io
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
-from flapp.checks import find_fault
+from flapp.checks import find_fault, update_norm
 from flapp.messages import pack, view
-from flapp.strategy.evaluation import spread
+from flapp.strategy import aggregation
+from flapp.strategy.aggregation import NormBound, cap_shares, spread
 from flapp.sums import BLOCK, weighted_average
 
 SHAPES = {"weight": (BLOCK + 7, 2), "bias": (5,), "scalar": (), "empty": (0, 3)}
@@ -21,18 +24,19 @@ def models(count: int, dtype: str = "float32") -> list[ArrayRecord]:
     ]
 
 
-@pytest.mark.parametrize("count", [1, 2, 10])
+@pytest.mark.parametrize("count", [1, 10])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_the_average_is_float64_numpys_rounded_once(count: int, dtype: str) -> None:
     records, weights = models(count, dtype), [float(i * i + 1) for i in range(count)]
+    before = [{key: array.data for key, array in record.items()} for record in records]
     averaged = weighted_average(records, weights)
     assert list(averaged) == list(records[0])
     for key, shape in SHAPES.items():
         total = sum(r[key].numpy().astype(np.float64) * w for r, w in zip(records, weights, strict=True))
         found = averaged[key].numpy()
-        assert found.shape == shape
-        assert found.dtype == dtype
+        assert (found.shape, found.dtype) == (shape, dtype)
         np.testing.assert_array_equal(found, np.asarray(total / sum(weights)).astype(dtype))
+    assert before == [{key: array.data for key, array in record.items()} for record in records]
 
 
 def test_the_average_agrees_with_stock_flower() -> None:
@@ -54,58 +58,51 @@ def test_equal_models_average_to_themselves_bit_for_bit() -> None:
 
 
 def test_integers_stay_integers_and_booleans_follow_the_weighted_majority() -> None:
-    def record(number: int, flag: bool) -> ArrayRecord:
-        return ArrayRecord({"n": Array(np.array(number)), "b": Array(np.array([flag])), "u": Array(np.uint8([number]))})
+    def average(values: list[tuple[int, bool]], weights: list[float]) -> dict[str, np.ndarray]:
+        records = [
+            ArrayRecord({"n": Array(np.array(n)), "b": Array(np.array([flag])), "u": Array(np.uint8([n]))})
+            for n, flag in values
+        ]
+        return {key: array.numpy() for key, array in weighted_average(records, weights).items()}
 
-    averaged = weighted_average([record(10, True), record(13, False), record(4, False)], [3.0, 1.0, 1.0])
-    assert averaged["n"].numpy().dtype == np.int64
-    assert averaged["n"].numpy() == 9  # (30 + 13 + 4) / 5 = 9.4
-    assert averaged["u"].numpy().dtype == np.uint8
-    assert averaged["b"].numpy().tolist() == [True]
+    found = average([(10, True), (13, False), (4, False)], [3.0, 1.0, 1.0])
+    assert found["n"] == 9  # (30 + 13 + 4) / 5 = 9.4
+    assert (found["n"].dtype, found["u"].dtype) == (np.int64, np.uint8)
+    assert found["b"].tolist() == [True]
     for flags, majority in (((True, False, False), False), ((False, True, True), True)):
-        records = [record(0, flag) for flag in flags]  # the largest weight, 3 of 7, is not a majority
-        assert weighted_average(records, [3.0, 2.0, 2.0])["b"].numpy().tolist() == [majority]
-    tied = weighted_average([record(0, True), record(0, False)], [1.0, 1.0])
-    assert tied["b"].numpy().tolist() == [False]
-
-
-def test_the_inputs_are_left_as_they_were() -> None:
-    records = models(3)
-    before = [{key: array.data for key, array in record.items()} for record in records]
-    weighted_average(records, [1.0, 2.0, 3.0])
-    assert before == [{key: array.data for key, array in record.items()} for record in records]
+        found = average([(0, flag) for flag in flags], [3.0, 2.0, 2.0])  # the largest, 3 of 7, is not a majority
+        assert found["b"].tolist() == [majority]
+    assert average([(0, True), (0, False)], [1.0, 1.0])["b"].tolist() == [False]
 
 
 @pytest.mark.parametrize("values", [np.arange(6.0).reshape(2, 3), np.asfortranarray(np.ones((3, 2))), np.array(3)])
-def test_view_and_pack_speak_flowers_format(values: np.ndarray) -> None:
+def test_view_and_pack_use_flowers_format(values: np.ndarray) -> None:
     np.testing.assert_array_equal(view(Array(values)), values)
     np.testing.assert_array_equal(pack(values).numpy(), values)
+    np.testing.assert_array_equal(view(pack(values)), values)
+    assert view(pack(values)).shape == values.shape
     assert not view(Array(values)).flags.writeable
 
 
-def test_bytes_that_are_no_plain_array_are_a_fault_not_a_crash() -> None:
+def test_bytes_that_are_not_a_plain_array_are_a_fault_and_pickles_are_never_loaded() -> None:
     expected = models(1)[0]
-    header = np.lib.format.MAGIC_PREFIX + b"\x01\x00\x10\x00"
-    for data in (b"", b"garbage", expected["bias"].data[:-3], header + b"{bad", header + b"{'descr': (((((((("):
+    header, pickled = np.lib.format.MAGIC_PREFIX + b"\x01\x00\x10\x00", io.BytesIO()
+    np.save(pickled, np.array([print] * 5, dtype=object), allow_pickle=True)
+    for data, fault in (
+        *((data, "not a plain array") for data in (b"", b"garbage", expected["bias"].data[:-3], header + b"{bad")),
+        (header + b"{'descr': ((((((((", "not a plain array"),
+        (pickled.getvalue(), "it holds Python objects"),
+    ):
         record = ArrayRecord(dict(expected))
         record["bias"] = Array("float32", (5,), "numpy.ndarray", data)
-        assert "sent bias as not a plain array" in str(find_fault(record, expected))
+        assert fault in str(find_fault(record, expected))
 
 
-def test_pickled_objects_are_never_loaded() -> None:
-    import io
-
-    stream = io.BytesIO()
-    np.save(stream, np.array([print], dtype=object), allow_pickle=True)
-    record = ArrayRecord({"bias": Array("object", (1,), "numpy.ndarray", stream.getvalue())})
-    assert "it holds Python objects" in str(find_fault(record, ArrayRecord({"bias": Array(np.zeros(1))})))
-
-
-def test_finite_values_are_refused_only_when_their_squares_overflow_float32() -> None:
-    for value, sound in ((1e19, True), (-1e19, True), (3e38, False), (-3e38, False)):
-        record = ArrayRecord({"x": Array(np.array([0.0, value], np.float32))})
-        fault = find_fault(record, record)
-        assert fault is None if sound else "sent x with values up to 3e+38" in str(fault)
+@pytest.mark.parametrize(("value", "sound"), [(1e19, True), (-1e19, True), (3e38, False), (-3e38, False)])
+def test_finite_values_are_refused_only_when_their_squares_overflow_float32(value: float, sound: bool) -> None:
+    record = ArrayRecord({"x": Array(np.array([0.0, value], np.float32))})
+    fault = find_fault(record, record)
+    assert fault is None if sound else "sent x with values up to 3e+38" in str(fault)
 
 
 def test_the_spread_is_numpys_percentiles() -> None:
@@ -114,7 +111,101 @@ def test_the_spread_is_numpys_percentiles() -> None:
     assert spread({}) == {}
 
 
-def test_packing_keeps_the_values_of_an_array_in_fortran_order() -> None:
-    values = np.asfortranarray(np.arange(6.0).reshape(2, 3))
-    np.testing.assert_array_equal(view(pack(values)), values)
-    assert view(pack(np.array(7))).shape == ()
+def test_the_length_of_an_update_is_numpys() -> None:
+    rng = np.random.default_rng(0)
+    shapes = (((1 << 17) + 3, "f4"), ((2, 3), "f2"))
+    pairs = [(rng.normal(size=s).astype(t), rng.normal(size=s).astype(t)) for s, t in shapes]
+    exact = np.concatenate([(a.astype(np.float64) - b).ravel() for a, b in pairs])
+    assert update_norm(pairs) == pytest.approx(np.linalg.norm(exact), rel=1e-12)
+    assert update_norm([(np.float32([3e38]), np.float32([-3e38]))]) == pytest.approx(6e38, rel=1e-6)
+    assert update_norm([]) == 0.0
+
+
+def too_long(bound: NormBound, norms: dict[str, float]) -> set[str]:
+    return set(bound.faults(norms, bound.limit(norms)))
+
+
+def test_the_limit_follows_the_medians_of_the_last_two_rounds() -> None:
+    bound = NormBound(10.0)
+    assert bound.known_limit() is None  # until a round has been accepted
+    assert too_long(bound, {"a": 1.0, "b": 1.2, "c": 13.0}) == {"c"}
+    assert too_long(bound, {"a": 1.0, "b": 11.0}) == {"b"}  # of two, the shorter is the median
+    for accepted, limit in (({"a": 1.0, "b": 3.0, "c": 9.0}, 30.0), ({"a": 0.5}, 30.0), ({"a": 0.4}, 5.0)):
+        bound.accept(accepted)
+        assert bound.limit({"a": 1e9}) == bound.known_limit() == limit
+
+
+def test_nobody_is_too_long_where_nobody_has_moved_or_without_a_bound() -> None:
+    assert too_long(NormBound(10.0), {"a": 0.0, "b": 1.0}) == set()
+    assert too_long(NormBound(None), {"a": 1.0, "b": 1.0, "c": 1e30}) == set()
+
+
+@pytest.mark.parametrize("most", [0.5, 0.3, 0.25])
+def test_no_share_exceeds_the_bound_and_the_rest_keep_their_proportions(most: float) -> None:
+    weights = [5.0, 1e12, 7.0, 300.0, 2.0, 11.0]
+    capped = cap_shares(weights, most)
+    assert max(capped) / sum(capped) == pytest.approx(most)
+    small = [i for i, weight in enumerate(capped) if weight == weights[i]]
+    assert len(small) >= 3
+    assert all(capped[i] == max(capped) for i in range(6) if i not in small)
+
+
+@pytest.mark.parametrize(
+    ("weights", "most", "capped"),
+    [([3, 2, 1], 0.5, [3, 2, 1]), ([9, 1], 0.5, [9, 1]), ([9, 1, 1], None, [9, 1, 1]), ([1, 0, 0], 0.5, [1, 1, 1])],
+)
+def test_weights_within_the_bound_or_too_few_for_it_stay(
+    weights: list[float], most: float | None, capped: list[float]
+) -> None:
+    assert cap_shares(weights, most) == capped
+
+
+def alignment_weights(updates: list[list[np.ndarray]]) -> list[float]:
+    """Return the weights of updates, with their lengths taken by numpy."""
+    return aggregation.alignment_weights(updates, [float(np.linalg.norm(flatten(update))) for update in updates])
+
+
+def flatten(update: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([tensor.ravel() for tensor in update]).astype(np.float64)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+def test_alignment_follows_the_cosine_with_the_mean_update(offset: float) -> None:
+    rng = np.random.default_rng(6)
+    shapes: list[tuple[int, ...]] = [(aggregation.BLOCK + 5, 2), (3,), (), (0, 4)]
+    given = [[np.asarray(rng.normal(offset, size=shape), np.float32) for shape in shapes] for _ in range(6)]
+    given[2] = [-3 * tensor for tensor in given[3]]  # pulls the other way
+    flat = np.array([flatten(update) for update in given])
+    norms = np.linalg.norm(flat, axis=1)
+    mean = (flat * np.minimum(1, np.sort(norms)[2] / norms)[:, None]).mean(axis=0)
+    cosines = np.maximum(0, flat @ mean / norms / np.linalg.norm(mean))
+    np.testing.assert_allclose(alignment_weights(given), cosines / cosines.sum(), rtol=1e-9)
+    assert 0.0 in alignment_weights(given)
+
+
+def test_one_long_update_against_nine_others_gets_no_weight() -> None:
+    rng = np.random.default_rng(1)
+    honest = [[np.asarray(1 + rng.normal(size=100), np.float32)] for _ in range(9)]
+    weights = alignment_weights([*honest, [-100 * honest[0][0]]])
+    assert weights[-1] == 0.0
+    assert min(weights[:-1]) > 0.05
+
+
+RIGHT, UP, TINY = np.float32([1, 0]), np.float32([0, 1]), np.full(10, 1e-44, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("updates", "weights"),
+    [
+        ([RIGHT, UP], [1 / 2, 1 / 2]),
+        ([3 * RIGHT, 4 * UP], [1 / 2, 1 / 2]),  # only lengths up to the median count in the mean
+        ([RIGHT, 3 * RIGHT, 4 * UP], [4 / 11, 4 / 11, 3 / 11]),
+        ([RIGHT, 0 * RIGHT, RIGHT], [1 / 2, 0, 1 / 2]),  # a client that did not move has no weight
+        ([0 * UP, 0 * UP, 0 * UP], [1 / 3, 1 / 3, 1 / 3]),
+        ([UP, -UP, 0 * UP], [1 / 3, 1 / 3, 1 / 3]),  # updates that cancel have no direction
+        ([(0.1 + 0.2) * UP.astype(float), -0.3 * UP.astype(float), 0 * UP], [1 / 3, 1 / 3, 1 / 3]),
+        ([TINY, -TINY, TINY], [1 / 2, 0, 1 / 2]),  # the smallest float32 updates still have a direction
+    ],
+)
+def test_alignment_in_small_cases(updates: list[np.ndarray], weights: list[float]) -> None:
+    assert alignment_weights([[update] for update in updates]) == pytest.approx(weights)

@@ -1,7 +1,6 @@
 """FedLoRA: adapters and head travel, the base never changes, and every rule does what its name says."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,13 @@ from flapp.config.schema import ConfigError
 from flapp.model.files import load_tensors
 from flapp.server.roster import FederationError
 from flapp.server.run import initial_model
-from flapp.strategy.lora_aggregation import RULES
+from flapp.strategy.lora_rules import RULES
 from tests.conftest import break_off, read_clients, read_lines
+from tests.support.replies import Federate, Sent, failures, listen, trained_in
 
-Federate = Callable[..., tuple[dict[str, Any], Path]]
+ADAPTERS = ("strategy=fedlora", "lora=default")
 LORA = (
-    *(
-        "strategy=fedlora",
-        "lora=default",
-        "lora.rank=4",
-        "lora.alpha=8",
-        "clients=3",
-        "num_rounds=2",
-        "evaluate.every=1",
-    ),
+    *(*ADAPTERS, "lora.rank=4", "lora.alpha=8", "clients=3", "num_rounds=2", "evaluate.every=1"),
     *("train.steps=3", "evaluate.personal_epochs=0", "train.schedule=constant"),
 )
 FEDSA = ("strategy.aggregation=fedsa", "evaluate.objective=personal_accuracy")
@@ -45,25 +37,13 @@ def by(rule: str) -> tuple[str, ...]:
     return FEDSA if rule == "fedsa" else (f"strategy.aggregation={rule}",)
 
 
-def listen(seen: list[tuple[str, dict[str, np.ndarray]]]) -> Callable[[str, Message], Message]:
-    """Return a tamper function that changes nothing and notes every trained model."""
-
-    def tamper(name: str, reply: Message) -> Message:
-        if messages.ARRAYS in reply.content.array_records:
-            arrays = messages.unpack_arrays(reply.content)
-            seen.append((name, {key: array.numpy() for key, array in arrays.items()}))
-        return reply
-
-    return tamper
-
-
 def factors(keys: Any) -> set[str]:
     return {key.rpartition("_")[2] for key in keys if ".lora_" in key}
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_each_rule_trains_and_leaves_the_base_as_it_was(federate: Federate, rule: str) -> None:
-    seen: list[tuple[str, dict[str, np.ndarray]]] = []
+def test_each_rule_trains_and_leaves_the_base_as_it_was_in_any_order_of_replies(federate: Federate, rule: str) -> None:
+    seen: Sent = []
     summary, path = federate(*LORA, *by(rule), "evaluate.central=true", tamper=listen(seen))
     lines = read_lines(path, "train")
     assert not any(line["failures"] for line in lines)
@@ -79,24 +59,20 @@ def test_each_rule_trains_and_leaves_the_base_as_it_was(federate: Federate, rule
     central = read_lines(path, "central")[-1]
     assert summary["accuracy"] == central["accuracy"]
     assert summary["loss"] == pytest.approx(central["loss"], rel=1e-6)
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_the_order_of_replies_does_not_matter_to_any_rule(federate: Federate, rule: str) -> None:
-    digests = {federate(*LORA, *by(rule), order=order)[0]["model_sha256"] for order in range(2)}
-    assert len(digests) == 1
-
-
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "fedsa"])
-def test_exact_rules_apply_the_ideal_product_and_the_others_do_not(federate: Federate, rule: str) -> None:
-    _, path = federate(*LORA, f"strategy.aggregation={rule}")
-    for line in read_lines(path, "train"):
-        assert (line["aggregation_error"] < 1e-5) == (rule in EXACT)
+    for line in lines:
+        error = line["aggregation_error"]
+        assert error is None if rule == "fedsa" else (error < 1e-5) == (rule in EXACT)
+    one, two = seen[0][1], seen[1][1]
+    assert not any(np.array_equal(one[key], two[key]) for key in one)  # every tensor is trained
+    assert summary["bytes_up"] == sum(len(messages.pack(v).data) for _, sent in seen for v in sent.values())
+    assert sum(lines[0]["client_bytes_up"].values()) == lines[0]["bytes_up"]
+    again, _ = federate(*LORA, *by(rule), order=1)
+    assert again["model_sha256"] == summary["model_sha256"]
 
 
 @pytest.mark.parametrize("rule", ["flora", "fedex"])
 def test_the_error_of_a_round_is_that_of_the_model_that_is_stored(federate: Federate, rule: str) -> None:
-    seen: list[tuple[str, dict[str, np.ndarray]]] = []
+    seen: Sent = []
     _, path = federate(*LORA, *by(rule), "lora.alpha=0.01", "strategy.weighting=uniform", tamper=listen(seen))
     with ChunkManager(path / "server_chunks.db", create=False) as store:
         rounds = [store.reconstruct_model_from_chunks(number) for number in (1, 2)]
@@ -113,17 +89,9 @@ def test_the_error_of_a_round_is_that_of_the_model_that_is_stored(federate: Fede
     assert line["aggregation_error"] > 1e-5  # adapters of so small a scale are lost in the rounding of the base
 
 
-def test_what_a_client_sends_has_changed_in_every_tensor(federate: Federate) -> None:
-    seen: list[tuple[str, dict[str, np.ndarray]]] = []
-    federate(*LORA, "num_rounds=1", tamper=listen(seen))
-    (_, one), (_, two), _ = seen
-    for key in one:
-        assert not np.array_equal(one[key], two[key]), key
-
-
 @pytest.mark.parametrize("rule", ["flora", "flexlora", "hetlora"])
 def test_clients_may_have_different_ranks_where_the_rule_allows(federate: Federate, rule: str) -> None:
-    seen: list[tuple[str, dict[str, np.ndarray]]] = []
+    seen: Sent = []
     dealt = ("lora.rank_by_client=[2,4]", f"strategy.aggregation={rule}")
     summary, path = federate(*LORA, *dealt, "evaluate.central=true", tamper=listen(seen))
     assert not any(line["failures"] for line in read_lines(path, "train"))
@@ -146,7 +114,7 @@ def test_rows_that_nobody_trains_are_drawn_anew_so_that_they_can_learn(federate:
 
 
 def test_the_head_is_averaged_by_the_number_of_samples(federate: Federate) -> None:
-    seen: list[tuple[str, dict[str, np.ndarray]]] = []
+    seen: Sent = []
     _, path = federate(*LORA, "num_rounds=1", tamper=listen(seen))
     counts = {name: line["train"] for name, line in read_clients(path).items()}
     assert len(set(counts.values())) > 1
@@ -196,14 +164,13 @@ def test_a_client_that_lost_its_private_factors_says_so(federate: Federate, data
     lost = data_home / "checkpoints" / "lost" / "client_1"
 
     def tamper(name: str, reply: Message) -> Message:
-        if name == "1" and reply.has_content() and messages.ARRAYS in reply.content.array_records:
+        if name == "1" and trained_in(reply) is not None:
             (lost / "client_1_chunks.db").unlink()
         return reply
 
     _, path = federate(*LORA, *FEDSA, "run_name=lost", tamper=tamper)
-    failures = read_lines(path, "train")[1]["failures"]
-    assert [failure["client"] for failure in failures] == ["1"]
-    assert "has lost what it kept to itself in round 1: bring back its checkpoint store" in failures[0]["reason"]
+    assert failures(path, 2).keys() == {"1"}
+    assert "has lost its private tensors of round 1: bring back its checkpoint store" in failures(path, 2)["1"]
 
 
 def test_a_client_without_the_base_gets_it_once_and_one_with_another_is_refused(
@@ -286,35 +253,20 @@ def test_pieces_of_another_base_than_the_one_named_are_not_kept(tmp_path: Path) 
     assert base.receive_piece(tmp_path, digest, 1, 0, 1, {"t": torch.ones(3)}) == 0
 
 
-def test_the_adapter_is_exported_for_peft_where_it_is_all_that_changed(federate: Federate) -> None:
+def test_the_final_model_is_plain_and_the_adapter_exported_where_it_is_all_that_changed(federate: Federate) -> None:
     _, path = federate(*LORA)
     assert {file.name for file in (path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-    again, _ = federate(*LORA, f"lora.adapter={path / 'adapter'}", "num_rounds=1")
-    assert again["status"] == "finished"
+    assert not any(".lora_" in key for key in load_file(path / "model.safetensors"))
+    for setting in (f"lora.adapter={path / 'adapter'}", f"model.pretrained={path / 'model.safetensors'}"):
+        assert federate(*LORA, setting, "num_rounds=1")[0]["status"] == "finished"
     _, folded = federate(*LORA, "strategy.aggregation=flora")
     assert not (folded / "adapter").exists()
 
 
-def test_the_final_model_is_plain_and_a_base_for_the_next_run(federate: Federate) -> None:
-    _, path = federate(*LORA)
-    assert not any(".lora_" in key for key in load_file(path / "model.safetensors"))
-    next_run, _ = federate(*LORA, f"model.pretrained={path / 'model.safetensors'}", "num_rounds=1")
-    assert next_run["status"] == "finished"
-
-
-@pytest.mark.parametrize("weighting", ["uniform", "alignment"])
-def test_weightings_compose_with_adapters(federate: Federate, weighting: str) -> None:
-    by_size, _ = federate(*LORA)
-    other, _ = federate(*LORA, f"strategy.weighting={weighting}")
-    assert other["model_sha256"] != by_size["model_sha256"]
-
-
-def test_bytes_up_are_the_adapters_and_the_head(federate: Federate) -> None:
-    seen: list[tuple[str, dict[str, np.ndarray]]] = []
-    summary, path = federate(*LORA, tamper=listen(seen))
-    assert summary["bytes_up"] == sum(len(messages.pack(v).data) for _, sent in seen for v in sent.values())
-    line = read_lines(path, "train")[0]
-    assert sum(line["client_bytes_up"].values()) == line["bytes_up"]
+def test_weightings_compose_with_adapters(federate: Federate) -> None:
+    weightings = ("num-examples", "uniform", "alignment")
+    digests = {federate(*LORA, f"strategy.weighting={name}")[0]["model_sha256"] for name in weightings}
+    assert len(digests) == 3
 
 
 @pytest.mark.parametrize(
@@ -322,19 +274,16 @@ def test_bytes_up_are_the_adapters_and_the_head(federate: Federate) -> None:
     [
         (["strategy=fedlora"], "FedLoRA needs a model with adapters: set lora=default (got lora=none)"),
         (["lora=default"], "lora=default trains adapters, strategy=fedavg sends whole models"),
-        (["strategy=fedlora", "lora=default", "lora.rank=0"], "lora.rank=0 is out of range: it must be at least 1"),
-        (["strategy=fedlora", "lora=default", "lora.targets=[]"], "lora.targets is empty"),
+        ([*ADAPTERS, "lora.rank=0"], "lora.rank=0 is out of range: it must be at least 1"),
+        ([*ADAPTERS, "lora.targets=[]"], "lora.targets is empty"),
+        ([*ADAPTERS, "lora.rank_by_client=[4,8]"], "strategy.aggregation=fedit cannot aggregate"),
         (
-            ["strategy=fedlora", "lora=default", "lora.rank_by_client=[4,8]"],
-            "strategy.aggregation=fedit cannot aggregate",
-        ),
-        (
-            ["strategy=fedlora", "lora=default", "lora.rank_by_client=[4,16]", "strategy.aggregation=flora"],
+            [*ADAPTERS, "lora.rank_by_client=[4,16]", "strategy.aggregation=flora"],
             "has more than lora.rank=8, the largest",
         ),
         (["strategy.aggregation=fedit"], "does not go with strategy=fedavg"),
         (
-            ["strategy=fedlora", "lora=default", *FEDSA, "checkpoint=off"],
+            [*ADAPTERS, *FEDSA, "checkpoint=off"],
             "fedsa keeps each client's B in its chunk store: set checkpoint=recent",
         ),
         *(
@@ -346,19 +295,13 @@ def test_bytes_up_are_the_adapters_and_the_head(federate: Federate) -> None:
             for setting in ("evaluate.objective=accuracy", "evaluate.objective=loss")
         ),
         *(
-            (
-                [*LORA, "num_rounds=9", *FEDSA, setting],
-                f"{setting} is of the global model, which lacks every client's B",
-            )
-            for setting in ("stopping.metric=loss", "stopping.metric=accuracy")
+            ([*LORA, "num_rounds=9", *FEDSA, f"stopping.metric={name}"], "which lacks every client's B")
+            for name in ("loss", "accuracy")
         ),
         (["strategy.server_lr=0.1"], "has no effect without strategy.server_optimizer"),
+        ([*ADAPTERS, *FEDSA, "lora.adapter=/adapter"], "lora.adapter gives all clients one B"),
         (
-            ["strategy=fedlora", "lora=default", *FEDSA, "lora.adapter=/adapter"],
-            "lora.adapter gives all clients one B",
-        ),
-        (
-            ["strategy=fedlora", "lora=default", "strategy.aggregation=flora", "strategy.server_optimizer=fedadam"],
+            [*ADAPTERS, "strategy.aggregation=flora", "strategy.server_optimizer=fedadam"],
             "steps along an average, which strategy.aggregation=flora is not",
         ),
     ],

@@ -10,30 +10,19 @@ import pytest
 from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord
 from safetensors.torch import load_file
 
-from flapp.checks import update_norm
 from flapp.config.schema import ConfigError
 from flapp.messages import ARRAYS, CLAIMS, METRICS, NUM_EXAMPLES, Claim, pack_claims, unpack_claims
 from flapp.server.roster import FederationError
-from flapp.strategy.bounds import NormBound, cap_shares
-from tests.conftest import break_off, read_clients, read_lines
+from flapp.strategy.aggregation import NormBound
+from flapp.strategy.fedavg import FedAvg
+from tests.conftest import Tamper, break_off, read_clients, read_lines
 from tests.support.claims import set_claim
+from tests.support.replies import Federate, Sent, changing, failures, listen, trained_in
 
-Federate = Callable[..., tuple[dict[str, Any], Path]]
-Change = Callable[[Message], None]
+Change = Callable[[Message], object]
 DIGITS = ("model=linear", "clients=4", "num_rounds=2", "train.epochs=1", "evaluate.every=1")
+ONE_ROUND = (*DIGITS, "num_rounds=1", "evaluate.personal_epochs=0")
 TEN = ("model=linear", "num_rounds=6", "evaluate.every=6", "evaluate.personal_epochs=0")
-
-
-class Hostile:
-    """Stands between clients and the server; `received` is the model that the clients were sent."""
-
-    def __init__(self, **changes: Change) -> None:
-        self.changes = {name.removeprefix("c"): change for name, change in changes.items()}
-
-    def __call__(self, name: str, reply: Message) -> Message:
-        if name in self.changes and reply.has_content() and ARRAYS in reply.content.array_records:
-            self.changes[name](reply)
-        return reply
 
 
 def fill(value: float) -> Change:
@@ -63,26 +52,27 @@ def drop(reply: Message) -> None:
     del reply.content[ARRAYS]
 
 
-def names_of(path: Path) -> list[set[str]]:
-    return [{failure["client"] for failure in line["failures"]} for line in read_lines(path, "train")]
-
-
-def received_by(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+@pytest.fixture
+def origin(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
     """Return the global model of the round under way, which clients start from."""
-    from flapp.strategy.fedavg import FedAvg
-
-    origin: dict[str, np.ndarray] = {}
+    found: dict[str, np.ndarray] = {}
     real = FedAvg.configure_train
 
     def configure(strategy: FedAvg, server_round: int, arrays: ArrayRecord, *rest: Any) -> Any:
-        origin.update({key: array.numpy() for key, array in arrays.items()})
+        found.update({key: array.numpy() for key, array in arrays.items()})
         return real(strategy, server_round, arrays, *rest)
 
     monkeypatch.setattr(FedAvg, "configure_train", configure)
-    return origin
+    return found
 
 
-def claiming(client_id: str, samples: int) -> Callable[[str, Message], Message]:
+@pytest.fixture
+def sites(data_home: Path, tmp_path: Path) -> dict[str, Any]:
+    """Return the arguments of a federation whose server has no data to check claims with."""
+    return {"nodes": [{"client-id": str(i), "home": str(data_home)} for i in range(4)]}
+
+
+def claiming(client_id: str, samples: int) -> Tamper:
     """Return a tamper function: a client claims so many training samples, when it joins and in each reply."""
 
     def tamper(name: str, reply: Message) -> Message:
@@ -95,19 +85,14 @@ def claiming(client_id: str, samples: int) -> Callable[[str, Message], Message]:
 
 
 def test_three_hostile_clients_of_ten_are_named_and_change_nothing(
-    federate: Federate, monkeypatch: pytest.MonkeyPatch
+    federate: Federate, origin: dict[str, np.ndarray]
 ) -> None:
-    origin = received_by(monkeypatch)
     lie = claiming("5", 10**12)
-    hostile = Hostile(c2=fill(3e38), c8=scale(-100.0, origin))
-
-    def attack(name: str, reply: Message) -> Message:
-        return hostile(name, lie(name, reply))
-
-    absent = Hostile(c2=drop, c8=drop)
+    huge, flipped = changing("2", change=fill(3e38)), changing("8", change=scale(-100.0, origin))
+    absent = changing("2", "8", change=drop)
     without, _ = federate(*TEN, tamper=lambda name, reply: absent(name, lie(name, reply)))
-    attacked, path = federate(*TEN, tamper=attack)
-    assert names_of(path) == [{"2", "8"}] * 6
+    attacked, path = federate(*TEN, tamper=lambda name, reply: huge(name, flipped(name, lie(name, reply))))
+    assert [failures(path, number).keys() for number in range(1, 7)] == [{"2", "8"}] * 6
     (roster,) = read_lines(path, "roster")
     assert roster["refused"].keys() == {"5"}
     assert "claims 1000000000000 training samples, the partition gives it" in roster["refused"]["5"]
@@ -117,30 +102,27 @@ def test_three_hostile_clients_of_ten_are_named_and_change_nothing(
 
 
 def test_one_huge_but_finite_model_in_round_one_is_left_out(federate: Federate) -> None:
-    without, _ = federate(*DIGITS, tamper=Hostile(c1=drop))
-    attacked, path = federate(*DIGITS, tamper=Hostile(c1=fill(3e38)))
+    without, _ = federate(*DIGITS, tamper=changing("1", change=drop))
+    attacked, path = federate(*DIGITS, tamper=changing("1", change=fill(3e38)))
     assert attacked["model_sha256"] == without["model_sha256"]
-    for line in read_lines(path, "train"):
-        (failure,) = line["failures"]
-        assert failure["client"] == "1"
-        assert "whose squares overflow float32" in failure["reason"]
+    for number in (1, 2):
+        assert failures(path, number).keys() == {"1"}
+        assert "whose squares overflow float32" in failures(path, number)["1"]
 
 
 @pytest.mark.parametrize("first", [1, 2])
 def test_an_update_far_longer_than_the_others_is_left_out_in_any_round(
-    federate: Federate, monkeypatch: pytest.MonkeyPatch, first: int
+    federate: Federate, origin: dict[str, np.ndarray], first: int
 ) -> None:
-    origin = received_by(monkeypatch)
-    rounds = iter(range(1, 10))
-    flip = scale(-100.0, origin)
-    loud = Hostile(c3=lambda reply: flip(reply) if next(rounds) >= first else None)
+    flip, rounds = scale(-100.0, origin), iter(range(1, 5))
+    loud = changing("3", change=lambda reply: flip(reply) if next(rounds) % 2 == 0 or first == 1 else None)
     _, path = federate(*DIGITS, tamper=loud)
-    assert names_of(path) == [{"3"} if number >= first else set() for number in (1, 2)]
-    reason = read_lines(path, "train")[-1]["failures"][0]["reason"]
-    assert "raise strategy.norm_limit" in reason
-    rounds = iter(range(1, 10))
+    assert [set(failures(path, number)) for number in (1, 2)] == [
+        {"3"} if number >= first else set() for number in (1, 2)
+    ]
+    assert "raise strategy.norm_limit" in failures(path, 2)["3"]
     _, path = federate(*DIGITS, "strategy.norm_limit=null", tamper=loud)
-    assert names_of(path) == [set(), set()]
+    assert not failures(path, 1) | failures(path, 2)
 
 
 def test_a_resumed_run_bounds_updates_as_the_undisturbed_one_does(
@@ -167,49 +149,35 @@ def test_a_resumed_run_bounds_updates_as_the_undisturbed_one_does(
 
 
 def test_where_the_server_has_no_data_a_claim_counts_for_half_at_most(
-    federate: Federate, data_home: Path, tmp_path: Path
+    federate: Federate, sites: dict[str, Any], tmp_path: Path
 ) -> None:
-    seen: dict[str, np.ndarray] = {}
-    lie = claiming("0", 10**12)
-
-    def tamper(name: str, reply: Message) -> Message:
-        if reply.has_content() and ARRAYS in reply.content.array_records:
-            seen[name] = reply.content.array_records[ARRAYS]["fc.weight"].numpy()
-            counts[name] = int(reply.content.metric_records[METRICS][NUM_EXAMPLES])
-        return lie(name, reply)
-
-    counts: dict[str, int] = {}
-    nodes = [{"client-id": str(i), "home": str(data_home)} for i in range(4)]
-    settings = (*DIGITS, "num_rounds=1", f"home={tmp_path}", "strategy.norm_limit=null")
-    _, path = federate(*settings, nodes=nodes, tamper=tamper)
+    seen: Sent = []
+    hear, lie = listen(seen), claiming("0", 10**12)
+    settings = (*ONE_ROUND, f"home={tmp_path}", "strategy.norm_limit=null")
+    _, path = federate(*settings, **sites, tamper=lambda name, reply: lie(name, hear(name, reply)))
     (line,) = read_lines(path, "train")
     assert line["capped"] == {"0": 1.0}
     assert line["failures"] == []
-    others = sum(counts[name] for name in "123")
-    expected = 0.5 * seen["0"].astype(np.float64)
-    expected += 0.5 * sum(seen[name].astype(np.float64) * counts[name] / others for name in "123")
+    counts = {name: facts["train"] for name, facts in read_clients(path).items()} | {"0": 0}
+    sent = {name: arrays["fc.weight"].astype(np.float64) for name, arrays in seen}
+    expected = 0.5 * sent["0"] + 0.5 * sum(sent[name] * counts[name] / sum(counts.values()) for name in "123")
     np.testing.assert_allclose(load_file(path / "model.safetensors")["fc.weight"].numpy(), expected, rtol=1e-6)
 
 
 def test_a_client_that_fails_does_not_change_what_the_others_count_for(federate: Federate) -> None:
-    seen: dict[str, np.ndarray] = {}
-
-    def tamper(name: str, reply: Message) -> Message:
-        if reply.has_content() and ARRAYS in reply.content.array_records:
-            seen[name] = reply.content.array_records[ARRAYS]["fc.weight"].numpy().astype(np.float64)
-        return Hostile(c3=drop)(name, reply)
-
-    _, path = federate(*DIGITS, "num_rounds=1", tamper=tamper)
+    seen: Sent = []
+    hear, fail = listen(seen), changing("3", change=drop)
+    _, path = federate(*ONE_ROUND, tamper=lambda name, reply: fail(name, hear(name, reply)))
     counts = {name: line["train"] for name, line in read_clients(path).items()}
-    assert counts["1"] + counts["2"] < counts["0"] < sum(counts[name] for name in "123")  # half only of what is left
-    (line,) = read_lines(path, "train")
-    assert "capped" not in line
-    expected = sum(seen[name] * counts[name] for name in "012") / sum(counts[name] for name in "012")
+    assert counts["1"] + counts["2"] < counts["0"] < sum(counts[name] for name in "123")  # half only of the rest
+    assert "capped" not in read_lines(path, "train")[0]
+    sent = {name: arrays["fc.weight"].astype(np.float64) for name, arrays in seen}
+    expected = sum(sent[name] * counts[name] for name in "012") / sum(counts[name] for name in "012")
     np.testing.assert_allclose(load_file(path / "model.safetensors")["fc.weight"].numpy(), expected, rtol=1e-6)
 
 
 def test_a_claim_on_the_test_samples_cannot_own_the_accuracy(
-    federate: Federate, data_home: Path, tmp_path: Path
+    federate: Federate, sites: dict[str, Any], tmp_path: Path
 ) -> None:
     def tamper(name: str, reply: Message) -> Message:
         set_claim(reply.content, "0", test=10**12)
@@ -217,9 +185,7 @@ def test_a_claim_on_the_test_samples_cannot_own_the_accuracy(
             numbers[NUM_EXAMPLES] = numbers["correct"] = 10**12
         return reply
 
-    nodes = [{"client-id": str(i), "home": str(data_home)} for i in range(4)]
-    settings = (*DIGITS, "num_rounds=1", f"home={tmp_path}", "evaluate.personal_epochs=0", "train.steps=1")
-    _, path = federate(*settings, nodes=nodes, tamper=tamper)
+    _, path = federate(*ONE_ROUND, f"home={tmp_path}", "train.steps=1", **sites, tamper=tamper)
     (line,) = read_lines(path, "evaluate")
     honest = [line["accuracy_by_client"][name] for name in "123"]
     assert line["accuracy_by_client"]["0"] == 1.0
@@ -228,14 +194,7 @@ def test_a_claim_on_the_test_samples_cannot_own_the_accuracy(
 
 
 def set_metric(name: str, value: float) -> Change:
-    def change(reply: Message) -> None:
-        reply.content.metric_records[METRICS][name] = value
-
-    return change
-
-
-def add_record(reply: Message) -> None:
-    reply.content["\x1b[31mextra"] = MetricRecord({"a": 1})
+    return lambda reply: reply.content.metric_records[METRICS].update({name: value})
 
 
 @pytest.mark.parametrize(
@@ -245,62 +204,57 @@ def add_record(reply: Message) -> None:
         (set_metric("train-loss", 1e300), "sent train-loss=1e+300, more than"),
         (set_metric("seconds", -1.0), "sent seconds=-1.0, which is never below 0"),
         (set_metric("seconds", float("inf")), "sent seconds=inf"),
-        (add_record, "sent 1 records that nobody asked for, such as \\x1b[31mextra"),
-        (lambda reply: [set_metric(f"m{i}", 1.0)(reply) for i in range(100)] and None, "metrics, at most 64 are read"),
+        (
+            lambda reply: reply.content.update({"\x1b[31mextra": MetricRecord({"a": 1})}),
+            "sent 1 records that nobody asked for, such as \\x1b[31mextra",
+        ),
+        (
+            lambda reply: reply.content.metric_records[METRICS].update({f"m{i}": 1.0 for i in range(100)}),
+            "metrics, at most 64 are read",
+        ),
     ],
     ids=["negative", "beyond", "past", "infinite", "record", "many"],
 )
 def test_numbers_that_cannot_be_are_refused_by_name(federate: Federate, change: Change, reason: str) -> None:
-    _, path = federate(*DIGITS, "num_rounds=1", "evaluate.personal_epochs=0", tamper=Hostile(c2=change))
-    (failure,) = read_lines(path, "train")[0]["failures"]
-    assert failure["client"] == "2"
-    assert reason in failure["reason"]
+    _, path = federate(*ONE_ROUND, "train.steps=1", tamper=changing("2", change=change))
+    assert failures(path).keys() == {"2"}
+    assert reason in failures(path)["2"]
 
 
 @pytest.mark.parametrize(
-    ("metrics", "reason"),
+    ("change", "reason"),
     [
-        ({"loss-sum": -1.0}, "sent loss-sum=-1.0, which is never below 0"),
-        ({"loss-sum": 1e300}, "sent loss-sum=1e+300, more than"),
-        ({"personal-loss-sum": -1.0}, "sent personal-loss-sum=-1.0"),
-        ({"correct": 10**6}, "more correct answers than its"),
-        ({"personal-correct": -1}, "more correct answers than its"),
+        (set_metric("loss-sum", -1.0), "sent loss-sum=-1.0, which is never below 0"),
+        (set_metric("loss-sum", 1e300), "sent loss-sum=1e+300, more than"),
+        (set_metric("personal-loss-sum", -1.0), "sent personal-loss-sum=-1.0"),
+        (set_metric("correct", 10**6), "more correct answers than its"),
+        (set_metric("personal-correct", -1), "more correct answers than its"),
+        (
+            lambda reply: reply.content.update({ARRAYS: ArrayRecord({"w": Array(np.zeros(3))})}),
+            "nobody asked for, such as arrays",
+        ),
     ],
 )
-def test_evaluations_that_cannot_be_are_refused_by_name(
-    federate: Federate, metrics: dict[str, float], reason: str
-) -> None:
+def test_evaluations_that_cannot_be_are_refused_by_name(federate: Federate, change: Change, reason: str) -> None:
     def tamper(name: str, reply: Message) -> Message:
         if name == "2" and "loss-sum" in reply.content.metric_records.get(METRICS, {}):
-            for metric, value in metrics.items():
-                set_metric(metric, value)(reply)
+            change(reply)
         return reply
 
-    _, path = federate(*DIGITS, "num_rounds=1", tamper=tamper)
-    (failure,) = read_lines(path, "evaluate")[0]["failures"]
-    assert failure["client"] == "2"
-    assert reason in failure["reason"]
-
-
-def test_a_model_in_an_evaluation_is_refused(federate: Federate) -> None:
-    def tamper(name: str, reply: Message) -> Message:
-        if name == "2" and "loss-sum" in reply.content.metric_records.get(METRICS, {}):
-            reply.content[ARRAYS] = ArrayRecord({"w": Array(np.zeros(3))})
-        return reply
-
-    _, path = federate(*DIGITS, "num_rounds=1", tamper=tamper)
-    assert "nobody asked for, such as arrays" in read_lines(path, "evaluate")[0]["failures"][0]["reason"]
+    _, path = federate(*DIGITS, "num_rounds=1", "train.steps=1", tamper=tamper)
+    found = failures(path, kind="evaluate")
+    assert found.keys() == {"2"}
+    assert reason in found["2"]
 
 
 def test_reasons_are_cut_to_one_printable_line(federate: Federate) -> None:
     def tamper(name: str, reply: Message) -> Message:
-        trained = reply.has_content() and ARRAYS in reply.content.array_records
-        if name != "1" or not trained:
+        if name != "1" or trained_in(reply) is None:
             return reply
         return Message(Error(code=1, reason="\x1b[2J\nbroken " + "x" * 10**6), reply_to=reply)
 
-    _, path = federate(*DIGITS, "num_rounds=1", tamper=tamper)
-    reason = read_lines(path, "train")[0]["failures"][0]["reason"]
+    _, path = federate(*ONE_ROUND, tamper=tamper)
+    reason = failures(path)["1"]
     assert len(reason) < 520
     assert reason.isprintable()
     assert "broken xxx" in reason
@@ -312,7 +266,7 @@ def test_a_node_cannot_speak_for_clients_that_the_run_does_not_have(federate: Fe
             reply.content = pack_claims(reply, [*claims, Claim("\x1b[2Jghost", fault="x" * 1000)]).content
         return reply
 
-    _, path = federate(*DIGITS, "num_rounds=1", tamper=tamper)
+    _, path = federate(*ONE_ROUND, tamper=tamper)
     (line,) = read_lines(path, "roster")
     assert line["clients"] == 4
     ((key, reason),) = line["refused"].items()
@@ -342,56 +296,6 @@ def test_metrics_are_strict_json_whatever_a_loss_is(federate: Federate, monkeypa
 
     lines = [json.loads(line, parse_constant=refuse) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines if line["kind"] == "central"] == [None, None]
-
-
-def test_the_length_of_an_update_is_numpys() -> None:
-    rng = np.random.default_rng(0)
-    pairs = [
-        (rng.normal(size=s).astype(t), rng.normal(size=s).astype(t)) for s, t in (((1 << 17) + 3, "f4"), ((2, 3), "f2"))
-    ]
-    exact = np.concatenate([(a.astype(np.float64) - b).ravel() for a, b in pairs])
-    assert update_norm(pairs) == pytest.approx(np.linalg.norm(exact), rel=1e-12)
-    assert update_norm([(np.float32([3e38]), np.float32([-3e38]))]) == pytest.approx(6e38, rel=1e-6)
-    assert update_norm([]) == 0.0
-
-
-def too_long(bound: NormBound, norms: dict[str, float]) -> set[str]:
-    return set(bound.faults(norms, bound.limit(norms)))
-
-
-def test_the_limit_follows_the_medians_of_the_last_two_rounds() -> None:
-    bound = NormBound(10.0)
-    assert bound.known_limit() is None  # until a round has been accepted
-    assert too_long(bound, {"a": 1.0, "b": 1.2, "c": 13.0}) == {"c"}
-    assert too_long(bound, {"a": 1.0, "b": 11.0}) == {"b"}  # of two, the shorter is the median
-    bound.accept({"a": 1.0, "b": 3.0, "c": 9.0})
-    assert bound.limit({"a": 1e9}) == bound.known_limit() == 30.0
-    bound.accept({"a": 0.5})
-    assert bound.limit({"a": 1e9}) == 30.0
-    bound.accept({"a": 0.4})
-    assert bound.limit({"a": 1e9}) == 5.0
-
-
-def test_nobody_is_too_long_where_nobody_has_moved() -> None:
-    assert too_long(NormBound(10.0), {"a": 0.0, "b": 1.0}) == set()
-    assert too_long(NormBound(None), {"a": 1.0, "b": 1.0, "c": 1e30}) == set()
-
-
-@pytest.mark.parametrize("most", [0.5, 0.3, 0.25])
-def test_no_share_exceeds_the_bound_and_the_rest_keep_their_proportions(most: float) -> None:
-    weights = [5.0, 1e12, 7.0, 300.0, 2.0, 11.0]
-    capped = cap_shares(weights, most)
-    assert max(capped) / sum(capped) == pytest.approx(most)
-    small = [i for i, weight in enumerate(capped) if weight == weights[i]]
-    assert len(small) >= 3
-    assert all(capped[i] == max(capped) for i in range(6) if i not in small)
-
-
-def test_weights_within_the_bound_and_too_few_for_it_stay_as_they_are() -> None:
-    assert cap_shares([3, 2, 1], 0.5) == [3, 2, 1]
-    assert cap_shares([9, 1], 0.5) == [9, 1]
-    assert cap_shares([9, 1, 1], None) == [9, 1, 1]
-    assert cap_shares([1.0, 0.0, 0.0], 0.5) == [1.0, 1.0, 1.0]
 
 
 def test_a_norm_limit_that_refuses_the_median_itself_is_refused(federate: Federate) -> None:

@@ -13,9 +13,8 @@ START = {"w": RNG.normal(size=(3, 2)).astype(np.float32), "steps": np.array(5)}
 AVERAGES = [{"w": START["w"] + RNG.normal(size=(3, 2)).astype(np.float32), "steps": np.array(5 + n)} for n in (1, 2, 3)]
 
 
-@pytest.fixture(autouse=True)
-def task() -> None:
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+OPTIMIZERS = ["fedadam", "fedyogi", "fedavgm"]
+TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # no message is made without
 
 
 def record(tensors: dict[str, np.ndarray]) -> ArrayRecord:
@@ -29,7 +28,7 @@ def steps(optimizer: ServerOptimizer, first: int = 1, current: ArrayRecord | Non
     return current
 
 
-@pytest.mark.parametrize("name", ["fedadam", "fedyogi", "fedavgm"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_three_rounds_are_those_of_flowers_strategy(name: str) -> None:
     found = steps(ServerOptimizer(name, 0.1, 0.8))
     if name == "fedavgm":
@@ -49,7 +48,7 @@ def test_three_rounds_are_those_of_flowers_strategy(name: str) -> None:
     assert found["steps"].numpy() == 8  # whole numbers are averaged, not stepped
 
 
-@pytest.mark.parametrize("name", ["fedadam", "fedyogi", "fedavgm"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("momentum", [0.0, 0.8])
 def test_three_rounds_are_those_of_the_documented_formulas_in_float64(name: str, momentum: float) -> None:
     found = steps(ServerOptimizer(name, 0.1, momentum))["w"].numpy()
@@ -78,7 +77,7 @@ def test_fedadams_first_step_has_adams_bias_correction_of_the_second() -> None:
     np.testing.assert_allclose(step, plain * correction, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["fedadam", "fedyogi", "fedavgm"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_moments_taken_back_go_on_as_if_nothing_had_happened(name: str) -> None:
     whole = steps(ServerOptimizer(name, 0.1, 0.8))
     first, later = ServerOptimizer(name, 0.1, 0.8), ServerOptimizer(name, 0.1, 0.8)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flapp.model.build import build_model
-from flapp.model.lora import add_lora, head_of, mark_only_lora_as_trainable
+from flapp.model.lora import add_lora, head_of, lora_state_dict, mark_only_lora_as_trainable
 from flapp.training import loss_of
 
 # name -> shape of a sample, classes, the targets that are tried
@@ -56,6 +56,12 @@ def steps(model: nn.Module, name: str = "vit_tiny", n: int = 1) -> nn.Module:
 def bytes_of(state: dict[str, Tensor]) -> dict[str, bytes]:
     """Return the bytes of every tensor, which tell apart what torch.equal does not."""
     return {key: tensor.detach().numpy().tobytes() for key, tensor in state.items()}
+
+
+def frozen_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that training must not change, copied."""
+    travels = lora_state_dict(model)
+    return {key: tensor.clone() for key, tensor in model.state_dict().items() if key not in travels}
 
 
 def logits(model: nn.Module, name: str = "vit_tiny") -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from flapp.data.cifar import CIFAR
+from flapp.data.sources import CIFAR
 
 
 class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined]

@@ -4,8 +4,11 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
+
 from tests.support.run_files import write_run
 from tools import report
+from tools.page.drawing import Picture
 
 VOID = {"meta", "link", "br", "img"}
 
@@ -39,8 +42,12 @@ class Page(HTMLParser):
             self.said += data + " "
 
 
-def report_on(out: Path, *runs: Path) -> Page:
-    assert report.main([*map(str, runs), "--out", str(out)]) == 0
+def report_on(out: Path, *words: object, drawn: bool = False) -> Page:
+    """Write and read a page, given run directories and options; its figures are empty unless drawn, which is slow."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not drawn:
+            patch.setattr(Picture, "svg", lambda _: "")
+        assert report.main([*map(str, words), "--out", str(out)]) == 0
     return Page(out)
 
 

@@ -34,14 +34,15 @@ def pil_resize(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(squeezed.resize((size, size), Image.Resampling.BILINEAR)).reshape(size, size, -1)
 
 
-def torchvision_batch(images: np.ndarray, size: int) -> Tensor:
+def torchvision_batch(images: np.ndarray, size: int, normalization: str = "imagenet") -> Tensor:
+    statistics = (MEAN, STD) if normalization == "imagenet" else ((0.5,) * 3, (0.5,) * 3)
     pipeline = transforms.Compose(
-        [transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+        [transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize(*statistics)]
     )
     return torch.stack([pipeline(Image.fromarray(image)) for image in images])
 
 
 def write_resized(folder: Path, size: int, images: np.ndarray) -> Path:
-    """Write the images resized ahead by PIL beside `folder`, as tools.prepare_data does."""
+    """Write the images resized by PIL beside `folder`, as tools.prepare_data does."""
     resized = np.stack([pil_resize(image, size) for image in images]).transpose(0, 3, 1, 2)
     return write_split(folder.with_name(f"{folder.name}@{size}"), resized, "NCHW", open_artifact(folder).digest)

@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 
 from flapp import client_app
 from flapp.groups import GROUP
-from flapp.messages import ORDER
+from flapp.messages import INSTRUCTIONS
 
 SHORT = 0.05  # seconds
 FIT = client_app.fit
@@ -50,14 +50,14 @@ def federated(message: Message, context: Context) -> Message:
     marker = Path(json.loads(str(context.run_config["config-json"]))["home"]) / "died"
     if message.metadata.message_type == "train" and message.metadata.group_id == "2":
         records = message.content.config_records
-        last = records[GROUP]["client-id"][-1] if GROUP in records else records[ORDER]["client-id"]  # type: ignore[index]
+        last = records[GROUP]["client-id"][-1] if GROUP in records else records[INSTRUCTIONS]["client-id"]  # type: ignore[index]
 
-        def fit_or_die(model: Any, config: Any, order: Any, *rest: Any) -> Any:
-            if order.client_id == last:
+        def fit_or_die(model: Any, task: Any, *rest: Any) -> Any:
+            if task.client_id == last:
                 with suppress(FileExistsError):
                     marker.touch(exist_ok=False)
                     os.kill(os.getpid(), 9)
-            return FIT(model, config, order, *rest)
+            return FIT(model, task, *rest)
 
         client_app.fit = fit_or_die
     return client_app.app(message, context)

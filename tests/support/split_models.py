@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flapp.model.files import save_tensors
-from flapp.model.split.components import SplitModel
+from flapp.model.split.component import SplitModel
 from flapp.model.vit import build_vit
 
 

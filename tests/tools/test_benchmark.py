@@ -1,4 +1,4 @@
-"""The benchmark's table says how each ratio stands, whatever becomes of a topic; none of this measures a time."""
+"""The benchmark's table shows the verdict on each ratio, even when a topic fails; nothing is measured here."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.support.html_page import Page
+from tests.support.html_page import report_on
 from tests.support.run_files import write_run
 from tools import benchmark, report
 from tools.bench import Row, bytes
@@ -168,9 +168,8 @@ def test_without_its_package_a_row_says_how_to_install_it(monkeypatch: pytest.Mo
 def test_the_report_shows_the_table_and_the_machine(topic: Callable[..., None], tmp_path: Path) -> None:
     topic("lora", lambda: [GOOD, NEAR, BAD, Row("none", "-", None, 3, note="no disk")])
     benchmark.main(["lora", "--json", str(tmp_path / "out.json")])
-    run, out = write_run(tmp_path / "runs" / "one", rounds=2), tmp_path / "page.html"
-    assert report.main([str(run), "--out", str(out), "--benchmark", str(tmp_path / "out.json")]) == 0
-    page = Page(out)
+    run = write_run(tmp_path / "runs" / "one", rounds=2)
+    page = report_on(tmp_path / "page.html", run, "--benchmark", tmp_path / "out.json")
     assert page.open == []
     said = " ".join(page.said.split())
     assert "near b 1.70x 2x 1.67x within limit noisy bad <b> 1.60x 2x 1.67x MISSED" in said
@@ -181,14 +180,14 @@ def test_the_report_shows_the_table_and_the_machine(topic: Callable[..., None], 
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"rows": [{"what": 1}]}', '{"rows": [], "machine": {}}'])
-def test_a_file_that_is_no_benchmark_is_refused_in_one_line(
+def test_a_file_that_is_not_a_benchmark_is_refused_in_one_line(
     content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "out.json").write_text(content)
     run = write_run(tmp_path / "runs" / "one", rounds=2)
     words = [str(run), "--out", str(tmp_path / "page.html"), "--benchmark", str(tmp_path / "out.json")]
     assert report.main(words) == 1
-    assert "out.json is not of tools.benchmark: write it with its --json" in capsys.readouterr().err
+    assert "out.json is not a file of tools.benchmark: " in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.support.waiting import wait_for
 from tools.bench import bare, simulation, stock
-from tools.bench.simulation import NO_EVALUATION, Workload, cnn, digits, linear
+from tools.bench.simulation import NO_EVALUATION, Workload, cnn, linear
 from tools.bench.usage import CommandError, LineCounter, ProcessTree, Usage, watch
 
 BURN = "import time\nwhile time.process_time() < 0.6: pass\n"
@@ -56,7 +56,7 @@ def test_a_client_of_the_stock_app_trains_as_the_bare_loop_does(
     work = bare.read_work(path)
     state = load_file(work.start)
     monkeypatch.syspath_prepend(tmp_path / "app")
-    for name in ("stock", "stock.app", "stock.bare", "stock.cnn", "stock.linear"):
+    for name in ("stock", "stock.app", "stock.bare", "stock.networks"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     from stock.app import client  # type: ignore[import-not-found]
 
@@ -212,8 +212,3 @@ def test_ways_run_in_turn_and_their_medians_count() -> None:
     found = simulation.in_turns(3, bare=way("bare", 1, 9, 2), ours=way("ours", 5, 4, 30))
     assert order == ["bare", "ours"] * 3
     assert (found["bare"].cpu, found["ours"].cpu) == (2, 5)
-
-
-def test_the_third_workload_is_the_digits_experiment_as_it_is(tmp_path: Path) -> None:
-    config = digits(tmp_path, 1).config()
-    assert (config.experiment, config.clients, config.checkpoint.enabled) == ("digits_fedavg", 10, True)

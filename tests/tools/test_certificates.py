@@ -1,4 +1,4 @@
-"""Certificates and keys: what Python's own TLS says of them, and who may read them."""
+"""Certificates and keys: Python's own TLS accepts them, and only their owner may read the private ones."""
 
 import socket
 import ssl

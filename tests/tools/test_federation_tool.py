@@ -1,4 +1,4 @@
-"""tools.federation without starting Flower: what it checks first, what it would start, and how it starts that again."""
+"""tools.federation without Flower: its checks, the commands that it would start, and how it restarts programs."""
 
 import json
 import signal
@@ -12,9 +12,10 @@ import pytest
 
 from flapp.data.shards.manifest import Manifest
 from flapp.files import write_json
+from tests.support.waiting import wait_for
 from tools import federation
 from tools.deployment import supervisor
-from tools.deployment.processes import Processes, answers, free_port
+from tools.deployment.processes import Processes, SuperLinkError, answers, free_port
 from tools.deployment.supervisor import FACTS, Child, Federation, Supervisor, supernode_command
 
 
@@ -133,11 +134,11 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
 
 
 def look_until(watched: Supervisor, running: int) -> None:
-    end = time.monotonic() + 30
-    while len(Processes(watched.federation.token).running()) != running or not watched.ready:
-        assert time.monotonic() < end
+    def has_come() -> bool:
         watched.look()
-        time.sleep(0.05)
+        return watched.ready and len(Processes(watched.federation.token).running()) == running
+
+    wait_for(has_come)
 
 
 def test_killed_programs_come_back_and_stop_leaves_none(watched: Supervisor) -> None:
@@ -184,23 +185,11 @@ def test_down_finds_what_a_killed_supervisor_has_left(tmp_path: Path, capsys: py
 def test_a_supervisor_in_the_foreground_is_found_and_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "tools.federation",
-        "up",
-        "--folder",
-        str(tmp_path),
-        "--clients",
-        "1",
-        "--foreground",
-    ]
+    words = ["up", "--folder", str(tmp_path), "--clients", "1", "--foreground"]
+    command = [sys.executable, "-m", "tools.federation", *words]
     attached = subprocess.Popen(command, cwd=federation.APP, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        end = time.monotonic() + 60
-        while federation.find_supervisor(tmp_path) is None:
-            assert time.monotonic() < end
-            time.sleep(0.1)
+        wait_for(lambda: federation.find_supervisor(tmp_path))
         assert "has a federation that runs" in refusal(capsys, "up", "--folder", str(tmp_path), "--clients", "1")
         assert federation.main(["down", "--folder", str(tmp_path)]) == 0
         assert attached.wait(30) == 0
@@ -213,10 +202,17 @@ def test_a_superlink_that_fails_a_command_is_asked_again(
     watched: Supervisor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     watched.federation = described(tls=True, address=watched.federation.address)
-    with monkeypatch.context() as patch:
-        patch.setattr(supervisor, "answers", lambda port: True)
-        assert not watched._make_ready()  # nobody is there: flwr list fails
+
+    def fail(*_: str) -> None:
+        raise SuperLinkError("flwr list failed")
+
+    monkeypatch.setattr(supervisor, "answers", lambda port: True)
+    monkeypatch.setattr(supervisor.SuperLink, "flwr", fail)
+    watched.superlink.process = subprocess.Popen(["sleep", "60"])
+    watched.look()
+    assert not watched.ready
     assert "flwr list failed" in capsys.readouterr().out
+    watched.stop()
 
 
 def test_a_supervisor_that_fails_stops_its_programs(watched: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:

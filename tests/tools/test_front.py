@@ -16,14 +16,13 @@ import torch
 from flapp.architecture import build
 from flapp.config.load import CONF, compose, name_override
 from flapp.config.schema import Config
-from flapp.data.embedded import ensure_artifacts
+from flapp.data.sources import ensure_artifacts
 from flapp.server.run_names import METRICS
 from flapp.source import read_source
 from tests.support.run_files import add_store, write_run
 from tools import cli, run
 from tools.deployment import superlink
 from tools.deployment.submit import run_once
-from tools.running import app
 from tools.running.called import as_called
 from tools.running.overview import job_line, overview, start_lines
 from tools.running.progress import FORMAT
@@ -164,7 +163,7 @@ def test_a_job_of_a_sweep_says_it_in_one_line() -> None:
     )
 
 
-def test_the_start_is_told_on_stderr_and_as_fields_of_the_event(
+def test_the_start_is_told_on_stderr_or_as_the_first_of_the_json_lines(
     main: Any, capsys: pytest.CaptureFixture[str], home: Path
 ) -> None:
     figures = {"rounds": 5, "seconds": 1.0, "model_sha256": "ab"}
@@ -172,15 +171,18 @@ def test_the_start_is_told_on_stderr_and_as_fields_of_the_event(
     said = capsys.readouterr()
     assert said.err.splitlines()[0] == f"run j in {home}/runs/j"
     assert said.err.splitlines()[3:] == ["starting the server and the clients"]
-    assert main(figures, "--format", "json", TOY, "run_name=j") == 0
-    said = capsys.readouterr()
-    assert said.err == ""
-    event = json.loads(said.out.splitlines()[0])
-    wanted = {"event": "started", "run_name": "j", "rounds": 5, "parameters": 11, "bytes_up": 44, "clients": 3}
-    assert wanted.items() <= event.items()
+    failed = run.RunError("all is lost", {"status": "failed"})
+    for end, event, status in ((figures, "finished", 0), (failed, "failed", 1)):
+        assert main(end, "--format", "json", TOY, "run_name=j") == status
+        said = capsys.readouterr()
+        assert said.err.startswith("error: all is lost\n" * status)
+        started, ended = map(json.loads, said.out.splitlines())
+        wanted = {"event": "started", "run_name": "j", "rounds": 5, "parameters": 11, "bytes_up": 44, "clients": 3}
+        assert wanted.items() <= started.items()
+        assert (ended["event"], ended["run_name"], ended["summary"]["status"]) == (event, "j", event)
 
 
-def test_settings_that_are_refused_are_said_before_the_start_is(home: Path) -> None:
+def test_refused_settings_are_reported_before_the_start(home: Path) -> None:
     config, started = compose([f"home={home}", TOY, "deployment.client_cpus=9999"]), []
     with pytest.raises(ValueError, match="client_cpus=9999 is more than"):
         run_once(config, lambda: started.append(True))
@@ -200,7 +202,7 @@ def test_a_run_that_failed_after_a_round_says_the_command_that_resumes_it(
     ]
 
 
-def test_a_command_that_failed_in_its_first_round_is_not_advised_again(
+def test_a_run_that_failed_in_its_first_round_gets_no_advice_to_resume(
     main: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(run.RunError("all is lost"), TOY, "run_name=mine") == 1
@@ -253,7 +255,7 @@ def test_an_interrupted_sweep_says_the_command_that_resumes_all_of_it(
 
 
 @pytest.mark.parametrize("error", ["lost sight of the run: go on with it by run_name=mine resume=true", ""])
-def test_an_error_that_says_how_to_go_on_is_not_followed_by_another_hint(
+def test_an_error_that_says_how_to_continue_is_not_followed_by_another_hint(
     main: Any, capsys: pytest.CaptureFixture[str], error: str
 ) -> None:
     end = run.RunError(error) if error else {"rounds": 5, "seconds": 1.0, "model_sha256": "ab"}
@@ -293,16 +295,17 @@ def test_the_saved_log_has_no_codes_of_a_terminal(tmp_path: Path, monkeypatch: p
     assert text == "before\nINFO 2026-11-21 10:00:00,123:      [ROUND 1/2]\nplain \u2514\n"
 
 
-@pytest.mark.parametrize("module", ["server_app", "client_app"])
-def test_the_apps_log_with_timestamps(module: str) -> None:
+def test_the_apps_log_with_timestamps() -> None:
     code = (
-        f"import sys; from flapp import {module}; from flwr.common import log; from flwr.common.logger import "
-        "console_handler as h; h.stream = sys.stdout; log(20, 'hello')"
+        "from flapp import {}; from flwr.common import log; from flwr.common.logger import console_handler as h; "
+        "import sys; h.stream = sys.stdout; log(20, 'hello')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=app.APP, timeout=300, check=True
-    )
-    assert re.search(r"INFO \d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}.*hello", done.stdout)
+    commands = [[sys.executable, "-c", code.format(module)] for module in ("server_app", "client_app")]
+    for app_process in [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=superlink.APP) for command in commands
+    ]:
+        said, _ = app_process.communicate(timeout=300)
+        assert re.search(r"INFO \d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}.*hello", said)
 
 
 def test_the_log_says_how_many_clients_train_in_percent(federate: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -361,31 +364,31 @@ def test_flapp_help_imports_neither_pytorch_nor_hydra() -> None:
         "import sys; from tools import cli; sys.argv = ['flapp', '--help']; cli.main(); "
         "print([name for name in ('torch', 'hydra', 'flwr', 'numpy') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=app.APP, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=superlink.APP, timeout=300)
     assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_the_console_script_is_declared_and_exists() -> None:
-    project = tomllib.loads((app.APP / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((superlink.APP / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"flapp": "tools.cli:main"}
 
 
 def test_an_installed_wheel_makes_the_app_of_its_own_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with app.app_folder() as folder:
-        assert folder == app.APP
+    with superlink.app_folder() as folder:
+        assert folder == superlink.APP
     package = tmp_path / "site-packages" / "flapp"
     for name, content in read_source().items():
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_bytes(content)
     (package / "__pycache__").mkdir()
-    for name in app.SHIPPED:
-        (package / name).write_bytes((app.APP / name).read_bytes())
+    for name in superlink.SHIPPED:
+        (package / name).write_bytes((superlink.APP / name).read_bytes())
     (package / "conf").mkdir()
     (package / "conf" / "config.yaml").write_text("seed: 0\n")
-    monkeypatch.setattr(app, "PACKAGE", package)
-    monkeypatch.setattr(app, "CONF", package / "conf")
-    with app.app_folder() as folder:
-        assert {path.name for path in folder.iterdir()} == {"flapp", "conf", *app.SHIPPED}
+    monkeypatch.setattr(superlink, "PACKAGE", package)
+    monkeypatch.setattr(superlink, "CONF", package / "conf")
+    with superlink.app_folder() as folder:
+        assert {path.name for path in folder.iterdir()} == {"flapp", "conf", *superlink.SHIPPED}
         made = {str(path.relative_to(folder / "flapp")): path.read_bytes() for path in folder.rglob("flapp/**/*.py")}
         assert made == read_source()
         assert (folder / "conf" / "config.yaml").exists()

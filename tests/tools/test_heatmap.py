@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from flapp.data.artifact import open_artifact, write_artifact
-from flapp.data.embedded import ensure_artifacts
 from flapp.data.partition import hold_out, load_partition, save_partition
+from flapp.data.sources import ensure_artifacts
 from tools import partition_heatmap
 
 
@@ -20,14 +20,10 @@ def partition(tmp_path: Path, data_home: Path) -> tuple[Path, Path]:
     return path, folder
 
 
-def test_the_saved_request_is_what_was_dealt_out_up_to_rounding(partition: tuple[Path, Path]) -> None:
+def test_every_sample_is_counted_once_and_as_requested_up_to_rounding(partition: tuple[Path, Path]) -> None:
     tables, classes = partition_heatmap.read_tables(*partition)
     assert tables["train, requested"].shape == (7, len(classes))
     assert np.abs(tables["train, requested"] - tables["train, actual"]).max() <= 1
-
-
-def test_every_sample_is_counted_once(partition: tuple[Path, Path]) -> None:
-    tables, _ = partition_heatmap.read_tables(*partition)
     for split in ("train", "test"):
         labels = open_artifact(partition[1] / split).labels
         assert tables[f"{split}, actual"].sum(axis=0).tolist() == np.bincount(labels).tolist()
@@ -77,14 +73,3 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(
         assert reason in error
         assert error.count("\n") == 1
     assert not Path(out).exists()
-
-
-def test_a_client_never_imports_what_only_tools_need() -> None:
-    import subprocess
-    import sys
-
-    tools = {"matplotlib", "torchvision", "hydra", "PIL", "sklearn"}
-    script = f"import sys, flapp.client_app; print({tools} & set(sys.modules))"
-    root = Path(__file__).resolve().parents[2]
-    shown = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "set()"

@@ -1,12 +1,11 @@
-"""Whoever watches a run sees its rounds and replies on a terminal, JSON lines where asked for, and else plain lines."""
+"""The progress of a run: bars of rounds and replies on a terminal, JSON lines if asked for, otherwise plain lines."""
 
 import io
 import json
-import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,7 @@ def test_a_growing_file_is_read_a_round_at_a_time_and_never_twice(tmp_path: Path
     assert [values["round"] for values in found] == [1, 2, 3]
 
 
-def test_lines_of_a_round_that_are_dropped_on_resuming_are_not_told(tmp_path: Path, lines: list[str]) -> None:
+def test_lines_that_a_resumed_run_drops_are_not_shown(tmp_path: Path, lines: list[str]) -> None:
     path = tmp_path / "metrics.jsonl"
     ends = [number for number, line in enumerate(lines, 1) if json.loads(line)["kind"] == "round"]
     path.write_text("".join(lines[: ends[0] + 1]))  # round 1, and the training of round 2
@@ -131,7 +130,7 @@ def test_json_lines_say_what_each_round_reached(
     assert found[1]["bytes_down"] == train[1]["bytes_down"] + evaluated[0]["bytes_down"]
 
 
-def test_a_line_tells_of_each_round_where_there_is_no_terminal(
+def test_without_a_terminal_each_round_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     settings: Config,
@@ -153,7 +152,7 @@ def test_a_line_tells_of_each_round_where_there_is_no_terminal(
 @pytest.mark.parametrize(
     ("rounds", "told"), [(20, [*range(1, 21)]), (21, [*range(2, 21, 2), 21]), (1000, [*range(50, 1001, 50)])]
 )
-def test_a_long_run_is_told_in_about_twenty_lines(
+def test_a_long_run_prints_about_twenty_lines(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     settings: Config,
@@ -203,50 +202,6 @@ def test_a_resumed_run_is_not_shown_what_the_earlier_start_said(
         progress.look()
         assert "waiting for clients" in str(progress.replies)
         assert " 1/3 " in str(progress.rounds)
-
-
-@pytest.fixture
-def loggers() -> Iterator[None]:
-    """Let loggers speak again in later tests, which Hydra silences or raises to errors only."""
-    level = logging.root.level
-    yield
-    logging.root.setLevel(level)
-    for name in logging.root.manager.loggerDict:
-        logging.getLogger(name).disabled = False
-
-
-@pytest.mark.usefixtures("loggers")
-@pytest.mark.parametrize(
-    ("outcome", "events", "status"),
-    [
-        ({"rounds": 3, "seconds": 1.0, "model_sha256": "ab"}, ["started", "finished"], 0),
-        (run.RunError("all is lost", {"status": "failed"}), ["started", "failed"], 1),
-    ],
-    ids=["finished", "failed"],
-)
-def test_with_json_stdout_has_nothing_but_lines_of_json(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    outcome: Any,
-    events: list[str],
-    status: int,
-) -> None:
-    def run_once(settings: Config, on_start: Callable[[], object]) -> dict[str, Any]:
-        on_start()
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome | {"status": "finished", "run_dir": "/r"}
-
-    choose_format(monkeypatch, "text")
-    monkeypatch.setattr(run, "run_once", run_once)
-    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["run", "--format", "json", *TOY, f"home={tmp_path}", "run_name=j"])
-    assert run.main() == status
-    found = json_lines(capsys.readouterr().out)
-    assert [(line["event"], line["run_name"]) for line in found] == [(event, "j") for event in events]
-    assert found[0]["parameters"] == 11
-    assert found[-1]["summary"]["status"] == ("failed" if status else "finished")
 
 
 def test_the_last_lines_say_that_a_run_stopped_early_and_whose_model_it_ends_with() -> None:

@@ -1,25 +1,25 @@
-"""A SuperLink behind nginx, on a network of its own: a site trains through it, and nothing else gets through."""
+"""A SuperLink behind nginx on a test network: a site trains through it, and nothing else gets through."""
 
 import contextlib
 import http.client
 import json
 import os
 import shutil
-import signal
 import ssl
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.superlink.routers.fleet.router import router
 
 from tests.conftest import read_lines
+from tests.support.waiting import wait_for
 from tools.certificates import make_server_files, make_site_keys
 from tools.deployment.processes import environment, program
 from tools.deployment.submit import APP
@@ -27,7 +27,6 @@ from tools.deployment.superlink import SuperLink
 from tools.proxy import CALLS, main, write_proxy_files
 
 SERVER, PORT, INNER = "10.77.0.1", 8000, 9000
-WAIT_SECONDS = 240
 ASK = (
     "import json, sys; from tests.tools.test_proxy import ask; "
     f"print(json.dumps(ask({SERVER!r}, {PORT}, *sys.argv[1:])))"
@@ -103,24 +102,14 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
                 ip("-n", name, "link", "set", device, "up")
         yield network
     finally:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            end = time.monotonic() + 10
-            while (pids := [p for n in machines for p in ip("netns", "pids", n, check=False).split()]) and (
-                time.monotonic() < end
-            ):
-                for pid in pids:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(int(pid), number)
-                time.sleep(0.2)
+        left = [psutil.Process(int(pid)) for name in machines for pid in ip("netns", "pids", name, check=False).split()]
+        for end in (psutil.Process.terminate, psutil.Process.kill):
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    end(process)
+            _, left = psutil.wait_procs(left, timeout=10)
         for name in machines:
             ip("netns", "delete", name, check=False)
-
-
-def wait_for(condition: Callable[[], Any], said: Path) -> None:
-    end = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < end, said.read_text()
-        time.sleep(0.3)
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +127,7 @@ def superlink(network: Network) -> Iterator[SuperLink]:
     words += ["--host", "127.0.0.1", "--port", str(INNER), "--isolation", "subprocess", "--enable-supernode-auth"]
     network.start("server", "superlink", program("flower-superlink"), *words)
     superlink = SuperLink(f"127.0.0.1:{INNER}", folder / "ca.crt")
-    said = folder / "superlink.txt"
-    wait_for(lambda: network.flwr("server", superlink, "list")["success"], said)
+    wait_for(lambda: network.flwr("server", superlink, "list")["success"])
     register = ("supernode", "register", str(folder / "keys" / "client_0.pub"), "--name", "client_0")
     assert network.flwr("server", superlink, *register)["success"]
     yield superlink

@@ -1,4 +1,4 @@
-"""The report says what runs did in one page that needs nothing else, and says what it has not found."""
+"""The report shows runs in one page that needs no other file, and names what it has not found."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ from tests.support.html_page import Page, report_on, write_sweep
 from tests.support.run_files import MODEL_BYTES, add_store, write_run
 from tools import report
 from tools.page import reading, several
+from tools.page.charts import compare
 from tools.page.drawing import PALETTE
 
 
@@ -30,7 +31,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(home: Path) -> Page:
-    return report_on(home / "whole.html", home / "runs" / "whole")
+    return report_on(home / "whole.html", home / "runs" / "whole", drawn=True)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,9 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the page of a sweep of three runs and a job that failed."""
     folder = tmp_path_factory.mktemp("sweep")
     out = folder / "sweep.html"
-    report_on(out, write_sweep(folder / "runs" / "three", jobs=3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(several, "MOST_DRAWN", 1)
+        report_on(out, write_sweep(folder / "runs" / "three", jobs=3), drawn=True)
     return out
 
 
@@ -131,7 +134,7 @@ def test_a_running_run_says_where_it_is(tmp_path: Path) -> None:
     assert "metrics.jsonl was last written at" in page.said
 
 
-def test_an_old_run_shows_what_it_has_and_says_what_it_has_not(tmp_path: Path) -> None:
+def test_a_run_of_an_older_flapp_is_shown_with_what_it_does_not_record(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs" / "old", rounds=3, old=True)
     page = report_on(tmp_path / "old.html", run)
     for words in (
@@ -222,9 +225,10 @@ def test_legends_name_the_settings_in_which_runs_differ(tmp_path: Path) -> None:
     ]
     page = report_on(tmp_path / "three.html", *runs)
     (alt,) = [alt for alt in page.alts if alt.startswith("Accuracy. A (")]
+    (legend,) = compare(reading.read_all(runs)[0])[0].figure.legends
     for name in ("A (seed=0, lr=0.1, x=true) ", "B (seed=0, lr=0.5, x=true) ", "C (seed=1, lr=0.5, x=false) "):
         assert name in alt
-        assert f">{name.strip()}<" in page.html  # in the picture's legend, which is text
+        assert name.strip() in [text.get_text() for text in legend.get_texts()]
 
 
 def test_legends_of_runs_with_equal_settings_name_the_runs(tmp_path: Path) -> None:
@@ -233,7 +237,7 @@ def test_legends_of_runs_with_equal_settings_name_the_runs(tmp_path: Path) -> No
     assert any(alt.startswith("Accuracy. A (mine) ") and "; B (other) " in alt for alt in page.alts)
 
 
-def test_who_was_refused_or_capped_and_what_a_resume_passed_over_is_shown(tmp_path: Path) -> None:
+def test_refused_and_capped_clients_and_ignored_changes_are_shown(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs" / "r", rounds=3, clients=3)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
@@ -268,7 +272,7 @@ def test_a_run_without_lines_has_refusals_and_changes_of_its_summary(tmp_path: P
         assert words in said
 
 
-def test_runs_beyond_the_first_are_told_without_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_runs_have_figures_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(several, "MOST_DRAWN", 0)
     runs = [write_run(tmp_path / "runs" / str(i), 2, 2, 0, seed=i) for i in range(9)]
     page = report_on(tmp_path / "nine.html", *runs)
@@ -291,7 +295,7 @@ def test_pictures_are_exported_as_png(tmp_path: Path) -> None:
     from PIL import Image
 
     run = write_run(tmp_path / "runs" / "r", rounds=1)
-    assert report.main([str(run), "--out", str(tmp_path / "r.html"), "--png", str(tmp_path / "png")]) == 0
+    report_on(tmp_path / "r.html", run, "--png", tmp_path / "png")
     found = sorted(path.name for path in (tmp_path / "png").iterdir())
     assert {"accuracy.png", "loss.png", "classes.png", "phases.png", "bytes.png", "store.png"} <= set(found)
     with Image.open(tmp_path / "png" / "accuracy.png") as image:
@@ -300,13 +304,13 @@ def test_pictures_are_exported_as_png(tmp_path: Path) -> None:
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
 
 
-def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_files_and_folders_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "runs" / "r", rounds=1, classes=0)
     (tmp_path / "nothing").mkdir()
     for arguments, reason in (
-        ([tmp_path / "nothing"], "is no run and holds none"),
-        ([tmp_path / "absent"], "is no folder"),
-        ([run / "config.yaml"], "is no folder"),
+        ([tmp_path / "nothing"], "is not a run and holds none"),
+        ([tmp_path / "absent"], "is not a folder"),
+        ([run / "config.yaml"], "is not a folder"),
         ([run, "--out", tmp_path / "no" / "out.html"], "out.html: make it first"),
     ):
         assert report.main(list(map(str, arguments))) == 1
@@ -319,7 +323,7 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.slow
 def test_500_rounds_of_1000_clients_are_rendered(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs" / "big", rounds=500, clients=1000, classes=62)
-    page = report_on(tmp_path / "big.html", run)
+    page = report_on(tmp_path / "big.html", run, drawn=True)
     assert "Each row is the sum of 10 of the 1,000 clients" in page.said
     assert "20 of 1,000 clients" in page.said
     assert len(page.html) < 2_000_000

@@ -21,7 +21,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (odd / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"kind": "refused", "round": 2, "refused": {"node 1": reason}}) + "\n")
         file.write(json.dumps({"kind": "resumed_anyway", "round": 1, "changed": [reason]}) + "\n")
-    report_on(folder / "sweep.html", four, odd)
+    report_on(folder / "sweep.html", four, odd, drawn=True)
     return folder / "sweep.html"
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flapp.model.split.components import ModelFactory
+from flapp.model.split.factory import ModelFactory
 from flapp.model.split.files import COMPONENTS, StorageManager, read_metadata
 from flapp.server.roster import Roster
 from tests.support.split_models import write_vit
@@ -127,7 +127,7 @@ def test_the_tool_refuses_in_one_line(run_dir: Path, tmp_path: Path, capsys: pyt
     check(run_dir, (2, 3), "split points 2 and 3 of a model of 3 layers are not possible")
     check(tmp_path / "nowhere", (1, 2), "nowhere is not the directory of a finished run")
     (copy / "metrics.json").write_text('{"status": "failed"}')
-    check(copy, (1, 2), "is of a run that failed: go on with it by resume=true first")
+    check(copy, (1, 2), "is of a run that failed: resume it first")
     (copy / "metrics.json").write_text(json.dumps({"status": "finished", "model_sha256": "0" * 64}))
     check(copy, (1, 2), "metrics.json says 000000000000")
     (copy / "metrics.json").write_text("")

@@ -1,4 +1,4 @@
-"""Handing a run to a SuperLink: whose files are here, a run followed by its log, and what is said when it is lost."""
+"""Submitting a run to a SuperLink on another machine: it is followed by its log; a lost run says how to continue."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,7 +78,7 @@ def test_a_run_elsewhere_that_failed_says_why(lines: list[str], said: str) -> No
         follow_log(FarSuperLink(*lines, status="finished:failed"), "7")
 
 
-def test_a_run_that_is_out_of_sight_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_run_says_how_to_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     far = FarSuperLink(status="lost")
     config = settings(tmp_path, "deployment=local", "deployment.address=fl.example.org:8000")
     monkeypatch.setattr(submit, "choose_superlink", lambda config: (config, far))
@@ -89,7 +89,7 @@ def test_a_run_that_is_out_of_sight_says_how_to_go_on(tmp_path: Path, monkeypatc
     assert not far.folder.exists()
 
 
-def test_a_run_that_nobody_waits_for_any_more_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_on_another_server_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     far = FarSuperLink()
     config = settings(tmp_path, "deployment=local", "deployment.address=fl.example.org:8000")
 

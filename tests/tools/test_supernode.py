@@ -1,4 +1,4 @@
-"""tools.supernode: Flower's SuperNode with shorter waits, and clients that are forks."""
+"""tools.supernode: Flower's SuperNode with shorter waits and with clients that are forks."""
 
 import importlib
 import io
@@ -89,7 +89,7 @@ def test_flowers_own_loop_waits_with_our_pauses_and_shortly_again_after_work(
 @pytest.mark.parametrize("change", [lambda m: delattr(m, "time"), lambda m: setattr(m, "time", print)])
 def test_a_flower_of_another_build_is_refused_in_one_line(node: Any, change: Any) -> None:
     change(node)
-    with pytest.raises(SystemExit, match=r"^error: .*start_client_internal has no `time`: use flower-supernode.*$"):
+    with pytest.raises(SystemExit, match=r"^error: .*start_client_internal has no `time`: use .*--plain.*$"):
         replace_names(NODE, time=Pauses())
 
 
@@ -112,7 +112,7 @@ class Server:
         return self.ended
 
 
-def test_clients_are_forked_and_all_else_is_started_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clients_are_forked_and_other_programs_are_started_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Server] = []
 
     def popen(command: list[str], **options: Any) -> Server:

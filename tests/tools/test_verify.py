@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flapp.data import blocks
+from flapp.data import artifact as artifacts
 from flapp.data.artifact import open_artifact, write_artifact
-from flapp.data.embedded import ensure_artifacts
-from flapp.data.materialized import materialize
+from flapp.data.images import materialize
+from flapp.data.sources import ensure_artifacts
 from tools import verify_data
 
 CLASSES = ["a", "b", "c"]
@@ -31,7 +31,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Make a dataset with train, test and both at 16 pixels, in blocks of ten native images."""
     folder = tmp_path_factory.mktemp("data") / "small"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "BLOCK_BYTES", 1920)
+        patch.setattr(artifacts, "BLOCK_BYTES", 1920)
         for seed, split in enumerate(("train", "test")):
             write_artifact(folder / split, *make(seed), CLASSES, SHA256)
             materialize(folder / split, 16)
@@ -108,12 +108,6 @@ def flip_a_bit(split: Path) -> None:
     (split / "images.npy").write_bytes(content)
 
 
-def damage_header(split: Path) -> None:
-    content = bytearray((split / "images.npy").read_bytes())
-    content[74] = ord("(")
-    (split / "images.npy").write_bytes(content)
-
-
 def with_one(array: np.ndarray, index: int, value: Any) -> np.ndarray:
     changed = array.copy()
     changed[index] = value
@@ -124,25 +118,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "labels are missing": (lambda s: (s / "labels.npy").unlink(), "files", "labels.npy missing"),
     "meta.json is missing": (lambda s: (s / "meta.json").unlink(), "completion marker", "meta.json is missing"),
     "a stray file": (lambda s: (s / "journal").touch(), "files", "journal does not belong here"),
-    "no completion": (lambda s: change_meta(s, complete=False), "completion marker", "not a complete artifact"),
     "a damaged meta.json": (lambda s: (s / "meta.json").write_text("{"), "completion marker", "is damaged"),
     "another format": (lambda s: change_meta(s, format_version=9), "completion marker", "format 9"),
     "no source": (lambda s: change_meta(s, source_sha256=""), "completion marker", "is not a SHA-256"),
     "no hashes": (lambda s: change_meta(s, images={}), "completion marker", "is damaged (KeyError('blocks'))"),
-    "hashes of nothing": (lambda s: change_meta(s, classes=None), "completion marker", "sound=False"),
-    "a damaged header": (damage_header, "images header and length", "cannot be read"),
     "a raw memmap": (drop_header, "images header and length", "no .npy header"),
-    "an empty file": (lambda s: (s / "images.npy").write_bytes(b""), "images header and length", "no .npy header"),
     "pickled images": (save("images", lambda a: a.astype(object), True), "images header and length", "Python objects"),
-    "pickled labels": (save("labels", lambda a: a.astype(object), True), "labels header and length", "Python objects"),
     "a truncated file": (truncate, "images header and length", "too few"),
     "a file of double size": (double, "images header and length", "11,520 bytes behind its array"),
-    "float images": (save("images", lambda a: a.astype(np.float32)), "images header and length", "holds float32"),
-    "int32 labels": (save("labels", lambda a: a.astype(np.int32)), "labels header and length", "holds int32"),
     "another shape": (save("images", lambda a: a.reshape(60, 4, 16, 3)), "images header and length", "[60, 4, 16, 3]"),
     "fewer labels": (save("labels", lambda a: a[:-1]), "labels header and length", "[59]"),
     "rolled labels": (save("labels", lambda a: np.roll(a, 1)), "labels hash", "rolled or permuted"),
-    "permuted labels": (save("labels", lambda a: a[::-1]), "labels hash", "rolled or permuted"),
     "a label too high": (save("labels", lambda a: with_one(a, 0, 3)), "label range", "labels from 0 to 3"),
     "all images zero": (save("images", lambda a: a * 0), "no empty images", "60 images are all zero, the first is 0"),
     "rolled images": (save("images", lambda a: np.roll(a, 1, 0)), "images hash", "block 0 of images.npy was changed"),
@@ -158,14 +144,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
 def test_damage_to_a_split_is_found_and_named(dataset: Path, damage: str) -> None:
     break_it, check, reason = DAMAGES[damage]
     break_it(dataset / "train")
-    found = failures(dataset / "train")
-    assert reason in found[f"train: {check}"]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_to_one_split_fails_the_dataset(dataset: Path, damage: str) -> None:
-    DAMAGES[damage][0](dataset / "train")
-    assert f"train: {DAMAGES[damage][1]}" in failures(dataset)
+    assert reason in failures(dataset)[f"train: {check}"]
 
 
 def copy_train(dataset: Path) -> None:
@@ -189,7 +168,7 @@ def other_shape(dataset: Path) -> None:
 
 BETWEEN: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no test split": (lambda d: shutil.rmtree(d / "test"), "small: splits", "test missing"),
-    "an interrupted preparation": (lambda d: (d / "train@32.tmp").mkdir(), "small: splits", "train@32.tmp is what"),
+    "an interrupted preparation": (lambda d: (d / ".train@32.ab.tmp").mkdir(), "small: splits", "interrupted"),
     "test is train": (copy_train, "test: fits train", "test is a copy of train"),
     "other classes": (lambda d: change_meta(d / "test", classes=["a", "b", "d"]), "test: fits train", "other classes"),
     "another shape": (other_shape, "test: fits train", "[16, 4, 3] is another shape than train's"),
@@ -260,6 +239,7 @@ def test_json_holds_every_check(dataset: Path, capsys: pytest.CaptureFixture[str
     assert failed[0]["name"] == "images header and length"
     assert failed[0]["where"] == str(dataset / "train")
     assert {tuple(check) for check in checks} == {("where", "name", "ok", "detail")}
+    assert all(check["detail"] == verify_data.AFTER for check in failed[1:] if check["where"] == failed[0]["where"])
 
 
 def test_a_folder_that_is_not_there_fails(tmp_path: Path) -> None:

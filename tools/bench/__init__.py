@@ -1,4 +1,4 @@
-"""What every benchmark shares: rows with a ratio, measured interleaved in one process, by medians."""
+"""Shared by all benchmarks: rows with a ratio, and medians of interleaved measurements in one process."""
 
 import gc
 import json
@@ -29,8 +29,7 @@ SLACK = 1.2  # between target and limit, where a row names no limit of its own: 
 class Row:
     """One comparison: `ratio` of `what` against `against`; `target` is the design's, higher_is_better its direction.
 
-    limit is what the ratio must at least reach to be no defect. A row without a ratio was not measured; its note says
-    why.
+    limit: a ratio beyond it is a defect. A row without a ratio was not measured; its note says why.
     """
 
     what: str
@@ -51,7 +50,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """Say how the ratio stands to target and limit: met, within limit, MISSED, or not measured."""
+        """Return met, within limit, MISSED, or not measured."""
         if self.ratio is None:
             return "not measured"
         return "met" if self._reaches(self.target) else "within limit" if self._reaches(self.least) else "MISSED"

@@ -11,7 +11,17 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from flapp.config.load import compose
 from flapp.config.schema import Config
-from flapp.messages import TRAIN, Claim, Instructions, pack, pack_instructions, pack_reply, size_of, source_digest
+from flapp.messages import (
+    TRAIN,
+    Claim,
+    Instructions,
+    pack,
+    pack_instructions,
+    pack_reply,
+    size_of,
+    source_digest,
+    unpack_arrays,
+)
 from flapp.server.run import build_strategy, initial_model, keys_of
 from tools.bench import Row
 
@@ -42,7 +52,8 @@ def bytes_up(config: Config) -> list[int]:
     nobody: Any = None  # it neither asks clients nor keeps results here
     strategy = build_strategy(config, nobody, nobody, model, private)
     strategy.current = ArrayRecord({key: pack(state[key].numpy()) for key in sent})
-    return [size_of(reply_to(strategy.current, strategy.instructions(TRAIN, number))) for number in (1, 2)]
+    replies = [reply_to(strategy.current, strategy.instructions(TRAIN, number)) for number in (1, 2)]
+    return [size_of(unpack_arrays(reply.content)) for reply in replies]
 
 
 def reply_to(current: ArrayRecord, instructions: dict[str, Any]) -> Message:

@@ -20,9 +20,9 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
 from flapp.data.artifact import write_artifact
+from flapp.data.images import NORMALIZATIONS, resize
 from flapp.data.loader import ClientLoader
 from flapp.data.offline import OfflineCIFAR10
-from flapp.data.pixels import NORMALIZATIONS, resize
 from tools.bench import Row, measure
 
 IMAGES, SIZE, BATCH = 4096, 224, 32

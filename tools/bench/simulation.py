@@ -5,15 +5,15 @@
 
 Three workloads: W1, a CNN of 8.5 million parameters, 50 images a client, batches of 10, one epoch; W2, a linear model
 of 11 parameters, 10 samples a client, 2 steps; W3, digits_fedavg with its client stores, against a loop without stores.
-None evaluates but in its last round, which is not counted. A ratio is of CPU-seconds a round, of all processes of a
-run together, unless its row names something else.
+They evaluate only in the last round, which is not counted. A ratio compares the CPU-seconds per round of all processes
+of a run, unless its row names something else.
 """
 
 import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -42,6 +42,7 @@ NO_EVALUATION = ("evaluate.every=1000000", "strategy.fraction_evaluate=0.0001", 
 LIMIT_SECONDS = 600.0
 DRAWN = 50  # clients a round of W2
 NUMBERS = itertools.count()
+Way = Callable[[], Usage]
 
 
 def inline(workers: int) -> tuple[str, ...]:
@@ -117,7 +118,7 @@ class Workload:
 
 
 def as_work(config: Config, path: Path) -> Work:
-    """Return what the bare loop is to do so that it does what flapp does with this config; arrays go beside `path`."""
+    """Return the same work as this config's for the bare loop; arrays are written beside `path`."""
     from safetensors.torch import save_file
 
     data, train, seed = config.data_dir / config.dataset.name / "train", config.train, config.seed
@@ -179,13 +180,8 @@ def linear(home: Path, clients: int, drawn: int, counted: int, samples: int = 10
     )
 
 
-def digits(home: Path, counted: int) -> Workload:
-    """Return W3."""
-    return Workload("w3", home, ("experiment=digits_fedavg",), counted)
-
-
-def in_turns(turns: int, **ways: Callable[[], Usage]) -> dict[str, Usage]:
-    """Run each way in turn, A B C A B C ..., and return the medians of what each needs."""
+def in_turns(turns: int, **ways: Way) -> dict[str, Usage]:
+    """Run each way in turn, A B C A B C ..., and return the medians of their costs."""
     found: dict[str, list[Usage]] = {name: [] for name in ways}
     for _ in range(turns):
         for name, way in ways.items():
@@ -194,61 +190,68 @@ def in_turns(turns: int, **ways: Callable[[], Usage]) -> dict[str, Usage]:
     return {name: Usage(**{key: median(getattr(u, key) for u in each) for key in keys}) for name, each in found.items()}
 
 
-def told(**found: Usage) -> str:
-    """Say what each way needs: CPU and wall time of a round, peak memory, and start-up."""
+def told(found: Mapping[str, Usage]) -> str:
+    """Return the costs of each way in words: CPU and wall time of a round, peak memory, and start-up."""
     return "; ".join(
-        f"{name.replace('_', ' ')} {used.cpu:.3g} s CPU, {used.wall:.3g} s, {used.pss / 2**20:.0f} MiB, "
+        f"{name} {used.cpu:.3g} s CPU, {used.wall:.3g} s, {used.pss / 2**20:.0f} MiB, "
         f"first round done after {used.start:.1f} s"
         for name, used in found.items()
     )
 
 
 def at_most(what: str, against: str, target: float, unit: str = "x") -> Row:
-    """Return a row that is not measured yet, of a figure that should be small."""
+    """Return a row without a ratio yet, for a figure that should be small."""
     return Row(what, against, None, target, higher_is_better=False, unit=unit)
 
 
-def fill(rows: Sequence[Row], measure: Callable[[], Sequence[tuple[float, str]]]) -> list[Row]:
-    """Return the rows with the figures and notes that `measure` returns; if a run fails, with its error as note."""
+def compare(turns: int, ways: Mapping[str, Way], *rows: tuple[Row, Callable[..., float]]) -> list[Row]:
+    """Run ways in turn and return each row with its figure of their costs, given in the order of the ways.
+
+    The costs are the note of the first row. If a run fails, its error is the note of all rows.
+    """
     try:
-        found = measure()
+        found = in_turns(turns, **ways)
     except CommandError as error:
-        return [replace(row, note=str(error)) for row in rows]
-    return [replace(row, ratio=ratio, note=note) for row, (ratio, note) in zip(rows, found, strict=True)]
+        return [replace(row, note=str(error)) for row, _ in rows]
+    notes = [told(found)] + [""] * (len(rows) - 1)
+    return [
+        replace(row, ratio=figure(*found.values()), note=note) for (row, figure), note in zip(rows, notes, strict=True)
+    ]
+
+
+def cpu(base: Usage, ours: Usage) -> float:
+    return ours.cpu / base.cpu
+
+
+def start(base: Usage, ours: Usage) -> float:
+    return ours.start / base.start
 
 
 def cnn_rows(home: Path, scale: Scale) -> list[Row]:
     """Compare W1 with the bare loop, in one worker and in two."""
     work = cnn(home, scale.clients, scale.drawn, scale.rounds[0])
     what = f"W1, inline, {scale.drawn} of {scale.clients:,} clients"
-
-    def measure() -> list[tuple[float, str]]:
-        one, two = partial(work.run_flapp, *inline(1)), partial(work.run_flapp, *inline(2))
-        found = in_turns(scale.turns, bare=work.run_bare, one_worker=one, two_workers=two)
-        bare, first, second = found.values()
-        note = told(**found)
-        return [(first.cpu / bare.cpu, note), (second.cpu / bare.cpu, ""), (second.wall / first.wall, "")]
-
-    rows = [
-        at_most(f"{what}, 1 worker", BARE, 1.10),
-        at_most(f"{what}, 2 workers", BARE, 1.15),
-        at_most(f"{what}, 2 workers, wall time", "1 worker", 0.65),
-    ]
-    return fill(rows, measure)
+    one, two = (partial(work.run_flapp, *inline(workers)) for workers in (1, 2))
+    return compare(
+        scale.turns,
+        {"bare": work.run_bare, "one worker": one, "two workers": two},
+        (at_most(f"{what}, 1 worker", BARE, 1.10), lambda bare, one, two: one.cpu / bare.cpu),
+        (at_most(f"{what}, 2 workers", BARE, 1.15), lambda bare, one, two: two.cpu / bare.cpu),
+        (at_most(f"{what}, 2 workers, wall time", "1 worker", 0.65), lambda bare, one, two: two.wall / one.wall),
+    )
 
 
 def linear_rows(home: Path, scale: Scale) -> list[Row]:
-    """Compare W2 with the bare loop, and measure what metrics.jsonl grows by."""
+    """Compare W2 with the bare loop, and measure the growth of metrics.jsonl."""
     work = linear(home, scale.clients, DRAWN, scale.rounds[1])
     what = f"W2, inline, {DRAWN} of {scale.clients:,} clients"
-
-    def measure() -> list[tuple[float, str]]:
-        found = in_turns(scale.turns, bare=work.run_bare, one_worker=partial(work.run_flapp, *inline(1)))
-        written = line_bytes(home / "runs", work) / DRAWN
-        return [(found["one_worker"].cpu / found["bare"].cpu, told(**found)), (written, "lines of a round")]
-
     size = at_most(f"{what}: metrics.jsonl a client and round", "-", 150, " B")
-    return fill([at_most(f"{what}, 1 worker", BARE, 1.25), size], measure)
+    return compare(
+        scale.turns,
+        {"bare": work.run_bare, "one worker": partial(work.run_flapp, *inline(1))},
+        (at_most(f"{what}, 1 worker", BARE, 1.25), cpu),
+        (size, lambda *_: line_bytes(home / "runs", work) / DRAWN),
+    )
 
 
 def line_bytes(runs: Path, work: Workload) -> float:
@@ -259,19 +262,12 @@ def line_bytes(runs: Path, work: Workload) -> float:
     return sum(sizes) / work.counted
 
 
-def compare(turns: int, key: str, **ways: Callable[[], Usage]) -> list[tuple[float, str]]:
-    """Run two ways in turn and return the second's `key` in the first's."""
-    found = in_turns(turns, **ways)
-    base, ours = (getattr(used, key) for used in found.values())
-    return [(ours / base, told(**found))]
-
-
 def digits_rows(home: Path, scale: Scale) -> list[Row]:
     """Compare W3, which keeps client stores, with the bare loop, which keeps nothing."""
-    work = digits(home, scale.rounds[2])
+    work = Workload("w3", home, ("experiment=digits_fedavg",), scale.rounds[2])
     row = at_most("W3, inline, 10 clients with stores, 1 worker", f"{BARE} without stores", 1.10)
-    ways: dict[str, Callable[[], Usage]] = {"bare": work.run_bare, "one_worker": partial(work.run_flapp, *inline(1))}
-    return fill([row], partial(compare, scale.turns, "cpu", **ways))
+    ways: dict[str, Way] = {"bare": work.run_bare, "one worker": partial(work.run_flapp, *inline(1))}
+    return compare(scale.turns, ways, (row, cpu))
 
 
 def ray_rows(home: Path, scale: Scale) -> list[Row]:
@@ -280,27 +276,27 @@ def ray_rows(home: Path, scale: Scale) -> list[Row]:
     if scale.ray_rounds[0]:
         work = cnn(home, scale.clients, scale.drawn, scale.ray_rounds[0])
         row = at_most(f"W1, Ray, {scale.drawn} of {scale.clients:,} clients", STOCK, 1.0)
-        found += fill([row], partial(compare, 1, "cpu", stock=work.run_stock, flapp=partial(work.run_flapp, *RAY)))
+        found += compare(1, {"stock": work.run_stock, "flapp": partial(work.run_flapp, *RAY)}, (row, cpu))
     work = linear(home, scale.clients, DRAWN, scale.ray_rounds[1])
     stock = cache(work.run_stock)  # once, for both rows
     row = at_most(f"W2, Ray, {DRAWN} of {scale.clients:,} clients", STOCK, 1.0)
-    found += fill([row], partial(compare, 1, "cpu", stock=stock, flapp=partial(work.run_flapp, *RAY)))
+    found += compare(1, {"stock": stock, "flapp": partial(work.run_flapp, *RAY)}, (row, cpu))
     row = at_most(f"W2, inline, {scale.clients:,} clients: command to first round", STOCK, 0.15)
-    return found + fill([row], partial(compare, 1, "start", stock=stock, inline=partial(work.run_flapp, *inline(1))))
+    return found + compare(1, {"stock": stock, "inline": partial(work.run_flapp, *inline(1))}, (row, start))
 
 
 def scale_rows(home: Path, scale: Scale) -> list[Row]:
     """Compare rounds of the same size among few clients and among many, and how long many take to start."""
-    one = inline(1)
-    few, many = (linear(home, clients, 20, scale.rounds[1]) for clients in (100, scale.many))
+
+    def ways(few: int, many: int, counted: int, samples: int) -> dict[str, Way]:
+        works = {"few": linear(home, few, 20, counted, samples), "many": linear(home, many, 20, counted, samples)}
+        return {name: partial(work.run_flapp, *inline(1)) for name, work in works.items()}
+
     row = at_most(f"20 of {scale.many:,} clients, inline", "20 of 100 clients", 1.2)
-    ways: dict[str, Callable[[], Usage]] = {"few": partial(few.run_flapp, *one), "many": partial(many.run_flapp, *one)}
-    found = fill([row], partial(compare, scale.turns, "cpu", **ways))
+    found = compare(scale.turns, ways(100, scale.many, scale.rounds[1], 10), (row, cpu))
     if scale.most:
-        less, most = (linear(home, clients, 20, 2, samples=2) for clients in (scale.clients, scale.most))
         row = at_most(f"{scale.most:,} clients, inline: command to first round", f"{scale.clients:,} clients", 3.3)
-        ways = {"less": partial(less.run_flapp, *one), "most": partial(most.run_flapp, *one)}
-        found += fill([row], partial(compare, 1, "start", **ways))
+        found += compare(1, ways(scale.clients, scale.most, 2, 2), (row, start))
     return found
 
 

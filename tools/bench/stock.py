@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from flapp.model import cnn, linear
+from flapp.model import networks
 from tools.bench import bare, write_stock_app
 from tools.deployment.processes import available_cpus
 from tools.deployment.superlink import CONNECTION, PrivateSuperLink
@@ -28,8 +28,7 @@ from flwr.serverapp.strategy import FedAvg
 from safetensors.torch import load_file
 
 from stock import bare
-from stock.cnn import LeafCNN
-from stock.linear import Linear
+from stock.networks import LeafCNN, Linear
 
 client = ClientApp()
 server = ServerApp()
@@ -72,7 +71,7 @@ def main(grid, context):
 
 def write_app(folder: Path, **settings: str | int) -> None:
     """Write the app, with copies of the bare loop and of the models' classes."""
-    write_stock_app(folder, APP, *(str(module.__file__) for module in (bare, cnn, linear)), **settings)
+    write_stock_app(folder, APP, *(str(module.__file__) for module in (bare, networks)), **settings)
 
 
 def run(work: Path, ends: Path, nodes: int) -> str:

@@ -19,12 +19,12 @@ LOOK_SECONDS, SAMPLE_SECONDS, PSS_SECONDS = 0.02, 0.5, 2.0
 
 
 class CommandError(RuntimeError):
-    """A measured command that failed, took too long, or had too few rounds, said in one line."""
+    """A measured command failed, took too long, or had too few rounds; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a run needs: `start` seconds from the command to the end of its first round; cpu and wall seconds a round.
+    """The cost of a run: `start` seconds from the command to the end of its first round; cpu and wall seconds a round.
 
     pss is the peak proportional set size of all processes together, in bytes.
     """
@@ -36,13 +36,13 @@ class Usage:
 
 
 class ProcessTree:
-    """Follow a process and its descendants; one that was seen once counts even when it ends or loses its parent."""
+    """A process and its descendants; once seen, a process counts even after it ends or loses its parent."""
 
     def __init__(self, pid: int) -> None:
         self.seconds: dict[psutil.Process, float] = {psutil.Process(pid): 0.0}
 
     def cpu(self) -> float:
-        """Return the CPU seconds of all processes so far; of those that have ended, as last seen."""
+        """Return the CPU seconds of all processes so far; those that have ended count as last seen."""
         self._find()
         for process in self.seconds:
             with contextlib.suppress(psutil.Error):
@@ -143,7 +143,7 @@ def follow(
 
 
 def end(process: "subprocess.Popen[bytes]", tree: ProcessTree) -> None:
-    """See that a command and all that it started has ended: by an interrupt first, so that it cleans up."""
+    """End a command and everything it started: interrupt it first, so that it cleans up, then kill the rest."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):

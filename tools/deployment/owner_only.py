@@ -3,9 +3,9 @@
     python -P tools/deployment/owner_only.py superlink ARGUMENTS        the arguments of flower-superlink
     python -P tools/deployment/owner_only.py supernode ARGUMENTS        the arguments of flower-supernode
 
-Flower's APIs ask for no password, so every user of this machine could submit an app to the SuperLink's port, and the
-app would run as the user who started the SuperLink. Linux lists the user of each TCP socket in /proc/net/tcp. A
-connection from another user, or from another machine, is refused there and then.
+Flower's APIs have no password, so every user of this machine could submit an app to the SuperLink's port, and the app
+would run as the user who started the SuperLink. Linux lists the user of each TCP socket in /proc/net/tcp. Connections
+from other users and from other machines are refused before anything is read from them.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ ESTABLISHED, CLOSED = "01", "0"  # a connection's state; the inode of a socket t
 
 
 class OwnerOnly(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """Serve a connection of this process's own user; answer any other with 403 and close it."""
+    """Serve connections of the user of this process; answer all others with 403 and close them."""
 
     def connection_made(self, transport: Any) -> None:
         if find_user(transport.get_extra_info("socket")) == os.geteuid():
@@ -40,8 +40,8 @@ class OwnerOnly(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
 
 def find_user(connection: Any) -> int | None:
-    """Return the uid of the process at the other end of a TCP connection, or None if it cannot be found."""
-    try:  # an error that gets out of here would leave the connection open, and uvicorn would serve it
+    """Return the user of the process at the other end of a TCP connection, or None if it cannot be found."""
+    try:  # an error that left this function would leave the connection open, and uvicorn would serve it
         with socket.socket(fileno=os.dup(connection.fileno())) as same:
             user = look_up(same.getpeername(), same.getsockname())
             same.getpeername()  # fails if the other end has gone meanwhile, and its port may be somebody else's by now
@@ -68,7 +68,7 @@ def to_hex(host: str, port: int) -> str:
 
 
 def protect(name: str) -> None:
-    """Have the server that a module of Flower's starts with uvicorn answer its owner only; exits where it cannot."""
+    """Make the uvicorn server of one of Flower's modules answer its owner only; exits if that is not possible."""
     from flwr.supercore.version import package_version
 
     if not TCP.exists():

@@ -1,7 +1,7 @@
-"""Processes started here and stopped to the last one.
+"""Find and stop processes, and what programs of Flower need to start: environments, ports, paths.
 
-Whatever a SuperLink, a SuperNode or Ray starts in turn carries the same token in its environment, by which it is found
-whoever its parent has become.
+Everything that a SuperLink, a SuperNode or Ray starts inherits a token in its environment. By this token a process is
+found even when its parent is gone.
 """
 
 import contextlib
@@ -19,11 +19,8 @@ import psutil
 
 HOST = "127.0.0.1"
 TOKEN = "FLAPP_SUPERLINK"
-SWEEP, OWNER = (
-    "FLAPP_SWEEP",
-    "owner",
-)  # a folder after which the SuperLinks of one command are called, and a file there; see sweep.py
-# The last two make Flower open further ports, which answer everybody.
+SWEEP, OWNER = "FLAPP_SWEEP", "owner"  # the folder of one command, and a file in it; see running/sweep.py
+# The last two make Flower open more ports, which answer everybody.
 NOT_PASSED_ON = ("PYTHONPATH", "RAY_ADDRESS", "FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_INTERNAL_GRPC_FLEET_API")
 STOP_SECONDS, KILL_SECONDS = 5, 30
 CLOCK_SECONDS = 5  # by which the system's clock, and with it the start of a process, may be adjusted
@@ -31,13 +28,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class SuperLinkError(RuntimeError):
-    """A SuperLink or SuperNode, or a command to it, that did not do its work, said in one line."""
+    """A SuperLink, a SuperNode or a command to one failed; the message is one line."""
 
 
 class Processes:
-    """Find and stop all processes that carry a token, or one that begins with it, this one excepted.
+    """All processes, except this one, with a token in their environment, or one that begins with it.
 
-    variable: of the environment, in which they carry it.
+    variable: the environment variable that holds the token.
     """
 
     def __init__(self, token: str, variable: str = TOKEN) -> None:
@@ -46,7 +43,7 @@ class Processes:
         self.known: dict[int, psutil.Process] = {}
 
     def running(self) -> list[psutil.Process]:
-        """List what still runs: by token, and below it, since Ray's workers overwrite their environment."""
+        """List those that still run, with their children, because Ray's workers overwrite their environment."""
         found: dict[int, psutil.Process] = {}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
@@ -56,7 +53,7 @@ class Processes:
         return [process for process in self.known.values() if _is_running(process)]
 
     def stop(self) -> None:
-        """Stop them all, first kindly; signals to this process wait until it is done."""
+        """Stop them all: terminate first, then kill. Signals to this process are ignored meanwhile."""
         before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS} if _in_main_thread() else {}
         try:
             for end_process, seconds in ((psutil.Process.terminate, STOP_SECONDS), (psutil.Process.kill, KILL_SECONDS)):
@@ -72,13 +69,13 @@ class Processes:
 
 
 def note_process(path: Path) -> None:
-    """Write into a file which process this is."""
+    """Write the pid and start time of this process to a file."""
     process = psutil.Process()
     path.write_text(json.dumps([process.pid, process.create_time()]))
 
 
 def noted_process(path: Path) -> psutil.Process | None:
-    """Return the process that a file of note_process names, if it still runs and is not another of the same pid."""
+    """Return the process in a file of note_process, or None if it has ended, even if its pid is in use again."""
     try:
         pid, began = json.loads(path.read_text())
         process = psutil.Process(pid)
@@ -89,7 +86,7 @@ def noted_process(path: Path) -> psutil.Process | None:
 
 
 def environment(folder: Path, token: str) -> dict[str, str]:
-    """Return an environment that keeps Flower and Ray to this folder and off the network."""
+    """Return an environment in which Flower and Ray write only to this folder and send nothing to their makers."""
     programs = str(Path(sys.executable).parent)
     kept = {key: value for key, value in os.environ.items() if key not in NOT_PASSED_ON}
     return kept | {
@@ -105,7 +102,7 @@ def environment(folder: Path, token: str) -> dict[str, str]:
 
 
 def program(name: str) -> str:
-    """Return the path of a program of this Python's environment, activated or not."""
+    """Return the path of a program in this Python's environment, whether it is activated or not."""
     path = Path(sys.executable).parent / name
     if not path.exists():
         raise SuperLinkError(f"{path} is missing: install flapp into this environment (pip install -e .)")
@@ -118,14 +115,14 @@ def available_cpus() -> int:
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on, of those that the system gives to no outgoing connection meanwhile."""
+    """Return a port that nothing listens on, outside the range from which the system takes outgoing ports."""
     while not is_free(port := random.randrange(20000, 32000)):
         pass
     return port
 
 
 def reserve_port() -> socket.socket:
-    """Take a free port: while this socket is open nobody is given it by chance, though a server may listen on it."""
+    """Reserve a free port: while this socket is open the system gives it to nobody, but a server may listen on it."""
     reserved = socket.socket()
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reserved.bind((HOST, 0))
@@ -133,7 +130,7 @@ def reserve_port() -> socket.socket:
 
 
 def is_free(port: int) -> bool:
-    """Say whether a port of this machine can be listened on."""
+    """Return whether a server could listen on a port of this machine."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -144,7 +141,7 @@ def is_free(port: int) -> bool:
 
 
 def answers(port: int, host: str = HOST) -> bool:
-    """Say whether something listens on a port."""
+    """Return whether something listens on a port."""
     try:
         with socket.create_connection((host, port), timeout=1):
             return True
@@ -153,7 +150,7 @@ def answers(port: int, host: str = HOST) -> bool:
 
 
 def listens(process: int, port: int) -> bool:
-    """Say whether it is this process, and no other, that listens on a port of this machine."""
+    """Return whether this very process listens on a port of this machine."""
     with contextlib.suppress(psutil.Error):
         sockets = psutil.Process(process).net_connections("tcp4")
         return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in sockets)
@@ -161,16 +158,16 @@ def listens(process: int, port: int) -> bool:
 
 
 def lives(pid: int) -> bool:
-    """Say whether a process of this pid runs."""
+    """Return whether a process with this pid runs."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return _is_running(psutil.Process(pid))
     return False
 
 
 def last_line(text: str) -> str:
-    """Return the last line that says anything."""
+    """Return the last line that is not empty."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "it printed nothing"
 
 
 def _in_main_thread() -> bool:

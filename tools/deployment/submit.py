@@ -1,4 +1,4 @@
-"""Submit a run to a SuperLink, follow it to its end, and tell the truth about how it ended."""
+"""Run a federation once, inline or through a SuperLink: check the settings, follow the run, report how it ended."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from flapp.architecture import find_oversize
 from flapp.config.load import to_json
 from flapp.config.rules import count_messages
 from flapp.config.schema import Config, ConfigError
-from flapp.data.verified import Stamp, stamp
+from flapp.data.artifact import Stamp, stamp
 from flapp.listing import describe_refused
 from flapp.server.journals import Origin
 from flapp.server.preflight import check_run
@@ -20,11 +20,10 @@ from flapp.server.run_dir import SUMMARY, check_resumable, check_source
 from flapp.server.run_names import check_new, restarts
 from flapp.server.summary import sound_summary
 from tools.deployment.processes import HOST, SuperLinkError, available_cpus
-from tools.deployment.superlink import CONNECTION, PrivateSuperLink, SuperLink
+from tools.deployment.superlink import APP as APP
+from tools.deployment.superlink import CONNECTION, PrivateSuperLink, SuperLink, app_folder
 from tools.deployment.supervisor import KEYS, root_certificates
 from tools.federation import install_app, known_federation
-from tools.running.app import APP as APP
-from tools.running.app import app_folder
 from tools.running.progress import Progress, read_json
 
 LOOK_SECONDS, STATUS_SECONDS, END_SECONDS = 0.3, 15, 60
@@ -45,11 +44,12 @@ def run_once(config: Config, on_start: Callable[[], object] = lambda: None) -> d
 
     on_start is called when the settings have been checked, before the first process starts.
     """
-    path = config.runs_dir / config.run_name
-    here, earlier = is_here(config), None
-    if here and restarts(config):
-        earlier = read_json(path / "metrics.json")
-    elif here and config.resume:
+    path, here, kind = config.runs_dir / config.run_name, is_here(config), config.deployment.kind
+    starts_again = here and restarts(config)
+    earlier = read_json(path / "metrics.json") if starts_again else None
+    if here and not starts_again and not config.resume:
+        check_new(config)
+    elif here and not starts_again:
         check_resumable(config)
         earlier = read_json(path / "metrics.json")
         if earlier and earlier.get("status") == "finished" and config.resume_from is None:
@@ -57,19 +57,16 @@ def run_once(config: Config, on_start: Callable[[], object] = lambda: None) -> d
         check_source(config)
         if doubt := Origin(path).doubt(config.resume_from):
             print(f"warning: {doubt}", file=sys.stderr)
-    elif here:
-        check_new(config)
-    is_simulation, is_inline = config.deployment.kind == "simulation", config.deployment.kind == "inline"
-    federation_words = ["--federation-config", simulation_words(config)] if is_simulation else []
-    if is_inline:
+    size = ["--federation-config", simulation_words(config)] if kind == "simulation" else []
+    if kind == "inline":
         check_cpus(config)
     if here:
         check_run(config, clients_here=is_home_shared(config), quick=True)
-        if restarts(config):
+        if starts_again:
             print(f"note: {REPLACED.format(config.run_name)}", file=sys.stderr)
     before = stamp(path, CONFIG)
-    if is_inline:
-        from tools.running import inline  # imports us, and Flower, which no mistake should wait for
+    if kind == "inline":
+        from tools.running import inline  # imports this module, and Flower, which an early error should not wait for
 
         inline.prepare(config)
         on_start()
@@ -77,16 +74,11 @@ def run_once(config: Config, on_start: Callable[[], object] = lambda: None) -> d
     config, superlink = choose_superlink(config)
     on_start()
     with superlink, app_folder() as app:
-        settings = superlink.folder / "run.toml"
-        settings.write_text(f"config-json = {json.dumps(to_json(config), ensure_ascii=False)}\n")
-        if config.deployment.kind == "superlink" and config.deployment.address is None:
-            install_app(Path(str(config.deployment.federation)))
-        words = ["run", str(app), CONNECTION, "-c", str(settings), *federation_words]
-        run_id = str(superlink.flwr(*words)["run-id"])
+        run_id = submit(config, superlink, app, size)
         try:
             return follow(superlink, run_id, path, config, earlier, before) if here else follow_log(superlink, run_id)
         except SuperLinkError as error:
-            back = "" if config.deployment.kind == "simulation" else "once its SuperLink is back, "
+            back = "" if kind == "simulation" else "once its SuperLink is back, "
             fix = f"{back}resume it with run_name={config.run_name} resume=true"
             raise RunError(f"lost sight of the run ({error}): {fix}") from error
         except BaseException:
@@ -97,8 +89,17 @@ def run_once(config: Config, on_start: Callable[[], object] = lambda: None) -> d
                 superlink.save_log(run_id, path / "log.txt")
 
 
+def submit(config: Config, superlink: SuperLink, app: Path, size: list[str]) -> str:
+    """Hand the app and the settings to a SuperLink and return the run's id; size: options of a simulation."""
+    settings = superlink.folder / "run.toml"
+    settings.write_text(f"config-json = {json.dumps(to_json(config), ensure_ascii=False)}\n")
+    if config.deployment.kind == "superlink" and config.deployment.address is None:
+        install_app(Path(str(config.deployment.federation)))
+    return str(superlink.flwr("run", str(app), CONNECTION, "-c", str(settings), *size)["run-id"])
+
+
 def choose_superlink(config: Config) -> tuple[Config, SuperLink]:
-    """Return the SuperLink that the run goes to, not entered yet, and the config with what that SuperLink settles."""
+    """Return the SuperLink for the run, not entered yet, and the config with the settings that depend on it."""
     settings = config.deployment
     if settings.kind == "simulation":
         return config, PrivateSuperLink(settings.port, settings.ray_address)
@@ -118,14 +119,14 @@ def choose_superlink(config: Config) -> tuple[Config, SuperLink]:
 
 
 def is_here(config: Config) -> bool:
-    """Say whether the ServerApp runs on this machine, and so leaves its files where we can read them."""
+    """Return whether the ServerApp runs on this machine and writes its files here."""
     address = config.deployment.address
     host = address.rpartition(":")[0].strip("[]") if config.deployment.kind == "superlink" and address else HOST
     return host in (HOST, "localhost", "::1")
 
 
 def is_home_shared(config: Config) -> bool:
-    """Say whether the clients run on this machine and read their data from the run's home."""
+    """Return whether the clients run on this machine and read their data from the run's home."""
     settings = config.deployment
     if settings.kind != "superlink":
         return settings.ray_address is None
@@ -148,7 +149,7 @@ def simulation_words(config: Config) -> str:
 
 
 def check_cpus(config: Config) -> None:
-    """Raise ConfigError when a client is to have more processors than there are."""
+    """Raise ConfigError if a client needs more processors than there are."""
     settings = config.deployment
     if settings.client_cpus > (cpus := settings.total_cpus or available_cpus()):
         raise ConfigError(f"deployment.client_cpus={settings.client_cpus} is more than the {cpus} there are")
@@ -157,10 +158,10 @@ def check_cpus(config: Config) -> None:
 def follow(
     superlink: SuperLink, run_id: str, path: Path, config: Config, earlier: dict[str, Any] | None, before: Stamp
 ) -> dict[str, Any]:
-    """Show a run's progress until it ends; return its summary, or raise RunError with the reason it failed for.
+    """Show a run's progress until it ends, and return its summary; raises RunError with the reason if it failed.
 
-    `earlier` is the summary of an earlier start, which lies there until the run is resumed; `before` is the stamp of
-    its config.yaml, which the run writes anew once it has dropped the rounds that it does not go on from.
+    earlier: the summary of an earlier start, which stays in the folder until the run is resumed; before: the stamp of
+    its config.yaml, which the run writes again once it has dropped the rounds after the one it resumes from.
     """
     warn_of_size(config)
     asked = time.monotonic()
@@ -194,7 +195,7 @@ def warn_of_size(config: Config) -> None:
 
 
 def check_summary(summary: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return the summary of a finished run; raises ConfigError when it lacks what is said of such a run."""
+    """Return the summary of a finished run; raises ConfigError when something is missing in it."""
     needed = ("rounds", "seconds", "model_sha256", "run_dir")
     odd = sound_summary(summary)[1] + [key for key in needed if summary.get(key) is None]
     if odd:
@@ -203,7 +204,7 @@ def check_summary(summary: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def follow_log(superlink: SuperLink, run_id: str) -> dict[str, Any]:
-    """Show the log of a run on another machine until it ends; return the summary that the ServerApp logged at its end.
+    """Show the log of a run on another machine until it ends; return the summary that the ServerApp logged.
 
     Raises RunError when it failed.
     """
@@ -223,14 +224,14 @@ def follow_log(superlink: SuperLink, run_id: str) -> dict[str, Any]:
 
 
 def failure(summary: dict[str, Any]) -> RunError:
-    """Return the error of a run that wrote this summary: why it failed, and who was refused unless that says it."""
+    """Return the error of a failed run: its reason, and who was refused unless the reason names them."""
     error, refused = str(summary["error"]), refusals(summary)
     is_said = all(reason in error for reason in (summary.get("refused") or {}).values())
     return RunError(error if is_said else f"{error} ({refused})", summary)
 
 
 def refusals(summary: dict[str, Any]) -> str:
-    """Say in one line whom a run refused, or nothing."""
+    """Return one line about the clients that a run refused; empty if there are none."""
     refused = summary.get("refused")
     if not refused:
         return ""

@@ -1,7 +1,7 @@
-"""SuperLinks that runs are submitted to: any by its address, and a private one, started for one run and stopped.
+"""SuperLinks for runs: any SuperLink by its address, or a private one that is started and stopped with one run.
 
-The SuperLink that `flwr run` starts by itself is a daemon that keeps the folder, environment and code of its first
-launch; the private one belongs to one run, starts from a neutral folder, and has a home and a port of its own.
+The SuperLink that `flwr run` starts by itself is a daemon. It keeps folder, environment and code of its first start.
+The private one belongs to one run, starts in a neutral folder, and has its own home and port.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from typing import Any
 
 from packaging.version import Version
 
+from flapp.config.load import CONF, PACKAGE
 from tools.deployment.processes import (
     HOST,
     KILL_SECONDS,
@@ -38,6 +39,8 @@ from tools.deployment.processes import (
     reserve_port,
 )
 
+APP = PACKAGE.parent  # what flapp and tools are imported from: the checkout, or site-packages
+SHIPPED = ("pyproject.toml", "README.md")  # a wheel has them in the package, beside conf/
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # codes of a terminal: colours, cursor
 START_SECONDS = 60
 CONNECTION = "flapp"  # what Flower's command line calls the SuperLink
@@ -46,7 +49,7 @@ RAY_WITH_TOKENS = "2.52.0"  # the first Ray with token authentication
 
 
 class SuperLink:
-    """Speak to the SuperLink at `address` by Flower's command line, from a folder of one's own.
+    """The SuperLink at `address`, used through Flower's command line from a temporary folder.
 
     root_certificates: the CA that its certificate must be signed by; None for a SuperLink without TLS.
     """
@@ -78,7 +81,7 @@ class SuperLink:
         self.stop()
 
     def start(self) -> None:
-        """See that the SuperLink is there; raises SuperLinkError."""
+        """Check that the SuperLink answers; raises SuperLinkError."""
         self.flwr("list", "--limit", "1")
 
     def stop(self) -> None:
@@ -86,10 +89,10 @@ class SuperLink:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def check_alive(self) -> None:
-        """Raise SuperLinkError if the SuperLink is gone."""
+        """Raise SuperLinkError if the SuperLink does not answer."""
         host, _, port = self.address.rpartition(":")
         if not answers(int(port), host):
-            raise SuperLinkError(f"the SuperLink at {self.address} answers no more")
+            raise SuperLinkError(f"the SuperLink at {self.address} does not answer any more")
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
         """Run `flwr ARGUMENTS --format json` against this SuperLink and return its answer."""
@@ -109,12 +112,12 @@ class SuperLink:
         return str(run["status"]), str(run["status-details"])
 
     def stop_run(self, run_id: str) -> None:
-        """Have Flower stop a run that nobody waits for any more, if it still can be."""
+        """Ask Flower to stop a run; errors are ignored."""
         with contextlib.suppress(SuperLinkError):
             self.flwr("stop", run_id)
 
     def read_log(self, run_id: str) -> Iterator[str]:
-        """Yield what the ServerApp of a run prints, line by line, until the run ends."""
+        """Yield the lines that the ServerApp of a run prints, until the run ends."""
         command = [program("flwr"), "log", run_id, "--stream"]
         env = self.env | {"PYTHONUNBUFFERED": "1"}  # or lines come by the thousand
         with subprocess.Popen(command, env=env, cwd=self.folder, stdout=subprocess.PIPE, text=True) as process:
@@ -170,12 +173,12 @@ class PrivateSuperLink(SuperLink):
             time.sleep(0.1)
 
     def check_alive(self) -> None:
-        """Raise SuperLinkError if the SuperLink has ended by itself."""
+        """Raise SuperLinkError if the SuperLink has ended."""
         if self.process is None or self.process.poll() is not None:
             raise SuperLinkError(f"the SuperLink ended by itself: {last_line(self._log())}")
 
     def stop_run(self, run_id: str) -> None:
-        """Leave a run to end with its SuperLink."""
+        """Do nothing: the run ends with its SuperLink."""
 
     def stop(self) -> None:
         """Stop every process this SuperLink has started, and remove its folder."""
@@ -190,8 +193,23 @@ class PrivateSuperLink(SuperLink):
         return path.read_text(errors="replace") if path.exists() else ""
 
 
+@contextlib.contextmanager
+def app_folder() -> Iterator[Path]:
+    """Give a folder with pyproject.toml, flapp/ and conf/: the checkout, or a temporary copy of an installed wheel."""
+    if CONF.parent != PACKAGE:
+        yield APP
+        return
+    with tempfile.TemporaryDirectory(prefix="flapp-app-") as made:
+        folder = Path(made)
+        shutil.copytree(PACKAGE, folder / "flapp", ignore=shutil.ignore_patterns("__pycache__", "conf", *SHIPPED))
+        shutil.copytree(CONF, folder / "conf")
+        for name in SHIPPED:
+            shutil.copy(PACKAGE / name, folder)
+        yield folder
+
+
 def ray_environment(ray_address: str | None) -> dict[str, str]:
-    """Return the environment in which Ray asks everybody for a token: Ray listens on all of this machine's addresses.
+    """Return the environment that makes Ray require a token, because Ray listens on all addresses of this machine.
 
     A cluster of the run's own gets a fresh token. Another cluster has a token already, named in this process's
     environment, which the run inherits. Raises SuperLinkError if the installed Ray does not know tokens.

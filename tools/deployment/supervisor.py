@@ -1,8 +1,8 @@
-"""Keep a SuperLink and its SuperNodes running: whatever ends is started again, after a pause that grows.
+"""Keep a SuperLink and its SuperNodes running: whatever ends is started again, after a growing pause.
 
-`python -m tools.federation up` starts this program and leaves it to run by itself. It reads <folder>/federation.json,
-writes what it sees to <folder>/supervisor.json, and on SIGTERM stops the SuperNodes and then the SuperLink, and removes
-supervisor.json. If it is killed, its guard stops them; supervisor.json stays.
+`python -m tools.federation up` starts this program in the background. It reads <folder>/federation.json and writes the
+state of all programs to <folder>/supervisor.json. On SIGTERM it stops the SuperNodes, then the SuperLink, and removes
+supervisor.json. If it is killed, its guard stops the programs and supervisor.json stays.
 """
 
 import os
@@ -34,7 +34,7 @@ FAST_SUPERNODE = (sys.executable, "-P", str(Path(__file__).parents[1] / "superno
 
 @dataclass(frozen=True)
 class Federation:
-    """What a federation on this machine is made of; the content of federation.json.
+    """The parts of a federation on this machine, as written to federation.json.
 
     address: of the SuperLink, host:port; clients: ids; shards: a folder per client, or None when they share `home`;
     homes: whether each site has a home of its own; threads: of a client's process; plain: whether the SuperNodes are
@@ -56,7 +56,7 @@ class Federation:
 
 
 def read_federation(folder: Path) -> Federation:
-    """Read what `up` has written; raises FileNotFoundError, or ValueError when it is not that."""
+    """Read federation.json; raises FileNotFoundError, or ValueError when `up` did not write it."""
     path = folder / FACTS
     try:
         values = read_json(path)
@@ -72,7 +72,7 @@ def read_federation(folder: Path) -> Federation:
 
 
 def _faults(federation: Federation) -> Iterator[str]:
-    """Yield the fields whose values `up` never writes: clients, for one, name folders."""
+    """Yield the fields with values that `up` never writes. Clients, for example, name folders."""
     kinds = {"token": str, "address": str, "tls": bool, "homes": bool, "threads": int, "plain": bool}
     yield from (name for name, kind in kinds.items() if type(getattr(federation, name)) is not kind)
     if not re.fullmatch(r"[0-9A-Za-z.\-]+:[0-9]{1,5}", federation.address):
@@ -84,17 +84,17 @@ def _faults(federation: Federation) -> Iterator[str]:
 
 
 def site_name(client_id: str) -> str:
-    """Return the name of a client's folder, and the one that its SuperNode is registered under."""
+    """Return the name of a client's folder, under which its SuperNode is registered too."""
     return f"client_{client_id}"
 
 
 def root_certificates(folder: Path, federation: Federation) -> Path | None:
-    """Return the CA's certificate of a federation with TLS."""
+    """Return the path of the CA's certificate of a federation with TLS, otherwise None."""
     return folder / "ca.crt" if federation.tls else None
 
 
 def superlink_command(folder: Path, federation: Federation) -> list[str]:
-    """Return the command line of the SuperLink, which answers this user only."""
+    """Return the command line of the SuperLink, which answers only this user."""
     command = [*OWNER_ONLY, "superlink", "--host", HOST, "--port", str(federation.port)]
     command += ["--isolation", "subprocess", "--disable-runtime-dependency-installation"]
     if not federation.tls:
@@ -105,7 +105,7 @@ def superlink_command(folder: Path, federation: Federation) -> list[str]:
 
 
 def supernode_command(folder: Path, federation: Federation, client_id: str) -> list[str]:
-    """Return the command line of a client's SuperNode; its own port is a new one at each start."""
+    """Return the command line of a client's SuperNode, with a new port at each start."""
     site = folder / site_name(client_id)
     settings = {"client-id": client_id}
     if federation.shards is not None:
@@ -123,7 +123,7 @@ def supernode_command(folder: Path, federation: Federation, client_id: str) -> l
 
 
 class Child:
-    """One program that is to run, and when it may be started again."""
+    """One program that should run, and when it may be started again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -134,7 +134,7 @@ class Child:
         self.pause = FIRST_PAUSE
 
     def start(self, command: list[str], env: dict[str, str]) -> None:
-        """Start the program from its own folder, its words added to its log."""
+        """Start the program in its own folder and append its output to its log."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / LOG).open("ab") as log:
             self.log_start = log.tell()
@@ -143,7 +143,7 @@ class Child:
         self.restarts += 1
 
     def has_ended(self) -> bool:
-        """Say whether the program has just ended, and if so plan its next start."""
+        """Return whether the program has just ended; if so, its next start is planned."""
         if self.process is None or self.process.poll() is None:
             return False
         now = time.monotonic()
@@ -156,7 +156,7 @@ class Child:
         return True
 
     def is_due(self) -> bool:
-        """Say whether the program does not run and may be started."""
+        """Return whether the program is not running and may be started."""
         return self.process is None and time.monotonic() >= self.next_start
 
     def stop(self) -> None:
@@ -165,13 +165,13 @@ class Child:
             self.process.terminate()
 
     def facts(self) -> dict[str, Any]:
-        """Return what `status` shows."""
+        """Return the values that `status` shows."""
         pid = self.process.pid if self.process else None
         return {"pid": pid, "restarts": max(0, self.restarts), "log_start": self.log_start}
 
 
 class Supervisor:
-    """Run a federation's programs, until told to stop."""
+    """Run the programs of a federation until it is stopped."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.federation = folder, read_federation(folder)
@@ -181,13 +181,13 @@ class Supervisor:
         self.seen: dict[str, Any] = {}  # what was last written to supervisor.json
 
     def run(self) -> None:
-        """Start what is to run, and start it again, for ever."""
+        """Keep all programs running, forever."""
         while True:
             self.look()
             time.sleep(LOOK_SECONDS)
 
     def look(self) -> None:
-        """Note what has ended, start what is due, and write down what there is."""
+        """Notice what has ended, start what is due, and write supervisor.json if something has changed."""
         if self.superlink.has_ended():
             self.ready = False
         if self.superlink.is_due():
@@ -205,7 +205,7 @@ class Supervisor:
             self.seen = seen
 
     def stop(self) -> None:
-        """Stop the SuperNodes, while there is a SuperLink to take their leave from, and then the SuperLink."""
+        """Stop the SuperNodes first, so that they can unregister from the SuperLink, then the SuperLink."""
         for children in (list(self.nodes.values()), [self.superlink]):
             for child in children:
                 child.stop()
@@ -218,7 +218,7 @@ class Supervisor:
         return environment(child.folder, self.federation.token) | threads
 
     def _make_ready(self) -> bool:
-        """Register every site's key once the SuperLink answers: it forgets them when it ends."""
+        """Register every site's key once the SuperLink answers; a restarted SuperLink knows none."""
         if not answers(self.federation.port):
             return False
         if not self.federation.tls:

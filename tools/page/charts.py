@@ -1,4 +1,4 @@
-"""Choose the pictures of a run, of several runs side by side, and of a sweep."""
+"""The pictures of one run, of several runs in comparison, and of a sweep."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -35,7 +35,7 @@ SPREADS = {
 
 
 def pictures_of(run: Run) -> dict[str, list[Picture]]:
-    """Return the pictures of one run, by section of the page; sections of which nothing is recorded are empty."""
+    """Return the pictures of one run by section of the page; a section without data is empty."""
     marks, training = marks_of(run), Curve("training", run.series("train", "loss"), GREY, 3)
     updates = Curve("median", run.series("train", "update_norm"), COLOURS[0])
     drawn: dict[str, Iterable[Picture | None]] = {
@@ -58,7 +58,7 @@ def by_name(drawn: Mapping[str, list[Picture]], start: str = "") -> dict[str, Pi
 
 
 def marks_of(run: Run) -> dict[int, str]:
-    """Return the words that mark rounds: where it was best, which model was kept, where it stopped early."""
+    """Return the words that mark rounds: the best one, the one whose model was kept, the one of early stopping."""
     words: dict[int, list[str]] = {}
     if (best := run.best()[0]) is not None:
         words.setdefault(best, []).append("best")
@@ -70,7 +70,7 @@ def marks_of(run: Run) -> dict[int, str]:
 
 
 def compare(runs: list[Run]) -> list[Picture]:
-    """Return the curves of several runs, one over the other."""
+    """Return charts with the curves of several runs."""
     accuracy, personal = (_overlaid(runs, "evaluate", key) for key in ("accuracy", "personal_accuracy"))
     reached, seconds = _curves(runs, [by_traffic(run) for run in runs]), _overlaid(runs, "round", "seconds")
     drawn = [
@@ -85,11 +85,11 @@ def compare(runs: list[Run]) -> list[Picture]:
 
 
 def swept(runs: list[Run]) -> list[Picture]:
-    """Return a picture for each setting in which runs differ, if they are few: the objective over its values."""
+    """Return a chart of the objective over the values of each setting in which runs differ, unless there are many."""
     if len(runs) < 3 or len(differing(runs)) > MOST_SETTINGS:
         return []
     ended = [(run, value) for run in runs if (value := run.final(run.objective)) is not None]
-    alike: dict[tuple[str, ...], list[str]] = {}  # settings that change together, as seed and partition.seed do
+    alike: dict[tuple[str, ...], list[str]] = {}  # settings that change together, such as seed and partition.seed
     for key in differing([run for run, _ in ended]):
         alike.setdefault(tuple(str(run.config.get(key)) for run, _ in ended), []).append(key)
     figures, objective = [value for _, value in ended], in_words(runs[0].objective)
@@ -97,7 +97,7 @@ def swept(runs: list[Run]) -> list[Picture]:
 
 
 def by_traffic(run: Run) -> Points:
-    """Return the accuracy of each evaluation over the MB sent up and down until then."""
+    """Return the accuracy of each evaluation against the MB sent up and down until then."""
     rounds, accuracy = run.series("evaluate", "accuracy")
     sent, megabytes = _per_round(run, "bytes_up", "bytes_down")
     so_far = np.concatenate([[0.0], np.cumsum(megabytes)])
@@ -105,7 +105,7 @@ def by_traffic(run: Run) -> Points:
 
 
 def colour_of(runs: list[Run], index: int) -> str:
-    """Return the colour of a run among several; beyond MOST_LINES only the best has one."""
+    """Return the colour of a run in comparisons; of more than MOST_LINES runs only the best has one."""
     if len(runs) <= MOST_LINES:
         return COLOURS[index]
     return COLOURS[0] if index == best_of(runs) else GREY
@@ -152,7 +152,7 @@ def _traffic(run: Run) -> list[Picture | None]:
 
 
 def _per_round(run: Run, *keys: str) -> Points:
-    """Return the MB of each round, all its exchanges together."""
+    """Return the MB of each round in all its exchanges."""
     total: Counter[int] = Counter()
     for kind in run.lines:
         for key in keys:

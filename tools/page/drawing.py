@@ -1,4 +1,4 @@
-"""Draw the figures of the report: each small enough for a phone, in colours that follow the page's light or dark."""
+"""Draw the figures of the report: small enough for a phone, in colours that follow light and dark mode."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -69,7 +69,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the page: `name` of its PNG file, what it shows in words, and what it leaves out."""
+    """A figure of the page with the name of its PNG file, its content in words, and a note below it."""
 
     name: str
     figure: Figure
@@ -78,7 +78,7 @@ class Picture:
     wide: bool = False
 
     def svg(self) -> str:
-        """Return the figure as SVG for a page, with the page's colours in place of its own."""
+        """Return the figure as SVG in the page's colours."""
         out = StringIO()
         with rc_context(STYLE | {"svg.hashsalt": f"{self.name} {self.alt}"}):
             self.figure.savefig(out, format="svg", transparent=True, dpi=200, metadata={"Date": None})
@@ -109,7 +109,7 @@ class Curve:
 
 
 def themed(text: str) -> str:
-    """Put the page's colours, which follow light and dark, in place of the palette's."""
+    """Replace the palette's colours by the page's variables, which follow light and dark mode."""
     for name, (light, _) in PALETTE.items():
         text = text.replace(light, f"var(--{name})")
     return text
@@ -122,7 +122,7 @@ def new_axes(title: str, xlabel: str, ylabel: str, width: float = SMALL, height:
 
 
 def finish(name: str, axes: Axes, alt: str, note: str = "", wide: bool = False) -> Picture:
-    """Put the legend below and return the picture."""
+    """Add the legend and return the picture."""
     figure = axes.figure
     assert isinstance(figure, Figure)
     handles, labels = axes.get_legend_handles_labels()
@@ -146,7 +146,7 @@ def draw_curves(
     xlabel: str = "round",
     zero: bool = False,
 ) -> Picture | None:
-    """Draw lines over rounds (or over xlabel), with marks at some; None when there is nothing to draw."""
+    """Draw lines over rounds (or over xlabel), with marks at some rounds; returns None if there is nothing to draw."""
     curves = [curve for curve in curves if len(curve.points[0])]
     if not curves:
         return None
@@ -165,7 +165,7 @@ def draw_curves(
 
 
 def draw_marks(axes: Axes, marks: Mapping[int, str]) -> None:
-    """Draw a thin upright line at each marked round, with its word above the axes."""
+    """Draw a thin vertical line at each marked round, with its word above the axes."""
     for i, (at, word) in enumerate(sorted(marks.items())):
         axes.axvline(at, color=INK, lw=0.8, ls=(0, (2, 2)))
         side = "center" if len(marks) == 1 else ("right", "left", "center")[i % 3]
@@ -176,7 +176,7 @@ def draw_marks(axes: Axes, marks: Mapping[int, str]) -> None:
 
 
 def draw_spread(run: Run, key: str, title: str, marks: Mapping[int, str]) -> Picture | None:
-    """Draw bands of one number over the clients: min to max, p10 to p90, and the median."""
+    """Draw the spread of a figure over the clients: min to max, p10 to p90, and the median."""
     bands = {name: run.series("evaluate", f"{key}_spread.{name}") for name in ("min", "p10", "median", "p90", "max")}
     x, middle = bands["median"]
     if not len(x) or len({len(found) for found, _ in bands.values()}) > 1:
@@ -195,7 +195,7 @@ def draw_spread(run: Run, key: str, title: str, marks: Mapping[int, str]) -> Pic
 
 
 def draw_stack(name: str, title: str, ylabel: str, parts: dict[str, Points]) -> Picture | None:
-    """Draw what adds up to a round's whole, one part on the other."""
+    """Draw the parts of a round stacked on each other."""
     rounds = sorted({int(x) for found, _ in parts.values() for x in found})
     if not rounds:
         return None
@@ -217,13 +217,13 @@ def draw_stack(name: str, title: str, ylabel: str, parts: dict[str, Points]) -> 
 
 
 def grouped(table: np.ndarray, most: int) -> tuple[np.ndarray, int]:
-    """Return a table of at most so many rows, sums of as many neighbours each, and how many."""
+    """Return a table of at most `most` rows, each the sum of equally many neighbours, and how many these are."""
     size = -(-len(table) // most)
     return np.add.reduceat(table, np.arange(0, len(table), size)), size
 
 
 def draw_classes(run: Run) -> Picture | None:
-    """Draw who holds how many training samples of which class."""
+    """Draw how many training samples of each class each client holds."""
     held = {name: counts for name, counts in run.roster("label_hist").items() if counts}
     if not held or len({len(counts) for counts in held.values()}) > 1:
         return None

@@ -1,4 +1,4 @@
-"""HTML as text: whatever is not Html is escaped. The page has no script, and its policy lets nothing be fetched."""
+"""Build HTML. Everything that is not Html is escaped. The page has no scripts, and its policy forbids any loading."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -19,11 +19,11 @@ LONG = 44  # characters of a cell that may be broken
 
 
 class Html(str):
-    """Text that is HTML already."""
+    """Text that is already HTML."""
 
 
 def tag(name: str, *inside: object, **attributes: str) -> Html:
-    """Return an element; class_ is its class, aria_label its aria-label, empty ones are left out."""
+    """Return an element. class_ is its class, aria_label its aria-label; empty attributes are left out."""
     named = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value}
     said = "".join(f' {key}="{escape(value)}"' for key, value in named.items())
     return Html(f"<{name}{said}>{join(inside)}</{name}>")
@@ -38,19 +38,19 @@ def note(*inside: object) -> Html:
 
 
 def section(title: str, *inside: object, level: str = "h2") -> Html:
-    """Return a titled section, or nothing when there is nothing in it."""
+    """Return a section with a title; empty if it has no content."""
     body = join(part for part in inside if part)
     return tag("section", tag(level, title), body) if body else Html()
 
 
 def folded(title: object, *inside: object, opened: bool = False) -> Html:
-    """Return what a reader opens and closes."""
+    """Return a part of the page that the reader can open and close."""
     found = tag("details", tag("summary", title), *inside)
     return Html(found.replace("<details", "<details open", 1)) if opened else found
 
 
 def table(heads: Sequence[object], rows: Sequence[Sequence[object]], right: Iterable[int] = ()) -> Html:
-    """Return a table that scrolls in its own box; the columns in `right` hold numbers."""
+    """Return a table in a box of its own that scrolls; the columns in `right` hold numbers."""
     if not rows:
         return Html()
     numbers = set(right)
@@ -65,7 +65,7 @@ def table(heads: Sequence[object], rows: Sequence[Sequence[object]], right: Iter
 
 
 def tiles(pairs: Iterable[tuple[object, object]]) -> Html:
-    """Return names and values side by side, as many as the screen has room for."""
+    """Return names and values in tiles."""
     return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in pairs))
 
 
@@ -76,13 +76,13 @@ def facts(pairs: Iterable[tuple[object, object]]) -> Html:
 
 
 def figures(pictures: Sequence[Picture], *beside: Html) -> Html:
-    """Return pictures, and what else is there, side by side or, on a phone, one below the other."""
+    """Return pictures and other blocks side by side, or below each other on a phone."""
     found = [*map(figure, pictures), *filter(None, beside)]
     return tag("div", *found, class_="figures") if found else Html()
 
 
 def figure(picture: Picture) -> Html:
-    """Return a picture with what it shows in words for those who do not see it."""
+    """Return a picture with its content in words for screen readers."""
     width, height = picture.size
     box = f"0 0 {width:g} {height:g}"
     drawing = tag("svg", Html(picture.svg()), viewBox=box, role="img", aria_label=picture.alt)

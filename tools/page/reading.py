@@ -1,7 +1,7 @@
-"""Read run directories for the report, tolerant of anything missing: what is not there is said in `notes`.
+"""Read run directories for the report. Whatever is missing or damaged is left out and named in `notes`.
 
-What one client did in one round is folded together as lines are read, so that 500 rounds of 1,000 clients take little
-memory: sums for bytes and seconds, the last accuracy, failures by reason.
+What single clients did is gathered as lines are read, so that 500 rounds of 1,000 clients take little memory: sums of
+bytes and seconds, the last accuracies, failures by reason.
 """
 
 import math
@@ -28,11 +28,11 @@ LOG_BYTES, LOG_LINES = 32_768, 40
 
 
 class ReportError(ValueError):
-    """Something named on the command line that is no run."""
+    """A file or folder on the command line is not what it should be; the message is one line."""
 
 
 def read_all(paths: list[Path]) -> tuple[list[Run], list[Job]]:
-    """Return the runs at `paths`, and the jobs of those that are folders of sweeps; raises ReportError."""
+    """Return the runs at `paths`, and the jobs of those paths that are sweeps; raises ReportError."""
     folders: list[tuple[Path, str]] = []
     jobs: list[Job] = []
     for path in paths:
@@ -60,9 +60,11 @@ def letters(index: int) -> str:
 
 
 def _read_sweep(path: Path) -> tuple[list[tuple[Path, str]], list[Job]]:
-    """Return the folders and labels of the runs of a sweep, and its jobs; raises ReportError when there is none."""
+    """Return the folders and labels of the runs of a sweep, and its jobs; raises ReportError if it is not a sweep."""
     if not path.is_dir():
-        raise ReportError(f"{path} is no folder: give a run directory (home/runs/<run_name>) or the folder of a sweep")
+        raise ReportError(
+            f"{path} is not a folder: give a run directory (home/runs/<run_name>) or the folder of a sweep"
+        )
     below = sorted((folder for folder in path.iterdir() if is_run(folder)), key=lambda folder: by_number(folder.name))
     outcomes = read_json(path / "sweep.json", [])
     jobs = []
@@ -70,12 +72,12 @@ def _read_sweep(path: Path) -> tuple[list[tuple[Path, str]], list[Job]]:
         overrides, status, error = (str(outcome.get(key) or "") for key in ("overrides", "status", "error"))
         jobs.append(Job(str(outcome.get("job", index)), overrides, status, error, number(outcome, "objective")))
     if not below and not jobs:
-        raise ReportError(f"{path} is no run and holds none: there is no {', '.join(RUN_FILES)} in it or one below")
+        raise ReportError(f"{path} is not a run and holds none: there is no {', '.join(RUN_FILES)} in it or one below")
     return [(folder, folder.name) for folder in below], jobs
 
 
 def read_run(path: Path, label: str = "A") -> Run:
-    """Read one run directory; nothing in it is written."""
+    """Read one run directory without writing to it."""
     notes: list[str] = []
     config = read_config(path / "config.yaml", notes)
     summary, odd = sound_summary(read_json(path / "metrics.json", {}, notes))
@@ -104,7 +106,7 @@ def read_run(path: Path, label: str = "A") -> Run:
 
 
 def add_up(paths: list[Path]) -> Stores:
-    """Add up checkpoint stores: all their files, and what is in STORES_OPENED of them, spread evenly."""
+    """Add up the sizes of all checkpoint stores, and the contents of at most STORES_OPENED of them, spread evenly."""
     opened, problems, digest = [], [], ""
     for path in paths[:: math.ceil(len(paths) / STORES_OPENED)]:
         if not path.is_file():
@@ -126,7 +128,7 @@ def add_up(paths: list[Path]) -> Stores:
 
 
 def read_json(path: Path, missing: Any, notes: list[str] | None = None) -> Any:
-    """Return a JSON file's content, or `missing`; a file that is not JSON of that type is noted."""
+    """Return the content of a JSON file, or `missing`; a file that does not hold JSON of that type is noted."""
     try:
         values = parse_file(path)
     except FileNotFoundError:
@@ -143,11 +145,11 @@ def read_json(path: Path, missing: Any, notes: list[str] | None = None) -> Any:
 
 
 def read_config(path: Path, notes: list[str]) -> dict[str, Any]:
-    """Return the settings in a config.yaml by dotted name; none, and a note, if it cannot be read."""
+    """Return the settings in a config.yaml by dotted name; if it cannot be read, nothing and a note."""
     try:
         return flat(read_yaml(path))
     except FileNotFoundError:
-        notes.append("config.yaml is not there, so there are no settings")
+        notes.append("config.yaml is missing, so there are no settings")
     except (OSError, ValueError) as error:
         notes.append(f"config.yaml cannot be read ({printable(error)}), so there are no settings")
     return {}
@@ -164,9 +166,9 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _read_lines(
     path: Path, clients: Clients, notes: list[str], kind: str | None = None
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the lines of a file by kind, what is of single clients folded into `clients`; note odd ones.
+    """Return the lines of a file by kind, gather what they say about single clients, and note damaged lines.
 
-    kind: the only kind that the file has.
+    kind: the only kind of line in the file.
     """
     lines: dict[str, list[dict[str, Any]]] = {}
     odd, torn = 0, False
@@ -190,12 +192,12 @@ def _read_lines(
     if torn:
         notes.append(f"the last line of {path.name} was cut off and is left out")
     if odd:
-        notes.append(f"{odd} lines of {path.name} are no lines of a run and are left out")
+        notes.append(f"{odd} lines of {path.name} are not lines of a run and are left out")
     return lines
 
 
 def _client_stores(path: Path, config: Mapping[str, Any]) -> Stores | None:
-    """Add up the clients' stores of a run, if they are on this machine."""
+    """Add up the client stores of a run if they are on this machine."""
     name = str(config.get("run_name") or path.name)
     if not name.isprintable() or Path(name).is_absolute() or ".." in Path(name).parts:
         return None
@@ -211,7 +213,7 @@ def _client_stores(path: Path, config: Mapping[str, Any]) -> Stores | None:
 
 
 def tail(path: Path) -> tuple[str, ...]:
-    """Return the last lines of a log, without the colours of a terminal."""
+    """Return the last lines of a log without terminal colours."""
     try:
         check_regular(path)
         with path.open("rb") as file:

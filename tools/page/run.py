@@ -1,4 +1,4 @@
-"""What a run directory says, as the report needs it: lines by kind, clients folded together, stores added up."""
+"""A run as the report needs it: lines by kind, what is known of single clients, checkpoint stores added up."""
 
 import re
 from collections import Counter
@@ -20,56 +20,32 @@ Points = tuple[np.ndarray, np.ndarray]  # rounds and values
 
 
 @dataclass
-class Failures:
-    """One reason for which clients were left out: how often, in which rounds, who."""
-
-    count: int = 0
-    rounds: set[int] = field(default_factory=set)
-    clients: set[str] = field(default_factory=set)
-
-
-@dataclass
-class Capped:
-    """A client that claimed more than the share of the samples that one may count for: the largest, and when."""
-
-    share: float = 0.0
-    rounds: set[int] = field(default_factory=set)
-
-
-@dataclass
 class Clients:
-    """What the lines say of single clients, folded over the rounds."""
+    """What the lines say about single clients, gathered over the rounds."""
 
     sums: dict[str, Counter[str]] = field(default_factory=dict)  # client_bytes_up, client_bytes_down, client_seconds
     last: dict[str, dict[str, float]] = field(default_factory=dict)  # the accuracies by client, and client_ranks
-    failures: dict[tuple[str, str], Failures] = field(default_factory=dict)  # by kind and reason
-    failed: Counter[str] = field(default_factory=Counter)
+    failures: dict[tuple[str, str], list[tuple[int, str]]] = field(default_factory=dict)  # kind, reason: round, client
     absent: Counter[str] = field(default_factory=Counter)
-    capped: dict[str, Capped] = field(default_factory=dict)
+    capped: dict[str, list[tuple[float, int]]] = field(default_factory=dict)  # client: claimed share, round
 
     def fold(self, line: dict[str, Any]) -> dict[str, Any]:
-        """Take what a line says of single clients and return the rest of it."""
+        """Take what a line says about single clients and return the rest of it."""
         for key in ("client_bytes_up", "client_bytes_down", "client_seconds"):
             self.sums.setdefault(key, Counter()).update(line.pop(key, None) or {})
         last = [key for key in line if key.endswith("accuracy_by_client") or key == "client_ranks"]
         self.last |= {key: line.pop(key) for key in last}
         self.absent.update(line.pop("absent", None) or ())
         for failure in line.pop("failures", None) or ():
-            found = self.failures.setdefault((line["kind"], failure["reason"]), Failures())
-            found.count += 1
-            found.rounds.add(line["round"])
-            found.clients.add(failure["client"])
-            self.failed[failure["client"]] += 1
+            self.failures.setdefault((line["kind"], failure["reason"]), []).append((line["round"], failure["client"]))
         for name, share in (line.pop("capped", None) or {}).items():
-            capped = self.capped.setdefault(name, Capped())
-            capped.share = max(capped.share, share)
-            capped.rounds.add(line["round"])
+            self.capped.setdefault(name, []).append((share, line["round"]))
         return line
 
 
 @dataclass(frozen=True)
 class Stores:
-    """Checkpoint stores added up: of so many files, so many opened."""
+    """Checkpoint stores added up. Only `opened` of the `files` were opened."""
 
     files: int = 0
     file_bytes: int = 0
@@ -83,7 +59,7 @@ class Stores:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run directory says; `label` is its letter or number, `differs` what sets it apart from the others."""
+    """One run directory. `label` is its letter or number, `differs` names the settings that only this run has."""
 
     path: Path
     label: str
@@ -113,18 +89,18 @@ class Run:
 
     @property
     def rounds(self) -> int:
-        """Return how many rounds are over, or were begun in a run that does not say which are over."""
+        """Return the number of completed rounds, or of started ones in a run of an older flapp."""
         told = self.lines.get("round") or [line for lines in self.lines.values() for line in lines]
         return max((line["round"] for line in told), default=0)
 
     @property
     def objective(self) -> str:
-        """Name the figure that rounds and runs are compared by: of validation samples where they are measured."""
+        """Name the figure by which rounds and runs are compared: on validation samples if there are any."""
         name = str(self.config.get("evaluate.objective") or "accuracy")
         return f"val_{name}" if len(self.series("evaluate", f"val_{name}")[0]) else name
 
     def series(self, kind: str, key: str) -> Points:
-        """Return the rounds in which a kind of line has a finite number under a key (a.b if nested), and these."""
+        """Return the rounds whose line of a kind has a finite number under a key (a.b if nested), and the numbers."""
         found = {line["round"]: value for line in self.lines.get(kind, ()) if (value := number(line, key)) is not None}
         return np.array(list(found), int), np.array(list(found.values()), float)
 
@@ -156,7 +132,7 @@ class Run:
         return {name: pair for name, pair in found.items() if pair[1].any()}
 
     def roster(self, key: str) -> dict[str, Any]:
-        """Return what the starts of the run say of single clients, the latest first to be believed."""
+        """Return what the starts of the run say about single clients; the latest start counts."""
         said: dict[str, Any] = dict(self.summary.get(key) or {}) if key == "refused" else {}
         for line in (*self.lines.get("roster", ()), *self.lines.get("refused", ())):
             said |= line.get(key) or {}
@@ -174,7 +150,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a sweep, as its sweep.json tells it."""
+    """One job of a sweep, from its sweep.json."""
 
     number: str
     overrides: str
@@ -197,9 +173,9 @@ def by_number(name: str) -> list[tuple[str, int]]:
 
 
 def names_of(runs: list[Run]) -> list[str]:
-    """Say for each of several runs how its settings differ from the others', as `lr=0.1, seed=0`, or its name.
+    """Name each run by the settings in which the runs differ, as `lr=0.1, seed=0`, or by its own name.
 
-    Settings with the same values, such as seed and partition.seed, are said once, by the shortest of their names.
+    Settings that always change together, such as seed and partition.seed, are named once, by the shortest name.
     """
     alike: dict[tuple[str, ...], str] = {}
     for key in differing(runs):
@@ -215,7 +191,7 @@ def names_of(runs: list[Run]) -> list[str]:
 
 
 def short(key: str) -> str:
-    """Return the last part of a setting's name, or its group where that says more: train.lr is lr, model.name model."""
+    """Return the last part of a setting's name, or its group if that says more: train.lr is lr, model.name is model."""
     group, _, last = key.rpartition(".")
     return group.rpartition(".")[2] if group and last in ("name", "kind", "enabled") else last
 
@@ -229,7 +205,7 @@ def _brief(value: Any) -> str:
 
 
 def differing(runs: list[Run]) -> list[str]:
-    """Name the settings in which runs differ, but for those in which any two do."""
+    """Name the settings in which runs differ, except those in which any two runs differ."""
     known = [run for run in runs if run.config]
     keys = sorted({key for run in known for key in run.config} - set(OWN_NAMES))
     return [key for key in keys if len({repr(run.config.get(key)) for run in known}) > 1]

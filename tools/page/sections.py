@@ -1,25 +1,29 @@
-"""Say in tables and words what a run did; what is not recorded is said where it would stand."""
+"""The sections about one run: tables and notes. Each says what the run does not record."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from flapp.server.summary import in_words
+from flapp.untrusted import read_json
+from tools.bench import HEADS, Row
 from tools.checkpoints import count, in_bytes
 from tools.page.charts import MB
 from tools.page.drawing import Picture
 from tools.page.markup import Html, facts, figures, folded, join, note, section, table, tag
-from tools.page.reading import STORES_OPENED
+from tools.page.reading import STORES_OPENED, ReportError
 from tools.page.run import Run, Stores, by_number, number
 
 MOST_REASONS, MOST_CLIENTS, MOST_NAMES = 20, 20, 12
 NONE = "-"
-NO_ROUND_LINES = "metrics.jsonl has no line of a whole round: it is of an older flapp, or no round was completed."
+NO_ROUND_LINES = "metrics.jsonl has no line for a whole round: an older flapp wrote it, or no round was completed."
 Pictures = Mapping[str, Sequence[Picture]]
 
 
 def setup_of(run: Run) -> dict[str, object]:
-    """Return what was trained on which data, by how many clients and by which rule."""
+    """Return model, dataset, clients and strategy in words."""
     found = run.config.get
     model, strategy = [found("model.name", NONE)], [found("strategy.name", NONE)]
     if size := found("model.image_size"):
@@ -66,7 +70,7 @@ def objectives(runs: Iterable[Run]) -> Html:
 
 
 def alerts(run: Run, name: str = "") -> Html:
-    """Say first what went wrong: a failure, a run without an end, files that are missing or cut off."""
+    """Say what went wrong: a failure, a run without an end, files that are missing or cut off."""
     said: list[Html] = []
     if run.status == "failed":
         error = run.summary.get("error") or "metrics.json does not say why"
@@ -125,13 +129,14 @@ def clients(run: Run, drawn: Sequence[Picture]) -> Html:
     names = sorted(samples.keys() | accuracy.keys() | personal.keys(), key=lambda name: known.get(name, 2.0))
     seconds: Mapping[str, float] = run.clients.sums.get("client_seconds", {})
     ranks = run.clients.last.get("client_ranks", {})
+    failed = Counter(client for who in run.clients.failures.values() for _, client in who)
     rows = []
     for name in names[:MOST_CLIENTS]:
         held = [str((samples.get(name) or {}).get(part, NONE)) for part in ("train", "val", "test")]
         measured = [digits(found.get(name)) for found in (accuracy, personal)]
         spent = f"{seconds[name]:,.1f}" if name in seconds else NONE
         rank = [f"{ranks[name]:g}" if name in ranks else NONE] if ranks else []
-        rows.append([name, *held, *measured, *rank, spent, str(run.clients.failed.get(name, 0))])
+        rows.append([name, *held, *measured, *rank, spent, str(failed[name])])
     heads = ["client", "train", "val", "test", "accuracy", "personal", "training s", "failures"]
     if ranks:
         heads.insert(6, "rank")
@@ -211,30 +216,38 @@ def _store_column(found: Stores) -> list[str]:
 
 
 def left_out(run: Run) -> Html:
-    """List the clients that were left out, refused, warned of, absent or capped, and why; empty if there are none."""
-    found = sorted(run.clients.failures.items(), key=lambda item: -item[1].count)
+    """List the clients that failed or were refused, warned, absent or capped, and why."""
+    failures = sorted(run.clients.failures.items(), key=lambda item: -len(item[1]))
     rows = [
-        [kind, reason, f"{failed.count:,}", ranges(failed.rounds), listing(sorted(failed.clients, key=by_number))]
-        for (kind, reason), failed in found[:MOST_REASONS]
+        [
+            kind,
+            reason,
+            f"{len(who):,}",
+            ranges({at for at, _ in who}),
+            listing(sorted({n for _, n in who}, key=by_number)),
+        ]
+        for (kind, reason), who in failures[:MOST_REASONS]
     ]
     tables = [table(["exchange", "reason", "times", "rounds", "clients"], rows, (2,))]
-    if len(found) > MOST_REASONS:
-        tables.append(note(f"{len(found) - MOST_REASONS} more reasons, each given less often, are left out."))
+    if len(failures) > MOST_REASONS:
+        tables.append(note(f"{len(failures) - MOST_REASONS} more reasons, each given less often, are not shown."))
     for key, title in (("refused", "refused"), ("warnings", "let in with a warning")):
-        who: dict[str, list[str]] = {}
+        who_by_reason: dict[str, list[str]] = {}
         for name, reason in run.roster(key).items():
-            who.setdefault(str(reason), []).append(name)
-        tables.append(table([title, "because it"], [[listing(names), reason] for reason, names in who.items()]))
+            who_by_reason.setdefault(str(reason), []).append(name)
+        tables.append(
+            table([title, "because it"], [[listing(names), reason] for reason, names in who_by_reason.items()])
+        )
     absent = [[name, f"{times:,}"] for name, times in run.clients.absent.most_common(MOST_REASONS)]
     tables.append(table(["absent", "exchanges"], absent, (1,)))
     if len(run.clients.absent) > MOST_REASONS:
         tables.append(note(f"{len(run.clients.absent)} clients were absent at times."))
-    by_share = sorted(run.clients.capped.items(), key=lambda item: -item[1].share)
-    capped = [[name, f"{found.share:.1%}", ranges(found.rounds)] for name, found in by_share[:MOST_REASONS]]
-    tables.append(table(["capped", "claimed share of the samples", "rounds"], capped, (1,)))
+    capped = sorted(run.clients.capped.items(), key=lambda item: -max(item[1])[0])
+    rows = [[name, f"{max(found)[0]:.1%}", ranges(at for _, at in found)] for name, found in capped[:MOST_REASONS]]
+    tables.append(table(["capped", "claimed share of the samples", "rounds"], rows, (1,)))
     if capped:
         limit = run.config.get("strategy.max_weight_share", NONE)
-        more = f" {len(by_share):,} clients were capped." if len(by_share) > len(capped) else ""
+        more = f" {len(capped):,} clients were capped." if len(capped) > MOST_REASONS else ""
         tables.append(note(f"A client counts for at most strategy.max_weight_share={limit} of a round.{more}"))
     return join(tables) or note("No client failed, was refused, absent or capped.")
 
@@ -242,7 +255,7 @@ def left_out(run: Run) -> Html:
 def ranges(numbers: Iterable[int]) -> str:
     """Write 1, 2, 3, 7 as 1-3, 7."""
     spans: list[list[int]] = []
-    for each in sorted(numbers):
+    for each in sorted(set(numbers)):
         if spans and each == spans[-1][1] + 1:
             spans[-1][1] = each
         else:
@@ -299,3 +312,20 @@ def brief(value: float | None) -> str:
     if value is None:
         return NONE
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def benchmarks(path: Path) -> Html:
+    """Return the table and the machine of a file of tools.benchmark; raises ReportError when it is not one."""
+    try:
+        found = read_json(path)
+        rows = []
+        for values in found["rows"]:
+            row = Row(**{name: values[name] for name in Row.__dataclass_fields__})
+            status = {"met": "finished", "within limit": "unfinished"}.get(row.verdict, "failed")  # classes of page.css
+            badge = tag("span", row.verdict, class_=f"status {status}")
+            rows.append([badge if head == "verdict" else cell for head, cell in zip(HEADS, row.cells(), strict=True)])
+        machine = facts(found["machine"].items())
+        took = f"Measured in {found['seconds']:.0f} s, ratios by medians of interleaved turns."
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+        raise ReportError(f"{path} is not a file of tools.benchmark: write one with its --json") from None
+    return section("Benchmarks", table(HEADS, rows, (2, 3, 4)), note(took), machine)

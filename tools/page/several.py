@@ -1,4 +1,4 @@
-"""Set several runs, or the jobs of a sweep, side by side."""
+"""The page that compares several runs or the jobs of a sweep."""
 
 from collections import ChainMap
 
@@ -16,7 +16,7 @@ SHOWN = ("accuracy", "personal_accuracy", "loss")  # objectives that have a colu
 
 
 def page_of_several(runs: list[Run], jobs: list[Job]) -> tuple[Html, dict[str, Picture]]:
-    """Return the page of several runs, and its pictures by name."""
+    """Return the page about several runs and its pictures by name."""
     drawn = [pictures_of(run) for run in runs[:MOST_DRAWN]]
     together, settings = (compare(runs), swept(runs)) if runs else ([], [])
     details = [
@@ -45,13 +45,13 @@ def page_of_several(runs: list[Run], jobs: list[Job]) -> tuple[Html, dict[str, P
 
 
 def alike(runs: list[Run]) -> Html:
-    """Show which of model, dataset, clients and strategy all runs have in common."""
+    """Show what all runs have in common of model, dataset, clients and strategy."""
     own = columns_of(runs)
     return tiles((key, value) for key, value in setup_of(runs[0]).items() if key not in own) if runs else Html()
 
 
 def columns_of(runs: list[Run]) -> list[str]:
-    """Name those of model, dataset, clients and strategy in which runs differ."""
+    """Return in which of model, dataset, clients and strategy the runs differ."""
     setups = [setup_of(run) for run in runs]
     return [key for key in setups[0] if len({setup[key] for setup in setups}) > 1] if runs else []
 
@@ -70,7 +70,7 @@ def overview(runs: list[Run]) -> Html:
 
 
 def swatch(runs: list[Run], index: int) -> Html:
-    """Return a run's label behind a patch of its colour."""
+    """Return the label of a run after a patch of its colour."""
     patch = tag("span", class_="swatch", style=themed(f"background:{colour_of(runs, index)}"))
     return join([patch, runs[index].label])
 
@@ -84,7 +84,7 @@ def jobs_table(jobs: list[Job]) -> Html:
 
 
 def failed_jobs(jobs: list[Job]) -> Html:
-    """Say first how many jobs failed, and for which reasons."""
+    """Return how many jobs failed, and why."""
     reasons: dict[str, list[str]] = {}
     for job in jobs:
         if job.status != "finished":
@@ -102,10 +102,10 @@ def legend(runs: list[Run]) -> Html:
 
 
 def unended(runs: list[Run]) -> Html:
-    """Say how to read the pictures of settings, and which runs are not in them."""
+    """Return how to read the charts of settings, and which runs are not in them."""
     lacking = ", ".join(run.label for run in runs if run.final(run.objective) is None)
     said = "A dot is a run, the line joins their medians."
-    return note(f"{said} Not drawn, for want of an objective: {lacking}." if lacking else said)
+    return note(f"{said} Runs without an objective are not drawn: {lacking}." if lacking else said)
 
 
 def differences(runs: list[Run]) -> Html:

@@ -1,4 +1,4 @@
-"""Commands in help and hints, named in the way that the user called this one: flapp NAME or python -m tools.NAME."""
+"""Name commands in help and hints as the user called this one: flapp NAME or python -m tools.NAME."""
 
 import argparse
 import re
@@ -11,7 +11,7 @@ WITHOUT = ("supernode",)  # modules that are not commands of flapp
 
 
 def as_called(text: str) -> str:
-    """Return `text`, with flapp NAME for every `python -m tools.NAME` if this process was started as flapp."""
+    """Return `text` with `python -m tools.NAME` replaced by `flapp NAME` if this process was started as flapp."""
     if not Path(sys.argv[0]).name.startswith("flapp"):
         return text
     return MODULE.sub(lambda found: found[0] if found[1] in WITHOUT else f"flapp {NAMES.get(found[1], found[1])}", text)

@@ -1,11 +1,11 @@
-"""A guard: a small process that cleans up after a program that was killed and could not do so itself.
+"""A guard: a small process that cleans up after a program that was killed.
 
     python -m tools.running.guard PID NAME VALUE [FOLDER ...]      started by `guarded`, never by hand
 
-The program, process PID, holds the other end of the guard's standard input, which the system closes when the program
-ends, however it ends. If the program has not sent GOODBYE by then, the guard stops all processes that carry the
-variable NAME=VALUE in their environment, and removes each FOLDER and the folders next to it whose names begin with its
-name. The guard has a session of its own, so that neither Ctrl-C nor a closed terminal ends it with the program.
+The guard reads from a pipe that the program, process PID, holds open. The system closes the pipe when the program ends,
+however it ends. If the program has not sent GOODBYE by then, the guard stops all processes with NAME=VALUE in their
+environment. It also removes each FOLDER, and folders next to it whose names begin with its name. The guard has its own
+session, so that neither Ctrl-C nor a closed terminal ends it together with the program.
 """
 
 import contextlib
@@ -22,10 +22,7 @@ GOODBYE = b"goodbye"
 
 @contextlib.contextmanager
 def guarded(name: str, value: str, *folders: Path) -> Iterator[None]:
-    """Guard this process while the block runs; what carries the variable and does not belong to it must be gone then.
-
-    The guard itself does not carry the variable.
-    """
+    """Guard this process while the block runs. The guard itself does not have the variable."""
     command = [sys.executable, "-m", "tools.running.guard", str(os.getpid()), name, value, *map(str, folders)]
     env = {key: text for key, text in os.environ.items() if key != name}
     guard = subprocess.Popen(
@@ -38,7 +35,7 @@ def guarded(name: str, value: str, *folders: Path) -> Iterator[None]:
 
 
 def main(pid: str, name: str, value: str, *folders: str) -> None:
-    """Wait until the program ends, and clean up unless it says that it has done so."""
+    """Wait until the program ends, and clean up unless it has sent GOODBYE."""
     if sys.stdin.buffer.read(len(GOODBYE)) == GOODBYE:
         return
     from tools.deployment.processes import Processes  # here, because most guards never need it

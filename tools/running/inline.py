@@ -1,6 +1,6 @@
 """Run the ServerApp in this process, and the ClientApp in worker processes of its own or, with workers=0, here too.
 
-Everything that the apps log, and all that workers print, goes to log.txt in the run's folder.
+Logs of the apps and output of the workers go to log.txt in the run's folder.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from flwr.common.logger import FLOWER_LOGGER, ConsoleHandler, log
 from flapp.config.load import to_json
 from flapp.config.rules import count_messages
 from flapp.config.schema import Config, ConfigError
-from flapp.data.verified import Stamp, stamp
+from flapp.data.artifact import Stamp, stamp
 from flapp.server.inline import CLIENT_APP, SERVER_NODE, InlineGrid, start_forkserver
 from tools.deployment.processes import SWEEP, available_cpus
 from tools.deployment.submit import CONFIG, LOOK_SECONDS, check_cpus, failure, warn_of_size
@@ -34,7 +34,7 @@ LAZY = ("torch._dynamo",)  # every optimizer imports it when it is built, which 
 
 
 def prepare(config: Config) -> None:
-    """Have the process that workers are forked from import PyTorch while this one does other things."""
+    """Start the process from which workers are forked, so that it imports PyTorch in the background."""
     if config.deployment.workers == 0:
         return
     folder = os.environ.pop(SWEEP, None)  # the tracker ends with this process, and cannot be ended before
@@ -84,7 +84,7 @@ def run_inline(config: Config, before: Stamp) -> dict[str, Any]:
 
 
 def allow_many_files() -> None:
-    """Let this process open as many files as the system allows: each large reply is one while the round lasts."""
+    """Let this process open as many files as the system allows: each large reply is one until the round ends."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -111,7 +111,7 @@ def count_workers(config: Config) -> int:
 
 
 def find_devices(config: Config, workers: int) -> list[str] | None:
-    """Return which GPUs each worker sees, dealt out in turn; None where the settings give workers no GPUs."""
+    """Return the GPUs that each worker sees, dealt out in turn; None if the settings give workers no GPUs."""
     share = config.deployment.client_gpus
     if not share or not workers:
         return None
@@ -128,7 +128,7 @@ def find_devices(config: Config, workers: int) -> list[str] | None:
 
 @contextlib.contextmanager
 def logged(path: Path) -> Iterator[Any]:
-    """Send the log of Flower and the apps to a file meanwhile; give what opens it, once the run's folder is there."""
+    """Send the log of Flower and the apps to a file; give a function that opens it once the run's folder exists."""
     handler = ConsoleHandler(timestamps=True, colored=False, stream=io.StringIO())
     handler.setLevel(INFO)
 
@@ -155,7 +155,7 @@ def logged(path: Path) -> Iterator[Any]:
 
 
 class Watcher:
-    """Show a run's progress from a thread of its own, beside the run in the main thread."""
+    """Show a run's progress from a thread, beside the run in the main thread."""
 
     def __init__(self, config: Config, path: Path, before: Stamp) -> None:
         self.path, self.before = path, before

@@ -1,9 +1,9 @@
-"""What a run is about to do, said when it starts: in three lines, or one for a job of a sweep.
+"""Describe what a run is about to do: in three lines, or in one line for a job of a sweep.
 
-The JSON event `started` has the same as fields: run_dir, rounds, model, parameters, trained_parameters, dataset,
+The JSON event `started` has the same facts as fields: run_dir, rounds, model, parameters, trained_parameters, dataset,
 samples ({"train", "test"}, null unless the data are prepared on this machine), clients, partition, clients_a_round,
-evaluate_every, strategy, aggregation, bytes_down and bytes_up (of the model, for one client in one training round;
-messages add a little).
+evaluate_every, strategy, aggregation, bytes_down and bytes_up (the model's bytes for one client in one training round,
+without the headers of messages).
 """
 
 import math
@@ -13,18 +13,18 @@ from flapp.architecture import plan
 from flapp.config.rules import sample_size
 from flapp.config.schema import Config
 from flapp.data.artifact import open_artifact
-from flapp.data.embedded import is_prepared
 from flapp.data.shards.manifest import load_manifest
+from flapp.data.sources import is_prepared
 from flapp.model.layout import Layout
 from flapp.strategy.fedlora import global_keys
-from flapp.strategy.lora_aggregation import RULES
+from flapp.strategy.lora_rules import RULES
 from tools.checkpoints import in_bytes
 
 FLOAT32 = 4  # bytes of a number in every tensor of our models
 
 
 def overview(config: Config, is_here: bool = True) -> dict[str, Any]:
-    """Return the facts above, without building the model. Raises ValueError when it cannot be built.
+    """Return these facts without building the model. Raises ValueError when it cannot be built.
 
     is_here: whether the run's data are on this machine.
     """
@@ -53,7 +53,7 @@ def overview(config: Config, is_here: bool = True) -> dict[str, Any]:
 def traffic(config: Config, layout: Layout) -> tuple[int, int]:
     """Return the bytes of tensors that a client receives and sends in a training round.
 
-    A rule that sends A and B in turn counts with the mean of two rounds; a client of lower rank sends less.
+    A rule that sends A and B in turn counts as the mean of two rounds. A client of lower rank sends less.
     """
     sent, _ = global_keys(layout.tensors, layout.trained, config.strategy.aggregation)
     sizes = {key: FLOAT32 * math.prod(layout.tensors[key]) for key in sent}
@@ -83,7 +83,7 @@ def count_samples(config: Config) -> dict[str, int] | None:
 
 
 def start_lines(run_name: str, facts: dict[str, Any]) -> list[str]:
-    """Say the facts in three lines."""
+    """Return the facts as three lines."""
     down, up = in_bytes(facts["bytes_down"]), in_bytes(facts["bytes_up"])
     return [
         f"run {run_name} in {facts['run_dir']}",
@@ -94,7 +94,7 @@ def start_lines(run_name: str, facts: dict[str, Any]) -> list[str]:
 
 
 def job_line(words: list[str], facts: dict[str, Any]) -> str:
-    """Say the facts of one job of a sweep, with its own settings, in a line."""
+    """Return the facts about one job of a sweep, with its own settings, as one line."""
     return f"starting: {' '.join(words)}; {_model(facts)} on {facts['dataset']}, {_clients(facts)}; {_strategy(facts)}"
 
 
@@ -117,7 +117,7 @@ def _clients(facts: dict[str, Any]) -> str:
 
 
 def _partition(config: Config) -> str:
-    """Name how the samples are divided among the clients, with the number that shapes it."""
+    """Return the kind of partition with its main parameter."""
     kind, settings = config.partition.kind, config.partition
     shape = {"dirichlet": f" alpha={settings.alpha}", "pathological": f" classes={settings.classes_per_client}"}
     return f"{kind}{shape.get(kind, '')}"

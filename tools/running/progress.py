@@ -1,12 +1,12 @@
-"""Show how a run goes: bars on a terminal, lines elsewhere, and JSON lines on stdout with --format json.
+"""Show the progress of a run: bars on a terminal, otherwise plain lines, or JSON lines with --format json.
 
-Every JSON line has `event` and `run_name` (null where the settings did not make a run), and:
+Every JSON line has `event` and `run_name` (null if the settings were refused), and:
 
-    started    rounds, and what the run is about to do: see tools/overview.py
+    started    rounds, and what the run is about to do: see running/overview.py
     round      round, rounds, train_loss; loss, accuracy, personal_accuracy (null unless evaluated); bytes_up,
                bytes_down and seconds of this round
     finished   summary: what metrics.json says
-    failed     error; summary, or null where the run wrote none
+    failed     error; summary, or null if the run wrote none
 """
 
 import json
@@ -27,7 +27,7 @@ from flapp.untrusted import read_json as parse_file
 
 FORMAT, FORMATS = "FLAPP_FORMAT", ("text", "json")  # in the environment, for a launcher's other processes too
 HYDRA_TO_STDERR = "hydra.hydra_logging.handlers.console.stream=ext://sys.stderr"
-MOST_LINES = 20  # about a run, where there is no bar
+MOST_LINES = 20  # for a whole run without bars
 STARTING, COUNTING = "{desc}[{elapsed}]", "{desc}{n_fmt}/{total_fmt} |{bar}|"
 
 
@@ -47,18 +47,18 @@ def take_format(words: list[str]) -> None:
 
 
 def is_json() -> bool:
-    """Say whether stdout is for JSON lines only."""
+    """Return whether stdout is for JSON lines only."""
     return os.environ.get(FORMAT) == "json"
 
 
 def announce(event: str, run_name: str | None, **values: Any) -> None:
-    """Print a JSON line if they are asked for."""
+    """Print an event as a JSON line with --format json, otherwise nothing."""
     if is_json():
         print(json.dumps({"event": event, "run_name": run_name, **values}), flush=True)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the object in a JSON file, or None while it is not there; raises ValueError when it is damaged."""
+    """Return the object in a JSON file, or None if there is no file; raises ValueError when it is damaged."""
     try:
         values = parse_file(path)
     except FileNotFoundError:
@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 class RoundReader:
-    """Read metrics.jsonl as it grows, round by round; `current` are the lines of the round under way."""
+    """Read metrics.jsonl round by round as it grows; `current` has the lines of the round that is not complete."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -79,7 +79,7 @@ class RoundReader:
         self._offset = 0  # behind a complete round: lines that follow are dropped when the run is resumed
 
     def read(self, last_round: int | None = None) -> list[dict[str, Any]]:
-        """Return the figures of the rounds that have ended since the last time, up to last_round if it is given."""
+        """Return the figures of the rounds that have ended since the last call, up to last_round if it is given."""
         ended: list[dict[str, Any]] = []
         self.current = []
         with suppress(FileNotFoundError), self.path.open("rb") as file:
@@ -101,7 +101,7 @@ class RoundReader:
 
 
 def figures(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what the lines of a round say of it; None for what they do not."""
+    """Return the figures in the lines of a round; None for those that are missing."""
     number = lines[-1]["round"]
     kinds = {line["kind"]: line for line in lines if line["round"] == number}
     train, evaluated = kinds.get("train", {}), kinds.get("evaluate", {})
@@ -118,9 +118,9 @@ def latest(found: dict[str, Any]) -> dict[str, str]:
 
 
 class Progress:
-    """Show a run whenever it is looked at: bars of rounds and of replies on a terminal, else a line per round.
+    """Show the progress of a run at each `look`: bars of rounds and replies on a terminal, else a line per round.
 
-    plain: a line per round on a terminal too, where a debugger may ask for input.
+    plain: print a line per round on a terminal too, because a debugger may ask for input there.
     """
 
     def __init__(self, config: Config, path: Path, plain: bool = False) -> None:
@@ -144,7 +144,7 @@ class Progress:
         self.rounds.close()
 
     def look(self) -> None:
-        """Show what has happened since the last look."""
+        """Show what is new since the last look."""
         for found in self.reader.read():
             announce("round", self.config.run_name, rounds=self.config.num_rounds, **found)
             self.bytes += found["bytes_up"] + found["bytes_down"]
@@ -158,14 +158,14 @@ class Progress:
             self._show_replies()
 
     def _print_round(self, found: dict[str, Any]) -> None:
-        """Print a line about a round, or about every nth in a long run."""
+        """Print a line about a round; in a long run only about every nth round."""
         number, rounds = found["round"], self.config.num_rounds
         if number % ceil(rounds / MOST_LINES) == 0 or number == rounds:
             figures = [f"{key} {value}" for key, value in latest(found).items()] + [f"{found['seconds']:.1f} s"]
             print(f"round {number} of {rounds}: {', '.join(figures)}", file=sys.stderr)
 
     def _show_figures(self, found: dict[str, Any]) -> None:
-        """Put the latest losses and accuracy beside the rounds, and all the bytes that have travelled."""
+        """Show the latest losses, the accuracy and all bytes so far beside the bar of rounds."""
         self.shown |= latest(found)
         self.rounds.set_postfix(self.shown | {"all bytes": tqdm.format_sizeof(self.bytes, "B")})
 
@@ -175,7 +175,7 @@ class Progress:
             self.replies.set_description("waiting for clients" if self.path.is_dir() else "starting")
             return
         if self.replies.bar_format == STARTING and now["phase"] != "join":
-            self.rounds.unpause()  # so that the time left is told by rounds alone
+            self.rounds.unpause()  # so that only rounds count for the time left
         self.replies.bar_format = COUNTING
         self.replies.total, self.replies.n = now["asked"], now["replies"]
         self.replies.set_description(f"round {now['round']} {now['phase']}" if now["round"] else "clients join")

@@ -1,30 +1,44 @@
-"""What is known of the runs below home/runs: their names, status, sizes and settings."""
+"""Read the runs below home/runs: their names, status, sizes and settings, and the commands that resume them."""
 
 import glob
 import json
 import os
 import re
+import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from flapp.checkpoint.chunks import CheckpointError
+from flapp.checkpoint.manager import ChunkManager
 from flapp.config.load import compose
 from flapp.config.schema import ConfigError
 from flapp.server.run_names import find_holder
-from tools.page.reading import METRICS, flat, read_config, read_json
+from tools.page.reading import METRICS, STORE, flat, read_config, read_json
+from tools.running.called import as_called
 
-BARE = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")  # a string that needs no quotes in Hydra's grammar
-OWN = ("home", "run_name", "experiment", "resume", "resume_from", "resume_anyway")  # settings that say nothing here
+RUN = "python -m tools.run"
+REPLACED = ("run_name=", "resume=", "resume_from=")
+BARE = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")  # needs no quotes in Hydra's grammar
+OWN = (
+    "home",
+    "run_name",
+    "experiment",
+    "resume",
+    "resume_from",
+    "resume_anyway",
+)  # settings that are not shown as changed
 
 
 class RunsError(ValueError):
-    """A command that cannot be done, said in one line."""
+    """A command cannot be done; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One run of the list; sizes in bytes; started: the last time that it was, in local time."""
+    """One run of the list. Sizes are in bytes; `started` is its last start in local time."""
 
     name: str
     status: str
@@ -50,7 +64,7 @@ def find_runs(runs: Path) -> list[str]:
 
 
 def describe(home: Path, name: str) -> Entry:
-    """Return what the list says of a run."""
+    """Return the entry of a run."""
     path = home / "runs" / name
     config, summary = read_config(path / "config.yaml", []), read_json(path / "metrics.json", {})
     begun = path / "environment.jsonl" if (path / "environment.jsonl").exists() else path / "config.yaml"
@@ -69,7 +83,7 @@ def describe(home: Path, name: str) -> Entry:
 
 
 def last_round(path: Path) -> int:
-    """Return the last round that metrics.jsonl has to its end, 0 before the first."""
+    """Return the last complete round in metrics.jsonl, 0 before the first."""
     try:
         lines = (path / METRICS).read_text().splitlines(keepends=True)
     except OSError:
@@ -121,7 +135,7 @@ def changed_words(path: Path) -> list[str]:
     home, words = f"home={word(settings.get('home', str(path)))}", [f"experiment={settings.get('experiment')}"]
     try:
         defaults = compose([*words, home])
-    except ConfigError:  # an experiment with settings that must be given, or one that is gone
+    except ConfigError:  # the experiment has settings without defaults, or does not exist any more
         defaults = compose([home])
     plain = flat(json.loads(json.dumps(asdict(defaults))))
     changed = {key: value for key, value in settings.items() if key not in OWN and value != plain.get(key)}
@@ -142,3 +156,31 @@ def word(value: Any) -> str:
     from hydra.core.override_parser.types import Quote, QuotedString
 
     return QuotedString(text, Quote.single).with_quotes()
+
+
+def complete_rounds(path: Path) -> int:
+    """Return the number of the last complete round of the run directory `path`, 0 if there is none."""
+    if not (path / STORE).exists():
+        return 0
+    try:
+        with ChunkManager(path / STORE, create=False) as store:
+            rounds = store.rounds()
+    except CheckpointError:
+        return 0
+    return rounds[-1].round if rounds else 0
+
+
+def resume_command(words: Sequence[str], run_name: str) -> str:
+    """Return the command that resumes a run or sweep that was started with `words`."""
+    kept = [word for word in words if not word.startswith(REPLACED)]
+    return as_called(f"{RUN} {shlex.join([*kept, f'run_name={run_name}', 'resume=true'])}")
+
+
+def advice(words: Sequence[str], run_name: str, done: int, is_interrupted: bool) -> str:
+    """Return how to continue a run whose last complete round is `done`."""
+    if done:
+        once = "" if is_interrupted else "once that is fixed, "
+        return f"rounds 1 to {done} are kept; {once}resume with: {resume_command(words, run_name)}"
+    if not is_interrupted:
+        return f"no round was complete; run_name={run_name} can be used again once that is fixed"
+    return as_called(f"no round was complete; to start again: {RUN} {shlex.join(words)}".rstrip())

@@ -18,7 +18,7 @@ LEAVE_SECONDS, LOOK_SECONDS = 60, 0.2
 
 
 class StopError(RuntimeError):
-    """A run that cannot be stopped, said in one line."""
+    """A run cannot be stopped; the message is one line."""
 
 
 def stop_run(runs_dir: Path, run_name: str) -> list[int] | None:
@@ -54,7 +54,7 @@ def find_run(runs_dir: Path, run_name: str) -> Path:
 
 
 def stop_inline(path: Path, holder: dict[str, Any]) -> list[int]:
-    """Interrupt the command whose process writes a run, which then ends its workers; of a sweep, the whole sweep."""
+    """Interrupt the command that runs it, which ends its workers too; for a job of a sweep, this is the whole sweep."""
     env = environment_of_writer(path, holder)
     owner = noted_process(Path(env.get(SWEEP, os.devnull)) / OWNER) or psutil.Process(holder["pid"])
     pids = [owner.pid, *(child.pid for child in owner.children(recursive=True))]
@@ -70,9 +70,9 @@ def interrupt(process: psutil.Process) -> None:
 
 
 def stop_private(path: Path, holder: dict[str, Any]) -> list[int]:
-    """Interrupt the command that started a run, if it lives, and stop all that its private SuperLink has started.
+    """Interrupt the command that started a run, if it still runs, and stop everything its private SuperLink started.
 
-    The run's own process leads to both: by its environment, once it is known to have the run's metrics open.
+    Both are found in the environment of the process that has the run's metrics.jsonl open.
     """
     env = environment_of_writer(path, holder)
     token = Path(env.get(TOKEN, ""))
@@ -101,7 +101,7 @@ def environment_of_writer(path: Path, holder: dict[str, Any]) -> dict[str, str]:
 
 
 def stop_submitted(values: dict[str, Any], holder: dict[str, Any]) -> list[int]:
-    """Have the SuperLink that a run was submitted to stop it; raises StopError."""
+    """Ask the SuperLink of a run to stop it; raises StopError."""
     run_id = holder.get("run_id")
     if run_id is None:
         raise StopError("the run is still starting: try again in a moment")

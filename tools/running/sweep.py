@@ -1,12 +1,12 @@
-"""Sweeps: what the jobs of one command report, wherever they run, and what is made of it: a table and sweep.json.
+"""Sweeps: collect the outcomes of all jobs of one command, and write them as a table and as sweep.json.
 
-A launcher may run jobs in processes of its own, several at a time, and kill them. FLAPP_SWEEP names a folder that all
-of them find: a job leaves <number>.json there when it ends, and the SuperLink it starts is called after that folder,
-by which it is found and stopped whatever has become of the job.
+A launcher may run jobs in its own processes, several at a time, and kill them. FLAPP_SWEEP names a folder that all of
+them know: a job writes <number>.json there when it ends. The name of the SuperLink that a job starts begins with the
+name of that folder, so that it can be stopped even if the job was killed.
 
-sweep.json lies in the sweep's folder: a list with an object a job, in order of job: job (number), overrides, status
-(finished or failed), and either objective, objective_metric (the figure that it is), accuracy, personal_accuracy,
-bytes_up, bytes_down, aggregation_error (null where there is none) and run_dir, or error.
+sweep.json in the sweep's folder is a list with one object per job, in their order: job (number), overrides, status
+(finished or failed), and either objective, objective_metric (the name of that figure), accuracy, personal_accuracy,
+bytes_up, bytes_down, aggregation_error (null if there is none) and run_dir, or error.
 """
 
 import contextlib
@@ -52,9 +52,9 @@ Outcome = dict[str, Any]
 
 @contextlib.contextmanager
 def gathered(outcomes: list[Outcome]) -> Iterator[None]:
-    """Let jobs report, here or in processes started from here, and fill `outcomes` in their order in the end.
+    """Collect the outcomes of jobs, in this process or in others that it starts, and fill `outcomes` in their order.
 
-    Stops what jobs that were killed have left running. If this process itself is killed, its guard does.
+    Stops what killed jobs have left running. If this process itself is killed, its guard does so.
     """
     folder = Path(tempfile.mkdtemp(prefix="flapp-"))
     with guarded(SWEEP, str(folder), folder):
@@ -73,7 +73,7 @@ def gathered(outcomes: list[Outcome]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reported(hydra_config: HydraConf) -> Iterator[Outcome]:
-    """Give a job its outcome to fill in, failed until it says otherwise, and leave it where `gathered` finds it."""
+    """Give a job its outcome to fill in, failed until the job changes it, and write it for `gathered`."""
     folder, number = Path(os.environ[SWEEP]), job_number(hydra_config)
     outcome: Outcome = {"job": number, "overrides": list(hydra_config.overrides.task), "status": "failed"}
     outcome["folder"] = hydra_config.sweep.dir if is_sweep(hydra_config) else None
@@ -94,7 +94,7 @@ def reported(hydra_config: HydraConf) -> Iterator[Outcome]:
 
 @contextlib.contextmanager
 def _stoppable(path: Path) -> Iterator[None]:
-    """Note this process in `path` while a job runs, so that `interrupt_jobs` reaches it in a launcher's process."""
+    """Write the pid of this process to `path` while a job runs, so that `interrupt_jobs` finds it."""
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # such a process: only the command's own interrupts it
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         for number in (signal.SIGINT, signal.SIGHUP):
@@ -109,7 +109,7 @@ def _stoppable(path: Path) -> Iterator[None]:
 
 
 def interrupt_jobs() -> None:
-    """Break off the jobs in other processes, which a launcher would kill, and wait until they have cleaned up."""
+    """Interrupt the jobs in other processes, which a launcher would kill, and wait until they have cleaned up."""
     if SWEEP not in os.environ:
         return
     folder = Path(os.environ[SWEEP])
@@ -132,7 +132,7 @@ def _job_processes(folder: Path) -> list[psutil.Process]:
 
 
 def is_sweep(hydra_config: HydraConf) -> bool:
-    """Say whether a job is one of several."""
+    """Return whether a job is one of several."""
     return bool(hydra_config.mode == RunMode.MULTIRUN)
 
 
@@ -142,10 +142,10 @@ def job_number(hydra_config: HydraConf) -> int:
 
 
 def as_job(config: Config, hydra_config: HydraConf) -> Config:
-    """Give a job its own run directory in the sweep's, and its share of the processors where several run at once.
+    """Give a job its own run directory below the sweep's, and its share of the processors if several run at once.
 
-    A sweep that is resumed starts the jobs that it had not come to. A sweeper that searches goes by the objective, so
-    its jobs hold out validation samples. Raises ConfigError when the sweep is over and not resumed.
+    A resumed sweep starts the jobs that have not begun. Jobs of a sweeper that searches hold out validation samples,
+    because it chooses by the objective. Raises ConfigError when the sweep is over and not resumed.
     """
     if not is_here(config):
         raise ConfigError(
@@ -165,12 +165,12 @@ def as_job(config: Config, hydra_config: HydraConf) -> Config:
 
 
 def searches(hydra_config: HydraConf) -> bool:
-    """Say whether the sweeper chooses settings by the objective, as all but Hydra's own do, which runs a given list."""
+    """Return whether the sweeper chooses settings by the objective; Hydra's own runs a given list."""
     return not str(hydra_config.sweeper["_target_"]).endswith(".BasicSweeper")
 
 
 def validated(config: Config) -> Config:
-    """Return the config with an objective that is of validation samples; raises ConfigError when it forbids them."""
+    """Return the config with validation samples for the objective; raises ConfigError when it forbids them."""
     if config.validates:
         return config
     if (fraction := config.evaluate.validation_fraction) is not None:
@@ -189,7 +189,7 @@ def jobs_at_once(hydra_config: HydraConf) -> int:
 
 @contextlib.contextmanager
 def _own_lines(hydra_config: HydraConf) -> Iterator[None]:
-    """Mark what a job prints with its number while others run beside it; a progress bar finds no terminal then."""
+    """Mark the lines of a job with its number while others run beside it; progress bars see no terminal then."""
     if jobs_at_once(hydra_config) == 1:
         yield
         return
@@ -202,17 +202,17 @@ def _own_lines(hydra_config: HydraConf) -> Iterator[None]:
 
 
 def job_mark(hydra_config: HydraConf) -> str:
-    """Return what marks the lines of a job."""
+    """Return the mark at the start of a job's lines."""
     return f"[job {job_number(hydra_config)}] "
 
 
 def mark_of(hydra_config: HydraConf) -> str:
-    """Return the mark for a line of a job whose lines are not marked already, and nothing for a run of its own."""
+    """Return the mark for a line of a job whose lines are not marked already; empty for a single run."""
     return job_mark(hydra_config) if is_sweep(hydra_config) and jobs_at_once(hydra_config) == 1 else ""
 
 
 class _MarkedLines(io.TextIOBase):
-    """Write to a stream by whole lines, each with a mark before it, so that processes do not cut up each other's."""
+    """Write whole lines to a stream, each after a mark, so that lines of several processes are never mixed."""
 
     def __init__(self, stream: TextIO, mark: str) -> None:
         self.stream, self.mark, self.begun = stream, mark, ""
@@ -225,16 +225,15 @@ class _MarkedLines(io.TextIOBase):
 
 
 def objective_of(outcome: Outcome) -> float | None:
-    """Return what a sweeper is told of a job; of one that failed None, which Optuna's takes for a failed trial."""
+    """Return the objective of a job for the sweeper; None if it failed, which Optuna counts as a failed trial."""
     objective = outcome.get("objective")
     return None if objective is None or math.isnan(objective) else float(objective)
 
 
 def conclude(outcomes: list[Outcome]) -> str:
-    """Write sweep.json into the folder of the sweep and return its table; of a single run there is neither.
+    """Write sweep.json into the folder of the sweep and return its table; a single run has neither.
 
-    A sweep of which nothing finished leaves the file of an earlier one under its name, and one in which no run has
-    begun leaves nothing.
+    If no job finished, the sweep.json of an earlier sweep stays. If no run has begun, the folder is removed.
     """
     folders = {Path(folder) for outcome in outcomes if (folder := outcome.pop("folder"))}
     for outcome in outcomes:
@@ -262,7 +261,7 @@ def _remove_unbegun(folder: Path) -> None:
 
 
 def sweep_table(outcomes: list[Outcome]) -> str:
-    """Return the table of a sweep: a line a job with its own settings, its figures, and its folder or its error."""
+    """Return the table of a sweep: one line per job with its settings, its figures, and its folder or error."""
     common = set.intersection(*(set(outcome["overrides"]) for outcome in outcomes)) if len(outcomes) > 1 else set()
     metrics = {metric for outcome in outcomes if (metric := outcome.get("objective_metric"))}
     metric = metrics.pop() if len(metrics) == 1 else None

@@ -1,15 +1,12 @@
-"""All shards of a federation: who gets which writer, written client by client, and the manifest over them.
+"""All shards of a federation, written client by client into a temporary folder that takes its place at the end.
 
-    <out>/client_<id>/     one shard a client (client_shard.py)
-          manifest.json    with clients.jsonl and clients.idx (manifest.py), written last
-
-A shard is whole or not there; one that is there, verifies and comes from the same samples, seed and fractions is
-kept, so that the same command goes on after a crash and ends in the same bytes.
+<out>/client_<id>/     one shard a client (client.py)
+      manifest.json    with clients.jsonl: what each shard holds (manifest.py)
 """
 
 import hashlib
+import json
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,15 +14,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from flapp.data.artifact import DataError, locked, write_artifact
-from flapp.data.assign import SPLITS, STRATEGIES, assign_writers, check_fractions, split_samples
-from flapp.data.leaf import CLASS_NAMES, SIDE, Source, open_source
+from flapp.data.artifact import DataError, check_space, locked, remove_leftovers, write_artifact
 from flapp.data.partition import Partition, save_partition
-from flapp.data.shards.client import DistributedShardLoader, read_meta, verified_meta, write_shard
+from flapp.data.shards.assign import STRATEGIES, assign_writers, check_fractions, split_samples
+from flapp.data.shards.client import SAMPLE_BYTES, SPLITS, DistributedShardLoader, read_blocks, write_shard
+from flapp.data.shards.leaf import CLASS_NAMES, SIDE, Source, open_source
 from flapp.data.shards.manifest import Manifest, ShardRecord, load_manifest, write_manifest
-from flapp.data.shards.split_file import SAMPLE_BYTES, read_blocks, sync_folder
-
-__all__ = ["DistributedShardLoader", "export_artifacts", "open_shard", "write_shards"]
+from flapp.files import replacing_folder
 
 _FOLDER_BYTES = 64 << 10
 
@@ -44,33 +39,39 @@ def write_shards(
     overwrite: bool = False,
     progress: bool = False,
 ) -> Manifest:
-    """Write the shards of all clients into `out`, going on where an earlier run stopped, and return the manifest.
+    """Write the shards of all clients into `out`, whole or not at all, and return the manifest.
 
     source: a folder as leaf.py describes; strategy, clients, mapping: see assign_writers; the fractions are of each
-    writer's samples. Without overwrite, shards of other data or settings are refused; with it they are replaced.
-    Raises DataError before anything is written when source, settings or disk space do not do.
+    writer's samples. Shards that are in `out` already are kept if they are whole and come from the same samples and
+    settings; others are refused, or replaced with overwrite. Raises DataError for a source and settings that do not
+    fit, and for a full disk.
     """
     check_fractions(val_fraction, test_fraction)
-    found = open_source(Path(source), progress)
-    plan = assign_writers(found.writers, strategy, clients, seed, mapping)
-    _check_training(found, plan)
-    settings = {"seed": seed, "val_fraction": val_fraction, "test_fraction": test_fraction}
-    left = len(found.writers) - sum(map(len, plan.values()))
-    if left:
-        log.warning("%d of %d writers go to no client: clients=%s", left, len(found.writers), clients)
-    out = Path(out)
+    source, out = Path(source), Path(out)
     with locked(out.with_name(f"{out.name}.lock")):
+        remove_leftovers(out)
+        _check_folder(out)
+        found = open_source(source, progress, out.parent)
+        plan = assign_writers(found.writers, strategy, clients, seed, mapping)
+        _check_training(found, plan)
+        settings = {"seed": seed, "val_fraction": val_fraction, "test_fraction": test_fraction}
         recipes = {client: _recipe(found, client, writers, settings) for client, writers in plan.items()}
-        done = {} if overwrite else _finished(out, recipes)
-        _check_space(out, found, [plan[client] for client in plan if client not in done], overwrite)
-        if overwrite:
-            _clear(out)
-        for client in tqdm(plan, "writing", unit="client", disable=None if progress else True):
-            if client not in done:
-                done[client] = _write_client(found, out, recipes[client])
+        left = len(found.writers) - sum(map(len, plan.values()))
+        if left:
+            log.warning("%d of %d writers go to no client: clients=%s", left, len(found.writers), clients)
         facts = settings | {"dataset": "femnist", "strategy": strategy, "source_test": found.has_test, "left_out": left}
-        sync_folder(out)
-        return write_manifest(out, [_record(done[client]) for client in plan], facts)
+        facts |= {"recipes_sha256": hashlib.sha256(json.dumps(recipes, sort_keys=True).encode()).hexdigest()}
+        if not overwrite and (manifest := _whole_shards(out, facts)) is not None:
+            return manifest
+        samples = sum(found.writers[name].count for writers in plan.values() for name in writers)
+        check_space(out, samples * SAMPLE_BYTES + len(plan) * _FOLDER_BYTES)
+        with replacing_folder(out) as partial:
+            records = [
+                _write_client(found, partial, recipe)
+                for recipe in tqdm(recipes.values(), "writing", unit="client", disable=None if progress else True)
+            ]
+            write_manifest(partial, records, facts)
+        return load_manifest(out)
 
 
 def export_artifacts(manifest: Path, folder: Path) -> Path:
@@ -81,11 +82,10 @@ def export_artifacts(manifest: Path, folder: Path) -> Path:
     client ids are 0 to clients - 1, as a partition counts them.
     """
     records = load_manifest(manifest)
-    records.verify()
     ids = list(records)
     if ids != [str(number) for number in range(len(ids))]:
         raise DataError(f"{manifest} has client ids such as {ids[-1]}: a partition counts them 0 to {len(ids) - 1}")
-    for strategy in STRATEGIES:  # what deals the samples that are there now must not outlive them
+    for strategy in STRATEGIES:  # a partition of the samples that are replaced here must not stay
         (folder / "partitions" / f"{strategy}.safetensors").unlink(missing_ok=True)
     parts: dict[str, tuple[np.ndarray, ...]] = {}
     for artifact, splits in (("train", ("train", "val")), ("test", ("test",))):
@@ -96,7 +96,7 @@ def export_artifacts(manifest: Path, folder: Path) -> Path:
         for split, client, count in held:
             shard = open_shard(records, client)
             parts[split] = (*parts.get(split, ()), np.arange(at, at + count))
-            for some, names in read_blocks(shard.path / f"{split}.safetensors", count, 4096):
+            for some, names in read_blocks(shard.path / f"{split}.safetensors", count):
                 images[at : at + len(names), ..., 0], labels[at : at + len(names)] = some, names
                 at += len(names)
         source = hashlib.sha256(images.data)
@@ -104,7 +104,6 @@ def export_artifacts(manifest: Path, folder: Path) -> Path:
         write_artifact(folder / artifact, images, labels, list(CLASS_NAMES), source.hexdigest())
     requested = np.array([records[client].label_hist for client in ids], dtype=np.float64)
     path = folder / "partitions" / f"{records.facts['strategy']}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_partition(path, Partition(**parts, requested=requested))
     return path
 
@@ -131,37 +130,34 @@ def _recipe(source: Source, client: str, writers: list[str], settings: dict[str,
     }
 
 
-def _matches(meta: dict[str, Any], recipe: dict[str, Any]) -> bool:
-    return recipe == meta["recipe"] | {"client_id": meta["client_id"], "writers": meta["writers"]}
+def _check_folder(out: Path) -> None:
+    """Raise DataError if `out`, which is replaced as a whole, holds anything but shards."""
+    ours = {"manifest.json", "clients.jsonl", "clients.idx"}
+    for path in out.iterdir() if out.exists() else ():
+        if path.name not in ours and not path.name.startswith(("client_", ".client")):
+            raise DataError(f"{path} is not a shard's: move it away, or choose another folder for the shards")
 
 
-def _finished(out: Path, recipes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the metas of whole shards in `out`; raises DataError for a shard that these recipes do not make."""
-    metas = {}
-    for folder in sorted(out.glob("client_*")):
-        client = folder.name.removeprefix("client_")
-        try:
-            fits = client in recipes and _matches(read_meta(folder), recipes[client])
-        except DataError:
-            fits = client in recipes
-        if not fits:
-            raise DataError(
-                f"{folder} comes from another source, seed, strategy or number of clients: add overwrite=true to "
-                "replace all shards there, or choose another home"
-            )
-        if (meta := verified_meta(folder)) is not None:
-            metas[client] = meta
-    for partial in out.glob(".client_*.tmp"):
-        shutil.rmtree(partial)
-    return metas
+def _whole_shards(out: Path, facts: dict[str, Any]) -> Manifest | None:
+    """Return the manifest of the shards in `out`, None if there are none or one is damaged.
 
-
-def _clear(out: Path) -> None:
-    """Remove all shards, their manifest first: without it nothing else counts as complete."""
-    for name in ("manifest.json", "clients.idx", "clients.jsonl"):
-        (out / name).unlink(missing_ok=True)
-    for folder in [*out.glob("client_*"), *out.glob(".client_*.tmp")]:
-        shutil.rmtree(folder)
+    Raises DataError if other facts made them than these.
+    """
+    if not out.exists() or not any(out.iterdir()):
+        return None
+    manifest = load_manifest(out)
+    if {key: manifest.facts.get(key) for key in facts} != facts:
+        raise DataError(
+            f"{out} comes from another source, seed, strategy or number of clients: add overwrite=true to replace all "
+            "shards there, or choose another home"
+        )
+    try:
+        for client in manifest:
+            open_shard(manifest, client)
+    except DataError as error:
+        log.warning("%s; all shards are written again", error)
+        return None
+    return manifest
 
 
 def _check_training(source: Source, plan: dict[str, list[str]]) -> None:
@@ -173,25 +169,10 @@ def _check_training(source: Source, plan: dict[str, list[str]]) -> None:
             )
 
 
-def _check_space(out: Path, source: Source, missing: list[list[str]], overwrite: bool) -> None:
-    samples = sum(source.writers[name].count for names in missing for name in names)
-    needed = samples * SAMPLE_BYTES + len(missing) * _FOLDER_BYTES
-    out.mkdir(parents=True, exist_ok=True)
-    replaced = sum(path.stat().st_size for path in out.glob("client_*/*")) if overwrite else 0
-    free = shutil.disk_usage(out).free + replaced
-    if needed > free:
-        raise DataError(f"{out} needs {needed >> 20} MB for the shards, {free >> 20} MB are free: make room there")
-
-
-def _write_client(source: Source, out: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+def _write_client(source: Source, out: Path, recipe: dict[str, Any]) -> ShardRecord:
     cuts = {
         name: split_samples(
-            name,
-            source.writers[name],
-            source.has_test,
-            recipe["seed"],
-            recipe["val_fraction"],
-            recipe["test_fraction"],
+            name, source.writers[name], source.has_test, recipe["seed"], recipe["val_fraction"], recipe["test_fraction"]
         )
         for name in recipe["writers"]
     }
@@ -202,17 +183,7 @@ def _write_client(source: Source, out: Path, recipe: dict[str, Any]) -> dict[str
             images, labels = source.read(name)
             yield {split: (images[chosen], labels[chosen]) for split, chosen in cut.items()}
 
-    folder = out / f"client_{recipe['client_id']}"
-    shutil.rmtree(folder, ignore_errors=True)
-    return write_shard(folder, recipe, counts, parts())
-
-
-def _record(meta: dict[str, Any]) -> ShardRecord:
-    return ShardRecord(
-        meta["client_id"],
-        f"client_{meta['client_id']}",
-        meta["num_samples"],
-        tuple(meta["label_hist"]),
-        len(meta["writers"]),
-        meta["digest"],
-    )
+    client = recipe["client_id"]
+    meta = write_shard(out / f"client_{client}", recipe, counts, parts())
+    hist, writers = tuple(meta["label_hist"]), len(meta["writers"])
+    return ShardRecord(client, f"client_{client}", meta["num_samples"], hist, writers, meta["digest"])

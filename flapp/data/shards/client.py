@@ -1,6 +1,6 @@
-"""The shard: all that one client holds, in a folder of its own.
+"""The shard: everything that one client holds, in a folder of its own.
 
-    client_<id>/train.safetensors     images uint8 (n, 28, 28), labels int64 (n,); so too val and test
+    client_<id>/train.safetensors     images uint8 (n, 28, 28), labels int64 (n,); val and test likewise
                 val.safetensors
                 test.safetensors
                 meta.json             client_id, num_samples per split, label_hist (training samples of each class),
@@ -8,33 +8,36 @@
                                       digest, the SHA-256 of all the rest
 
 Equal samples, seed and fractions give equal bytes: JSON keys are sorted, nothing is dated, and the safetensors files
-carry no metadata (of which two entries would come in a random order).
+have a header of our own without metadata. They are written as the samples come and read block by block, so that memory
+is bounded by the samples of one writer, not by those of the client.
 """
 
+import hashlib
 import json
 import logging
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
 from flapp.data.artifact import DataError
-from flapp.data.assign import SPLITS
-from flapp.data.shards.split_file import (
-    REMEDY,
-    SplitFacts,
-    SplitWriter,
-    digest_of,
-    inspect_split,
-    sync_folder,
-    write_synced,
-)
-from flapp.untrusted import printable, read_json
+from flapp.data.shards.leaf import CLASSES, PIXELS, SIDE
+from flapp.files import replacing_folder, sha256_of_file
+from flapp.untrusted import check_safetensors, printable, read_json
 
 if TYPE_CHECKING:
     from flapp.data.shards.dataset import ShardSplit, ShardStream
 
 FORMAT_VERSION = 1
+SPLITS = ("train", "val", "test")
+SHARD_FILES = ("meta.json", *(f"{split}.safetensors" for split in SPLITS))
+SAMPLE_BYTES = PIXELS + 8
+REMEDY = "python -m tools.prepare_data dataset=femnist dataset.source=DIR clients=N partition=natural"
+MOST_HEADER = 64 << 10  # bytes; ours has about 150
+_BLOCK = 4096
 _META_TYPES: dict[str, Any] = {
     "client_id": str,
     "num_samples": dict,
@@ -45,18 +48,16 @@ _META_TYPES: dict[str, Any] = {
     "digest": str,
 }
 
-SHARD_FILES = ("meta.json", *(f"{split}.safetensors" for split in SPLITS))
-
 log = logging.getLogger(__name__)
 
 
 class DistributedShardLoader:
     """Check and read the shard of one client, and nothing outside its folder.
 
-    strict_check refuses a shard whose meta.json does not fit its tensors or expected_client_id, False warns and goes
-    by the tensors; streaming reads block by block. num_samples: by split; label_hist: training samples of each of the
-    62 classes; last_modified: seconds since the epoch; digest: SHA-256 that names client and content. Raises
-    DataError, in one line, also for a shard that is missing or cannot be read at all.
+    A shard whose meta.json does not fit its tensors or expected_client_id is refused; with strict_check=False this is
+    a warning and the tensors count. streaming reads block by block. num_samples: by split; label_hist: training samples
+    of each of the 62 classes; last_modified: seconds since the epoch; digest: the SHA-256 that names client and
+    content. Raises DataError for a shard that is missing or cannot be read at all.
     """
 
     def __init__(
@@ -70,7 +71,9 @@ class DistributedShardLoader:
         self.path = Path(shard_path)
         self.streaming = streaming
         self.normalization = normalization
-        meta, found, faults = _inspect(self.path)
+        meta = read_meta(self.path)
+        found = {split: inspect_split(self.path / f"{split}.safetensors") for split in SPLITS}
+        faults = _faults(meta, found)
         self.client_id: str = meta["client_id"]
         if expected_client_id is not None and self.client_id != expected_client_id:
             other = f"{self.path} is the shard of client {self.client_id}, not of client {expected_client_id}"
@@ -81,10 +84,10 @@ class DistributedShardLoader:
             raise DataError(f"{self.path} cannot be used: {'; '.join(faults)}; make it again with {REMEDY}")
         for fault in faults:
             log.warning("%s: %s", self.path, fault)
-        real = _real(found)
-        self.num_samples: dict[str, int] = real["num_samples"]
-        self.label_hist: list[int] = real["label_hist"]
-        self.sha256: dict[str, str] = real["sha256"]
+        self.num_samples: dict[str, int] = {split: facts.count for split, facts in found.items()}
+        self.label_hist: list[int] = found["train"].histogram
+        self.sha256: dict[str, str] = {f"{split}.safetensors": facts.sha256 for split, facts in found.items()}
+        real = {"num_samples": self.num_samples, "label_hist": self.label_hist, "sha256": self.sha256}
         self.digest = digest_of(meta | real)
         self.last_modified = max((self.path / name).stat().st_mtime for name in SHARD_FILES)
         counts = ", ".join(f"{count} {split}" for split, count in self.num_samples.items())
@@ -113,21 +116,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path} cannot be read ({error.strerror}): let this user read it") from error
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}): make the shard again with {REMEDY}") from error
-    wrong = _wrong_key(meta)
-    if wrong:
+    if wrong := _wrong_key(meta):
         raise DataError(
             f"{path} is not of a shard of format {FORMAT_VERSION} ({printable(wrong)}): make it with {REMEDY}"
         )
     return meta
-
-
-def verified_meta(folder: Path) -> dict[str, Any] | None:
-    """Return the meta of a shard that is whole, None for one that is damaged or missing."""
-    try:
-        meta, _, faults = _inspect(folder)
-    except DataError:
-        return None
-    return None if faults else meta
 
 
 def write_shard(
@@ -136,47 +129,129 @@ def write_shard(
     """Write one client's shard whole or not at all, a writer at a time, and return its meta.
 
     recipe: client_id, writers, and what else decides the content; counts: samples per split; parts: for each writer
-    the (images, labels) of every split. The files are on disk when it returns, the folder's name once the folder
-    above it is synced.
+    the (images, labels) of every split.
     """
-    partial = folder.with_name(f".{folder.name}.tmp")
-    partial.mkdir(parents=True)
-    files = {split: SplitWriter(partial / f"{split}.safetensors", count) for split, count in counts.items()}
-    for part in parts:
-        for split, (images, labels) in part.items():
-            files[split].add(images, labels)
-    hashes = {f"{split}.safetensors": file.close() for split, file in files.items()}
-    rest = {key: value for key, value in recipe.items() if key not in ("client_id", "writers")}
-    meta = {
-        "format_version": FORMAT_VERSION,
-        "dataset": "femnist",
-        "client_id": recipe["client_id"],
-        "writers": recipe["writers"],
-        "recipe": rest,
-        "num_samples": dict(counts),
-        "label_hist": files["train"].histogram(),
-        "sha256": hashes,
-    }
-    meta["digest"] = digest_of(meta)
-    write_synced(partial / "meta.json", (json.dumps(meta, indent=1, sort_keys=True) + "\n").encode())
-    sync_folder(partial)
-    os.rename(partial, folder)
+    with replacing_folder(folder) as partial:
+        files = {split: _SplitWriter(partial / f"{split}.safetensors", count) for split, count in counts.items()}
+        for part in parts:
+            for split, (images, labels) in part.items():
+                files[split].add(images, labels)
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "dataset": "femnist",
+            "client_id": recipe["client_id"],
+            "writers": recipe["writers"],
+            "recipe": {key: value for key, value in recipe.items() if key not in ("client_id", "writers")},
+            "num_samples": dict(counts),
+            "sha256": {f"{split}.safetensors": file.close() for split, file in files.items()},
+            "label_hist": files["train"].histogram(),
+        }
+        meta["digest"] = digest_of(meta)
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1, sort_keys=True) + "\n")
     return meta
 
 
-def _inspect(folder: Path) -> tuple[dict[str, Any], dict[str, SplitFacts], list[str]]:
-    meta = read_meta(folder)
-    found = {split: inspect_split(folder / f"{split}.safetensors") for split in SPLITS}
-    return meta, found, _faults(meta, found)
+class _SplitWriter:
+    """Write one safetensors file whose size is known: images as they come and labels at the end."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        images = {"dtype": "U8", "shape": [count, SIDE, SIDE], "data_offsets": [0, count * PIXELS]}
+        labels = {"dtype": "I64", "shape": [count], "data_offsets": [count * PIXELS, count * SAMPLE_BYTES]}
+        header = json.dumps({"images": images, "labels": labels}, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        self.path = path
+        self.blank = count > 0
+        self.labels: list[np.ndarray] = []
+        self.file = path.open("wb")
+        self.hash = hashlib.sha256()
+        self._write(len(header).to_bytes(8, "little") + header)
+
+    def add(self, images: np.ndarray, labels: np.ndarray) -> None:
+        self.blank = self.blank and not images.any()
+        self._write(np.ascontiguousarray(images).tobytes())
+        self.labels.append(labels.astype("<i8"))
+
+    def histogram(self) -> list[int]:
+        return np.bincount(np.concatenate(self.labels), minlength=CLASSES).tolist()
+
+    def close(self) -> str:
+        """Write the labels and return the SHA-256 of the file."""
+        for labels in self.labels:
+            self._write(labels.tobytes())
+        self.file.close()
+        if self.blank:
+            raise DataError(f"every image of {self.path} would be all zero: remove blank images from the source")
+        return self.hash.hexdigest()
+
+    def _write(self, content: bytes) -> None:
+        self.file.write(content)
+        self.hash.update(content)
 
 
-def _real(found: Mapping[str, SplitFacts]) -> dict[str, Any]:
-    """Return what a meta says of its tensors, as the tensors themselves say it."""
-    return {
-        "num_samples": {split: facts.count for split, facts in found.items()},
-        "label_hist": found["train"].histogram,
-        "sha256": {f"{split}.safetensors": facts.sha256 for split, facts in found.items()},
-    }
+@dataclass(frozen=True)
+class SplitFacts:
+    """What a split's file really holds; fault: what is wrong with its values, if anything."""
+
+    count: int
+    histogram: list[int]
+    sha256: str
+    fault: str | None
+
+
+def inspect_split(path: Path) -> SplitFacts:
+    """Read and hash a split's file, a block at a time; raises DataError when it is not such a file at all."""
+    try:
+        check_safetensors(path, MOST_HEADER)
+        sha256 = sha256_of_file(path)
+        with safe_open(path, framework="numpy") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            kinds = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+            count = kinds.get("labels", ("", [-1]))[1][:1]
+            if kinds != {"images": ("U8", [*count, SIDE, SIDE]), "labels": ("I64", count)}:
+                found = ", ".join(f"{name} {dtype} {shape}" for name, (dtype, shape) in sorted(kinds.items()))
+                raise DataError(
+                    f"{path} holds {printable(found or 'nothing')} instead of images U8 [n, 28, 28] and labels "
+                    f"I64 [n]: make it again with {REMEDY}"
+                )
+            labels = tensors.get_tensor("labels")
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing: make the shard again with {REMEDY}") from None
+    except DataError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged ({printable(error)}): make the shard again with {REMEDY}") from error
+    known = (labels >= 0) & (labels < CLASSES)
+    fault = None
+    if not known.all():
+        fault = f"{path.name} has label {labels[~known][0]}, FEMNIST has 0 to {CLASSES - 1}"
+    elif len(labels) and not any(images.any() for images, _ in read_blocks(path, len(labels))):
+        fault = f"every image of {path.name} is all zero"
+    return SplitFacts(len(labels), np.bincount(labels[known], minlength=CLASSES).tolist(), sha256, fault)
+
+
+def count_rows(path: Path) -> int:
+    """Return how many samples a split's file holds."""
+    with safe_open(path, framework="numpy") as tensors:
+        return tensors.get_slice("labels").get_shape()[0]
+
+
+def read_blocks(path: Path, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield images and labels in blocks; the file is mapped anew for each, so that pages do not pile up."""
+    return (read_rows(path, start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK))
+
+
+def read_rows(path: Path, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return images, uint8 (n, 28, 28), and labels, int64 (n,), of the samples from start to before end."""
+    if start == end:  # safetensors refuses to slice an empty tensor
+        return np.empty((0, SIDE, SIDE), np.uint8), np.empty(0, np.int64)
+    with safe_open(path, framework="numpy") as tensors:
+        return tensors.get_slice("images")[start:end], tensors.get_slice("labels")[start:end]
+
+
+def digest_of(facts: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of JSON facts without the `digest` that states it."""
+    rest = {key: value for key, value in facts.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _wrong_key(meta: Any) -> str | None:

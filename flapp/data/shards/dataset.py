@@ -9,23 +9,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from flapp.data.artifact import Artifact, DataError
-from flapp.data.leaf import CLASS_NAMES
-from flapp.data.pixels import NORMALIZATIONS, normalize
-from flapp.data.shards.split_file import count_rows, read_rows
+from flapp.data.artifact import Artifact
+from flapp.data.images import check_normalization, normalize
+from flapp.data.shards.client import count_rows, read_rows
+from flapp.data.shards.leaf import CLASS_NAMES
 
 
 class ShardSplit(Dataset[tuple[Tensor, int]]):
-    """Hold one split as a map-style dataset of (float32 sample (1, 28, 28), label), as OfflineDataset holds its own.
+    """Hold one split as a map-style dataset of (float32 sample (1, 28, 28), label), like OfflineDataset.
 
-    images: uint8 (n, 28, 28, 1); labels: int64 (n,); digest: SHA-256 of the file. Pickles as its file, never as data.
+    images: uint8 (n, 28, 28, 1); labels: int64 (n,); digest: SHA-256 of the file. Only the path is pickled, not the
+    data.
     """
 
     has_images = True
     classes = CLASS_NAMES
 
     def __init__(self, path: Path, normalization: str = "half", digest: str = "") -> None:
-        _check_normalization(normalization)
+        check_normalization(normalization)
         self.normalization = normalization
         images, labels = read_rows(path, 0, count_rows(path))
         self.artifact = Artifact(path, images[..., None], labels, CLASS_NAMES, digest, digest)
@@ -49,17 +50,17 @@ class ShardSplit(Dataset[tuple[Tensor, int]]):
         return [self[index] for index in indices]
 
     def artifact_at(self, image_size: int | None) -> Artifact:
-        """Return what to read images of this size from: a shard keeps them as they were written, and only so."""
+        """Return the images as stored: a shard has no other size."""
         return self.artifact
 
 
 class ShardStream(IterableDataset[tuple[Tensor, Any]]):
     """Stream one split as (float32 sample (1, 28, 28), label), holding `block` samples at a time.
 
-    With batch_size it yields whole batches (n, 1, 28, 28), (n,) for a DataLoader with batch_size=None, none of them
-    across two blocks. With seed each iteration visits the blocks, and the samples within each, in an order drawn from
-    (seed, epoch), and counts epoch up; without it the file's order is kept. The workers of a DataLoader share the
-    blocks (they work on copies: set epoch before each pass over the DataLoader).
+    With batch_size it yields batches (n, 1, 28, 28), (n,), each from one block, for a DataLoader with batch_size=None.
+    With seed each iteration visits the blocks, and the samples within each, in an order drawn from (seed, epoch), and
+    increments epoch; without it the file's order is kept. The workers of a DataLoader share the blocks (they work on
+    copies: set epoch before each pass over the DataLoader).
     """
 
     classes = CLASS_NAMES
@@ -72,7 +73,7 @@ class ShardStream(IterableDataset[tuple[Tensor, Any]]):
         seed: int | None = None,
         block: int = 1024,
     ) -> None:
-        _check_normalization(normalization)
+        check_normalization(normalization)
         self.path = path
         self.normalization = normalization
         self.batch_size = batch_size
@@ -99,11 +100,6 @@ class ShardStream(IterableDataset[tuple[Tensor, Any]]):
             yield (inputs, labels[batch]) if self.batch_size else (inputs[0], int(labels[batch]))
 
 
-def _check_normalization(name: str) -> None:
-    if name not in NORMALIZATIONS:
-        raise DataError(f"normalization={name} is unknown: choose one of {', '.join(NORMALIZATIONS)}")
-
-
 def _normalize(pixels: Tensor, normalization: str) -> Tensor:
-    """Turn uint8 (..., 1, 28, 28) into what ClientLoader makes of it."""
+    """Normalise uint8 (..., 1, 28, 28) as ClientLoader does."""
     return normalize(pixels, normalization, exact=False)

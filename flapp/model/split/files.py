@@ -4,24 +4,27 @@
                   <name>_<p1>-<p2>_bottom_metadata.json
     <base>/trunk/...  <base>/top/...
 
-The metadata is a JSON object of the fields of Metadata. All but sha256 and saved_at are in the header of the weights
-too, so that neither file can be changed, or exchanged, without the other showing it.
+The metadata is a JSON object of the fields of Metadata. All but sha256 and saved_at are also in the header of the
+weights, so that neither file can be changed or exchanged without the other showing it.
 
-A pair is replaced as one: both files are written beside as .new, then the weights are renamed, then the metadata.
-Whoever reads after a crash between the two renames finds the metadata that fits the weights still under .new.
+All files are on disk before the first is renamed to its name, weights before metadata. A crash between two renames
+leaves weights whose SHA-256 is not the one in their metadata, or components of different models: both are refused by
+name until the split is stored again with overwrite.
 """
 
-import json
 import os
 import re
-import typing
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from flapp.files import sha256_of_file
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
+
+from flapp.files import replacing, sha256_of_file, write_json
 from flapp.model.files import FORMAT_VERSION, read_tensors, save_tensors
 from flapp.untrusted import check_regular, printable, read_json
 
@@ -33,17 +36,17 @@ WEIGHTS = ".safetensors"
 FILE_NAME = re.compile(rf"(?P<name>.+)_(?P<p1>\d+)-(?P<p2>\d+)_(?P<component>{'|'.join(COMPONENTS)})\{WEIGHTS}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Metadata:
-    """What is said of one stored component.
+    """Describe one stored component.
 
     Layers are start_layer to end_layer - 1 of num_layers. num_parameters leaves out the parameters that `tied` names,
-    {own name: "component:name there"}, which are the same as another component's, so that the three add up to the whole
-    model's count. memory_mb is of all tensors held, tied ones too, in units of 2**20 bytes. model_sha256 names the
-    model that was split: of a ViT its file's SHA-256, otherwise one of its tensors.
+    {own name: "component:name there"}: they are another component's, and the three numbers add up to the whole model's.
+    memory_mb counts all tensors held, tied ones too, in units of 2**20 bytes. model_sha256 names the model that was
+    split: the SHA-256 of a ViT's file, otherwise one of the tensors.
     """
 
-    format_version: int
+    format_version: Literal[1]
     model_type: str
     model_class: str
     name: str
@@ -64,15 +67,6 @@ class Metadata:
     def facts(self) -> dict[str, Any]:
         """Return the fields that the header of the weights repeats."""
         return {key: value for key, value in asdict(self).items() if key not in ("sha256", "saved_at")}
-
-
-@dataclass(frozen=True)
-class Unsaved:
-    """A component on its way to disk: where to, its tensors, and its Metadata.facts()."""
-
-    path: Path
-    tensors: Mapping[str, "Tensor"]
-    facts: Mapping[str, Any]
 
 
 class StorageManager:
@@ -96,24 +90,19 @@ class StorageManager:
         """Return the path of the metadata that belongs to the weights at `path`."""
         path = Path(path)
         if path.suffix != WEIGHTS:
-            raise ValueError(f"{path} is no file of weights: its name must end in {WEIGHTS}")
+            raise ValueError(f"{path} is not a file of weights: its name must end in {WEIGHTS}")
         return path.with_name(path.name.removesuffix(WEIGHTS) + "_metadata.json")
 
     @staticmethod
-    def create_storage_directories(base: str | Path) -> None:
-        """Make the three folders below `base`; raises ValueError when that is refused."""
+    def prepare(base: str | Path, name: str, p1: int, p2: int, overwrite: bool = False) -> None:
+        """Make the folders for a split that comes later; raises ValueError when it could not be stored there."""
+        StorageManager.check(base, name, p1, p2, overwrite)
         for component in COMPONENTS:
             folder = Path(base) / component
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ValueError(f"{folder} cannot be made ({error.strerror}): name another storage folder") from error
-
-    @staticmethod
-    def prepare(base: str | Path, name: str, p1: int, p2: int, overwrite: bool = False) -> None:
-        """Make the folders for a split that comes later; raises ValueError when it could not be stored there."""
-        StorageManager.create_storage_directories(base)
-        StorageManager.check(base, name, p1, p2, overwrite)
 
     @staticmethod
     def check(base: str | Path, name: str, p1: int, p2: int, overwrite: bool = False) -> None:
@@ -136,32 +125,36 @@ class StorageManager:
 
 
 def check_component(component: str) -> None:
-    """Refuse a name that is no component's."""
+    """Raise ValueError for a name that is not in COMPONENTS."""
     if component not in COMPONENTS:
         raise ValueError(f"component={component} is not known: choose one of {', '.join(COMPONENTS)}")
 
 
-def write_components(unsaved: Sequence[Unsaved], overwrite: bool = False) -> list[Metadata]:
-    """Write components and their metadata, none before all are on disk; raises ValueError, old files intact."""
+def write_components(
+    contents: Mapping[Path, tuple[Mapping[str, "Tensor"], Mapping[str, Any]]], overwrite: bool = False
+) -> list[Metadata]:
+    """Write components, given as path of the weights: (tensors, Metadata.facts()), and their metadata.
+
+    Raises ValueError, with all old files intact, where one cannot be written.
+    """
     from safetensors import SafetensorError
 
     if not overwrite:
-        for one in unsaved:
-            _check_free(one.path)
-    path = Path()
+        for path in contents:
+            _check_free(path)
+    path, written = Path(), []
     try:
-        written = []
-        for one in unsaved:
-            path = one.path
-            _settle(path)
-            written.append(_stage(one))
-        for one in unsaved:
-            path = one.path
-            os.replace(_new(path), path)
-            _settle(path)
+        with ExitStack() as stack:  # renames in the reverse order: weights, then metadata
+            for path in contents:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            notes = [stack.enter_context(replacing(StorageManager.get_model_metadata_path(path))) for path in contents]
+            for note, (path, (tensors, facts)) in zip(notes, contents.items(), strict=True):
+                sha256 = save_tensors(tensors, stack.enter_context(replacing(path)), **facts)
+                about = {"format_version": FORMAT_VERSION, **facts}
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                written.append(Metadata(**about, sha256=sha256, saved_at=now))
+                write_json(note, asdict(written[-1]))
     except (OSError, SafetensorError) as error:
-        for one in unsaved:
-            _drop_staged(one.path)
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} cannot be written ({reason}): free space or name another folder") from error
     return written
@@ -176,7 +169,7 @@ def parse_points(text: str) -> tuple[int, int]:
 
 
 def check_points(split_point_1: int, split_point_2: int, num_layers: int | None = None) -> None:
-    """Refuse points that leave a component without a layer; without num_layers, those that no model has."""
+    """Raise ValueError for points that leave a component without a layer, whatever the model if num_layers is None."""
     points = f"split points {split_point_1} and {split_point_2}"
     if type(split_point_1) is not int or type(split_point_2) is not int:
         raise ValueError(f"{points} must be whole numbers")
@@ -210,8 +203,6 @@ def read_metadata(path: str | Path) -> Metadata:
         found = sha256_of_file(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): this component is missing") from error
-    if (newer := _newer(path, found)) is not None:
-        return newer
     metadata = _parse(where)
     if metadata.sha256 != found:
         raise ValueError(
@@ -219,47 +210,6 @@ def read_metadata(path: str | Path) -> Metadata:
             "store the split again"
         )
     return metadata
-
-
-def _stage(one: Unsaved) -> Metadata:
-    """Write both files beside where they belong."""
-    one.path.parent.mkdir(parents=True, exist_ok=True)
-    sha256 = save_tensors(one.tensors, _new(one.path), **one.facts)
-    saved_at = datetime.now(UTC).isoformat(timespec="seconds")
-    facts: dict[str, Any] = {"format_version": FORMAT_VERSION, **one.facts}
-    metadata = Metadata(**facts, sha256=sha256, saved_at=saved_at)
-    with _new(StorageManager.get_model_metadata_path(one.path)).open("w") as file:
-        file.write(json.dumps(asdict(metadata), indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(one.path.parent)
-    return metadata
-
-
-def _settle(path: Path) -> None:
-    """Finish a replacement whose weights are in place already; a crash may have been before its second rename."""
-    where = StorageManager.get_model_metadata_path(path)
-    if path.is_file() and _new(where).exists() and _newer(path, sha256_of_file(path)) is not None:
-        os.replace(_new(where), where)
-        _sync(path.parent)
-
-
-def _drop_staged(path: Path) -> None:
-    """Remove what was staged; where the weights have been renamed already, their metadata stays."""
-    _new(path).with_name(_new(path).name + ".tmp").unlink(missing_ok=True)
-    if _new(path).exists():
-        _new(StorageManager.get_model_metadata_path(path)).unlink(missing_ok=True)
-        _new(path).unlink()
-
-
-def _newer(path: Path, sha256: str) -> Metadata | None:
-    """Return the metadata that a crash left under .new, if it is of weights with this digest."""
-    where = _new(StorageManager.get_model_metadata_path(path))
-    try:
-        metadata = _parse(where)
-    except ValueError:
-        return None
-    return metadata if metadata.sha256 == sha256 else None
 
 
 def _check_free(path: Path) -> None:
@@ -270,36 +220,12 @@ def _check_free(path: Path) -> None:
 
 def _parse(where: Path) -> Metadata:
     try:
-        values = read_json(where)
+        return Metadata(**read_json(where))
     except OSError as error:
         raise ValueError(f"{where} cannot be read ({error.strerror}): weights need their metadata") from error
-    except ValueError as error:
-        raise ValueError(f"{where} is damaged ({error}): store the split again") from error
-    if (fault := next(_faults(values), None)) is not None:
-        raise ValueError(f"{where} is damaged ({printable(fault)}): store the split again")
-    return Metadata(**values)
-
-
-def _faults(values: Any) -> Iterator[str]:
-    """Yield what keeps plain values from being Metadata."""
-    if not isinstance(values, dict):
-        yield "it is no object"
-        return
-    types = typing.get_type_hints(Metadata)
-    yield from (f"{key} is missing" for key in types if key not in values)
-    yield from (f"{key} is no field" for key in values if key not in types)
-    for field in fields(Metadata):
-        if type(values[field.name]) is not (typing.get_origin(types[field.name]) or types[field.name]):
-            yield f"{field.name} is {values[field.name]!r}"
-    if values["format_version"] != FORMAT_VERSION:
-        yield f"format_version is {values['format_version']}, this program reads {FORMAT_VERSION}"
-
-
-def _new(path: Path) -> Path:
-    return path.with_name(path.name + ".new")
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        said = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+        raise ValueError(f"{where} is damaged ({printable(said)}): store the split again") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where} is damaged ({printable(error)}): store the split again") from error

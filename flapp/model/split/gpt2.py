@@ -18,7 +18,7 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 from transformers.masking_utils import create_causal_mask
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from flapp.model.split.components import ModelType, SplitModel, Whole
+from flapp.model.split.component import ModelType, SplitModel, Whole
 
 EMBEDDING = "transformer.wte.weight"
 
@@ -97,7 +97,7 @@ def read_gpt2(source: str | Path, attn_implementation: str | None = None) -> Who
     """Read GPT-2 from a folder of save_pretrained's or by its name on the hub; raises ValueError.
 
     Only safetensors are read, and a file without all of the model's tensors is refused. attn_implementation is as in
-    from_pretrained; other kernels round otherwise.
+    from_pretrained; kernels differ in rounding.
     """
     try:
         config = AutoConfig.from_pretrained(source)
@@ -114,7 +114,7 @@ def read_gpt2(source: str | Path, attn_implementation: str | None = None) -> Who
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{source} cannot be read as a GPT-2 ({reason})") from error
     if not plain:
-        raise ValueError(f"{source} is no GPT-2 without cross-attention, but {config.model_type}")
+        raise ValueError(f"{source} is a {config.model_type}: only GPT-2 without cross-attention can be split")
     model, info = loaded
     if missing := {*info["missing_keys"], *info["mismatched_keys"]}:
         raise ValueError(f"{source} lacks {len(missing)} of the model's tensors, first {min(missing)}")

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock
 
 from flapp.files import sha256_of_file
-from flapp.model.fitting import POSITIONS, from_torchvision
 from flapp.model.layout import SIZES
-from flapp.model.pretrained import read_state
-from flapp.model.split.components import ModelType, SplitModel, Whole
+from flapp.model.pretrained import POSITIONS, from_torchvision, read_state
+from flapp.model.split.component import ModelType, SplitModel, Whole
 from flapp.model.vit import SelfAttention
 
 LAYER = "encoder.layers.encoder_layer_"
@@ -97,12 +96,12 @@ def read_vit(source: str | Path, dropout: float = 0.0) -> Whole:
         classes = state["heads.head.weight"].shape[0]
         (heads,) = (s[2] for s in SIZES.values() if (s[0], s[1], s[3], s[4]) == (patch, layers, width, mlp))
     except (KeyError, ValueError, IndexError) as error:
-        raise ValueError(f"{path} is no ViT that we have ({', '.join(SIZES)}), and only a ViT is split") from error
+        raise ValueError(f"{path} is not one of the ViTs that can be split ({', '.join(SIZES)})") from error
     config = {
         **{"image_size": side * patch, "patch": patch, "heads": heads, "width": width, "mlp": mlp},
         **{"channels": channels, "classes": classes, "dropout": dropout},
     }
-    # Copies, since a mapped file has tensors at any address, where some kernels round otherwise.
+    # Copies, because a mapped file has tensors at any address, where some kernels round differently.
     tensors = {name: tensor.clone() for name, tensor in state.items()}
     name = path.resolve().parent.name if path.name == "model.safetensors" else path.stem
     return Whole(name, config, layers, tensors, sha256_of_file(path))

@@ -3,8 +3,8 @@
 Client k has A_k (rank_k, in), B_k (out, rank_k) and a weight w_k; p_k = w_k / sum w. Its layer adds scaling * B_k A_k
 to the frozen base (LoRA, Hu et al. 2021, arXiv:2106.09685), and scaling = alpha / lora.rank is one number for all
 clients whatever their own rank, so the maths here are on B A alone. The ideal is sum_k p_k B_k A_k, and RULES says what
-each rule makes of it. Sums are taken in float64 and rounded once to the dtype that came in; give clients in an order
-of their own (by client id), and equal input gives equal bits. Clients of weight zero are left out.
+each rule makes of it. Sums are taken in float64 and rounded once to the dtype that came in. Give clients sorted
+by id, and equal input gives equal bits. Clients of weight zero are left out.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ import numpy as np
 
 
 class Factors(NamedTuple):
-    """What one client has in one layer: A (rank, in), B (out, rank) or None where B stays at home, and its weight."""
+    """One client's factors of one layer: A (rank, in), B (out, rank) or None if the client keeps it, and its weight."""
 
     A: np.ndarray
     B: np.ndarray | None
@@ -36,14 +36,21 @@ class Aggregated:
     folded: tuple[np.ndarray, ...] | None = None
 
 
-@dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer of the clients that count, checked: factors as they came, shares p_k > 0 summing to 1, rank asked."""
+    """One layer of the clients that count: factors as they came, shares p_k > 0 summing to 1, and the rank asked.
 
-    A: list[np.ndarray]
-    B: list[np.ndarray]  # empty where B stays at home
-    shares: np.ndarray
-    rank: int
+    B is empty where clients keep it. Raises ValueError for weights that are negative, not finite or all zero.
+    """
+
+    def __init__(self, clients: Sequence[Factors], rank: int | None = None) -> None:
+        weights = np.array([client.weight for client in clients], np.float64)
+        if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
+            raise ValueError(f"weights must be finite, not negative and not all zero, got {weights.tolist()}")
+        used = [client for client in clients if client.weight > 0]
+        self.A = [client.A for client in used]
+        self.B = [client.B for client in used if client.B is not None]
+        self.shares = weights[weights > 0] / weights[weights > 0].sum()
+        self.rank = max(map(len, self.A)) if rank is None else rank
 
     def stacked(self) -> tuple[np.ndarray, np.ndarray]:
         """Return float64 (out, ranks) and (ranks, in) whose product is the ideal, sum_k p_k B_k A_k."""
@@ -52,7 +59,7 @@ class Layer:
 
 
 def fedit(layer: Layer) -> Aggregated:
-    """Average A and B apart (FedIT, Zhang et al. 2023, arXiv:2305.05644); the mean of products is not met."""
+    """Average A and B separately, which is inexact (FedIT, Zhang et al. 2023, arXiv:2305.05644)."""
     return Aggregated(_mean(layer.A, layer.shares), _mean(layer.B, layer.shares))
 
 
@@ -73,7 +80,7 @@ def rolora(layer: Layer) -> Aggregated:
 
 
 def fedsa(layer: Layer) -> Aggregated:
-    """Average A and leave every client its B (FedSA-LoRA, Guo et al. 2024, arXiv:2410.01463): it applies B_k A."""
+    """Average A; every client keeps its B and applies B_k A (FedSA-LoRA, Guo et al. 2024, arXiv:2410.01463)."""
     return Aggregated(_mean(layer.A, layer.shares), None)
 
 
@@ -84,9 +91,9 @@ def flora(layer: Layer) -> Aggregated:
 
 
 def fedex(layer: Layer) -> Aggregated:
-    """Average A and B apart and fold the residual (FedEx-LoRA, Singhal et al. 2024, arXiv:2410.09432); exact.
+    """Average A and B separately and fold the residual (FedEx-LoRA, Singhal et al. 2024, arXiv:2410.09432); exact.
 
-    The residual sum_k p_k B_k A_k - B A is taken from B and A as rounded, so what rounding lost is folded too.
+    The residual sum_k p_k B_k A_k - B A is taken from B and A as rounded, so the loss by rounding is folded too.
     """
     A, B = _mean(layer.A, layer.shares), _mean(layer.B, layer.shares)
     left, right = layer.stacked()
@@ -124,7 +131,7 @@ def hetlora(layer: Layer) -> Aggregated:
 
 @dataclass(frozen=True)
 class Rule:
-    """One word of `strategy.aggregation` and what a strategy must know to serve it."""
+    """One value of `strategy.aggregation`, and what a strategy must know about it."""
 
     combine: Callable[[Layer], Aggregated]
     even: str = "AB"  # the factors trained by clients and sent up in rounds 2, 4, ...
@@ -132,7 +139,7 @@ class Rule:
     any_rank: bool = False  # clients may have different ranks
     folds: bool = False  # the base weight changes every round
     private_b: bool = False  # clients train B too, but keep it
-    averages: bool = False  # each factor that travels is an average, so a sum over clients is all that is needed
+    averages: bool = False  # each factor that travels is an average, so a sum over clients is enough
 
     def travels(self, server_round: int) -> frozenset[str]:
         """Return which of 'A' and 'B' go up in a round (from 1); clients freeze the other, unless it is private."""
@@ -141,16 +148,10 @@ class Rule:
     def aggregate(self, clients: Sequence[Factors], rank: int | None = None) -> Aggregated:
         """Combine one layer of several clients; `rank` is what flexlora and hetlora return (default: the largest).
 
-        Raises ValueError for weights that are negative or sum to 0, for shapes and dtypes that do not fit together,
-        for unequal ranks where the rule needs one, and where a factor is not common that the rule needs common.
+        Factors must fit together, and have one rank unless any_rank. Raises ValueError for weights without a mean, and
+        where clients differ in a factor that the rule needs to be common.
         """
-        name, layer = self.combine.__name__, _check(clients, rank)
-        ranks = [len(A) for A in layer.A]
-        if not self.any_rank and len(set(ranks)) > 1:
-            raise ValueError(f"{name} needs one rank for all clients, got {ranks}: use flora, flexlora or hetlora")
-        if not self.private_b and not layer.B:
-            raise ValueError(f"{name} needs B from every client")
-        return self.combine(layer)
+        return self.combine(Layer(clients, rank))
 
 
 RULES = {
@@ -166,9 +167,9 @@ RULES = {
 
 
 def refill(A: np.ndarray, B: np.ndarray, fresh: np.ndarray) -> np.ndarray:
-    """Return A with its dead rows taken from `fresh`: rows of zeros over a column of zeros in B never get a gradient.
+    """Return A with its dead rows taken from `fresh`: a row of zeros whose column in B is zero never gets a gradient.
 
-    The product B A stays as it is. Such rows come from flexlora and hetlora when nobody of the largest rank took part.
+    The product B A stays the same. flexlora and hetlora leave such rows when no client of the largest rank took part.
     """
     alive = A.any(axis=1) | B.any(axis=0)
     return np.where(np.expand_dims(alive, 1), A, fresh)
@@ -181,9 +182,7 @@ def error_norms(aggregated: Aggregated, clients: Sequence[Factors]) -> tuple[flo
     stacked factors in float64: matrices of out x in are avoided, and so are Gram matrices, which lose half the digits.
     Only where a dense matrix is folded are there three of out x in, in float64.
     """
-    layer = _check(clients, None)
-    if not layer.B:
-        raise ValueError("the error of an adapter needs every client's B")
+    layer = Layer(clients)
     left, right = layer.stacked()
     pairs, count = [(left, right)], len(right)
     dense: np.ndarray | float = 0.0
@@ -200,44 +199,6 @@ def error_norms(aggregated: Aggregated, clients: Sequence[Factors]) -> tuple[flo
         left, right = _reduce(left, right)
     ideal, applied = left[:, :count] @ right[:count], left[:, count:] @ right[count:]
     return float(np.linalg.norm(applied + dense - ideal)), float(np.linalg.norm(ideal))
-
-
-def relative_error(aggregated: Aggregated, clients: Sequence[Factors]) -> float:
-    """Return ||applied - ideal||_F / ||ideal||_F of one layer (see `error_norms`); 0 / 0 is 0, and x / 0 infinite."""
-    error, ideal = error_norms(aggregated, clients)
-    return error / ideal if ideal else float("inf") if error else 0.0
-
-
-def _check(clients: Sequence[Factors], rank: int | None) -> Layer:
-    weights = np.array([client.weight for client in clients], np.float64)
-    if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
-        raise ValueError(f"weights must be finite, not negative and not all zero, got {weights.tolist()}")
-    used = [client for client in clients if client.weight > 0]
-    for number, client in enumerate(used, 1):
-        _check_shapes(client, used[0], number)
-    B = [client.B for client in used if client.B is not None]
-    shares = weights[weights > 0] / weights[weights > 0].sum()
-    A = [client.A for client in used]
-    rank = max(map(len, A)) if rank is None else rank
-    if rank < 1:
-        raise ValueError(f"the rank of an adapter must be 1 or more, got {rank}")
-    return Layer(A, B, shares, rank)
-
-
-def _check_shapes(client: Factors, first: Factors, number: int) -> None:
-    """Refuse factors that do not multiply, and a client whose layer is not the first client's but for the rank."""
-
-    def describe(factor: np.ndarray | None) -> str:
-        return "none" if factor is None else f"{factor.dtype} {list(factor.shape)}"
-
-    A, B = client.A, client.B
-    fits = A.ndim == 2 and A.dtype.kind == "f" and A.shape[1:] == first.A.shape[1:] and A.dtype == first.A.dtype
-    fits &= (B is None) == (first.B is None)
-    if B is not None and first.B is not None:
-        fits &= B.ndim == 2 and B.dtype == A.dtype and len(B) == len(first.B) and B.shape[1] == len(A)
-    if not fits:
-        found, wanted = (f"A {describe(each.A)} and B {describe(each.B)}" for each in (client, first))
-        raise ValueError(f"client {number} has {found}, which does not fit A (rank, in) and B (out, rank) of {wanted}")
 
 
 def _total(arrays: Sequence[np.ndarray], shares: np.ndarray) -> np.ndarray:
@@ -258,8 +219,6 @@ def _all_equal(arrays: Sequence[np.ndarray]) -> bool:
 
 def _pad(factor: np.ndarray, axis: int, rank: int) -> np.ndarray:
     missing = rank - factor.shape[axis]
-    if missing < 0:
-        raise ValueError(f"cannot pad a factor of rank {factor.shape[axis]} to {rank}: ask for the largest rank")
     return np.pad(factor, [(0, missing if axis == each else 0) for each in range(2)])
 
 

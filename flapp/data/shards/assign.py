@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from flapp.data.artifact import DataError
-from flapp.data.leaf import Writer
+from flapp.data.shards.leaf import Writer
 from flapp.untrusted import read_json
 
 STRATEGIES = ("round_robin", "random", "natural", "manual")
-SPLITS = ("train", "val", "test")
 _CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -22,11 +21,12 @@ def assign_writers(
 ) -> dict[str, list[str]]:
     """Return the writers of each client id, ids in counting order; raises DataError when it cannot be done.
 
-    round_robin: sorted writers are dealt in turn; random: the same in a drawn order; natural: one writer a client,
-    `clients` of them drawn when there are more; manual: as the JSON file `mapping`, {client id: [writer, ...]}.
+    round_robin: sorted writers are dealt in turn; random: the same in random order; natural: one writer a client,
+    `clients` of them drawn at random when there are more; manual: as in the JSON file `mapping`,
+    {client id: [writer, ...]}.
     """
     if strategy not in STRATEGIES:
-        raise DataError(f"partition={strategy} is not a way to make shards: choose one of {', '.join(STRATEGIES)}")
+        raise DataError(f"partition={strategy} does not make shards: choose one of {', '.join(STRATEGIES)}")
     if (mapping is not None) != (strategy == "manual"):
         raise DataError(f"partition={strategy} {'needs a' if mapping is None else 'takes no'} mapping file")
     names = sorted(writers)
@@ -47,10 +47,10 @@ def assign_writers(
 def split_samples(
     name: str, writer: Writer, has_test: bool, seed: int, val_fraction: float, test_fraction: float
 ) -> dict[str, np.ndarray]:
-    """Cut a writer's samples into sorted indices of train, val and test, drawn from (seed, writer's name).
+    """Split a writer's samples into sorted indices of train, val and test, drawn from (seed, writer's name).
 
-    A writer of three samples or more is in every split, one of fewer in train only. With has_test the source's own
-    test samples stay the test split, and val is cut from the others.
+    A writer with three samples or more is in every split, one with fewer only in train. With has_test the source's
+    own test samples stay the test split, and val is drawn from the others.
     """
     own = writer.count - writer.held_out
     drawn = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
@@ -64,7 +64,7 @@ def split_samples(
 
 
 def check_fractions(val_fraction: float, test_fraction: float) -> None:
-    """Refuse fractions that leave nothing to train on."""
+    """Raise DataError for fractions that leave no training samples."""
     if not (0 <= val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
         raise DataError(
             f"val_fraction={val_fraction} and test_fraction={test_fraction} leave no training samples: "
@@ -73,7 +73,7 @@ def check_fractions(val_fraction: float, test_fraction: float) -> None:
 
 
 def counting_order(client_id: str) -> tuple[bool, int, str]:
-    """Return a key that sorts 2 before 10, and names after numbers."""
+    """Return a key that sorts 2 before 10, and numbers before names."""
     number = client_id.isdigit()
     return not number, int(client_id) if number else 0, client_id
 
@@ -99,7 +99,7 @@ def _manual(names: list[str], clients: int | None, path: Path) -> dict[str, list
             owner[writer] = client
     if forgotten := [name for name in names if name not in owner]:
         some = ", ".join(forgotten[:5])
-        raise DataError(f"{path} gives {len(forgotten)} writers of the source to nobody ({some}): assign every writer")
+        raise DataError(f"{path} leaves {len(forgotten)} writers of the source out ({some}): assign every writer")
     return {client: sorted(mapping[client]) for client in sorted(mapping, key=counting_order)}
 
 

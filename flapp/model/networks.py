@@ -1,13 +1,28 @@
-"""The LEAF FEMNIST network (Caldas et al. 2018, models/femnist/cnn.py)."""
+"""The networks that need nothing but PyTorch; the benchmark's stock Flower app takes a copy of this file."""
+
+import math
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+class Linear(nn.Module):
+    """Map flattened samples of `shape` to `outputs` values by one linear layer."""
+
+    def __init__(self, shape: Sequence[int], outputs: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(math.prod(shape), outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.flatten(1))
+
+
 class LeafCNN(nn.Module):
     """Classify images by two 5x5 convolutions (32 and 64 maps), each max-pooled by 2, and a dense layer of 2048.
 
-    Images are float (N, channels, image_size, image_size); logits are (N, classes).
+    This is the LEAF FEMNIST network (Caldas et al. 2018, models/femnist/cnn.py). Images are float
+    (N, channels, image_size, image_size); logits are (N, classes).
     """
 
     def __init__(self, image_size: int, channels: int, classes: int, dropout: float = 0.0) -> None:

@@ -1,28 +1,18 @@
-"""Split models: bottom, trunk and top of a transformer, each a module that can be stored, checked and loaded alone.
-
-    bottom   whatever turns inputs into tokens, and layers 0 to p1 - 1
-    trunk    layers p1 to p2 - 1
-    top      layers p2 to the last, and whatever turns tokens into outputs
-
-top(trunk(bottom(x))) is the whole model bit for bit (on a CPU, in eval mode). Tensors keep the whole model's names. A
-type of model says how a whole one is read and what its components are; its module is imported by whoever needs it.
-split_files.py owns the files.
-"""
+"""Split models, store their components, and load them again, each alone if wished."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flapp.model.files import FORMAT_VERSION, mismatch, shapes_of
+from flapp.model.split.component import ModelType, Part, SplitModel
 from flapp.model.split.files import (
     COMPONENTS,
     Metadata,
     StorageManager,
-    Unsaved,
     check_component,
     check_points,
     read_component,
@@ -30,78 +20,8 @@ from flapp.model.split.files import (
 )
 from flapp.untrusted import printable
 
-# What torch and transformers are seen to raise for sizes and names that make no sense.
+# What torch and transformers raise for sizes and names that make no sense.
 BUILD_ERRORS = (ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError, AssertionError)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Which part of which model a component is, and the JSON values that it can be built from."""
-
-    model_type: str
-    name: str
-    component: str
-    split_points: tuple[int, int]
-    num_layers: int
-    config: Mapping[str, Any]
-    model_sha256: str
-
-    @property
-    def layers(self) -> tuple[int, int]:
-        """Return the first layer and the one behind the last."""
-        bounds = (0, *self.split_points, self.num_layers)
-        place = COMPONENTS.index(self.component)
-        return bounds[place], bounds[place + 1]
-
-
-class SplitModel(nn.Module):
-    """A component; `tied` names its parameters that are another one's: {own name: "component:name there"}."""
-
-    part: Part
-    tied: Mapping[str, str] = {}
-
-    def save_split_model(self, path: str | Path, save_metadata: bool = True, *, overwrite: bool = False) -> Metadata:
-        """Write weights to `path`, which ends in .safetensors, and metadata beside; raises ValueError."""
-        if not save_metadata:
-            raise ValueError(f"{path} is not written without metadata, by which it is checked: leave save_metadata out")
-        return write_components([self.unsaved(Path(path))], overwrite)[0]
-
-    def unsaved(self, path: Path) -> Unsaved:
-        """Return what there is to write of this component."""
-        tensors = self.state_dict()
-        return Unsaved(path, tensors, self._facts(tensors))
-
-    def _facts(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        part, (start, end) = self.part, self.part.layers
-        parameters = {name: p.numel() for name, p in self.named_parameters() if name not in self.tied}
-        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
-        return {
-            **{"model_type": part.model_type, "model_class": type(self).__name__},
-            **{"name": part.name, "component": part.component, "split_points": list(part.split_points)},
-            **{"start_layer": start, "end_layer": end, "num_layers": part.num_layers},
-            **{"num_parameters": sum(parameters.values()), "tied": dict(self.tied)},
-            **{"dtype": "+".join(dtypes), "memory_mb": sum(t.nbytes for t in tensors.values()) / 2**20},
-            **{"config": dict(part.config), "model_sha256": part.model_sha256},
-        }
-
-
-@dataclass(frozen=True)
-class Whole:
-    """A whole model that was read: its name, tensors and digest, and the JSON values to build components from."""
-
-    name: str
-    config: Mapping[str, Any]
-    num_layers: int
-    tensors: Mapping[str, Tensor]
-    sha256: str
-
-
-@dataclass(frozen=True)
-class ModelType:
-    """A type of model: read(source, **settings) returns a Whole; components are built from (config, start, end)."""
-
-    read: Callable[..., Whole]
-    components: Mapping[str, Callable[[Mapping[str, Any], int, int], SplitModel]]
 
 
 def _vit() -> ModelType:
@@ -125,7 +45,7 @@ class ModelFactory:
 
     @classmethod
     def register(cls, model_type: str, load: Callable[[], ModelType]) -> None:
-        """Make another type known; load() is called whenever it is asked for."""
+        """Add a type of model; load() is called whenever the type is used."""
         cls.types[model_type] = load
 
     @classmethod
@@ -143,10 +63,10 @@ class ModelFactory:
         overwrite: bool = False,
         **settings: Any,
     ) -> tuple[SplitModel, SplitModel, SplitModel]:
-        """Return bottom, trunk and top of a model, in eval mode, and with auto_save store them in storage_path.
+        """Return bottom, trunk and top of a model, in eval mode; with auto_save, also store them in storage_path.
 
         model_type `vit`: a file of weights that load_pretrained takes, or a run's folder; its setting is `dropout`.
-        `gpt2`: a folder or a name on the hub; its setting is `attn_implementation`. `name` is that of the files, by
+        `gpt2`: a folder or a name on the hub; its setting is `attn_implementation`. `name` is used for the files, by
         default the model's. Raises ValueError unless 0 < split_point_1 < split_point_2 < layers, and for whatever
         cannot be read or stored.
         """
@@ -162,7 +82,9 @@ class ModelFactory:
         parts = [Part(model_type, name or whole.name, component, *about) for component in COMPONENTS]
         bottom, trunk, top = models = [_fill(_skeleton(kind, part), part, whole.tensors) for part in parts]
         if lost := whole.tensors.keys() - {key for model in models for key in model.state_dict()}:
-            raise ValueError(f"{model_name_or_path} has {len(lost)} tensors that are no component's: {min(lost)}")
+            raise ValueError(
+                f"{model_name_or_path} has {len(lost)} tensors that belong to no component, first {min(lost)}"
+            )
         for model in models:
             model.to(device)
         _tie(models)
@@ -177,7 +99,8 @@ class ModelFactory:
         """Write components where StorageManager says they lie, all or none."""
         places = [(m.part.name, *m.part.split_points, m.part.component) for m in models]
         paths = [StorageManager.get_split_model_path(storage_path, *place) for place in places]
-        return write_components([m.unsaved(path) for m, path in zip(models, paths, strict=True)], overwrite)
+        contents = [(m.state_dict(), m.facts()) for m in models]
+        return write_components(dict(zip(paths, contents, strict=True)), overwrite)
 
     @classmethod
     def load_split_models(
@@ -189,10 +112,10 @@ class ModelFactory:
         components: Sequence[str] = COMPONENTS,
         device: str | torch.device = "cpu",
     ) -> tuple[SplitModel, ...]:
-        """Return the components asked for, in eval mode, of the split that the name and points leave no doubt about.
+        """Return components of one split, in eval mode; name and points are needed where several splits are stored.
 
         The whole model is never built. Raises ValueError when a file is missing, damaged or not what its name says, or
-        when components are not of one split of one model.
+        when the components are not from one split of one model.
         """
         for component in components:
             check_component(component)
@@ -212,7 +135,7 @@ class ModelFactory:
 
     @classmethod
     def load_component(cls, path: str | Path, device: str | torch.device = "cpu") -> SplitModel:
-        """Build the component stored at `path`, in eval mode, after metadata and digest were found right."""
+        """Build the component stored at `path`, in eval mode, after checking its metadata and digest."""
         found, tensors = read_component(path)
         check_component(found.component)
         kind = cls._type(found.model_type)
@@ -231,7 +154,7 @@ class ModelFactory:
         if fault := mismatch(shapes_of(model.state_dict()), shapes_of(tensors)):
             raise ValueError(f"{path} does not fit its metadata: {fault}")
         model = _fill(model, part, tensors)
-        if {"format_version": FORMAT_VERSION, **model.unsaved(Path(path)).facts} != found.facts():
+        if {"format_version": FORMAT_VERSION, **model.facts()} != found.facts():
             raise ValueError(f"{path} is not what its metadata says: it was stored by another program")
         return model.to(device)
 
@@ -261,7 +184,7 @@ def _fill(model: SplitModel, part: Part, tensors: Mapping[str, Tensor]) -> Split
 
 
 def _tie(models: Sequence[SplitModel]) -> None:
-    """Let components that are in one process share the parameters that are tied; raises ValueError if they differ."""
+    """Let components in one process share their tied parameters; raises ValueError if these differ."""
     by_component = {model.part.component: model for model in models}
     for model in models:
         for name, source in model.tied.items():
@@ -287,7 +210,7 @@ def _check_siblings(models: Sequence[SplitModel]) -> None:
 
 
 def _choose(base: str | Path, name: str | None, p1: int | None, p2: int | None) -> tuple[str, int, int]:
-    """Return the one split below `base` that fits what is given."""
+    """Return the only split below `base` that fits what is given; raises ValueError for none or several."""
     wanted = (name, p1, p2)
     splits = StorageManager.find_splits(base)
     found = [s for s in splits if all(w is None or w == f for w, f in zip(wanted, s, strict=True))]

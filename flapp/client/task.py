@@ -1,0 +1,61 @@
+"""What one message asks of one client, read once: the mods and the handlers pass it along with the message."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import cast
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+
+from flapp.client.data import ClientData, check_lives_here, open_client_data
+from flapp.config.load import load
+from flapp.config.schema import Config, NodeConfig
+from flapp.groups import Asked
+from flapp.messages import ARRAYS, INSTRUCTIONS, Instructions, unpack_instructions
+
+TASK = "task"  # attribute of a message that has been read
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """The instructions in a message, the run's settings and this node's own; the client's data open on first use."""
+
+    instructions: Instructions
+    config: Config
+    node_config: NodeConfig
+
+    @property
+    def client_id(self) -> str:
+        """Return the client that the message is for."""
+        return self.instructions.client_id
+
+    @cached_property
+    def data(self) -> ClientData:
+        """Open the client's data; raises ConfigError for an unknown client and DataError for unusable data."""
+        return open_client_data(self.config, self.node_config, self.client_id)
+
+
+def read_task(message: Message, context: Context) -> Task:
+    """Return what a message asks, which only the first call reads.
+
+    Raises MessageError for a server with other source code, and ConfigError for settings that this node cannot use and
+    for a message that reached the node of another client.
+    """
+    task: Task | None = message.__dict__.get(TASK)
+    if task is None:
+        instructions = unpack_instructions(message)  # first: other source code may not know the settings
+        config, node_config = load(context.run_config, context.node_config)
+        check_lives_here(instructions.client_id, config, node_config)
+        task = message.__dict__[TASK] = Task(instructions, config, node_config)
+    return task
+
+
+def message_for_one(message: Message, asked: Asked, arrays: ArrayRecord) -> Message:
+    """Return the message that one client of a group would have had, as Flower delivers it. It has been read already."""
+    task: Task = message.__dict__[TASK]
+    record = cast(ConfigRecord, message.content[INSTRUCTIONS]).copy()
+    record["client-id"], record["accepted-round"] = asked.client_id, asked.accepted_round
+    content = RecordDict({INSTRUCTIONS: record, ARRAYS: arrays})
+    single = Message(content=content, metadata=message.metadata)  # type: ignore[call-overload]
+    own = replace(task.instructions, client_id=asked.client_id, accepted_round=asked.accepted_round)
+    single.__dict__[TASK] = replace(task, instructions=own)
+    return cast(Message, single)

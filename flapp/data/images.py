@@ -1,0 +1,162 @@
+"""From stored uint8 pixels to model input: resize as PIL does, scale and normalise as torchvision does, augment.
+
+`materialize` stores resized images, for those who would rather spend disk space than time on it at every step.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flapp.data.artifact import DataError, open_artifact, resized_folder, write_rows
+
+# Mean and standard deviation per channel of pixels in [0, 1]; `none` only scales to [0, 1].
+NORMALIZATIONS: dict[str, tuple[Sequence[float], Sequence[float]] | None] = {
+    "none": None,
+    "half": ((0.5,), (0.5,)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+COMPARED = 64  # images that are compared with PIL
+# F.interpolate on uint8 equals PIL byte for byte; at these sizes its rounding differs, by at most so many levels.
+TOLERANCE = {299: 2, 336: 2}
+
+
+def check_normalization(name: str) -> None:
+    """Raise DataError for a normalization that does not exist."""
+    if name not in NORMALIZATIONS:
+        raise DataError(f"normalization={name} is unknown: choose one of {', '.join(NORMALIZATIONS)}")
+
+
+def resize(pixels: Tensor, size: int) -> Tensor:
+    """Resize uint8 (n, C, H, W) of any strides to (n, C, size, size) by antialiased bilinear interpolation.
+
+    On the CPU the bytes equal PIL's at the usual sizes (32, 48, 64, 96, 128, 160, 192, 224, 256, 384); elsewhere, and
+    on other devices, a value may differ by a level or two.
+    """
+    count, channels, height, width = pixels.shape
+    if (height, width) == (size, size):
+        return pixels
+    if pixels.device.type != "cpu":
+        return _interpolate(pixels.float(), size, size).round_().clamp_(0, 255).to(torch.uint8)
+    if size % 4:
+        return _interpolate(pixels, size, size).contiguous()
+    # As PIL does: first every row, then every column, rounding to uint8 in between. To make planes of channels-last
+    # pixels between the two moves a fraction of the bytes that it would move at the end.
+    rows = _interpolate(pixels, height, size).contiguous()
+    # The columns are independent of each other. Four neighbours passed as the channels of one pixel take PyTorch's
+    # vectorised channels-last path and stay where they are.
+    quads = rows.view(count * channels, height, size // 4, 4).permute(0, 3, 1, 2)
+    return _interpolate(quads, size, size // 4).permute(0, 2, 3, 1).reshape(count, channels, size, size)
+
+
+def normalize(pixels: Tensor, normalization: str, out: Tensor | None = None, exact: bool = True) -> Tensor:
+    """Scale uint8 (..., C, H, W) to [0, 1] and normalise, into float32 `out` (contiguous and new if None).
+
+    exact gives the bits of torchvision's ToTensor and Normalize; otherwise one multiplication and one addition per
+    value give the same to within 1e-6, in two thirds of the time.
+    """
+    out = torch.empty(pixels.shape, device=pixels.device) if out is None else out
+    out.copy_(pixels)
+    if exact:
+        out.div_(255)
+        if statistics := _statistics(normalization, pixels.device):
+            out.sub_(statistics[0]).div_(statistics[1])
+        return out
+    scale, shift = _scale_and_shift(normalization, pixels.device)
+    # Not one fused call: the rounding of a fused multiply-add depends on where a vector ends.
+    return out.mul_(scale).add_(shift)
+
+
+def augment(pixels: Tensor, draws: Tensor) -> Tensor:
+    """Shift each image of (n, C, H, W), filling the rest with zeros, and then mirror it; strides are kept.
+
+    draws: int64 (n, 3) of flip (0 or 1), top and left (of any sign). Row y of the result is row y + top of the image,
+    column x is column x + left, as in a crop from the padded image.
+    """
+    height, width = pixels.shape[-2:]
+    changed = torch.zeros_like(pixels)
+    for image, into, (flip, top, left) in zip(pixels, changed, draws.tolist(), strict=True):
+        kept = image[:, max(top, 0) : height + min(top, 0), max(left, 0) : width + min(left, 0)]
+        start = width - kept.shape[-1] - max(-left, 0) if flip else max(-left, 0)
+        target = into[:, max(-top, 0) : max(-top, 0) + kept.shape[-2], start : start + kept.shape[-1]]
+        target.copy_(kept.flip(-1) if flip else kept)
+    return changed
+
+
+def materialize(folder: Path, size: int, progress: Callable[[int], object] = lambda rows: None) -> Path:
+    """Write the images in `folder`, resized to size x size, as the artifact `<folder>@<size>`, uint8 NCHW.
+
+    Its source_sha256 is the digest of the artifact in `folder`. progress(n) is called for every n images written.
+    Raises DataError when one of 64 images, spread over all, is not what PIL makes of the same image.
+    """
+    native = open_artifact(folder, verify=True)
+    if native.images.ndim != 4 or native.layout != "NHWC":
+        raise DataError(f"{folder} does not hold images as they were prepared: resize the split itself")
+    compared = _compared(len(native.images))
+
+    def read(start: int, stop: int) -> np.ndarray:
+        resized = resize(torch.from_numpy(native.images[start:stop]).permute(0, 3, 1, 2), size).numpy()
+        for index in compared[(compared >= start) & (compared < stop)]:
+            _compare(native.images[index], resized[index - start], index)
+        return resized
+
+    shape = (len(native.images), native.images.shape[3], size, size)
+    target = resized_folder(folder, size)
+    write_rows(target, read, shape, native.labels, native.classes, native.digest, "NCHW", progress)
+    return target
+
+
+def compare_with_pil(native: np.ndarray, resized: np.ndarray, size: int) -> None:
+    """Compare 64 images, spread over all of native (N, H, W, C) and resized (N, C, size, size), with PIL's resize.
+
+    Raises DataError for the first that differs.
+    """
+    if resized.shape != (len(native), native.shape[3], size, size):
+        raise DataError(f"resized images of shape {resized.shape} are not those of {native.shape} at {size} pixels")
+    for index in _compared(len(native)):
+        _compare(native[index], resized[index], index)
+
+
+def _compared(count: int) -> np.ndarray:
+    return np.unique(np.linspace(0, count - 1, COMPARED).astype(int))
+
+
+def _compare(native: np.ndarray, planes: np.ndarray, index: int) -> None:
+    """Compare an image (H, W, C) that was resized to planes (C, size, size) with PIL's resize."""
+    from PIL import Image
+
+    size = planes.shape[-1]
+    for channel, plane in enumerate(planes):  # PIL resizes each channel by itself and has no images of two channels
+        image = Image.fromarray(np.ascontiguousarray(native[:, :, channel]))
+        wanted = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).astype(np.int16)
+        if (difference := int(np.abs(wanted - plane).max())) > (allowed := TOLERANCE.get(size, 0)):
+            raise DataError(
+                f"image {index} at {size} pixels differs from PIL's resize by {difference} levels, {allowed} are "
+                "allowed: leave dataset.materialize out, or use a torch build whose resize agrees with PIL"
+            )
+
+
+def _interpolate(pixels: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
+
+
+@lru_cache
+def _statistics(normalization: str, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Return mean and standard deviation as (C or 1, 1, 1), or None if there is nothing to do."""
+    if (statistics := NORMALIZATIONS[normalization]) is None:
+        return None
+    mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in statistics)
+    return mean, std
+
+
+@lru_cache
+def _scale_and_shift(normalization: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return what (x / 255 - mean) / std multiplies x by and adds, as float32 (C or 1, 1, 1)."""
+    mean, std = NORMALIZATIONS[normalization] or ((0.0,), (1.0,))
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
+    return scale.view(-1, 1, 1), shift.view(-1, 1, 1)

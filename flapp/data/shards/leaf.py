@@ -1,0 +1,297 @@
+"""The sources of FEMNIST: LEAF's JSON files, or arrays with writer ids, read one writer at a time.
+
+    all_data_*.json, or train/*.json and test/*.json     {"users": [name, ...], "num_samples": [count, ...],
+                                                          "user_data": {name: {"x": [[784 pixels], ...], "y": [...]}}}
+    images.npy uint8 (N, 28, 28), labels.npy int64 (N,), writers.npy (N,) of whole numbers or fixed-width text
+
+LEAF writes pixels as floats in [0, 1] (1.0 is the white background), others as whole numbers in [0, 255]; the values
+show which. Both become uint8, v -> round(255 v) and v -> v, so the same images in either form give the same samples.
+JSON is parsed once, one writer at a time, into a temporary file of pixels: a file of any size needs the memory of one
+writer.
+"""
+
+import hashlib
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import ijson
+import numpy as np
+from tqdm import tqdm
+
+from flapp.data.artifact import DataError
+from flapp.untrusted import check_regular, open_npy, printable
+
+CLASS_NAMES = tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
+CLASSES = len(CLASS_NAMES)
+SIDE = 28
+PIXELS = SIDE * SIDE
+
+DEEPEST = 20  # lists and objects inside one another; LEAF has four
+_MARK = re.compile(rb'\\.?|["\[\]{}]', re.DOTALL)
+_UNMARKED = bytes(set(range(256)) - set(b'"[]{}'))
+
+
+@dataclass(frozen=True)
+class Writer:
+    """What a source holds of one writer: `count` samples, the last `held_out` of them its own test samples."""
+
+    count: int
+    held_out: int
+    sha256: str
+
+
+class Source(Protocol):
+    """Samples by writer; has_test: the source itself keeps some for testing."""
+
+    has_test: bool
+    writers: dict[str, Writer]
+
+    def read(self, writer: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return a writer's images, uint8 (n, 28, 28), and labels, int64 (n,)."""
+
+
+def open_source(folder: Path, progress: bool = False, scratch: Path | None = None) -> Source:
+    """Open and check every sample of the source in `folder`; raises DataError naming file, writer and value.
+
+    scratch: the folder of the temporary file of pixels, 784 bytes a sample; by default the system's.
+    """
+    arrays = [folder / f"{name}.npy" for name in ("images", "labels", "writers")]
+    whole = sorted(folder.glob("all_data_*.json"))
+    train, test = (sorted((folder / split).glob("*.json")) for split in ("train", "test"))
+    kinds = [bool(whole), bool(train or test), any(path.exists() for path in arrays)]
+    if sum(kinds) != 1:
+        found = "none of them" if not any(kinds) else "more than one"
+        raise DataError(
+            f"{folder} must hold LEAF's all_data_*.json, or its train/ and test/ folders of .json files, or "
+            f"images.npy, labels.npy and writers.npy; it holds {found}: point dataset.source at such a folder"
+        )
+    if kinds[2]:
+        return ArraySource(folder, progress)
+    if kinds[1] and not (train and test):
+        raise DataError(f"{folder} holds no {'test' if train else 'train'}/*.json: LEAF writes both folders")
+    files = [(path, False) for path in whole + train] + [(path, True) for path in test]
+    return LeafSource(files, progress, scratch)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One writer's samples in one file: their labels, and the first row of their images in the file of pixels."""
+
+    path: Path
+    labels: np.ndarray
+    first: int
+    of_test: bool
+
+
+class LeafSource:
+    """Read LEAF's JSON; files: (path, whether its samples are test samples) in order."""
+
+    def __init__(self, files: list[tuple[Path, bool]], progress: bool = False, scratch: Path | None = None) -> None:
+        self.has_test = any(of_test for _, of_test in files)
+        self._parts: dict[str, list[_Part]] = {}
+        # It has no name, so that nothing is left of it however this process ends.
+        self._pixels = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - it is read as long as this source lives
+        self._rows = 0  # images in the file of pixels
+        self._top = 0  # the white of this data: 1 or 255; 0 until a fraction or a value over 1 shows which
+        self._undecided = 0  # images that were stored before that, as 0 and 1
+        for path, of_test in tqdm(files, "reading", unit="file", disable=None if progress else True):
+            self._read_file(path, of_test)
+        if not self._parts:
+            raise DataError(f"{files[0][0]} and its neighbours hold no users: point dataset.source at LEAF's output")
+        self.writers = {}
+        for name in tqdm(sorted(self._parts), "hashing", unit="writer", disable=None if progress else True):
+            held_out = sum(len(part.labels) for part in self._parts[name] if part.of_test)
+            self.writers[name] = describe(*self.read(name), held_out)
+
+    def read(self, writer: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return a writer's images, uint8 (n, 28, 28), and labels, int64 (n,), in the order of the files."""
+        parts = self._parts[writer]
+        return np.concatenate([self._images(part) for part in parts]), np.concatenate([part.labels for part in parts])
+
+    def _images(self, part: _Part) -> np.ndarray:
+        self._pixels.seek(part.first * PIXELS)
+        content = self._pixels.read(len(part.labels) * PIXELS)
+        images = np.frombuffer(content, np.uint8).reshape(-1, SIDE, SIDE)
+        return images * np.uint8(255) if part.first < self._undecided and self._top != 255 else images
+
+    def _read_file(self, path: Path, of_test: bool) -> None:
+        found: dict[str, _Part] = {}
+        try:
+            check_regular(path)
+            with path.open("rb") as file:
+                for user, data in ijson.kvitems(_Shallow(file), "user_data", use_float=True):
+                    if user in found:
+                        raise DataError(f"{path}: user {user} appears twice in user_data")
+                    found[user] = self._store(path, user, data, of_test)
+            users, counts = (_read_list(path, key) for key in ("users", "num_samples"))
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}): copy it again") from error
+        except (ijson.JSONError, _TooDeepError) as error:
+            after = f" after user {list(found)[-1]}" if found else ""
+            reason = printable(str(error).split("\n")[0], 100)
+            raise DataError(f"{path} is damaged{after} ({reason}): copy it again from where LEAF wrote it") from error
+        _check_index(path, users, counts, found)
+        for user, part in found.items():
+            earlier = self._parts.setdefault(user, [])
+            if twins := [other for other in earlier if other.of_test == of_test]:
+                raise DataError(f"{path}: user {user} is already in {twins[0].path}: a writer must be in one file")
+            earlier.append(part)
+
+    def _store(self, path: Path, user: str, data: Any, of_test: bool) -> _Part:
+        """Check one writer's samples and append the images to the file of pixels."""
+        if not user.isprintable():
+            raise DataError(f"{path} has control characters in the name {printable(repr(user), 80)}: rename it")
+        who = f"{path}: user {user}"
+        if not isinstance(data, dict) or not {"x", "y"} <= data.keys():
+            raise DataError(f"{who} has no x or no y")
+        if not isinstance(data["x"], list) or not isinstance(data["y"], list):
+            raise DataError(f"{who} has something else instead of a list in x or y: it is not LEAF JSON")
+        for label in data["y"]:
+            if type(label) is not int or not 0 <= label < CLASSES:
+                raise DataError(f"{who} has label {printable(repr(label))}, FEMNIST has 0 to {CLASSES - 1}")
+        if len(data["x"]) != len(data["y"]):
+            raise DataError(f"{who} has {len(data['x'])} images in x and {len(data['y'])} labels in y")
+        images = self._to_grey(who, _to_floats(who, data["x"]))
+        part = _Part(path, np.array(data["y"], dtype=np.int64), self._rows, of_test)
+        self._pixels.seek(self._rows * PIXELS)
+        self._pixels.write(images.tobytes())
+        self._rows += len(images)
+        return part
+
+    def _to_grey(self, who: str, pixels: np.ndarray) -> np.ndarray:
+        """Turn pixels, float64 (n, 784), into uint8, finding out their scale first; refuse those out of range."""
+        fractions = pixels != np.rint(pixels)
+        if not self._top:
+            self._undecided = self._rows
+            deciding = np.flatnonzero((fractions | (pixels > 1)).any(axis=1))
+            if len(deciding):
+                self._top = 1 if fractions[deciding[0]].any() else 255
+            else:
+                self._undecided += len(pixels)
+        top = self._top or 1
+        bad = ~((pixels >= 0) & (pixels <= top))
+        if top == 255:
+            bad |= fractions
+        if bad.any():
+            image, at = np.argwhere(bad)[0]
+            kind = "floats in [0, 1]" if top == 1 else "whole numbers in [0, 255]"
+            raise DataError(
+                f"{who} has pixel {pixels[image, at]:g} in image {image}, but the pixels of this source are {kind}: "
+                "correct the value, or keep sources of different scales apart"
+            )
+        return np.rint(pixels * (255 // self._top) if self._top else pixels).astype(np.uint8)
+
+
+class _TooDeepError(ValueError):
+    """JSON is nested so deeply that ijson, which keeps the path of each level, would fill the memory."""
+
+
+class _Shallow:
+    """Read a file for ijson; raises _TooDeepError where lists and objects are nested more than DEEPEST deep."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.depth = 0
+        self.in_text = False
+        self.escaped = False  # the last byte was a backslash
+
+    def read(self, size: int) -> bytes:
+        data = self.file.read(size)
+        marks = data[self.escaped :]
+        self.escaped = False
+        for mark in _MARK.findall(marks if b"\\" in marks else marks.translate(None, _UNMARKED)):
+            if mark[:1] == b"\\":
+                self.escaped = len(mark) == 1
+            elif mark == b'"':
+                self.in_text = not self.in_text
+            elif not self.in_text:
+                self.depth += 1 if mark in b"[{" else -1
+            if self.depth > DEEPEST:
+                raise _TooDeepError(f"its lists and objects are more than {DEEPEST} deep")
+        return data
+
+
+def _read_list(path: Path, key: str) -> list[Any]:
+    """Return a list at the top of a file; LEAF writes it before user_data, so little is read."""
+    with path.open("rb") as file:
+        value: Any = next(ijson.items(_Shallow(file), key), [])
+    if not isinstance(value, list):
+        raise DataError(f"{path} holds {printable(repr(value))} instead of a list in {key}: it is not LEAF JSON")
+    return value
+
+
+def _check_index(path: Path, users: list[Any], counts: list[Any], found: dict[str, _Part]) -> None:
+    if unlike := sorted({*map(str, users)} ^ found.keys()):
+        raise DataError(f"{path}: users and user_data name different writers: {printable(', '.join(unlike[:3]))}")
+    if not len(users) == len(counts) == len(found):
+        raise DataError(
+            f"{path} has {len(users)} users, {len(counts)} num_samples and {len(found)} writers in user_data"
+        )
+    for user, count in zip(users, counts, strict=True):
+        held = len(found[str(user)].labels)
+        if type(count) is not int or count != held:
+            said = printable(repr(count))
+            raise DataError(f"{path}: user {printable(user)} has {held} labels, num_samples says {said}")
+
+
+def _to_floats(who: str, rows: list[Any]) -> np.ndarray:
+    """Return rows of pixels as float64 (n, 784)."""
+    for number, row in enumerate(rows):
+        if not isinstance(row, list) or not set(map(type, row)) <= {int, float}:
+            raise DataError(f"{who} has something else than a row of pixels in x (image {number})")
+        if len(row) != PIXELS:
+            raise DataError(f"{who} has an image of {len(row)} pixels, not {PIXELS} (image {number})")
+    return np.array(rows, dtype=np.float64).reshape(-1, PIXELS)
+
+
+class ArraySource:
+    """Read images.npy, labels.npy and writers.npy, memory-mapped anew for each writer so that pages do not pile up."""
+
+    has_test = False
+
+    def __init__(self, folder: Path, progress: bool = False) -> None:
+        self.folder = folder
+        images, labels, writers = (self._open(name) for name in ("images", "labels", "writers"))
+        expected = ("uint8", (len(writers), SIDE, SIDE), "int64", (len(writers),), 1)
+        if (str(images.dtype), images.shape, str(labels.dtype), labels.shape, writers.ndim) != expected:
+            raise DataError(
+                f"{folder} needs images.npy uint8 (N, 28, 28), labels.npy int64 (N,) and writers.npy (N,), got "
+                f"{images.dtype} {images.shape}, {labels.dtype} {labels.shape} and {writers.shape}"
+            )
+        if writers.dtype.kind not in "iuU" or len(writers) == 0:
+            raise DataError(f"{folder}/writers.npy must hold whole numbers or text, got {len(writers)} {writers.dtype}")
+        order = np.argsort(writers, kind="stable")
+        names, starts = np.unique(writers[order], return_index=True)
+        self._samples = dict(zip(map(str, names), np.split(order, starts[1:]), strict=True))
+        self.writers = {}
+        for name in tqdm(sorted(self._samples), "checking", unit="writer", disable=None if progress else True):
+            self.writers[name] = describe(*self.read(name), 0)
+
+    def read(self, writer: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return a writer's images, uint8 (n, 28, 28), and labels, int64 (n,), in the order of the files."""
+        samples = self._samples[writer]
+        labels = self._open("labels")[samples]
+        if not (labels.min() >= 0 and labels.max() < CLASSES):
+            value = labels[(labels < 0) | (labels >= CLASSES)][0]
+            raise DataError(
+                f"{self.folder}/labels.npy: writer {writer} has label {value}, FEMNIST has 0 to {CLASSES - 1}"
+            )
+        return self._open("images")[samples], labels
+
+    def _open(self, name: str) -> np.ndarray:
+        path = self.folder / f"{name}.npy"
+        try:
+            return open_npy(path, "r", "biufUS" if name == "writers" else "biuf")
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"{path} cannot be read as an array ({reason}): write it with numpy.save") from error
+
+
+def describe(images: np.ndarray, labels: np.ndarray, held_out: int) -> Writer:
+    """Count and hash a writer's samples."""
+    digest = hashlib.sha256(np.ascontiguousarray(images).data)
+    digest.update(labels.astype("<i8").data)
+    return Writer(len(labels), held_out, digest.hexdigest())

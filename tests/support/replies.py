@@ -1,0 +1,47 @@
+"""What clients send in tests: listen to it, change it, and read which replies were refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, Message
+
+from flapp.messages import ARRAYS
+from tests.conftest import Tamper, read_lines
+
+Federate = Callable[..., tuple[dict[str, Any], Path]]
+Sent = list[tuple[str, dict[str, np.ndarray]]]
+
+
+def trained_in(reply: Message) -> ArrayRecord | None:
+    """Return the trained model in a reply, if it has one."""
+    return reply.content.array_records.get(ARRAYS) if reply.has_content() else None
+
+
+def changing(*names: str, change: Callable[[Message], object]) -> Tamper:
+    """Return a tamper function that changes the trained replies of these clients, of all clients without names."""
+
+    def tamper(name: str, reply: Message) -> Message:
+        if trained_in(reply) is not None and (name in names or not names):
+            change(reply)
+        return reply
+
+    return tamper
+
+
+def listen(seen: Sent) -> Tamper:
+    """Return a tamper function that changes nothing and notes every trained model."""
+
+    def tamper(name: str, reply: Message) -> Message:
+        if (arrays := trained_in(reply)) is not None:
+            seen.append((name, {key: array.numpy() for key, array in arrays.items()}))
+        return reply
+
+    return tamper
+
+
+def failures(path: Path, server_round: int = 1, kind: str = "train") -> dict[str, str]:
+    """Return why clients were left out of a round, by client."""
+    line = next(line for line in read_lines(path, kind) if line["round"] == server_round)
+    return {failure["client"]: failure["reason"] for failure in line["failures"]}
