@@ -33,8 +33,8 @@ from flapp.model.adapter_files import export_adapter, import_adapter
 from flapp.model.files import load_tensors
 from flapp.model.pretrained import read_state
 from flapp.model.split.factory import ModelFactory
-from flapp.server.metric_lines import read_line, sound_summary
 from flapp.server.run_dir import RunDirectory, check_resumable
+from flapp.server.summary import read_line, sound_summary
 from flapp.untrusted import parse_json, printable, read_json
 from tests.support.adapters import adapted
 from tests.support.cifar_files import write_cifar

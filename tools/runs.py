@@ -24,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from flapp.server.run_lock import held_lock
+from flapp.server.run_names import held_lock
 from tools.checkpoints import finite, in_bytes
 from tools.page.reading import read_json, tail
 from tools.running.called import as_called, new_parser

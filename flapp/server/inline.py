@@ -1,8 +1,8 @@
 """A Grid inside one machine: the ClientApp handles each message in a worker process, or in this very process.
 
-Nothing listens on the network. Any worker handles any message: what it needs to know about the node travels with it.
-A worker that dies loses only the message it was handling: that message is answered with an Error, and another worker
-takes its place. Models travel through shared memory (shared_arrays.py).
+Nothing listens on the network. Any worker handles any message, because the node's context travels with it. A worker
+that dies loses only the message that it was handling: the answer to that is an Error, and a new worker takes its place.
+Models travel through shared memory (shared_arrays.py).
 """
 
 import importlib
@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from logging import WARNING
 from multiprocessing import connection, forkserver
 from multiprocessing.process import BaseProcess
@@ -43,21 +43,20 @@ STARTS = 3  # attempts to hand a message to a worker: one that was idle may have
 
 @dataclass(eq=False)
 class Worker:
-    """A worker process, this end of its pipe, the message it is handling, and the blocks it has mapped."""
+    """A worker process, this end of its pipe, and the message it is handling."""
 
     number: int
     process: BaseProcess
     pipe: connection.Connection
     message: Message | None = None
-    known: set[int] = field(default_factory=set)
 
 
 class InlineGrid(Grid):
     """Hand messages to `workers` processes in the order they were pushed, or with 0 handle them here.
 
-    nodes: the node_config of each node; log_file: what workers print goes there; devices: the CUDA_VISIBLE_DEVICES of
-    each worker, None to leave it alone; on_start is called before the first message is handled; client_app: the module
-    whose `app` handles messages. Use it as a context manager: workers end with it.
+    nodes: the node_config of each node; log_file: for what workers print; devices: the CUDA_VISIBLE_DEVICES of each
+    worker, None to leave it alone; on_start: called before the first message is handled; client_app: the module whose
+    `app` handles messages. Use it as a context manager: the workers end with it.
     """
 
     clients_here = True  # they read their data from the run's home
@@ -115,12 +114,12 @@ class InlineGrid(Grid):
         return [self._replies.pop(each) for each in message_ids if each in self._replies]
 
     def wait(self, seconds: float) -> None:
-        """Return when another reply is there, after `seconds` at the latest."""
+        """Wait until another reply is there, at most `seconds`."""
         if self._count:
             self._collect(seconds)
 
     def forget(self, message_ids: Iterable[str]) -> None:
-        """Drop messages whose replies are no longer wanted. A worker that is handling one is replaced."""
+        """Drop messages whose replies are no longer wanted, and end the workers that are handling them."""
         gone = set(message_ids)
         self._queue = deque(message for message in self._queue if message.metadata.message_id not in gone)
         for each in gone:
@@ -169,7 +168,7 @@ class InlineGrid(Grid):
         return Context(self.run_id, node_id, self.nodes[node_id], RecordDict(), self.run_config)
 
     def _collect(self, seconds: float) -> None:
-        """Take what workers have answered, waiting for the first answer; without workers, handle one message."""
+        """Take the answers of workers, waiting for the first one; without workers, handle one message."""
         if not self._count:
             if self._queue:
                 message = self._queue.popleft()
@@ -177,7 +176,7 @@ class InlineGrid(Grid):
             return
         busy = {worker.pipe: worker for worker in self._workers if worker.message is not None}
         if not busy:
-            time.sleep(seconds)  # for messages that are not there
+            time.sleep(seconds)  # the messages waited for are unknown here
             return
         for pipe in connection.wait(list(busy), seconds):
             self._take_answer(busy[pipe])  # type: ignore[index]
@@ -188,7 +187,7 @@ class InlineGrid(Grid):
         message, worker.message = worker.message, None
         assert message is not None
         try:
-            reply, _ = receive(worker.pipe, {})
+            reply, _ = receive(worker.pipe)
         except (EOFError, OSError):
             self._end(worker)
             log(WARNING, "worker %d ended with exit code %s", worker.process.pid, worker.process.exitcode)
@@ -196,7 +195,7 @@ class InlineGrid(Grid):
         self._replies[message.metadata.message_id] = reply
 
     def _hand_out(self) -> None:
-        """Give waiting messages to idle workers, starting them as they are needed."""
+        """Give waiting messages to idle workers; start workers as they are needed."""
         while self._count and self._queue:
             idle = next((worker for worker in self._workers if worker.message is None), None)
             if idle is None and len(self._workers) == self._count:
@@ -204,12 +203,12 @@ class InlineGrid(Grid):
             self._give(self._queue.popleft(), idle)
 
     def _give(self, message: Message, worker: Worker | None) -> None:
-        """Send a message to a worker, to a new one where it has died meanwhile."""
+        """Send a message to a worker, or to a new one if it has died meanwhile."""
         shared = [([name], self._block_of(record)) for name, record in large_records(message).items()]
         for _ in range(STARTS):
             worker = worker or self._start()
             try:
-                send(worker.pipe, message, shared, worker.known, self._context(message))
+                send(worker.pipe, message, shared, self._context(message))
             except OSError:
                 self._end(worker)
                 worker = None
@@ -219,7 +218,7 @@ class InlineGrid(Grid):
         raise RuntimeError(f"{STARTS} workers died before they could take a message: see {self.log_file}")
 
     def _block_of(self, record: ArrayRecord) -> Block:
-        """Return the record in shared memory, where it is written once for all messages that carry it."""
+        """Return the record in shared memory; it is written there once for all messages that carry it."""
         held = [array.data for array in record.values()]
         if known := self._blocks.get(id(record)):
             if len(held) == len(known[1]) and all(map(lambda a, b: a is b, held, known[1])):
@@ -279,7 +278,7 @@ def start_forkserver(*modules: str) -> Any:
 
 
 def serve(pipe: connection.Connection, client_app: str, log_file: Path | None, device: str | None) -> None:
-    """Handle messages until the other end of the pipe is closed; this is what a worker process does."""
+    """Handle messages until the other end of the pipe is closed: the main function of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if log_file is not None:
@@ -288,10 +287,9 @@ def serve(pipe: connection.Connection, client_app: str, log_file: Path | None, d
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     app = importlib.import_module(client_app).app
     update_console_handler(timestamps=True, colored=False)
-    mapped: dict[int, list[ArrayRecord]] = {}
     with suppress(EOFError, OSError):
         while True:
-            message, context = receive(pipe, mapped)
+            message, context = receive(pipe)
             TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = context.run_id, context.node_id, 1
             reply = answer(app, message, context)
             _send_back(pipe, reply)
@@ -308,11 +306,11 @@ def answer(app: Callable[[Message, Context], Message], message: Message, context
 
 
 def _send_back(pipe: connection.Connection, reply: Message) -> None:
-    """Send a reply, its large records in one block, which is the receiver's alone."""
+    """Send a reply, with its large records in one block."""
     large = large_records(reply)
     shared = [(list(large), share(list(large.values())))] if large else []
     try:
-        send(pipe, reply, shared, set(), None)
+        send(pipe, reply, shared, None)
     finally:
         for _, block in shared:
             block.close()
@@ -343,10 +341,9 @@ def _print_to(path: Path) -> None:
 
 @contextmanager
 def _plain_start(method: str) -> Iterator[None]:
-    """Hide from new processes what they would otherwise take over from this one and do not need.
+    """Hide this process's main module and default start method from new processes.
 
-    This is the main module, which they would import again, and the default start method: in joblib's processes it is
-    one that only joblib knows.
+    They would import the main module again. In joblib's processes the start method is one that only joblib knows.
     """
     main, default = sys.modules["__main__"], multiprocessing.get_start_method(allow_none=True)
     sys.modules["__main__"] = ModuleType("__main__")

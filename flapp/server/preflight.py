@@ -1,7 +1,7 @@
-"""What can be known to be wrong with a run before it starts.
+"""Checks before a run starts, so that a mistake costs seconds and leaves nothing behind.
 
-tools.run asks here before it starts any process, the ServerApp before it makes the run's folder and waits for clients.
-Each check is the one that the server or a client would make later. Almost all do without PyTorch, whose import takes
+tools.run checks before it starts any process, and the ServerApp before it makes the run's folder and waits for clients.
+Each check is one that the server or a client would make later. Almost all work without PyTorch, whose import takes
 seconds: models are checked by their layout (flapp/model/layout.py). Only a device and a .pth file of weights need it.
 """
 
@@ -23,7 +23,7 @@ from flapp.model.pretrained import check_pretrained
 from flapp.model.split.files import StorageManager
 from flapp.partitions import open_partition
 from flapp.server.client_keys import ClientKeys
-from flapp.server.tensorboard import check_installed
+from flapp.server.observer import check_tensorboard
 
 QUICK_BYTES = 1 << 30  # of images that are hashed for the first time
 QUICK_SHARES = 15_000  # clients x classes: a thousand Dirichlet draws of so many shares take a second
@@ -31,10 +31,10 @@ DIGITS_BASE = "digits_base"  # the run that conf/experiment/digits_fedlora.yaml 
 
 
 def check_run(config: Config, clients_here: bool, quick: bool = False) -> None:
-    """Raise ConfigError or another ValueError, in one line with the fix, for a fault that no client could get around.
+    """Raise ConfigError or another ValueError, in one line with the fix, for a fault that would stop every client.
 
     clients_here: whether the clients run on this machine and read their data from the run's home. quick: leave out
-    what may take more than a second. Datasets that need no download are prepared, and a new partition is saved.
+    checks that may take more than a second. Datasets that need no download are prepared, and a new partition is saved.
     """
     check_home(config)
     check_packages(config)
@@ -67,11 +67,11 @@ def check_home(config: Config) -> None:
 def check_packages(config: Config) -> None:
     """Refuse settings that need a package that is not installed."""
     if config.results.tensorboard:
-        check_installed()
+        check_tensorboard()
 
 
 def check_files(config: Config) -> None:
-    """Refuse weights and adapters to start from that are not there."""
+    """Refuse missing files of weights and adapters to start from."""
     weights, adapter = config.model.pretrained, config.lora.adapter
     if weights is not None and not Path(weights).is_file():
         raise ConfigError(f"model.pretrained={weights} is not a file: {_origin_of(Path(weights), config)}")
@@ -80,27 +80,27 @@ def check_files(config: Config) -> None:
 
 
 def check_dataset(config: Config) -> None:
-    """Refuse a dataset that is not prepared, or holds other samples than the settings say."""
+    """Refuse a dataset that is not prepared, or whose samples do not match the settings."""
     for artifact in _open_splits(config):
         check_samples(artifact, config.dataset.shape, config.dataset.classes)
 
 
 def check_shards(config: Config, clients_here: bool) -> None:
-    """Refuse a manifest of other clients, and shards of which none is there; a client without one is left out later."""
+    """Refuse a manifest of other clients, and shards that are all missing; clients without one are refused later."""
     manifest = open_manifest(config.manifest_path, config.clients, config.partition.kind)
     if clients_here and not any((_shard_of(config, client) / "meta.json").exists() for client in manifest):
         read_meta(_shard_of(config, next(iter(manifest))))
 
 
 def check_enough_samples(config: Config) -> None:
-    """Refuse more clients than there are samples for, which takes no partition to know."""
+    """Refuse more clients than there are samples for; this needs no partition."""
     if config.partition.kind not in WRITER_PARTITIONS:
         train, _ = _open_splits(config)
         check_enough(config.partition.kind, len(train.labels), config.clients, config.partition.min_size)
 
 
 def check_partition(config: Config, quick: bool) -> None:
-    """Refuse a partition that cannot be made for so many clients, and save it if it can."""
+    """Refuse a partition that cannot be made for so many clients; otherwise save it."""
     unread = sum(split.images.nbytes for split in _open_splits(config) if not is_verified(split.path))
     if quick and (unread > QUICK_BYTES or config.clients * config.dataset.classes > QUICK_SHARES):
         return
@@ -108,7 +108,7 @@ def check_partition(config: Config, quick: bool) -> None:
 
 
 def check_device(config: Config, clients_here: bool) -> None:
-    """Refuse a device, or a compiler for it, that this machine lacks though server or clients need it here."""
+    """Refuse a missing device or compiler, if the server or the clients need it on this machine."""
     settings, gpus = config.train, config.deployment.client_gpus
     is_plain = settings.device != "cuda" and not gpus and not settings.compile
     if is_plain or not (clients_here or config.evaluate.central):
@@ -148,9 +148,9 @@ def has_gpu_driver() -> bool:
 
 
 def check_model(config: Config) -> None:
-    """Refuse a model that cannot be built, started from its files, adapted, or stored split, as the settings say.
+    """Refuse a model that cannot be built, loaded from its files, adapted, or stored split as the settings say.
 
-    Only names and shapes are compared, of the layout that the settings describe and of the files.
+    Only names and shapes are compared: those of the files with the layout that the settings describe.
     """
     if config.split.auto_save_split_models:
         left = config.resume and (config.runs_dir / config.run_name / "model.safetensors").exists()
@@ -181,7 +181,7 @@ def _origin_of(path: Path, config: Config) -> str:
     default = Path(os.environ.get("FLAPP_HOME") or Path.home() / ".flapp")
     home = "" if Path(config.home) == default else f" home={config.home}"
     if (run / "config.yaml").exists():
-        return f"run {name} has not left it; finish that run, with its settings and run_name={name} resume=true"
+        return f"run {name} has not written it; finish that run, with its settings and run_name={name} resume=true"
     if str(name) == DIGITS_BASE:
         return f"make it first with python -m tools.run run_name={name}{home}"
     return f"there is no run {name}; make it first, or give the path of one that exists"

@@ -1,15 +1,15 @@
-"""Who is in the federation: which client lives at which node, what it claims, and who is drawn for a round.
+"""Who is in the federation: which client is at which node, what it claims, and who is drawn for a round.
 
-Flower's node ids are random and change from run to run; a client id is what stays. One node may host several
-clients (a simulation with fewer nodes than clients); one client lives at one node. In a simulation any node can serve
-any client, and each node answers for its share of the clients.
+Flower's node ids are random and differ from run to run; client ids stay. One node may host several clients (a
+simulation has fewer nodes than clients); one client is at one node. In a simulation any node can serve any client, and
+each node answers for its share of the clients.
 """
 
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from logging import INFO, WARNING
 from typing import Any
 
@@ -35,14 +35,14 @@ from flapp.messages import (
     unpack_claims,
 )
 from flapp.server.client_keys import ClientKeys
-from flapp.server.ledger import ClientLedger
+from flapp.server.journals import ClientLedger
 from flapp.source import source_digest
 
 POLL_SECONDS = 0.5
 
 
 class FederationError(RuntimeError):
-    """A run that cannot go on, said in one line."""
+    """The run cannot continue; the reason is one line."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,30 @@ class Member:
     node_id: int
 
 
+@dataclass(frozen=True)
+class Node:
+    """A node that is online. It is new, attested, or the rival of a client: one whose id another node already has."""
+
+    info: NodeInfo
+    attested: bool = False
+    rival_of: str | None = None
+
+    def updated(self, info: NodeInfo, members: Mapping[str, Member]) -> "Node":
+        """Return its next state: a rival of a client that has left is new again, otherwise it stays what it was."""
+        has_left = self.rival_of is not None and self.rival_of not in members
+        return Node(info) if has_left else replace(self, info=info)
+
+
 class Roster:
     """Attest nodes as they come and keep the clients that may take part.
 
-    expected: the ids of all clients of this run; classes: of the dataset, 0 for regression; check: what is wrong with a
-    claim, or None; strict: refuse whom check faults, or warn; timeout: seconds for an answer to attest; base: what
-    clients must hold of the model before round 1, and are sent if they lack it; keys: the pinned key of each client.
-    With keys, a node is the client whose key it has; a node with another key is refused, and is sent nothing. ledger:
-    compares and records the data of those who join; any_node: whether any node can serve any client. `members` maps
-    client id to Member, `refused` maps the name of a client (or of a node) to the reason, `warnings` those let in all
-    the same.
+    expected: the ids of all clients of this run; classes: of the dataset, 0 for regression; check: returns what is
+    wrong with a claim, or None; strict: refuse a client that `check` faults instead of warning; timeout: seconds for an
+    answer to attest; base: the frozen tensors, sent to clients that lack them; keys: the pinned key of each client.
+    With keys, a node is the client whose key it has; a node with any other key is refused, and is sent nothing.
+    ledger: compares and records the data of clients that join; any_node: whether any node can serve any client.
+    `members` maps client id to Member, `refused` maps a client or a node to the reason, `warnings` maps clients that
+    were let in to what is odd about them.
     """
 
     def __init__(
@@ -90,47 +104,52 @@ class Roster:
         self.timeout = timeout
         self.base = base
         self.base_digest = base.digest if base else ""
+        self.keys = keys
+        self.ledger = ledger
         self.members: dict[str, Member] = {}
         self.refused: dict[str, str] = {}
         self.warnings: dict[str, str] = {}
-        self.keys = keys
         if keys is not None:
             fix = "has no pinned key: copy its site.pub to"
             self.refused |= {name: f"{fix} {keys.path(name)}" for name in self.expected if name not in keys}
-        self._reported: dict[str, str] = {}  # who was refused, as the run's lines have it
-        self.ledger = ledger
-        self._attested: set[int] = set()
-        self._rivals: dict[int, str] = {}  # nodes that claim a member's id: theirs, should that member leave
-        self._nodes: dict[int, NodeInfo] = {}  # those online
-        self._node_ids: list[int] = []
-        self._present: list[str] | None = None  # the members' ids, sorted
+        self._reported: dict[str, str] = {}  # the refused as metrics.jsonl has them
+        self._nodes: dict[int, Node] = {}  # by id, sorted
+        self._present: list[str] | None = None  # the ids of members, sorted
         self._missing: list[str] | None = None
 
     def refresh(self) -> None:
-        """Drop clients whose node has left, and attest nodes not seen before."""
-        self._nodes = {node.node_id: node for node in self.grid.get_nodes()}
-        online = self._nodes.keys()
-        if online == self._attested and not self._rivals:
+        """Drop clients whose node has left, and attest nodes that are new or claim the id of a client that has left."""
+        online = {node.node_id: node for node in self.grid.get_nodes()}
+        is_settled = all(node.attested and node.rival_of is None for node in self._nodes.values())
+        if online.keys() == self._nodes.keys() and is_settled:
             return
         self._present = self._missing = None
-        self._node_ids = sorted(online)
         self.members = {name: member for name, member in self.members.items() if member.node_id in online}
-        self._attested &= {node_id for node_id in online if self._rivals.get(node_id, "") in {"", *self.members}}
-        self._rivals = {node_id: name for node_id, name in self._rivals.items() if node_id in self._attested}
-        if new := sorted(online - self._attested):
-            self._attested |= set(new)
-            found = self._attest([node_id for node_id in new if self._is_known(node_id)])
-            if self.base and (lacking := sorted({m.node_id for m in found if _lacks_base(m.claim)})):
-                self._send_base(lacking)
-                again = self._attest(lacking)
-                found = [m for m in found if m.node_id not in lacking] + again
-                self._attested -= {m.node_id for m in again if _lacks_base(m.claim)}  # it is tried again next round
-            self._admit(found)
+        self._nodes = {
+            node_id: self._nodes.get(node_id, Node(online[node_id])).updated(online[node_id], self.members)
+            for node_id in sorted(online)
+        }
+        if new := [node_id for node_id, node in self._nodes.items() if not node.attested]:
+            self._attest_new(new)
+
+    def _attest_new(self, new: Sequence[int]) -> None:
+        """Ask nodes who they are, send the base to those that lack it, and let in whoever may take part."""
+        for node_id in new:
+            self._nodes[node_id] = replace(self._nodes[node_id], attested=True)
+        found = self._attest([node_id for node_id in new if self._is_known(node_id)])
+        if self.base and (lacking := sorted({member.node_id for member in found if _lacks_base(member.claim)})):
+            self._send_base(lacking)
+            again = self._attest(lacking)
+            found = [member for member in found if member.node_id not in lacking] + again
+            for member in again:
+                if _lacks_base(member.claim):  # it is sent again in the next round
+                    self._nodes[member.node_id] = replace(self._nodes[member.node_id], attested=False)
+        self._admit(found)
 
     def wait(self, seconds: float, min_clients: int | None) -> None:
         """Wait until every expected client has been let in or refused; raises FederationError after `seconds`.
 
-        With min_clients, go on with that many when the time is over; without it, nobody may be missing.
+        With min_clients, that many are enough when the time is over; without it, nobody may be missing.
         """
         end = time.monotonic() + seconds
         self.refresh()
@@ -149,14 +168,14 @@ class Roster:
         raise FederationError(f"the run cannot start: {'; '.join(reasons)} ({joined})")
 
     def missing(self) -> list[str]:
-        """Name the expected clients that were neither let in nor refused."""
+        """Return the expected clients that were neither let in nor refused."""
         if self._missing is None:
             known = self.members.keys() | self.refused.keys()
             self._missing = [name for name in self.expected if name not in known]
         return self._missing
 
     def facts(self) -> dict[str, Any]:
-        """Return what the line `roster` of metrics.jsonl says: how many are in, and who is not."""
+        """Return the values of the line `roster` in metrics.jsonl: how many clients are in, and who was refused."""
         self._reported = dict(self.refused)
         return {
             "clients": len(self.members),
@@ -166,26 +185,26 @@ class Roster:
         }
 
     def refusals_changed(self) -> bool:
-        """Say whether other nodes or clients are refused than when this or `facts` was last asked."""
+        """Say whether the refused have changed since the last call of this or of `facts`."""
         changed = self._reported != self.refused
         self._reported = dict(self.refused)
         return changed
 
     def sample(self, fraction: float, *seed: object) -> list[str]:
-        """Draw a fraction of all expected clients from those present, sorted by id: one seed, one answer."""
+        """Draw a fraction of all expected clients from those present, sorted by id; the same seed draws the same."""
         if self._present is None:
             self._present = sorted(self.members)
         count = min(sample_size(fraction, len(self.expected)), len(self._present))
         return sorted(random.Random(derive_seed(*seed)).sample(self._present, count))
 
     def order(self, server_round: int, **rest: Any) -> Instructions:
-        """Return what members are asked in a round, without a client's own fields; rest as in Instructions."""
+        """Return the instructions of a round, without the fields of a single client; rest: as in Instructions."""
         return Instructions("", server_round, self.run_name, source_digest(), base=self.base_digest, **rest)
 
     def node_of(self, client_id: str, index: int) -> int:
         """Return the node that serves a member; in a simulation they take turns by the index of the message."""
         if self.any_node:
-            return self._node_ids[index % len(self._node_ids)]
+            return list(self._nodes)[index % len(self._nodes)]
         return self.members[client_id].node_id
 
     def _attest(self, node_ids: list[int]) -> list[Member]:
@@ -204,14 +223,14 @@ class Roster:
         return found
 
     def _answers(self, messages: list[Message]) -> Iterator[tuple[int, Message]]:
-        """Send messages and yield the answers, each with the node asked: Flower answers for nodes that are gone."""
+        """Send messages and yield the answers, each with the node asked; Flower itself answers for nodes that left."""
         replies = self.grid.send_and_receive(messages, timeout=self.timeout)
         asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
         for reply in replies:
             yield asked[reply.metadata.reply_to_message_id], reply
 
     def _send_base(self, node_ids: list[int]) -> None:
-        """Send the base piece by piece to nodes that lack it; what goes wrong shows when they are attested again."""
+        """Send the base in pieces to nodes that lack it; failures show when the nodes are attested again."""
         assert self.base is not None
         log(INFO, "sending base %s to %d nodes", self.base_digest[:12], len(node_ids))
         pieces = list(cut_base(self.base.tensors))
@@ -224,7 +243,7 @@ class Roster:
                     log(WARNING, "node %d did not take the base: %s", node_id, describe_error(reply.error))
 
     def _admit(self, found: list[Member]) -> None:
-        """Let in whoever is expected, consistent and alone in claiming an id; of twins seen together, neither."""
+        """Let in clients that are expected, sound and alone in claiming their id; of two new claims of one id, none."""
         for member in found:
             self.refused.pop(f"node {member.node_id}", None)  # it may have failed to answer before
         sound = [member for member in found if self._is_sound(member)]
@@ -233,7 +252,7 @@ class Roster:
             name = member.claim.client_id
             if name in self.members:
                 self.refused[f"node {member.node_id}"] = f"claims client {name}, which another node already is"
-                self._rivals[member.node_id] = name
+                self._nodes[member.node_id] = replace(self._nodes[member.node_id], rival_of=name)
             elif claimed[name] > 1:
                 self.refused[name] = f"{claimed[name]} nodes claim this client id: give each site its own"
             else:
@@ -243,9 +262,9 @@ class Roster:
             self.ledger.record({name: member.claim for name, member in self.members.items()})
 
     def _is_sound(self, member: Member) -> bool:
-        """Say whether a claim is its node's to make and has no fault; note why not."""
+        """Say whether a claim has no fault and its node may make it; record the reason if not."""
         name, node = member.claim.client_id, member.node_id
-        if self.keys and name != (owner := self.keys.owner(self._nodes[node].public_key)):
+        if self.keys and name != (owner := self.keys.owner(self._nodes[node].info.public_key)):
             self.refused[f"node {node}"] = f"claims client {one_line(name)} with the key pinned for client {owner}"
             return False
         if name not in self._expected:
@@ -265,8 +284,8 @@ class Roster:
         return reason is None
 
     def _is_known(self, node_id: int) -> bool:
-        """Say whether a node may be asked who it is: with pinned keys, only the holder of one; note why not."""
-        node = self._nodes[node_id]
+        """Say whether a node may be asked who it is: with pinned keys, only if it has one. Record the reason if not."""
+        node = self._nodes[node_id].info
         if self.keys is None or self.keys.owner(node.public_key) is not None:
             return True
         name = node.name.removeprefix("client_")

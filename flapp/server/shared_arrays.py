@@ -1,10 +1,9 @@
-"""Models in memory that processes of one machine share, so that a model is written once however many read it.
+"""Models in memory shared by processes of one machine: a model is written once, however many processes read it.
 
-The memory has no name: it is passed on as a file descriptor. The system frees it when the last process that maps it has
-closed it or has ended, even by kill -9. So nothing is left behind in /dev/shm, and its size does not matter.
+The memory has no name; it is passed on as a file descriptor. The system frees it when the last process that maps it
+has closed it or has ended, even by kill -9. So nothing is left behind in /dev/shm, and its size does not matter.
 """
 
-import itertools
 import mmap
 import os
 import tempfile
@@ -21,7 +20,6 @@ from flapp.messages import parts_of, size_of_array, view
 
 LEAST_BYTES = 1 << 16  # of an ArrayRecord; smaller ones are cheaper to send through the pipe
 ALIGNMENT = 64  # of each array
-_tokens = itertools.count(1)
 
 Place = tuple[str, str, tuple[int, ...], str, int, int]  # key, dtype, shape, stype, offset and length of an array
 
@@ -42,9 +40,8 @@ class SharedArray(Array):
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Some ArrayRecords in shared memory: its descriptor and size, and for each record where its arrays lie."""
+    """ArrayRecords in shared memory: its descriptor and size, and for each record where its arrays lie."""
 
-    token: int
     fd: int
     size: int
     places: list[list[Place]]
@@ -67,7 +64,7 @@ def share(records: Sequence[ArrayRecord]) -> Block:
                 size = sum(map(file.write, parts_of(array)))
                 places[-1].append((key, array.dtype, tuple(array.shape), array.stype, offset, size))
                 offset += size
-    return Block(next(_tokens), fd, offset, places)
+    return Block(fd, offset, places)
 
 
 def open_records(fd: int, size: int, places: list[list[Place]]) -> list[ArrayRecord]:
@@ -92,39 +89,23 @@ def large_records(message: Message) -> dict[str, ArrayRecord]:
     return {name: record for name, record in arrays.items() if _bytes_of(record) >= LEAST_BYTES}
 
 
-def send(
-    connection: Connection, message: Message, shared: Sequence[tuple[list[str], Block]], known: set[int], extra: Any
-) -> None:
-    """Send a message with `extra`; its records of the given names travel in the blocks beside them.
-
-    known: the tokens of the blocks that the receiver has mapped since the last message; those of this one afterwards.
-    """
+def send(connection: Connection, message: Message, shared: Sequence[tuple[list[str], Block]], extra: Any) -> None:
+    """Send a message with `extra`; its records with the given names travel in the blocks beside them."""
     names = {name for listed, _ in shared for name in listed}
     if names:
         rest = {name: record for name, record in message.content.items() if name not in names}
         message = Message(RecordDict(rest), metadata=message.metadata)  # type: ignore[call-overload]
-    new = [block for _, block in shared if block.token not in known]
-    used = [(listed, block.token) for listed, block in shared]
-    connection.send((message, extra, used, [(block.token, block.size, block.places) for block in new]))
-    for block in new:
+    connection.send((message, extra, [(listed, block.size, block.places) for listed, block in shared]))
+    for _, block in shared:
         send_handle(connection, block.fd, None)
-    known.clear()
-    known.update(block.token for _, block in shared)
 
 
-def receive(connection: Connection, mapped: dict[int, list[ArrayRecord]]) -> tuple[Message, Any]:
-    """Receive what `send` sends; `mapped` holds the records of the last message's blocks, then of this one's.
-
-    Raises EOFError or OSError when the sender has ended.
-    """
-    message, extra, used, new = connection.recv()
-    for token, size, places in new:
-        mapped[token] = open_records(recv_handle(connection), size, places)
-    for gone in mapped.keys() - {token for _, token in used}:
-        del mapped[gone]
-    for names, token in used:
-        for name, record in zip(names, mapped[token], strict=True):
-            message.content[name] = record.copy()  # a change to it stays in one message
+def receive(connection: Connection) -> tuple[Message, Any]:
+    """Receive what `send` sends; raises EOFError or OSError when the sender has ended."""
+    message, extra, shared = connection.recv()
+    for names, size, places in shared:
+        records = open_records(recv_handle(connection), size, places)
+        message.content.update(zip(names, records, strict=True))
     return message, extra
 
 

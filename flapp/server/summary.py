@@ -1,20 +1,122 @@
-"""What the lines of metrics.jsonl add up to: totals, the best round, and whether the run stops before its last."""
+"""The lines of metrics.jsonl: reading them safely, and what they add up to in metrics.json.
 
-from collections.abc import Mapping
+Anything may stand in these files where a number should, because people copy and edit them. This module imports nothing
+slow: commands read the results of runs with it.
+"""
+
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from math import inf, isfinite
-from typing import Any
+from typing import Any, TypeGuard
 
 from flapp.config.schema import Config
+from flapp.untrusted import parse_json
 
+Check = Callable[[Any], bool]
+LAST_ROUND = 1 << 31
 FIGURES = ("accuracy", "loss", "personal_accuracy")
 VALIDATION_FIGURES = tuple(f"val_{figure}" for figure in FIGURES)
 MOST_REFUSED = 20
 
 
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Say whether a value is a number; True and False are not, NaN and infinities are."""
+    return type(value) in (int, float)
+
+
+def is_finite(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)
+
+
+def is_round(value: Any) -> bool:
+    return type(value) is int and 0 <= value < LAST_ROUND
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _or_none(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def _object_of(check: Check) -> Check:
+    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
+
+
+def _list_of(check: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+def _is_failure(value: Any) -> bool:
+    return isinstance(value, dict) and is_text(value.get("client")) and is_text(value.get("reason"))
+
+
+def _is_change(value: Any) -> bool:
+    return isinstance(value, dict) and is_round(value.get("round")) and _list_of(is_text)(value.get("changed"))
+
+
+LINE_CHECKS: dict[str, Check] = {
+    **{"kind": is_text, "round": is_round, "time": is_finite, "seconds": is_number, "source_digest": is_text},
+    **dict.fromkeys(("bytes_up", "bytes_down"), is_finite),
+    **dict.fromkeys(
+        ("phases", "store", "client_seconds", "client_bytes_up", "client_bytes_down"), _object_of(is_number)
+    ),
+    **dict.fromkeys(("loss", "accuracy", "personal_loss", "personal_accuracy"), _or_none(is_number)),
+    **dict.fromkeys(("accuracy_by_client", "personal_accuracy_by_client"), _object_of(_or_none(is_number))),
+    **dict.fromkeys(("loss_spread", "accuracy_spread"), _object_of(_or_none(is_number))),
+    **dict.fromkeys(("personal_loss_spread", "personal_accuracy_spread"), _object_of(_or_none(is_number))),
+    **dict.fromkeys(("refused", "warnings"), _object_of(is_text)),
+    **{"aggregation_error": _or_none(is_number), "absent": _list_of(is_text), "failures": _list_of(_is_failure)},
+    **{"samples": _object_of(_object_of(is_number)), "label_hist": _object_of(_list_of(is_finite))},
+    **{"capped": _object_of(is_finite), "client_ranks": _object_of(is_number), "update_norm": _or_none(is_number)},
+    **{"changed": _list_of(is_text), "absent_count": is_round},
+    **{"client": is_text, "train": is_number, "val": is_number, "test": is_number, "labels": _list_of(is_finite)},
+}
+SUMMARY_CHECKS: dict[str, Check] = {
+    **dict.fromkeys(("status", "error", "model_sha256", "run_dir"), is_text),
+    **dict.fromkeys(("bytes_up", "bytes_down", "seconds"), is_finite),
+    **dict.fromkeys(("rounds", "best_round", "selected_round"), is_round),
+    **dict.fromkeys(("accuracy", "loss", "personal_accuracy", "personal_loss", "objective"), is_number),
+    **dict.fromkeys(("best_value", "aggregation_error"), is_number),
+    **{"refused": _object_of(is_text), "refused_count": is_round, "resumed_anyway": _list_of(_is_change)},
+}
+
+
+def read_line(text: bytes | str, kind: str | None = None) -> dict[str, Any]:
+    """Return a line of metrics.jsonl; raises ValueError unless it is JSON and its known keys hold the right types.
+
+    kind: for a file in which all lines are of this kind; lines written by earlier versions lack it.
+    """
+    line = parse_json(text, surrogates=True)  # the reasons for failures come from clients
+    if kind is not None and isinstance(line, dict) and line.setdefault("kind", kind) != kind:
+        raise ValueError(f"it is not of kind {kind}")
+    if not isinstance(line, dict) or not {"kind", "round"} <= line.keys():
+        raise ValueError("it is not an object with a kind and a round")
+    if odd := [key for key, check in LINE_CHECKS.items() if key in line and not check(line[key])]:
+        raise ValueError(f"its {odd[0]} is not of the right type")
+    return line
+
+
+def read_whole_line(text: str) -> dict[str, Any] | None:
+    """Return a line of metrics.jsonl, or None if it was cut off while it was written or is not a line of a run."""
+    try:
+        return read_line(text) if text.endswith("\n") else None
+    except ValueError:
+        return None
+
+
+def sound_summary(values: Any) -> tuple[dict[str, Any], list[str]]:
+    """Return the sound values of metrics.json, and the keys whose values were left out."""
+    if not isinstance(values, dict):
+        return {}, ["everything"]
+    odd = [key for key, check in SUMMARY_CHECKS.items() if values.get(key) is not None and not check(values[key])]
+    return {key: value for key, value in values.items() if key not in odd}, odd
+
+
 class StoppedEarly(Exception):
-    """Leaves Flower's loop after a complete round."""
+    """Ends Flower's loop of rounds after a complete round."""
 
 
 @dataclass
@@ -26,10 +128,10 @@ class Best:
     round: int | None = None
     value: float | None = None
     waited: int = 0
-    mark: float = -inf
+    mark: float = -math.inf
 
     def add(self, server_round: int, value: float | None) -> bool:
-        """Take an evaluation and say whether it is the best: never without a finite value, of equals the first."""
+        """Add an evaluation and say whether it is the best: it must be finite, and of equals the first one is."""
         score = self._score(value)
         better = score > self._score(self.value)
         if better:
@@ -41,13 +143,13 @@ class Best:
         return better
 
     def _score(self, value: float | None) -> float:
-        if value is None or not isfinite(value):
-            return -inf
+        if value is None or not math.isfinite(value):
+            return -math.inf
         return -value if self.metric.endswith("loss") else value
 
 
 def figure_of(config: Config, metric: str) -> str:
-    """Name the figure by which this run chooses where a setting says `metric`: of validation samples, if it has any."""
+    """Return the figure that stands for the setting `metric`: of validation samples, if the run has any."""
     return f"val_{metric}" if config.validates else metric
 
 
@@ -57,7 +159,7 @@ def in_words(figure: str) -> str:
 
 
 class Summary:
-    """Add up lines; `totals` is what metrics.json says of them, `best` is by evaluate.objective."""
+    """Add up lines: `totals` goes into metrics.json, `best` is the best round by evaluate.objective."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -68,7 +170,7 @@ class Summary:
         self.watched = Best(figure_of(config, watched), config.stopping.min_delta)
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Take a line."""
+        """Add a line."""
         self.totals["rounds"] = max(self.totals["rounds"], line["round"])
         for key in ("bytes_up", "bytes_down"):
             self.totals[key] += line.get(key, 0)
@@ -91,12 +193,12 @@ class Summary:
             self.totals |= {key: line.get(key) for key in self.figures}
 
     def selected_round(self) -> int:
-        """Name the round whose model and figures the run would end with: the last if there is no best."""
+        """Return the round whose model and figures the run ends with: the last, or the best by evaluate.select=best."""
         best = self.best.round if self.config.evaluate.select == "best" else None
         return self.totals["rounds"] if best is None else best
 
     def stops_after(self, server_round: int) -> bool:
-        """Say whether the run has waited long enough for a better evaluation, with rounds left to save."""
+        """Say whether the run stops early: no better evaluation within stopping.patience, and rounds left to save."""
         stopping = self.config.stopping
         waited = self.watched.waited >= stopping.patience
         return stopping.metric is not None and waited and server_round < self.config.num_rounds

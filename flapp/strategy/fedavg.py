@@ -25,9 +25,9 @@ from flapp.messages import (
     size_of,
     views,
 )
-from flapp.server.releases import ReleaseLedger
+from flapp.server.journals import ReleaseLedger
+from flapp.server.observer import Observer
 from flapp.server.roster import FederationError, Roster
-from flapp.server.run_dir import RunDirectory
 from flapp.strategy.aggregation import NormBound, alignment_weights, cap_examples, cap_shares, totals
 from flapp.strategy.phase import Phase
 from flapp.strategy.server_optimizer import ServerOptimizer
@@ -37,14 +37,14 @@ from flapp.sums import WeightedSum, weighted_average
 class FedAvg(FlowerFedAvg):
     """Federated averaging (McMahan et al. 2017) whose result does not depend on the order of replies.
 
-    roster: who may take part; run: where results go; releases: counts what clients release, with privacy.enabled.
+    roster: who may take part; observer: is told what happens; releases: counts what clients release, with privacy.enabled.
     Flower counts rounds from 1 at every start; `done` is the number of rounds of earlier starts.
     """
 
     def __init__(
         self,
         roster: Roster,
-        run: RunDirectory,
+        observer: Observer,
         config: Config,
         server_optimizer: ServerOptimizer | None = None,
         releases: ReleaseLedger | None = None,
@@ -52,7 +52,7 @@ class FedAvg(FlowerFedAvg):
         self.settings = config.strategy
         super().__init__(self.settings.fraction_train, self.settings.fraction_evaluate)
         self.roster = roster
-        self.run = run
+        self.observer = observer
         self.config = config
         self.server_optimizer = server_optimizer
         self.bound = NormBound(self.settings.norm_limit)
@@ -97,14 +97,14 @@ class FedAvg(FlowerFedAvg):
         """Draw this round's clients and ask them to train the global model."""
         self.current = arrays
         messages = self._ask(TRAIN, self.done + server_round, self.fraction_train)
-        self.run.clock.enter("send")
+        self.observer.enter("send")
         return messages
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Draw clients to evaluate the new global model, in the rounds that are evaluated."""
-        self.run.clock.enter("evaluate")
+        self.observer.enter("evaluate")
         if not self.is_evaluated(self.done + server_round):
             return []
         self.current = arrays
@@ -114,7 +114,7 @@ class FedAvg(FlowerFedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Average the valid replies' models; raises FederationError when there are fewer than min_replies."""
-        self.run.clock.enter("aggregate")
+        self.observer.enter("aggregate")
         phase = self._receive(replies)
         counts = {name: self.examples[name] for name in sorted(phase.metrics)}
         loss = sum(phase.metrics[n]["train-loss"] * count for n, count in counts.items()) / sum(counts.values())
@@ -130,7 +130,7 @@ class FedAvg(FlowerFedAvg):
         capped = {name: share for name, share in phase.capped.items() if name in phase.metrics}
         found |= {"update_norm": self.bound.medians[-1]} | ({"capped": capped} if capped else {})
         busy = {n: round(m["seconds"], 3) for n, m in sorted(phase.metrics.items()) if "seconds" in m}
-        self.run.append(TRAIN, phase.server_round, loss=loss, **found, client_seconds=busy, **self._log_line())
+        self.observer.append(TRAIN, phase.server_round, loss=loss, **found, client_seconds=busy, **self._log_line())
         if self.remembers:
             self.accepted |= dict.fromkeys(counts, phase.server_round)
         return arrays, MetricRecord({"train-loss": loss})
@@ -149,7 +149,7 @@ class FedAvg(FlowerFedAvg):
                 result |= totals({name: phase.metrics[name] for name in held}, held, weights, prefix)
             if capped:
                 result[f"{start}capped".replace("-", "_")] = capped
-        self.run.append(EVALUATE, phase.server_round, **result, **self._log_line())
+        self.observer.append(EVALUATE, phase.server_round, **result, **self._log_line())
         return MetricRecord({key.replace("_", "-"): v for key, v in result.items() if isinstance(v, float)})
 
     def outgoing(self, client_id: str) -> ArrayRecord:
@@ -213,7 +213,7 @@ class FedAvg(FlowerFedAvg):
     def _ask(self, kind: str, server_round: int, fraction: float) -> list[Message]:
         self.roster.refresh()
         if self.roster.refusals_changed():
-            self.run.append("refused", server_round, refused=self.roster.refused)
+            self.observer.append("refused", server_round, refused=self.roster.refused)
         chosen = self.roster.sample(fraction, self.config.seed, server_round, kind)
         self.shared = self.roster.order(server_round, **self.instructions(kind, server_round))
         claims = {name: self.roster.members[name].claim for name in chosen}
@@ -230,7 +230,7 @@ class FedAvg(FlowerFedAvg):
         down = size_of(self.current)
         phase.bytes_down = {name: size_of(self.outgoing(name)) if self.rank_sent(name) else down for name in chosen}
         messages = [m for index, names in enumerate(phase.groups) for m in self._messages(index, names)]
-        self.run.show_progress(server_round, kind, 0, len(chosen))
+        self.observer.show_progress(server_round, kind, 0, len(chosen))
         return messages
 
     def _messages(self, index: int, names: tuple[str, ...]) -> list[Message]:
@@ -268,7 +268,7 @@ class FedAvg(FlowerFedAvg):
         least = self.settings.min_replies
         needed = least if phase.kind == TRAIN else min(least, max(1, len(phase.names)))
         if len(phase.metrics) < needed:
-            self.run.append(phase.kind, phase.server_round, **self._log_line())
+            self.observer.append(phase.kind, phase.server_round, **self._log_line())
             raise FederationError(
                 f"round {phase.server_round}: {by_reason(phase.failures, 3) or 'no client is present'} "
                 f"({len(phase.metrics)} of {len(phase.names)} clients gave a valid {phase.kind} reply, "

@@ -12,11 +12,12 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from scipy.stats import norm
 
-from flapp import messages, privacy, server_app
+from flapp import messages, privacy
 from flapp.checkpoint.manager import ChunkManager
 from flapp.client import mods
 from flapp.config.load import compose, to_json
 from flapp.config.schema import Config, ConfigError, PrivacyConfig
+from flapp.strategy.fedavg import FedAvg
 from tests.conftest import Broken, break_off, read_lines
 from tests.support.replies import Federate, Sent, changing, listen
 from tools.run import final_line
@@ -231,7 +232,7 @@ def test_rounds_that_resume_from_drops_stay_released(federate: Federate) -> None
 
 def test_a_failed_run_says_what_was_released_before_it_failed(federate: Federate, data_home: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server_app.FedAvg, "_receive", lambda *_: (_ for _ in ()).throw(Broken("the power is gone")))
+        patch.setattr(FedAvg, "_receive", lambda *_: (_ for _ in ()).throw(Broken("the power is gone")))
         with pytest.raises(Broken):
             federate(*TOY, "run_name=failed")
     said = json.loads((data_home / "runs" / "failed" / "metrics.json").read_text())
@@ -288,7 +289,7 @@ def test_the_server_says_before_the_first_round_what_is_protected_and_what_is_no
     federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(server_app, "log", lambda level, text, *values: said.append(text % values))
+    monkeypatch.setattr("flapp.server.run.log", lambda level, text, *values: said.append(text % values))
     federate(*TOY)
     total = privacy.total_epsilon(settings_of(10.0, 1e-5), 4)
     assert f"epsilon is 10 for one round and {total:.4g} for a client that trains in all 4 rounds" in said[0]

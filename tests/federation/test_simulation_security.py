@@ -19,6 +19,7 @@ from flwr.superlink.grid import InMemoryGrid
 
 from flapp import server_app
 from tests.conftest import LocalGrid
+from tests.support.commands import finish, left_running, start_tool
 from tests.support.strangers import as_stranger, get, needs_root
 from tests.support.waiting import WAIT_SECONDS, wait_for
 from tools.deployment import superlink
@@ -156,29 +157,20 @@ def test_no_port_of_a_simulation_serves_another_user(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs_root
 def test_no_port_of_a_federation_without_tls_serves_another_user(tmp_path: Path) -> None:
-    env = os.environ | {"FLAPP_HOME": str(tmp_path), "PYTHONPATH": str(APP)}
+    def tool(*words: str) -> None:
+        status, _, error = finish(start_tool(tmp_path, *words))
+        assert status == 0, error
 
-    def tool(*arguments: str) -> None:
-        subprocess.run([sys.executable, "-m", *arguments], cwd=tmp_path, env=env, check=True, timeout=WAIT_SECONDS)
-
-    tool("tools.federation", "up", "--clients", "1")
+    tool("federation", "up", "--clients", "1")
     try:
-        ours = [each for each in psutil.process_iter() if env["FLAPP_HOME"] == environment_of(each).get("FLAPP_HOME")]
-        ports = listening(ours)
+        ports = listening(left_running(tmp_path))
         assert len(ports) == 2  # the SuperLink's and the SuperNode's
         assert {host for host, _ in ports} == {HOST}
         assert {as_stranger(get, port)[0] for _, port in ports} == {403}
         assert {get(port)[0] for _, port in ports} == {404}
-        tool("tools.run", "deployment=local", "experiment=toy_regression", "clients=1", "num_rounds=1")
+        tool("run", "deployment=local", "experiment=toy_regression", "clients=1", "num_rounds=1")
     finally:
-        tool("tools.federation", "down")
-
-
-def environment_of(process: psutil.Process) -> dict[str, str]:
-    """Return the environment that a process was started with, or nothing where that cannot be read."""
-    with contextlib.suppress(psutil.Error, OSError):
-        return process.environ()
-    return {}
+        tool("federation", "down")
 
 
 def ip(*words: str) -> None:

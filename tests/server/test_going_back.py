@@ -12,7 +12,7 @@ from flapp.checkpoint.manager import ChunkManager
 from flapp.config.load import compose
 from flapp.config.schema import ConfigError
 from flapp.messages import pack, views
-from flapp.server import origin
+from flapp.server import journals
 from flapp.server.roster import FederationError
 from flapp.strategy.fedavg import FedAvg
 from tests.conftest import break_off, read_lines
@@ -65,7 +65,6 @@ def test_a_run_that_saved_a_poisoned_round_goes_on_from_the_round_before_to_the_
     assert {key: summary[key] for key in same} == {key: whole[key] for key in same}
     for kind in ("train", "evaluate", "round"):
         assert rounds_of(path, kind) == rounds_of(whole_path, kind)
-    assert [text.split(",")[0] for text in (path / "metrics.csv").read_text().splitlines()[1:]] == list("12345")
 
 
 def test_a_finished_run_goes_back_and_comes_to_its_end_again(federate: Federate) -> None:
@@ -101,7 +100,7 @@ def test_a_round_without_its_lines_is_refused_and_nothing_is_dropped(federate: F
     _, path = federate(*TOY, "run_name=lineless")
     lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
     (path / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["round"] < 4))
-    with pytest.raises(ConfigError, match=r"goes on to round 3: .* go back by resume_from to a round that both have"):
+    with pytest.raises(ConfigError, match=r"with round 3: .* use resume_from with a round that both have"):
         federate(*TOY, "run_name=lineless", "resume=true", "resume_from=4")
     assert held(path) == [3, 4, 5]
     assert federate(*TOY, "run_name=lineless", "resume=true", "resume_from=3")[0]["status"] == "finished"
@@ -145,7 +144,7 @@ def test_going_back_before_other_source_was_taken_compares_with_the_source_befor
     whole, _ = federate(*TOY)
     break_off(federate, 4, "aggregate_train", *settings[:-1])
     with monkeypatch.context() as patch:
-        patch.setattr(origin, "source_digest", lambda: "f" * 64)
+        patch.setattr(journals, "source_digest", lambda: "f" * 64)
         mixed, _ = federate(*settings, "resume_anyway=true")
         assert [note["round"] for note in mixed["resumed_anyway"]] == [3]
         with pytest.raises(ConfigError, match="began with other source"):

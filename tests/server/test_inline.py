@@ -1,9 +1,9 @@
 """deployment=inline: clients in worker processes, or in this one; whatever dies, a run ends in the same bytes."""
 
 import gc
-import getpass
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,9 +27,9 @@ from flapp.messages import describe_error, views
 from flapp.server.inline import CLIENT_APP, SERVER_NODE, InlineGrid, start_forkserver
 from flapp.server.shared_arrays import LEAST_BYTES
 from tests.conftest import read_lines
+from tests.support.commands import PYTORCHS, SECONDS, left_running, start_tool
 from tests.support.inline_app import say
 from tests.support.waiting import wait_for
-from tools.deployment.submit import APP
 from tools.running import inline
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]
@@ -38,8 +38,6 @@ TOY = "experiment=toy_regression"
 TOY_SHA256 = "7dc8604b95a122b98affdee1cf8c35759aa322679e947c9f6bd32de881bcd85f"
 NODE = {"partition-id": 0, "num-partitions": 1}
 FIRST = SERVER_NODE + 1  # the id of the first node
-PYTORCHS = {f"torchinductor_{getpass.getuser()}"}  # its cache, which it makes in every temporary folder
-SECONDS = 120  # generous, for a busy machine
 
 
 @pytest.fixture
@@ -83,7 +81,7 @@ def federate_inline(settings: Config, grid: InlineGrid) -> tuple[dict[str, Any],
 # Messages and workers
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_ends_in_the_same_bytes_with_any_number_of_workers(workers: int, start: Start, tmp_path: Path) -> None:
     grid = start(workers, client_app=CLIENT_APP)
     summary, _ = federate_inline(compose([TOY, f"home={tmp_path}", "run_name=same"]), grid)
@@ -112,12 +110,8 @@ def test_a_model_is_written_once_for_all_messages_that_carry_it(start: Start) ->
     assert not views(reply.content.array_records["arrays"])["w"].any()
     ask(grid, *(say(FIRST, "work", model()) for _ in range(2)))
     assert grid.blocks_made == 4
-
-
-def test_small_models_take_no_shared_memory(start: Start) -> None:
-    grid = start(1)
     ask(grid, say(FIRST, "work", model(1e-4)))
-    assert grid.blocks_made == 0
+    assert grid.blocks_made == 4  # small models take no shared memory
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -284,30 +278,15 @@ def tool(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Return a function that starts tools.run in a process group of its own, with a home and a temporary folder."""
     started = []
     (tmp_path / "tmp").mkdir()
-    env = os.environ | {"FLAPP_HOME": str(tmp_path), "PYTHONPATH": str(APP), "TMPDIR": str(tmp_path / "tmp")}
 
     def begin(*words: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "tools.run", TOY, *words]
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, cwd=tmp_path, env=env, start_new_session=True, **pipes))
+        started.append(start_tool(tmp_path, "run", TOY, *words, start_new_session=True))
         return started[-1]
 
     yield begin
     for process in started:
         process.kill()
         process.communicate()
-
-
-def left_running(home: Path) -> list[psutil.Process]:
-    """List the processes that were started over this home."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("FLAPP_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
 
 
 @pytest.mark.slow
@@ -363,18 +342,12 @@ def test_an_exception_of_a_client_is_in_the_log_with_its_traceback(tool: Callabl
     process = tool("train.lr=1e30", "train.steps=50", "run_name=bad", "deployment.workers=1")
     out, said = process.communicate(timeout=SECONDS)
     assert process.returncode == 1
-    assert "error: round 1: clients 0 to 2: " in said
+    error, hint = said.splitlines()[-2:]
+    assert re.fullmatch(r"error: round 1: clients 0 to 2: .*lower train.lr.*0 of 3 clients gave a valid train.*", error)
+    assert hint == "no round was complete; run_name=bad can be used again once that is fixed"
     assert "Traceback" not in out + said
     log = (tmp_path / "runs" / "bad" / "log.txt").read_text()
     assert "Traceback (most recent call last)" in log
     assert 'flapp/training.py", line ' in log
     assert "FloatingPointError" in log
     assert "\x1b" not in log
-
-
-@pytest.mark.slow
-def test_without_workers_each_round_is_a_plain_line(tool: Callable[..., Any]) -> None:
-    process = tool("num_rounds=2", "run_name=plain", "deployment.workers=0")
-    _, said = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0
-    assert [line.partition(":")[0] for line in said.splitlines()[-2:]] == ["round 1 of 2", "round 2 of 2"]

@@ -16,8 +16,8 @@ from flapp.data.artifact import open_artifact, write_artifact
 from flapp.data.shards.build import write_shards
 from flapp.data.sources import ensure_artifacts
 from flapp.messages import Claim
-from flapp.server import origin, run_dir
-from flapp.server.ledger import ClientLedger
+from flapp.server import journals, run_dir
+from flapp.server.journals import ClientLedger
 from flapp.server.roster import FederationError
 from tests.conftest import break_off, read_lines
 from tests.support.leaf_files import as_leaf, draw_samples, write_leaf
@@ -40,9 +40,9 @@ def edited(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Return a function that stands for a new start by edited source."""
 
     def edit() -> None:
-        real = origin.read_source()
-        monkeypatch.setattr(origin, "read_source", lambda: real | {"training.py": b"lr = 2 * lr", "new.py": b""})
-        monkeypatch.setattr(origin, "source_digest", lambda: "f" * 64)
+        real = journals.read_source()
+        monkeypatch.setattr(journals, "read_source", lambda: real | {"training.py": b"lr = 2 * lr", "new.py": b""})
+        monkeypatch.setattr(journals, "source_digest", lambda: "f" * 64)
 
     return edit
 
@@ -67,15 +67,15 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_is_not_resumed_over_data_that_was_prepared_anew_unless_it_is_to_go_on_anyway(
-    federate: Federate, home: Path
+    federate: Federate, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = (*TOY, f"home={home}", "run_name=other-data")
+    settings = (*TOY, f"home={home}", "run_name=other-data", "evaluate.personal_epochs=0")
     break_off(federate, 3, "aggregate_train", *settings)
     prepare_other_data(home)
     with pytest.raises(ConfigError) as caught:
         federate(*settings, "resume=true")
     said = str(caught.value)
-    assert said.startswith("the run cannot go on: client 0: its data changed since the run began: shard digest was ")
+    assert said.startswith("the run cannot continue: client 0: its data changed since the run began: shard digest was ")
     assert "client 2: its data changed" in said
     assert FIX in said
     assert "\n" not in said
@@ -83,19 +83,6 @@ def test_a_run_is_not_resumed_over_data_that_was_prepared_anew_unless_it_is_to_g
     assert not [line for line in read_lines(path, "train") if line["round"] > 2]
     with pytest.raises(ConfigError, match="its data changed"):  # a refusal changes nothing
         federate(*settings, "resume=true")
-    summary, _ = federate(*settings, "resume=true", "resume_anyway=true")
-    (note,) = summary["resumed_anyway"]
-    assert note["round"] == 2
-    assert [text.split(":")[0] for text in note["changed"]] == ["client 0", "client 1", "client 2"]
-    assert f"\nresumed anyway after round 2: {note['changed'][0]}; " in final_line(summary)
-
-
-def test_a_client_with_other_data_does_not_answer_from_its_store(
-    federate: Federate, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = (*TOY, f"home={home}", "run_name=no-replay", "evaluate.personal_epochs=0")
-    break_off(federate, 3, "aggregate_train", *settings)
-    prepare_other_data(home)
     trained: list[int] = []
     real = client_app.fit
 
@@ -104,8 +91,12 @@ def test_a_client_with_other_data_does_not_answer_from_its_store(
         return real(*args)
 
     monkeypatch.setattr(client_app, "fit", fit)
-    federate(*settings, "resume=true", "resume_anyway=true")
-    assert trained.count(3) == 3
+    summary, _ = federate(*settings, "resume=true", "resume_anyway=true")
+    assert trained.count(3) == 3  # nobody answers from its store
+    (note,) = summary["resumed_anyway"]
+    assert note["round"] == 2
+    assert [text.split(":")[0] for text in note["changed"]] == ["client 0", "client 1", "client 2"]
+    assert f"\nresumed anyway after round 2: {note['changed'][0]}; " in final_line(summary)
 
 
 def test_a_run_that_went_on_anyway_says_so_for_ever_and_goes_on_with_its_new_data(
@@ -152,7 +143,7 @@ def test_a_shard_that_was_made_anew_under_a_run_is_refused(federate: Federate, t
     shards(0)
     break_off(federate, 2, "aggregate_train", *settings)
     shards(1)
-    with pytest.raises(ConfigError, match=r"cannot go on: client 0: its data changed since .*; bring its data back"):
+    with pytest.raises(ConfigError, match=r"cannot continue: client 0: its data changed since .*; bring its data back"):
         federate(*settings, "resume=true")
 
 
@@ -191,10 +182,12 @@ def test_edited_source_is_refused_by_both_digests_and_the_names_of_the_files(
     federate: Federate, edited: Callable[[], None]
 ) -> None:
     break_off(federate, 3, "aggregate_train", *TOY, "run_name=edited-source")
-    before = origin.source_digest()[:12]
+    before = journals.source_digest()[:12]
     edited()
-    with pytest.raises(ConfigError) as caught:
-        federate(*TOY, "run_name=edited-source", "resume=true")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server_app, "Run", lambda *_: pytest.fail("the server asked the clients before it compared"))
+        with pytest.raises(ConfigError) as caught:
+            federate(*TOY, "run_name=edited-source", "resume=true")
     said = f"source digest was {before}, is {'f' * 12}: new.py, training.py changed"
     assert f"run_name=edited-source began with other source ({said}): " in str(caught.value)
     assert "resume_anyway=true" in str(caught.value)
@@ -208,8 +201,8 @@ def test_other_versions_are_a_warning_and_recorded(
 ) -> None:
     whole, _ = federate(*TOY)
     break_off(federate, 3, "aggregate_train", *TOY, "run_name=updated")
-    before = origin.versions()
-    monkeypatch.setattr(origin, "versions", lambda: "python=4.0 torch=9")
+    before = journals.versions()
+    monkeypatch.setattr(journals, "versions", lambda: "python=4.0 torch=9")
     summary, path = federate(*TOY, "run_name=updated", "resume=true")
     assert f"the versions were {before}, are python=4.0 torch=9, so the final bytes may differ" in caplog.text
     recorded = [(line["round"], line["versions"]) for line in lines_of(path / "environment.jsonl")]
@@ -259,13 +252,3 @@ def test_a_run_inside_the_folder_of_another_is_refused_and_so_is_one_around_othe
     with pytest.raises(ConfigError, match=r"run_name=a is taken: .*resume=true"):
         attempt("a")
     attempt("n" * 255)
-
-
-def test_the_server_compares_before_it_asks_anyone(
-    federate: Federate, edited: Callable[[], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    break_off(federate, 2, "aggregate_train", *TOY, "run_name=unasked")
-    edited()
-    monkeypatch.setattr(server_app, "run_rounds", lambda *_: pytest.fail("the run went on"))
-    with pytest.raises(ConfigError, match="began with other source"):
-        federate(*TOY, "run_name=unasked", "resume=true")

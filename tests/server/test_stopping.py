@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from flapp import server_app
 from flapp.checkpoint.manager import ChunkManager
-from flapp.server.run_dir import RunDirectory
+from flapp.server.observer import Observer
+from flapp.server.run import Run
 from flapp.server.summary import Best
 from tests.conftest import Broken, break_off, read_lines
 
@@ -30,16 +30,16 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[float]], None]
 
     Their test losses have the opposite order, so that a choice by those would be another one.
     """
-    real = RunDirectory.append
+    real = Observer.append
 
     def script(values: Sequence[float]) -> None:
-        def append(run: RunDirectory, kind: str, server_round: int, **rest: Any) -> None:
+        def append(run: Observer, kind: str, server_round: int, **rest: Any) -> None:
             if kind == "evaluate":
                 rest["val_loss"] = values[server_round - 1]
                 rest["loss"] = -values[server_round - 1]
             real(run, kind, server_round, **rest)
 
-        monkeypatch.setattr(RunDirectory, "append", append)
+        monkeypatch.setattr(Observer, "append", append)
 
     script(LOSSES)
     return script
@@ -104,21 +104,6 @@ def test_a_run_whose_patience_ends_with_its_last_round_was_not_stopped(
     assert read_lines(path, "stop") == []
 
 
-@pytest.mark.usefixtures("losses")
-@pytest.mark.parametrize("settings", [TOY, (*FOLDS, "strategy.aggregation=flora")], ids=["fedavg", "flora"])
-def test_the_best_rounds_model_and_figures_are_what_the_run_ends_with(
-    federate: Federate, settings: tuple[str, ...]
-) -> None:
-    rounds = 2 if settings is TOY else 1  # of patience, to end with the same round as the last
-    first, _ = federate(*settings, "stopping.metric=loss", f"stopping.patience={rounds}", *BEST)
-    assert (first["selected_round"], first["objective"], first["val_loss"], first["loss"]) == (2, 3.0, 3.0, -3.0)
-    last, path = federate(*settings, "stopping.metric=loss", f"stopping.patience={rounds}")
-    assert last["selected_round"] == last["rounds"] == first["rounds"]
-    assert first["model_sha256"] != last["model_sha256"]
-    with ChunkManager(path / "server_chunks.db") as store:
-        assert [kept.round for kept in store.rounds()] == [last["rounds"]]
-
-
 @pytest.mark.parametrize(
     "settings",
     [TOY, *((*FOLDS, f"strategy.aggregation={rule}") for rule in ("fedit", "flora", "fedex"))],
@@ -134,13 +119,15 @@ def test_the_best_rounds_bytes_are_those_of_a_run_that_ended_there(
     assert (best["selected_round"], best["rounds"]) == (2, 3)
     assert ended_there["rounds"] == 2
     assert best["model_sha256"] == ended_there["model_sha256"]
+    assert (best["objective"], best["val_loss"], best["loss"]) == (3.0, 3.0, -3.0)
     with ChunkManager(path / "server_chunks.db") as store:
         assert [kept.round for kept in store.rounds()] == [2, 3]
 
 
 @pytest.mark.usefixtures("losses")
-@pytest.mark.parametrize("place", ["aggregate_train", "aggregate_evaluate", "facts"])
-@pytest.mark.parametrize("server_round", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("server_round", "place"), [(2, "aggregate_train"), (3, "facts"), (4, "aggregate_evaluate"), (4, "facts")]
+)
 def test_a_run_broken_off_before_or_after_its_best_round_ends_in_the_same_bytes(
     federate: Federate, server_round: int, place: str
 ) -> None:
@@ -157,12 +144,12 @@ def test_a_run_broken_off_before_or_after_its_best_round_ends_in_the_same_bytes(
 def test_a_run_broken_off_after_it_stopped_trains_no_further(
     federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def save_final_model(*_: Any) -> None:
+    def finish(*_: Any) -> None:
         raise Broken("the power is gone")
 
     whole, _ = federate(*TOY, *STOP, *BEST)
     with monkeypatch.context() as patch:
-        patch.setattr(server_app, "save_final_model", save_final_model)
+        patch.setattr(Run, "finish", finish)
         with pytest.raises(Broken):
             federate(*TOY, *STOP, *BEST, "run_name=stopped")
     resumed, path = federate(*TOY, *STOP, *BEST, "run_name=stopped", "resume=true")

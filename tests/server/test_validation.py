@@ -231,7 +231,7 @@ def test_settings_that_leave_nothing_to_choose_by_are_refused(settings: list[str
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("val", [0, 3, 5])
+@pytest.mark.parametrize("val", [0, 5])
 def test_a_claim_of_other_validation_samples_than_the_partition_gives_is_refused(
     federate: Federate, made: str, val: int
 ) -> None:
@@ -244,33 +244,35 @@ def test_a_claim_of_other_validation_samples_than_the_partition_gives_is_refused
     assert refused == {"1": f"claims {val} validation samples, the partition gives it 4"}
 
 
-@pytest.mark.parametrize(
-    ("metric", "value", "reason"),
-    [
-        ("val-correct", 5, "sent val-correct=5, more correct answers than its 4 samples"),
-        ("val-correct", -1, "sent val-correct=-1, more correct answers than its 4 samples"),
-        ("val-loss-sum", -1.0, "sent val-loss-sum=-1.0, which is never below 0"),
-        ("val-loss-sum", 1e39 * 4, "sent val-loss-sum=4e+39, more than 4 samples can have"),
-        ("val-loss-sum", float("nan"), "sent val-loss-sum=nan"),
-        ("val-personal-correct", 5, "sent val-personal-correct=5, more correct answers than its 4 samples"),
-        ("val-loss-sum", None, "sent no val-loss-sum"),
-        ("val-correct", None, "sent no val-correct"),
-        ("val-personal-loss-sum", None, "sent no val-personal-loss-sum"),
-    ],
-)
-def test_validation_figures_that_cannot_be_are_refused_by_name(
-    federate: Federate, made: str, metric: str, value: float | None, reason: str
-) -> None:
+FAULTS: dict[str, tuple[str, float | None, str]] = {  # by client: the figure, its value, and the reason
+    "0": ("val-correct", 3, "sent val-correct=3, more correct answers than its 2 samples"),
+    "1": ("val-correct", -1, "sent val-correct=-1, more correct answers than its 2 samples"),
+    "2": ("val-loss-sum", -1.0, "sent val-loss-sum=-1.0, which is never below 0"),
+    "3": ("val-loss-sum", 1e39 * 2, "sent val-loss-sum=2e+39, more than 2 samples can have"),
+    "4": ("val-loss-sum", float("nan"), "sent val-loss-sum=nan"),
+    "5": ("val-personal-correct", 3, "sent val-personal-correct=3, more correct answers than its 2 samples"),
+    "6": ("val-loss-sum", None, "sent no val-loss-sum"),
+    "7": ("val-correct", None, "sent no val-correct"),
+    "8": ("val-personal-loss-sum", None, "sent no val-personal-loss-sum"),
+}
+
+
+def test_validation_figures_that_cannot_be_are_refused_by_name(federate: Federate, made: str) -> None:
     def tamper(name: str, reply: Message) -> Message:
         numbers = reply.content.metric_records.get(METRICS, {})
-        if name == "1" and "loss-sum" in numbers:
+        if name in FAULTS and "loss-sum" in numbers:
+            metric, value, _ = FAULTS[name]
             del numbers[metric]
             if value is not None:
                 numbers[metric] = value
         return reply
 
-    _, path = federate(*MADE, made, BEST, tamper=tamper)
-    assert read_lines(path, "evaluate")[0]["failures"] == [{"client": "1", "reason": reason}]
+    few = ("clients=10", "evaluate.validation_fraction=0.5")
+    _, path = federate(*MADE, made, BEST, *few, tamper=tamper)
+    failures = read_lines(path, "evaluate")[0]["failures"]
+    assert {failure["client"]: failure["reason"] for failure in failures} == {
+        n: fault[2] for n, fault in FAULTS.items()
+    }
 
 
 def test_a_claim_on_the_validation_samples_cannot_own_the_choice(

@@ -17,7 +17,7 @@ from flapp.config.load import compose, from_dict, to_json
 from flapp.config.schema import ConfigError
 from flapp.model.files import load_tensors
 from flapp.server.roster import FederationError
-from flapp.server_app import initial_model
+from flapp.server.run import initial_model
 from flapp.strategy.lora_rules import RULES
 from tests.conftest import break_off, read_clients, read_lines
 from tests.support.replies import Federate, Sent, failures, listen, trained_in

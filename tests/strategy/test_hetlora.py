@@ -16,7 +16,7 @@ from flapp.client.data import make_batches, open_client_data
 from flapp.config.load import compose, from_dict, read_yaml
 from flapp.config.schema import NodeConfig
 from flapp.model.lora import LoRALinear, adapted_layers, tail_norm, truncate_state
-from flapp.server_app import initial_model
+from flapp.server.run import initial_model
 from flapp.training import StepRules, TrainResult, build_optimizer, evaluate, train
 from tests.conftest import Tamper, break_off, read_lines
 from tests.support.adapters import adapted, batch

@@ -285,10 +285,10 @@ def test_an_aggregate_that_nobody_can_train_from_does_not_become_a_round(federat
 
 
 def test_metrics_are_strict_json_whatever_a_loss_is(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flapp import server_app
+    from flapp.server import run
     from flapp.training import Evaluation
 
-    monkeypatch.setattr(server_app, "evaluate", lambda *_: Evaluation(float("inf"), 0, 10))
+    monkeypatch.setattr(run, "evaluate", lambda *_: Evaluation(float("inf"), 0, 10))
     _, path = federate(*DIGITS, "num_rounds=1", "evaluate.central=true")
 
     def refuse(word: str) -> None:

@@ -125,7 +125,7 @@ def test_bytes_are_those_of_the_tensors_that_travel() -> None:
     """Of vit_tiny, adapters and head of each rule, counted from the model itself; an array has 128 bytes of header."""
     from flapp.config.load import compose
     from flapp.model.lora import lora_state_dict
-    from flapp.server_app import initial_model
+    from flapp.server.run import initial_model
 
     words = ("model=vit_tiny", "model.image_size=32", "dataset.augment=false")
     fedit, ffa, rolora = bytes.rows(*words)

@@ -17,7 +17,7 @@ from flapp.architecture import build
 from flapp.config.load import CONF, compose, name_override
 from flapp.config.schema import Config
 from flapp.data.sources import ensure_artifacts
-from flapp.server.run_lock import METRICS
+from flapp.server.run_names import METRICS
 from flapp.source import read_source
 from tests.support.run_files import add_store, write_run
 from tools import cli, run

@@ -24,7 +24,7 @@ from flapp.config.load import compose, to_json
 from flapp.config.schema import ConfigError
 from flapp.files import write_json
 from flapp.messages import describe_error
-from flapp.server import run_lock
+from flapp.server import run_names
 from flapp.server.roster import Roster
 from flapp.server.run_dir import RunDirectory
 from tests.conftest import LocalGrid, read_lines
@@ -131,10 +131,10 @@ def test_a_guard_does_not_wait_for_a_fork_that_holds_its_input_open(tmp_path: Pa
 HOLDER = """
 import sys, time
 from pathlib import Path
-from flapp.server import run_lock
+from flapp.server import run_names
 path = Path(sys.argv[1])
-file = run_lock.lock_run(path, "x")
-run_lock.name_holder(path, 17)
+file = run_names.lock_run(path, "x")
+run_names.name_holder(path, 17)
 print("ready", flush=True)
 time.sleep(600)
 """
@@ -176,22 +176,22 @@ def stop(run: RunDirectory) -> list[int] | None:
 def test_a_run_that_still_runs_is_named_with_its_process_and_the_command_that_stops_it(running: RunDirectory) -> None:
     fix = f"python -m tools.runs stop {running.config.run_name}`"
     with pytest.raises(ConfigError, match=rf"is still running \(pid {os.getpid()}\).*{fix}"):
-        run_lock.lock_run(running.path, running.config.run_name)
-    assert run_lock.find_holder(running.path) == {"pid": os.getpid(), "run_id": 17}
-    left = (running.path / run_lock.RUNNING).read_text()
+        run_names.lock_run(running.path, running.config.run_name)
+    assert run_names.find_holder(running.path) == {"pid": os.getpid(), "run_id": 17}
+    left = (running.path / run_names.RUNNING).read_text()
     running.close()
-    assert not (running.path / run_lock.RUNNING).exists()
-    (running.path / run_lock.RUNNING).write_text(left)  # as after a kill: it counts for nothing
-    assert run_lock.find_holder(running.path) is None
-    run_lock.lock_run(running.path, "x").close()
+    assert not (running.path / run_names.RUNNING).exists()
+    (running.path / run_names.RUNNING).write_text(left)  # as after a kill: it counts for nothing
+    assert run_names.find_holder(running.path) is None
+    run_names.lock_run(running.path, "x").close()
 
 
 def test_a_look_at_a_run_does_not_keep_its_next_start_out(running: RunDirectory) -> None:
     running.close()
-    with (running.path / run_lock.METRICS).open() as looker:
+    with (running.path / run_names.METRICS).open() as looker:
         fcntl.flock(looker, fcntl.LOCK_SH)
-        threading.Timer(run_lock.PROBE_SECONDS / 3, lambda: fcntl.flock(looker, fcntl.LOCK_UN)).start()
-        run_lock.lock_run(running.path, "x").close()
+        threading.Timer(run_names.PROBE_SECONDS / 3, lambda: fcntl.flock(looker, fcntl.LOCK_UN)).start()
+        run_names.lock_run(running.path, "x").close()
 
 
 def test_stop_ends_an_orphan_with_all_that_carries_its_token_and_says_how_to_continue(
@@ -227,7 +227,7 @@ def test_stop_kills_nobody_whose_pid_running_json_names_by_mistake(
     running: RunDirectory, orphan: Any, start: Start, tmp_path: Path
 ) -> None:
     process, stranger = orphan(tmp_path / "flapp-x"), sleep_with(start, TOKEN, tmp_path / "flapp-x")
-    write_json(running.path / run_lock.RUNNING, {"pid": stranger.pid, "run_id": 17})
+    write_json(running.path / run_names.RUNNING, {"pid": stranger.pid, "run_id": 17})
     with pytest.raises(StopError, match=rf"process {stranger.pid}, named in running.json, does not .* `fuser "):
         stop(running)
     assert (process.poll(), stranger.poll()) == (None, None)
@@ -451,7 +451,7 @@ def test_an_orphan_without_a_guard_is_named_and_stopped(
     run = tool("run", *TOY, "run_name=orphan")
     wait_for(lambda: reached(path, 2))
     (guard,) = (child for child in psutil.Process(run.pid).children() if "tools.running.guard" in child.cmdline())
-    server = psutil.Process(json.loads((path / run_lock.RUNNING).read_text())["pid"])
+    server = psutil.Process(json.loads((path / run_names.RUNNING).read_text())["pid"])
     try:
         guard.suspend()
         server.suspend()

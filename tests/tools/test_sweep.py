@@ -22,7 +22,8 @@ from omegaconf import OmegaConf
 
 from flapp.config.load import compose, to_yaml
 from flapp.config.schema import ConfigError
-from tests.federation.test_run import TOY, Federate, run, started_processes
+from tests.federation.test_run import TOY, Federate
+from tests.support.commands import left_running, run
 from tests.support.waiting import wait_for
 from tools.deployment.processes import SWEEP, TOKEN, listens, reserve_port
 from tools.deployment.submit import APP
@@ -310,7 +311,7 @@ def test_a_sweep_runs_every_job_and_tells_which_failed(tmp_path: Path) -> None:
     assert table(done)[1].endswith(f"{tmp_path}/runs/sweep/0")
     assert f"  {summary['objective']:.4f}  " in table(done)[1]
     assert "lower train.lr" in table(done)[2]
-    assert started_processes(tmp_path) == []
+    assert left_running(tmp_path) == []
 
 
 @pytest.mark.slow
@@ -328,7 +329,7 @@ def test_two_runs_at_once_prepare_one_dataset_and_end_in_the_bytes_of_runs_alone
         assert summary["model_sha256"] == expected["model_sha256"]
         assert outcome["objective"] == summary["objective"] == expected["objective"]
     assert not list((tmp_path / "data").rglob("*.tmp"))
-    assert started_processes(tmp_path) == []
+    assert left_running(tmp_path) == []
 
 
 @pytest.mark.slow
@@ -347,7 +348,7 @@ def test_an_interrupted_sweep_leaves_no_process_behind_and_goes_on(tmp_path: Pat
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "interrupted: everything that was started has been stopped" in said.splitlines()
-    assert started_processes(tmp_path) == []
+    assert left_running(tmp_path) == []
     done = run(tmp_path, *TWO_AT_A_TIME, *words, "resume=true")
     assert done.returncode == 0, done.stderr
     outcomes = json.loads((tmp_path / "runs" / "stopped" / "sweep.json").read_text())

@@ -22,7 +22,7 @@ from flapp.messages import (
     source_digest,
     unpack_arrays,
 )
-from flapp.server_app import build_strategy, initial_model, keys_of
+from flapp.server.run import build_strategy, initial_model, keys_of
 from tools.bench import Row
 
 WORDS = ("experiment=cifar10_fedlora", "model.pretrained=null")

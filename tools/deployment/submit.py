@@ -14,11 +14,11 @@ from flapp.config.rules import count_messages
 from flapp.config.schema import Config, ConfigError
 from flapp.data.artifact import Stamp, stamp
 from flapp.listing import describe_refused
-from flapp.server.metric_lines import sound_summary
-from flapp.server.origin import Origin
+from flapp.server.journals import Origin
 from flapp.server.preflight import check_run
 from flapp.server.run_dir import SUMMARY, check_resumable, check_source
 from flapp.server.run_names import check_new, restarts
+from flapp.server.summary import sound_summary
 from tools.deployment.processes import HOST, SuperLinkError, available_cpus
 from tools.deployment.superlink import APP as APP
 from tools.deployment.superlink import CONNECTION, PrivateSuperLink, SuperLink, app_folder

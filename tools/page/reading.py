@@ -15,7 +15,7 @@ from typing import Any
 from flapp.checkpoint.chunks import CheckpointError
 from flapp.checkpoint.manager import ChunkManager
 from flapp.config.load import read_yaml
-from flapp.server.metric_lines import read_line, sound_summary
+from flapp.server.summary import read_line, sound_summary
 from flapp.untrusted import MOST_BYTES, check_regular, printable
 from flapp.untrusted import read_json as parse_file
 from tools.deployment.superlink import ANSI

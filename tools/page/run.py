@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from flapp.server.metric_lines import is_finite, is_number
-from flapp.server.stopwatch import PHASES
+from flapp.server.observer import PHASES
+from flapp.server.summary import is_finite, is_number
 
 OWN_NAMES = ("run_name", "resume", "resume_from", "resume_anyway")  # settings in which any two runs may differ
 PLACES = ("home", "deployment.", "split.")  # settings, or the groups of them, that say where a run took place

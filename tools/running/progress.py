@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from flapp.config.schema import Config, ConfigError
-from flapp.server.metric_lines import read_line
+from flapp.server.summary import read_line
 from flapp.untrusted import printable
 from flapp.untrusted import read_json as parse_file
 

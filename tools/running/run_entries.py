@@ -15,7 +15,7 @@ from flapp.checkpoint.chunks import CheckpointError
 from flapp.checkpoint.manager import ChunkManager
 from flapp.config.load import compose
 from flapp.config.schema import ConfigError
-from flapp.server.run_lock import find_holder
+from flapp.server.run_names import find_holder
 from tools.page.reading import METRICS, STORE, flat, read_config, read_json
 from tools.running.called import as_called
 

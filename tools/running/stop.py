@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 from flapp.config.load import from_dict, read_yaml
-from flapp.server.run_lock import METRICS, find_holder
+from flapp.server.run_names import METRICS, find_holder
 from tools.deployment.processes import OWNER, SWEEP, TOKEN, Processes, SuperLinkError, noted_process
 from tools.deployment.submit import choose_superlink
 

@@ -1,0 +1,232 @@
+"""What a run must remember from start to start: its source, its clients' data, and what clients have released.
+
+    environment.jsonl   a line at the first start, and at each start that found another environment: source_digest,
+                        files (the SHA-256 of each source file) and versions (of Python, Flower, PyTorch and NumPy)
+    clients.jsonl       a line for each client when it first joins: client, shard_digest, samples (train, val
+                        and test) and labels (training samples of each class)
+    releases.jsonl      with privacy.enabled, the clients asked to train in a round, and those whose update was a replay
+
+Each line also has the number of the last complete round at the time. If lines contradict each other, the last one
+counts. A run that goes back to a round drops later lines, but never those of releases.jsonl.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flapp.config.schema import ConfigError
+from flapp.files import replacing
+from flapp.source import read_source, source_digest, versions
+from flapp.untrusted import parse_json
+
+if TYPE_CHECKING:
+    from flapp.messages import Claim
+    from flapp.server.run_dir import RunDirectory
+
+LOGGER = logging.getLogger("flwr")  # importing Flower for its `log` takes 0.3 s, also in commands
+FIX = "bring its data back, or use the other data with resume=true resume_anyway=true"
+Line = dict[str, Any]
+
+
+class Journal:
+    """A file of JSON lines, each with the number of the last complete round when it was written.
+
+    otherwise: what to do when the file is damaged and there is no copy.
+    """
+
+    def __init__(self, path: Path, otherwise: str = "remove it to resume without comparing") -> None:
+        self.path = path
+        self.otherwise = otherwise
+
+    def read(self, before: int | None = None) -> list[Line]:
+        """Return the lines, or only those written before round `before` was complete; raises ConfigError for damage.
+
+        A last line that was cut off while it was written is left out.
+        """
+        try:
+            whole = [text for text in self.path.read_text().splitlines(keepends=True) if text.endswith("\n")]
+            lines = [parse_json(text) for text in whole]
+            return [line for line in lines if before is None or line["round"] < before]
+        except FileNotFoundError:
+            return []
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{self.path} is damaged ({error}): bring it back from a copy, or {self.otherwise}"
+            ) from error
+
+    def append(self, lines: Iterable[Line]) -> None:
+        """Add lines and wait until they are on disk."""
+        with self.path.open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def cut(self, before: int | None) -> None:
+        """Keep only the lines that `read` returns."""
+        if self.path.exists():
+            kept = self.read(before)
+            with replacing(self.path) as partial:
+                Journal(partial).append(kept)
+
+
+class Origin:
+    """The environment that a run began in, recorded in its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.environment = Journal(folder / "environment.jsonl")
+        self.clients = Journal(folder / "clients.jsonl")
+
+    def record(self, server_round: int) -> None:
+        """Record the environment of this process."""
+        facts = {"source_digest": source_digest(), "versions": versions(), "files": _digests()}
+        self.environment.append([{"round": server_round, **facts}])
+
+    def source_change(self, before: int | None) -> str | None:
+        """Say how the source differs from the recorded one (see Journal.read), if both are known and it does."""
+        lines = self.environment.read(before)
+        if not lines or lines[-1]["source_digest"] == source_digest():
+            return None
+        old, new = lines[-1]["files"], _digests()
+        changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+        listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+        return f"source digest was {lines[-1]['source_digest'][:12]}, is {source_digest()[:12]}: {listed} changed"
+
+    def doubt(self, before: int | None) -> str | None:
+        """Say why the final bytes may differ all the same: other versions, or a run that recorded nothing."""
+        lines = self.environment.read(before)
+        if not lines:
+            return f"there is no {self.environment.path}, so whether the source is the same cannot be compared"
+        if (old := lines[-1]["versions"]) != versions():
+            return f"the versions were {old}, are {versions()}, so the final bytes may differ"
+        return None
+
+
+def _digests() -> dict[str, str]:
+    return {name: hashlib.sha256(content).hexdigest() for name, content in read_source().items()}
+
+
+class ClientLedger:
+    """Compare the data of clients that join with what they had before, and record it when it is new.
+
+    With resume_anyway, changed data is accepted, recorded, and noted in metrics.jsonl. `changed` maps refused clients
+    to what changed.
+    """
+
+    def __init__(self, run: "RunDirectory") -> None:
+        self.run = run
+        self.journal = run.origin.clients
+        self.digests: dict[str, str] = {line["client"]: line["shard_digest"] for line in self.journal.read()}
+        self.changed: dict[str, str] = {}
+        if not self.digests and run.last_round():
+            text = "there is no %s, so whether the clients' data is the same cannot be compared"
+            LOGGER.warning(text, self.journal.path)
+
+    def find_fault(self, client_id: str, shard_digest: str) -> str | None:
+        """Return why a client with this data may not join, or None."""
+        before = self.digests.get(client_id, shard_digest)
+        if before == shard_digest or self.run.config.resume_anyway:
+            self.changed.pop(client_id, None)
+            return None
+        change = f"its data changed since the run began: shard digest was {before[:12]}, is {shard_digest[:12]}"
+        self.changed[client_id] = change
+        return f"{change}; {FIX}"
+
+    def record(self, claims: "Mapping[str, Claim]") -> None:
+        """Record the data of clients that have joined, by id."""
+        new = [name for name, claim in claims.items() if self.digests.get(name) != claim.shard_digest]
+        if not new:
+            return
+        done = self.run.last_round()
+        new.sort(key=_by_number)
+        changed = [
+            f"client {name}: shard digest was {self.digests[name][:12]}, is {claims[name].shard_digest[:12]}"
+            for name in new
+            if name in self.digests
+        ]
+        if changed:
+            self.run.observer.append("resumed_anyway", done, changed=changed)
+        self.journal.append({"kind": "client", "round": done, "client": name, **_held(claims[name])} for name in new)
+        self.digests |= {name: claims[name].shard_digest for name in new}
+
+    def refuse_changes(self, members: Collection[str]) -> None:
+        """Raise ConfigError when clients that are not members have other data than they had before."""
+        names = sorted(self.changed.keys() - set(members), key=_by_number)
+        if names:
+            found = "; ".join(f"client {name}: {self.changed[name]}" for name in names[:3])
+            more = f"; and {len(names) - 3} more clients" if len(names) > 3 else ""
+            raise ConfigError(f"the run cannot continue: {found}{more}; {FIX}")
+
+
+def _held(claim: "Claim") -> dict[str, Any]:
+    """Return the fields of a client's data in its line."""
+    samples = {"train": claim.train, "val": claim.val, "test": claim.test}
+    return {"shard_digest": claim.shard_digest, **samples, "labels": list(claim.label_hist)}
+
+
+def _by_number(client_id: str) -> tuple[int, str]:
+    return len(client_id), client_id
+
+
+class ReleaseLedger:
+    """Count releases: each time a client is asked to train, unless it answers with an update that it sent before.
+
+    A client counts as soon as it is asked, because its reply may be on its way when the server fails. So the count is
+    never too low. Lines are never removed, not even by resume_from: what was released stays released. The epsilon so
+    far, of the client with the most releases, goes into metrics.json at once. Raises ConfigError when the file lacks a
+    round of the run.
+    """
+
+    def __init__(self, run: "RunDirectory") -> None:
+        self.settings = run.config.privacy
+        self.totals = run.observer.summary.totals
+        self.journal = Journal(run.path / "releases.jsonl", otherwise="start a new run")
+        self.asked: Counter[tuple[str, int]] = Counter()
+        self.replayed: Counter[tuple[str, int]] = Counter()
+        lines = self.journal.read()
+        self._count(lines)
+        known = {server_round for _, server_round in self.asked}
+        if missing := set(range(1, run.last_round() + 1)) - known:
+            raise ConfigError(
+                f"{self.journal.path} lacks round {min(missing)}, so what clients have released cannot be counted: "
+                "bring it back from a copy, or start a new run"
+            )
+        self.journal.cut(None)
+        if lines:
+            LOGGER.info("so far a client has released %d updates, epsilon %.4g", self.most(), self.spent()["epsilon"])
+
+    def ask(self, server_round: int, names: Collection[str]) -> None:
+        """Record that clients are about to be asked to train."""
+        self._add({"round": server_round, "asked": sorted(names)})
+
+    def replay(self, server_round: int, names: Collection[str]) -> None:
+        """Record that clients have answered with what they had sent before."""
+        if names:
+            self._add({"round": server_round, "replayed": sorted(names)})
+
+    def most(self) -> int:
+        """Return the releases of the client that has the most; the first of a round is never a replay."""
+        releases: Counter[str] = Counter()
+        for (name, server_round), asked in self.asked.items():
+            releases[name] += max(1, asked - self.replayed[name, server_round])
+        return max(releases.values(), default=0)
+
+    def spent(self) -> dict[str, float]:
+        """Return the epsilon so far of the client with the most releases, and its delta, as in metrics.json."""
+        from flapp.privacy import total_epsilon
+
+        return {"epsilon": total_epsilon(self.settings, self.most()), "delta": self.settings.delta}
+
+    def _add(self, line: Line) -> None:
+        self.journal.append([line])
+        self._count([line])
+
+    def _count(self, lines: Iterable[Line]) -> None:
+        for line in lines:
+            for counter, key in ((self.asked, "asked"), (self.replayed, "replayed")):
+                counter.update((name, line["round"]) for name in line.get(key, ()))
+        self.totals |= self.spent()

@@ -1,0 +1,49 @@
+"""Running our tools as a user would: as commands, from a folder that is not the checkout."""
+
+import getpass
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tools.deployment.submit import APP
+
+SECONDS = 400  # generous, for a busy machine
+PYTORCHS = {f"torchinductor_{getpass.getuser()}"}  # its cache, which it makes in every temporary folder
+
+
+def start_tool(home: Path, module: str, *words: str, **settings: Any) -> "subprocess.Popen[str]":
+    """Start a tool over a home, with the home's own folder `tmp` for temporary files if there is one."""
+    env = os.environ | {"FLAPP_HOME": str(home), "PYTHONPATH": str(APP)}
+    if (home / "tmp").is_dir():
+        env["TMPDIR"] = str(home / "tmp")
+    command = [sys.executable, "-m", f"tools.{module}", *words]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=home, env=env, **pipes | settings)
+
+
+def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    """Wait for a tool and return its exit status and what it wrote to stdout and stderr."""
+    out, err = process.communicate(timeout=SECONDS)
+    return process.returncode, out, err
+
+
+def run(home: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    """Run tools.run to its end."""
+    process = start_tool(home, "run", *words)
+    return subprocess.CompletedProcess(process.args, *finish(process))
+
+
+def left_running(home: Path) -> list[psutil.Process]:
+    """List the processes that were started over this home."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("FLAPP_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
