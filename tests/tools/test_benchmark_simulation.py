@@ -49,8 +49,7 @@ def test_the_bare_loop_ends_with_the_model_that_flapp_ends_with(
 def test_a_client_of_the_stock_app_trains_as_the_bare_loop_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("run_id", "node_id", "task_id"):  # no message is made without them
-        monkeypatch.setattr(TaskIdentity, name, 1)
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # no message is made without
     stock.write_app(tmp_path / "app")
     path = linear(tmp_path, 6, 3, 1).work()
     work = bare.read_work(path)
