@@ -37,7 +37,7 @@ from flapp.sums import WeightedSum, weighted_average
 class FedAvg(FlowerFedAvg):
     """Federated averaging (McMahan et al. 2017) whose result does not depend on the order of replies.
 
-    roster: who may take part; observer: is told what happens; releases: counts what clients release, with privacy.enabled.
+    roster: who may take part; observer: is told what happens; releases: counts releases where privacy.enabled is set.
     Flower counts rounds from 1 at every start; `done` is the number of rounds of earlier starts.
     """
 
