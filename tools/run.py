@@ -50,13 +50,17 @@ Settings are written key=value, in Hydra's grammar. These choose a whole group o
   --format json        print events as JSON lines on stdout instead of text
   --hydra-help         Hydra's own options
 
-Results are in home/runs/<run_name>; home is ~/.flapp, or FLAPP_HOME, or home=DIR. Clients run in worker
-processes of this command (deployment=inline); deployment.workers=0 runs them in this very process, for breakpoint().
-deployment=simulation runs them in Ray, deployment=local in Flower's client processes (`python -m tools.federation up`).
-resume_from=7 goes back to round 7, if it is still kept. A finished run is not trained further.
-Accuracy and loss are of the test samples of all clients. Personal accuracy is that of each client's own model: the
-global model, fine-tuned on the client's samples (evaluate.personal_epochs) or with the parts that the client keeps.
-Two times are printed: of the rounds, and, with start-up, of the whole command.
+Results go to ~/.flapp/runs/<run_name>; home=DIR or FLAPP_HOME replaces ~/.flapp. Without run_name, the name is made of
+the experiment and the time.
+Clients run in worker processes of this command (deployment=inline); deployment.workers=0 runs them in this process
+itself, for breakpoint(). deployment=simulation runs them in Ray. deployment=local runs them on SuperNodes, Flower's
+client processes: on this machine (`python -m tools.federation up`), or wherever deployment.address leads.
+run_name=mine resume=true resume_from=7 goes back to round 7, if the server still keeps it (checkpoint=all keeps every
+round). A finished run cannot be given more rounds.
+Accuracy and loss are measured on the test samples of all clients. Personal accuracy is that of each client's own model:
+the global model after fine-tuning on the client's samples (evaluate.personal_epochs), or, with
+strategy.aggregation=fedsa, with the adapter parts that the client keeps to itself.
+Two times are printed: that of the run, from the first client asked to the last result, and that of the whole command.
 Exit status: 0 if every run finished, 1 if one failed or was refused (one line says why), 130 if interrupted.
 """
 NOTES = {"personal_accuracy": " (of each client's own model)"}
@@ -77,7 +81,8 @@ def job(tree: DictConfig) -> float | None:
             outcome |= {key: summary.get(key) for key in ("status", "objective_metric", *sweep.COLUMNS, "run_dir")}
             announce("finished", run_name, summary=summary)
             if not is_json():
-                print(sweep.mark_of(hydra_config) + final_line(summary, time.time() - began))
+                hint = not sweep.is_sweep(hydra_config)
+                print(sweep.mark_of(hydra_config) + final_line(summary, time.time() - began, hint))
         except (RunError, FederationError, SuperLinkError, OmegaConfBaseException, OSError, ValueError) as error:
             outcome["error"] = as_called(str(explain(error) if isinstance(error, OmegaConfBaseException) else error))
             if "resume=true" in outcome["error"]:
@@ -112,8 +117,11 @@ def start(config: Config, hydra_config: HydraConf, outcome: sweep.Outcome) -> No
         outcome["resumable"] = (config.run_name, facts["run_dir"])
 
 
-def final_line(summary: dict[str, Any], took: float | None = None) -> str:
-    """Return the last lines about a finished run; took: seconds since the command, or its job of a sweep, began."""
+def final_line(summary: dict[str, Any], took: float | None = None, hint: bool = True) -> str:
+    """Return the last lines about a finished run.
+
+    took: seconds since the command, or its job of a sweep, began; hint: end with the command that makes a report.
+    """
     shown = dict.fromkeys(("accuracy", "personal_accuracy", "loss", summary.get("objective_metric", "loss")))
     known = {key: value for key in shown if (value := summary.get(key)) is not None}
     figures = [
@@ -135,9 +143,14 @@ def final_line(summary: dict[str, Any], took: float | None = None) -> str:
         *private,
         f"model {Path(summary['run_dir']) / 'model.safetensors'} (of {chosen}, sha256 {summary['model_sha256']})",
         f"results in {summary['run_dir']}",
-        as_called(f"see them with: python -m tools.report {summary['run_dir']} --out report.html"),
     ]
+    lines += [report_hint(summary["run_dir"])] if hint else []
     return "\n".join(lines + refused)
+
+
+def report_hint(folder: str) -> str:
+    """Return the line that says how to see the results of a run or sweep."""
+    return as_called(f"see them with: python -m tools.report {folder} --out report.html")
 
 
 def seconds(run: float, command: float | None) -> str:
@@ -171,9 +184,12 @@ def main() -> int:
         return run_jobs(outcomes)
     finally:
         hint = how_to_go_on(outcomes, words)
+        folders = [each["folder"] for each in outcomes if each["folder"] and each["status"] == "finished"]
         table = sweep.conclude(outcomes)
         if not is_json():
             print(table, end="")
+            if folders:
+                print(report_hint(folders[0]), file=sys.stderr)
         if hint:
             print(hint, file=sys.stderr)
 

@@ -101,7 +101,8 @@ def show(given: argparse.Namespace) -> dict[str, Any]:
         resume = resume_command([*words, *place], entry.name)
     log = [line for line in tail(path / "log.txt") if len(line.split()) > len(EMPTY.split())]
     more = {"summary": read_json(path / "metrics.json", {}), "log": log[-LAST_LINES:]}
-    return {**asdict(entry), "path": str(path), "changed": words, **more, "resume": resume}
+    stores = str(given.home / "checkpoints" / names[0])
+    return {**asdict(entry), "path": str(path), "store_folder": stores, "changed": words, **more, "resume": resume}
 
 
 def show_lines(found: dict[str, Any]) -> Iterator[str]:
@@ -110,6 +111,8 @@ def show_lines(found: dict[str, Any]) -> Iterator[str]:
     sizes = {"folder": "run_bytes", "client stores": "store_bytes", "split models": "split_bytes"}
     held = ", ".join(f"{name} {in_bytes(found[key])}" for name, key in sizes.items() if found[key])
     facts = {"folder": found["path"], "size": held, "started": found["started"]}
+    if found["store_bytes"]:
+        facts["client stores"] = f"{found['store_folder']} (what clients keep between rounds; removed with the run)"
     facts["settings"] = " ".join(found["changed"])
     summary = found["summary"]
     facts |= {name: write(summary[key]) for key, (name, write) in FIGURES.items() if summary.get(key) is not None}

@@ -150,7 +150,7 @@ def test_three_lines_say_what_a_run_is_about_to_do(tmp_path: Path) -> None:
     assert start_lines("mine", overview(config)) == [
         f"run mine in {tmp_path}/runs/mine",
         "linear (11 parameters) on regression (300 training and 90 test samples), 3 clients, 2 a round (iid)",
-        "fedavg, 5 rounds, evaluated every 1; in a training round a client receives 44 B and sends 44 B",
+        "fedavg, 5 rounds, evaluated after every round; in a training round a client receives 44 B and sends 44 B",
     ]
     assert overview(config, is_here=False)["samples"] is None
 

@@ -88,7 +88,7 @@ def start_lines(run_name: str, facts: dict[str, Any]) -> list[str]:
     return [
         f"run {run_name} in {facts['run_dir']}",
         f"{_model(facts)} on {_dataset(facts)}, {_clients(facts)} ({facts['partition']})",
-        f"{_strategy(facts)}, evaluated every {facts['evaluate_every']}; "
+        f"{_strategy(facts)}, evaluated {_interval(facts['evaluate_every'])}; "
         f"in a training round a client receives {down} and sends {up}",
     ]
 
@@ -96,6 +96,10 @@ def start_lines(run_name: str, facts: dict[str, Any]) -> list[str]:
 def job_line(words: list[str], facts: dict[str, Any]) -> str:
     """Return the facts about one job of a sweep, with its own settings, as one line."""
     return f"starting: {' '.join(words)}; {_model(facts)} on {facts['dataset']}, {_clients(facts)}; {_strategy(facts)}"
+
+
+def _interval(every: int) -> str:
+    return "after every round" if every == 1 else f"after every {every} rounds and after the last"
 
 
 def _model(facts: dict[str, Any]) -> str:

@@ -148,8 +148,9 @@ class Progress:
         for found in self.reader.read():
             announce("round", self.config.run_name, rounds=self.config.num_rounds, **found)
             self.bytes += found["bytes_up"] + found["bytes_down"]
+            self._show_figures(found, refresh=False)
             self.rounds.update(found["round"] - self.rounds.n)
-            self._show_figures(found)
+            self.rounds.refresh()
             if self.rounds.disable and not is_json():
                 self._print_round(found)
         if self.reader.current:
@@ -164,10 +165,10 @@ class Progress:
             figures = [f"{key} {value}" for key, value in latest(found).items()] + [f"{found['seconds']:.1f} s"]
             print(f"round {number} of {rounds}: {', '.join(figures)}", file=sys.stderr)
 
-    def _show_figures(self, found: dict[str, Any]) -> None:
+    def _show_figures(self, found: dict[str, Any], refresh: bool = True) -> None:
         """Show the latest losses, the accuracy and all bytes so far beside the bar of rounds."""
         self.shown |= latest(found)
-        self.rounds.set_postfix(self.shown | {"all bytes": tqdm.format_sizeof(self.bytes, "B")})
+        self.rounds.set_postfix(self.shown | {"all bytes": tqdm.format_sizeof(self.bytes, "B")}, refresh=refresh)
 
     def _show_replies(self) -> None:
         now = read_json(self.path / "progress.json")
