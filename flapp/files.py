@@ -6,10 +6,11 @@ Reading files that somebody else may have written is in untrusted.py.
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file whole or not at all; raises ValueError for infinities and NaN, which JSON does not have."""
+    """Write a JSON file whole or not at all; raises ValueError for NaN and the infinities; see `finite`."""
     write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """Return plain values with null for NaN and the infinities, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sync(path: Path) -> None:

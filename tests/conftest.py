@@ -13,6 +13,7 @@ from flwr.proto.node_pb2 import NodeInfo
 
 from flapp import server_app
 from flapp.config.load import compose, to_json
+from flapp.config.schema import ConfigError
 from flapp.data.shards.build import write_shards
 from flapp.data.shards.manifest import Manifest
 from flapp.messages import INSTRUCTIONS
@@ -74,6 +75,14 @@ class LocalGrid(InlineGrid):
         names, keys = self.names, self.keys
         ids = self.get_node_ids()
         return [NodeInfo(node_id=i, name=names.get(i, ""), public_key=keys.get(i, b"")) for i in ids]
+
+
+def refusal_of(overrides: list[str]) -> str:
+    """Return the line with which settings are refused."""
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -25,6 +25,7 @@ from typing import Any
 
 from flapp.checkpoint.chunks import CheckpointError
 from flapp.checkpoint.manager import ChunkManager
+from flapp.files import finite
 from flapp.untrusted import printable
 from tools.running.called import as_called, new_parser
 
@@ -223,15 +224,6 @@ def in_words(metrics: dict[str, Any], width: int = 60) -> str:
     words = (f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in metrics.items())
     text = printable(" ".join(" ".join(words).split()), width + 1)
     return text if len(text) <= width else text[: width - 3] + "..."
-
-
-def finite(value: Any) -> Any:
-    """Return plain values with null for NaN and the infinities, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from flapp.config.load import CONF
 from flapp.config.schema import Config
+from flapp.files import write_text
 
 PAGE = CONF.parent / "docs" / "configuration.md"
 INTRO = """\
@@ -33,7 +34,7 @@ KEY = re.compile(r"^( *)([a-z_]+):(?: [^#]*?)?(?:(?<= )# (.*))?$")
 
 def main() -> int:
     """Write the page."""
-    PAGE.write_text(page())
+    write_text(PAGE, page())
     print(f"wrote {PAGE}")
     return 0
 

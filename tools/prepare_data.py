@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def take_overwrite(overrides: list[str]) -> bool:
-    """Take overwrite=true or false, which is no setting of runs, out of `overrides`; raises ConfigError otherwise."""
+    """Take overwrite=true or false out of `overrides`: it is not a setting of runs. Raises ConfigError otherwise."""
     given = [word for word in overrides if word.startswith("overwrite=")]
     overrides[:] = [word for word in overrides if word not in given]
     if wrong := [word for word in given if word not in ("overwrite=true", "overwrite=false")]:

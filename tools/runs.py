@@ -24,8 +24,9 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from flapp.files import finite
 from flapp.server.run_names import held_lock
-from tools.checkpoints import finite, in_bytes
+from tools.checkpoints import in_bytes
 from tools.page.reading import read_json, tail
 from tools.running.called import as_called, new_parser
 from tools.running.run_entries import (

@@ -4,8 +4,7 @@ Reading order: artifact, sources, partition, images, offline, loader, shards. Th
 flapp imports from the modules.
 """
 
-from importlib import import_module
-from typing import Any
+from flapp import lazy_names
 
 # Imported on first use: preparing data needs no PyTorch, whose import takes more than a second.
 _HOMES = {
@@ -18,8 +17,4 @@ _HOMES = {
     "write_artifact": "artifact",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(__name__, _HOMES)

@@ -3,8 +3,7 @@
 The names below are for users' own code. flapp imports from the modules.
 """
 
-from importlib import import_module
-from typing import Any
+from flapp import lazy_names
 
 # Imported when asked for: checking settings needs no PyTorch, whose import takes more than a second.
 _HOMES = {
@@ -21,8 +20,4 @@ _HOMES = {
     "save_tensors": "files",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(__name__, _HOMES)

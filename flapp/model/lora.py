@@ -110,7 +110,7 @@ def layout_of(model: nn.Module) -> Layout:
 def mark_only_lora_as_trainable(model: nn.Module, also: Sequence[str] | None = None) -> None:
     """Freeze all but the adapters and the modules named in `also`, which is the head if left out.
 
-    The weight and bias of an adapted layer stay frozen, be it the head. Raises ValueError for a name that is no module.
+    The weight and bias of an adapted layer stay frozen, even in the head. Raises ValueError for the name of no module.
     """
     layers = adapted_layers(model)
     model.requires_grad_(False)

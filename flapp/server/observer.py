@@ -5,7 +5,6 @@ The run and the strategy tell it what happens; it decides nothing.
 
 import importlib.util
 import json
-import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from flapp.config.schema import Config, ConfigError
+from flapp.files import finite
 from flapp.server.summary import Summary
 
 PHASES = ("configure", "send", "train", "aggregate", "evaluate", "central", "save")
@@ -175,12 +175,3 @@ def scalars(line: Mapping[str, Any]) -> dict[str, float]:
         elif key not in ("round", "time"):
             found[key] = len(value) if isinstance(value, list) else value
     return {f"{line['kind']}/{key}": value for key, value in found.items() if isinstance(value, int | float)}
-
-
-def finite(value: Any) -> Any:
-    """Return plain values with null for NaN and the infinities, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -40,10 +40,10 @@ import numpy as np
 from flapp.checkpoint.manager import ChunkManager
 from flapp.config.load import config_digest, differences, read_yaml, to_yaml
 from flapp.config.schema import Config, ConfigError
-from flapp.files import write_json, write_text
+from flapp.files import finite, write_json, write_text
 from flapp.model.files import save_tensors
 from flapp.server.journals import LOGGER, Origin
-from flapp.server.observer import Observer, finite
+from flapp.server.observer import Observer
 from flapp.server.run_names import RUNNING, STORE, check_new, is_run, lock_run, name_holder, put_in_place, restarts
 from flapp.server.summary import read_whole_line
 

@@ -57,7 +57,7 @@ def cap_shares(weights: Sequence[float], most: float | None) -> list[float]:
     """Return the weights with the largest lowered until none is more than the share `most` of their sum.
 
     Weights that respect the bound come back unchanged, and so do weights too few for it (two cannot both stay below
-    a half). If only weights of zero are left beside the largest ones, all clients weigh the same. None is no bound.
+    a half). If only weights of zero are left beside the largest ones, all clients weigh the same. None means no bound.
     """
     if most is None or len(weights) * most <= 1 or max(weights) <= most * sum(weights):
         return list(weights)

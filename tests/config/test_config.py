@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from flapp.config.load import CONF, compose, derive_seed, from_dict, load, read_node_config, to_json
 from flapp.config.schema import ConfigError, setting_types
 from flapp.model.build import build_model
+from tests.conftest import refusal_of
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
@@ -92,10 +93,7 @@ def test_every_choice_in_conf_composes_and_builds_its_model(group: str, choice: 
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_wrong_settings_are_refused_in_one_line(overrides: list[str], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        compose(overrides)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in refusal_of(overrides)
 
 
 def test_front_doors_take_a_relative_home_from_where_they_stand(tmp_path: Path) -> None:

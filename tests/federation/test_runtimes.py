@@ -16,7 +16,7 @@ from flwr.app import Array, Error, Message
 from flapp.config.load import compose, to_json
 from flapp.messages import TRAIN, HeldArray
 from tests.conftest import read_lines
-from tests.support.commands import PYTORCHS, SECONDS, left_running, start_tool
+from tests.support.commands import PYTORCHS, SECONDS, left_running, starting_runs
 from tests.support.waiting import wait_for
 from tools.deployment import submit
 from tools.deployment.superlink import CONNECTION, PrivateSuperLink
@@ -181,18 +181,13 @@ KILLS, ROUNDS = 5, 15
 @pytest.fixture
 def start_run(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
     """Return a function that starts tools.run with a home and a temporary folder of its own."""
-    (tmp_path / "tmp").mkdir()
-    started = []
+    with starting_runs(tmp_path) as start:
 
-    def start(*words: str) -> "subprocess.Popen[str]":
-        with (tmp_path / "said.txt").open("wb") as said:
-            started.append(start_tool(tmp_path, "run", *words, stdout=said, stderr=said))
-        return started[-1]
+        def start_quietly(*words: str) -> "subprocess.Popen[str]":
+            with (tmp_path / "said.txt").open("wb") as said:
+                return start(*words, stdout=said, stderr=said)
 
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
+        yield start_quietly
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from flapp.messages import describe_error, views
 from flapp.server.inline import CLIENT_APP, SERVER_NODE, InlineGrid, start_forkserver
 from flapp.server.shared_arrays import LEAST_BYTES
 from tests.conftest import read_lines
-from tests.support.commands import PYTORCHS, SECONDS, left_running, start_tool
+from tests.support.commands import PYTORCHS, SECONDS, left_running, starting_runs
 from tests.support.inline_app import say
 from tests.support.waiting import wait_for
 from tools.running import inline
@@ -276,17 +276,8 @@ def test_workers_are_dealt_out_over_the_gpus(
 @pytest.fixture
 def tool(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Return a function that starts tools.run in a process group of its own, with a home and a temporary folder."""
-    started = []
-    (tmp_path / "tmp").mkdir()
-
-    def begin(*words: str) -> subprocess.Popen[str]:
-        started.append(start_tool(tmp_path, "run", TOY, *words, start_new_session=True))
-        return started[-1]
-
-    yield begin
-    for process in started:
-        process.kill()
-        process.communicate()
+    with starting_runs(tmp_path) as start:
+        yield lambda *words: start(TOY, *words, start_new_session=True)
 
 
 @pytest.mark.slow

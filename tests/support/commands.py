@@ -4,6 +4,8 @@ import getpass
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,24 @@ def start_tool(home: Path, module: str, *words: str, **settings: Any) -> "subpro
     command = [sys.executable, "-m", f"tools.{module}", *words]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=home, env=env, **pipes | settings)
+
+
+@contextmanager
+def starting_runs(home: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Give a function that starts tools.run with a folder of its own for temporary files; kill the runs at the end."""
+    (home / "tmp").mkdir()
+    started = []
+
+    def start(*words: str, **settings: Any) -> "subprocess.Popen[str]":
+        started.append(start_tool(home, "run", *words, **settings))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
 
 
 def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:

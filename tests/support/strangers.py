@@ -8,6 +8,9 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
+# Imported here, because grpc and httpx import these on first use, and another user may be unable to read them then.
+import grpc._channel  # noqa: F401
+import httpcore  # noqa: F401
 import pytest
 
 from tests.support.waiting import WAIT_SECONDS
