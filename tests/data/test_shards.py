@@ -19,9 +19,9 @@ from flapp.data.artifact import DataError
 from flapp.data.loader import ClientLoader
 from flapp.data.offline import OfflineDataset
 from flapp.data.partition import load_partition
-from flapp.data.shards import dataset as shard_dataset
 from flapp.data.shards.build import export_artifacts, write_shards
 from flapp.data.shards.client import DistributedShardLoader
+from flapp.data.shards.leaf import CLASS_NAMES
 from flapp.data.shards.manifest import Manifest, load_manifest
 from flapp.training import train
 from tests.support.leaf_files import (
@@ -201,7 +201,7 @@ def test_shards_and_the_exported_artifacts_train_the_same_model(shards: Manifest
 
     for split, artifact in (("train", "train"), ("val", "train"), ("test", "test")):
         shared = OfflineDataset(tmp_path / "femnist" / artifact)
-        assert shared.classes == shard_dataset.ShardSplit.classes
+        assert shared.classes == CLASS_NAMES
         for client in shards:
             own = DistributedShardLoader(shards.shard_path(client)).split(split)
             indices = getattr(partition, split)[int(client)]

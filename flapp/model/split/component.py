@@ -54,15 +54,22 @@ class SplitModel(nn.Module):
         """Return the metadata that does not depend on the files."""
         part, tensors = self.part, self.state_dict().values()
         start, end = part.layers
-        parameters = {name: p.numel() for name, p in self.named_parameters() if name not in self.tied}
         dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
         return {
-            **{"model_type": part.model_type, "model_class": type(self).__name__},
-            **{"name": part.name, "component": part.component, "split_points": list(part.split_points)},
-            **{"start_layer": start, "end_layer": end, "num_layers": part.num_layers},
-            **{"num_parameters": sum(parameters.values()), "tied": dict(self.tied)},
-            **{"dtype": "+".join(dtypes), "memory_mb": sum(tensor.nbytes for tensor in tensors) / 2**20},
-            **{"config": dict(part.config), "model_sha256": part.model_sha256},
+            "model_type": part.model_type,
+            "model_class": type(self).__name__,
+            "name": part.name,
+            "component": part.component,
+            "split_points": list(part.split_points),
+            "start_layer": start,
+            "end_layer": end,
+            "num_layers": part.num_layers,
+            "num_parameters": sum(p.numel() for name, p in self.named_parameters() if name not in self.tied),
+            "tied": dict(self.tied),
+            "dtype": "+".join(dtypes),
+            "memory_mb": sum(tensor.nbytes for tensor in tensors) / 2**20,
+            "config": dict(part.config),
+            "model_sha256": part.model_sha256,
         }
 
 

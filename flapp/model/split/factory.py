@@ -77,7 +77,7 @@ class ModelFactory:
         whole = kind.read(model_name_or_path, **settings)
         check_points(*points, whole.num_layers)
         if auto_save and storage_path is not None:
-            StorageManager.prepare(storage_path, name or whole.name, *points, overwrite)
+            StorageManager.check(storage_path, name or whole.name, *points, overwrite)
         about = (points, whole.num_layers, whole.config, whole.sha256)
         parts = [Part(model_type, name or whole.name, component, *about) for component in COMPONENTS]
         bottom, trunk, top = models = [_fill(_skeleton(kind, part), part, whole.tensors) for part in parts]
@@ -178,7 +178,7 @@ def _fill(model: SplitModel, part: Part, tensors: Mapping[str, Tensor]) -> Split
     found = {name: tensors[name] for name in own if name in tensors}
     if fault := mismatch(shapes_of(own), shapes_of(found)):
         raise ValueError(f"{part.name} does not fit {type(model).__name__}: {fault}")
-    model.load_state_dict({name: tensors[name] for name in own}, assign=True)
+    model.load_state_dict(found, assign=True)
     model.part = part
     return model.eval()
 
