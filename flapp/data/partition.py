@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from flapp.data.artifact import DataError, locked, refusing
 from flapp.files import replacing
@@ -96,20 +95,18 @@ def load_partition(path: Path, **settings: Any) -> Partition:
 def _read_partition(path: Path, known: dict[str, int]) -> Partition:
     """Read a saved partition; raises ValueError unless every array fits the others and the known numbers of samples."""
     check_safetensors(path, MOST_HEADER)
-    with safe_open(path, framework="numpy") as file:
-        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is not a mapping
-        kinds = {name: (part.get_dtype(), len(part.get_shape())) for name, part in found.items()}
-        splits = (*SPLITS, "val") if "val_indices" in found else SPLITS
-        names = [f"{split}_{what}" for split in splits for what in ("indices", "offsets")]
-        if kinds != dict.fromkeys(names, ("I64", 1)) | {"requested": ("F64", 2)}:
-            raise ValueError(f"it holds {kinds or 'nothing'}")
-        lengths = {name: part.get_shape()[0] for name, part in found.items()}
-        for split, count in known.items():
-            if (held := lengths[f"{split}_indices"]) != count:
-                raise ValueError(f"{split}_indices has {held:,} entries, the dataset has {count:,} samples")
-        if {lengths[f"{split}_offsets"] for split in splits} != {lengths["requested"] + 1}:
-            raise ValueError(f"its arrays are of different numbers of clients: {lengths}")
-        saved = {name: file.get_tensor(name) for name in kinds}
+    saved = load_file(path)
+    splits = (*SPLITS, "val") if "val_indices" in saved else SPLITS
+    names = [f"{split}_{what}" for split in splits for what in ("indices", "offsets")]
+    kinds = {name: (str(array.dtype), array.ndim) for name, array in saved.items()}
+    if kinds != dict.fromkeys(names, ("int64", 1)) | {"requested": ("float64", 2)}:
+        raise ValueError(f"it holds {kinds or 'nothing'}")
+    lengths = {name: len(array) for name, array in saved.items()}
+    for split, count in known.items():
+        if (held := lengths[f"{split}_indices"]) != count:
+            raise ValueError(f"{split}_indices has {held:,} entries, the dataset has {count:,} samples")
+    if {lengths[f"{split}_offsets"] for split in splits} != {lengths["requested"] + 1}:
+        raise ValueError(f"its arrays are of different numbers of clients: {lengths}")
     parts = {}
     for split in splits:
         indices, offsets = saved[f"{split}_indices"], saved[f"{split}_offsets"]

@@ -1,12 +1,7 @@
-"""Where artifacts come from: the embedded datasets, and the files of CIFAR-10 and CIFAR-100.
+"""Where artifacts come from: the embedded datasets, and the files of CIFAR-10 and CIFAR-100 as torchvision has them.
 
-CIFAR's python files, as torchvision downloads them:
-
-    cifar-10-batches-py/   data_batch_1 to data_batch_5, test_batch, batches.meta
-    cifar-100-python/      train, test, meta
-
-Each file is one dict, pickled by Python 2: b"data" is uint8 (n, 3072), each row the red, the green and the blue plane;
-b"labels" or b"fine_labels" are n whole numbers; the meta file has the class names. Nothing in these files is executed.
+Each file of CIFAR is one dict, pickled by Python 2: b"data" is uint8 (n, 3072), each row the red, the green and the
+blue plane; b"labels" or b"fine_labels" are n whole numbers; the meta file has the class names. Nothing in them is run.
 """
 
 import hashlib

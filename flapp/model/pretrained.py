@@ -91,9 +91,9 @@ def _fit(layout: Layout, found: Mapping[str, Shape], path: Path) -> tuple[bool, 
     own, state = layout.tensors, dict(found)
     resized = _can_be_resized(own.get(POSITIONS), state.get(POSITIONS))
     state |= {POSITIONS: own[POSITIONS]} if resized else {}
-    head = [name for name in own if name.rpartition(".")[0] == layout.head]
-    head_loaded = not all(name in state and _differs_in_rows(state[name], own[name]) for name in head)
-    state |= {} if head_loaded else {name: own[name] for name in head}
+    head = {name: shape for name, shape in own.items() if name.rpartition(".")[0] == layout.head}
+    head_loaded = not all(_differs_in_rows(state.get(name, shape), shape) for name, shape in head.items())
+    state |= {} if head_loaded else head
     if fault := mismatch(own, state):
         grey = "first conv_proj.weight (" in fault
         hint = "build it with channels=3 to show it grey images" if grey else "give weights of this very model"

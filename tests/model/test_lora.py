@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 from flapp.model.lora import (
     LoRALinear,
@@ -79,16 +80,6 @@ def test_training_changes_every_tensor_that_travels_and_each_adapter_counts(
     assert torch.equal(logits(model, name), trained)  # merging did not change the model
 
 
-def test_the_output_is_that_of_the_formula() -> None:
-    model = steps(adapted("linear", ("fc",), rank=3), "linear", 3)
-    state = {key.removeprefix("fc."): tensor.double() for key, tensor in model.state_dict().items()}
-    x = batch("linear")[0]
-    weight = state["weight"] + 6 / 3 * state["lora_B"] @ state["lora_A"]
-    exact = x.double() @ weight.T + state["bias"]
-    torch.testing.assert_close(logits(model, "linear").double(), exact, atol=1e-6, rtol=1e-6)
-    assert model.fc(x[0]).shape == (3,)  # type: ignore[operator]  # a layer takes samples without a batch, too
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_a_fresh_adapter_keeps_names_values_and_outputs(name: str) -> None:
     plain, model = base(name), adapted(name, MODELS[name][2][0])
@@ -136,19 +127,21 @@ def test_adapters_train_under_autocast_and_merge_without_its_rounding() -> None:
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters() if p.requires_grad)
 
 
-def test_dropout_is_before_a_in_training_only() -> None:
+def test_the_output_is_that_of_the_formula_with_dropout_before_a_in_training_only() -> None:
     model = steps(adapted("linear", ("fc",), dropout=0.5), "linear", 2)
-    x = batch("linear")[0]
+    x, fc = batch("linear")[0], model.fc
+    assert isinstance(fc, LoRALinear)
+
+    def formula(dropped: Tensor) -> Tensor:
+        return nn.functional.linear(x, fc.weight, fc.bias) + 3.0 * dropped @ fc.lora_A.T @ fc.lora_B.T
+
     model.train()
     torch.manual_seed(0)
     found = model(x)
     torch.manual_seed(0)
-    dropped = nn.functional.dropout(x, 0.5)
-    fc = model.fc
-    assert isinstance(fc, LoRALinear)
-    wanted = nn.functional.linear(x, fc.weight, fc.bias) + 3.0 * dropped @ fc.lora_A.T @ fc.lora_B.T
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
-    assert torch.equal(logits(model, "linear"), logits(model, "linear"))
+    torch.testing.assert_close(found, formula(nn.functional.dropout(x, 0.5)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(model, "linear"), formula(x), atol=1e-6, rtol=1e-6)
+    assert fc(x[0]).shape == (3,)  # a layer takes samples without a batch, too
 
 
 def test_no_gradient_is_computed_below_the_first_adapter() -> None:
@@ -164,25 +157,13 @@ def test_no_gradient_is_computed_below_the_first_adapter() -> None:
     assert reached == {"encoder_layer_0": False, "encoder_layer_1": False, "encoder_layer_2": True}
 
 
-def test_the_head_has_its_own_name_in_each_model() -> None:
-    assert [head_of(base(name)) for name in MODELS] == ["heads.head", "fc2", "fc"]
-    with pytest.raises(ValueError, match="ReLU has no linear layer"):
-        head_of(nn.ReLU())
-
-
-def test_what_is_trained_beside_the_adapters_can_be_chosen() -> None:
+def test_the_head_travels_beside_the_adapters_and_so_does_a_frozen_a() -> None:
     model = adapted()
-    mark_only_lora_as_trainable(model, also=("encoder.ln", "conv_proj"))
-    beside = {key for key in lora_state_dict(model) if ".lora_" not in key}
-    assert beside == {"encoder.ln.weight", "encoder.ln.bias", "conv_proj.weight", "conv_proj.bias"}
-    mark_only_lora_as_trainable(model, also=())
-    assert all(".lora_" in key for key in lora_state_dict(model))
     keys = set(lora_state_dict(model)), set(frozen_of(model))
+    assert {key for key in keys[0] if ".lora_" not in key} == {"heads.head.weight", "heads.head.bias"}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and not name.endswith("lora_A"))
-    assert (set(lora_state_dict(model)), set(frozen_of(model))) == keys  # a frozen A still travels
-    with pytest.raises(ValueError, match="ViT has no module 'classifier' to train"):
-        mark_only_lora_as_trainable(model, also=("classifier",))
+    assert (set(lora_state_dict(model)), set(frozen_of(model))) == keys
 
 
 def test_buffers_travel_since_training_changes_them() -> None:
@@ -232,19 +213,17 @@ def test_adapters_that_cannot_be_say_why_and_leave_the_model_alone(name: str, lo
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_layer_takes_one_adapter_and_a_model_without_any_says_so() -> None:
+def test_a_layer_takes_one_adapter_and_a_model_without_any_or_without_a_head_says_so() -> None:
     with pytest.raises(ValueError, match="qkv, which is LoRALinear: choose among"):
         add_lora(adapted(), 2, 2.0)
+    with pytest.raises(ValueError, match="out_proj, which is NonDynamicallyQuantizableLinear"):
+        add_lora(VisionTransformer(8, 4, 1, 2, 16, 32), 2, 2.0, ["out_proj"])  # it would bypass an adapter
     for verb in (mark_only_lora_as_trainable, lora_state_dict, merged_state_dict):
         with pytest.raises(ValueError, match="ViT has no adapters: call add_lora first"):
             verb(base())  # type: ignore[operator]
-
-
-def test_torchvisions_own_attention_is_refused_since_it_would_bypass_an_adapter() -> None:
-    from torchvision.models import VisionTransformer
-
-    with pytest.raises(ValueError, match="out_proj, which is NonDynamicallyQuantizableLinear"):
-        add_lora(VisionTransformer(8, 4, 1, 2, 16, 32), 2, 2.0, ["out_proj"])
+    assert [head_of(base(name)) for name in MODELS] == ["heads.head", "fc2", "fc"]
+    with pytest.raises(ValueError, match="ReLU has no linear layer"):
+        head_of(nn.ReLU())
 
 
 @pytest.mark.parametrize("remake", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])  # noqa: S301

@@ -75,6 +75,7 @@ def test_a_run_that_broke_off_while_its_model_was_stored_is_resumed(
 ) -> None:
     place = (tmp_path / "split", f"{tmp_path.name}-0", 1, 2, "bottom")
     bottom = StorageManager.get_split_model_path(*place)
+    bottom.parent.mkdir(parents=True)
     with monkeypatch.context() as patch:
         patch.setattr(ModelFactory, "create_split_models", lambda *_, **__: bottom.write_text("half") and 1 / 0)
         with pytest.raises(ZeroDivisionError):

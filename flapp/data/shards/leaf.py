@@ -236,9 +236,8 @@ def _check_index(path: Path, users: list[Any], counts: list[Any], found: dict[st
     if unlike := sorted({*map(str, users)} ^ found.keys()):
         raise DataError(f"{path}: users and user_data name different writers: {printable(', '.join(unlike[:3]))}")
     if not len(users) == len(counts) == len(found):
-        raise DataError(
-            f"{path} has {len(users)} users, {len(counts)} num_samples and {len(found)} writers in user_data"
-        )
+        numbers = f"{len(users)} users, {len(counts)} num_samples and {len(found)} writers in user_data"
+        raise DataError(f"{path} has {numbers}")
     for user, count in zip(users, counts, strict=True):
         held = len(found[str(user)].labels)
         if type(count) is not int or count != held:

@@ -85,8 +85,7 @@ class StorageManager:
         """Raise ValueError when a split could not be stored below `base`; makes no folder."""
         for component in COMPONENTS:
             path = StorageManager.get_split_model_path(base, name, p1, p2, component)
-            if not overwrite:
-                _check_free(path)
+            _check_free(path, overwrite)
             nearest = next(folder for folder in path.parents if os.path.exists(folder))
             if not nearest.is_dir():
                 raise ValueError(f"{nearest} is not a folder: name another storage folder")
@@ -115,10 +114,9 @@ def write_components(
     """
     from safetensors import SafetensorError
 
-    if not overwrite:
-        for path in contents:
-            _check_free(path)
-    path, written = Path(), []
+    for path in contents:
+        _check_free(path, overwrite)
+    written = []
     try:
         with ExitStack() as stack:  # renames in the reverse order: weights, then metadata
             for path in contents:
@@ -197,7 +195,7 @@ def read_metadata(path: str | Path) -> Metadata:
     return metadata
 
 
-def _check_free(path: Path) -> None:
+def _check_free(path: Path, overwrite: bool) -> None:
     for file in (path, StorageManager.get_model_metadata_path(path)):
-        if file.exists():
+        if not overwrite and file.exists():
             raise ValueError(f"{file} exists already: set overwrite to replace it, or give another name or folder")
