@@ -5,8 +5,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -296,41 +296,35 @@ def test_a_crash_of_a_first_save_is_refused_until_it_is_stored_again(
     ModelFactory.load_split_models(tmp_path)
 
 
-@pytest.mark.parametrize("size", [300, 100_000, 150_000])
-def test_a_full_disk_leaves_all_old_files_as_they_were(base: Path, models: list[Path], size: int) -> None:
-    before = files_in(base)
-    with largest_file(size), pytest.raises(ValueError, match="cannot be written .*free space") as caught:
-        store(base, models[1])
-    assert refusal(caught.value)
-    assert files_in(base) == before
-    store(base, models[1])
-    ModelFactory.load_split_models(base)
-
-
-def fail_at(sync: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def failing_sync(number: int) -> Iterator[None]:
     """Let the disk be full at the fsync with this number."""
-    left, fsync = iter(range(sync)), os.fsync
+    left, fsync = iter(range(number)), os.fsync
 
     def fail(descriptor: int) -> None:
         if next(left, None) is None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        yield
 
 
-@pytest.mark.parametrize("sync", range(2 * STAGED))
-def test_a_disk_that_fills_up_at_any_file_leaves_all_old_files_as_they_were(
-    base: Path, models: list[Path], monkeypatch: pytest.MonkeyPatch, sync: int
+FULL = [*(partial(largest_file, n) for n in (300, 100_000, 150_000)), *(partial(failing_sync, n) for n in range(12))]
+
+
+@pytest.mark.parametrize("full_disk", FULL)
+def test_a_full_disk_leaves_all_old_files_as_they_were(
+    base: Path, models: list[Path], full_disk: Callable[[], AbstractContextManager[None]]
 ) -> None:
     before = files_in(base)
-    with monkeypatch.context() as patch:
-        fail_at(sync, patch)
-        with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\): free space"):
-            store(base, models[1])
+    with full_disk(), pytest.raises(ValueError, match="cannot be written .*free space") as caught:
+        store(base, models[1])
+    assert refusal(caught.value)
     assert files_in(base) == before
     store(base, models[1])
-    assert set(files_in(base)) == set(before)
+    ModelFactory.load_split_models(base)
 
 
 def test_a_folder_that_cannot_be_made_or_written_is_refused(
