@@ -113,6 +113,7 @@ def write_artifact(
     len(classes), or float32 (N,) with no classes. source_sha256: of the files that the split comes from, by default
     of the arrays. Raises DataError for anything else.
     """
+    _check(folder, images.dtype, images.shape, labels, len(classes), layout)
     source_sha256 = source_sha256 or arrays_sha256(images, labels)
     write_rows(folder, lambda start, stop: images[start:stop], images.shape, labels, classes, source_sha256, layout)
 
