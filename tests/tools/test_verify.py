@@ -122,7 +122,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "another format": (lambda s: change_meta(s, format_version=9), "completion marker", "format 9"),
     "no source": (lambda s: change_meta(s, source_sha256=""), "completion marker", "is not a SHA-256"),
     "no hashes": (lambda s: change_meta(s, images={}), "completion marker", "is damaged (KeyError('blocks'))"),
-    "a raw memmap": (drop_header, "images header and length", "no .npy header"),
+    "a raw memmap": (drop_header, "images header and length", "header is not one of a .npy array"),
     "pickled images": (save("images", lambda a: a.astype(object), True), "images header and length", "Python objects"),
     "a truncated file": (truncate, "images header and length", "too few"),
     "a file of double size": (double, "images header and length", "11,520 bytes behind its array"),
