@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.support.waiting import wait_for
 from tools.bench import bare, simulation, stock
 from tools.bench.simulation import NO_EVALUATION, Workload, cnn, linear
-from tools.bench.usage import CommandError, LineCounter, ProcessTree, Usage, watch
+from tools.bench.usage import CommandError, ProcessTree, Usage, count_lines, watch
 
 BURN = "import time\nwhile time.process_time() < 0.6: pass\n"
 DIGITS = ("experiment=digits_fedavg", "clients=12", "strategy.fraction_train=0.17", "checkpoint=off", "train.epochs=1")
@@ -114,13 +114,12 @@ def test_a_command_without_its_rounds_is_an_error_that_says_why(command: str, er
 
 
 def test_a_line_counts_once_it_is_whole(tmp_path: Path) -> None:
-    path = tmp_path / "lines"
-    counter = LineCounter(path, b'"round"')
-    assert counter.read() == 0
+    path, mark = tmp_path / "lines", b'"round"'
+    assert count_lines(path, mark) == 0
     for text, count in (('{"round"', 0), ("}\n{}\n", 1), ('{"round"}\n{"round"}\n', 3), ("", 3)):
         with path.open("a") as file:
             file.write(text)
-        assert counter.read() == count
+        assert count_lines(path, mark) == count
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def test_a_whole_run_is_shown_from_curves_to_digests(whole: Page) -> None:
 
 def test_every_colour_follows_light_and_dark(sweep: Path) -> None:
     style, _, body = sweep.read_text().partition("</style>")
-    assert not [light for light, _ in PALETTE.values() if light in body]
+    assert not [light for light in PALETTE.values() if light in body]
     used = set(re.findall(r"var\((--[a-z0-9]+)\)", style + body))
     assert {"--c0", "--ink", "--page", "--bad"} <= used
     for name in used:

@@ -18,8 +18,9 @@ from flapp.config.load import read_yaml
 from flapp.server.summary import read_line, sound_summary
 from flapp.untrusted import MOST_BYTES, check_regular, printable
 from flapp.untrusted import read_json as parse_file
+from tools.checkpoints import by_number
 from tools.deployment.superlink import ANSI
-from tools.page.run import Clients, Job, Run, Stores, by_number, names_of, number
+from tools.page.run import Clients, Job, Run, Stores, names_of, number
 
 METRICS, HELD, STORE = "metrics.jsonl", "clients.jsonl", "server_chunks.db"  # flapp.server.run_dir would import PyTorch
 RUN_FILES = ("config.yaml", METRICS, "metrics.json")

@@ -1,6 +1,5 @@
 """A run as the report needs it: lines by kind, what is known of single clients, checkpoint stores added up."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ import numpy as np
 
 from flapp.server.observer import PHASES
 from flapp.server.summary import is_finite, is_number
+from tools.checkpoints import by_number
 
 OWN_NAMES = ("run_name", "resume", "resume_from", "resume_anyway")  # settings in which any two runs may differ
 PLACES = ("home", "deployment.", "split.")  # settings, or the groups of them, that say where a run took place
@@ -165,11 +165,6 @@ def number(values: Mapping[str, Any], key: str) -> float | None:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value if is_finite(value) else None
-
-
-def by_number(name: str) -> list[tuple[str, int]]:
-    """Return a key that sorts client 2 before client 10."""
-    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
 
 
 def names_of(runs: list[Run]) -> list[str]:

@@ -9,12 +9,12 @@ import numpy as np
 from flapp.server.summary import in_words
 from flapp.untrusted import read_json
 from tools.bench import HEADS, Row
-from tools.checkpoints import count, in_bytes
+from tools.checkpoints import by_number, count, in_bytes
 from tools.page.charts import MB
 from tools.page.drawing import Picture
 from tools.page.markup import Html, facts, figures, folded, join, note, section, table, tag
 from tools.page.reading import STORES_OPENED, ReportError
-from tools.page.run import Run, Stores, by_number, number
+from tools.page.run import Run, Stores, number
 
 MOST_REASONS, MOST_CLIENTS, MOST_NAMES = 20, 20, 12
 NONE = "-"
