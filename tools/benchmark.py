@@ -26,6 +26,7 @@ import psutil
 
 from flapp.files import write_text
 from tools.bench import HEADS, Row
+from tools.checkpoints import table
 from tools.deployment.processes import available_cpus
 from tools.running.called import new_parser
 
@@ -51,13 +52,6 @@ def describe_machine() -> dict[str, str]:
         **{name: version(name) for name in ("torch", "flwr")},
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
-
-
-def table(rows: list[Row]) -> str:
-    """Return the rows as an aligned text table."""
-    cells = [HEADS, *(row.cells() for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(HEADS))]
-    return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
 def rows_of(topic: str, short: bool = False) -> list[Row]:
@@ -99,7 +93,7 @@ def main(words: list[str] | None = None) -> int:
     seconds = round(time.monotonic() - started, 1)
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     print(f"{seconds:.0f} s in all\n")
-    print(table(rows))
+    print("\n".join(table(HEADS, [row.cells() for row in rows], ())))
     if arguments.json:
         as_json = [asdict(row) | {"limit": row.least, "verdict": row.verdict} for row in rows]
         found = {"machine": machine, "seconds": seconds, "rows": as_json}

@@ -1,12 +1,12 @@
 """Saving and loading ViT-B by the chunk store, against whole files and against flat pickled chunks."""
 
 import hashlib
-import itertools
 import pickle
 import sqlite3
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count, cycle
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ def rows() -> list[Row]:
     disk = next((path for path in choices if not any(path.is_relative_to(each) for each in in_memory)), choices[0])
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(prefix="flapp-bench-", dir=disk) as folder:
-        return [row for topic in (saving, saving_lora, loading, small) for row in topic(Path(folder))]
+        return [row for measured in (saving, saving_lora, loading) for row in measured(Path(folder))]
 
 
 def save_torch(path: Path, state: State) -> None:
@@ -64,7 +64,7 @@ def save_flat_pickled(path: Path, state: State) -> None:
 
 def chunk_saver(store: ChunkManager, whole: bool = False) -> Save:
     """Return a function that saves round after round, each of them entirely new to the store if `whole`."""
-    rounds = itertools.count()
+    rounds = count()
 
     def save(state: State) -> None:
         saved = store.save_model_chunks(state, next(rounds))
@@ -76,10 +76,8 @@ def chunk_saver(store: ChunkManager, whole: bool = False) -> Save:
     return save
 
 
-def alternate(save: Save, states: list[State]) -> Callable[[], None]:
-    """Return a function that saves one state after the other, over and over."""
-    turns = itertools.cycle(states)
-    return lambda: save(next(turns))
+def save_next(save: Save, states: Iterator[State]) -> None:
+    save(next(states))
 
 
 def random_like(state: State) -> State:
@@ -96,7 +94,7 @@ def saving(folder: Path) -> list[Row]:
         "flat pickled chunks": partial(save_flat_pickled, folder / "flat.db"),
         "store": chunk_saver(ChunkManager(folder / "store.db", keep_rounds=1), whole=True),
     }
-    seconds = measure({name: alternate(save, states) for name, save in ways.items()}, warmup=3)
+    seconds = measure({name: partial(save_next, save, cycle(states)) for name, save in ways.items()}, warmup=3)
     return [
         Row("save ViT-B, all changed", against, seconds[against] / seconds["store"], target)
         for against, target in zip(ways, (2.2, 1.9, 25.0), strict=False)
@@ -156,19 +154,3 @@ def loading(folder: Path) -> list[Row]:
     what, against = "verified load into the live ViT-B", "torch.load + load_state_dict, unverified"
     note = f"{seconds['torch only'] / seconds['store']:.2f}x against torch.load alone"
     return [Row(what, against, seconds["torch"] / seconds["store"], 2.8, note=note)]
-
-
-def small(folder: Path) -> list[Row]:
-    """Save small models, whose cost is that of the fsyncs; for information."""
-    result = []
-    models = {"linear, 11 parameters": nn.Linear(10, 1), "vit_tiny": build_model("vit_tiny", (32, 32, 3), 10)}
-    for name, model in models.items():
-        states = [random_like(model.state_dict()) for _ in range(2)]
-        store = ChunkManager(folder / f"{name}.db", keep_rounds=1)
-        save = partial(save_torch, folder / "small.pt")
-        seconds = measure(
-            {"torch": alternate(save, states), "store": alternate(chunk_saver(store), states)}, repeats=15
-        )
-        note = f"for information; {store.get_storage_stats()['storage_size_bytes']:,} bytes"
-        result.append(Row(f"save {name}", "torch.save + fsync", seconds["torch"] / seconds["store"], 0, note=note))
-    return result

@@ -16,12 +16,12 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
-from flapp.data.artifact import write_artifact
-from flapp.data.images import NORMALIZATIONS, resize
+from flapp.data.artifact import open_artifact, write_artifact
+from flapp.data.images import NORMALIZATIONS, materialize
 from flapp.data.loader import ClientLoader
 from flapp.data.offline import OfflineCIFAR10
 from tools.bench import Row, measure
@@ -43,20 +43,6 @@ class LocalCIFAR10(CIFAR10):
         return True
 
 
-class Float32Memmap(Dataset[tuple[Tensor, int]]):
-    """Raw memmaps: normalised float32 (N, 3, 224, 224) without a header, 36 GB for the whole of CIFAR-10."""
-
-    def __init__(self, path: Path, labels: np.ndarray) -> None:
-        self.images = np.memmap(path, np.float32, "r", shape=(len(labels), 3, SIZE, SIZE))
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return torch.from_numpy(self.images[index].copy()), int(self.labels[index])
-
-
 def prepare(folder: Path) -> None:
     """Write the same random images as torchvision's files, native and resized artifacts, and a raw float32 memmap."""
     rng = np.random.default_rng(0)
@@ -68,12 +54,10 @@ def prepare(folder: Path) -> None:
         batch = {"data": planes[rows], "labels": labels[rows].tolist()}
         (theirs / f"data_batch_{i}").write_bytes(pickle.dumps(batch))
     (theirs / CIFAR10.meta["filename"]).write_bytes(pickle.dumps({CIFAR10.meta["key"]: CLASSES}))
-    native, with_resized = (folder / name / "cifar10" / "train" for name in ("native", "resized"))
-    for train in (native, with_resized):
-        write_artifact(train, images, labels, CLASSES)
-    resized = resize(torch.from_numpy(images).permute(0, 3, 1, 2), SIZE).numpy()
-    write_artifact(with_resized.with_name(f"train@{SIZE}"), resized, labels, CLASSES, layout="NCHW")
-    resized[:MEASURED].astype(np.float32).tofile(folder / "seed.bin")
+    for name in ("native", "resized"):
+        write_artifact(folder / name / "cifar10" / "train", images, labels, CLASSES)
+    ahead = open_artifact(materialize(folder / "resized" / "cifar10" / "train", SIZE))
+    ahead.images[:MEASURED].astype(np.float32).tofile(folder / "seed.bin")
 
 
 def consume(batches: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -99,13 +83,14 @@ def speed(folder: Path) -> list[Row]:
     assert statistics_
     pipeline = [transforms.Resize((SIZE, SIZE)), transforms.ToTensor(), transforms.Normalize(*statistics_)]
     chosen = np.random.default_rng(1).permutation(IMAGES)[:MEASURED]
-    theirs: Dataset[Any] = Subset(LocalCIFAR10(folder, transform=transforms.Compose(pipeline)), chosen.tolist())
-    seed = Float32Memmap(folder / "seed.bin", np.zeros(MEASURED, np.int64))
+    theirs: Subset[Any] = Subset(LocalCIFAR10(folder, transform=transforms.Compose(pipeline)), chosen.tolist())
+    # Raw memmaps: normalised float32 without a header, 36 GB for the whole of CIFAR-10.
+    seed = torch.from_numpy(np.memmap(folder / "seed.bin", np.float32, "c", shape=(MEASURED, 3, SIZE, SIZE)))
     native, resized = (OfflineCIFAR10(folder / name) for name in ("native", "resized"))
     loader = partial(ClientLoader, indices=np.arange(IMAGES), batch_size=BATCH, seed=0, image_size=SIZE)
     loaders: dict[str, Iterable[tuple[Tensor, Tensor]]] = {
         "torchvision": DataLoader(theirs, BATCH, shuffle=True),
-        "seed": DataLoader(seed, BATCH, shuffle=True),
+        "seed": DataLoader(TensorDataset(seed, torch.zeros(MEASURED, dtype=torch.int64)), BATCH, shuffle=True),
         "uint8": loader(resized, output="uint8"),
         "float32": loader(resized),
         "exact": loader(resized, exact=True),

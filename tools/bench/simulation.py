@@ -82,9 +82,15 @@ class Workload:
         return self.counted + 2
 
     def run_flapp(self, *runtime: str) -> Usage:
-        """Run flapp by its own command."""
+        """Run flapp by its own command, in its own simulation with one worker unless another runtime is given."""
         path = self.home / "runs" / f"{self.name}-{next(NUMBERS)}"
-        words = [*self.words, *NO_EVALUATION, *runtime, f"num_rounds={self.rounds}", f"run_name={path.name}"]
+        words = [
+            *self.words,
+            *NO_EVALUATION,
+            *(runtime or INLINE),
+            f"num_rounds={self.rounds}",
+            f"run_name={path.name}",
+        ]
         command = [sys.executable, "-m", "tools.run", f"home={self.home}", *words, "--format", "json"]
         return watch(command, path / "metrics.jsonl", b'"kind": "round"', self.rounds, LIMIT_SECONDS)
 
@@ -208,10 +214,9 @@ def cnn_rows(home: Path, scale: Scale) -> list[Row]:
     """Compare W1 with the bare loop, in one worker and in two."""
     work = cnn(home, scale.clients, scale.drawn, scale.rounds[0])
     what = f"W1, inline, {scale.drawn} of {scale.clients:,} clients"
-    one, two = (partial(work.run_flapp, *runtime) for runtime in (INLINE, TWO_WORKERS))
     return compare(
         scale.turns,
-        {"bare": work.run_bare, "one worker": one, "two workers": two},
+        {"bare": work.run_bare, "one worker": work.run_flapp, "two workers": partial(work.run_flapp, *TWO_WORKERS)},
         (at_most(f"{what}, 1 worker", BARE, 1.10), lambda bare, one, two: one.cpu / bare.cpu),
         (at_most(f"{what}, 2 workers", BARE, 1.15), lambda bare, one, two: two.cpu / bare.cpu),
         (at_most(f"{what}, 2 workers, wall time", "1 worker", 0.65), lambda bare, one, two: two.wall / one.wall),
@@ -223,7 +228,7 @@ def linear_rows(home: Path, scale: Scale) -> list[Row]:
     work = linear(home, scale.clients, DRAWN, scale.rounds[1])
     what = f"W2, inline, {DRAWN} of {scale.clients:,} clients"
     size = at_most(f"{what}: metrics.jsonl a client and round", "-", 150, " B")
-    ways: dict[str, Way] = {"bare": work.run_bare, "one worker": partial(work.run_flapp, *INLINE)}
+    ways: dict[str, Way] = {"bare": work.run_bare, "one worker": work.run_flapp}
     row = at_most(f"{what}, 1 worker", BARE, 1.25)
     return compare(scale.turns, ways, (row, cpu), (size, lambda *_: line_bytes(home / "runs", work) / DRAWN))
 
@@ -239,7 +244,7 @@ def digits_rows(home: Path, scale: Scale) -> list[Row]:
     """Compare W3, which keeps client stores, with the bare loop, which keeps nothing."""
     work = Workload("w3", home, ("experiment=digits_fedavg",), scale.rounds[2])
     row = at_most("W3, inline, 10 clients with stores, 1 worker", f"{BARE} without stores", 1.10)
-    return compare(scale.turns, {"bare": work.run_bare, "one worker": partial(work.run_flapp, *INLINE)}, (row, cpu))
+    return compare(scale.turns, {"bare": work.run_bare, "one worker": work.run_flapp}, (row, cpu))
 
 
 def ray_rows(home: Path, scale: Scale) -> list[Row]:
@@ -254,15 +259,15 @@ def ray_rows(home: Path, scale: Scale) -> list[Row]:
     row = at_most(f"W2, Ray, {DRAWN} of {scale.clients:,} clients", STOCK, 1.0)
     found += compare(1, {"stock": stock, "flapp": partial(work.run_flapp, *RAY)}, (row, cpu))
     row = at_most(f"W2, inline, {scale.clients:,} clients: command to first round", STOCK, 0.15)
-    return found + compare(1, {"stock": stock, "inline": partial(work.run_flapp, *INLINE)}, (row, start))
+    return found + compare(1, {"stock": stock, "inline": work.run_flapp}, (row, start))
 
 
 def scale_rows(home: Path, scale: Scale) -> list[Row]:
     """Compare rounds of the same size among few clients and among many, and how long many take to start."""
 
     def ways(few: int, many: int, counted: int, samples: int) -> dict[str, Way]:
-        works = {"few": linear(home, few, 20, counted, samples), "many": linear(home, many, 20, counted, samples)}
-        return {name: partial(work.run_flapp, *INLINE) for name, work in works.items()}
+        counts = {"few": few, "many": many}
+        return {name: linear(home, count, 20, counted, samples).run_flapp for name, count in counts.items()}
 
     row = at_most(f"20 of {scale.many:,} clients, inline", "20 of 100 clients", 1.2)
     found = compare(scale.turns, ways(100, scale.many, scale.rounds[1], 10), (row, cpu))

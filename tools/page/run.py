@@ -176,7 +176,7 @@ def names_of(runs: list[Run]) -> list[str]:
     for key in differing(runs):
         if not key.startswith(PLACES):
             values = tuple(repr(run.config.get(key)) for run in runs)
-            alike[values] = min(alike.get(values, key), key, key=_length)
+            alike[values] = min(alike.get(values, key), key, key=lambda name: (name.count("."), len(name), name))
     every = list(dict.fromkeys(key for run in runs for key in run.config))
     keys = sorted(alike.values(), key=every.index)
     said = [", ".join(f"{short(key)}={_brief(run.config.get(key))}" for key in keys[:MOST_NAMED]) for run in runs]
@@ -189,10 +189,6 @@ def short(key: str) -> str:
     """Return the last part of a setting's name, or its group if that says more: train.lr is lr, model.name is model."""
     group, _, last = key.rpartition(".")
     return group.rpartition(".")[2] if group and last in ("name", "kind", "enabled") else last
-
-
-def _length(key: str) -> tuple[int, int, str]:
-    return key.count("."), len(key), key
 
 
 def _brief(value: Any) -> str:
