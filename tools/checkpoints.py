@@ -50,7 +50,6 @@ def by_number(name: str) -> list[tuple[str, int]]:
 
 
 def open_store(path: Path) -> ChunkManager:
-    """Open one existing store."""
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder: name one of the {len(find_stores(path))} stores in it")
     return ChunkManager(path, create=False)
@@ -89,7 +88,6 @@ def list_rounds(given: argparse.Namespace) -> Found:
 
 
 def list_stores(folder: Path) -> Found:
-    """List the stores in a folder."""
     stores, problems = visit(folder, ChunkManager.get_storage_stats)
     heads = ("store", "client", "rounds", "first", "last", "chunks", "logical", "stored", "dedup", "file")
     rows = []
@@ -125,7 +123,6 @@ def show(given: argparse.Namespace) -> Found:
 
 
 def verify(given: argparse.Namespace) -> Found:
-    """Check every byte of every store."""
     checks, problems = visit(given.db, ChunkManager.verify)
     problems += [problem for check in checks for problem in check.problems]
     found = {name: sum(getattr(check, name) for check in checks) for name in ("rounds", "chunks", "bytes")}
@@ -136,7 +133,6 @@ def verify(given: argparse.Namespace) -> Found:
 
 
 def diff(given: argparse.Namespace) -> Found:
-    """Compare the tensors of two rounds."""
     with open_store(given.db) as store:
         changes = store.diff(given.first, given.second)
     found = {"first": given.first, "second": given.second, "changes": list(map(asdict, changes))}
@@ -151,14 +147,12 @@ def diff(given: argparse.Namespace) -> Found:
 
 
 def export(given: argparse.Namespace) -> Found:
-    """Write a round as a safetensors file."""
     with open_store(given.db) as store:
         sha256 = store.export(given.round, given.file)
     return {"round": given.round, "file": str(given.file), "sha256": sha256}, [f"{sha256}  {given.file}"]
 
 
 def compact(given: argparse.Namespace) -> Found:
-    """Shrink every store."""
     sizes, problems = visit(given.db, lambda store: (str(store.path), *store.compact()))
     stores = [{"db_path": path, "bytes_before": before, "bytes_after": after} for path, before, after in sizes]
     lines = [f"{path}: {in_bytes(before)} -> {in_bytes(after)}" for path, before, after in sizes]

@@ -34,14 +34,12 @@ Schema = dict[str, Any]  # JSON Schema
 
 
 def main() -> int:
-    """Write the page."""
     write_text(PAGE, page())
     print(f"wrote {PAGE}")
     return 0
 
 
 def page() -> str:
-    """Return the text of the page."""
     schema, default = TypeAdapter(Config).json_schema(), flat(composed())
     settings = schema["properties"]
     groups = {name: found["$ref"].rpartition("/")[2] for name, found in settings.items() if "$ref" in found}

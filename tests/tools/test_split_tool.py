@@ -113,15 +113,16 @@ def test_the_check_finds_components_that_are_not_the_model(
 
 def test_the_tool_refuses_in_one_line(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = shutil.copytree(run_dir, tmp_path / "run")
+    no_run = "is not the directory of a finished run"
     other = json.dumps({"status": "finished", "model_sha256": "0" * 64})
     for run, points, file, text, message in (
         (run_dir, "2 3", None, "", "split points 2 and 3 of a model of 3 layers are not possible"),
-        (tmp_path / "nowhere", "1 2", None, "", "nowhere is not the directory of a finished run"),
+        (tmp_path / "nowhere", "1 2", None, "", f"nowhere {no_run}"),
         (copy, "1 2", "metrics.json", '{"status": "failed"}', "is of a run that failed: resume it first"),
         (copy, "1 2", "metrics.json", other, "metrics.json says 000000000000"),
-        (copy, "1 2", "metrics.json", "", "is not the directory of a finished run"),
+        (copy, "1 2", "metrics.json", "", no_run),
         (copy, "1 2", "metrics.json", "[]", "config.yaml or metrics.json is damaged"),
-        *((copy, "1 2", "config.yaml", text, "is not the directory of a") for text in ("a: [", "a: 1", "[]", "")),
+        *((copy, "1 2", "config.yaml", text, no_run) for text in ("a: [", "a: 1", "[]", "")),
     ):
         if file:
             (run / file).write_text(text)

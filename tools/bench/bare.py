@@ -53,7 +53,6 @@ def read_work(path: Path) -> Work:
 
 
 def load_data(work: Work) -> Data:
-    """Read all samples into memory."""
     images, labels = (torch.from_numpy(np.load(Path(work.data) / f"{name}.npy")) for name in ("images", "labels"))
     if images.dtype == torch.uint8:
         images = images.permute(0, 3, 1, 2).contiguous()

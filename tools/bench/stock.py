@@ -120,7 +120,6 @@ def read_ends(path: Path) -> list[float]:
 
 
 def run(path: Path, ends: Path, nodes: int) -> None:
-    """Run the app of a file of work to its end in Flower's simulation."""
     work = bare.read_work(path)
     rounds, size = len(work.drawn), f"num-supernodes={nodes} client-resources-num-cpus=1"
     with tempfile.TemporaryDirectory(prefix="flapp-stock-") as name, PrivateSuperLink() as superlink:

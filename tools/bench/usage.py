@@ -60,7 +60,6 @@ class ProcessTree:
         return total
 
     def kill(self) -> None:
-        """Kill what still runs."""
         self._find()
         for process in self.seconds:
             with contextlib.suppress(psutil.Error):

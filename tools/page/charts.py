@@ -69,7 +69,6 @@ def marks_of(run: Run) -> dict[int, str]:
 
 
 def compare(runs: list[Run]) -> list[Picture]:
-    """Return charts with the curves of several runs."""
     accuracy, personal = (_overlaid(runs, "evaluate", key) for key in ("accuracy", "personal_accuracy"))
     reached, seconds = _curves(runs, [by_traffic(run) for run in runs]), _overlaid(runs, "round", "seconds")
     drawn = [
@@ -111,7 +110,6 @@ def colour_of(runs: list[Run], index: int) -> str:
 
 
 def best_of(runs: list[Run]) -> int:
-    """Return the index of the run with the best objective."""
     sign = -1 if runs[0].objective.endswith("loss") else 1
     values = [value if (value := run.final(run.objective)) is not None else -sign * np.inf for run in runs]
     return max(range(len(runs)), key=lambda i: sign * values[i])

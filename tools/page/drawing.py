@@ -153,7 +153,6 @@ def draw_spread(run: Run, key: str, title: str, marks: Mapping[int, str]) -> Pic
 
 
 def draw_stack(name: str, title: str, ylabel: str, parts: dict[str, Points]) -> Picture | None:
-    """Draw the parts of a round stacked on each other."""
     if not parts:
         return None
     axes = new_axes(title, "round", ylabel)
@@ -178,7 +177,6 @@ def grouped(table: np.ndarray, most: int) -> tuple[np.ndarray, int]:
 
 
 def draw_classes(run: Run) -> Picture | None:
-    """Draw how many training samples of each class each client holds."""
     held = {name: counts for name, counts in run.roster("label_hist").items() if counts}
     if not held or len({len(counts) for counts in held.values()}) > 1:
         return None

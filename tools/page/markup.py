@@ -56,12 +56,10 @@ def table(heads: Sequence[object], rows: Sequence[Sequence[object]], right: Iter
 
 
 def tiles(pairs: Iterable[tuple[object, object]]) -> Html:
-    """Return names and values in tiles."""
     return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in pairs))
 
 
 def facts(pairs: Iterable[tuple[object, object]]) -> Html:
-    """Return a table of names and values."""
     rows = [tag("tr", tag("th", name), tag("td", value, class_="long")) for name, value in pairs]
     return tag("div", tag("table", tag("tbody", *rows)), class_="scroll") if rows else Html()
 
@@ -78,6 +76,5 @@ def figure(picture: Picture) -> Html:
 
 
 def document(title: str, *body: object) -> str:
-    """Return the whole page."""
     page, style = ((FOLDER / name).read_text() for name in ("page.html", "page.css"))
     return Template(page).substitute(title=escape(title), style=style, body=join(body))

@@ -23,7 +23,6 @@ Pictures = Mapping[str, Sequence[Picture]]
 
 
 def setup_of(run: Run) -> dict[str, object]:
-    """Return model, dataset, clients and strategy in words."""
     found = run.config.get
     model, strategy = [found("model.name", NONE)], [found("strategy.name", NONE)]
     if size := found("model.image_size"):
@@ -44,7 +43,6 @@ def setup_of(run: Run) -> dict[str, object]:
 
 
 def summary_of(run: Run) -> dict[str, object]:
-    """Return the columns of the summary."""
     best_round, best_value = run.best()
     accuracy, sent = run.final("accuracy"), run.total("bytes_up") + run.total("bytes_down")
     digest = run.summary.get("model_sha256")
@@ -190,7 +188,8 @@ def _coverage(run: Run) -> str:
 def checkpoints(run: Run, drawn: Sequence[Picture]) -> Html:
     stores = {who: found for who, found in (("server", run.server), ("clients", run.homes)) if found}
     columns = [_store_column(found) for found in stores.values()]
-    held = table(["store", *stores], list(zip(*[STORE_ROWS, *columns], strict=True)) if stores else [], (1, 2))
+    rows = [[name, *(column[name] for column in columns)] for name in columns[0]] if columns else []
+    held = table(["store", *stores], rows, (1, 2))
     said = []
     if not run.server:
         said.append("The server's store is not in the run directory.")
@@ -207,13 +206,16 @@ def checkpoints(run: Run, drawn: Sequence[Picture]) -> Html:
     return join([figures(drawn, held), *map(note, said)])
 
 
-STORE_ROWS = ("files", "size of files", "rounds kept", "models in them", "stored once", "deduplication")
-
-
-def _store_column(found: Stores) -> list[str]:
-    sizes = [in_bytes(size) for size in (found.logical_bytes, found.stored_bytes)] if found.opened else [NONE, NONE]
-    dedup = f"x {found.logical_bytes / found.stored_bytes:.2f}" if found.stored_bytes else NONE
-    return [f"{found.files:,}", in_bytes(found.file_bytes), f"{found.rounds:,}", *sizes, dedup]
+def _store_column(found: Stores) -> dict[str, str]:
+    logical, stored = found.logical_bytes, found.stored_bytes
+    return {
+        "files": f"{found.files:,}",
+        "size of files": in_bytes(found.file_bytes),
+        "rounds kept": f"{found.rounds:,}",
+        "models in them": in_bytes(logical) if found.opened else NONE,
+        "stored once": in_bytes(stored) if found.opened else NONE,
+        "deduplication": f"x {logical / stored:.2f}" if stored else NONE,
+    }
 
 
 def left_out(run: Run) -> Html:

@@ -68,7 +68,6 @@ def overview(runs: list[Run]) -> Html:
 
 
 def swatch(runs: list[Run], index: int) -> Html:
-    """Return the label of a run after a patch of its colour."""
     patch = tag("span", class_="swatch", style=themed(f"background:{colour_of(runs, index)}"))
     return join([patch, runs[index].label])
 
@@ -79,7 +78,6 @@ def jobs_table(jobs: list[Job]) -> Html:
 
 
 def failed_jobs(jobs: list[Job]) -> Html:
-    """Return how many jobs failed, and why."""
     reasons: dict[str, list[str]] = {}
     for job in jobs:
         if job.status != "finished":
