@@ -15,7 +15,7 @@ from flwr.common.logger import update_console_handler
 
 from flapp.architecture import adapt, build, choose_device, pruned_rank
 from flapp.base import find_base, load_base, receive_piece
-from flapp.client.data import clients_at, files_looked_up_once, make_batches
+from flapp.client.data import clients_at, make_batches
 from flapp.client.mods import checkpoint_mod, describe, group_mod, name_errors_mod, privacy_mod
 from flapp.client.store import private_key
 from flapp.client.task import Task, read_task
@@ -58,9 +58,8 @@ def attest(message: Message, context: Context) -> Message:
         instructions = unpack_instructions(message)
     except MessageError as error:
         return pack_claims(message, [Claim(name, fault=str(error)) for name in names])
-    with files_looked_up_once(message.metadata.message_id):
-        tasks = [Task(replace(instructions, client_id=name), config, node_config) for name in names]
-        return pack_claims(message, list(map(make_claim, tasks)))
+    task = Task.of(instructions, config, node_config)
+    return pack_claims(message, [make_claim(task.for_client(name)) for name in names])
 
 
 def make_claim(task: Task) -> Claim:

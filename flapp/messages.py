@@ -248,14 +248,13 @@ def one_line(text: str) -> str:
 class HeldArray(Array):
     """An Array over numbers that may change later, such as a model's; its bytes are made when they are first asked for.
 
-    The tensors of a client in a group are often only added to a sum, which does not need the bytes. Elsewhere `settle`
-    makes them before the numbers change.
+    The tensors of a client in a group are often only added to a sum, which does not need the bytes.
     """
 
     def __init__(self, values: np.ndarray) -> None:
         held = values.view()
         held.flags.writeable = False
-        self.__dict__.update(dtype=_name_of(values.dtype), shape=values.shape, stype="numpy.ndarray", held=held)
+        self.__dict__.update(dtype=str(values.dtype), shape=values.shape, stype="numpy.ndarray", held=held)
 
     @property
     def data(self) -> bytes:  # type: ignore[override]
@@ -316,24 +315,7 @@ def pack(values: np.ndarray) -> Array:
     """Return a numpy array as a Flower Array, with one copy where Array(values) makes three."""
     values = np.asarray(values, order="C")
     data = b"".join((_npy_header(values.dtype, values.shape), values.data))
-    return Array(_name_of(values.dtype), values.shape, "numpy.ndarray", data)
-
-
-def allocate(shape: tuple[int, ...], dtype: np.dtype) -> tuple[Array, np.ndarray]:
-    """Return a Flower Array of zeros, and the numpy array inside it, through which it can be written."""
-    header = _npy_header(dtype, shape)
-    count = math.prod(shape)
-    data = bytearray(len(header) + count * dtype.itemsize)
-    data[: len(header)] = header
-    inside = np.frombuffer(data, dtype, count, len(header)) if count else np.empty(0, dtype)
-    array = Array(_name_of(dtype), shape, "numpy.ndarray", b"")
-    array.data = data  # type: ignore[assignment]  # the constructor takes bytes only
-    return array, inside.reshape(shape)
-
-
-@lru_cache(maxsize=64)
-def _name_of(dtype: np.dtype) -> str:
-    return str(dtype)
+    return Array(str(values.dtype), values.shape, "numpy.ndarray", data)
 
 
 def as_record(arrays: Mapping[str, Array]) -> ArrayRecord:

@@ -110,8 +110,8 @@ def break_clients(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]],
                 next(model.parameters()).add_(1e6)
         return result
 
-    def other_data(config: Any, node_config: Any, client_id: str) -> Any:
-        data = opened(config, node_config, client_id)
+    def other_data(config: Any, node_config: Any, client_id: str, *rest: Any) -> Any:
+        data = opened(config, node_config, client_id, *rest)
         if faults.get(client_id) == "data" and not any(frame.function == "attest" for frame in inspect.stack()):
             return replace(data, claim=replace(data.claim, shard_digest="f" * 64))
         return data
