@@ -224,10 +224,7 @@ def fit(
 
 
 def evaluate_local(model: torch.nn.Module, task: Task, prefix: str) -> dict[str, int | float]:
-    """Evaluate on this client's test samples and, if it has the split, on its validation samples.
-
-    Return the sums as metrics. Names of validation begin with `val-`; `correct` is only there for classes.
-    """
+    """Return sums over this client's test samples and, with `val-` before their names, over its validation samples."""
     metrics: dict[str, int | float] = {}
     for split, start in (("test", ""), ("val", VAL)):
         if split in task.data.splits:

@@ -89,10 +89,7 @@ class Claim:
 
 @dataclass
 class Answer:
-    """One client's answer to a train or evaluate message: its numbers and after training its tensors, or why it failed.
-
-    shard_digest: of the data that it worked on.
-    """
+    """One client's answer: the digest of its data, its numbers, after training its tensors, or why it failed."""
 
     client_id: str
     shard_digest: str = ""
@@ -195,7 +192,6 @@ def unpack_claims(content: RecordDict, most: int) -> list[Claim]:
 
 
 def _is_column(values: Any, kind: type, count: int) -> bool:
-    """Say whether values are a list of `count` entries of one type."""
     return isinstance(values, list) and len(values) == count and all(type(value) is kind for value in values)
 
 
@@ -344,7 +340,6 @@ def _config_record(values: Mapping[str, Any]) -> ConfigRecord:
 
 
 def _fields(content: RecordDict, key: str, expected: Mapping[str, type]) -> dict[str, Any]:
-    """Return a record's values by these names, all of them and with the right types."""
     record = content.get(key)
     if not isinstance(record, ConfigRecord):
         raise MessageError(f"the message carries no {one_line(key)}")

@@ -78,10 +78,7 @@ class WeightedSum:
 
 
 def weighted_average(records: Sequence[ArrayRecord], weights: Sequence[float]) -> ArrayRecord:
-    """Return sum_k w_k x_k / sum_k w_k of every tensor (McMahan et al. 2017, arXiv:1602.05629, algorithm 1).
-
-    Give the records sorted by client id, never in the order of arrival.
-    """
+    """Return sum_k w_k x_k / sum_k w_k of every tensor; give the records sorted by client id, not as they arrived."""
     total, found = float(np.sum(weights, dtype=np.float64)), dict[str, Array]()
 
     def average(key: str) -> None:
@@ -99,7 +96,6 @@ def weighted_average(records: Sequence[ArrayRecord], weights: Sequence[float]) -
 
 
 def _blocks(size: int) -> Iterator[slice]:
-    """Yield the parts of so many elements that fit into the cache."""
     return (slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK))
 
 

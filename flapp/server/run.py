@@ -129,10 +129,7 @@ class Run:
         self.observer.show_progress(phase.server_round, phase.kind, phase.done(), len(phase.names))
 
     def end_round(self, flower_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        """Evaluate on the server if the config says so, then complete the round; Flower also calls this before round 1.
-
-        Raises StoppedEarly after the round that ends the run early.
-        """
+        """Complete a round, evaluated here if the config says so; Flower also calls this before round 1, as round 0."""
         self.observer.enter("central")
         server_round = self.strategy.done + flower_round
         found = None

@@ -1,7 +1,7 @@
 """Write run directories of any size as flapp leaves them, drawn from a seed, without running anything."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,7 @@ import yaml
 from flapp.checkpoint.manager import ChunkManager
 
 MODEL_BYTES = 40_000
-PHASES = {
-    "configure": 0.02,
-    "send": 0.03,
-    "train": 0.6,
-    "aggregate": 0.05,
-    "evaluate": 0.2,
-    "central": 0.05,
-    "save": 0.05,
-}
+PHASES = dict(configure=0.02, send=0.03, train=0.6, aggregate=0.05, evaluate=0.2, central=0.05, save=0.05)  # noqa: C408
 SPREAD = ("min", "p10", "median", "p90", "max")
 Line = dict[str, Any]
 
@@ -49,16 +41,16 @@ def write_run(
         "checkpoint": {"enabled": True},
     }
     (path / "config.yaml").write_text(yaml.safe_dump(config | settings, sort_keys=False))
-    with (path / "metrics.jsonl").open("w") as file:
-        for line in lines_of(rounds, clients, classes, seed, old):
-            file.write(json.dumps(line) + "\n")
+    write_lines(path / "metrics.jsonl", lines_of(rounds, clients, classes, seed, old))
     if not old:
-        with (path / "clients.jsonl").open("w") as file:
-            for line in clients_of(clients, classes, seed):
-                file.write(json.dumps(line) + "\n")
+        write_lines(path / "clients.jsonl", clients_of(clients, classes, seed))
     if status:
         (path / "metrics.json").write_text(json.dumps(summary_of(path, rounds, clients, status, old), indent=1))
     return path
+
+
+def write_lines(path: Path, lines: Iterable[Line]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def add_store(path: Path, rounds: int, keep_rounds: int = 2) -> Path:
@@ -80,12 +72,8 @@ def lines_of(rounds: int, clients: int, classes: int, seed: int, old: bool = Fal
         skill = 1 - 0.9 * np.exp(-3 * server_round / rounds)
         common = {"round": server_round, "time": float(server_round)}
         yield {"kind": "train", **common, "loss": 2.3 * (1.02 - skill), **exchange(names, draw, up=True)}
-        yield {
-            "kind": "evaluate",
-            **common,
-            **evaluation(names, skill, classes, draw),
-            **exchange(names, draw, up=False),
-        }
+        figures = evaluation(names, skill, classes, draw)
+        yield {"kind": "evaluate", **common, **figures, **exchange(names, draw, up=False)}
         if not old:
             seconds = {name: part * draw.uniform(0.9, 1.1) for name, part in PHASES.items()}
             stored = {"bytes": MODEL_BYTES * min(server_round, 3), "stored": MODEL_BYTES // 2, "total": MODEL_BYTES}
