@@ -85,18 +85,21 @@ def test_patience_counts_evaluations_and_not_rounds(federate: Federate) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "patience", "rounds", "best"), [((2.0, *(1.0,) * 5), 4, 6, (2, 1.0)), ((nan,) * 6, 2, 2, (None, None))]
+    ("values", "select", "patience", "rounds", "best"),
+    [((2.0, *(1.0,) * 5), "last", 4, 6, (2, 1.0)), ((nan,) * 6, "best", 2, 2, (None, None))],
 )
 def test_a_run_ends_with_its_last_round_or_without_a_finite_evaluation_all_the_same(
     federate: Federate,
     losses: Callable[[Sequence[float]], None],
     values: Sequence[float],
+    select: str,
     patience: int,
     rounds: int,
     best: tuple[int | None, float | None],
 ) -> None:
     losses(values)
-    summary, path = federate(*TOY, "stopping.metric=loss", f"stopping.patience={patience}")
+    words = ("stopping.metric=loss", f"stopping.patience={patience}", f"evaluate.select={select}")
+    summary, path = federate(*TOY, *words)
     assert (summary["rounds"], summary["selected_round"], summary["stopped_early"]) == (rounds, rounds, rounds < 6)
     assert (summary["best_round"], summary["best_value"]) == best
     assert len(read_lines(path, "stop")) == (rounds < 6)
