@@ -16,10 +16,7 @@ MOST_PARAMETERS = 100  # for each training sample
 
 
 def plan(model: ModelConfig, dataset: DatasetConfig, lora: LoRAConfig | None = None) -> Layout:
-    """Return the layout of the model that build makes, with adapters if `lora` enables them, without PyTorch.
-
-    Raises ValueError when the model cannot be built or adapted.
-    """
+    """Return the layout of the model, with adapters if `lora` enables them, without PyTorch; raises ValueError."""
     layout = lay_out(model.name, dataset.shape, dataset.classes, model.image_size, model.channels)
     return layout.with_lora(lora.targets, lora.rank, lora.alpha) if lora is not None and lora.enabled else layout
 

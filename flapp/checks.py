@@ -143,7 +143,6 @@ def _squared_length(trained: Mapping[str, Array], expected: Mapping[str, Array])
 
 
 def _squared_distance(after: np.ndarray, before: np.ndarray) -> float:
-    """Return the squared distance of two float32 vectors, by blocks in float32."""
     if after.size <= SMALL:
         change = after - before
         return float(change @ change)

@@ -15,7 +15,7 @@ from flwr.common.logger import update_console_handler
 
 from flapp.architecture import adapt, build, choose_device, pruned_rank
 from flapp.base import find_base, load_base, receive_piece
-from flapp.client.data import clients_at, files_looked_up_once, make_batches
+from flapp.client.data import clients_at, make_batches
 from flapp.client.mods import checkpoint_mod, describe, group_mod, name_errors_mod, privacy_mod
 from flapp.client.store import private_key
 from flapp.client.task import Task, read_task
@@ -58,9 +58,8 @@ def attest(message: Message, context: Context) -> Message:
         instructions = unpack_instructions(message)
     except MessageError as error:
         return pack_claims(message, [Claim(name, fault=str(error)) for name in names])
-    with files_looked_up_once(message.metadata.message_id):
-        tasks = [Task(replace(instructions, client_id=name), config, node_config) for name in names]
-        return pack_claims(message, list(map(make_claim, tasks)))
+    task = Task.of(instructions, config, node_config)
+    return pack_claims(message, [make_claim(task.for_client(name)) for name in names])
 
 
 def make_claim(task: Task) -> Claim:
@@ -225,10 +224,7 @@ def fit(
 
 
 def evaluate_local(model: torch.nn.Module, task: Task, prefix: str) -> dict[str, int | float]:
-    """Evaluate on this client's test samples and, if it has the split, on its validation samples.
-
-    Return the sums as metrics. Names of validation begin with `val-`; `correct` is only there for classes.
-    """
+    """Return sums over this client's test samples and, with `val-` before their names, over its validation samples."""
     metrics: dict[str, int | float] = {}
     for split, start in (("test", ""), ("val", VAL)):
         if split in task.data.splits:

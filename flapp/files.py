@@ -97,5 +97,4 @@ def sha256_of_file(path: Path) -> str:
 
 
 def _beside(path: Path) -> Path:
-    """Return a hidden name in the same folder that no other writer has."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

@@ -53,6 +53,7 @@ class Asked:
 
 
 ASKED_KEYS = {field.name: field.name.replace("_", "-") for field in fields(Asked)}
+ANSWER_KEYS = {"client_id": "client-id", "failure": "failure", "shard_digest": "shard-digest"}
 
 
 @dataclass(frozen=True)
@@ -92,17 +93,9 @@ def unpack_group(message: Message) -> Group:
 def pack_answers(message: Message, answers: Sequence[Answer], total: Mapping[str, Array] | None) -> Message:
     """Answer a group's message."""
     names = sorted({name for answer in answers for name in answer.metrics})
-    numbers = MetricRecord()
-    for name in names:
-        numbers[name] = [float(answer.metrics.get(name, math.nan)) for answer in answers]
-    content = RecordDict({METRICS: numbers})
-    content[GROUP] = ConfigRecord(
-        {
-            "client-id": [answer.client_id for answer in answers],
-            "failure": [answer.failure for answer in answers],
-            "shard-digest": [answer.shard_digest for answer in answers],
-        }
-    )
+    numbers: dict[str, Any] = {n: [float(each.metrics.get(n, math.nan)) for each in answers] for n in names}
+    columns: dict[str, Any] = {key: [getattr(answer, name) for answer in answers] for name, key in ANSWER_KEYS.items()}
+    content = RecordDict({METRICS: MetricRecord(numbers), GROUP: ConfigRecord(columns)})
     if total is not None:
         content[SUM] = as_record(total)
     for answer in answers:
@@ -121,7 +114,7 @@ def unpack_answers(
     record, metrics = content.get(GROUP), content.get(METRICS)
     if not isinstance(record, ConfigRecord) or not isinstance(metrics, MetricRecord):
         raise MessageError("its node's reply lacks the group or its metrics")
-    ids, failures, digests = (cast(Any, record.get(key)) for key in ("client-id", "failure", "shard-digest"))
+    ids, failures, digests = (cast(Any, record.get(key)) for key in ANSWER_KEYS.values())
     numbers: dict[str, Any] = dict(metrics)
     if ids != list(names):
         raise MessageError("its node answered for other clients than those it was asked for")

@@ -3,11 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 
-def describe_refused(refused: Mapping[str, str]) -> str:
-    """Say in one line who was refused and why; equal reasons are said once."""
-    return f"refused: {by_reason(refused)}"
-
-
 def by_reason(reasons: Mapping[str, str], most: int | None = None) -> str:
     """Say in one line whom each reason is about, for clients (or nodes) by name; at most the `most` commonest."""
     groups: dict[str, list[str]] = {}

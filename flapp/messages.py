@@ -89,10 +89,7 @@ class Claim:
 
 @dataclass
 class Answer:
-    """One client's answer to a train or evaluate message: its numbers and after training its tensors, or why it failed.
-
-    shard_digest: of the data that it worked on.
-    """
+    """One client's answer: the digest of its data, its numbers, after training its tensors, or why it failed."""
 
     client_id: str
     shard_digest: str = ""
@@ -195,7 +192,6 @@ def unpack_claims(content: RecordDict, most: int) -> list[Claim]:
 
 
 def _is_column(values: Any, kind: type, count: int) -> bool:
-    """Say whether values are a list of `count` entries of one type."""
     return isinstance(values, list) and len(values) == count and all(type(value) is kind for value in values)
 
 
@@ -248,14 +244,13 @@ def one_line(text: str) -> str:
 class HeldArray(Array):
     """An Array over numbers that may change later, such as a model's; its bytes are made when they are first asked for.
 
-    The tensors of a client in a group are often only added to a sum, which does not need the bytes. Elsewhere `settle`
-    makes them before the numbers change.
+    The tensors of a client in a group are often only added to a sum, which does not need the bytes.
     """
 
     def __init__(self, values: np.ndarray) -> None:
         held = values.view()
         held.flags.writeable = False
-        self.__dict__.update(dtype=_name_of(values.dtype), shape=values.shape, stype="numpy.ndarray", held=held)
+        self.__dict__.update(dtype=str(values.dtype), shape=values.shape, stype="numpy.ndarray", held=held)
 
     @property
     def data(self) -> bytes:  # type: ignore[override]
@@ -316,24 +311,7 @@ def pack(values: np.ndarray) -> Array:
     """Return a numpy array as a Flower Array, with one copy where Array(values) makes three."""
     values = np.asarray(values, order="C")
     data = b"".join((_npy_header(values.dtype, values.shape), values.data))
-    return Array(_name_of(values.dtype), values.shape, "numpy.ndarray", data)
-
-
-def allocate(shape: tuple[int, ...], dtype: np.dtype) -> tuple[Array, np.ndarray]:
-    """Return a Flower Array of zeros, and the numpy array inside it, through which it can be written."""
-    header = _npy_header(dtype, shape)
-    count = math.prod(shape)
-    data = bytearray(len(header) + count * dtype.itemsize)
-    data[: len(header)] = header
-    inside = np.frombuffer(data, dtype, count, len(header)) if count else np.empty(0, dtype)
-    array = Array(_name_of(dtype), shape, "numpy.ndarray", b"")
-    array.data = data  # type: ignore[assignment]  # the constructor takes bytes only
-    return array, inside.reshape(shape)
-
-
-@lru_cache(maxsize=64)
-def _name_of(dtype: np.dtype) -> str:
-    return str(dtype)
+    return Array(str(values.dtype), values.shape, "numpy.ndarray", data)
 
 
 def as_record(arrays: Mapping[str, Array]) -> ArrayRecord:
@@ -362,7 +340,6 @@ def _config_record(values: Mapping[str, Any]) -> ConfigRecord:
 
 
 def _fields(content: RecordDict, key: str, expected: Mapping[str, type]) -> dict[str, Any]:
-    """Return a record's values by these names, all of them and with the right types."""
     record = content.get(key)
     if not isinstance(record, ConfigRecord):
         raise MessageError(f"the message carries no {one_line(key)}")

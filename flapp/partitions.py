@@ -23,10 +23,7 @@ def stamp_of_shared_files(config: Config) -> Stamp:
 
 @lru_cache(maxsize=8)
 def cached_partition(config: Config, files: Stamp) -> Partition:
-    """Read the partition of this config's dataset; the first process that asks makes and saves it.
-
-    Training samples that are held out for validation are its val.
-    """
+    """Read the partition, which the first process that asks makes; its val is what is held out for validation."""
     dataset = config.data_dir / config.dataset.name
     artifacts = [open_verified(dataset / split) for split in ("train", "test")]
     for artifact in artifacts:

@@ -28,19 +28,13 @@ UNPROTECTED = (
 
 
 def find_sigma(settings: PrivacyConfig) -> float:
-    """Return the standard deviation of the noise on every number of a released update.
-
-    Raises ConfigError without the package dp-accounting.
-    """
+    """Return the standard deviation of the noise on an update; raises ConfigError without dp-accounting."""
     return 2 * settings.clipping_norm * _noise_multiplier(settings.epsilon, settings.delta)
 
 
 @lru_cache(maxsize=64)
 def total_epsilon(settings: PrivacyConfig, releases: int) -> float:
-    """Return the epsilon, at settings.delta, of all that a client has released after so many releases.
-
-    Raises ConfigError without the package dp-accounting.
-    """
+    """Return the epsilon, at settings.delta, of so many releases of a client; raises ConfigError as find_sigma does."""
     if releases == 0:
         return 0.0
     multiplier = _noise_multiplier(settings.epsilon, settings.delta)

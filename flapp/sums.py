@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
-from flapp.messages import allocate, as_record, pack, view, views
+from flapp.messages import HeldArray, as_record, pack, view, views
 
 BLOCK = 1 << 17  # elements: two float64 blocks near the level-2 cache, in loops long enough for threads to pay
 THREADS = 2  # numpy frees the GIL in its loops; memory bandwidth is used up by two
@@ -24,19 +24,21 @@ class WeightedSum:
     """Add up weighted models, group by group, in float64."""
 
     def __init__(self) -> None:
-        self.arrays: dict[str, Array] = {}
         self._totals: dict[str, np.ndarray] = {}
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """Return the sum so far, not copied; empty before the first group."""
+        return {key: HeldArray(total) for key, total in self._totals.items()}
 
     def add(self, *groups: Sequence[Weighted]) -> None:
         """Add the weighted sum of each group, in the order given. A group is its clients' models with their weights.
 
         A sum that a node has computed is a group of one with weight 1.
         """
-        first = groups[0][0][0]
         if is_new := not self._totals:
-            for key, array in first.items():
-                self.arrays[key], self._totals[key] = allocate(tuple(array.shape), np.dtype(np.float64))
-        _for_each_key(list(first), self._totals, lambda key: self._add_tensor(key, groups, is_new))
+            self._totals = {key: np.empty(array.shape) for key, array in groups[0][0][0].items()}
+        _for_each_key(list(self._totals), self._totals, lambda key: self._add_tensor(key, groups, is_new))
 
     def _add_tensor(self, key: str, groups: Sequence[Sequence[Weighted]], is_new: bool) -> None:
         total = self._totals[key].reshape(-1)
@@ -64,7 +66,6 @@ class WeightedSum:
             flat = np.empty(total.size, dtype)
             for part in _blocks(total.size):
                 flat[part] = _divided(total[part], weight, dtype)
-            self.arrays.pop(key)
             found[key] = pack(flat.reshape(like[key].shape))
 
         keys = list(self._totals)
@@ -77,10 +78,7 @@ class WeightedSum:
 
 
 def weighted_average(records: Sequence[ArrayRecord], weights: Sequence[float]) -> ArrayRecord:
-    """Return sum_k w_k x_k / sum_k w_k of every tensor (McMahan et al. 2017, arXiv:1602.05629, algorithm 1).
-
-    Give the records sorted by client id, never in the order of arrival.
-    """
+    """Return sum_k w_k x_k / sum_k w_k of every tensor; give the records sorted by client id, not as they arrived."""
     total, found = float(np.sum(weights, dtype=np.float64)), dict[str, Array]()
 
     def average(key: str) -> None:
@@ -98,7 +96,6 @@ def weighted_average(records: Sequence[ArrayRecord], weights: Sequence[float]) -
 
 
 def _blocks(size: int) -> Iterator[slice]:
-    """Yield the parts of so many elements that fit into the cache."""
     return (slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK))
 
 

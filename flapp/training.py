@@ -167,18 +167,10 @@ def evaluate(model: nn.Module, batches: Batches) -> Evaluation:
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's global generators for a while; on the CPU only the CPU's, which is much cheaper."""
-    if device.type == "cpu":
-        generator = torch.default_generator
-        state = generator.get_state()
-        generator.manual_seed(seed)
-        try:
-            yield
-        finally:
-            generator.set_state(state)
-    else:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            yield
+    on_cpu = device.type == "cpu"
+    with torch.random.fork_rng(devices=[] if on_cpu else None):
+        (torch.default_generator if on_cpu else torch).manual_seed(seed)
+        yield
 
 
 def _repeat(batches: Batches, epochs: int, steps: int | None) -> Batches:

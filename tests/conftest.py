@@ -13,7 +13,7 @@ from flwr.proto.node_pb2 import NodeInfo
 
 from flapp import server_app
 from flapp.config.load import compose, to_json
-from flapp.config.schema import ConfigError
+from flapp.config.schema import Config, ConfigError
 from flapp.data.shards.build import write_shards
 from flapp.data.shards.manifest import Manifest
 from flapp.messages import INSTRUCTIONS
@@ -22,6 +22,7 @@ from flapp.strategy.fedavg import FedAvg
 from tests.support.leaf_files import Samples, as_leaf, draw_samples, write_leaf
 
 Tamper = Callable[[str, Message], Message]
+Federate = Callable[..., tuple[dict[str, Any], Path]]  # what the fixture `federate` gives
 
 
 class LocalGrid(InlineGrid):
@@ -77,6 +78,14 @@ class LocalGrid(InlineGrid):
         return [NodeInfo(node_id=i, name=names.get(i, ""), public_key=keys.get(i, b"")) for i in ids]
 
 
+def run_app(settings: Config, grid: InlineGrid) -> tuple[dict[str, Any], Path]:
+    """Run the ServerApp with these settings over a grid, and return (metrics.json, run directory)."""
+    grid.run_config = {"config-json": to_json(settings)}
+    server_app.app(grid, Context(1, 1, {}, RecordDict(), grid.run_config))
+    path = settings.runs_dir / settings.run_name
+    return json.loads((path / "metrics.json").read_text()), path
+
+
 def refusal_of(overrides: list[str]) -> str:
     """Return the line with which settings are refused."""
     with pytest.raises(ConfigError) as caught:
@@ -100,7 +109,7 @@ def data_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def federate(data_home: Path, tmp_path: Path) -> Callable[..., tuple[dict[str, Any], Path]]:
+def federate(data_home: Path, tmp_path: Path) -> Federate:
     """Return a function that runs a whole federation in this process and returns (metrics.json, run directory)."""
     runs = iter(range(1000))
 
@@ -115,13 +124,9 @@ def federate(data_home: Path, tmp_path: Path) -> Callable[..., tuple[dict[str, A
     ) -> tuple[dict[str, Any], Path]:
         name = f"{tmp_path.name}-{next(runs)}"
         settings = compose([f"home={data_home}", f"run_name={name}", *overrides])
-        run_config = {"config-json": to_json(settings)}
         clients = settings.clients
         nodes = nodes or [{"partition-id": i, "num-partitions": clients} for i in range(clients)]
-        grid = LocalGrid(run_config, nodes, order, tamper, names, keys, any_node)
-        server_app.app(grid, Context(1, 1, {}, RecordDict(), run_config))
-        path = settings.runs_dir / settings.run_name
-        return json.loads((path / "metrics.json").read_text()), path
+        return run_app(settings, LocalGrid({}, nodes, order, tamper, names, keys, any_node))
 
     return run
 

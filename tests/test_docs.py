@@ -22,13 +22,11 @@ from typing import Any
 
 import click
 import pytest
-from flwr.app import Context, RecordDict
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from flapp import server_app
-from flapp.config.load import ConfigError, compose, read_node_config, to_json
+from flapp.config.load import ConfigError, compose, read_node_config
 from flapp.config.schema import setting_types
-from tests.conftest import LocalGrid
+from tests.conftest import LocalGrid, run_app
 from tools import cli, configuration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -297,9 +295,8 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def run_in_process(*words: str) -> None:
-    run_config = {"config-json": to_json(compose(list(words)))}
     nodes = [{"partition-id": i, "num-partitions": 2} for i in range(2)]
-    server_app.app(LocalGrid(run_config, nodes), Context(1, 1, {}, RecordDict(), run_config))
+    run_app(compose(list(words)), LocalGrid({}, nodes))
 
 
 @pytest.mark.parametrize(

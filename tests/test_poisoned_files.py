@@ -4,7 +4,6 @@ import io
 import itertools
 import json
 import os
-import pickle
 import random
 import shutil
 import struct
@@ -16,20 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from flwr.app import Array
 
 from flapp.config.load import compose, read_yaml, to_yaml
 from flapp.config.schema import ConfigError
-from flapp.data.artifact import DataError, open_array, write_artifact
-from flapp.data.partition import load_partition, make_partition, save_partition
-from flapp.data.shards.build import write_shards
+from flapp.data.artifact import DataError, open_array
+from flapp.data.partition import load_partition
 from flapp.data.shards.client import digest_of
 from flapp.data.shards.leaf import open_source
 from flapp.data.shards.manifest import load_manifest
 from flapp.data.sources import cifar_files, read_cifar
 from flapp.files import sha256_of_file
 from flapp.messages import view
-from flapp.model.adapter_files import export_adapter, import_adapter
+from flapp.model.adapter_files import import_adapter
 from flapp.model.files import load_tensors
 from flapp.model.pretrained import read_state
 from flapp.model.split.factory import ModelFactory
@@ -37,12 +36,10 @@ from flapp.server.run_dir import RunDirectory, check_resumable
 from flapp.server.summary import read_line, sound_summary
 from flapp.untrusted import parse_json, printable, read_json
 from tests.support.adapters import adapted
-from tests.support.cifar_files import write_cifar
-from tests.support.html_page import write_sweep
-from tests.support.leaf_files import as_leaf, draw_samples, write_leaf
-from tests.support.poison import DEEP, ask, npy, peak, poison, poisoned_json, refuses
+from tests.support.cifar_files import CIFAR_BOMBS, write_cifar
+from tests.support.leaf_files import write_leaf
+from tests.support.poison import DEEP, ask, npy, peak, poison, poisoned_json, refuses, write_real_files
 from tests.support.run_files import write_run
-from tests.support.split_models import write_vit
 from tools import federation, partition_heatmap, report, split_model, verify_data
 from tools.deployment.submit import check_summary
 
@@ -169,16 +166,10 @@ def test_other_things_in_place_of_numbers_are_said_in_the_report(tmp_path: Path)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for value in NOT_NUMBERS:
         each = {"0": value, "1": value}
-        objects = (
-            "client_bytes_up",
-            "client_seconds",
-            "phases",
-            "store",
-            "accuracy_by_client",
-            "label_hist",
-            "samples",
+        objects = "client_bytes_up client_seconds phases store accuracy_by_client label_hist samples"
+        odd = dict.fromkeys(objects.split(), each) | dict.fromkeys(
+            ("loss", "bytes_up", "seconds", "round", "kind"), value
         )
-        odd = dict.fromkeys(objects, each) | dict.fromkeys(("loss", "bytes_up", "seconds", "round", "kind"), value)
         lines += [lines[2] | {key: wrong} for key, wrong in (odd | {"failures": [each], "absent": [value]}).items()]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     clients = [json.loads(line) for line in (run / "clients.jsonl").read_text().splitlines()]
@@ -199,42 +190,8 @@ def test_lines_with_wrong_types_are_told_from_lines_of_a_run() -> None:
     for key, value in {"round": -1, "kind": 3, "loss": "x", "failures": [{"client": 1}], "bytes_up": None}.items():
         with pytest.raises(ValueError, match=f"its {key} is not of the right type"):
             read_line(json.dumps(sound | {key: value}))
-    assert sound_summary({"status": "finished", "loss": "x", "bytes_up": 1}) == (
-        {"status": "finished", "bytes_up": 1},
-        ["loss"],
-    )
-
-
-def reduced(call: tuple[str, str], argument: bytes) -> bytes:
-    """Return pickle code that calls a global with one argument, a tuple of what `argument` pushes."""
-    module, name = call
-    return f"c{module}\n{name}\n".encode() + b"(" + argument + b"tR"
-
-
-ENCODE = ("_codecs", "encode")
-TEXT = b"X" + struct.pack("<I", 10 * MIB) + b"a" * 10 * MIB
-CIFAR_BOMBS = {
-    "a memo slot far away": b"\x80\x02K\x01r" + struct.pack("<I", 500_000_000) + b".",
-    "a text encoded again and again": b"\x80\x02]("
-    + reduced(ENCODE, TEXT + b"q\x01X\x06\x00\x00\x00latin1q\x02")
-    + reduced(ENCODE, b"h\x01h\x02") * 200
-    + b"e.",
-    "bytes from a number": b"\x80\x02"
-    + reduced(("numpy.core.multiarray", "_reconstruct"), b"")
-    + b"(K\x01(\x8a\x05\x00\x00\x00\x00\x02t"
-    + reduced(("numpy", "dtype"), b"U\x02u1")
-    + b"I00\n\x8a\x05\x00\x00\x00\x00\x02tb.",
-    "tuples of tuples": b"\x80\x02})" + b"".join(b"q%ch%ch%c\x87" % (i, i, i) for i in range(1, 60)) + b"K\x01s.",
-    "tuples nested": b"\x80\x02}K\x01" + b"\x85" * 1_000_000 + b"K\x01s.",
-    "lists of lists": b"\x80\x02}(U\x06labels]q\x01K\x00a"
-    + b"".join(b"0]q%c(h%ch%ce" % (i, i - 1, i - 1) for i in range(2, 60))
-    + b"u.",
-    "a length beyond the file": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"x.",
-    "a huge number": b"\x80\x02\x8b" + struct.pack("<i", 1 << 30) + b".",
-    "nested": b"\x80\x02" + b"](" * 50_000 + b"e" * 50_000 + b".",
-    "opcodes without end": b"\x80\x02" + b"N0" * 1_500_000 + b"N.",
-    "code": pickle.dumps(os.system, 2)[:-1] + b"(U\x05echo tR.",
-}
+    good = {"status": "finished", "bytes_up": 1}
+    assert sound_summary(good | {"loss": "x"}) == (good, ["loss"])
 
 
 @pytest.mark.parametrize("name", CIFAR_BOMBS)
@@ -286,41 +243,10 @@ def test_leaf_labels_without_images_take_no_memory_for_them(tmp_path: Path) -> N
     assert peak() - before < 400 * MIB
 
 
-def build(folder: Path) -> None:
-    """Write one real file or folder of every kind that is fuzzed."""
-    run = write_run(folder / "run" / "runs" / "r", 2, 3, 4)
-    seen = {"round": 1, "rounds": 2, "phase": "train", "replies": 1, "asked": 3}
-    (run / "progress.json").write_text(json.dumps(seen))
-    write_sweep(folder / "sweep", 1)
-    rng, labels = np.random.default_rng(0), np.arange(40, dtype=np.int64) % 4
-    for i, split in enumerate(("train", "test")):
-        images = rng.integers(1, 255, (40, 8, 8, 1)).astype(np.uint8)
-        write_artifact(folder / "set" / split, images, np.roll(labels, i), list("abcd"), "a" * 64)
-    save_partition(folder / "set" / "part.safetensors", make_partition("iid", labels, labels, 3, 0))
-    leaf = write_leaf(folder / "leaf", as_leaf(draw_samples(20, 12, 30)))
-    write_shards(leaf, folder / "shards", "round_robin", clients=2, seed=1)
-    write_cifar(folder / "cifar", images=4)
-    export_adapter(adapted(), folder / "adapter" / "a", "base")
-    mine = folder / "whole" / "mine"
-    write_vit(mine / "model.safetensors", size=8, dropout=0.1)
-    facts = {"status": "finished", "model_sha256": sha256_of_file(mine / "model.safetensors")}
-    (mine / "metrics.json").write_text(json.dumps(facts))
-    model = {"name": "vit_tiny", "image_size": None, "dropout": 0.1, "channels": None, "pretrained": None}
-    dataset = {"name": "mine", "shape": [8, 8, 1], "classes": 10, "normalization": "half", "source": None}
-    dataset |= {"download": False, "materialize": None, "augment": False}
-    (mine / "config.yaml").write_text(json.dumps({"run_name": "sweep/0", "model": model, "dataset": dataset}))
-    ModelFactory.create_split_models("vit", mine / "model.safetensors", 1, 2, "cpu", folder / "split", True)
-    up = {"token": "ab" * 16, "address": "127.0.0.1:9", "tls": False, "clients": ["0", "1"], "shards": None}
-    (folder / "up").mkdir()
-    (folder / "up" / "federation.json").write_text(json.dumps(up | {"homes": False, "threads": 1}))
-    programs = {"superlink": {"pid": None, "restarts": 0}}
-    (folder / "up" / "supervisor.json").write_text(json.dumps({"pid": 2**22 + 1, "ready": True, "programs": programs}))
-
-
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("real")
-    build(folder)
+    write_real_files(folder)
     return folder
 
 
@@ -354,62 +280,52 @@ def read_whole(folder: Path) -> None:
     ask(split_model.main, folder / "mine", "--points", 1, 2, "--out", folder / "out", "--check")
 
 
+def read_cifar_batch(folder: Path) -> str:
+    return refuses(DataError, lambda: read_cifar("cifar10", cifar_files("cifar10", folder, "test")))
+
+
+def read_partition(folder: Path) -> None:
+    ask(partition_heatmap.main, folder / "part.safetensors", folder, folder / "o.png")
+
+
 # by kind: the files that are poisoned, what reads them, and how many variants are tried
-Fuzzed = tuple[tuple[str, ...], Callable[[Path], object], int]
-FUZZED: dict[str, Fuzzed] = {
+FUZZED: dict[str, tuple[str, Callable[[Path], object], int]] = {
     "run": (
-        ("runs/r/config.yaml", "runs/r/metrics.jsonl", "runs/r/metrics.json", "runs/r/progress.json"),
+        "runs/r/config.yaml runs/r/metrics.jsonl runs/r/metrics.json runs/r/progress.json",
         lambda folder: ask(report.main, folder / "runs" / "r", "--out", folder / "r.html"),
         15,
     ),
     "sweep": (
-        ("sweep.json", "0/metrics.json", "0/metrics.jsonl"),
+        "sweep.json 0/metrics.json 0/metrics.jsonl",
         lambda folder: ask(report.main, folder, "--out", folder / "r.html"),
         8,
     ),
     "set": (
-        ("train/meta.json", "train/images.npy", "test/labels.npy", "test/meta.json"),
+        "train/meta.json train/images.npy test/labels.npy test/meta.json",
         lambda folder: ask(verify_data.main, folder),
         60,
     ),
-    "partition": (
-        ("part.safetensors", "test/meta.json"),
-        lambda folder: ask(partition_heatmap.main, folder / "part.safetensors", folder, folder / "o.png"),
-        30,
-    ),
+    "partition": ("part.safetensors test/meta.json", read_partition, 30),
     "shards": (
-        (
-            *("manifest.json", "clients.jsonl"),
-            *("client_0/meta.json", "client_0/train.safetensors", "client_1/test.safetensors"),
-        ),
+        "manifest.json clients.jsonl client_0/meta.json client_0/train.safetensors client_1/test.safetensors",
         read_shards,
         60,
     ),
-    "leaf": (("all_data_0.json",), lambda folder: refuses(DataError, open_source, folder), 30),
-    "cifar": (
-        ("cifar-10-batches-py/test_batch", "cifar-10-batches-py/batches.meta"),
-        lambda folder: refuses(DataError, lambda: read_cifar("cifar10", cifar_files("cifar10", folder, "test"))),
-        60,
-    ),
+    "leaf": ("all_data_0.json", lambda folder: refuses(DataError, open_source, folder), 30),
+    "cifar": ("cifar-10-batches-py/test_batch cifar-10-batches-py/batches.meta", read_cifar_batch, 60),
     "adapter": (
-        ("a/adapter_config.json", "a/adapter_model.safetensors"),
+        "a/adapter_config.json a/adapter_model.safetensors",
         lambda folder: refuses(ValueError, import_adapter, adapted(), folder / "a"),
         40,
     ),
-    "whole": (("mine/metrics.json", "mine/config.yaml", "mine/model.safetensors"), read_whole, 30),
+    "whole": ("mine/metrics.json mine/config.yaml mine/model.safetensors", read_whole, 30),
     "split": (
-        (
-            *("bottom/mine_1-2_bottom_metadata.json", "trunk/mine_1-2_trunk_metadata.json"),
-            *("top/mine_1-2_top_metadata.json", "top/mine_1-2_top.safetensors"),
-        ),
+        "bottom/mine_1-2_bottom_metadata.json trunk/mine_1-2_trunk_metadata.json top/mine_1-2_top_metadata.json "
+        "top/mine_1-2_top.safetensors",
         lambda folder: refuses(ValueError, ModelFactory.load_split_models, folder),
         40,
     ),
-    "up": (
-        ("federation.json", "supervisor.json"),
-        lambda folder: ask(federation.main, "status", "--folder", folder),
-        40,
-    ),
+    "up": ("federation.json supervisor.json", lambda folder: ask(federation.main, "status", "--folder", folder), 40),
 }
 
 
@@ -426,10 +342,8 @@ def test_poisoned_files_are_read_or_refused_in_one_line(
     for i in range(count):
         folder = tmp_path / "home" / str(i)
         shutil.copytree(source, folder)
-        path = folder / rng.choice(files)
+        path = folder / rng.choice(files.split())
         if path.suffix == ".yaml":
-            import yaml
-
             name, content = poisoned_json(json.dumps(yaml.safe_load(path.read_text())).encode(), rng)
             path.write_bytes(content)
         else:

@@ -6,8 +6,7 @@ them again when one of their files has been written again.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +29,6 @@ from flapp.source import source_digest, versions
 from flapp.training import Batches
 
 Splits = dict[str, tuple[Any, np.ndarray]]  # for each split a dataset and the rows of it
-_moment: tuple[object, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,82 +58,55 @@ def check_lives_here(client_id: str, config: Config, node_config: NodeConfig) ->
         raise ConfigError(f"a message for {whom} reached the node of client {node_config.client_id}")
 
 
-def open_client_data(config: Config, node_config: NodeConfig, client_id: str) -> ClientData:
-    """Open a client's data; raises ConfigError for an unknown client, DataError for unusable data."""
+def open_client_data(
+    config: Config, node_config: NodeConfig, client_id: str, shared_files: Callable[[], Stamp] | None = None
+) -> ClientData:
+    """Open a client's data; raises ConfigError for an unknown client, DataError for unusable data.
+
+    shared_files: returns the stamp of the files that all clients share, which are looked up here by default.
+    """
+    if not config.distributed_data.enabled:
+        files = shared_files() if shared_files else stamp_of_shared_files(config)
+        return open_once(config, config.data_dir / config.dataset.name, client_id, files)
+    path = Path(node_config.shard_path or config.shards_dir / f"client_{client_id}")
     if config.distributed_data.streaming:  # each round reads it from disk, and so checks it again
-        return open_own_shard(config, node_config, client_id)
-    return open_once(config, node_config, client_id, stamp_of_files(config, node_config, client_id))
+        return open_own_shard(config, path, client_id)
+    return open_once(config, path, client_id, stamp(path, SHARD_FILES))
 
 
 @lru_cache(maxsize=4096)
-def open_once(config: Config, node_config: NodeConfig, client_id: str, files: Stamp) -> ClientData:
+def open_once(config: Config, path: Path, client_id: str, files: Stamp) -> ClientData:
     """Open a client's data and keep them open while `files` stay as they are."""
     if config.distributed_data.enabled:
-        return open_own_shard(config, node_config, client_id)
+        return open_own_shard(config, path, client_id)
     if not (client_id.isdecimal() and str(int(client_id)) == client_id and int(client_id) < config.clients):
         raise ConfigError(f"client-id {client_id} is not one of the {config.clients} clients 0 to {config.clients - 1}")
-    return open_shared_part(config, int(client_id), files)
+    return open_shared_part(config, path, int(client_id), files)
 
 
-def stamp_of_files(config: Config, node_config: NodeConfig, client_id: str) -> Stamp:
-    """Return a value that changes when a file with the client's samples is written again."""
-    if config.distributed_data.enabled:
-        return stamp(shard_folder(config, node_config, client_id), SHARD_FILES)
-    if _moment is None:
-        return stamp_of_shared_files(config)
-    return _stamp_at(config, _moment)
-
-
-@contextmanager
-def files_looked_up_once(*moment: object) -> Iterator[None]:
-    """Check the shared files only once for all messages of a `moment`, such as a round, that this process handles.
-
-    For many clients, checking them each time may take longer than training. For one message at a time, in one thread.
-    """
-    global _moment
-    _moment = moment
-    try:
-        yield
-    finally:
-        _moment = None
-
-
-@lru_cache(maxsize=1)
-def _stamp_at(config: Config, moment: tuple[object, ...]) -> Stamp:
-    return stamp_of_shared_files(config)
-
-
-def shard_folder(config: Config, node_config: NodeConfig, client_id: str) -> Path:
-    """Return the node's shard-path, or in a simulation home/data/<dataset>/shards/client_<id>."""
-    return Path(node_config.shard_path or config.shards_dir / f"client_{client_id}")
-
-
-def open_own_shard(config: Config, node_config: NodeConfig, client_id: str) -> ClientData:
+def open_own_shard(config: Config, path: Path, client_id: str) -> ClientData:
     """Open the shard of a client."""
     settings = config.distributed_data
-    path = shard_folder(config, node_config, client_id)
     shard = DistributedShardLoader(
         path, settings.strict_check, settings.streaming, client_id, config.dataset.normalization
     )
-    counts = shard.num_samples
-    splits = {split: (shard.split(split), np.arange(count)) for split, count in counts.items()}
+    splits = {split: (shard.split(split), np.arange(count)) for split, count in shard.num_samples.items()}
     return _with_claim(client_id, splits, path, shard.label_hist, shard.digest, shard.last_modified)
 
 
-def open_shared_part(config: Config, client: int, files: Stamp) -> ClientData:
+def open_shared_part(config: Config, path: Path, client: int, files: Stamp) -> ClientData:
     """Open a client's part of the artifact that all clients share; its digest covers artifacts and indices."""
     partition = cached_partition(config, files)
     splits: Splits = {}
     digest, modified = hashlib.sha256(), 0.0
     held = {"train": partition.train, "test": partition.test} | ({"val": partition.val} if partition.val else {})
     for split, parts in held.items():
-        dataset = cached_dataset(config.data_dir, config.dataset, "test" if split == "test" else "train", files)
+        dataset = cached_dataset(path / ("test" if split == "test" else "train"), config.dataset, files)
         splits[split] = (dataset, parts[client])
         digest.update(dataset.artifact.digest.encode() + parts[client].astype("<i8").tobytes())
         modified = max(modified, (dataset.artifact.path / "labels.npy").stat().st_mtime)
     dataset, rows = splits["train"]
     histogram = label_histogram(dataset.artifact.labels[rows], config.dataset.classes)
-    path = config.data_dir / config.dataset.name
     return _with_claim(str(client), splits, path, histogram, digest.hexdigest(), modified)
 
 
@@ -177,8 +148,8 @@ class OnDevice:
 
 
 @lru_cache(maxsize=8)
-def cached_dataset(data: Path, settings: DatasetConfig, split: str, files: Stamp) -> OfflineDataset:
+def cached_dataset(folder: Path, settings: DatasetConfig, files: Stamp) -> OfflineDataset:
     """Open a split and keep it open while `files` stay as they are; raises DataError when it is not as configured."""
-    dataset = OfflineDataset(data / settings.name / split, normalization=settings.normalization)
+    dataset = OfflineDataset(folder, normalization=settings.normalization)
     check_samples(dataset.artifact, settings.shape, settings.classes)
     return dataset

@@ -11,9 +11,9 @@ from flwr.common import log
 from flwr.common.constant import ErrorCode
 
 from flapp.checkpoint.chunks import CheckpointError
+from flapp.checkpoint.tensors import digest_of
 from flapp.checks import check_update, find_answer_fault, find_metric_fault
-from flapp.client.data import files_looked_up_once
-from flapp.client.store import ClientStore, digest_received, private_key
+from flapp.client.store import ClientStore, private_key
 from flapp.client.task import message_for_one, read_task
 from flapp.groups import GROUP, UPDATE_NORM, Asked, Group, cut_rank, pack_answers, unpack_group
 from flapp.messages import (
@@ -49,8 +49,7 @@ def group_mod(message: Message, context: Context, call_next: ClientAppCallable) 
     if not message.has_content() or GROUP not in message.content:
         return call_next(message, context)
     try:
-        with files_looked_up_once(context.run_id, message.metadata.group_id, message.metadata.message_type):
-            return serve_group(message, context, call_next)
+        return serve_group(message, context, call_next)
     except Exception as error:  # noqa: BLE001 - the boundary of a node: no message may end its process
         return answer_with_error(message, error)
 
@@ -127,7 +126,7 @@ def checkpoint_mod(message: Message, context: Context, call_next: ClientAppCalla
     tolerate(store, store.restore_private)
     if kind == EVALUATE:
         return call_next(message, context)
-    received = digest_received(message)
+    received = digest_of(views(unpack_arrays(message.content)))
     if config.checkpoint.replay and (kept := tolerate(store, lambda: store.find_trained(message, received))):
         log(INFO, "client %s answers round %d from its store", task.client_id, task.instructions.server_round)
         if config.privacy.enabled:

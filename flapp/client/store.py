@@ -13,10 +13,9 @@ from flwr.app import ArrayRecord, Context, Message
 
 from flapp.checkpoint.chunks import Round, Saved
 from flapp.checkpoint.manager import ChunkManager
-from flapp.checkpoint.tensors import digest_of
 from flapp.client.task import Task
 from flapp.config.load import config_digest
-from flapp.messages import as_record, pack, pack_reply, unpack_arrays, unpack_reply, views
+from flapp.messages import as_record, pack, pack_reply, unpack_reply, views
 
 
 def private_key(client_id: str) -> str:
@@ -98,8 +97,3 @@ class ClientStore:
         facts: list[str | int] = [received, instructions.base, instructions.accepted_round, instructions.source_digest]
         facts += [claim.shard_digest, claim.train, claim.versions]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def digest_received(message: Message) -> str:
-    """Return the digest of the model in a message."""
-    return digest_of(views(unpack_arrays(message.content)))

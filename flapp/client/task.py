@@ -1,27 +1,44 @@
 """What one message asks of one client, read once: the mods and the handlers pass it along with the message."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import cast
+from functools import cache, cached_property, partial
+from typing import Any, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from flapp.client.data import ClientData, check_lives_here, open_client_data
 from flapp.config.load import load
 from flapp.config.schema import Config, NodeConfig
+from flapp.data.artifact import Stamp
 from flapp.groups import Asked
 from flapp.messages import ARRAYS, INSTRUCTIONS, Instructions, unpack_instructions
+from flapp.partitions import stamp_of_shared_files
 
 TASK = "task"  # attribute of a message that has been read
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """The instructions in a message, the run's settings and this node's own; the client's data open on first use."""
+    """The instructions in a message, the run's settings and this node's own; the client's data open on first use.
+
+    shared_files looks up the files that all clients share, once for all clients of a message: for many clients, doing
+    so each time may take longer than training.
+    """
 
     instructions: Instructions
     config: Config
     node_config: NodeConfig
+    shared_files: Callable[[], Stamp]
+
+    @classmethod
+    def of(cls, instructions: Instructions, config: Config, node_config: NodeConfig) -> "Task":
+        """Return the task of a message that has just come."""
+        return cls(instructions, config, node_config, cache(partial(stamp_of_shared_files, config)))
+
+    def for_client(self, client_id: str, **own: Any) -> "Task":
+        """Return the task of one of the message's clients; own: of its instructions."""
+        return replace(self, instructions=replace(self.instructions, client_id=client_id, **own))
 
     @property
     def client_id(self) -> str:
@@ -31,7 +48,7 @@ class Task:
     @cached_property
     def data(self) -> ClientData:
         """Open the client's data; raises ConfigError for an unknown client and DataError for unusable data."""
-        return open_client_data(self.config, self.node_config, self.client_id)
+        return open_client_data(self.config, self.node_config, self.client_id, self.shared_files)
 
 
 def read_task(message: Message, context: Context) -> Task:
@@ -45,7 +62,7 @@ def read_task(message: Message, context: Context) -> Task:
         instructions = unpack_instructions(message)  # first: other source code may not know the settings
         config, node_config = load(context.run_config, context.node_config)
         check_lives_here(instructions.client_id, config, node_config)
-        task = message.__dict__[TASK] = Task(instructions, config, node_config)
+        task = message.__dict__[TASK] = Task.of(instructions, config, node_config)
     return task
 
 
@@ -56,6 +73,5 @@ def message_for_one(message: Message, asked: Asked, arrays: ArrayRecord) -> Mess
     record["client-id"], record["accepted-round"] = asked.client_id, asked.accepted_round
     content = RecordDict({INSTRUCTIONS: record, ARRAYS: arrays})
     single = Message(content=content, metadata=message.metadata)  # type: ignore[call-overload]
-    own = replace(task.instructions, client_id=asked.client_id, accepted_round=asked.accepted_round)
-    single.__dict__[TASK] = replace(task, instructions=own)
+    single.__dict__[TASK] = task.for_client(asked.client_id, accepted_round=asked.accepted_round)
     return cast(Message, single)

@@ -36,14 +36,13 @@ class ClientKeys:
                 f"deployment.client_keys={folder}: {error.filename} cannot be read ({error.strerror}): "
                 "give a folder of client_<id>.pub files"
             ) from error
-        self._clients = set(self._owners.values())
         if not paths:
             raise ConfigError(
                 f"deployment.client_keys={folder} has no client_<id>.pub file: copy each site's site.pub into it"
             )
 
     def __contains__(self, client_id: str) -> bool:
-        return client_id in self._clients
+        return client_id in self._owners.values()
 
     def path(self, client_id: str) -> Path:
         """Return the file in which a client's key is pinned, or should be."""
@@ -70,7 +69,6 @@ class ClientKeys:
 
 
 def _canonical(key: object) -> bytes:
-    """Return the bytes that are the same for every form in which a key may be written."""
     if not isinstance(key, EllipticCurvePublicKey):
         raise ValueError(f"it is a {type(key).__name__}")
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)

@@ -21,7 +21,7 @@ from logging import WARNING
 from multiprocessing import connection, forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
@@ -92,7 +92,7 @@ class InlineGrid(Grid):
     def __enter__(self) -> "InlineGrid":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -138,7 +138,10 @@ class InlineGrid(Grid):
     def handle(self, message: Message) -> Message:
         """Handle a message in this process."""
         app = importlib.import_module(self.client_app).app
-        reply = answer(app, _own_copy(message), self._context(message))
+        # It gets records of its own; the bytes of arrays, which cannot be changed, are shared.
+        records = RecordDict({name: record.copy() for name, record in message.content.items()})
+        own = Message(records, metadata=message.metadata)  # type: ignore[call-overload]
+        reply = answer(app, own, self._context(message))
         settle(reply)  # before the next message trains the same model
         return reply
 
@@ -183,7 +186,6 @@ class InlineGrid(Grid):
         self._hand_out()
 
     def _take_answer(self, worker: Worker) -> None:
-        """Keep a worker's answer, or an Error where it died instead."""
         message, worker.message = worker.message, None
         assert message is not None
         try:
@@ -236,14 +238,12 @@ class InlineGrid(Grid):
             self._blocks.pop(key)[2].close()
 
     def _start(self) -> Worker:
-        """Start a worker with the lowest free number."""
         number = min(set(range(self._count)) - {worker.number for worker in self._workers})
         context = start_forkserver(self.client_app)
         here, there = context.Pipe()
         device = self.devices[number] if self.devices else None
-        process = context.Process(
-            target=serve, args=(there, self.client_app, self.log_file, device), name=f"worker-{number}"
-        )
+        arguments = (there, self.client_app, self.log_file, device)
+        process = context.Process(target=serve, args=arguments, name=f"worker-{number}")
         with _plain_start(context.get_start_method()):
             process.start()
         there.close()
@@ -306,7 +306,6 @@ def answer(app: Callable[[Message, Context], Message], message: Message, context
 
 
 def _send_back(pipe: connection.Connection, reply: Message) -> None:
-    """Send a reply, with its large records in one block."""
     large = large_records(reply)
     shared = [(list(large), share(list(large.values())))] if large else []
     try:
@@ -314,12 +313,6 @@ def _send_back(pipe: connection.Connection, reply: Message) -> None:
     finally:
         for _, block in shared:
             block.close()
-
-
-def _own_copy(message: Message) -> Message:
-    """Return a message with records of its own; the bytes of arrays, which cannot be changed, are shared."""
-    content = RecordDict({name: record.copy() for name, record in message.content.items()})
-    return Message(content, metadata=message.metadata)  # type: ignore[call-overload]
 
 
 def _end_with_parent() -> None:
@@ -331,7 +324,6 @@ def _end_with_parent() -> None:
 
 
 def _print_to(path: Path) -> None:
-    """Send what this process prints to the end of a file."""
     sys.stdout.flush()
     sys.stderr.flush()
     with path.open("ab") as file:

@@ -1,13 +1,8 @@
 """What a run must remember from start to start: its source, its clients' data, and what clients have released.
 
-    environment.jsonl   a line at the first start, and at each start that found another environment: source_digest,
-                        files (the SHA-256 of each source file) and versions (of Python, Flower, PyTorch and NumPy)
-    clients.jsonl       a line for each client when it first joins: client, shard_digest, samples (train, val
-                        and test) and labels (training samples of each class)
-    releases.jsonl      with privacy.enabled, the clients asked to train in a round, and those whose update was a replay
-
-Each line also has the number of the last complete round at the time. If lines contradict each other, the last one
-counts. A run that goes back to a round drops later lines, but never those of releases.jsonl.
+Each line of a journal has the number of the last complete round when it was written. If lines contradict each other,
+the last one counts. A run that goes back to a round drops later lines, but never those of releases.jsonl.
+docs/formats.md describes the files.
 """
 
 import hashlib
@@ -34,20 +29,14 @@ Line = dict[str, Any]
 
 
 class Journal:
-    """A file of JSON lines, each with the number of the last complete round when it was written.
-
-    otherwise: what to do when the file is damaged and there is no copy.
-    """
+    """A file of JSON lines; otherwise: what to do when it is damaged and there is no copy."""
 
     def __init__(self, path: Path, otherwise: str = "remove it to resume without comparing") -> None:
         self.path = path
         self.otherwise = otherwise
 
     def read(self, before: int | None = None) -> list[Line]:
-        """Return the lines, or only those written before round `before` was complete; raises ConfigError for damage.
-
-        A last line that was cut off while it was written is left out.
-        """
+        """Return the whole lines, or those from before round `before` was complete; raises ConfigError for damage."""
         try:
             whole = [text for text in self.path.read_text().splitlines(keepends=True) if text.endswith("\n")]
             lines = [parse_json(text) for text in whole]
@@ -143,29 +132,24 @@ class ClientLedger:
             return
         done = self.run.last_round()
         new.sort(key=_by_number)
-        changed = [
-            f"client {name}: shard digest was {self.digests[name][:12]}, is {claims[name].shard_digest[:12]}"
-            for name in new
-            if name in self.digests
-        ]
-        if changed:
+        change = "client {}: shard digest was {:.12}, is {:.12}".format
+        held = self.digests
+        if changed := [change(name, held[name], claims[name].shard_digest) for name in new if name in held]:
             self.run.observer.append("resumed_anyway", done, changed=changed)
-        self.journal.append({"kind": "client", "round": done, "client": name, **_held(claims[name])} for name in new)
+        self.journal.append(_line_of(claims[name], done) for name in new)
         self.digests |= {name: claims[name].shard_digest for name in new}
 
     def refuse_changes(self, members: Collection[str]) -> None:
         """Raise ConfigError when clients that are not members have other data than they had before."""
-        names = sorted(self.changed.keys() - set(members), key=_by_number)
-        if names:
+        if names := sorted(self.changed.keys() - set(members), key=_by_number):
             found = "; ".join(f"client {name}: {self.changed[name]}" for name in names[:3])
             more = f"; and {len(names) - 3} more clients" if len(names) > 3 else ""
             raise ConfigError(f"the run cannot continue: {found}{more}; {FIX}")
 
 
-def _held(claim: "Claim") -> dict[str, Any]:
-    """Return the fields of a client's data in its line."""
-    samples = {"train": claim.train, "val": claim.val, "test": claim.test}
-    return {"shard_digest": claim.shard_digest, **samples, "labels": list(claim.label_hist)}
+def _line_of(claim: "Claim", done: int) -> Line:
+    held = {"train": claim.train, "val": claim.val, "test": claim.test, "labels": list(claim.label_hist)}
+    return {"kind": "client", "round": done, "client": claim.client_id, "shard_digest": claim.shard_digest, **held}
 
 
 def _by_number(client_id: str) -> tuple[int, str]:

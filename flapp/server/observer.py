@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -46,10 +46,7 @@ class Stopwatch:
 
 
 class Observer:
-    """Write down what happens in a run; `metrics` is its metrics.jsonl, opened to read and append.
-
-    seconds() counts from the beginning of the run, without the pauses between its starts.
-    """
+    """Write down what happens in a run; `metrics` is its metrics.jsonl, opened to read and append."""
 
     def __init__(self, folder: Path, config: Config, metrics: TextIO) -> None:
         self.folder = folder
@@ -98,7 +95,8 @@ class Observer:
     def open_events(self) -> None:
         """Write TensorBoard events from now on, if the config says so; raises ConfigError without its package."""
         if self.config.results.tensorboard:
-            self._events = Events(self.folder / "tensorboard", time.time() - self.seconds(), self._lines())
+            lines = map(json.loads, self.texts())
+            self._events = Events(self.folder / "tensorboard", time.time() - self.seconds(), lines)
 
     def seconds(self) -> float:
         """Return the seconds since the run began."""
@@ -124,9 +122,6 @@ class Observer:
         if self._events:
             self._events.close()
         self._metrics.close()
-
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        return map(json.loads, self.texts())
 
 
 class Events:

@@ -37,7 +37,8 @@ def check_run(config: Config, clients_here: bool, quick: bool = False) -> None:
     checks that may take more than a second. Datasets that need no download are prepared, and a new partition is saved.
     """
     check_home(config)
-    check_packages(config)
+    if config.results.tensorboard:
+        check_tensorboard()
     check_files(config)
     if config.deployment.client_keys is not None:
         ClientKeys(Path(config.deployment.client_keys))
@@ -45,9 +46,7 @@ def check_run(config: Config, clients_here: bool, quick: bool = False) -> None:
         check_shards(config, clients_here)
     is_divided = clients_here and not config.distributed_data.enabled
     if is_divided or config.evaluate.central:
-        check_dataset(config)
-    if is_divided:
-        check_enough_samples(config)
+        check_dataset(config, is_divided)
     check_model(config)
     check_device(config, clients_here)
     if is_divided:
@@ -64,12 +63,6 @@ def check_home(config: Config) -> None:
         raise ConfigError(f"home={config.home} cannot be used: {nearest} is not writable; {fix}")
 
 
-def check_packages(config: Config) -> None:
-    """Refuse settings that need a package that is not installed."""
-    if config.results.tensorboard:
-        check_tensorboard()
-
-
 def check_files(config: Config) -> None:
     """Refuse missing files of weights and adapters to start from."""
     weights, adapter = config.model.pretrained, config.lora.adapter
@@ -79,24 +72,21 @@ def check_files(config: Config) -> None:
         raise ConfigError(f"lora.adapter={adapter} is not a folder: {_origin_of(Path(adapter), config)}")
 
 
-def check_dataset(config: Config) -> None:
-    """Refuse a dataset that is not prepared, or whose samples do not match the settings."""
-    for artifact in _open_splits(config):
+def check_dataset(config: Config, is_divided: bool) -> None:
+    """Refuse a dataset that is not prepared, has other samples than the settings say, or too few to divide them."""
+    splits = _open_splits(config)
+    for artifact in splits:
         check_samples(artifact, config.dataset.shape, config.dataset.classes)
+    if is_divided and config.partition.kind not in WRITER_PARTITIONS:
+        check_enough(config.partition.kind, len(splits[0].labels), config.clients, config.partition.min_size)
 
 
 def check_shards(config: Config, clients_here: bool) -> None:
     """Refuse a manifest of other clients, and shards that are all missing; clients without one are refused later."""
     manifest = open_manifest(config.manifest_path, config.clients, config.partition.kind)
-    if clients_here and not any((_shard_of(config, client) / "meta.json").exists() for client in manifest):
-        read_meta(_shard_of(config, next(iter(manifest))))
-
-
-def check_enough_samples(config: Config) -> None:
-    """Refuse more clients than there are samples for; this needs no partition."""
-    if config.partition.kind not in WRITER_PARTITIONS:
-        train, _ = _open_splits(config)
-        check_enough(config.partition.kind, len(train.labels), config.clients, config.partition.min_size)
+    folders = [config.shards_dir / f"client_{client}" for client in manifest]
+    if clients_here and not any((folder / "meta.json").exists() for folder in folders):
+        read_meta(folders[0])
 
 
 def check_partition(config: Config, quick: bool) -> None:
@@ -163,17 +153,11 @@ def check_model(config: Config) -> None:
 
 
 def _open_splits(config: Config) -> tuple[Artifact, Artifact]:
-    """Open both splits, without reading their images."""
     folder = ensure_artifacts(config.data_dir, config.dataset.name)
     return open_artifact(folder / "train"), open_artifact(folder / "test")
 
 
-def _shard_of(config: Config, client_id: str) -> Path:
-    return config.shards_dir / f"client_{client_id}"
-
-
 def _origin_of(path: Path, config: Config) -> str:
-    """Say where a missing file to start from would come from."""
     if not path.is_relative_to(config.runs_dir) or path.parent == config.runs_dir:
         return "give the path of one that exists"
     run = path.parent

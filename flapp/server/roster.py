@@ -8,8 +8,8 @@ each node answers for its share of the clients.
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from typing import Any
 
@@ -53,25 +53,12 @@ class Member:
     node_id: int
 
 
-@dataclass(frozen=True)
-class Node:
-    """A node that is online. It is new, attested, or the rival of a client: one whose id another node already has."""
-
-    info: NodeInfo
-    attested: bool = False
-    rival_of: str | None = None
-
-    def updated(self, info: NodeInfo, members: Mapping[str, Member]) -> "Node":
-        """Return its next state: a rival of a client that has left is new again, otherwise it stays what it was."""
-        has_left = self.rival_of is not None and self.rival_of not in members
-        return Node(info) if has_left else replace(self, info=info)
-
-
+@dataclass(eq=False)
 class Roster:
     """Attest nodes as they come and keep the clients that may take part.
 
-    expected: the ids of all clients of this run; classes: of the dataset, 0 for regression; check: returns what is
-    wrong with a claim, or None; strict: refuse a client that `check` faults instead of warning; timeout: seconds for an
+    expected: the ids of all clients of this run; classes: of the dataset, 0 for regression; check_claim: returns what
+    is wrong with a claim, or None; strict: refuse a client that it faults instead of warning; timeout: seconds for an
     answer to attest; base: the frozen tensors, sent to clients that lack them; keys: the pinned key of each client.
     With keys, a node is the client whose key it has; a node with any other key is refused, and is sent nothing.
     ledger: compares and records the data of clients that join; any_node: whether any node can serve any client.
@@ -79,71 +66,58 @@ class Roster:
     were let in to what is odd about them.
     """
 
-    def __init__(
-        self,
-        grid: Grid,
-        expected: Sequence[str],
-        run_name: str,
-        classes: int,
-        check: Callable[[Claim], str | None] = lambda claim: None,
-        strict: bool = True,
-        timeout: float = 120.0,
-        base: Base | None = None,
-        keys: ClientKeys | None = None,
-        ledger: ClientLedger | None = None,
-        any_node: bool = False,
-    ) -> None:
-        self.grid = grid
-        self.expected = list(expected)
-        self._expected = frozenset(expected)
-        self.any_node = any_node
-        self.run_name = run_name
-        self.classes = classes
-        self.check_claim = check
-        self.strict = strict
-        self.timeout = timeout
-        self.base = base
-        self.base_digest = base.digest if base else ""
-        self.keys = keys
-        self.ledger = ledger
-        self.members: dict[str, Member] = {}
-        self.refused: dict[str, str] = {}
-        self.warnings: dict[str, str] = {}
-        if keys is not None:
+    grid: Grid
+    expected: Sequence[str]
+    run_name: str
+    classes: int
+    check_claim: Callable[[Claim], str | None] = lambda claim: None
+    strict: bool = True
+    timeout: float = 120.0
+    base: Base | None = None
+    keys: ClientKeys | None = None
+    ledger: ClientLedger | None = None
+    any_node: bool = False
+    members: dict[str, Member] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    warnings: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.base_digest = self.base.digest if self.base else ""
+        if keys := self.keys:
             fix = "has no pinned key: copy its site.pub to"
             self.refused |= {name: f"{fix} {keys.path(name)}" for name in self.expected if name not in keys}
+        self._known = frozenset(self.expected)
         self._reported: dict[str, str] = {}  # the refused as metrics.jsonl has them
-        self._nodes: dict[int, Node] = {}  # by id, sorted
-        self._present: list[str] | None = None  # the ids of members, sorted
-        self._missing: list[str] | None = None
+        self._nodes: dict[int, NodeInfo] = {}  # those online by id, sorted
+        self._asked: set[int] = set()  # the nodes that were asked who they are
+        self._rivals: dict[int, str] = {}  # nodes with the id of a client that another node already is
+        self._present: list[str] = []  # the ids of members, sorted
+        self._missing = [name for name in self.expected if name not in self.refused]
 
     def refresh(self) -> None:
         """Drop clients whose node has left, and attest nodes that are new or claim the id of a client that has left."""
         online = {node.node_id: node for node in self.grid.get_nodes()}
-        is_settled = all(node.attested and node.rival_of is None for node in self._nodes.values())
-        if online.keys() == self._nodes.keys() and is_settled:
+        if online.keys() == self._nodes.keys() == self._asked and not self._rivals:
             return
-        self._present = self._missing = None
         self.members = {name: member for name, member in self.members.items() if member.node_id in online}
-        self._nodes = {
-            node_id: self._nodes.get(node_id, Node(online[node_id])).updated(online[node_id], self.members)
-            for node_id in sorted(online)
-        }
-        if new := [node_id for node_id, node in self._nodes.items() if not node.attested]:
+        self._nodes = {node_id: online[node_id] for node_id in sorted(online)}
+        self._asked -= {node_id for node_id, name in self._rivals.items() if name not in self.members}
+        self._asked &= online.keys()
+        self._rivals = {node_id: name for node_id, name in self._rivals.items() if node_id in self._asked}
+        if new := [node_id for node_id in self._nodes if node_id not in self._asked]:
             self._attest_new(new)
+        self._present = sorted(self.members)
+        self._missing = [name for name in self.expected if name not in self.members and name not in self.refused]
 
     def _attest_new(self, new: Sequence[int]) -> None:
         """Ask nodes who they are, send the base to those that lack it, and let in whoever may take part."""
-        for node_id in new:
-            self._nodes[node_id] = replace(self._nodes[node_id], attested=True)
+        self._asked.update(new)
         found = self._attest([node_id for node_id in new if self._is_known(node_id)])
         if self.base and (lacking := sorted({member.node_id for member in found if _lacks_base(member.claim)})):
             self._send_base(lacking)
             again = self._attest(lacking)
             found = [member for member in found if member.node_id not in lacking] + again
-            for member in again:
-                if _lacks_base(member.claim):  # it is sent again in the next round
-                    self._nodes[member.node_id] = replace(self._nodes[member.node_id], attested=False)
+            self._asked -= {m.node_id for m in again if _lacks_base(m.claim)}  # it is sent again in the next round
         self._admit(found)
 
     def wait(self, seconds: float, min_clients: int | None) -> None:
@@ -156,33 +130,25 @@ class Roster:
         while self.missing() and time.monotonic() < end:
             time.sleep(POLL_SECONDS)
             self.refresh()
-        missing = self.missing()
         if self.ledger:
             self.ledger.refuse_changes(self.members)
-        if self.members and (not missing if min_clients is None else len(self.members) >= min_clients):
+        if self.members and (not self.missing() if min_clients is None else len(self.members) >= min_clients):
             return
         reasons = [by_reason(self.refused)] if self.refused else []
-        if missing:
-            reasons.append(f"missing after {seconds:g} s: {name_clients(missing)}")
+        if self.missing():
+            reasons.append(f"missing after {seconds:g} s: {name_clients(self.missing())}")
         joined = f"{len(self.members)} of {len(self.expected)} clients joined"
         raise FederationError(f"the run cannot start: {'; '.join(reasons)} ({joined})")
 
     def missing(self) -> list[str]:
         """Return the expected clients that were neither let in nor refused."""
-        if self._missing is None:
-            known = self.members.keys() | self.refused.keys()
-            self._missing = [name for name in self.expected if name not in known]
         return self._missing
 
     def facts(self) -> dict[str, Any]:
         """Return the values of the line `roster` in metrics.jsonl: how many clients are in, and who was refused."""
         self._reported = dict(self.refused)
-        return {
-            "clients": len(self.members),
-            "refused": self.refused,
-            "warnings": self.warnings,
-            "source_digest": source_digest(),
-        }
+        facts = {"clients": len(self.members), "refused": self.refused, "warnings": self.warnings}
+        return facts | {"source_digest": source_digest()}
 
     def refusals_changed(self) -> bool:
         """Say whether the refused have changed since the last call of this or of `facts`."""
@@ -192,8 +158,6 @@ class Roster:
 
     def sample(self, fraction: float, *seed: object) -> list[str]:
         """Draw a fraction of all expected clients from those present, sorted by id; the same seed draws the same."""
-        if self._present is None:
-            self._present = sorted(self.members)
         count = min(sample_size(fraction, len(self.expected)), len(self._present))
         return sorted(random.Random(derive_seed(*seed)).sample(self._present, count))
 
@@ -222,12 +186,11 @@ class Roster:
         self.refused |= silent
         return found
 
-    def _answers(self, messages: list[Message]) -> Iterator[tuple[int, Message]]:
-        """Send messages and yield the answers, each with the node asked; Flower itself answers for nodes that left."""
+    def _answers(self, messages: list[Message]) -> list[tuple[int, Message]]:
+        """Send messages and return the answers, each with the node asked; Flower itself answers for nodes that left."""
         replies = self.grid.send_and_receive(messages, timeout=self.timeout)
         asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
-        for reply in replies:
-            yield asked[reply.metadata.reply_to_message_id], reply
+        return [(asked[reply.metadata.reply_to_message_id], reply) for reply in replies]
 
     def _send_base(self, node_ids: list[int]) -> None:
         """Send the base in pieces to nodes that lack it; failures show when the nodes are attested again."""
@@ -236,8 +199,7 @@ class Roster:
         pieces = list(cut_base(self.base.tensors))
         for index, piece in enumerate(pieces):
             arrays = ArrayRecord({key: pack(tensor.numpy()) for key, tensor in piece.items()})
-            order = self.order(0)
-            sent = [pack_piece(node_id, order, index, len(pieces), arrays) for node_id in node_ids]
+            sent = [pack_piece(node_id, self.order(0), index, len(pieces), arrays) for node_id in node_ids]
             for node_id, reply in self._answers(sent):
                 if reply.has_error():
                     log(WARNING, "node %d did not take the base: %s", node_id, describe_error(reply.error))
@@ -252,7 +214,7 @@ class Roster:
             name = member.claim.client_id
             if name in self.members:
                 self.refused[f"node {member.node_id}"] = f"claims client {name}, which another node already is"
-                self._nodes[member.node_id] = replace(self._nodes[member.node_id], rival_of=name)
+                self._rivals[member.node_id] = name
             elif claimed[name] > 1:
                 self.refused[name] = f"{claimed[name]} nodes claim this client id: give each site its own"
             else:
@@ -264,28 +226,28 @@ class Roster:
     def _is_sound(self, member: Member) -> bool:
         """Say whether a claim has no fault and its node may make it; record the reason if not."""
         name, node = member.claim.client_id, member.node_id
-        if self.keys and name != (owner := self.keys.owner(self._nodes[node].info.public_key)):
+        if self.keys and name != (owner := self.keys.owner(self._nodes[node].public_key)):
             self.refused[f"node {node}"] = f"claims client {one_line(name)} with the key pinned for client {owner}"
             return False
-        if name not in self._expected:
+        if name not in self._known:
             clients = f"{len(self.expected)} clients of this run ({list_names(self.expected)})"
             fault = member.claim.fault or f"is not one of the {clients}"
             self.refused[f"node {node}"] = f"client {one_line(name)}: {fault}"
             return False
         reason = self._fault(member.claim)
         if reason is None and (doubt := self.check_claim(member.claim)):
-            if self.strict:
-                reason = doubt
-            else:
+            if not self.strict:
                 self.warnings[name] = doubt
                 log(WARNING, "client %s: %s", name, doubt)
+                return True
+            reason = doubt
         if reason is not None:
             self.refused[f"node {node}" if name in self.members else name] = reason
         return reason is None
 
     def _is_known(self, node_id: int) -> bool:
         """Say whether a node may be asked who it is: with pinned keys, only if it has one. Record the reason if not."""
-        node = self._nodes[node_id].info
+        node = self._nodes[node_id]
         if self.keys is None or self.keys.owner(node.public_key) is not None:
             return True
         name = node.name.removeprefix("client_")
@@ -302,10 +264,9 @@ class Roster:
         if claim.source_digest != source_digest():
             return f"runs other source ({claim.source_digest[:12]}) than the server ({source_digest()[:12]})"
         if claim.base_digest != self.base_digest:
-            own = self.base_digest
-            if not claim.base_digest:
+            own, found = self.base_digest, claim.base_digest[:12]
+            if not found:
                 return f"did not receive base {own[:12]}: see its own log; it is sent again in the next round"
-            found = claim.base_digest[:12]
             fix = f"remove models/{own} from its home, and it is sent again"
             return f"holds base {found} of the model, the server's is {own[:12]}: {fix}"
         if claim.train < 1 or claim.val < 0 or claim.test < 0:

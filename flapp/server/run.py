@@ -21,7 +21,7 @@ from flapp.config.load import derive_seed
 from flapp.config.schema import Config
 from flapp.data.loader import ClientLoader
 from flapp.data.offline import OfflineDataset
-from flapp.data.shards.manifest import check_claim, open_manifest
+from flapp.data.shards.manifest import Manifest, check_claim, open_manifest
 from flapp.data.sources import ensure_artifacts, is_prepared
 from flapp.messages import Claim, pack, views
 from flapp.model.adapter_files import export_adapter, import_adapter
@@ -129,10 +129,7 @@ class Run:
         self.observer.show_progress(phase.server_round, phase.kind, phase.done(), len(phase.names))
 
     def end_round(self, flower_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        """Evaluate on the server if the config says so, then complete the round; Flower also calls this before round 1.
-
-        Raises StoppedEarly after the round that ends the run early.
-        """
+        """Complete a round, evaluated here if the config says so; Flower also calls this before round 1, as round 0."""
         self.observer.enter("central")
         server_round = self.strategy.done + flower_round
         found = None
@@ -237,20 +234,22 @@ def count_releases(directory: RunDirectory) -> ReleaseLedger:
 
 def build_roster(config: Config, grid: PolledGrid, base: Base | None, ledger: ClientLedger) -> Roster:
     """Return the roster of the clients "0" to clients - 1 or, with shards, of those that the manifest lists."""
-    keys = ClientKeys(Path(config.deployment.client_keys)) if config.deployment.client_keys else None
-    common: dict[str, Any] = {"base": base, "keys": keys, "ledger": ledger, "any_node": grid.any_node}
-    if not config.distributed_data.enabled:
-        expected = [str(i) for i in range(config.clients)]
-        check = partial(check_against_partition, cache(partial(count_samples, config)))
-        return Roster(cast(Grid, grid), expected, config.run_name, config.dataset.classes, check, **common)
-    manifest = open_manifest(config.manifest_path, config.clients, config.partition.kind)
+    expected = [str(i) for i in range(config.clients)]
+    options: dict[str, Any] = {"check_claim": partial(check_against_partition, cache(partial(count_samples, config)))}
+    if config.distributed_data.enabled:
+        manifest = open_manifest(config.manifest_path, config.clients, config.partition.kind)
+        expected, check = list(manifest), partial(check_against_manifest, manifest)
+        options = {"check_claim": check, "strict": config.distributed_data.strict_check}
+    if config.deployment.client_keys:
+        options["keys"] = ClientKeys(Path(config.deployment.client_keys))
+    options |= {"base": base, "ledger": ledger, "any_node": grid.any_node}
+    return Roster(cast(Grid, grid), expected, config.run_name, config.dataset.classes, **options)
 
-    def check_against_manifest(claim: Claim) -> str | None:
-        record, digest = manifest.get(claim.client_id), claim.shard_digest
-        return check_claim(record, claim.client_id, claim.train, claim.val, claim.test, claim.label_hist, digest)
 
-    common |= {"check": check_against_manifest, "strict": config.distributed_data.strict_check}
-    return Roster(cast(Grid, grid), list(manifest), config.run_name, config.dataset.classes, **common)
+def check_against_manifest(manifest: Manifest, claim: Claim) -> str | None:
+    """Return what is wrong with the claim of a client that has a shard of its own."""
+    record, digest = manifest.get(claim.client_id), claim.shard_digest
+    return check_claim(record, claim.client_id, claim.train, claim.val, claim.test, claim.label_hist, digest)
 
 
 def count_samples(config: Config) -> list[tuple[int, int, int]] | None:
@@ -258,21 +257,19 @@ def count_samples(config: Config) -> list[tuple[int, int, int]] | None:
     if not is_prepared(config.data_dir / config.dataset.name):
         return None
     partition = open_partition(config)
-    held_out = [len(rows) for rows in partition.val] if partition.val else [0] * len(partition.train)
-    triples = zip(partition.train, held_out, partition.test, strict=True)
-    return [(len(train), val, len(test)) for train, val, test in triples]
+    train, test = (list(map(len, rows)) for rows in (partition.train, partition.test))
+    val = list(map(len, partition.val)) or [0] * len(train)
+    return list(zip(train, val, test, strict=True))
 
 
 def check_against_partition(count: Callable[[], list[tuple[int, int, int]] | None], claim: Claim) -> str | None:
     """Return what is wrong with a claim, if `count` knows the samples of each client; see count_samples."""
-    counts = count()
-    if counts is None:
-        return None
-    claimed = (claim.train, claim.val, claim.test)
-    pairs = zip(("training", "validation", "test"), claimed, counts[int(claim.client_id)], strict=True)
-    for split, said, given in pairs:
-        if said != given:
-            return f"claims {said} {split} samples, the partition gives it {given}"
+    if (counts := count()) is not None:
+        claimed = (claim.train, claim.val, claim.test)
+        pairs = zip(("training", "validation", "test"), claimed, counts[int(claim.client_id)], strict=True)
+        for split, said, given in pairs:
+            if said != given:
+                return f"claims {said} {split} samples, the partition gives it {given}"
     return None
 
 

@@ -1,25 +1,4 @@
-"""The run directory: everything that a run leaves behind, under home/runs/<run_name>.
-
-config.yaml        the resolved config
-environment.jsonl, clients.jsonl, releases.jsonl   see journals.py
-metrics.jsonl      one line for each round and kind (roster, refused, train, evaluate, central, stop, round,
-                   resumed_anyway), flushed as it is written; a line `refused` follows whenever the refused clients
-                   change; time is in seconds since the run began, without the pauses between its starts
-tensorboard/       events, if results.tensorboard is set
-progress.json      where the run is now: round, phase, replies; for progress bars
-server_chunks.db   the global model after each of the last rounds, and the state needed to resume; after the best
-                   round too if evaluate.select is best
-running.json       only while a process writes here: its pid and Flower's id of the run
-model.safetensors  the final global model: of the last round, or of the best one
-metrics.json       the summary, written last: status, rounds, accuracy, loss, personal_accuracy (of the clients' test
-                   samples), val_accuracy, val_loss, val_personal_accuracy (of their validation samples, if the run
-                   has any) and objective, all of the last evaluation or of the selected round; objective_metric (the
-                   figure that objective, best_round and best_value are of: evaluate.objective, of validation samples
-                   if there are any), best_round, best_value, selected_round, stopped_early, bytes_up, bytes_down,
-                   seconds, model_sha256, aggregation_error (FedLoRA, of the last round), epsilon and delta (with
-                   privacy.enabled, of the client that has released the most updates), refused (client or node and
-                   the reason, the first 20) and refused_count, resumed_anyway (what had changed when the run was
-                   resumed with resume_anyway, by round), or status failed and the error
+"""The run directory: everything that a run leaves behind, under home/runs/<run_name>; docs/formats.md describes it.
 
 A round is complete when server_chunks.db holds it. A resumed run drops the lines of later rounds and continues. With
 resume_from it drops the rounds after that one as well, from every file.
@@ -55,10 +34,7 @@ SUMMARY = "summary of the run: "  # before metrics.json in the ServerApp's log, 
 
 
 class RunDirectory:
-    """Write the files of one run; no other process may write there meanwhile.
-
-    path: the run's folder; run_id: Flower's id of the run.
-    """
+    """Write the files of one run; no other process may write there meanwhile."""
 
     def __init__(self, path: Path, config: Config, run_id: int | None = None) -> None:
         self.path = path

@@ -70,10 +70,7 @@ def is_failed_start(path: Path) -> bool:
 
 
 def put_in_place(made: Path, path: Path, config: Config) -> None:
-    """Rename the folder `made` of a new run to `path`. A failed start there is removed, but its log.txt is kept.
-
-    Raises ConfigError when something else has that name by now.
-    """
+    """Rename the folder `made` of a new run to `path`; a failed start there is removed, but its log.txt is kept."""
     if not path.exists():
         made.rename(path)
         return
@@ -89,7 +86,6 @@ def put_in_place(made: Path, path: Path, config: Config) -> None:
 
 
 def _has_no_round(path: Path) -> bool:
-    """Say whether no file of a run shows a complete round."""
     summary = path / "metrics.json"
     if summary.exists() and sound_summary(read_json(summary))[0].get("status") != "failed":
         return False
@@ -168,7 +164,6 @@ def _lock(file: TextIO, kind: int) -> bool:
 
 
 def _read_holder(path: Path) -> dict[str, Any]:
-    """Return the content of running.json, or an empty dict if it has not been written yet."""
     try:
         return dict(json.loads((path / RUNNING).read_text()))
     except (FileNotFoundError, ValueError):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
-from flapp.messages import parts_of, size_of_array, view
+from flapp.messages import parts_of, size_of, view
 
 LEAST_BYTES = 1 << 16  # of an ArrayRecord; smaller ones are cheaper to send through the pipe
 ALIGNMENT = 64  # of each array
@@ -86,7 +86,7 @@ def large_records(message: Message) -> dict[str, ArrayRecord]:
     if not message.has_content():
         return {}
     arrays = {name: record for name, record in message.content.items() if isinstance(record, ArrayRecord)}
-    return {name: record for name, record in arrays.items() if _bytes_of(record) >= LEAST_BYTES}
+    return {name: record for name, record in arrays.items() if size_of(record) >= LEAST_BYTES}
 
 
 def send(connection: Connection, message: Message, shared: Sequence[tuple[list[str], Block]], extra: Any) -> None:
@@ -107,10 +107,6 @@ def receive(connection: Connection) -> tuple[Message, Any]:
         records = open_records(recv_handle(connection), size, places)
         message.content.update(zip(names, records, strict=True))
     return message, extra
-
-
-def _bytes_of(record: ArrayRecord) -> int:
-    return sum(map(size_of_array, record.values()))
 
 
 def _new_memory() -> int:

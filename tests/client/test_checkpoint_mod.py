@@ -140,28 +140,26 @@ def test_retention_never_drops_the_private_state_that_the_server_counts_on(setti
         assert client.seen == 1.0
 
 
-def test_a_failed_reply_and_an_evaluation_leave_no_store(client: Client) -> None:
+def test_a_failed_reply_an_evaluation_and_checkpoint_off_leave_no_store(client: Client, settings: Config) -> None:
     client.ask(1, 0.1, fail=True)
     client.ask(1, 0.1, kind=EVALUATE)
-    assert client.calls == 2
+    client.settings = replace(settings, checkpoint=replace(settings.checkpoint, enabled=False))
+    client.ask(1, 0.1)
+    client.ask(1, 0.1)
+    assert client.calls == 4
     assert not client.path.exists()
 
 
-def test_a_store_that_cannot_be_written_is_a_warning_or_the_clients_failure(
-    client: Client, settings: Config, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_store_that_cannot_be_written_is_a_warning_or_the_clients_failure(client: Client, settings: Config) -> None:
     client.path.mkdir(parents=True)  # a folder where the database should be
     assert values(client.ask(1, 0.0))["weight"] == [[1.0, 1.0]] * 3
-    strict = replace(settings.checkpoint, on_error="fail")
-    client.settings = replace(settings, checkpoint=strict)
+    client.private = True  # it always fails, or the server would count on what is not kept
     with pytest.raises(CheckpointError, match=r"client_0_chunks\.db"):
         client.ask(1, 0.0)
-
-
-def test_private_state_that_cannot_be_kept_is_always_the_clients_failure(private: Client) -> None:
-    private.path.mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"client_0_chunks\.db"):  # or the server would count on it
-        private.ask(1, 0.0)
+    client.private = False
+    client.settings = replace(settings, checkpoint=replace(settings.checkpoint, on_error="fail"))
+    with pytest.raises(CheckpointError, match=r"client_0_chunks\.db"):
+        client.ask(1, 0.0)
 
 
 def test_private_state_of_another_run_of_that_name_is_not_taken(private: Client, settings: Config) -> None:
@@ -169,11 +167,3 @@ def test_private_state_of_another_run_of_that_name_is_not_taken(private: Client,
     private.settings = replace(settings, seed=9)
     private.ask(2, 0.0, accepted=1)
     assert private.seen is None
-
-
-def test_checkpoint_off_keeps_nothing(settings: Config, tmp_path: Path) -> None:
-    client = Client(replace(settings, checkpoint=replace(settings.checkpoint, enabled=False)), tmp_path)
-    client.ask(1, 0.1)
-    client.ask(1, 0.1)
-    assert client.calls == 2
-    assert not client.path.exists()

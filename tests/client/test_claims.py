@@ -55,15 +55,6 @@ def test_claims_arrive_as_they_were_sent() -> None:
     assert unpack_claims(answer([]), 3) == []
 
 
-def test_a_changed_claim_is_that_of_its_client_alone() -> None:
-    content = answer(THREE)
-    set_claim(content, "1", label_hist=[7, 8], train=15)
-    set_claim(content, "9", train=1)
-    first, second, third = unpack_claims(content, 3)
-    assert (first, third) == (THREE[0], THREE[2])
-    assert (second.label_hist, second.train) == ((7, 8), 15)
-
-
 HISTOGRAM = "a label histogram that is not of counts"
 LONG = "x" * (LONGEST_TEXT + 1)
 

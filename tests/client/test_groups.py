@@ -42,12 +42,16 @@ def test_a_cut_has_every_client_once_in_order_and_at_most_31_groups(count: int) 
     assert len(found) == count if count < 32 else 16 <= len(found) <= 31
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 50])
-def test_groups_and_single_messages_end_in_the_same_bytes(federate: Federate, count: int) -> None:
-    single, _ = federate(*WIDE)
-    grouped, path = federate(*WIDE, nodes=nodes(count), any_node=True)
-    assert grouped["model_sha256"] == single["model_sha256"]
-    assert {line["replies"] for line in read_lines(path, "train")} == {49}
+@pytest.mark.parametrize(("weighting", "counts"), [("num-examples", (1, 2, 7, 50)), ("alignment", (2,))])
+def test_groups_and_single_messages_end_in_the_same_bytes(
+    federate: Federate, weighting: str, counts: tuple[int, ...]
+) -> None:
+    words = (*WIDE, f"strategy.weighting={weighting}")
+    single, _ = federate(*words)
+    for count in counts:
+        grouped, path = federate(*words, nodes=nodes(count), any_node=True)
+        assert grouped["model_sha256"] == single["model_sha256"]
+        assert {line["replies"] for line in read_lines(path, "train")} == {49}
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -66,12 +70,6 @@ def test_every_rule_ends_in_the_same_bytes_in_groups(federate: Federate, rule: s
         assert error is None
     else:
         assert error < (0.9 if rule in ("flexlora", "hetlora") else 1e-5)
-
-
-def test_alignment_ends_in_the_same_bytes_in_groups(federate: Federate) -> None:
-    single, _ = federate(*WIDE, "strategy.weighting=alignment")
-    grouped, _ = federate(*WIDE, "strategy.weighting=alignment", nodes=nodes(2), any_node=True)
-    assert grouped["model_sha256"] == single["model_sha256"]
 
 
 def test_the_average_of_groups_is_the_weighted_mean_in_float64(federate: Federate) -> None:
@@ -110,8 +108,8 @@ def break_clients(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]],
                 next(model.parameters()).add_(1e6)
         return result
 
-    def other_data(config: Any, node_config: Any, client_id: str) -> Any:
-        data = opened(config, node_config, client_id)
+    def other_data(config: Any, node_config: Any, client_id: str, *rest: Any) -> Any:
+        data = opened(config, node_config, client_id, *rest)
         if faults.get(client_id) == "data" and not any(frame.function == "attest" for frame in inspect.stack()):
             return replace(data, claim=replace(data.claim, shard_digest="f" * 64))
         return data

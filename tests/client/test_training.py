@@ -36,18 +36,21 @@ def assert_equal(one: nn.Module, other: nn.Module, rtol: float = 0.0, atol: floa
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
-def test_training_takes_the_steps_plain_pytorch_would() -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "rules"),
+    [
+        ("sgd", torch.optim.SGD, {"momentum": 0.9}),
+        ("sgd", torch.optim.SGD, {"weight_decay": 0.5}),
+        ("adamw", torch.optim.AdamW, {"weight_decay": 0.5}),
+    ],
+)
+def test_training_takes_the_steps_plain_pytorch_would(
+    name: str, kind: type[torch.optim.Optimizer], rules: dict[str, float]
+) -> None:
     ours = model()
-    result = train(ours, BATCHES, build_optimizer(ours, "sgd", 0.1, momentum=0.9), epochs=2)
+    result = train(ours, BATCHES, build_optimizer(ours, name, 0.1, **rules), epochs=2)
     assert (result.steps, result.samples) == (6, 40)
-    assert_equal(ours, plain_steps(torch.optim.SGD, epochs=2, momentum=0.9))
-
-
-@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
-def test_weight_decay_is_the_optimizers_own(name: str, kind: type[torch.optim.Optimizer]) -> None:
-    ours = model()
-    train(ours, BATCHES, build_optimizer(ours, name, 0.1, weight_decay=0.5))
-    assert_equal(ours, plain_steps(kind, weight_decay=0.5))
+    assert_equal(ours, plain_steps(kind, epochs=2, **rules))
 
 
 def test_steps_count_batches_over_as_many_passes_as_needed() -> None:
@@ -108,19 +111,16 @@ def test_the_cosine_schedule_starts_at_lr_and_ends_near_zero() -> None:
     assert {scheduled_lr(0.1, "constant", r, 10) for r in range(1, 11)} == {0.1}
 
 
-def test_accumulated_batches_make_the_step_of_one_large_batch() -> None:
+def test_accumulated_batches_make_the_step_of_one_large_batch_and_what_is_left_a_last_step() -> None:
     small, large = model(), model()
     halves = [(X[i : i + 4], Y[i : i + 4]) for i in (0, 4, 8, 12)]
     train(small, halves, build_optimizer(small, "sgd", 0.1), rules=StepRules(accumulate=2))
     train(large, [(X[:8], Y[:8]), (X[8:16], Y[8:16])], build_optimizer(large, "sgd", 0.1))
     assert_equal(small, large, rtol=1e-6, atol=1e-7)
-
-
-def test_what_is_left_of_accumulated_batches_makes_a_last_step() -> None:
-    three, two_and_one = model(), model()
-    train(three, BATCHES[:1], build_optimizer(three, "sgd", 0.1), rules=StepRules(accumulate=5))
-    train(two_and_one, BATCHES[:1], build_optimizer(two_and_one, "sgd", 0.1))
-    assert_equal(three, two_and_one)
+    accumulated, single = model(), model()
+    train(accumulated, BATCHES[:1], build_optimizer(accumulated, "sgd", 0.1), rules=StepRules(accumulate=5))
+    train(single, BATCHES[:1], build_optimizer(single, "sgd", 0.1))
+    assert_equal(accumulated, single)
 
 
 def test_the_proximal_term_is_the_gradient_of_fedprox() -> None:

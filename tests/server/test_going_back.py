@@ -1,7 +1,6 @@
 """A run goes back to an earlier round that it still holds, and ends in the bytes of one that was never disturbed."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,14 @@ from flapp.messages import pack, views
 from flapp.server import journals
 from flapp.server.roster import FederationError
 from flapp.strategy.fedavg import FedAvg
-from tests.conftest import break_off, read_lines
-from tests.support.run_files import write_run
+from tests.conftest import Federate, break_off, read_lines
 from tools.deployment import submit
 from tools.running import inline
-from tools.running.progress import RoundReader
 
-Federate = Callable[..., tuple[dict[str, Any], Path]]
 TOY = ("experiment=toy_regression", "num_rounds=5", "checkpoint.keep_rounds=3")
 FEDSA = (
     *("dataset=digits", "strategy=fedlora", "strategy.aggregation=fedsa", "evaluate.objective=personal_accuracy"),
-    *("lora=default", "lora.rank=2", "clients=2"),
+    *("model=linear", "lora=default", "lora.targets=[fc]", "lora.rank=2", "clients=2"),
     *("num_rounds=4", "train.steps=2", "evaluate.every=4", "checkpoint.keep_rounds=3"),
 )
 
@@ -67,33 +63,42 @@ def test_a_run_that_saved_a_poisoned_round_goes_on_from_the_round_before_to_the_
         assert rounds_of(path, kind) == rounds_of(whole_path, kind)
 
 
-def test_a_finished_run_goes_back_and_comes_to_its_end_again(federate: Federate) -> None:
-    whole, path = federate(*TOY, "run_name=again")
-    assert held(path) == [3, 4, 5]
-    summary, _ = federate(*TOY, "run_name=again", "resume=true", "resume_from=3")
-    assert {**summary, "seconds": 0} == {**whole, "seconds": 0}
-    assert rounds_of(path, "roster") == [0, 3]
-    assert held(path) == [3, 4, 5]
-
-
-def test_going_back_drops_later_rounds_before_anything_else_happens(federate: Federate) -> None:
-    _, path = federate(*TOY, "run_name=dropped")
-    break_off(federate, 4, "aggregate_train", *TOY, "run_name=dropped", "resume=true", "resume_from=3")
-    assert held(path) == [3]
-    assert rounds_of(path, "round") == [1, 2, 3]
-    assert federate(*TOY, "run_name=dropped", "resume=true")[0]["status"] == "finished"
-
-
-def test_a_round_that_is_not_held_is_refused_with_those_that_are_and_nothing_is_dropped(federate: Federate) -> None:
-    _, path = federate(*TOY, "run_name=gone")
+def test_a_finished_run_goes_back_to_a_round_that_it_holds_and_comes_to_its_end_again(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch, data_home: Path
+) -> None:
+    settings = (*TOY, "run_name=again", "resume=true")
+    whole, path = federate(*settings[:-1])
     before = (path / "metrics.jsonl").read_text()
     for number in (2, 9):
         with pytest.raises(ConfigError) as caught:
-            federate(*TOY, "run_name=gone", "resume=true", f"resume_from={number}")
+            federate(*settings, f"resume_from={number}")
         said = f"resume_from={number} is not among the rounds that {path / 'server_chunks.db'} holds: "
         assert str(caught.value) == said + "choose one of 3, 4, 5"
     assert (path / "metrics.jsonl").read_text() == before
     assert held(path) == [3, 4, 5]
+
+    class Started(Exception):
+        """A federation would begin."""
+
+    def start(config: Any, *rest: Any) -> Any:
+        raise Started
+
+    monkeypatch.setattr(inline, "run_inline", start)
+    words = [*settings, f"home={data_home}"]
+    assert submit.run_once(compose(words)) == whole
+    with pytest.raises(Started):
+        submit.run_once(compose([*words, "resume_from=3"]))
+    with pytest.raises(ConfigError, match="resume_from=1 is not among the rounds"):
+        submit.run_once(compose([*words, "resume_from=1"]))
+
+    summary, _ = federate(*settings, "resume_from=3")
+    assert {**summary, "seconds": 0} == {**whole, "seconds": 0}
+    assert rounds_of(path, "roster") == [0, 3]
+    assert held(path) == [3, 4, 5]
+    break_off(federate, 4, "aggregate_train", *settings, "resume_from=3")  # later rounds are dropped before all else
+    assert held(path) == [3]
+    assert rounds_of(path, "round") == [1, 2, 3]
+    assert federate(*settings)[0]["status"] == "finished"
 
 
 def test_a_round_without_its_lines_is_refused_and_nothing_is_dropped(federate: Federate) -> None:
@@ -112,8 +117,7 @@ def test_a_round_whose_best_one_is_gone_is_refused_where_the_run_ends_with_the_b
     settings = (*TOY, "evaluate.select=best", "run_name=best")
     summary, path = federate(*settings)
     assert summary["selected_round"] == 5
-    lines = (path / "metrics.jsonl").read_text().splitlines()
-    edited = [json.loads(text) for text in lines]
+    edited = [json.loads(text) for text in (path / "metrics.jsonl").read_text().splitlines()]
     for line in edited:
         if line["kind"] == "evaluate":
             line["val_loss"] = abs(line["round"] - 2)  # the best until round 5 was 2, which is no longer held
@@ -154,35 +158,3 @@ def test_going_back_before_other_source_was_taken_compares_with_the_source_befor
     again, _ = federate(*settings, "resume_from=3")
     assert "resumed_anyway" not in again
     assert again["model_sha256"] == whole["model_sha256"]
-
-
-def test_the_command_runs_the_later_rounds_of_a_finished_run_again(
-    federate: Federate, monkeypatch: pytest.MonkeyPatch, data_home: Path
-) -> None:
-    first, _ = federate(*TOY, "run_name=command")
-
-    class Started(Exception):
-        pass
-
-    def start(config: Any, *rest: Any) -> Any:
-        raise Started
-
-    monkeypatch.setattr(inline, "run_inline", start)
-    words = [*TOY, f"home={data_home}", "run_name=command", "resume=true"]
-    assert submit.run_once(compose(words)) == first
-    with pytest.raises(Started):
-        submit.run_once(compose([*words, "resume_from=3"]))
-    with pytest.raises(ConfigError, match="resume_from=1 is not among the rounds"):
-        submit.run_once(compose([*words, "resume_from=1"]))
-
-
-def test_progress_of_a_run_that_goes_back_begins_at_that_round(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "run", rounds=6) / "metrics.jsonl"
-    whole = path.read_text()
-    reader = RoundReader(path)
-    assert [found["round"] for found in reader.read(4)] == [1, 2, 3, 4]
-    kept = [text for text in whole.splitlines(keepends=True) if json.loads(text)["round"] <= 4]
-    path.write_text("".join(kept))
-    assert reader.read() == []
-    path.write_text(whole)
-    assert [found["round"] for found in reader.read()] == [5, 6]

@@ -1,14 +1,12 @@
 """deployment=inline: clients in worker processes, or in this one; whatever dies, a run ends in the same bytes."""
 
 import gc
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,26 +14,26 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message
 from flwr.common.constant import ErrorCode
 
-from flapp import server_app
-from flapp.config.load import compose, to_json
-from flapp.config.schema import Config, ConfigError
+from flapp.config.load import compose
+from flapp.config.schema import ConfigError
 from flapp.groups import cut
 from flapp.messages import describe_error, views
 from flapp.server.inline import CLIENT_APP, SERVER_NODE, InlineGrid, start_forkserver
 from flapp.server.shared_arrays import LEAST_BYTES
-from tests.conftest import read_lines
+from tests.conftest import read_lines, run_app
 from tests.support.commands import PYTORCHS, SECONDS, left_running, starting_runs
 from tests.support.inline_app import say
 from tests.support.waiting import wait_for
 from tools.running import inline
+from tools.running.stop import stop_run
 
-Federate = Callable[..., tuple[dict[str, Any], Path]]
 Start = Callable[..., InlineGrid]
 TOY = "experiment=toy_regression"
 TOY_SHA256 = "7dc8604b95a122b98affdee1cf8c35759aa322679e947c9f6bd32de881bcd85f"
+LONG = (TOY, "num_rounds=60", "evaluate.every=60")
 NODE = {"partition-id": 0, "num-partitions": 1}
 FIRST = SERVER_NODE + 1  # the id of the first node
 
@@ -70,22 +68,12 @@ def pid_of(reply: Message) -> int:
     return int(reply.content.metric_records["process"]["pid"])  # type: ignore[arg-type]
 
 
-def federate_inline(settings: Config, grid: InlineGrid) -> tuple[dict[str, Any], Path]:
-    """Run a whole federation on a grid and return (metrics.json, run directory)."""
-    grid.run_config = {"config-json": to_json(settings)}
-    server_app.app(grid, Context(1, 1, {}, RecordDict(), grid.run_config))
-    path = settings.runs_dir / settings.run_name
-    return json.loads((path / "metrics.json").read_text()), path
-
-
 # Messages and workers
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_ends_in_the_same_bytes_with_any_number_of_workers(workers: int, start: Start, tmp_path: Path) -> None:
-    grid = start(workers, client_app=CLIENT_APP)
-    summary, _ = federate_inline(compose([TOY, f"home={tmp_path}", "run_name=same"]), grid)
-    assert summary["model_sha256"] == TOY_SHA256
+def test_a_run_over_workers_ends_in_the_same_bytes_as_always(start: Start, tmp_path: Path) -> None:
+    settings = compose([TOY, f"home={tmp_path}", "run_name=same"])
+    assert run_app(settings, start(2, client_app=CLIENT_APP))[0]["model_sha256"] == TOY_SHA256
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -134,14 +122,11 @@ def test_descriptors_and_mappings_are_closed_when_replies_are_gone(start: Start)
     assert "memfd:flapp" not in Path("/proc/self/maps").read_text()
 
 
-def test_messages_go_to_whichever_worker_is_free(start: Start) -> None:
-    pids = [pid_of(reply) for reply in ask(start(3), *(say(FIRST, "work") for _ in range(12)))]
-    assert len(set(pids)) == 3
-    assert os.getpid() not in pids
-
-
 def test_a_worker_that_dies_loses_only_the_message_it_was_handling(start: Start) -> None:
     grid = start(2)
+    pids = {pid_of(reply) for reply in ask(grid, *(say(FIRST, "work") for _ in range(8)))}
+    assert len(pids) == 2  # messages go to whichever is free
+    assert os.getpid() not in pids
     replies = ask(grid, *(say(FIRST, action) for action in ("work", "exit", "work", "work", "exit", "work")))
     assert [reply.has_error() for reply in replies] == [False, True, False, False, True, False]
     assert replies[1].error.code == ErrorCode.CLIENT_APP_CRASHED
@@ -149,29 +134,20 @@ def test_a_worker_that_dies_loses_only_the_message_it_was_handling(start: Start)
     assert len(psutil.Process().children(recursive=True)) >= 2
 
 
-def test_a_worker_that_is_killed_while_it_is_idle_loses_nothing(start: Start) -> None:
+def test_a_worker_goes_on_when_its_client_raises_and_is_replaced_when_it_is_killed_or_no_longer_waited_for(
+    start: Start,
+) -> None:
     grid = start(1)
-    (first,) = ask(grid, say(FIRST, "work"))
-    os.kill(pid_of(first), signal.SIGKILL)
+    first, failed, last = ask(grid, say(FIRST, "work"), say(FIRST, "raise"), say(FIRST, "work"))
+    assert (failed.error.code, failed.error.reason) == (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "OSError: no disk")
+    assert pid_of(first) == pid_of(last)
+    os.kill(pid_of(last), signal.SIGKILL)  # while it is idle
     wait_for(lambda: not grid._workers[0].process.is_alive(), SECONDS)
     (second,) = ask(grid, say(FIRST, "work"))
     assert pid_of(second) != pid_of(first)
-
-
-def test_a_client_that_raises_is_answered_for_and_its_worker_goes_on(start: Start) -> None:
-    first, failed, last = ask(start(1), say(FIRST, "work"), say(FIRST, "raise"), say(FIRST, "work"))
-    assert (failed.error.code, failed.error.reason) == (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "OSError: no disk")
-    assert pid_of(first) == pid_of(last)
-
-
-def test_a_client_that_nobody_waits_for_any_more_is_ended(start: Start) -> None:
-    grid = start(1)
-    (first,) = ask(grid, say(FIRST, "work"))
-    began = time.monotonic()
     assert ask(grid, say(FIRST, "hang"), say(FIRST, "work"), timeout=0.3) == []
-    (second,) = ask(grid, say(FIRST, "work"))
-    assert time.monotonic() - began < SECONDS
-    assert pid_of(second) != pid_of(first)
+    (third,) = ask(grid, say(FIRST, "work"))
+    assert pid_of(third) != pid_of(second)
 
 
 def test_what_a_worker_prints_goes_to_the_log_and_never_to_the_terminal(
@@ -189,9 +165,8 @@ def test_without_workers_a_breakpoint_stops_in_the_main_thread_of_this_process(
 ) -> None:
     reached: list[tuple[int, bool]] = []
     here = threading.main_thread()
-    monkeypatch.setattr(
-        sys, "breakpointhook", lambda: reached.append((os.getpid(), threading.current_thread() is here))
-    )
+    hook = lambda: reached.append((os.getpid(), threading.current_thread() is here))  # noqa: E731
+    monkeypatch.setattr(sys, "breakpointhook", hook)
     ask(start(0), say(FIRST, "break"))
     assert reached == [(os.getpid(), True)]
 
@@ -202,7 +177,7 @@ def test_a_worker_killed_in_a_round_costs_its_clients_that_round_by_name(
 ) -> None:
     words = (f"clients={clients}", "partition.min_size=1", "checkpoint=off", "num_rounds=3")
     settings = compose([TOY, f"home={tmp_path}", "run_name=killed", *words])
-    summary, path = federate_inline(settings, start(2))
+    summary, path = run_app(settings, start(2))
     assert (summary["status"], summary["rounds"]) == ("finished", 3)
     named = {line["round"]: line["failures"] for line in read_lines(path, "train")}
     assert named[1] == named[3] == []
@@ -280,52 +255,50 @@ def tool(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         yield lambda *words: start(TOY, *words, start_new_session=True)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the SHA-256 of the model that the long run ends with."""
+    settings = compose([*LONG, f"home={tmp_path_factory.mktemp('whole')}", "run_name=whole"])
+    return str(run_app(settings, InlineGrid({}, [NODE]))[0]["model_sha256"])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, "runs stop"])
 def test_a_run_that_is_ended_leaves_nothing_and_is_resumed_to_the_same_bytes(
-    tool: Callable[..., Any], tmp_path: Path, federate: Federate, number: signal.Signals
+    tool: Callable[..., Any], tmp_path: Path, undisturbed: str, how: Any
 ) -> None:
-    words = ("num_rounds=60", "evaluate.every=60", "run_name=ended", "deployment.workers=2")
-    path, shared = tmp_path / "runs" / "ended", set(os.listdir("/dev/shm"))
-    process = tool(*words)
+    path, shared = tmp_path / "runs" / "ended", in_shared_memory()
+    process = tool(*LONG[1:], "run_name=ended", "deployment.workers=2")
     metrics = path / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and '"round": 3' in metrics.read_text(), SECONDS)
     processes = left_running(tmp_path)
     assert len(processes) >= 4  # the command, the fork server and two workers
     assert not [each for process in processes for each in process.net_connections("inet")]
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does
+    mapped = {Path(each.path).name for process in processes for each in process.memory_maps() if "/shm/" in each.path}
+    if how == "runs stop":
+        assert process.pid in (stop_run(tmp_path / "runs", "ended") or ())
+    elif how == signal.SIGINT:
+        os.killpg(process.pid, how)  # as a terminal does
     else:
-        process.send_signal(number)
+        process.send_signal(how)
     _, said = process.communicate(timeout=SECONDS)
-    if number != signal.SIGKILL:
-        assert process.returncode == 130
+    if how != signal.SIGKILL:
+        assert how == "runs stop" or process.returncode == 130  # stop_run has read it, as only a parent can
         error, hint = said.splitlines()[-2:]
         assert error == "interrupted: everything that was started has been stopped"
         assert "run_name=ended resume=true" in hint
         assert not (path / "running.json").exists()
     wait_for(lambda: not left_running(tmp_path), SECONDS)
-    assert set(os.listdir("/dev/shm")) <= shared
+    assert not mapped & set(os.listdir("/dev/shm"))
+    assert in_shared_memory() <= shared
     wait_for(lambda: {each.name for each in (tmp_path / "tmp").iterdir()} <= PYTORCHS, SECONDS)
-    resumed = tool(*words, "resume=true")
-    out, said = resumed.communicate(timeout=SECONDS)
-    assert resumed.returncode == 0, said
-    undisturbed, _ = federate(TOY, *words[:2])
-    assert f"sha256 {undisturbed['model_sha256']})" in out
+    settings = compose([*LONG, f"home={tmp_path}", "run_name=ended", "resume=true"])
+    assert run_app(settings, InlineGrid({}, [NODE]))[0]["model_sha256"] == undisturbed
 
 
-@pytest.mark.slow
-def test_runs_stop_ends_an_inline_run(tool: Callable[..., Any], tmp_path: Path) -> None:
-    from tools.running.stop import stop_run
-
-    process = tool("num_rounds=2000", "run_name=long", "deployment.workers=1")
-    wait_for((tmp_path / "runs" / "long" / "progress.json").exists, SECONDS)
-    stopped = stop_run(tmp_path / "runs", "long")
-    assert stopped is not None
-    assert process.pid in stopped
-    _, said = process.communicate(timeout=SECONDS)  # stop_run has read its exit status, as only a parent can
-    assert "interrupted: everything that was started has been stopped\n" in said
-    assert left_running(tmp_path) == []
+def in_shared_memory() -> set[str]:
+    """Return the names in /dev/shm, without those of joblib and of semaphores, which other tests may be using now."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith(("joblib", "sem."))}
 
 
 @pytest.mark.slow

@@ -5,16 +5,14 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context, RecordDict
 
-from flapp import server_app
-from flapp.config.load import compose, to_json
+from flapp.config.load import compose
 from flapp.config.schema import Config, ConfigError
 from flapp.data.shards.manifest import Manifest
 from flapp.listing import by_reason, list_names
@@ -29,12 +27,11 @@ from flapp.server.roster import FederationError
 from flapp.server.run_dir import RunDirectory
 from flapp.server.run_names import is_failed_start
 from flapp.strategy.phase import Phase
-from tests.conftest import Broken, LocalGrid, break_off
+from tests.conftest import Broken, Federate, LocalGrid, break_off, run_app
 from tests.support.commands import left_running, run
 from tools.deployment import submit
 from tools.running import sweep
 
-Federate = Callable[..., tuple[dict[str, Any], Path]]
 TOY = ("experiment=toy_regression", "num_rounds=2")
 LORA = ("strategy=fedlora", "lora=default")
 
@@ -63,10 +60,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["clients=100", "partition.alpha=0.1"], "raise partition.alpha, lower partition.min_size or take fewer"),
         (["partition=pathological", "partition.classes_per_client=11"], "set partition.classes_per_client between"),
         (["partition=natural"], r"partition=natural has no .*: make it with python -m tools.prepare_data"),
-        (
-            ["experiment=femnist_fedavg", "distributed_data.manifest=/none"],
-            r"no manifest at .*: make the shards with python -m tools.prepare_data",
-        ),
+        (["experiment=femnist_fedavg", "distributed_data.manifest=/none"], "no manifest at .*: make the shards with"),
         (["model.image_size=30"], "4-pixel patches, which do not divide 30: set model.image_size to a multiple of 4"),
         ([*LORA, "lora.targets=[query]"], "lora.targets=query matches no layer of the model: choose among .*qkv"),
         ([*LORA, "lora.rank=65"], r"lora.rank=65 is more than .*: lower lora.rank"),
@@ -82,17 +76,11 @@ def test_a_mistake_is_said_with_the_fix_and_leaves_no_run(data_home: Path, words
     assert not (data_home / "runs" / "checked").exists()
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        [],
-        TOY,
-        LORA,
-        ["model=vit_b_16", "dataset.augment=true"],
-        ["split=auto", "split.split_config=1-2", "results.tensorboard=true"],
-    ],
-)
-def test_a_run_that_can_start_is_let_through_with_its_partition_made(data_home: Path, words: list[str]) -> None:
+SPLIT = ("split=auto", "split.split_config=1-2", "results.tensorboard=true")
+
+
+@pytest.mark.parametrize("words", [[], TOY, LORA, ["model=vit_b_16", "dataset.augment=true"], SPLIT])
+def test_a_run_that_can_start_is_let_through_with_its_partition_made(data_home: Path, words: Sequence[str]) -> None:
     check(data_home, *words)
     assert not (data_home / "runs" / "checked").exists()
     assert not (data_home / "split_models").exists()
@@ -183,15 +171,14 @@ def test_what_only_the_sites_have_is_not_asked_for_here(tmp_path: Path, no_compi
     assert not (tmp_path / "data" / "cifar10").exists()
 
 
-def test_a_device_or_compiler_that_is_not_there_is_refused(data_home: Path, no_compiler: None) -> None:
+def test_a_device_compiler_or_package_that_is_not_there_is_refused(
+    data_home: Path, no_compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="train.device=cuda, but .* no CUDA device here: set train.device=auto"):
             check(data_home, "train.device=cuda")
     with pytest.raises(ConfigError, match="train.compile=true needs a C.. compiler, .* or set train.compile=false"):
         check(data_home, "train.compile=true", "train.device=cpu")
-
-
-def test_packages_that_are_not_installed_are_named(data_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ConfigError, match=r'pip install -e "\.\[tensorboard\]", or set results.tensorboard=false'):
         check(data_home, "results.tensorboard=true")
@@ -199,9 +186,7 @@ def test_packages_that_are_not_installed_are_named(data_home: Path, monkeypatch:
 
 def test_a_home_that_cannot_hold_runs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(
-        ConfigError, match=rf"home={tmp_path}/file/home cannot be used: {tmp_path}/file is not a folder"
-    ):
+    with pytest.raises(ConfigError, match=rf"home={tmp_path}/file/home cannot be used: .*/file is not a folder"):
         check(tmp_path / "file" / "home")
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(ConfigError, match=rf"{tmp_path} is not writable; set home to a folder that you may write"):
@@ -259,11 +244,9 @@ def test_the_server_of_a_simulation_checks_before_it_asks_anyone(
 
         clients_here = True
 
-    shutil.copytree(data_home / "data", tmp_path / "data") if (data_home / "data").exists() else None
-    run_config = {"config-json": to_json(settings(tmp_path, "clients=500"))}
-    grid = GridHere(run_config, [{"partition-id": 0, "num-partitions": 1}])
+    grid = GridHere({}, [{"partition-id": 0, "num-partitions": 1}])
     with pytest.raises(ValueError, match="cannot give each of clients=500"):
-        server_app.app(grid, Context(1, 1, {}, RecordDict(), run_config))
+        run_app(settings(tmp_path, "clients=500"), grid)
     assert grid.sent == []
     assert not (tmp_path / "runs").exists()
     assert 'summary of the run: {"status": "failed", "error": "partition=dirichlet cannot give' in caplog.text
@@ -285,16 +268,30 @@ def test_a_failed_start_does_not_keep_its_name(federate: Federate, data_home: Pa
         federate(*TOY, "run_name=fails_first")
 
 
-def test_a_failed_start_is_resumed_from_the_beginning_with_any_settings(federate: Federate, data_home: Path) -> None:
+def test_a_failed_start_is_resumed_from_the_beginning_with_any_settings_unless_its_store_is_damaged(
+    federate: Federate, data_home: Path
+) -> None:
     break_off(federate, 1, "aggregate_train", *TOY, "run_name=restarted")
+    store = data_home / "runs" / "restarted" / "server_chunks.db"
+    sound = store.read_bytes()
+    store.write_bytes(b"not a database, but long enough to be read as one" * 100)
+    assert not is_failed_start(store.parent)
+    store.write_bytes(sound)
     summary, path = federate(*TOY, "run_name=restarted", "resume=true", "train.lr=0.02")
     assert summary["model_sha256"] == federate(*TOY, "train.lr=0.02")[0]["model_sha256"]
     assert "lr: 0.02" in (path / "config.yaml").read_text()
 
 
-def test_a_run_with_a_complete_round_is_never_replaced(federate: Federate, data_home: Path) -> None:
+def test_a_run_with_a_complete_round_is_never_replaced_whatever_of_it_is_lost(
+    federate: Federate, data_home: Path
+) -> None:
     break_off(federate, 2, "aggregate_train", *TOY, "run_name=kept")
     path = data_home / "runs" / "kept"
+    metrics = (path / "metrics.jsonl").read_text()
+    lines = metrics.splitlines(keepends=True)
+    (path / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["round"] == 0))
+    assert not is_failed_start(path)  # only the store has its round
+    (path / "metrics.jsonl").write_text(metrics)
     before = {file.name: file.read_bytes() for file in path.iterdir() if file.suffix != ".db"}
     for lost in (None, "metrics.json", "server_chunks.db"):
         if lost:
@@ -304,22 +301,6 @@ def test_a_run_with_a_complete_round_is_never_replaced(federate: Federate, data_
         with pytest.raises(ConfigError, match="run_name=kept is taken"):
             federate(*TOY, "run_name=kept")
         assert {name: (path / name).read_bytes() for name in before} == before
-
-
-def test_a_round_that_only_the_store_has_is_a_complete_round(federate: Federate, data_home: Path) -> None:
-    break_off(federate, 2, "aggregate_train", *TOY, "run_name=cut")
-    metrics = data_home / "runs" / "cut" / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True)
-    metrics.write_text("".join(line for line in lines if json.loads(line)["round"] == 0))
-    assert not is_failed_start(metrics.parent)
-
-
-def test_a_store_that_is_damaged_is_no_sign_of_a_failed_start(federate: Federate, data_home: Path) -> None:
-    break_off(federate, 1, "aggregate_train", *TOY, "run_name=unreadable")
-    path = data_home / "runs" / "unreadable"
-    assert is_failed_start(path)
-    (path / "server_chunks.db").write_bytes(b"not a database, but long enough to be read as one" * 100)
-    assert not is_failed_start(path)
 
 
 def test_a_run_that_is_still_running_is_not_replaced(federate: Federate, data_home: Path) -> None:
@@ -356,9 +337,8 @@ def test_reasons_come_first_once_and_short(federate: Federate, monkeypatch: pyte
     monkeypatch.setattr("flapp.client.task.open_client_data", refuse)
     with pytest.raises(FederationError) as caught:
         federate("model=linear", "clients=40")
-    assert str(caught.value) == (
-        "the run cannot start: clients 0 to 39: its disk is full: make room (0 of 40 clients joined)"
-    )
+    said = "the run cannot start: clients 0 to 39: its disk is full: make room (0 of 40 clients joined)"
+    assert str(caught.value) == said
     summary = {"error": str(caught.value), "refused": {"0": "its disk is full: make room"}, "refused_count": 40}
     assert str(submit.failure(summary)) == str(caught.value)
     assert list_names(["0", "2", "3", "4", "9", "10", "site"]) == "0, 2 to 4, 9, 10, site"

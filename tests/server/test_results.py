@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +15,8 @@ from flapp.server import observer, run, run_dir
 from flapp.server.observer import PHASES, Observer
 from flapp.server.roster import Roster
 from flapp.strategy.fedavg import FedAvg
-from tests.conftest import Broken, LocalGrid, break_off, read_clients, read_lines
+from tests.conftest import Broken, Federate, LocalGrid, break_off, read_clients, read_lines
 
-Federate = Callable[..., tuple[dict[str, Any], Path]]
 TOY = ("experiment=toy_regression", "num_rounds=3")
 DIGITS = ("model=linear", "clients=3", "num_rounds=2", "train.epochs=1", "evaluate.every=2")
 PAUSE = 0.1  # seconds

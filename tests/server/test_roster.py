@@ -73,12 +73,16 @@ def test_looking_again_does_no_work_when_no_node_came_or_went(nodes: Nodes) -> N
     assert roster.sample(1.0, 0) == drawn
 
 
-def test_a_refused_node_is_not_asked_again(nodes: Nodes) -> None:
+def test_what_is_refused_is_neither_asked_again_nor_missing_nor_drawn(nodes: Nodes) -> None:
     nodes.claims[7] = None
+    assert nodes.claims[2] is not None
+    nodes.claims[2][0] = replace(claim_of("4"), fault="its data is missing")
     roster = gather(nodes)
-    assert roster.refused == {"node 7": "out of order"}
+    assert roster.refused == {"node 7": "out of order", "4": "its data is missing"}
     roster.refresh()
     assert len(nodes.asked) == 4
+    assert roster.missing() == []
+    assert roster.sample(1.0, 0) == ["0", "1", "2", "3", "5"]
 
 
 def test_clients_whose_node_left_are_missing_and_not_drawn_until_it_is_back(nodes: Nodes) -> None:
@@ -98,19 +102,6 @@ def test_clients_whose_node_left_are_missing_and_not_drawn_until_it_is_back(node
     assert nodes.asked.count(1) == 2
     assert roster.missing() == []
     assert [roster.sample(0.5, "seed", server_round) for server_round in range(20)] == before
-
-
-def test_a_refused_client_is_not_missing(nodes: Nodes) -> None:
-    assert nodes.claims[2] is not None
-    nodes.claims[2][0] = replace(claim_of("4"), fault="its data is missing")
-    roster = gather(nodes)
-    assert roster.refused == {"4": "its data is missing"}
-    assert roster.missing() == []
-    assert roster.sample(1.0, 0) == ["0", "1", "2", "3", "5"]
-
-
-def test_the_roster_without_nodes_draws_nobody_and_misses_everybody(nodes: Nodes) -> None:
-    roster = gather(nodes)
     nodes.claims.clear()
     roster.refresh()
     assert roster.missing() == EXPECTED

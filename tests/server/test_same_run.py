@@ -19,11 +19,10 @@ from flapp.messages import Claim
 from flapp.server import journals, run_dir
 from flapp.server.journals import ClientLedger
 from flapp.server.roster import FederationError
-from tests.conftest import break_off, read_lines
+from tests.conftest import Federate, break_off, read_lines
 from tests.support.leaf_files import as_leaf, draw_samples, write_leaf
 from tools.run import final_line
 
-Federate = Callable[..., tuple[dict[str, Any], Path]]
 TOY = ("experiment=toy_regression", "num_rounds=4")
 FIX = "resume=true resume_anyway=true"
 
@@ -196,26 +195,22 @@ def test_edited_source_is_refused_by_both_digests_and_the_names_of_the_files(
     assert f"resumed anyway after round 2: {said}\n" in final_line(summary)
 
 
-def test_other_versions_are_a_warning_and_recorded(
-    federate: Federate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_other_versions_or_nothing_recorded_are_a_warning(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch, data_home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole, _ = federate(*TOY)
     break_off(federate, 3, "aggregate_train", *TOY, "run_name=updated")
+    shutil.copytree(data_home / "runs" / "updated", data_home / "runs" / "older")
     before = journals.versions()
-    monkeypatch.setattr(journals, "versions", lambda: "python=4.0 torch=9")
-    summary, path = federate(*TOY, "run_name=updated", "resume=true")
+    with monkeypatch.context() as patch:
+        patch.setattr(journals, "versions", lambda: "python=4.0 torch=9")
+        summary, path = federate(*TOY, "run_name=updated", "resume=true")
     assert f"the versions were {before}, are python=4.0 torch=9, so the final bytes may differ" in caplog.text
     recorded = [(line["round"], line["versions"]) for line in lines_of(path / "environment.jsonl")]
     assert recorded == [(0, before), (2, "python=4.0 torch=9")]
     assert summary["model_sha256"] == whole["model_sha256"]
     assert "resumed_anyway" not in summary
 
-
-def test_a_run_of_a_flapp_that_recorded_nothing_is_resumed_with_a_warning(
-    federate: Federate, data_home: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    whole, _ = federate(*TOY)
-    break_off(federate, 3, "aggregate_train", *TOY, "run_name=older")
     for name in ("environment.jsonl", "clients.jsonl"):
         (data_home / "runs" / "older" / name).unlink()
     caplog.clear()
@@ -226,13 +221,7 @@ def test_a_run_of_a_flapp_that_recorded_nothing_is_resumed_with_a_warning(
     assert [line["round"] for line in lines_of(path / "clients.jsonl")] == [2, 2, 2]
 
 
-@pytest.mark.parametrize("setting", ["resume_anyway=true", "resume_from=2"])
-def test_settings_of_a_resumed_run_are_refused_for_a_new_one(setting: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{setting} .*: add resume=true"):
-        compose([*TOY, setting])
-
-
-def test_a_run_inside_the_folder_of_another_is_refused_and_so_is_one_around_others(
+def test_a_new_run_inside_the_folder_of_another_is_refused_and_so_is_one_around_others(
     federate: Federate, home: Path
 ) -> None:
     """A run named a/adapter would be deleted when run a leaves its own adapter there."""
@@ -240,6 +229,9 @@ def test_a_run_inside_the_folder_of_another_is_refused_and_so_is_one_around_othe
     def attempt(name: str) -> Path:
         return federate(*TOY, "num_rounds=1", f"home={home}", f"run_name={name}")[1]
 
+    for setting in ("resume_anyway=true", "resume_from=2"):
+        with pytest.raises(ConfigError, match=rf"{setting} .*: add resume=true"):
+            compose([*TOY, setting])
     outer = attempt("a")
     with pytest.raises(ConfigError, match=r"run_name=a/adapter lies inside the folder of run a, .*another name"):
         attempt("a/adapter")

@@ -18,14 +18,7 @@ import pytest
 
 EXECUTABLE = shutil.which("chromium")
 needs_chromium = pytest.mark.skipif(EXECUTABLE is None, reason="chromium is not installed (apt-get install chromium)")
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--hide-scrollbars",
-    "--no-first-run",
-)
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
 
 
 class Chromium:
@@ -36,14 +29,12 @@ class Chromium:
         self.folder = tempfile.TemporaryDirectory(prefix="flapp-chromium-", ignore_cleanup_errors=True)
         theirs_in, self.writer = _pipe()
         self.reader, theirs_out = _pipe()
-        command = [EXECUTABLE, *FLAGS, "--remote-debugging-pipe", f"--user-data-dir={self.folder.name}", "about:blank"]
+        command = [EXECUTABLE, *FLAGS, "--hide-scrollbars", "--remote-debugging-pipe"]
+        command += [f"--user-data-dir={self.folder.name}", "about:blank"]
         script = f'exec 3<&{theirs_in} 4>&{theirs_out}; exec "$@"'
-        self.process = subprocess.Popen(
-            ["bash", "-c", script, "chromium", *command],
-            pass_fds=(theirs_in, theirs_out),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        silent: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        words = ["bash", "-c", script, "chromium", *command]
+        self.process = subprocess.Popen(words, pass_fds=(theirs_in, theirs_out), **silent)
         os.close(theirs_in)
         os.close(theirs_out)
         self.unread = bytearray()
@@ -76,15 +67,13 @@ class Chromium:
             self.events.append(answer)
         if "error" in answer:
             raise RuntimeError(f"{method}: {answer['error']}")
-        found: dict[str, Any] = answer["result"]
-        return found
+        return answer["result"]  # type: ignore[no-any-return]
 
     def open(self, path: Path, width: int, height: int = 900, dark: bool = False) -> None:
         """Load a file as a screen of that size shows it."""
         self.events.clear()
-        self.ask(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
-        )
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.ask("Emulation.setDeviceMetricsOverride", **screen)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.ask("Emulation.setEmulatedMedia", features=[scheme])
         self.ask("Page.navigate", url=path.absolute().as_uri())
@@ -109,17 +98,15 @@ class Chromium:
 
     def requests(self) -> list[str]:
         """Return the addresses asked for since the page was opened, without data: ones."""
-        sent = [
-            event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"
-        ]
-        return [url for url in sent if not url.startswith("data:")]
+        sent = [event["params"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        return [each["request"]["url"] for each in sent if not each["request"]["url"].startswith("data:")]
 
     def _read(self) -> dict[str, Any]:
         while (end := self.unread.find(b"\0")) < 0:
             if not (more := os.read(self.reader, 1 << 20)):
                 raise RuntimeError("chromium has ended")
             self.unread += more
-        found: dict[str, Any] = json.loads(self.unread[:end])
+        found = json.loads(self.unread[:end])
         del self.unread[: end + 1]
         return found
 

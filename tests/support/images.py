@@ -36,9 +36,8 @@ def pil_resize(image: np.ndarray, size: int) -> np.ndarray:
 
 def torchvision_batch(images: np.ndarray, size: int, normalization: str = "imagenet") -> Tensor:
     statistics = (MEAN, STD) if normalization == "imagenet" else ((0.5,) * 3, (0.5,) * 3)
-    pipeline = transforms.Compose(
-        [transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize(*statistics)]
-    )
+    steps = [transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize(*statistics)]
+    pipeline = transforms.Compose(steps)
     return torch.stack([pipeline(Image.fromarray(image)) for image in images])
 
 

@@ -39,10 +39,8 @@ def app(message: Message, context: Context) -> Message:
     if action == "work":
         time.sleep(SHORT)
     arrays = message.content.array_records.get("arrays", ArrayRecord())
-    content = RecordDict(
-        {"process": MetricRecord({"pid": os.getpid()}), "arrays": ArrayRecord(arrays.to_torch_state_dict())}
-    )
-    return Message(content, reply_to=message)
+    content = {"process": MetricRecord({"pid": os.getpid()}), "arrays": ArrayRecord(arrays.to_torch_state_dict())}
+    return Message(RecordDict(content), reply_to=message)
 
 
 def federated(message: Message, context: Context) -> Message:

@@ -44,11 +44,8 @@ def write_arrays(folder: Path, samples: Samples, writers: list[Any] | None = Non
     """Write the same samples as images.npy, labels.npy and writers.npy, writers interleaved."""
     folder.mkdir(parents=True)
     names = writers or list(samples)
-    rows = [
-        (name, *sample)
-        for name, pair in zip(names, samples.values(), strict=True)
-        for sample in zip(*pair, strict=True)
-    ]
+    pairs = zip(names, samples.values(), strict=True)
+    rows = [(name, *sample) for name, pair in pairs for sample in zip(*pair, strict=True)]
     rows = [rows[i] for i in np.argsort([i % 7 for i in range(len(rows))], kind="stable")]
     np.save(folder / "images.npy", np.stack([row[1] for row in rows]).reshape(-1, 28, 28))
     np.save(folder / "labels.npy", np.array([row[2] for row in rows], dtype=np.int64))

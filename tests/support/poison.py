@@ -10,6 +10,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from flapp.data.artifact import write_artifact
+from flapp.data.partition import make_partition, save_partition
+from flapp.data.shards.build import write_shards
+from flapp.files import sha256_of_file
+from flapp.model.adapter_files import export_adapter
+from flapp.model.split.factory import ModelFactory
+from tests.support.adapters import adapted
+from tests.support.cifar_files import write_cifar
+from tests.support.html_page import write_sweep
+from tests.support.leaf_files import as_leaf, draw_samples, write_leaf
+from tests.support.run_files import write_run
+from tests.support.split_models import write_vit
+
 DEEP = "[" * 5000 + "]" * 5000
 RAW = {  # JSON texts that json.dumps would not write, by the marks that stand for them
     "@huge": "1" + "0" * 5000,
@@ -21,27 +36,11 @@ RAW = {  # JSON texts that json.dumps would not write, by the marks that stand f
     "@control": '"\\u001b[2Jgone\\n\\u0000"',
     "@twice": '{"a": 1, "a": [2]}',
 }
-VALUES: tuple[Any, ...] = (
-    *(
-        -1,
-        True,
-        1.5,
-        0,
-        2**63,
-        "text",
-        "",
-        None,
-        [],
-        {},
-        [[]],
-        [None],
-        {"": -1},
-        "../../x",
-        "/etc/passwd",
-        "x" * 100_000,
-    ),
-    *RAW,
-)
+NUMBERS: tuple[Any, ...] = (-1, True, 1.5, 0, 2**63)
+OTHERS = ("text", "", None, [], {}, [[]], [None], {"": -1}, "../../x", "/etc/passwd", "x" * 100_000)
+VALUES = (*NUMBERS, *OTHERS, *RAW)
+SHAPES = ("(-1,)", "(True, 2)", "(2.0,)", "(10**9, 10**9)", "(1000000000000,)", "()", "(0,)", "(-3, -4)", "('a',)")
+KINDS = ("'V1000000000'", "'S0'", "'O'", "'<M8[s]'", "'>i8'", "[('a', '<i8')]", "'U100000000'", "'|u1'", "1", "'<c16'")
 TEXTS: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "cut off": lambda content, rng: content[: rng.randrange(max(1, len(content)))],
     "empty": lambda content, rng: b"",
@@ -117,20 +116,7 @@ def poisoned_npy(content: bytes, rng: random.Random) -> tuple[str, bytes]:
     """Give a .npy file another header."""
     if rng.random() < 0.2:
         return poisoned_bytes(content, rng)
-    shapes = ("(-1,)", "(True, 2)", "(2.0,)", "(10**9, 10**9)", "(1000000000000,)", "()", "(0,)", "(-3, -4)", "('a',)")
-    kinds = (
-        "'V1000000000'",
-        "'S0'",
-        "'O'",
-        "'<M8[s]'",
-        "'>i8'",
-        "[('a', '<i8')]",
-        "'U100000000'",
-        "'|u1'",
-        "1",
-        "'<c16'",
-    )
-    shape, kind = rng.choice(shapes), rng.choice(kinds)
+    shape, kind = rng.choice(SHAPES), rng.choice(KINDS)
     fortran = rng.choice(("False", "True", "1"))
     return f"{kind} {shape}", npy(kind, shape, fortran) + content[-64:]
 
@@ -189,3 +175,34 @@ def refuses(error: type[Exception], function: Callable[..., object], *arguments:
 def peak() -> int:
     """Return the most memory that this process has had, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def write_real_files(folder: Path) -> None:
+    """Write one real file or folder of every kind that is fuzzed."""
+    run = write_run(folder / "run" / "runs" / "r", 2, 3, 4)
+    seen = {"round": 1, "rounds": 2, "phase": "train", "replies": 1, "asked": 3}
+    (run / "progress.json").write_text(json.dumps(seen))
+    write_sweep(folder / "sweep", 1)
+    rng, labels = np.random.default_rng(0), np.arange(40, dtype=np.int64) % 4
+    for i, split in enumerate(("train", "test")):
+        images = rng.integers(1, 255, (40, 8, 8, 1)).astype(np.uint8)
+        write_artifact(folder / "set" / split, images, np.roll(labels, i), list("abcd"), "a" * 64)
+    save_partition(folder / "set" / "part.safetensors", make_partition("iid", labels, labels, 3, 0))
+    leaf = write_leaf(folder / "leaf", as_leaf(draw_samples(20, 12, 30)))
+    write_shards(leaf, folder / "shards", "round_robin", clients=2, seed=1)
+    write_cifar(folder / "cifar", images=4)
+    export_adapter(adapted(), folder / "adapter" / "a", "base")
+    mine = folder / "whole" / "mine"
+    write_vit(mine / "model.safetensors", size=8, dropout=0.1)
+    facts = {"status": "finished", "model_sha256": sha256_of_file(mine / "model.safetensors")}
+    (mine / "metrics.json").write_text(json.dumps(facts))
+    model = {"name": "vit_tiny", "image_size": None, "dropout": 0.1, "channels": None, "pretrained": None}
+    dataset = {"name": "mine", "shape": [8, 8, 1], "classes": 10, "normalization": "half", "source": None}
+    dataset |= {"download": False, "materialize": None, "augment": False}
+    (mine / "config.yaml").write_text(json.dumps({"run_name": "sweep/0", "model": model, "dataset": dataset}))
+    ModelFactory.create_split_models("vit", mine / "model.safetensors", 1, 2, "cpu", folder / "split", True)
+    up = {"token": "ab" * 16, "address": "127.0.0.1:9", "tls": False, "clients": ["0", "1"], "shards": None}
+    (folder / "up").mkdir()
+    (folder / "up" / "federation.json").write_text(json.dumps(up | {"homes": False, "threads": 1}))
+    programs = {"superlink": {"pid": None, "restarts": 0}}
+    (folder / "up" / "supervisor.json").write_text(json.dumps({"pid": 2**22 + 1, "ready": True, "programs": programs}))

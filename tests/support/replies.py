@@ -2,15 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, Message
 
 from flapp.messages import ARRAYS
+from tests.conftest import Federate as Federate
 from tests.conftest import Tamper, read_lines
 
-Federate = Callable[..., tuple[dict[str, Any], Path]]
 Sent = list[tuple[str, dict[str, np.ndarray]]]
 
 

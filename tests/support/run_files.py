@@ -12,15 +12,7 @@ import yaml
 from flapp.checkpoint.manager import ChunkManager
 
 MODEL_BYTES = 40_000
-PHASES = {
-    "configure": 0.02,
-    "send": 0.03,
-    "train": 0.6,
-    "aggregate": 0.05,
-    "evaluate": 0.2,
-    "central": 0.05,
-    "save": 0.05,
-}
+PHASES = dict(configure=0.02, send=0.03, train=0.6, aggregate=0.05, evaluate=0.2, central=0.05, save=0.05)  # noqa: C408
 SPREAD = ("min", "p10", "median", "p90", "max")
 Line = dict[str, Any]
 
@@ -87,12 +79,8 @@ def lines_of(rounds: int, clients: int, classes: int, seed: int, old: bool = Fal
         skill = 1 - 0.9 * np.exp(-3 * server_round / rounds)
         common = {"round": server_round, "time": float(server_round)}
         yield {"kind": "train", **common, "loss": 2.3 * (1.02 - skill), **exchange(names, draw, up=True)}
-        yield {
-            "kind": "evaluate",
-            **common,
-            **evaluation(names, skill, classes, draw),
-            **exchange(names, draw, up=False),
-        }
+        figures = evaluation(names, skill, classes, draw)
+        yield {"kind": "evaluate", **common, **figures, **exchange(names, draw, up=False)}
         if not old:
             seconds = {name: part * draw.uniform(0.9, 1.1) for name, part in PHASES.items()}
             stored = {"bytes": MODEL_BYTES * min(server_round, 3), "stored": MODEL_BYTES // 2, "total": MODEL_BYTES}

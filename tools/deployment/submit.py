@@ -13,7 +13,7 @@ from flapp.config.load import to_json
 from flapp.config.rules import count_messages
 from flapp.config.schema import Config, ConfigError
 from flapp.data.artifact import Stamp, stamp
-from flapp.listing import describe_refused
+from flapp.listing import by_reason
 from flapp.server.journals import Origin
 from flapp.server.preflight import check_run
 from flapp.server.run_dir import SUMMARY, check_resumable, check_source
@@ -236,7 +236,7 @@ def refusals(summary: dict[str, Any]) -> str:
     if not refused:
         return ""
     more = summary["refused_count"] - len(refused)
-    return describe_refused(refused) + (f"; and {more} more" if more else "")
+    return f"refused: {by_reason(refused)}" + (f"; and {more} more" if more else "")
 
 
 def wait_for_end(superlink: SuperLink, run_id: str) -> None:
