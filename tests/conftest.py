@@ -1,5 +1,6 @@
 """The in-process grid: the real ServerApp, strategy and ClientApp, without processes in between."""
 
+import itertools
 import json
 import logging.config
 import random
@@ -99,10 +100,10 @@ def data_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
 
 
-@pytest.fixture
-def federate(data_home: Path, tmp_path: Path) -> Callable[..., tuple[dict[str, Any], Path]]:
+@pytest.fixture(scope="session")
+def federate(data_home: Path) -> Callable[..., tuple[dict[str, Any], Path]]:
     """Return a function that runs a whole federation in this process and returns (metrics.json, run directory)."""
-    runs = iter(range(1000))
+    numbers = itertools.count()
 
     def run(
         *overrides: str,
@@ -113,7 +114,7 @@ def federate(data_home: Path, tmp_path: Path) -> Callable[..., tuple[dict[str, A
         keys: list[bytes] | None = None,
         any_node: bool = False,
     ) -> tuple[dict[str, Any], Path]:
-        name = f"{tmp_path.name}-{next(runs)}"
+        name = f"run-{next(numbers)}"
         settings = compose([f"home={data_home}", f"run_name={name}", *overrides])
         run_config = {"config-json": to_json(settings)}
         clients = settings.clients

@@ -75,10 +75,9 @@ class ChunkManager:
         from flapp.checkpoint.tensors import specs_of
 
         chunks = cut_evenly(specs_of(self.model_to_params(params)), _integer("chunk_num", chunk_num, 1))
-        sizes = [sum(part.end - part.start for part in parts) for parts in chunks]
         return [
-            {"chunk_id": i, "parts": ranges_of(parts), "flat_size": size}
-            for i, (parts, size) in enumerate(zip(chunks, sizes, strict=True))
+            {"chunk_id": i, "parts": ranges_of(parts), "flat_size": sum(part.end - part.start for part in parts)}
+            for i, parts in enumerate(chunks)
         ]
 
     def extract_chunk_data(self, params: Mapping[str, Any], chunk: Cut) -> bytes:

@@ -11,20 +11,11 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
-from flapp.checks import find_value_fault, floating_pairs
+from flapp.checks import find_norm_fault, find_value_fault, floating_pairs
 from flapp.config.schema import Config
 from flapp.groups import Asked, Group, cut_rank, pack_group
 from flapp.listing import by_reason
-from flapp.messages import (
-    EVALUATE,
-    REPLAYED,
-    TRAIN,
-    VAL,
-    Instructions,
-    pack_instructions,
-    size_of,
-    views,
-)
+from flapp.messages import EVALUATE, REPLAYED, TRAIN, VAL, Instructions, pack_instructions, size_of, views
 from flapp.server.journals import ReleaseLedger
 from flapp.server.observer import Observer
 from flapp.server.roster import FederationError, Roster
@@ -225,8 +216,7 @@ class FedAvg(FlowerFedAvg):
             phase.is_summed = self.is_summed(phase)
             if self.releases:
                 self.releases.ask(server_round, chosen)
-        if (limit := self.bound.known_limit()) is not None:
-            phase.norm_limit, phase.may_fold = limit, phase.is_summed
+        phase.norm_limit, phase.may_fold = self.bound.limit({}), phase.is_summed and self.bound.is_known
         down = size_of(self.current)
         phase.bytes_down = {name: size_of(self.outgoing(name)) if self.rank_sent(name) else down for name in chosen}
         messages = [m for index, names in enumerate(phase.groups) for m in self._messages(index, names)]
@@ -284,7 +274,8 @@ class FedAvg(FlowerFedAvg):
         phase = self.phase
         phase.norm_limit = self.bound.limit(phase.norms)
         messages: list[Message] = []
-        for index, rest in phase.leave_out(self.bound.faults(phase.norms, phase.norm_limit)):
+        found = {name: find_norm_fault(norm, phase.norm_limit, phase.multiple) for name, norm in phase.norms.items()}
+        for index, rest in phase.leave_out({name: fault for name, fault in found.items() if fault}):
             messages += self._messages(index, rest)
             if self.releases:
                 self.releases.ask(phase.server_round, rest)
