@@ -187,11 +187,11 @@ class ChunkManager:
 
     def cleanup_old_rounds(self, keep: int) -> None:
         """Drop all rounds but the `keep` that were saved last."""
-        self._store.expire(_integer("keep", keep, 1))
+        self._store.expire(keep=_integer("keep", keep, 1))
 
     def drop_rounds_after(self, round_num: int) -> None:
         """Drop all rounds with a higher number."""
-        self._store.drop_after(_integer("round_num", round_num, 0))
+        self._store.expire(after=_integer("round_num", round_num, 0))
 
     def get_storage_stats(self) -> dict[str, Any]:
         """Return what the store holds and what it takes on disk, in bytes."""

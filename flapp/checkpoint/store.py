@@ -118,17 +118,12 @@ class Store(Database):
             for future, item, pieces in waiting:
                 yield future.result(), item, pieces
 
-    def expire(self, keep: int) -> None:
-        """Drop all rounds but the `keep` that were saved last, and the chunks that no other round has."""
+    def expire(self, keep: int | None = None, after: int | None = None) -> None:
+        """Drop all rounds but the `keep` saved last, or those numbered above `after`, and chunks that no other has."""
         with self.transaction("BEGIN IMMEDIATE", "cannot be cleaned up"):
-            if self.has_tables() and self._expire(keep, ()):
-                self._drop_orphans()
-
-    def drop_after(self, round_num: int) -> None:
-        """Drop all rounds with a higher number, and the chunks that no other round has."""
-        with self.transaction("BEGIN IMMEDIATE", "cannot be cut back"):
-            if later := [number for number in self.records() if number > round_num]:
-                self._drop(later)
+            later = [] if after is None else [number for number in self.records() if number > after]
+            self._drop(later)
+            if self.has_tables() and (self._expire(keep, ()) or later):
                 self._drop_orphans()
 
     def _expire(self, keep: int | None, pinned: Collection[int]) -> list[int]:

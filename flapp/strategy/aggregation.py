@@ -59,13 +59,6 @@ def cap_shares(weights: Sequence[float], most: float | None) -> list[float]:
     return [1.0] * len(weights)
 
 
-def cap_examples(examples: Mapping[str, float], most: float | None) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the samples that each client counts for, and the shares of those that claim more than they count for."""
-    weights = dict(zip(examples, cap_shares(list(examples.values()), most), strict=True))
-    total = sum(examples.values())
-    return weights, {n: round(claimed / total, 4) for n, claimed in examples.items() if weights[n] != claimed}
-
-
 def alignment_weights(updates: Sequence[Iterable[np.ndarray]], norms: Sequence[float]) -> list[float]:
     """Return weights, summing to 1, proportional to max(0, cos(update_k, mean update)).
 

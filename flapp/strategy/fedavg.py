@@ -19,7 +19,7 @@ from flapp.messages import EVALUATE, REPLAYED, TRAIN, VAL, Instructions, pack_in
 from flapp.server.journals import ReleaseLedger
 from flapp.server.observer import Observer
 from flapp.server.roster import FederationError, Roster
-from flapp.strategy.aggregation import NormBound, alignment_weights, cap_examples, cap_shares, totals
+from flapp.strategy.aggregation import NormBound, alignment_weights, cap_shares, totals
 from flapp.strategy.phase import Phase
 from flapp.strategy.server_optimizer import ServerOptimizer
 from flapp.sums import WeightedSum, weighted_average
@@ -185,8 +185,10 @@ class FedAvg(FlowerFedAvg):
         return self.combine(trained, cap_shares(weights, self.settings.max_weight_share))
 
     def _cap(self, examples: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-        """Return what cap_examples does, and log whom it caps."""
-        weights, capped = cap_examples(examples, self.settings.max_weight_share)
+        """Return the samples that each client counts for, and the shares of those that claim more; log the latter."""
+        weights = dict(zip(examples, cap_shares([*examples.values()], self.settings.max_weight_share), strict=True))
+        total = sum(examples.values())
+        capped = {name: round(claim / total, 4) for name, claim in examples.items() if weights[name] != claim}
         for name, share in capped.items():
             text = "round %d: client %s claims %.0f %% of the samples, strategy.max_weight_share=%g caps it"
             log(WARNING, text, self.phase.server_round, name, 100 * share, self.settings.max_weight_share)

@@ -77,6 +77,8 @@ def test_every_choice_in_conf_composes_and_builds_its_model(group: str, choice: 
         (["train.momentum=0.9"], "has no meaning for adamw"),
         (["strategy.min_replies=11"], "strategy.min_replies=11 can never be met with 10 clients in a round"),
         (["strategy.min_clients=11"], "strategy.min_clients=11 is more than clients=10"),
+        (["deployment.client_keys=/keys"], "simulated nodes have none: leave it out, or set deployment=local"),
+        (["deployment=local", "deployment.client_keys=keys"], "client_keys=keys is relative"),
         (["home=some/where"], "home=some/where is relative, and the apps run in another folder"),
         (["split=auto"], "split_config=2-10 does not go with model=vit_tiny: split points 2 and 10 of a model of 3"),
         (["split=auto", "split.split_config=1:2"], "split_config=1:2 does not go with model=vit_tiny: split points"),

@@ -195,13 +195,6 @@ def test_keys_of_nodes_that_cannot_be_read_belong_to_nobody(pins: Path, own: lis
     assert keys.owner(own[0][:40]) is None
 
 
-def test_a_simulation_has_no_keys_to_pin() -> None:
-    with pytest.raises(ConfigError, match="simulated nodes have none: leave it out, or set deployment=local"):
-        compose(["deployment.client_keys=/keys"])
-    with pytest.raises(ConfigError, match="client_keys=keys is relative"):
-        compose(["deployment=local", "deployment.client_keys=keys"])
-
-
 def test_a_run_with_the_former_setting_for_names_can_be_resumed() -> None:
     config = compose(["deployment=local"])
     before = json.loads(to_json(config))

@@ -18,11 +18,11 @@ from flapp.config.load import compose, to_json
 from flapp.messages import TRAIN, HeldArray
 from tests.conftest import read_lines
 from tests.support.commands import PYTORCHS, SECONDS, left_running, starting_runs
+from tests.support.replies import Federate
 from tests.support.waiting import wait_for
 from tools.deployment import submit
 from tools.deployment.superlink import CONNECTION, PrivateSuperLink
 
-Federate = Callable[..., tuple[dict[str, Any], Path]]
 Run = Callable[..., Path]
 TOY = ("experiment=toy_regression", "partition.min_size=1", "num_rounds=2", "evaluate.every=2", "checkpoint=off")
 WIDE = (*TOY, "clients=70")  # in groups of 4
