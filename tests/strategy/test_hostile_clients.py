@@ -245,9 +245,7 @@ def test_replies_that_cannot_be_are_left_out_by_name_and_change_nothing(federate
         for number, line in enumerate(read_lines(path, kind), 1):
             reasons = failures(path, number, kind)
             assert reasons.keys() == faults.keys()
-            assert {name: reasons[name][: len(reason)] for name, (_, reason) in faults.items()} == {
-                name: reason for name, (_, reason) in faults.items()
-            }
+            assert [reasons[name] for name, (_, reason) in faults.items() if not reasons[name].startswith(reason)] == []
             assert line["replies"] == 17 - len(faults)
     assert "metrics, at most 64 are read" in failures(path)["14"]
 
