@@ -1,5 +1,6 @@
 """The in-process grid: the real ServerApp, strategy and ClientApp, without processes in between."""
 
+import itertools
 import json
 import logging.config
 import random
@@ -108,10 +109,10 @@ def data_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("home")
 
 
-@pytest.fixture
-def federate(data_home: Path, tmp_path: Path) -> Federate:
+@pytest.fixture(scope="session")
+def federate(data_home: Path) -> Federate:
     """Return a function that runs a whole federation in this process and returns (metrics.json, run directory)."""
-    runs = iter(range(1000))
+    numbers = itertools.count()
 
     def run(
         *overrides: str,
@@ -122,7 +123,7 @@ def federate(data_home: Path, tmp_path: Path) -> Federate:
         keys: list[bytes] | None = None,
         any_node: bool = False,
     ) -> tuple[dict[str, Any], Path]:
-        name = f"{tmp_path.name}-{next(runs)}"
+        name = f"run-{next(numbers)}"
         settings = compose([f"home={data_home}", f"run_name={name}", *overrides])
         clients = settings.clients
         nodes = nodes or [{"partition-id": i, "num-partitions": clients} for i in range(clients)]

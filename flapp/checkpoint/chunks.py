@@ -25,6 +25,7 @@ LARGEST = 1 << 62  # bytes of one tensor, so that no product of sizes overflows
 # may have ALWAYS_BELIEVED bytes, or MOST_REPEATED times the bytes of its distinct chunks.
 ALWAYS_BELIEVED = 128 << 20
 MOST_REPEATED = 8
+RESTORE = "restore the file from a copy"  # the fix for damage
 Parts = dict[str, list[tuple[int, int, tuple[int, ...]]]]
 
 

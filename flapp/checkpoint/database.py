@@ -24,7 +24,7 @@ from typing import Any
 import apsw
 from blake3 import blake3
 
-from flapp.checkpoint.chunks import CheckpointError
+from flapp.checkpoint.chunks import RESTORE, CheckpointError
 from flapp.files import sync
 from flapp.untrusted import check_regular, printable
 
@@ -47,12 +47,13 @@ SCHEMA = (
 SCHEMA_ROWS: set[tuple[Any, ...]] = {("table", sql.split()[2].partition("(")[0], sql) for sql in SCHEMA}
 SCHEMA_ROWS |= {("index", "sqlite_autoindex_chunk_data_1", None)}
 NOT_A_STORE = "it is not a flapp checkpoint store: move it away, or give another path"
+DAMAGED = "it is damaged: restore it from a copy, or move it away to start a new one"
 FIXES: dict[type[Exception], str] = {
     apsw.BusyError: "another process has held its lock for a minute: wait for it, or stop it",
     apsw.ReadOnlyError: "it may not be written: check the permissions of the file and its folder",
     apsw.IOError: "its disk fails: look at the system log, and restore the file from a copy if it stays so",
-    apsw.CorruptError: "it is damaged: restore it from a copy, or move it away to start a new one",
-    UnicodeDecodeError: "it is damaged: restore it from a copy, or move it away to start a new one",
+    apsw.CorruptError: DAMAGED,
+    UnicodeDecodeError: DAMAGED,
     apsw.FullError: "its disk is full, earlier rounds are intact: make room and save again",
     apsw.CantOpenError: "it cannot be opened: check that it is a file in a folder that may be written",
     apsw.NotADBError: NOT_A_STORE,
@@ -129,23 +130,19 @@ class Database:
             raise CheckpointError(f"{self.path} is an SQLite database of another program: {NOT_A_STORE}")
         if odd := sorted(schema ^ SCHEMA_ROWS, key=str):
             names = printable(", ".join(dict.fromkeys(f"{kind} {name}" for kind, name, _ in odd)))
-            raise CheckpointError(
-                f"{self.path} does not have the schema of a flapp checkpoint store ({names}): do not trust it, and "
-                "restore the file from a copy"
-            )
+            found = f"{self.path} does not have the schema of a flapp checkpoint store ({names})"
+            raise CheckpointError(f"{found}: do not trust it, and {RESTORE}")
         meta = dict(self.execute("SELECT key, value FROM store_meta"))
         version, algorithm = meta.get("format_version"), meta.get("hash")
         if version != FORMAT_VERSION:
-            found = printable(repr(version))
-            raise CheckpointError(f"{self.path} has format {found}, this flapp reads {FORMAT_VERSION}: update flapp")
+            found = f"has format {printable(repr(version))}, this flapp reads {FORMAT_VERSION}"
+            raise CheckpointError(f"{self.path} {found}: update flapp")
         if algorithm not in HASHES:
-            found = printable(repr(algorithm))
-            raise CheckpointError(f"{self.path} hashes by {found}, which this flapp does not know: update flapp")
+            found = f"hashes by {printable(repr(algorithm))}, which this flapp does not know"
+            raise CheckpointError(f"{self.path} {found}: update flapp")
         for name in ("chunk_bytes", "chunk_num"):
             if type(size := meta.get(name, 1)) is not int or size < 1:
-                raise CheckpointError(
-                    f"{self.path} is damaged ({name} is {printable(repr(size))}): restore the file from a copy"
-                )
+                raise CheckpointError(f"{self.path} is damaged ({name} is {printable(repr(size))}): {RESTORE}")
         self.execute("PRAGMA cache_size=-2048")  # the default counts pages of the size before: 30 MB of 64 KiB pages
         self.meta = meta
 
@@ -225,9 +222,8 @@ def _is_file(path: Path) -> bool:
                 check_regular(Path(f"{path}{suffix}"))
                 there.append(suffix)
     except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be opened ({error.strerror}: {error.filename}): give the path of a checkpoint store"
-        ) from error
+        found = f"{path} cannot be opened ({error.strerror}: {error.filename})"
+        raise CheckpointError(f"{found}: give the path of a checkpoint store") from error
     return "" in there
 
 

@@ -75,10 +75,9 @@ class ChunkManager:
         from flapp.checkpoint.tensors import specs_of
 
         chunks = cut_evenly(specs_of(self.model_to_params(params)), _integer("chunk_num", chunk_num, 1))
-        sizes = [sum(part.end - part.start for part in parts) for parts in chunks]
         return [
-            {"chunk_id": i, "parts": ranges_of(parts), "flat_size": size}
-            for i, (parts, size) in enumerate(zip(chunks, sizes, strict=True))
+            {"chunk_id": i, "parts": ranges_of(parts), "flat_size": sum(part.end - part.start for part in parts)}
+            for i, parts in enumerate(chunks)
         ]
 
     def extract_chunk_data(self, params: Mapping[str, Any], chunk: Cut) -> bytes:
@@ -188,11 +187,11 @@ class ChunkManager:
 
     def cleanup_old_rounds(self, keep: int) -> None:
         """Drop all rounds but the `keep` that were saved last."""
-        self._store.expire(_integer("keep", keep, 1))
+        self._store.expire(keep=_integer("keep", keep, 1))
 
     def drop_rounds_after(self, round_num: int) -> None:
         """Drop all rounds with a higher number."""
-        self._store.drop_after(_integer("round_num", round_num, 0))
+        self._store.expire(after=_integer("round_num", round_num, 0))
 
     def get_storage_stats(self) -> dict[str, Any]:
         """Return what the store holds and what it takes on disk, in bytes."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flapp.checkpoint.chunks import (
+    RESTORE,
     CheckpointError,
     Entry,
     Part,
@@ -69,10 +70,8 @@ class Store(Database):
             "SELECT count(*) FROM chunk_metadata m JOIN chunk_data d ON d.hash = m.hash WHERE m.round = ?", round_num
         )
         if kept != len(written) or not self.execute("SELECT 1 FROM rounds WHERE round = ?", round_num):
-            raise CheckpointError(
-                f"{self.path} did not keep round {round_num} ({kept} of {len(written)} chunks): restore the file from "
-                "a copy, or move it away to start a new one"
-            )
+            found = f"{self.path} did not keep round {round_num} ({kept} of {len(written)} chunks)"
+            raise CheckpointError(f"{found}: {RESTORE}, or move it away to start a new one")
         tensors = {part.key for _, parts in written for part in parts}
         size = sum(part.nbytes for _, parts in written for part in parts)
         return Saved(round_num, len(tensors), len(written), new_chunks, size, new_bytes, model_digest)
@@ -119,17 +118,12 @@ class Store(Database):
             for future, item, pieces in waiting:
                 yield future.result(), item, pieces
 
-    def expire(self, keep: int) -> None:
-        """Drop all rounds but the `keep` that were saved last, and the chunks that no other round has."""
+    def expire(self, keep: int | None = None, after: int | None = None) -> None:
+        """Drop all rounds but the `keep` saved last, or those numbered above `after`, and chunks that no other has."""
         with self.transaction("BEGIN IMMEDIATE", "cannot be cleaned up"):
-            if self.has_tables() and self._expire(keep, ()):
-                self._drop_orphans()
-
-    def drop_after(self, round_num: int) -> None:
-        """Drop all rounds with a higher number, and the chunks that no other round has."""
-        with self.transaction("BEGIN IMMEDIATE", "cannot be cut back"):
-            if later := [number for number in self.records() if number > round_num]:
-                self._drop(later)
+            later = [] if after is None else [number for number in self.records() if number > after]
+            self._drop(later)
+            if self.has_tables() and (self._expire(keep, ()) or later):
                 self._drop_orphans()
 
     def _expire(self, keep: int | None, pinned: Collection[int]) -> list[int]:
@@ -165,7 +159,7 @@ class Store(Database):
             values = dict(parse_json(metrics, surrogates=True))
         except (ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(
-                f"{self.path}: round {number}: its metadata is damaged ({error}): restore the file from a copy"
+                f"{self.path}: round {number}: its metadata is damaged ({error}): {RESTORE}"
             ) from None
         sizes = "SELECT count(*), coalesce(sum(size), 0) FROM chunk_metadata WHERE round = ?"
         return Round(number, created_at, values, *digests, *self.execute(sizes, number)[0])
@@ -174,8 +168,8 @@ class Store(Database):
         """Return the number of rows of chunk_metadata and of chunks, and the bytes of the chunks."""
         if not self.has_tables():
             return 0, 0, 0
-        ((entries,),) = self.execute("SELECT count(*) FROM chunk_metadata")
-        ((chunks, size),) = self.execute("SELECT count(*), coalesce(sum(length(data)), 0) FROM chunk_data")
+        counts = "(SELECT count(*) FROM chunk_metadata), count(*), coalesce(sum(length(data)), 0)"
+        ((entries, chunks, size),) = self.execute(f"SELECT {counts} FROM chunk_data")
         return entries, chunks, size
 
     def entry(self, round_num: int, row: tuple[Any, ...]) -> Entry:
@@ -185,16 +179,16 @@ class Store(Database):
         try:
             parts = decode_parts(text)
         except ValueError as error:
-            raise CheckpointError(f"{where}: {error}: restore the file from a copy or drop the round") from None
+            raise CheckpointError(f"{where}: {error}: {RESTORE} or drop the round") from None
         where += f" ({_names(parts)})"
         if rowid is None:
-            raise CheckpointError(f"{where}: its bytes are not in the store: restore the file from a copy")
+            raise CheckpointError(f"{where}: its bytes are not in the store: {RESTORE}")
         if codec != 0:
             raise CheckpointError(f"{where}: it is stored by codec {codec!r}, unknown to this flapp: update flapp")
         claimed = sum(part.nbytes for part in parts)
         if kind != "blob" or type(digest) is not bytes or type(size) is not int or not size == claimed == length:
             found = f"{length} bytes stored, {size} noted, {claimed} in its parts"
-            raise CheckpointError(f"{where}: its sizes differ ({found}): restore the file from a copy")
+            raise CheckpointError(f"{where}: its sizes differ ({found}): {RESTORE}")
         return Entry(chunk_id, digest, parts, size, rowid)
 
     def check(self, round_num: int, digest: str, entries: list[Entry], bounded: bool = True) -> dict[str, Spec]:
@@ -210,7 +204,7 @@ class Store(Database):
             if round_digest((entry.hash, entry.parts) for entry in entries) != digest:
                 raise ValueError("its metadata is not what was saved (another model digest)")
         except ValueError as error:
-            raise CheckpointError(f"{where}: {error}: restore the file from a copy") from None
+            raise CheckpointError(f"{where}: {error}: {RESTORE}") from None
         return specs
 
     def read(self, entry: Entry, pieces: Pieces) -> None:
@@ -243,10 +237,8 @@ class Store(Database):
 
     def _compare(self, round_num: int, entry: Entry, digest: bytes) -> None:
         if digest != entry.hash:
-            raise CheckpointError(
-                f"{self.path}: round {round_num}, chunk {entry.chunk_id} ({_names(entry.parts)}): its bytes are "
-                f"damaged (another {self.meta['hash']} than noted): restore the file from a copy"
-            )
+            where = f"{self.path}: round {round_num}, chunk {entry.chunk_id} ({_names(entry.parts)})"
+            raise CheckpointError(f"{where}: its bytes are damaged (another {self.meta['hash']} than noted): {RESTORE}")
 
     def read_into(self, round_num: int, entries: list[Entry], buffers: Mapping[str, memoryview]) -> None:
         """Read chunks into the bytes of their tensors, which hold no good values until this returns."""
@@ -269,10 +261,8 @@ class Store(Database):
             if self.path.stat().st_mtime_ns != before:
                 raise CheckpointError("another program wrote to it at the same time")
         except Exception as error:
-            raise CheckpointError(
-                f"{self.path}: round {round_num} could be verified, but not loaded ({error}): the model is partly "
-                "overwritten and must be loaded again"
-            ) from error
+            found = f"{self.path}: round {round_num} could be verified, but not loaded ({error})"
+            raise CheckpointError(f"{found}: the model is partly overwritten and must be loaded again") from error
 
 
 def pieces_of(parts: Iterable[Part], buffers: Mapping[str, memoryview]) -> Pieces:

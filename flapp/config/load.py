@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flapp.config.rules import PATHS, check_together
-from flapp.config.schema import Config, ConfigError, NodeConfig, from_plain, hint, setting_types, takes_list
+from flapp.config.schema import Config, ConfigError, NodeConfig, from_plain, hint, setting_types
 from flapp.untrusted import DEEPEST, parse_json, printable, read_bytes
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -42,18 +42,21 @@ def load(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> tuple
 
     run_config holds `config-json`, which wins, or `overrides`, words of Hydra's grammar separated by spaces.
     """
-    if text := str(run_config.get("config-json", "")):
-        config = _from_json(text)
-    else:
-        home = os.environ.get("FLAPP_HOME", "")  # in the cache key, because conf/ reads it
-        config = _compose_cached(str(run_config.get("overrides", "")), home)
-    site = _site_of(tuple(node_config.items()))
+    text, overrides = (str(run_config.get(key, "")) for key in ("config-json", "overrides"))
+    config = _config_of(text, overrides, os.environ.get("FLAPP_HOME", ""))
+    site = read_node_config(node_config)
     return (replace(config, home=site.home) if site.home else config), site
 
 
-@lru_cache(maxsize=64)
-def _site_of(node_config: tuple[tuple[str, Any], ...]) -> NodeConfig:
-    return read_node_config(dict(node_config))
+@lru_cache(maxsize=8)
+def _config_of(text: str, overrides: str, home: str) -> Config:
+    """Return the config of a run; home is part of the key, because conf/ reads it from the environment."""
+    if not text:
+        return compose(shlex.split(overrides))
+    try:
+        return from_dict(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"config-json is not JSON ({error}): let tools.run write it") from error
 
 
 def read_node_config(node_config: Mapping[str, Any]) -> NodeConfig:
@@ -113,7 +116,8 @@ def from_tree(tree: Any, base: Path | None = None) -> Config:
         group, _, key = setting.rpartition(".")
         node = values.get(group) if group else values
         if isinstance(node, dict) and node.get(key) is not None:
-            node[key] = _absolute(node[key], base)
+            given = Path(str(node[key])).expanduser()
+            node[key] = str(given if base is None else base / given)
     return from_dict(values)
 
 
@@ -204,11 +208,10 @@ def explain(error: Exception) -> ConfigError:
     if first.startswith(("Ambiguous value for argument '", "Sweep parameters '")):
         word = first.split("'", 1)[1].rpartition("'")[0]
         key, _, values = word.partition("=")
-        listed = f", or write a list as {key}=[{values}]" if first.startswith("Ambiguous") and takes_list(key) else ""
-        return ConfigError(
-            f"{word} is several values: add -m for a sweep, a run with each of them "
-            f"(python -m tools.run -m {shlex.quote(word)}){listed}"
-        )
+        takes_list = first.startswith("Ambiguous") and "tuple" in str(setting_types().get(key))
+        listed = f", or write a list as {key}=[{values}]" if takes_list else ""
+        sweep = f"add -m for a sweep, a run with each of them (python -m tools.run -m {shlex.quote(word)})"
+        return ConfigError(f"{word} is several values: {sweep}{listed}")
     if "Could not find '" in first:
         group, _, choice = first.split("Could not find '")[1].split("'")[0].rpartition("/")
         if group.startswith("hydra/"):
@@ -229,22 +232,3 @@ def _deciding(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if name not in CHANGEABLE_ON_RESUME:
             flat |= _deciding(value, name + ".") if isinstance(value, Mapping) else {name: value}
     return flat
-
-
-def _absolute(path: object, base: Path | None) -> str:
-    """Return `path` with ~ filled in, taken from `base` if that is given."""
-    given = Path(str(path)).expanduser()
-    return str(given if base is None else base / given)
-
-
-@lru_cache(maxsize=8)
-def _from_json(text: str) -> Config:
-    try:
-        return from_dict(json.loads(text))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"config-json is not JSON ({error}): let tools.run write it") from error
-
-
-@lru_cache(maxsize=8)
-def _compose_cached(overrides: str, home: str) -> Config:
-    return compose(shlex.split(overrides))

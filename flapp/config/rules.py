@@ -19,21 +19,18 @@ NAME_BYTES = 255  # the longest name that file systems take
 
 def check_together(config: Config) -> None:
     """Raise ConfigError for the first setting that does not go with the others."""
-    parts = (_path_faults, _run_faults, _data_faults, _evaluation_faults, _lora_faults, _strategy_faults)
+    parts = (_run_faults, _data_faults, _evaluation_faults, _lora_faults, _rank_faults, _strategy_faults)
     for part in (*parts, _runtime_faults, _split_faults):
         if fault := next(part(config), None):
             raise ConfigError(fault)
 
 
-def _path_faults(config: Config) -> Iterator[str]:
+def _run_faults(config: Config) -> Iterator[str]:
+    """Yield faults of paths, and of what names and resumes a run."""
     for setting in PATHS:
         value = reduce(getattr, setting.split("."), config)
         if value is not None and not Path(str(value)).is_absolute():
             yield f"{setting}={value} is relative, and the apps run in another folder: give an absolute path"
-
-
-def _run_faults(config: Config) -> Iterator[str]:
-    """Yield faults of what names and resumes a run."""
     run_name, name = config.run_name, Path(config.run_name)
     if not run_name.isprintable():
         yield f"run_name={run_name!r} has characters that cannot be printed: give a plain name"
@@ -49,7 +46,7 @@ def _run_faults(config: Config) -> Iterator[str]:
 
 def _data_faults(config: Config) -> Iterator[str]:
     """Yield faults of dataset, partition, shards and the model over them."""
-    data, partition, model, shards = config.dataset, config.partition, config.model, config.distributed_data
+    data, kind, model, shards = config.dataset, config.partition.kind, config.model, config.distributed_data
     images = len(data.shape) == 3
     if data.materialize is not None and not images:
         yield f"dataset.materialize={data.materialize} resizes images, dataset={data.name} has none: leave it out"
@@ -57,60 +54,45 @@ def _data_faults(config: Config) -> Iterator[str]:
         yield f"model={model.name} classifies images, dataset={data.name} has none: set model=linear"
     if model.name == "linear" and (model.channels is not None or model.dropout > 0):
         yield "model=linear has neither channels nor dropout: leave model.channels and model.dropout out"
-    if data.classes == 0 and partition.kind != "iid":
-        yield f"partition={partition.kind} needs classes, dataset={data.name} has none: set partition=iid"
-    if partition.kind == "dirichlet" and partition.alpha is None:
-        yield "partition=dirichlet needs partition.alpha: set it to a number above 0"
-    if partition.kind == "pathological" and partition.classes_per_client is None:
-        yield "partition=pathological needs partition.classes_per_client: set it to a number above 0"
+    if data.classes == 0 and kind != "iid":
+        yield f"partition={kind} needs classes, dataset={data.name} has none: set partition=iid"
+    for needing, setting in (("dirichlet", "alpha"), ("pathological", "classes_per_client")):
+        if kind == needing and getattr(config.partition, setting) is None:
+            yield f"partition={kind} needs partition.{setting}: set it to a number above 0"
     if data.augment and not images:
         yield f"dataset.augment=true changes images, dataset={data.name} has none: set dataset.augment=false"
-    if shards.enabled and partition.kind not in WRITER_PARTITIONS:
-        yield (
-            f"partition={partition.kind} cuts a shared artifact, distributed_data.enabled=true has shards of whole "
-            f"writers: set partition to one of {', '.join(WRITER_PARTITIONS)}"
-        )
+    if shards.enabled and kind not in WRITER_PARTITIONS:
+        choices = ", ".join(WRITER_PARTITIONS)
+        yield f"partition={kind} cuts a shared artifact, shards are of whole writers: set it to one of {choices}"
     if shards.streaming and not shards.enabled:
         yield "distributed_data.streaming=true streams shards: set distributed_data.enabled=true"
     if shards.streaming and (data.augment or model.image_size is not None):
-        yield (
-            "distributed_data.streaming=true gives images as they are stored: set dataset.augment=false and "
-            "model.image_size=null"
-        )
+        fix = "set dataset.augment=false and model.image_size=null"
+        yield f"distributed_data.streaming=true gives images as they are stored: {fix}"
     if data.normalization == "imagenet" and (not images or data.shape[2] != 3):
-        yield (
-            f"dataset.normalization=imagenet needs images of 3 channels, got shape {list(data.shape)}: "
-            "set dataset.normalization=half"
-        )
+        found = f"needs images of 3 channels, got shape {list(data.shape)}"
+        yield f"dataset.normalization=imagenet {found}: set dataset.normalization=half"
 
 
 def _evaluation_faults(config: Config) -> Iterator[str]:
     """Yield faults of evaluation, early stopping and validation samples."""
-    stopping, evaluate, writers = config.stopping, config.evaluate, config.partition.kind in WRITER_PARTITIONS
-    yield from _metric_faults(config, "evaluate.objective", evaluate.objective)
-    yield from _metric_faults(config, "stopping.metric", stopping.metric)
+    stopping, evaluate, kind = config.stopping, config.evaluate, config.partition.kind
+    for setting, metric in (("evaluate.objective", evaluate.objective), ("stopping.metric", stopping.metric)):
+        yield from _metric_faults(config, setting, metric)
     fraction, best = evaluate.validation_fraction, evaluate.select == "best"
-    if fraction is not None and writers:
-        yield (
-            f"evaluate.validation_fraction={fraction} holds out training samples, and clients of "
-            f"partition={config.partition.kind} have validation samples of their own: set it to null"
-        )
+    given = f"evaluate.validation_fraction={fraction}"
+    if fraction is not None and kind in WRITER_PARTITIONS:
+        yield f"{given}: clients of partition={kind} have validation samples of their own: set it to null"
     if config.chooses and fraction == 0:
         chooser = "evaluate.select=best" if best else f"stopping.metric={stopping.metric}"
-        yield (
-            f"{chooser} chooses by validation samples, and evaluate.validation_fraction={fraction} holds out none: set "
-            f"it to null (which holds out {VALIDATION_FRACTION:g}) or to another fraction"
-        )
+        fix = f"set it to null (which holds out {VALIDATION_FRACTION:g}) or to another fraction"
+        yield f"{chooser} chooses by validation samples, and {given} holds out none: {fix}"
+    every, rounds = f"evaluate.every={evaluate.every}", f"num_rounds={config.num_rounds}"
     if stopping.metric is not None and evaluate.every * (1 + stopping.patience) >= config.num_rounds:
-        yield (
-            f"stopping.patience={stopping.patience} evaluations, one in evaluate.every={evaluate.every} rounds, are "
-            f"never over before num_rounds={config.num_rounds}: lower stopping.patience or evaluate.every"
-        )
+        found = f"stopping.patience={stopping.patience} evaluations, one in {every} rounds, are never over before"
+        yield f"{found} {rounds}: lower stopping.patience or evaluate.every"
     if best and evaluate.every >= config.num_rounds:
-        yield (
-            f"evaluate.select=best has only the last round to choose from: lower evaluate.every={evaluate.every} below "
-            f"num_rounds={config.num_rounds}"
-        )
+        yield f"evaluate.select=best has only the last round to choose from: lower {every} below {rounds}"
 
 
 def _metric_faults(config: Config, setting: str, metric: str | None) -> Iterator[str]:
@@ -121,70 +103,49 @@ def _metric_faults(config: Config, setting: str, metric: str | None) -> Iterator
     if metric == "personal_accuracy" and not (config.evaluate.personal_epochs > 0 or fedsa):
         yield f"{setting}={metric} needs fine-tuning: set evaluate.personal_epochs to 1 or more"
     if fedsa and metric in ("accuracy", "loss"):
-        yield (
-            f"{setting}={metric} is of the global model, which lacks every client's B with strategy.aggregation=fedsa: "
-            + (f"set {setting}=personal_accuracy" if classes else "choose another rule")
-        )
+        found = "is of the global model, which lacks every client's B with strategy.aggregation=fedsa"
+        yield f"{setting}={metric} {found}: " + (f"set {setting}=personal_accuracy" if classes else "use another rule")
 
 
 def _lora_faults(config: Config) -> Iterator[str]:
     """Yield faults of adapters and the rule that aggregates them."""
-    strategy, lora, rule = config.strategy, config.lora, config.strategy.aggregation
-    if strategy.name == "fedlora" and not lora.enabled:
+    name, lora, rule = config.strategy.name, config.lora, config.strategy.aggregation
+    if name == "fedlora" and not lora.enabled:
         yield "FedLoRA needs a model with adapters: set lora=default (got lora=none)"
-    if strategy.name != "fedlora" and lora.enabled:
-        yield (
-            f"lora=default trains adapters, strategy={strategy.name} sends whole models: set strategy=fedlora or "
-            "lora=none"
-        )
-    if (strategy.name == "fedlora") != (rule is not None):
-        yield (
-            f"strategy.aggregation={rule} does not go with strategy={strategy.name}: it is a rule for adapters, which "
-            "strategy=fedlora has"
-        )
+    if name != "fedlora" and lora.enabled:
+        yield f"lora=default trains adapters, strategy={name} sends whole models: set strategy=fedlora or lora=none"
+    if (name == "fedlora") != (rule is not None):
+        found = f"strategy.aggregation={rule} does not go with strategy={name}"
+        yield f"{found}: it is a rule for adapters, which strategy=fedlora has"
     if lora.enabled and not lora.targets:
         yield "lora.targets is empty: name the layers that get adapters, such as [qkv,proj]"
     if rule == "fedsa" and not config.checkpoint.enabled:
-        yield (
-            "strategy.aggregation=fedsa keeps each client's B in its chunk store: set checkpoint=recent (got "
-            "checkpoint.enabled=false)"
-        )
+        yield "strategy.aggregation=fedsa keeps each client's B in its chunk store: set checkpoint=recent"
     if rule == "fedsa" and lora.adapter is not None:
-        yield (
-            "lora.adapter gives all clients one B, strategy.aggregation=fedsa leaves each its own: choose another rule"
-        )
-    if (lora.rank_by_client is not None or lora.prune_gamma is not None) and strategy.weighting == "alignment":
-        yield (
-            "strategy.weighting=alignment compares updates of one shape: leave lora.rank_by_client and "
-            "lora.prune_gamma out"
-        )
-    yield from _rank_faults(config)
+        yield "lora.adapter gives all clients one B, strategy.aggregation=fedsa gives each its own: use another rule"
+    if (lora.rank_by_client or lora.prune_gamma) and config.strategy.weighting == "alignment":
+        fix = "leave lora.rank_by_client and lora.prune_gamma out"
+        yield f"strategy.weighting=alignment compares updates of one shape: {fix}"
 
 
 def _rank_faults(config: Config) -> Iterator[str]:
     """Yield faults of ranks that differ or are pruned."""
-    lora, rule = config.lora, config.strategy.aggregation
+    lora, rule = config.lora, f"strategy.aggregation={config.strategy.aggregation}"
     ranks = lora.rank_by_client or (lora.rank,)
-    if lora.rank_by_client is not None and rule not in RANKS_MAY_DIFFER:
-        yield (
-            f"lora.rank_by_client gives clients different ranks, which strategy.aggregation={rule} cannot aggregate: "
-            f"choose one of {', '.join(RANKS_MAY_DIFFER)}"
-        )
+    if lora.rank_by_client is not None and config.strategy.aggregation not in RANKS_MAY_DIFFER:
+        fix = f"choose one of {', '.join(RANKS_MAY_DIFFER)}"
+        yield f"lora.rank_by_client gives clients different ranks, which {rule} cannot aggregate: {fix}"
     if max(ranks) > lora.rank:
-        yield (f"lora.rank_by_client={list(ranks)} has more than lora.rank={lora.rank}, the largest: raise lora.rank")
-    if lora.prune_gamma is not None and rule != "hetlora":
-        yield (
-            f"lora.prune_gamma={lora.prune_gamma} lets clients prune their ranks, which strategy.aggregation={rule} "
-            "does not do: set strategy.aggregation=hetlora or lora.prune_gamma=null"
-        )
+        yield f"lora.rank_by_client={list(ranks)} has more than lora.rank={lora.rank}, the largest: raise lora.rank"
+    if lora.prune_gamma is not None and config.strategy.aggregation != "hetlora":
+        found = f"lora.prune_gamma={lora.prune_gamma} lets clients prune their ranks, which {rule} does not do"
+        yield f"{found}: set strategy.aggregation=hetlora or lora.prune_gamma=null"
     for setting, value, off in (("prune_penalty", lora.prune_penalty, 0), ("rank_min", lora.rank_min, 1)):
         if lora.prune_gamma is None and value > off:
             yield f"lora.{setting}={value} has no effect without lora.prune_gamma: set one, such as 0.75"
     if lora.rank_min > min(ranks):
-        yield (
-            f"lora.rank_min={lora.rank_min} is more than the smallest rank that a client starts with, {min(ranks)}: "
-            "lower lora.rank_min"
-        )
+        found = f"is more than the smallest rank that a client starts with, {min(ranks)}"
+        yield f"lora.rank_min={lora.rank_min} {found}: lower lora.rank_min"
 
 
 def _strategy_faults(config: Config) -> Iterator[str]:
@@ -194,52 +155,39 @@ def _strategy_faults(config: Config) -> Iterator[str]:
     if train.optimizer == "adamw" and train.momentum > 0:
         yield f"train.momentum={train.momentum} has no meaning for adamw: set train.optimizer=sgd or train.momentum=0"
     if strategy.server_optimizer is not None and rule not in (None, "fedit"):
-        yield (
-            f"strategy.server_optimizer={strategy.server_optimizer} steps along an average, which "
-            f"strategy.aggregation={rule} is not: use fedit or fedavg"
-        )
+        found = f"strategy.server_optimizer={strategy.server_optimizer} steps along an average"
+        yield f"{found}, which strategy.aggregation={rule} is not: use fedit or fedavg"
     if strategy.server_lr is not None and strategy.server_optimizer is None:
         yield f"strategy.server_lr={strategy.server_lr} has no effect without strategy.server_optimizer: set one"
     if strategy.min_replies > sampled:
-        yield (
-            f"strategy.min_replies={strategy.min_replies} can never be met with {sampled} clients in a round: lower "
-            "it, or raise clients or strategy.fraction_train"
-        )
+        found = f"strategy.min_replies={strategy.min_replies} can never be met with {sampled} clients in a round"
+        yield f"{found}: lower it, or raise clients or strategy.fraction_train"
     if (strategy.min_clients or 0) > config.clients:
         yield f"strategy.min_clients={strategy.min_clients} is more than clients={config.clients}: lower it"
     if privacy.enabled and rule not in (None, "fedit"):
-        yield (
-            f"privacy.enabled=true perturbs all that was sent, strategy.aggregation={rule} has only a part sent back: "
-            "use fedit or fedavg"
-        )
+        found = f"perturbs all that was sent, strategy.aggregation={rule} has only a part sent back"
+        yield f"privacy.enabled=true {found}: use fedit or fedavg"
     if privacy.enabled and privacy.delta * config.clients >= 1:
-        yield (
-            f"privacy.delta={privacy.delta} lets the whole update of one in {config.clients} clients leak: set it far "
-            f"below 1/clients, such as {0.01 / config.clients:.0e}"
-        )
+        found = f"privacy.delta={privacy.delta} lets the whole update of one in {config.clients} clients leak"
+        yield f"{found}: set it far below 1/clients, such as {0.01 / config.clients:.0e}"
     if checkpoint.chunk_bytes is not None and checkpoint.chunk_num is not None:
-        yield (
-            f"checkpoint.chunk_bytes={checkpoint.chunk_bytes} and checkpoint.chunk_num={checkpoint.chunk_num} are two "
-            "ways to cut: set one of them to null"
-        )
+        given = f"checkpoint.chunk_bytes={checkpoint.chunk_bytes} and checkpoint.chunk_num={checkpoint.chunk_num}"
+        yield f"{given} are two ways to cut: set one of them to null"
 
 
 def _runtime_faults(config: Config) -> Iterator[str]:
     """Yield settings that only another runtime has."""
     deployment, inline = config.deployment, config.deployment.kind == "inline"
     if deployment.client_keys is not None and deployment.kind != "superlink":
-        yield (
-            f"deployment.client_keys={deployment.client_keys} pins keys of SuperNodes, and simulated nodes have none: "
-            "leave it out, or set deployment=local"
-        )
+        found = "pins keys of SuperNodes, and simulated nodes have none: leave it out, or set deployment=local"
+        yield f"deployment.client_keys={deployment.client_keys} {found}"
     kinds = {"port": "simulation", "ray_address": "simulation", "address": "local", "root_certificates": "local"}
     for key, kind in kinds.items():
         if inline and (value := getattr(deployment, key)) is not None:
             yield f"deployment.{key}={value} is for deployment={kind}: add deployment={kind}"
     if deployment.workers is not None and not inline:
-        yield (
-            f"deployment.workers={deployment.workers} is for deployment=inline: leave it out, or set deployment=inline"
-        )
+        fix = "leave it out, or set deployment=inline"
+        yield f"deployment.workers={deployment.workers} is for deployment=inline: {fix}"
 
 
 def _split_faults(config: Config) -> Iterator[str]:

@@ -327,11 +327,6 @@ def setting_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def takes_list(key: str) -> bool:
-    """Say whether the setting with this dotted name may be a list."""
-    return "tuple" in str(setting_types().get(key))
-
-
 def hint(key: str, names: Iterable[str]) -> str:
     """Return the end of a message about an unknown name: what was probably meant."""
     close = difflib.get_close_matches(key, list(names), n=1, cutoff=0.5)

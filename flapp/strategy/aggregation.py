@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from flapp.checks import find_norm_fault
-
 REMEMBERED = 2  # rounds: rolora trains another factor in every second one
 BLOCK = 1 << 14  # elements of each update in one step: ten float64 blocks stay in the cache
 CANCELLED = 1e-12  # a mean update this short, relative to the updates, is rounding noise without a direction
@@ -27,30 +25,19 @@ class NormBound:
     multiple: float | None
     medians: list[float] = field(default_factory=list)  # of the last rounds, oldest first
 
-    def known_limit(self) -> float | None:
-        """Return the longest update that counts in the next round; None where the round's own median decides it."""
-        if self.multiple is None:
-            return math.inf
-        return self._of_median(max(self.medians)) if self.medians else None
+    @property
+    def is_known(self) -> bool:
+        """Say whether the limit of the next round does not depend on its own updates."""
+        return self.multiple is None or bool(self.medians)
 
     def limit(self, norms: Mapping[str, float]) -> float:
         """Return the longest update that counts in a round with these update lengths."""
-        known = self.known_limit()
-        if known is not None:
-            return known
-        return self._of_median(median_low(norms.values())) if norms else math.inf
-
-    def faults(self, norms: Mapping[str, float], limit: float) -> dict[str, str]:
-        """Return why clients are left out of a round, by client, given the length of each update."""
-        found = {name: find_norm_fault(norm, limit, self.multiple) for name, norm in norms.items()}
-        return {name: fault for name, fault in found.items() if fault}
+        medians = self.medians or [median_low(norms.values() or [0.0])]
+        return self.multiple * max(medians) if self.multiple is not None and max(medians) > 0 else math.inf
 
     def accept(self, norms: Mapping[str, float]) -> None:
         """Remember the updates that a round has accepted."""
         self.medians = [*self.medians, median_low(norms.values())][-REMEMBERED:]
-
-    def _of_median(self, typical: float) -> float:
-        return self.multiple * typical if self.multiple is not None and typical > 0 else math.inf
 
 
 def cap_shares(weights: Sequence[float], most: float | None) -> list[float]:
@@ -70,13 +57,6 @@ def cap_shares(weights: Sequence[float], most: float | None) -> list[float]:
         if ordered[capped] <= highest:
             return [min(weight, highest) for weight in weights]
     return [1.0] * len(weights)
-
-
-def cap_examples(examples: Mapping[str, float], most: float | None) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the samples that each client counts for, and the shares of those that claim more than they count for."""
-    weights = dict(zip(examples, cap_shares(list(examples.values()), most), strict=True))
-    total = sum(examples.values())
-    return weights, {n: round(claimed / total, 4) for n, claimed in examples.items() if weights[n] != claimed}
 
 
 def alignment_weights(updates: Sequence[Iterable[np.ndarray]], norms: Sequence[float]) -> list[float]:
@@ -121,14 +101,14 @@ def totals(
     def total(key: str) -> float:
         return sum(m[key] * (weights[name] / held[name]) for name, m in measured.items() if key in m)
 
-    result: dict[str, Any] = {f"{out}loss": total(f"{prefix}loss-sum") / count}
-    result[f"{out}loss_spread"] = spread({n: m[f"{prefix}loss-sum"] / held[n] for n, m in measured.items()})
+    losses = {n: m[f"{prefix}loss-sum"] / held[n] for n, m in measured.items()}
+    result: dict[str, Any] = {f"{out}accuracy": None, f"{out}loss": total(f"{prefix}loss-sum") / count}
+    result[f"{out}loss_spread"] = spread(losses)
     each = {n: m[f"{prefix}correct"] / held[n] for n, m in measured.items() if f"{prefix}correct" in m}
     if each:
         result[f"{out}accuracy"] = total(f"{prefix}correct") / count
-        result[f"{out}accuracy_spread"] = spread(each)
-        result[f"{out}accuracy_by_client"] = each
-    return {f"{out}accuracy": None} | result
+        result |= {f"{out}accuracy_spread": spread(each), f"{out}accuracy_by_client": each}
+    return result
 
 
 def spread(values: Mapping[str, float]) -> dict[str, float]:

@@ -11,24 +11,15 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
-from flapp.checks import find_value_fault, floating_pairs
+from flapp.checks import find_norm_fault, find_value_fault, floating_pairs
 from flapp.config.schema import Config
 from flapp.groups import Asked, Group, cut_rank, pack_group
 from flapp.listing import by_reason
-from flapp.messages import (
-    EVALUATE,
-    REPLAYED,
-    TRAIN,
-    VAL,
-    Instructions,
-    pack_instructions,
-    size_of,
-    views,
-)
+from flapp.messages import EVALUATE, REPLAYED, TRAIN, VAL, Instructions, pack_instructions, size_of, views
 from flapp.server.journals import ReleaseLedger
 from flapp.server.observer import Observer
 from flapp.server.roster import FederationError, Roster
-from flapp.strategy.aggregation import NormBound, alignment_weights, cap_examples, cap_shares, totals
+from flapp.strategy.aggregation import NormBound, alignment_weights, cap_shares, totals
 from flapp.strategy.phase import Phase
 from flapp.strategy.server_optimizer import ServerOptimizer
 from flapp.sums import WeightedSum, weighted_average
@@ -194,8 +185,10 @@ class FedAvg(FlowerFedAvg):
         return self.combine(trained, cap_shares(weights, self.settings.max_weight_share))
 
     def _cap(self, examples: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-        """Return what cap_examples does, and log whom it caps."""
-        weights, capped = cap_examples(examples, self.settings.max_weight_share)
+        """Return the samples that each client counts for, and the shares of those that claim more; log the latter."""
+        weights = dict(zip(examples, cap_shares([*examples.values()], self.settings.max_weight_share), strict=True))
+        total = sum(examples.values())
+        capped = {name: round(claim / total, 4) for name, claim in examples.items() if weights[name] != claim}
         for name, share in capped.items():
             text = "round %d: client %s claims %.0f %% of the samples, strategy.max_weight_share=%g caps it"
             log(WARNING, text, self.phase.server_round, name, 100 * share, self.settings.max_weight_share)
@@ -225,8 +218,7 @@ class FedAvg(FlowerFedAvg):
             phase.is_summed = self.is_summed(phase)
             if self.releases:
                 self.releases.ask(server_round, chosen)
-        if (limit := self.bound.known_limit()) is not None:
-            phase.norm_limit, phase.may_fold = limit, phase.is_summed
+        phase.norm_limit, phase.may_fold = self.bound.limit({}), phase.is_summed and self.bound.is_known
         down = size_of(self.current)
         phase.bytes_down = {name: size_of(self.outgoing(name)) if self.rank_sent(name) else down for name in chosen}
         messages = [m for index, names in enumerate(phase.groups) for m in self._messages(index, names)]
@@ -284,7 +276,8 @@ class FedAvg(FlowerFedAvg):
         phase = self.phase
         phase.norm_limit = self.bound.limit(phase.norms)
         messages: list[Message] = []
-        for index, rest in phase.leave_out(self.bound.faults(phase.norms, phase.norm_limit)):
+        found = {name: find_norm_fault(norm, phase.norm_limit, phase.multiple) for name, norm in phase.norms.items()}
+        for index, rest in phase.leave_out({name: fault for name, fault in found.items() if fault}):
             messages += self._messages(index, rest)
             if self.releases:
                 self.releases.ask(phase.server_round, rest)

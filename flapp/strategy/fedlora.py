@@ -131,11 +131,10 @@ class FedLoRA(FedAvg):
             return as_record(new), {"aggregation_error": None}
         norms = []
         for layer in self.layers:
-            a, b = (self._resolve(new, f"{layer}.{part}") for part in (A, B))
-            assert a is not None
+            a, b = self._factors(new, layer)
             assert b is not None
-            ideal = [exact.get(f"{layer}.{part}", rounded.astype(np.float64)) for part, rounded in ((A, a), (B, b))]
-            norms.append(error_norms(Aggregated(a, b), [Factors(ideal[0], ideal[1], 1.0)]))
+            ideal_a, ideal_b = (exact.get(f"{layer}.{part}", x.astype(np.float64)) for part, x in ((A, a), (B, b)))
+            norms.append(error_norms(Aggregated(a, b), [Factors(ideal_a, ideal_b, 1.0)]))
         return as_record(new), _relative_error(norms)
 
     def combine(self, trained: dict[str, ArrayRecord], weights: list[float]) -> tuple[ArrayRecord, dict[str, Any]]:
@@ -147,7 +146,6 @@ class FedLoRA(FedAvg):
         from the global rank.
         """
         records = list(trained.values())
-        factors = {layer: self._factors(records, weights, layer) for layer in self.layers}
         adapters = {f"{layer}.{part}" for layer in self.layers for part in (A, B)}
         rest = [key for key in records[0] if key not in adapters]
         new = dict(self.current.items())
@@ -157,28 +155,27 @@ class FedLoRA(FedAvg):
         rank = self.lora.rank if self.rule.any_rank else None
         fresh = self.fresh(self.phase.server_round) if self.rule.any_rank else {}
         norms = []
-        for layer, clients in factors.items():
+        for layer in self.layers:
+            clients = [Factors(*self._factors(r, layer), weight) for r, weight in zip(records, weights, strict=True)]
             found = self.rule.aggregate(clients, rank)
             installed = self._install(layer, found, fresh)
             norms.append((0.0, 0.0) if self.rule.private_b else self._error_norms(layer, found, installed, clients))
             new |= installed
         return as_record(new), _relative_error(norms) | self._note_ranks(trained)
 
-    def _factors(self, records: Sequence[ArrayRecord], weights: Sequence[float], layer: str) -> list[Factors]:
-        """Return each client's factors of a layer: its own, or the common one that it did not send."""
-        found = []
-        for record, weight in zip(records, weights, strict=True):
-            a, b = (self._resolve(record, f"{layer}.{part}") for part in (A, B))
-            assert a is not None
-            found.append(Factors(a, b, weight))
-        return found
+    def _factors(self, record: Mapping[str, Array], layer: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return A and B of a layer: a record's own or, where it lacks one, that of the global model or the base.
 
-    def _resolve(self, record: Mapping[str, Array], key: str) -> np.ndarray | None:
-        """Return a tensor of a record or, where it lacks it, of the global model or the base; None if it is private."""
+        B is None where it is private.
+        """
         assert self.roster.base is not None
-        fixed = self.roster.base.tensors
-        held = record if key in record else self.current
-        return view(held[key]) if key in held else fixed[key].numpy() if key in fixed else None
+        fixed, found = self.roster.base.tensors, dict[str, np.ndarray]()
+        for part in (A, B):
+            key = f"{layer}.{part}"
+            held = record if key in record else self.current
+            if key in held or key in fixed:
+                found[part] = view(held[key]) if key in held else fixed[key].numpy()
+        return found[A], found.get(B)
 
     def _install(self, layer: str, found: Aggregated, fresh: Mapping[str, np.ndarray]) -> dict[str, Array]:
         """Return the new tensors of a layer: its factors, and the base weight when something is folded into it."""

@@ -18,10 +18,6 @@ MOST_NAMED = 20  # of absent clients, in a line
 FOLDED_AT_ONCE = 2  # groups: adding two costs little more than adding one, and keeps both in memory
 
 
-def _expect_nothing(name: str, trained: ArrayRecord) -> Mapping[str, Array]:
-    return {}
-
-
 @dataclass
 class Phase:
     """The clients that were asked, the replies that count, and the clients that failed.
@@ -40,7 +36,7 @@ class Phase:
     weights: Mapping[str, float] = field(default_factory=dict)
     capped: Mapping[str, float] = field(default_factory=dict)
     absent: Sequence[str] = ()
-    expected: Callable[[str, ArrayRecord], Mapping[str, Array]] = _expect_nothing
+    expected: Callable[[str, ArrayRecord], Mapping[str, Array]] = lambda name, trained: {}
     norm_limit: float = math.inf
     multiple: float | None = None
     is_summed: bool = False
@@ -79,7 +75,7 @@ class Phase:
                 if len(names) > 1:
                     self._take_group(index, names, reply)
                 else:
-                    self._take_single(names[0], reply)
+                    self._accept(names[0], unpack_reply(reply.content, self.kind))
             except MessageError as error:
                 for name in names:
                     self.fail(name, str(error))
@@ -150,9 +146,6 @@ class Phase:
             "client_bytes_up": dict(sorted(self.bytes_up.items())),
             "seconds": round(time.monotonic() - self.started, 3),
         }
-
-    def _take_single(self, name: str, reply: Message) -> None:
-        self._accept(name, unpack_reply(reply.content, self.kind))
 
     def _take_group(self, index: int, names: tuple[str, ...], reply: Message) -> None:
         """Take a node's reply for a group; raises MessageError when none of it counts."""

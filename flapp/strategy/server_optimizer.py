@@ -37,14 +37,9 @@ class ServerOptimizer:
     """
 
     def __init__(self, name: str, lr: float | None, momentum: float) -> None:
-        rate: dict[str, Any] = {}
-        if lr is not None:
-            rate = {"server_learning_rate" if name == "fedavgm" else "eta": lr}
-        self.flower: Any
-        if name == "fedavgm":
-            self.flower = FedAvgM(server_momentum=momentum, **rate)
-        else:
-            self.flower = {"fedadam": FedAdam, "fedyogi": FedYogi}[name](beta_1=momentum, **rate)
+        kinds: dict[str, Any] = {"fedadam": FedAdam, "fedyogi": FedYogi, "fedavgm": FedAvgM}
+        rate, beta = ("server_learning_rate", "server_momentum") if name == "fedavgm" else ("eta", "beta_1")
+        self.flower = kinds[name](**{beta: momentum} | ({} if lr is None else {rate: lr}))
 
     def step(self, current: ArrayRecord, average: ArrayRecord, server_round: int) -> ArrayRecord:
         """Return the new global model, in the dtypes of the current one."""

@@ -10,8 +10,8 @@ from flapp.checkpoint.manager import ChunkManager
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Return the path of a store, where nothing is yet."""
-    return tmp_path / "store.db"
+    """Return the path of a store that tools.checkpoints finds, where nothing is yet."""
+    return tmp_path / "client_0_chunks.db"
 
 
 @pytest.fixture

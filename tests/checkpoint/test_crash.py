@@ -38,7 +38,7 @@ def kill_at_a_random_moment(children: Nursery, rng: random.Random) -> int | None
     return int(heard[-1][1]) if heard else None
 
 
-@pytest.mark.parametrize(("size", "times"), [(9000, 30), (400_000, 10)])
+@pytest.mark.parametrize(("size", "times"), [(9000, 15), (400_000, 5)])
 def test_killed_saves_keep_every_acknowledged_round(path: Path, children: Nursery, size: int, times: int) -> None:
     rng, last, unfinished = random.Random(size), -1, 0
     journal = path.with_name(path.name + "-journal")
@@ -54,7 +54,7 @@ def test_killed_saves_keep_every_acknowledged_round(path: Path, children: Nurser
         assert found in allowed, f"after the kill that followed round {last}"
         assert is_sound(path)
         last = max(found, default=-1)
-    assert unfinished > 1 or times < 30, "the kills must meet saves that have begun"
+    assert unfinished > 0 or times < 10, "the kills must meet saves that have begun"
 
 
 def test_four_processes_save_into_one_file_while_it_is_read(path: Path, children: Nursery) -> None:

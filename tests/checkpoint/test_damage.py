@@ -2,7 +2,8 @@
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from flapp.checkpoint.chunks import CheckpointError
 from flapp.checkpoint.manager import ChunkManager
 from flapp.checkpoint.tensors import digest_of
-from tests.support.checkpoint_rounds import edit, expected, model_of, refused, save_rounds
+from tests.support.checkpoint_rounds import ask_every_command, edit, expected, model_of, refused, save_rounds
+from tests.support.poison import refuses
 
 SIZE = 1500
 ROUNDS = expected([2, 3, 4], SIZE)
@@ -63,64 +65,34 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return content
 
 
-def questions(manager: ChunkManager, change: bool) -> Iterator[Callable[[], object]]:
-    """Yield everything that can be asked of a store besides its tensors and, with `change`, that writes to it."""
-    yield from (manager.rounds, manager.get_storage_stats, lambda: manager.diff(2, 4))
-    yield lambda: manager.get_chunk_by_id(3, 1)
-    for number in (*ROUNDS, 7):
-        yield lambda n=number: manager.find_round(n)  # type: ignore[misc]
-        yield lambda n=number: manager.load_chunks_by_round(n)  # type: ignore[misc]
-    if change:
-        yield manager.compact
-        yield lambda: save_rounds(manager, 8, size=SIZE)
-        yield lambda: manager.cleanup_old_rounds(1)
-
-
-def read_rounds(manager: ChunkManager) -> Iterator[str]:
-    """Read each round right, or yield why not; verify must see what is wrong with them."""
-    lost = False
-    for number, digest in ROUNDS.items():
-        try:
-            assert digest_of(manager.reconstruct_model_from_chunks(number)) == digest, "a wrong tensor"
-        except CheckpointError as error:
-            lost = True
-            yield str(error)
-    try:
-        assert manager.verify().problems or not lost, "verify saw nothing"
-    except CheckpointError as error:
-        yield str(error)
-
-
-def ask_damaged(path: Path, change: bool) -> bool:
-    """Ask a damaged store for everything it has; return whether a round was lost."""
-    said: list[str] = []
+def ask_damaged(path: Path, fully: bool) -> bool:
+    """Read all rounds of a damaged store, or `fully` ask for everything and write; return whether a round was lost."""
+    said = []
     try:
         with ChunkManager(path) as manager:
-            said += read_rounds(manager)
-            lost = bool(said)
-            for ask in questions(manager, change):
+            for number, digest in ROUNDS.items():
                 try:
-                    ask()
+                    assert digest_of(manager.reconstruct_model_from_chunks(number)) == digest, "a wrong tensor"
                 except CheckpointError as error:
                     said.append(str(error))
+            lost = bool(said)
+            assert manager.verify().problems or not lost, "verify saw nothing"
+            for act in (lambda: save_rounds(manager, 8, size=SIZE), lambda: manager.cleanup_old_rounds(1)):
+                said.append(refuses(CheckpointError, act) if fully else "")
     except CheckpointError as error:
         lost = True
         said.append(str(error))
     assert not any("\n" in line for line in said)
-    assert all(str(path) in line for line in said)
+    said += ask_every_command(path, 2, 4) if fully else []
+    assert all(str(path) in line for line in filter(None, said))
     return lost
 
 
 @pytest.mark.parametrize(
     ("damage", "times"),
     [
-        (flip_a_bit, 100),
-        (flip_a_bit_of_the_header, 40),
-        (flip_a_bit_of_a_page_head, 60),
-        (spoil_text, 20),
-        (lose_the_end, 20),
-        (zero_a_sector, 20),
-        (swap_two_sectors, 20),
+        *((flip_a_bit, 60), (flip_a_bit_of_the_header, 30), (flip_a_bit_of_a_page_head, 40), (spoil_text, 20)),
+        *((lose_the_end, 20), (zero_a_sector, 20), (swap_two_sectors, 20)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -132,32 +104,29 @@ def test_a_damaged_store_gives_the_right_tensors_or_one_line(
         content = bytearray(sound)
         damage(content, rng)
         path.write_bytes(content)
-        lost += ask_damaged(path, change=attempt % 5 == 0)
+        lost += ask_damaged(path, fully=attempt % 4 == 0)
         for each in path.parent.iterdir():
             each.unlink()
     assert lost > times // 10
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"x",
-        b"text " * 1000,
-        b"PK\x03\x04" + bytes(3000),
-        b"SQLite format 3\x00",
-        b"SQLite format 3\x00" + bytes(5000),
-    ],
-    ids=["empty", "one byte", "text", "a zip", "a header cut off", "a header and zeros"],
-)
+NOT_STORES = {
+    "empty": b"",
+    "one byte": b"x",
+    "text": b"text " * 1000,
+    "a zip": b"PK\x03\x04" + bytes(3000),
+    "a header cut off": b"SQLite format 3\x00",
+    "a header and zeros": b"SQLite format 3\x00" + bytes(5000),
+}
+
+
+@pytest.mark.parametrize("content", NOT_STORES.values(), ids=NOT_STORES)
 def test_a_file_that_is_not_a_store_is_refused_and_left_alone(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    try:
-        with ChunkManager(path) as manager:
-            assert manager.rounds() == []  # SQLite also takes very short files for new databases
-    except CheckpointError as error:
-        assert str(path) in str(error)  # noqa: PT017
+    with suppress(CheckpointError), ChunkManager(path) as manager:
+        assert manager.rounds() == []  # SQLite also takes very short files for new databases
     assert path.read_bytes() == content
+    assert all(str(path) in line for line in ask_every_command(path, 0, 1))
 
 
 @pytest.mark.parametrize(

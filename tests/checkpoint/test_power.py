@@ -59,8 +59,7 @@ def what_is_left(path: Path) -> Digests | None:
 
 def count_losses(disk: PowerDisk, folder: Path, cuts: int, seed: int = 0) -> int:
     """Cut the power before operations drawn at random, and count the stores left neither before nor after a save."""
-    rng = random.Random(seed)
-    losses = 0
+    rng, losses = random.Random(seed), 0
     for cut in range(cuts):
         left = folder / f"after-{cut}"
         left.mkdir()
@@ -72,19 +71,21 @@ def count_losses(disk: PowerDisk, folder: Path, cuts: int, seed: int = 0) -> int
     return losses
 
 
-def test_no_power_cut_loses_an_acknowledged_round_or_leaves_half_of_one(tmp_path: Path) -> None:
-    assert count_losses(save_on_a_power_disk(tmp_path), tmp_path, 100) == 0
+SLOW_CUTS = ((20, 300, 150), (20, 9000, 150), (20, 100_000, 50))  # with other page sizes
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("size", "cuts"), [(300, 300), (9000, 300), (100_000, 100)])
-def test_power_cuts_lose_nothing_whatever_the_page_size(tmp_path: Path, size: int, cuts: int) -> None:
-    assert count_losses(save_on_a_power_disk(tmp_path, 20, size), tmp_path, cuts, seed=size) == 0
+@pytest.mark.parametrize(
+    ("rounds", "size", "cuts"), [(12, 9000, 60), *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW_CUTS)]
+)
+def test_no_power_cut_loses_an_acknowledged_round_or_leaves_half_of_one(
+    tmp_path: Path, rounds: int, size: int, cuts: int
+) -> None:
+    assert count_losses(save_on_a_power_disk(tmp_path, rounds, size), tmp_path, cuts, seed=size) == 0
 
 
 def test_a_power_cut_while_recovering_from_a_power_cut_loses_nothing(tmp_path: Path) -> None:
     first, rng, recovered = save_on_a_power_disk(tmp_path, 8), random.Random(1), 0
-    while recovered < 10:
+    while recovered < 6:
         left = tmp_path / "left"
         left.mkdir()
         position = rng.randrange(len(first.log) + 1)
@@ -112,8 +113,7 @@ def test_the_simulated_power_cuts_catch_a_store_that_promises_too_early(
     with monkeypatch.context() as patch:
         patch.setattr(database, "PRAGMAS", BREAKAGES[breakage])
         disk = save_on_a_power_disk(tmp_path)
-    losses = count_losses(disk, tmp_path, 60)
-    assert losses > 0
+    assert count_losses(disk, tmp_path, 60) > 0
 
 
 def test_a_store_has_the_settings_that_the_power_cuts_have_tried(tmp_path: Path) -> None:

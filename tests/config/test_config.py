@@ -50,6 +50,7 @@ def test_every_choice_in_conf_composes_and_builds_its_model(group: str, choice: 
         (["num_rounds=0"], "num_rounds=0 is out of range: it must be at least 1"),
         (["train.lr=0"], "train.lr=0 is out of range: it must be more than 0"),
         (["train.lr=inf"], "train.lr=inf must be a finite number"),
+        (["strategy.norm_limit=1"], "strategy.norm_limit=1 is out of range: it must be more than 1"),
         (["strategy.fraction_train=1.5"], "strategy.fraction_train=1.5 is out of range: it must be at most 1"),
         (["seed=1.5"], "seed=1.5 must be a whole number, got float"),
         (["evaluate.central=yes"], "evaluate.central=yes must be true or false, got str"),
@@ -63,7 +64,7 @@ def test_every_choice_in_conf_composes_and_builds_its_model(group: str, choice: 
         (["evaluate.personal_epochs=0", "stopping.metric=personal_accuracy"], "personal_accuracy needs fine-tuning"),
         (
             ["experiment=toy_regression", "stopping.metric=accuracy"],
-            "stopping.metric=accuracy needs classes, dataset=regression has none: set stopping.metric=loss",
+            "needs classes, dataset=regression has none: set st",
         ),
         (["stopping.metric=loss"], "stopping.patience=3 evaluations, one in evaluate.every=5 rounds, are never over"),
         (
@@ -76,15 +77,11 @@ def test_every_choice_in_conf_composes_and_builds_its_model(group: str, choice: 
         (["train.momentum=0.9"], "has no meaning for adamw"),
         (["strategy.min_replies=11"], "strategy.min_replies=11 can never be met with 10 clients in a round"),
         (["strategy.min_clients=11"], "strategy.min_clients=11 is more than clients=10"),
+        (["deployment.client_keys=/keys"], "simulated nodes have none: leave it out, or set deployment=local"),
+        (["deployment=local", "deployment.client_keys=keys"], "client_keys=keys is relative"),
         (["home=some/where"], "home=some/where is relative, and the apps run in another folder"),
-        (
-            ["split=auto"],
-            "split.split_config=2-10 does not go with model=vit_tiny: split points 2 and 10 of a model of 3",
-        ),
-        (
-            ["split=auto", "split.split_config=1:2"],
-            "split.split_config=1:2 does not go with model=vit_tiny: split points",
-        ),
+        (["split=auto"], "split_config=2-10 does not go with model=vit_tiny: split points 2 and 10 of a model of 3"),
+        (["split=auto", "split.split_config=1:2"], "split_config=1:2 does not go with model=vit_tiny: split points"),
         (["split=auto", "model=cnn"], "splits ViTs only, got model=cnn: set split=none"),
         (["split.auto_save_split_models=true"], "needs a folder: set split.model_storage_dir"),
         (["split.model_storage_dir=here"], "split.model_storage_dir=here is relative"),
@@ -121,15 +118,10 @@ def test_node_config_is_read_and_a_misspelt_key_refused() -> None:
         read_node_config({"cleint-id": "3"})
 
 
-def test_a_run_name_may_not_leave_the_runs_folder() -> None:
-    for name in ("../x", "/etc/x", "a/../../x"):
-        with pytest.raises(ConfigError, match="leaves home/runs"):
-            compose([f"run_name={name}"])
-
-
 @pytest.mark.parametrize(
     ("name", "said"),
     [
+        *((name, "leaves home/runs") for name in ("../x", "/etc/x", "a/../../x", ".")),
         ("a\nb", r"run_name='a\\nb' has characters that cannot be printed"),
         ("a\x1b[31m", "has characters that cannot be printed"),
         ("a\u2028b", "has characters that cannot be printed"),

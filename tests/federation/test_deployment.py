@@ -9,13 +9,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from tests.conftest import read_lines
 from tests.support.commands import finish, start_tool
+from tests.support.replies import Federate
 from tests.support.waiting import wait_for
 from tools.certificates import make_server_files, make_site_keys
 from tools.deployment.processes import HOST, TOKEN, Processes, environment, free_port, program
@@ -25,16 +25,20 @@ from tools.federation import online_nodes
 
 pytestmark = pytest.mark.slow
 
-Federate = Callable[..., tuple[dict[str, Any], Path]]
 TOY = ("experiment=toy_regression", "evaluate.every=2", "num_rounds=2")
-LORA = (
-    *("experiment=digits_fedlora", "model.pretrained=null", "model=vit_tiny", "num_rounds=1", "partition=iid"),
-    *("train.epochs=1", "train.steps=1", "evaluate.personal_epochs=0", "checkpoint=off"),
-)
 CASES = {  # one whose replies are summed, one that needs each client's tensors
     "toy": TOY,
-    "rolora": (*LORA, "strategy.aggregation=rolora"),
-    "flora": (*LORA, "strategy.aggregation=flora"),
+    "flora": (
+        *(
+            "experiment=digits_fedlora",
+            "model.pretrained=null",
+            "model=vit_tiny",
+            "model.image_size=16",
+            "num_rounds=1",
+        ),
+        *("partition=iid", "train.epochs=1", "train.steps=1", "evaluate.personal_epochs=0", "checkpoint=off"),
+        "strategy.aggregation=flora",
+    ),
 }
 
 

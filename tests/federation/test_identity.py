@@ -1,7 +1,6 @@
 """Who may be which client: keys that are pinned, intruders, and sites that leave and come back."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from flapp.config.schema import ConfigError
 from flapp.server.client_keys import ClientKeys
 from flapp.server.roster import FederationError
 from tests.conftest import LocalGrid, read_lines
+from tests.support.replies import Federate
 from tools.certificates import make_site_keys
 from tools.deployment.submit import failure, refusals
 
-Federate = Callable[..., tuple[dict[str, Any], Path]]
 TOY = ("experiment=toy_regression", "num_rounds=2", "checkpoint=off", "deployment=local")
 SHORT = ("strategy.min_clients=2", "strategy.wait_for_clients=0.1")
 
@@ -52,6 +51,12 @@ def stolen(tmp_path: Path) -> bytes:
     return make_key(tmp_path / "intruder.pub")
 
 
+@pytest.fixture(scope="module")
+def honest(federate: Federate) -> str:
+    """Return the SHA-256 of the model that clients "0" to "2" train."""
+    return str(federate(*TOY, nodes=at("0", "1", "2"))[0]["model_sha256"])
+
+
 def pinned(pins: Path) -> tuple[str, ...]:
     return (*TOY, f"deployment.client_keys={pins}")
 
@@ -61,23 +66,43 @@ def nodes_of(path: Path) -> dict[str, str]:
     return json.loads((path / "metrics.json").read_text())["refused"]
 
 
-@pytest.mark.parametrize("first", [False, True])
-def test_a_node_registered_as_another_client_is_refused_and_the_holder_of_the_key_takes_part(
-    federate: Federate, pins: Path, own: list[bytes], stolen: bytes, first: bool
+@pytest.mark.parametrize("place", [0, 3], ids=["first", "last"])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("named", "is registered as client 0 with another key than the one pinned in {pins}/client_0.pub"),
+        ("unnamed", "has a key that is pinned for no client in {pins}"),
+        ("another client", "claims client 0 with the key pinned for client 3"),
+    ],
+)
+def test_who_claims_to_be_another_client_is_refused_and_the_holder_of_the_key_takes_part(
+    federate: Federate,
+    monkeypatch: pytest.MonkeyPatch,
+    pins: Path,
+    own: list[bytes],
+    stolen: bytes,
+    honest: str,
+    place: int,
+    kind: str,
+    reason: str,
 ) -> None:
-    honest, _ = federate(*TOY, nodes=at("0", "1", "2"))
-    nodes, keys, names = at("0", "1", "2"), own, ["client_0", "client_1", "client_2"]
-    if first:
-        nodes, keys, names = at("0") + nodes, [stolen, *keys], ["client_0", *names]
-    else:
-        nodes, keys, names = nodes + at("0"), [*keys, stolen], [*names, "client_0"]
-    summary, path = federate(*pinned(pins), nodes=nodes, keys=keys, names=names)
-    assert summary["model_sha256"] == honest["model_sha256"]
-    (refused,) = nodes_of(path).items()
-    assert refused[0].startswith("node ")
-    assert refused[1] == f"is registered as client 0 with another key than the one pinned in {pins}/client_0.pub"
-    assert read_lines(path, "roster")[0]["refused"] == dict([refused])
-    assert refusals(summary) == f"refused: {refused[0]}: {refused[1]}"
+    grids = []
+    push = LocalGrid.push_messages
+    monkeypatch.setattr(LocalGrid, "push_messages", lambda grid, sent: (grids.append(grid), push(grid, sent))[1])
+    key = make_key(pins / "client_3.pub") if kind == "another client" else stolen
+    keys, names = list(own), ["client_0", "client_1", "client_2"]
+    keys.insert(place, key)
+    names.insert(place, "client_0")
+    ids = ["0", "1", "2"]
+    ids.insert(place, "0")
+    summary, path = federate(*pinned(pins), nodes=at(*ids), keys=keys, names=names if kind == "named" else None)
+    assert summary["model_sha256"] == honest
+    (intruder,) = (node for node, held in grids[0].keys.items() if held == key)
+    refused = {f"node {intruder}": reason.format(pins=pins)}
+    assert nodes_of(path) == read_lines(path, "roster")[0]["refused"] == refused
+    assert refusals(summary) == f"refused: node {intruder}: {reason.format(pins=pins)}"
+    asked = {message.metadata.dst_node_id for message in grids[0].sent}
+    assert (intruder in asked) == (kind == "another client")  # the others are sent nothing at all
 
 
 def test_without_its_holder_a_client_is_missing_and_not_the_intruder(
@@ -91,33 +116,6 @@ def test_without_its_holder_a_client_is_missing_and_not_the_intruder(
     said = r"start: node \d+: is registered as client 0 .*; missing after 0.1 s: client 0 \(2 of 3 clients joined\)"
     with pytest.raises(FederationError, match=said):
         federate(*pinned(pins), SHORT[1], nodes=nodes, keys=keys, names=names)
-
-
-def test_a_client_may_not_claim_to_be_another_with_its_own_pinned_key(
-    federate: Federate, pins: Path, own: list[bytes]
-) -> None:
-    honest, _ = federate(*TOY, nodes=at("0", "1", "2"))
-    more = make_key(pins / "client_3.pub")
-    cheated, path = federate(*pinned(pins), nodes=at("0", "0", "1", "2"), keys=[more, *own])
-    assert cheated["model_sha256"] == honest["model_sha256"]
-    assert list(nodes_of(path).values()) == ["claims client 0 with the key pinned for client 3"]
-
-
-def test_a_node_without_a_pinned_key_is_sent_nothing(
-    federate: Federate, pins: Path, own: list[bytes], stolen: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    grids = []
-    push = LocalGrid.push_messages
-
-    def watched(grid: LocalGrid, messages: Any) -> Any:
-        grids.append(grid)
-        return push(grid, messages)
-
-    monkeypatch.setattr(LocalGrid, "push_messages", watched)
-    _, path = federate(*pinned(pins), nodes=at("0", "1", "2", "0"), keys=[*own, stolen])
-    (intruder,) = (node for node, key in grids[0].keys.items() if key == stolen)
-    assert intruder not in {message.metadata.dst_node_id for message in grids[0].sent}
-    assert nodes_of(path) == {f"node {intruder}": f"has a key that is pinned for no client in {pins}"}
 
 
 def test_an_intruder_that_comes_during_the_run_is_reported_and_the_client_returns_with_its_key(
@@ -148,21 +146,14 @@ def test_an_intruder_that_comes_during_the_run_is_reported_and_the_client_return
 
 def test_a_client_without_a_pinned_key_is_refused_by_name(federate: Federate, pins: Path, own: list[bytes]) -> None:
     (pins / "client_1.pub").unlink()
+    reason = f"has no pinned key: copy its site.pub to {pins}/client_1.pub"
     summary, path = federate(*pinned(pins), nodes=at("0", "1", "2"), keys=own)
-    assert nodes_of(path)["1"] == f"has no pinned key: copy its site.pub to {pins}/client_1.pub"
+    assert nodes_of(path)["1"] == reason
     assert read_lines(path, "train")[0]["replies"] == 2
-    assert f"refused: client 1: has no pinned key: copy its site.pub to {pins}/client_1.pub" in refusals(summary)
+    assert f"refused: client 1: {reason}" in refusals(summary)
     own[1] = make_key(pins / "client_1.pub")  # the fix
     _, path = federate(*pinned(pins), nodes=at("0", "1", "2"), keys=own)
     assert read_lines(path, "train")[0]["replies"] == 3
-
-
-def test_comments_and_blanks_in_a_key_file_do_not_matter(federate: Federate, pins: Path, own: list[bytes]) -> None:
-    kind, key = (pins / "client_0.pub").read_text().split()
-    (pins / "client_0.pub").write_text(f"{kind} {key}   site 0 of the study\n\n")
-    (pins / "README").write_text("other files are left alone")
-    _, path = federate(*pinned(pins), nodes=at("0", "1", "2"), keys=own)
-    assert nodes_of(path) == {}
 
 
 def test_a_folder_of_keys_that_cannot_be_used_is_refused_with_the_fix(pins: Path) -> None:
@@ -192,6 +183,9 @@ def test_a_folder_of_keys_that_cannot_be_used_is_refused_with_the_fix(pins: Path
 
 
 def test_keys_of_nodes_that_cannot_be_read_belong_to_nobody(pins: Path, own: list[bytes]) -> None:
+    kind, text = (pins / "client_0.pub").read_text().split()
+    (pins / "client_0.pub").write_text(f"{kind} {text}   a comment, and blanks, do not matter\n\n")
+    (pins / "README").write_text("other files are left alone")
     keys = ClientKeys(pins)
     assert [keys.owner(key) for key in own] == ["0", "1", "2"]
     assert keys.owner(own[0].strip() + b"\n\n") == "0"
@@ -199,13 +193,6 @@ def test_keys_of_nodes_that_cannot_be_read_belong_to_nobody(pins: Path, own: lis
     assert keys.owner(other.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)) is None
     assert keys.owner(b"") is None
     assert keys.owner(own[0][:40]) is None
-
-
-def test_a_simulation_has_no_keys_to_pin() -> None:
-    with pytest.raises(ConfigError, match="simulated nodes have none: leave it out, or set deployment=local"):
-        compose(["deployment.client_keys=/keys"])
-    with pytest.raises(ConfigError, match="client_keys=keys is relative"):
-        compose(["deployment=local", "deployment.client_keys=keys"])
 
 
 def test_a_run_with_the_former_setting_for_names_can_be_resumed() -> None:
@@ -223,11 +210,10 @@ def test_a_summary_names_the_first_refused_and_counts_the_rest(federate: Federat
     assert len(read_lines(path, "roster")[0]["refused"]) == 25
 
 
-def test_of_two_claims_for_one_id_a_faulty_one_does_not_keep_the_sound_one_out(federate: Federate) -> None:
-    alone, _ = federate(*TOY, nodes=at("0", "1", "2"))
+def test_of_two_claims_for_one_id_a_faulty_one_does_not_keep_the_sound_one_out(federate: Federate, honest: str) -> None:
     nodes = [*at("0", "1", "2"), {"client-id": "2", "home": "/dev/null/home"}]
     twins, path = federate(*TOY, nodes=nodes)
-    assert twins["model_sha256"] == alone["model_sha256"]
+    assert twins["model_sha256"] == honest
     assert read_lines(path, "roster")[0]["refused"] == {}
 
 

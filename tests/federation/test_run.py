@@ -4,21 +4,19 @@ import json
 import re
 import socket
 import zipfile
-from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
 from tests.support.commands import left_running, run
+from tests.support.replies import Federate
 from tools.deployment.processes import SuperLinkError
 from tools.deployment.submit import APP
 from tools.deployment.superlink import PrivateSuperLink
 from tools.run import final_line
 
-Federate = Callable[..., tuple[dict[str, Any], Path]]
 TOY = "experiment=toy_regression"
 
 

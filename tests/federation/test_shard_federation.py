@@ -1,7 +1,6 @@
 """Federations over shards: each client reads its own folder, the server checks every claim against the manifest."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from flapp.server.roster import FederationError
 from tests.conftest import read_clients, read_lines
 from tests.support.claims import set_claim
 from tests.support.leaf_files import Samples, as_leaf, write_leaf
+from tests.support.replies import Federate, changing, failures
 
-Federate = Callable[..., tuple[dict[str, Any], Path]]
 CLIENTS = 4
 
 
@@ -46,12 +45,8 @@ def femnist(data_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SHARDS = (
-    "experiment=femnist_fedavg",
-    f"clients={CLIENTS}",
-    "num_rounds=2",
-    "strategy.fraction_train=1.0",
-    "model=linear",
-    "evaluate.every=1",
+    *("experiment=femnist_fedavg", f"clients={CLIENTS}", "num_rounds=2", "strategy.fraction_train=1.0"),
+    *("model=linear", "evaluate.every=1"),
 )
 
 
@@ -59,20 +54,14 @@ def at_sites(folder: Path, ids: str = "0123") -> list[dict[str, Any]]:
     return [{"client-id": i, "shard-path": str(folder / "shards" / f"client_{i}")} for i in ids]
 
 
-def claim_of(client_id: str, **lies: Any) -> Callable[[str, Message], Message]:
-    """Return a tamper function that changes one client's claim when it is attested."""
-
-    def tamper(name: str, reply: Message) -> Message:
-        set_claim(reply.content, client_id, **lies)
-        return reply
-
-    return tamper
-
-
-def test_shards_and_the_shared_artifact_give_the_same_bytes(federate: Federate, femnist: Path) -> None:
+def test_shards_at_sites_or_in_one_place_and_the_shared_artifact_give_the_same_bytes(
+    federate: Federate, femnist: Path, tmp_path: Path
+) -> None:
     own, path = federate(*SHARDS)
     shared, _ = federate(*SHARDS, "distributed_data.enabled=false")
-    sites, _ = federate(*SHARDS, nodes=at_sites(femnist))
+    for name in ("manifest.json", "clients.jsonl"):  # all that a server needs
+        shutil.copy(femnist / "shards" / name, tmp_path / name)
+    sites, _ = federate(*SHARDS, f"distributed_data.shard_path={tmp_path}", nodes=at_sites(femnist))
     assert own["model_sha256"] == shared["model_sha256"] == sites["model_sha256"]
     assert own["accuracy"] == shared["accuracy"]
     assert read_lines(path, "roster")[0]["clients"] == CLIENTS
@@ -116,15 +105,6 @@ def test_a_streamed_shards_validation_samples_choose_as_those_in_memory_do(feder
     assert found[0]["val_loss"] == pytest.approx(found[1]["val_loss"])
 
 
-def test_a_client_on_anothers_shard_refuses_itself(federate: Federate, femnist: Path) -> None:
-    nodes = at_sites(femnist)
-    nodes[1]["shard-path"] = nodes[2]["shard-path"]
-    _, path = federate(*SHARDS, nodes=nodes)
-    refused = read_lines(path, "roster")[0]["refused"]
-    assert list(refused) == ["1"]
-    assert "is the shard of client 2, not of client 1" in refused["1"]
-
-
 @pytest.mark.parametrize(
     "lies",
     [
@@ -156,39 +136,37 @@ def test_the_server_refuses_claims_that_are_not_the_manifests(
 
 
 def test_without_strict_check_the_server_warns_and_goes_on(federate: Federate, femnist: Path) -> None:
-    _, path = federate(*SHARDS, "distributed_data.strict_check=false", tamper=claim_of("3", val=99))
+    def tamper(name: str, reply: Message) -> Message:
+        set_claim(reply.content, "3", val=99)
+        return reply
+
+    _, path = federate(*SHARDS, "num_rounds=1", "distributed_data.strict_check=false", tamper=tamper)
     line = read_lines(path, "roster")[0]
     assert line["refused"] == {}
     assert "claims 99 val samples" in line["warnings"]["3"]
     assert read_lines(path, "train")[0]["asked"] == CLIENTS
 
 
-def test_a_reply_over_other_data_than_the_manifests_is_left_out(federate: Federate, femnist: Path) -> None:
-    def tamper(name: str, reply: Message) -> Message:
-        if name == "2" and messages.ARRAYS in reply.content.array_records:
-            reply.content.config_records[messages.CLAIM]["shard-digest"] = "0" * 64
-        return reply
-
-    _, path = federate(*SHARDS, tamper=tamper)
-    (failure,) = read_lines(path, "train")[0]["failures"]
-    assert failure["client"] == "2"
-    own = load_manifest(femnist / "shards")["2"].digest
-    assert failure["reason"] == f"its data changed: shard digest {'0' * 12}, attested as {own[:12]}"
-
-
-def test_counts_in_a_reply_which_only_an_answer_to_attest_has_are_refused(federate: Federate, femnist: Path) -> None:
-    def tamper(name: str, reply: Message) -> Message:
-        if name == "2" and messages.ARRAYS in reply.content.array_records:
-            reply.content.config_records[messages.CLAIM]["val"] = 99
-        return reply
-
-    _, path = federate(*SHARDS, tamper=tamper)
-    (failure,) = read_lines(path, "train")[0]["failures"]
-    reason = "the message's claim has a missing, foreign or mistyped entry: val"
-    assert failure == {"client": "2", "reason": reason}
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ({"shard-digest": "0" * 64}, "its data changed: shard digest 000000000000, attested as {own}"),
+        ({"val": 99}, "the message's claim has a missing, foreign or mistyped entry: val"),  # only attest has counts
+    ],
+    ids=["another digest", "counts"],
+)
+def test_a_reply_that_claims_other_data_is_left_out(
+    federate: Federate, femnist: Path, entry: dict[str, Any], reason: str
+) -> None:
+    lie = changing("2", change=lambda reply: reply.content.config_records[messages.CLAIM].update(entry))
+    _, path = federate(*SHARDS, "num_rounds=1", tamper=lie)
+    own = load_manifest(femnist / "shards")["2"].digest[:12]
+    assert failures(path) == {"2": reason.format(own=own)}
 
 
-def test_damaged_shards_keep_their_clients_out_by_name(federate: Federate, femnist: Path, tmp_path: Path) -> None:
+def test_a_shard_that_is_damaged_missing_or_anothers_keeps_its_client_out_by_name(
+    federate: Federate, femnist: Path, tmp_path: Path
+) -> None:
     nodes = at_sites(femnist)
     copies = [tmp_path / f"client_{client}" for client in range(3)]
     for node, copy in zip(nodes[:2], copies[:2], strict=True):
@@ -204,36 +182,30 @@ def test_damaged_shards_keep_their_clients_out_by_name(federate: Federate, femni
     for copy, client in zip(copies, "012", strict=True):
         assert str(copy) in refused[client]
         assert "\n" not in refused[client]
+    nodes = at_sites(femnist)
+    nodes[1]["shard-path"] = nodes[2]["shard-path"]
+    _, path = federate(*SHARDS, "num_rounds=1", nodes=nodes)
+    ((client, reason),) = read_lines(path, "roster")[0]["refused"].items()
+    assert client == "1"
+    assert "is the shard of client 2, not of client 1" in reason
 
 
-def test_the_number_of_clients_must_be_the_manifests(federate: Federate, femnist: Path) -> None:
-    with pytest.raises(ValueError, match="lists 4 clients: set clients=4"):
-        federate(*SHARDS, "clients=3")
+SHARED = "distributed_data.enabled=false"
 
 
-def test_a_missing_manifest_is_said_with_the_command_that_makes_it(federate: Federate, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no manifest at .*tools.prepare_data dataset=femnist"):
-        federate(*SHARDS, f"distributed_data.manifest={tmp_path}/manifest.json")
-
-
-def test_the_server_needs_no_shards_just_the_manifest(federate: Federate, femnist: Path, tmp_path: Path) -> None:
-    for name in ("manifest.json", "clients.jsonl"):
-        shutil.copy(femnist / "shards" / name, tmp_path / name)
-    elsewhere = f"distributed_data.shard_path={tmp_path}"
-    alone, _ = federate(*SHARDS, elsewhere, nodes=at_sites(femnist))
-    together, _ = federate(*SHARDS)
-    assert alone["model_sha256"] == together["model_sha256"]
-
-
-def test_a_partition_by_writer_must_have_been_exported(federate: Federate, femnist: Path) -> None:
-    for settings, message in (
-        (("partition=random",), "partition=random has no .*random.safetensors: make it with python -m tools.prep"),
-        (("clients=3",), "natural.safetensors is of 4 clients: set clients=4"),
-    ):
-        with pytest.raises(FederationError, match=message):
-            federate(*SHARDS, "distributed_data.enabled=false", *settings)
-
-
-def test_a_config_of_another_partition_than_the_manifests_is_refused(federate: Federate, femnist: Path) -> None:
-    with pytest.raises(ValueError, match="is of shards cut by partition=natural: set partition=natural"):
-        federate(*SHARDS, "partition=random")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("clients=3",), "lists 4 clients: set clients=4"),
+        (("distributed_data.manifest=/none/manifest.json",), r"no manifest at .*tools.prepare_data dataset=femnist"),
+        (("partition=random",), "is of shards cut by partition=natural: set partition=natural"),
+        ((SHARED, "partition=random"), "partition=random has no .*random.safetensors: make it with python -m tools.pr"),
+        ((SHARED, "clients=3"), "natural.safetensors is of 4 clients: set clients=4"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_settings_that_do_not_fit_the_shards_are_refused_with_the_fix(
+    federate: Federate, femnist: Path, settings: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises((ValueError, FederationError), match=message):
+        federate(*SHARDS, *settings)

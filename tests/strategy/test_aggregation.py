@@ -1,6 +1,7 @@
 """Averages against float64 numpy and against stock Flower; weights, bounds and lengths against their definitions."""
 
 import io
+import math
 
 import numpy as np
 import pytest
@@ -121,23 +122,16 @@ def test_the_length_of_an_update_is_numpys() -> None:
     assert update_norm([]) == 0.0
 
 
-def too_long(bound: NormBound, norms: dict[str, float]) -> set[str]:
-    return set(bound.faults(norms, bound.limit(norms)))
-
-
 def test_the_limit_follows_the_medians_of_the_last_two_rounds() -> None:
     bound = NormBound(10.0)
-    assert bound.known_limit() is None  # until a round has been accepted
-    assert too_long(bound, {"a": 1.0, "b": 1.2, "c": 13.0}) == {"c"}
-    assert too_long(bound, {"a": 1.0, "b": 11.0}) == {"b"}  # of two, the shorter is the median
+    assert not bound.is_known  # until a round has been accepted
+    assert bound.limit({"a": 1.0, "b": 1.2, "c": 13.0}) == 12.0
+    assert bound.limit({"a": 1.0, "b": 11.0}) == 10.0  # of two, the shorter is the median
+    assert bound.limit({"a": 0.0, "b": 1.0}) == NormBound(None).limit({"a": 1.0}) == math.inf
     for accepted, limit in (({"a": 1.0, "b": 3.0, "c": 9.0}, 30.0), ({"a": 0.5}, 30.0), ({"a": 0.4}, 5.0)):
         bound.accept(accepted)
-        assert bound.limit({"a": 1e9}) == bound.known_limit() == limit
-
-
-def test_nobody_is_too_long_where_nobody_has_moved_or_without_a_bound() -> None:
-    assert too_long(NormBound(10.0), {"a": 0.0, "b": 1.0}) == set()
-    assert too_long(NormBound(None), {"a": 1.0, "b": 1.0, "c": 1e30}) == set()
+        assert bound.is_known
+        assert bound.limit({"a": 1e9}) == limit
 
 
 @pytest.mark.parametrize("most", [0.5, 0.3, 0.25])

@@ -13,6 +13,8 @@ from torch import Tensor
 from flapp.checkpoint.chunks import CheckpointError
 from flapp.checkpoint.manager import ChunkManager
 from flapp.checkpoint.tensors import digest_of
+from tests.support.poison import ask
+from tools import checkpoints
 
 Digests = dict[int, str]  # of the tensors of each round
 
@@ -60,6 +62,15 @@ def edit(path: Path, *statements: str) -> None:
         for statement in statements:
             db.executescript(statement)
         db.commit()
+
+
+def ask_every_command(path: Path, first: int, last: int) -> list[str]:
+    """Ask tools.checkpoints for everything about a store of two rounds; return the errors, of one line each."""
+    out = path.parent / "out.safetensors"
+    commands = [("list", path), ("list", path.parent), ("show", path, last), ("verify", path)]
+    commands += [("diff", path, first, last), ("export", path, last, out), ("compact", path)]
+    lines = [line for command in commands for line in ask(checkpoints.main, *command)]
+    return [line for line in lines if line.startswith("error: ")]
 
 
 @contextmanager

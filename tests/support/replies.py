@@ -29,6 +29,11 @@ def changing(*names: str, change: Callable[[Message], object]) -> Tamper:
     return tamper
 
 
+def drop(reply: Message) -> None:
+    """Leave the reply without the model, as a client that failed."""
+    del reply.content[ARRAYS]
+
+
 def listen(seen: Sent) -> Tamper:
     """Return a tamper function that changes nothing and notes every trained model."""
 
