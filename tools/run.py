@@ -24,11 +24,10 @@ from flapp.config.load import CONF, explain, from_tree, name_override
 from flapp.config.schema import Config, ConfigError
 from flapp.privacy import describe_plan
 from flapp.server.summary import in_words
+from tools.cli import as_called
 from tools.deployment.processes import SIGNALS, SuperLinkError
 from tools.deployment.submit import RunError, is_here, refusals, run_once
-from tools.federation import FederationError
 from tools.running import sweep
-from tools.running.called import as_called
 from tools.running.progress import announce, is_json, take_format
 from tools.running.run_entries import advice, complete_rounds, resume_command
 
@@ -83,7 +82,7 @@ def job(tree: DictConfig) -> float | None:
             if not is_json():
                 hint = not sweep.is_sweep(hydra_config)
                 print(sweep.mark_of(hydra_config) + final_line(summary, time.time() - began, hint))
-        except (RunError, FederationError, SuperLinkError, OmegaConfBaseException, OSError, ValueError) as error:
+        except (RunError, SuperLinkError, OmegaConfBaseException, OSError, ValueError) as error:
             outcome["error"] = as_called(str(explain(error) if isinstance(error, OmegaConfBaseException) else error))
             if "resume=true" in outcome["error"]:
                 outcome["resumable"] = None  # the error itself says how to continue

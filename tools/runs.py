@@ -27,8 +27,8 @@ from typing import Any
 from flapp.files import finite
 from flapp.server.run_names import held_lock
 from tools.checkpoints import in_bytes
+from tools.cli import as_called, new_parser
 from tools.page.reading import read_json, tail
-from tools.running.called import as_called, new_parser
 from tools.running.run_entries import (
     Entry,
     RunsError,
@@ -92,18 +92,24 @@ def _size(run: Entry) -> int:
 
 def show(given: argparse.Namespace) -> dict[str, Any]:
     """Return all facts about one run."""
-    names = jobs_of(given.home, given.name)
-    if len(names) > 1 or names[0] != str(PurePosixPath(given.name)):
-        raise RunsError(f"{given.name} is a sweep: name one of its runs, such as {names[0]}")
-    path = given.home / "runs" / names[0]
-    entry, words, resume = describe(given.home, names[0]), changed_words(path), None
+    name = only_run(given)
+    path = given.home / "runs" / name
+    entry, words, resume = describe(given.home, name), changed_words(path), None
     if entry.status in ("interrupted", "failed") and complete_rounds(path):
         place = [] if given.home == default_home() else [f"home={given.home}"]
         resume = resume_command([*words, *place], entry.name)
     log = [line for line in tail(path / "log.txt") if len(line.split()) > len(EMPTY.split())]
     more = {"summary": read_json(path / "metrics.json", {}), "log": log[-LAST_LINES:]}
-    stores = str(given.home / "checkpoints" / names[0])
+    stores = str(given.home / "checkpoints" / name)
     return {**asdict(entry), "path": str(path), "store_folder": stores, "changed": words, **more, "resume": resume}
+
+
+def only_run(given: argparse.Namespace) -> str:
+    """Return the name of the run that the command line names; raises RunsError for a sweep."""
+    names = jobs_of(given.home, given.name)
+    if len(names) > 1 or names[0] != str(PurePosixPath(given.name)):
+        raise RunsError(f"{given.name} is a sweep: name one of its runs, such as {names[0]}")
+    return names[0]
 
 
 def show_lines(found: dict[str, Any]) -> Iterator[str]:
@@ -191,7 +197,8 @@ def stop(given: argparse.Namespace) -> dict[str, Any]:
     """Stop a run, even if another process waits for it; pids is null if it was not running."""
     from tools.running.stop import stop_run  # imports Flower
 
-    return {"name": given.name, "pids": stop_run(given.home / "runs", given.name)}
+    name = only_run(given)
+    return {"name": name, "pids": stop_run(given.home / "runs" / name)}
 
 
 def stop_lines(found: dict[str, Any]) -> Iterator[str]:

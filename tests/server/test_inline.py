@@ -320,7 +320,7 @@ def test_runs_stop_ends_an_inline_run(tool: Callable[..., Any], tmp_path: Path) 
 
     process = tool("num_rounds=2000", "run_name=long", "deployment.workers=1")
     wait_for((tmp_path / "runs" / "long" / "progress.json").exists, SECONDS)
-    stopped = stop_run(tmp_path / "runs", "long")
+    stopped = stop_run(tmp_path / "runs" / "long")
     assert stopped is not None
     assert process.pid in stopped
     _, said = process.communicate(timeout=SECONDS)  # stop_run has read its exit status, as only a parent can

@@ -21,9 +21,9 @@ from flapp.server.run_names import METRICS
 from flapp.source import read_source
 from tests.support.run_files import add_store, write_run
 from tools import cli, run
+from tools.cli import as_called
 from tools.deployment import superlink
 from tools.deployment.submit import run_once
-from tools.running.called import as_called
 from tools.running.overview import job_line, overview, start_lines
 from tools.running.progress import FORMAT
 

@@ -28,13 +28,14 @@ from flapp.server import run_names
 from flapp.server.roster import Roster
 from flapp.server.run_dir import RunDirectory
 from tests.conftest import LocalGrid, read_lines
+from tests.support.commands import finish, left_running
 from tests.support.waiting import wait_for
 from tools import federation, runs
 from tools.deployment.processes import OWNER, SWEEP, TOKEN, Processes, note_process, noted_process
 from tools.deployment.submit import APP
-from tools.deployment.supervisor import FACTS, LOG, SEEN, SUPERLINK, Federation
 from tools.running.guard import guarded
-from tools.running.stop import StopError, stop_run
+from tools.running.run_entries import RunsError
+from tools.running.stop import stop_run
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]
 Start = Callable[..., subprocess.Popen[str]]
@@ -170,7 +171,7 @@ def orphan(running: RunDirectory, start: Start, tmp_path: Path) -> Callable[[obj
 
 
 def stop(run: RunDirectory) -> list[int] | None:
-    return stop_run(run.config.runs_dir, run.config.run_name)
+    return stop_run(run.path)
 
 
 def test_a_run_that_still_runs_is_named_with_its_process_and_the_command_that_stops_it(running: RunDirectory) -> None:
@@ -228,14 +229,14 @@ def test_stop_kills_nobody_whose_pid_running_json_names_by_mistake(
 ) -> None:
     process, stranger = orphan(tmp_path / "flapp-x"), sleep_with(start, TOKEN, tmp_path / "flapp-x")
     write_json(running.path / run_names.RUNNING, {"pid": stranger.pid, "run_id": 17})
-    with pytest.raises(StopError, match=rf"process {stranger.pid}, named in running.json, does not .* `fuser "):
+    with pytest.raises(RunsError, match=rf"process {stranger.pid}, named in running.json, does not .* `fuser "):
         stop(running)
     assert (process.poll(), stranger.poll()) == (None, None)
 
 
 def test_stop_leaves_the_other_processes_of_a_shared_superlink_alone(running: RunDirectory, orphan: Any) -> None:
     process = orphan("0123456789abcdef" * 2)  # a federation's token
-    with pytest.raises(StopError, match="not started by flapp: stop it with `flwr stop 17`"):
+    with pytest.raises(RunsError, match="not started by flapp: stop it with `flwr stop 17`"):
         stop(running)
     assert process.poll() is None
 
@@ -247,15 +248,6 @@ def test_a_noted_process_of_a_pid_used_again_is_not_it(tmp_path: Path) -> None:
     (tmp_path / "note").write_text(json.dumps([pid, began - 60]))
     assert noted_process(tmp_path / "note") is None
     assert noted_process(tmp_path / "no note") is None
-
-
-@pytest.mark.parametrize("name", ["..", "/etc", "no-such-run", "../elsewhere"])
-def test_stop_refuses_names_that_are_not_of_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for folder in ("runs", "elsewhere"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "elsewhere" / "config.yaml").touch()
-    assert runs.main(["stop", name, "--home", str(tmp_path)]) == 1
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/runs has no run {name}: ")
 
 
 def test_folders_of_starts_killed_long_ago_are_removed_at_the_next(federate: Federate, data_home: Path) -> None:
@@ -299,16 +291,6 @@ def test_errors_of_flower_and_ray_say_in_plain_words_that_a_client_died() -> Non
         assert describe_error(Error(ErrorCode.UNKNOWN, f"no {reason}")).startswith("no <class")
 
 
-def test_a_client_that_died_in_a_round_is_named(federate: Federate) -> None:
-    def tamper(client_id: str, reply: Message) -> Message:
-        is_dead = client_id == "1" and reply.metadata.message_type == "train"
-        return failed(reply, ErrorCode.CLIENT_APP_CRASHED) if is_dead else reply
-
-    _, path = federate("experiment=toy_regression", "num_rounds=1", tamper=tamper)
-    (line,) = read_lines(path, "train")
-    assert line["failures"] == [{"client": "1", "reason": f"failed: {DEAD[ErrorCode.CLIENT_APP_CRASHED]}"}]
-
-
 def test_a_node_that_died_before_it_said_who_it_is_is_refused_under_its_own_id(data_home: Path) -> None:
     settings = compose([f"home={data_home}", "experiment=toy_regression", "run_name=joining"])
     grid = LocalGrid({"config-json": to_json(settings)}, [{"partition-id": i, "num-partitions": 3} for i in range(3)])
@@ -328,67 +310,6 @@ def test_a_node_that_died_before_it_said_who_it_is_is_refused_under_its_own_id(d
     assert len(roster.members) == 2
 
 
-# Federations
-
-
-@pytest.fixture
-def described(tmp_path: Path) -> Path:
-    """Return the folder of a federation of one client, whose SuperNode has started for a second time as node 8."""
-    write_json(tmp_path / FACTS, Federation("t" * 32, "127.0.0.1:1", False, ("0",), None, False, 1).__dict__)
-    (tmp_path / "client_0").mkdir()
-    first = "INFO: SuperNode ID: 7\n"
-    (tmp_path / "client_0" / LOG).write_text(f"{first}INFO: SuperNode ID: 8\n")
-    superlink = {"pid": os.getpid(), "restarts": 0, "log_start": 0}
-    programs = {SUPERLINK: superlink, "client_0": superlink | {"restarts": 1, "log_start": len(first)}}
-    write_json(tmp_path / SEEN, {"pid": os.getpid(), "ready": True, "programs": programs})
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("pid", "online", "healthy"),
-    [
-        (os.getpid(), {"7", "8"}, True),
-        (os.getpid(), {"7"}, False),  # Flower has not noticed yet that the first one is dead
-        (None, {"7", "8"}, False),
-        (1 << 22, {"7", "8"}, False),
-    ],
-)
-def test_a_supernode_counts_as_online_by_its_present_living_process_only(
-    described: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    pid: int | None,
-    online: set[str],
-    healthy: bool,
-) -> None:
-    seen = json.loads((described / SEEN).read_text())
-    seen["programs"]["client_0"]["pid"] = pid
-    write_json(described / SEEN, seen)
-    monkeypatch.setattr(federation, "online_nodes", lambda *_: online)
-    monkeypatch.setattr(federation, "find_supervisor", lambda _: psutil.Process())
-    assert federation.main(["status", "--folder", str(described)]) == int(not healthy)
-    out = capsys.readouterr().out
-    assert f"{int(healthy)} of 1 SuperNodes online" in out
-    assert ("(not online)" in out) == (not healthy and pid is not None)
-
-
-def test_a_federation_says_whether_it_was_taken_down_or_its_supervisor_killed(
-    described: Path, start: Start, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refusal() -> str:
-        assert federation.main(["status", "--folder", str(described)]) == 1
-        return capsys.readouterr().err.removeprefix("error: ").strip()
-
-    killed = f"the supervisor of {described} (pid {os.getpid()}) was killed and its programs have been stopped"
-    assert refusal() == f"{killed}: bring it up"
-    left = sleep_with(start, TOKEN, "t" * 32)
-    assert f"is gone, and 1 of its processes still run (pids {left.pid}): take the federation down" in refusal()
-    left.kill()
-    left.wait()
-    (described / SEEN).unlink()
-    assert refusal() == f"the federation of {described} is down: bring it up"
-
-
 # The real thing
 
 
@@ -406,12 +327,6 @@ def tool(start: Start, tmp_path: Path, temporary: Path) -> Start:
     return lambda module, *arguments: start(sys.executable, "-m", f"tools.{module}", *arguments, env=env)
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Wait for a tool and return its exit status, and what it said."""
-    out, err = process.communicate(timeout=400)
-    return process.returncode, out, err
-
-
 def reached(path: Path, server_round: int) -> bool:
     """Say whether a run has completed a round."""
     return (path / "metrics.jsonl").exists() and any(
@@ -419,57 +334,50 @@ def reached(path: Path, server_round: int) -> bool:
     )
 
 
-def check_end(tool: Start, path: Path, federate: Federate) -> None:
-    """Run what was killed to its end, and check that it ends as if nothing had happened."""
-    resume = ["resume=true"] if path.exists() else []
-    status, said, error = finish(tool("run", *TOY, f"run_name={path.name}", *resume))
-    assert status == 0, error
-    assert f"sha256 {federate(*TOY)[0]['model_sha256']})\n" in said
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["starting", "running"])
-def test_a_killed_run_ends_within_seconds_and_is_resumed_to_the_same_bytes(
-    tool: Start, tmp_path: Path, temporary: Path, federate: Federate, moment: str
-) -> None:
-    path = tmp_path / "runs" / "killed"
-    run = tool("run", *TOY, "run_name=killed")
-    wait_for(lambda: list(temporary.glob("flapp-*-*")))  # its SuperLink starts
-    if moment == "running":
-        wait_for(lambda: reached(path, random.randint(1, 10)))
-    (folder,) = (each for each in temporary.iterdir() if (each / OWNER).exists())
-    run.kill()
-    wait_for(lambda: not Processes(str(folder), SWEEP).running() and not list(temporary.glob("flapp-*")), GONE_SECONDS)
-    check_end(tool, path, federate)
-
-
-@pytest.mark.slow
-def test_an_orphan_without_a_guard_is_named_and_stopped(
+def test_a_killed_run_ends_by_itself_or_is_named_and_stopped_and_resumes_to_the_same_bytes(
     tool: Start, tmp_path: Path, temporary: Path, federate: Federate
 ) -> None:
-    path = tmp_path / "runs" / "orphan"
-    run = tool("run", *TOY, "run_name=orphan")
-    wait_for(lambda: reached(path, 2))
+    path = tmp_path / "runs" / "killed"
+    words = ("run", *TOY, "run_name=killed")
+
+    def kill(run: subprocess.Popen[str]) -> None:
+        run.kill()
+        run.wait()
+
+    def check_all_is_gone() -> None:
+        wait_for(lambda: not left_running(tmp_path) and not list(temporary.glob("flapp-*")), GONE_SECONDS)
+
+    run = tool(*words)
+    wait_for(lambda: list(temporary.glob("flapp-*-*")))  # its SuperLink starts
+    kill(run)
+    check_all_is_gone()
+    run = tool(*words, *(["resume=true"] if path.exists() else []))
+    wait_for(lambda: reached(path, random.randint(1, 5)))
+    kill(run)
+    check_all_is_gone()
+    run = tool(*words, "resume=true")
+    done = len(read_lines(path, "round"))
+    wait_for(lambda: reached(path, done + 1))
     (guard,) = (child for child in psutil.Process(run.pid).children() if "tools.running.guard" in child.cmdline())
     server = psutil.Process(json.loads((path / run_names.RUNNING).read_text())["pid"])
     try:
         guard.suspend()
         server.suspend()
-        run.kill()
-        run.wait()
-        status, _, error = finish(tool("run", *TOY, "run_name=orphan", "resume=true"))
+        kill(run)
+        status, _, error = finish(tool(*words, "resume=true"))
         assert status == 1
-        assert f"run_name=orphan is still running (pid {server.pid})" in error
-        assert "`python -m tools.runs stop orphan`" in error
-        status, said, error = finish(tool("runs", "stop", "orphan"))
+        assert f"run_name=killed is still running (pid {server.pid})" in error
+        assert "`python -m tools.runs stop killed`" in error
+        status, said, error = finish(tool("runs", "stop", "killed"))
         assert status == 0, error
         assert str(server.pid) in said
-        wait_for(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE)
     finally:
         guard.resume()
-    guard.wait(GONE_SECONDS)
-    assert list(temporary.glob("flapp-*")) == []
-    check_end(tool, path, federate)
+    check_all_is_gone()
+    status, said, error = finish(tool(*words, "resume=true"))
+    assert status == 0, error
+    assert f"sha256 {federate(*TOY)[0]['model_sha256']})\n" in said
 
 
 @pytest.mark.slow

@@ -180,8 +180,9 @@ def test_show_writes_the_figures_with_their_units(home: Path, flapp_runs: Comman
     assert {"accuracy 0.9123", "loss 0.2000", f"sent by clients {size}", "time 74 s", "model sha256 ab"} <= set(said)
 
 
-def test_show_of_a_sweep_asks_for_one_of_its_runs(home: Path, flapp_runs: Command) -> None:
-    status, _, error = flapp_runs("show", "sweep")
+@pytest.mark.parametrize("command", ["show", "stop"])
+def test_a_sweep_is_refused_with_the_name_of_one_of_its_runs(home: Path, flapp_runs: Command, command: str) -> None:
+    status, _, error = flapp_runs(command, "sweep")
     assert (status, error) == (1, "error: sweep is a sweep: name one of its runs, such as sweep/0\n")
 
 
@@ -242,10 +243,11 @@ def test_a_running_run_is_not_removed_and_neither_are_those_named_with_it(home: 
 def test_a_name_that_leads_out_of_the_runs_is_refused(home: Path, flapp_runs: Command, name: str) -> None:
     write_run(home / "data")  # looks like a run, and lies elsewhere
     before = files_in(home)
-    status, _, error = flapp_runs("remove", name.replace("/etc", str(home / "data")), "--yes")
-    assert status == 1
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    for command in (["remove", "--yes"], ["stop"], ["show"]):
+        status, _, error = flapp_runs(*command, name.replace("/etc", str(home / "data")))
+        assert status == 1
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
     assert files_in(home) == before
 
 
@@ -262,7 +264,7 @@ def test_a_symbolic_link_is_not_followed(home: Path, flapp_runs: Command, place:
     assert (home / "runs" / "done").exists()
 
 
-@pytest.mark.parametrize("command", ["show", "remove"])
+@pytest.mark.parametrize("command", ["show", "stop", "remove"])
 def test_what_is_not_a_run_is_refused(home: Path, flapp_runs: Command, command: str) -> None:
     (home / "runs" / "photos").mkdir()
     (home / "runs" / "photos" / "one.jpg").write_text("x")

@@ -54,7 +54,8 @@ class Processes:
 
     def stop(self) -> None:
         """Stop them all: terminate first, then kill. Signals to this process are ignored meanwhile."""
-        before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS} if _in_main_thread() else {}
+        may_set = threading.current_thread() is threading.main_thread()
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS if may_set}
         try:
             for end_process, seconds in ((psutil.Process.terminate, STOP_SECONDS), (psutil.Process.kill, KILL_SECONDS)):
                 end = time.monotonic() + seconds
@@ -111,7 +112,7 @@ def program(name: str) -> str:
 
 def available_cpus() -> int:
     """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def free_port() -> int:
@@ -140,10 +141,11 @@ def is_free(port: int) -> bool:
         return True
 
 
-def answers(port: int, host: str = HOST) -> bool:
-    """Return whether something listens on a port."""
+def answers(address: str) -> bool:
+    """Return whether something listens at an address, host:port."""
+    host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host, port), timeout=1):
+        with socket.create_connection((host, int(port)), timeout=1):
             return True
     except OSError:
         return False
@@ -168,10 +170,6 @@ def last_line(text: str) -> str:
     """Return the last line that is not empty."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "it printed nothing"
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
 
 
 def _is_running(process: psutil.Process) -> bool:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from packaging.version import Version
@@ -75,9 +74,7 @@ class SuperLink:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def start(self) -> None:
@@ -90,8 +87,7 @@ class SuperLink:
 
     def check_alive(self) -> None:
         """Raise SuperLinkError if the SuperLink does not answer."""
-        host, _, port = self.address.rpartition(":")
-        if not answers(int(port), host):
+        if not answers(self.address):
             raise SuperLinkError(f"the SuperLink at {self.address} does not answer any more")
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
@@ -116,27 +112,22 @@ class SuperLink:
         with contextlib.suppress(SuperLinkError):
             self.flwr("stop", run_id)
 
-    def read_log(self, run_id: str) -> Iterator[str]:
-        """Yield the lines that the ServerApp of a run prints, until the run ends."""
-        command = [program("flwr"), "log", run_id, "--stream"]
+    def read_log(self, run_id: str, how: str = "--stream") -> Iterator[str]:
+        """Yield the lines that the ServerApp of a run prints: --stream, until the run ends; --show, those so far."""
+        command = [program("flwr"), "log", run_id, how]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
         env = self.env | {"PYTHONUNBUFFERED": "1"}  # or lines come by the thousand
-        with subprocess.Popen(command, env=env, cwd=self.folder, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, env=env, cwd=self.folder, errors="replace", **pipes) as process:
             assert process.stdout is not None
             try:
-                yield from (line.rstrip("\n") for line in process.stdout)
+                yield from process.stdout
             finally:
                 process.terminate()
 
     def save_log(self, run_id: str, path: Path) -> None:
         """Add what the apps of a run printed to `path`, without the codes that colour a terminal."""
-        command = [program("flwr"), "log", run_id, "--show"]
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        with (
-            subprocess.Popen(command, env=self.env, cwd=self.folder, **pipes) as process,
-            path.open("a", encoding="utf-8") as file,
-        ):
-            assert process.stdout is not None
-            file.writelines(ANSI.sub("", line.decode(errors="replace")) for line in process.stdout)
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(ANSI.sub("", line) for line in self.read_log(run_id, "--show"))
 
 
 class PrivateSuperLink(SuperLink):
@@ -176,9 +167,6 @@ class PrivateSuperLink(SuperLink):
         """Raise SuperLinkError if the SuperLink has ended."""
         if self.process is None or self.process.poll() is not None:
             raise SuperLinkError(f"the SuperLink ended by itself: {last_line(self._log())}")
-
-    def stop_run(self, run_id: str) -> None:
-        """Do nothing: the run ends with its SuperLink."""
 
     def stop(self) -> None:
         """Stop every process this SuperLink has started, and remove its folder."""

@@ -10,23 +10,26 @@ Every JSON line has `event` and `run_name` (null if the settings were refused), 
 """
 
 import json
+import logging
 import os
 import sys
+import threading
 from contextlib import suppress
 from math import ceil
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
 from flapp.config.schema import Config, ConfigError
+from flapp.data.artifact import Stamp, stamp
 from flapp.server.summary import read_line
 from flapp.untrusted import printable
 from flapp.untrusted import read_json as parse_file
 
 FORMAT, FORMATS = "FLAPP_FORMAT", ("text", "json")  # in the environment, for a launcher's other processes too
 HYDRA_TO_STDERR = "hydra.hydra_logging.handlers.console.stream=ext://sys.stderr"
+CONFIG, LOOK_SECONDS = ("config.yaml",), 0.3
 MOST_LINES = 20  # for a whole run without bars
 STARTING, COUNTING = "{desc}[{elapsed}]", "{desc}{n_fmt}/{total_fmt} |{bar}|"
 
@@ -139,7 +142,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.replies.close()
         self.rounds.close()
 
@@ -180,3 +183,39 @@ class Progress:
         self.replies.bar_format = COUNTING
         self.replies.total, self.replies.n = now["asked"], now["replies"]
         self.replies.set_description(f"round {now['round']} {now['phase']}" if now["round"] else "clients join")
+
+
+class Watcher:
+    """Show a run's progress from a thread while the block runs.
+
+    before: the stamp of config.yaml when the command began. A resumed run writes that file again when it has dropped
+    the rounds after the one it resumes from; until then the files are those of an earlier start.
+    """
+
+    def __init__(self, config: Config, before: Stamp, plain: bool = False) -> None:
+        self.path, self.before = config.runs_dir / config.run_name, before
+        self.progress = Progress(config, self.path, plain)
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+
+    def __enter__(self) -> "Watcher":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.thread.join()
+        with self.progress:
+            self._look()
+
+    def _watch(self) -> None:
+        while not self.ended.wait(LOOK_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        if stamp(self.path, CONFIG) == self.before:
+            return
+        try:
+            self.progress.look()
+        except Exception as error:  # noqa: BLE001 - watching must not end the run, whose files may be being written
+            logging.getLogger("flwr").debug("progress: %s", error)

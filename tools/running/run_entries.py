@@ -16,8 +16,8 @@ from flapp.checkpoint.manager import ChunkManager
 from flapp.config.load import compose
 from flapp.config.schema import ConfigError
 from flapp.server.run_names import find_holder
+from tools.cli import as_called
 from tools.page.reading import METRICS, STORE, flat, read_config, read_json
-from tools.running.called import as_called
 
 RUN = "python -m tools.run"
 REPLACED = ("run_name=", "resume=", "resume_from=")

@@ -33,7 +33,7 @@ from flapp.files import write_json
 from flapp.server.run_names import taken
 from flapp.server.summary import in_words
 from tools.deployment.processes import OWNER, SWEEP, Processes, available_cpus, note_process
-from tools.deployment.submit import CONFIG, is_here
+from tools.deployment.submit import is_here
 from tools.running.guard import guarded
 from tools.running.progress import is_json
 
@@ -242,7 +242,7 @@ def conclude(outcomes: list[Outcome]) -> str:
         if (folder / "config.yaml").exists():
             continue  # the folder of a run, in which every job was refused
         is_finished = any(outcome["status"] == "finished" for outcome in outcomes)
-        if not is_finished and not list(folder.glob(f"*/{CONFIG[0]}")):
+        if not is_finished and not list(folder.glob("*/config.yaml")):
             _remove_unbegun(folder)
         elif is_finished or not (folder / SUMMARY).exists():
             folder.mkdir(parents=True, exist_ok=True)
