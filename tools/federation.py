@@ -45,8 +45,8 @@ from tools.deployment.processes import (
     environment,
     free_port,
     is_free,
+    is_running,
     last_line,
-    lives,
 )
 from tools.deployment.superlink import APP, SuperLink, app_folder
 from tools.deployment.supervisor import (
@@ -114,16 +114,10 @@ def plan(given: argparse.Namespace) -> Federation:
     port = given.port or free_port()
     if not is_free(port):
         raise SuperLinkError(f"--port {port} is in use on {HOST}: choose another, or leave it out for a free one")
-    return Federation(
-        token=secrets.token_hex(16),
-        address=f"{HOST}:{port}",
-        tls=given.tls,
-        clients=tuple(clients),
-        shards=str(given.shards.resolve()) if given.shards else None,
-        homes=given.homes,
-        threads=given.threads,
-        plain=given.plain,
-    )
+    shards = str(given.shards.resolve()) if given.shards else None
+    options = {name: getattr(given, name) for name in ("tls", "homes", "threads", "plain")}
+    token, address = secrets.token_hex(16), f"{HOST}:{port}"
+    return Federation(token=token, address=address, clients=tuple(clients), shards=shards, **options)
 
 
 def check_shards(folder: Path) -> list[str]:
@@ -169,7 +163,7 @@ def find_missing(folder: Path, seen: Seen, online: set[str]) -> list[str]:
 
 def node_ids(log: Path, program: Program) -> list[str]:
     """Return the node ids that a SuperNode has logged since its last start; none if it does not run."""
-    if program.pid is None or not lives(program.pid):
+    if program.pid is None or not psutil.pid_exists(program.pid) or not is_running(psutil.Process(program.pid)):
         return []
     with log.open("rb") as file:
         file.seek(program.log_start)
@@ -191,14 +185,9 @@ def status(given: argparse.Namespace) -> int:
     missing = find_missing(folder, seen, online)
     healthy = not missing and all(program.pid for program in seen.programs.values())
     if given.json:
-        facts = {
-            "address": federation.address,
-            "tls": federation.tls,
-            "root_certificates": str(folder / "ca.crt") if federation.tls else None,
-            "clients": len(federation.clients),
-            "online": len(federation.clients) - len(missing),
-            "missing": missing,
-        }
+        ca, clients = root_certificates(folder, federation), len(federation.clients)
+        facts = {"address": federation.address, "tls": federation.tls, "root_certificates": ca and str(ca)}
+        facts |= {"clients": clients, "online": clients - len(missing), "missing": missing}
         print(json.dumps(facts | seen.model_dump() | {"healthy": healthy}, indent=1))
     else:
         print(table(folder, federation, seen, missing))
@@ -209,9 +198,8 @@ def status(given: argparse.Namespace) -> int:
 
 def describe_down(folder: Path, federation: Federation, seen: Seen | None) -> str:
     """Return one line: that no supervisor runs, whether it was killed, and what to do."""
-    left = [process.pid for process in Processes(federation.token).running()]
-    if left:
-        pids = ", ".join(map(str, left))
+    if left := Processes(federation.token).running():
+        pids = ", ".join(str(process.pid) for process in left)
         return (
             f"the supervisor of {folder} is gone, and {len(left)} of its processes still run (pids {pids}): "
             "take the federation down, then bring it up"

@@ -34,7 +34,6 @@ from tools.deployment.supervisor import (
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 LISTEN = "import socket, sys, time; s = socket.create_server(('127.0.0.1', int(sys.argv[1]))); time.sleep(600)"
-CALL = "import socket, sys, time; socket.create_connection(('127.0.0.1', int(sys.argv[1]))); time.sleep(600)"
 
 
 def described(**changes: Any) -> Federation:
@@ -110,14 +109,18 @@ def test_a_site_is_told_only_what_is_its_own(tmp_path: Path) -> None:
 
 @pytest.fixture
 def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Supervisor:
-    """Return a supervisor whose SuperNodes end unless the SuperLink answers."""
+    """Return a supervisor that must not start a SuperNode before the SuperLink answers."""
     write_json(tmp_path / FACTS, described(**getattr(request, "param", {})).model_dump())
 
-    def stand_in(code: str) -> Callable[..., list[str]]:
-        return lambda _, which, *more: [sys.executable, "-c", code, which.address.rpartition(":")[2]]
+    def superlink(_: Path, which: Federation) -> list[str]:
+        return [sys.executable, "-c", LISTEN, which.address.rpartition(":")[2]]
 
-    monkeypatch.setattr(supervisor, "superlink_command", stand_in(LISTEN))
-    monkeypatch.setattr(supervisor, "supernode_command", stand_in(CALL))
+    def supernode(_: Path, which: Federation, client_id: str) -> list[str]:
+        assert answers(which.address)
+        return SLEEP
+
+    monkeypatch.setattr(supervisor, "superlink_command", superlink)
+    monkeypatch.setattr(supervisor, "supernode_command", supernode)
     return Supervisor(tmp_path)
 
 

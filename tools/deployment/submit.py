@@ -56,7 +56,7 @@ def run_once(config: Config, on_start: Callable[[], object] = lambda: None) -> d
             print(f"warning: {doubt}", file=sys.stderr)
     size = ["--federation-config", simulation_words(config)] if kind == "simulation" else []
     if kind == "inline":
-        check_cpus(config)
+        count_cpus(config)
     if here:
         check_run(config, clients_here=is_home_shared(config), quick=True)
         if starts_again:
@@ -141,20 +141,17 @@ def is_home_shared(config: Config) -> bool:
 def simulation_words(config: Config) -> str:
     """Return the size of a simulation in the words of --federation-config; raises ConfigError."""
     settings = config.deployment
-    if not settings.ray_address:
-        check_cpus(config)
-    words = (
-        f"num-supernodes={count_messages(config)} "
-        f"client-resources-num-cpus={settings.client_cpus} client-resources-num-gpus={settings.client_gpus}"
-    )
-    return words if settings.ray_address else f"{words} init-args-num-cpus={settings.total_cpus or available_cpus()}"
+    words = f"num-supernodes={count_messages(config)} client-resources-num-cpus={settings.client_cpus}"
+    words += f" client-resources-num-gpus={settings.client_gpus}"
+    return words if settings.ray_address else f"{words} init-args-num-cpus={count_cpus(config)}"
 
 
-def check_cpus(config: Config) -> None:
-    """Raise ConfigError if a client needs more processors than there are."""
+def count_cpus(config: Config) -> int:
+    """Return the processors for the clients; raises ConfigError if one client needs more."""
     settings = config.deployment
     if settings.client_cpus > (cpus := settings.total_cpus or available_cpus()):
         raise ConfigError(f"deployment.client_cpus={settings.client_cpus} is more than the {cpus} there are")
+    return cpus
 
 
 def follow(
@@ -225,8 +222,7 @@ def failure(summary: dict[str, Any]) -> RunError:
 
 def refusals(summary: dict[str, Any]) -> str:
     """Return one line about the clients that a run refused; empty if there are none."""
-    refused = summary.get("refused")
-    if not refused:
+    if not (refused := summary.get("refused")):
         return ""
     more = summary["refused_count"] - len(refused)
     return describe_refused(refused) + (f"; and {more} more" if more else "")

@@ -131,10 +131,7 @@ class SuperLink:
 
 
 class PrivateSuperLink(SuperLink):
-    """Run a simulation SuperLink as a context manager; port None takes a free one.
-
-    ray_address: of a Ray cluster to simulate the clients in; None has Ray started for the run.
-    """
+    """A simulation SuperLink of a run's own, at a free port unless one is given; Ray too, unless it has an address."""
 
     def __init__(self, port: int | None = None, ray_address: str | None = None) -> None:
         ray = ray_environment(ray_address)
@@ -199,8 +196,8 @@ def app_folder() -> Iterator[Path]:
 def ray_environment(ray_address: str | None) -> dict[str, str]:
     """Return the environment that makes Ray require a token, because Ray listens on all addresses of this machine.
 
-    A cluster of the run's own gets a fresh token. Another cluster has a token already, named in this process's
-    environment, which the run inherits. Raises SuperLinkError if the installed Ray does not know tokens.
+    A Ray of the run's own gets a fresh token; the run inherits that of another cluster from this process. Raises
+    SuperLinkError for a Ray that does not know tokens.
     """
     if Version(found := version("ray")) < Version(RAY_WITH_TOKENS):
         raise SuperLinkError(

@@ -25,8 +25,8 @@ from flapp.config.rules import count_messages
 from flapp.config.schema import Config, ConfigError
 from flapp.data.artifact import Stamp
 from flapp.server.inline import CLIENT_APP, SERVER_NODE, InlineGrid, start_forkserver
-from tools.deployment.processes import SWEEP, available_cpus
-from tools.deployment.submit import failure, warn_of_size
+from tools.deployment.processes import SWEEP
+from tools.deployment.submit import count_cpus, failure, warn_of_size
 from tools.running.progress import Watcher, read_json
 
 LAZY = ("torch._dynamo",)  # every optimizer imports it when it is built, which takes longer than importing PyTorch
@@ -36,19 +36,15 @@ def prepare(config: Config) -> None:
     """Start the process from which workers are forked, so that it imports PyTorch in the background."""
     if config.deployment.workers == 0:
         return
-    folder = os.environ.pop(SWEEP, None)  # the tracker ends with this process, and cannot be ended before
-    try:
-        resource_tracker.ensure_running()
-    finally:
-        if folder is not None:
-            os.environ[SWEEP] = folder
+    folder = os.environ.pop(SWEEP, None)
+    resource_tracker.ensure_running()  # without SWEEP: it ends with this process, and cannot be ended before
+    if folder is not None:
+        os.environ[SWEEP] = folder
     settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     kept = settings.get("tempdir")
     settings["tempdir"] = folder  # for the fork server's socket: the guard removes that folder
-    try:
-        start_forkserver(CLIENT_APP, *LAZY, *(["flapp.model.vit"] if config.model.name.startswith("vit") else []))
-    finally:
-        settings["tempdir"] = kept
+    start_forkserver(CLIENT_APP, *LAZY, *(["flapp.model.vit"] if config.model.name.startswith("vit") else []))
+    settings["tempdir"] = kept
 
 
 def run_inline(config: Config, before: Stamp) -> dict[str, Any]:
@@ -92,8 +88,7 @@ def allow_many_files() -> None:
 def count_workers(config: Config) -> int:
     """Return how many worker processes a run has; raises ConfigError for more than the processors or GPUs allow."""
     settings = config.deployment
-    cpus = settings.total_cpus or available_cpus()
-    most = min(cpus // settings.client_cpus, count_messages(config))
+    most = min(count_cpus(config) // settings.client_cpus, count_messages(config))
     if settings.workers == 0 or not settings.client_gpus:
         return most if settings.workers is None else settings.workers
     import torch

@@ -22,14 +22,8 @@ from tools.page.reading import METRICS, STORE, flat, read_config, read_json
 RUN = "python -m tools.run"
 REPLACED = ("run_name=", "resume=", "resume_from=")
 BARE = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")  # needs no quotes in Hydra's grammar
-OWN = (
-    "home",
-    "run_name",
-    "experiment",
-    "resume",
-    "resume_from",
-    "resume_anyway",
-)  # settings that are not shown as changed
+# Settings that are not shown as changed.
+OWN = ("home", "run_name", "experiment", "resume", "resume_from", "resume_anyway")
 
 
 class RunsError(ValueError):
@@ -149,9 +143,8 @@ def word(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(word, value))}]"
     text = str(value).lower() if isinstance(value, bool) else str(value)
-    if not isinstance(value, str) or (
-        BARE.fullmatch(text) and text.lower() not in ("null", "true", "false", "inf", "nan")
-    ):
+    is_plain = BARE.fullmatch(text) and text.lower() not in ("null", "true", "false", "inf", "nan")
+    if not isinstance(value, str) or is_plain:
         return text
     from hydra.core.override_parser.types import Quote, QuotedString
 
