@@ -81,13 +81,10 @@ def list_lines(found: dict[str, Any]) -> Iterator[str]:
             f"{f'  {job}' if folder else job:<{width}}  {run.status:<11}  {f'{run.rounds}/{run.num_rounds}':>9}  "
             f"{accuracy:>8}  {loss:>8}  {run.started:<16}  {sizes}"
         )
-    total, split = (sum(map(size, runs)) for size in (_size, lambda run: run.split_bytes))
+    split = sum(run.split_bytes for run in runs)
+    total = split + sum(run.run_bytes + run.store_bytes for run in runs)
     splits = f", {in_bytes(split)} of it split models" if split else ""
     yield f"{len(runs)} run{'s' * (len(runs) != 1)}, {in_bytes(total)} in all{splits}"
-
-
-def _size(run: Entry) -> int:
-    return run.run_bytes + run.store_bytes + run.split_bytes
 
 
 def show(given: argparse.Namespace) -> dict[str, Any]:
@@ -162,9 +159,9 @@ def links_on(home: Path, folder: Path) -> list[Path]:
 
 def confirm(is_sure: bool, names: list[str], size: int) -> None:
     """Ask before anything is removed; raises RunsError if the answer is no or there is no terminal."""
-    what = names[0] if len(names) == 1 else f"{len(names)} runs ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
     if is_sure:
         return
+    what = names[0] if len(names) == 1 else f"{len(names)} runs ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
     if not sys.stdin.isatty():
         raise RunsError(f"nothing was removed, because there is no terminal to ask on: add --yes to remove {what}")
     print(f"Remove {what} and their client stores, {in_bytes(size)}? [y/N] ", end="", file=sys.stderr, flush=True)
@@ -210,8 +207,7 @@ def stop_lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"continue it with its settings and run_name={found['name']} resume=true"
 
 
-Command = tuple[Callable[[argparse.Namespace], dict[str, Any]], Callable[[dict[str, Any]], Iterator[str]]]
-COMMANDS: dict[str, Command] = {
+COMMANDS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[..., Iterator[str]]]] = {
     "list": (list_runs, list_lines),
     "show": (show, show_lines),
     "stop": (stop, stop_lines),

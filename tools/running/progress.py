@@ -9,6 +9,7 @@ Every JSON line has `event` and `run_name` (null if the settings were refused), 
     failed     error; summary, or null if the run wrote none
 """
 
+import argparse
 import json
 import logging
 import os
@@ -36,15 +37,12 @@ STARTING, COUNTING = "{desc}[{elapsed}]", "{desc}{n_fmt}/{total_fmt} |{bar}|"
 
 def take_format(words: list[str]) -> None:
     """Take --format out of a command line, for this process and those it starts; raises ConfigError."""
-    os.environ[FORMAT] = FORMATS[0]
-    for at in reversed([i for i, word in enumerate(words) if word.partition("=")[0] == "--format"]):
-        _, given, value = words[at].partition("=")
-        if not given:
-            value = "".join(words[at + 1 : at + 2])
-        del words[at : at + (1 if given else 2)]
-        if value not in FORMATS:
-            raise ConfigError(f"--format={value} is not known: choose one of {', '.join(FORMATS)}")
-        os.environ[FORMAT] = value
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--format", nargs="?", const="", default=FORMATS[0])
+    given, words[:] = parser.parse_known_args(words)
+    if given.format not in FORMATS:
+        raise ConfigError(f"--format={given.format} is not known: choose one of {', '.join(FORMATS)}")
+    os.environ[FORMAT] = given.format
     if is_json():
         words.append(HYDRA_TO_STDERR)
 
@@ -108,10 +106,13 @@ def figures(lines: list[dict[str, Any]]) -> dict[str, Any]:
     number = lines[-1]["round"]
     kinds = {line["kind"]: line for line in lines if line["round"] == number}
     train, evaluated = kinds.get("train", {}), kinds.get("evaluate", {})
-    found = {"round": number, "train_loss": train.get("loss")}
-    found |= {key: evaluated.get(key) for key in ("loss", "accuracy", "personal_accuracy")}
-    found |= {key: train.get(key, 0) + evaluated.get(key, 0) for key in ("bytes_up", "bytes_down")}
-    return found | {"seconds": kinds.get("round", {}).get("seconds")}
+    return {
+        "round": number,
+        "train_loss": train.get("loss"),
+        **{key: evaluated.get(key) for key in ("loss", "accuracy", "personal_accuracy")},
+        **{key: train.get(key, 0) + evaluated.get(key, 0) for key in ("bytes_up", "bytes_down")},
+        "seconds": kinds.get("round", {}).get("seconds"),
+    }
 
 
 def latest(found: dict[str, Any]) -> dict[str, str]:
@@ -154,19 +155,15 @@ class Progress:
             self._show_figures(found, refresh=False)
             self.rounds.update(found["round"] - self.rounds.n)
             self.rounds.refresh()
-            if self.rounds.disable and not is_json():
-                self._print_round(found)
+            number, rounds = found["round"], self.config.num_rounds
+            is_told = number % ceil(rounds / MOST_LINES) == 0 or number == rounds
+            if self.rounds.disable and not is_json() and is_told:
+                values = [f"{key} {value}" for key, value in latest(found).items()] + [f"{found['seconds']:.1f} s"]
+                print(f"round {number} of {rounds}: {', '.join(values)}", file=sys.stderr)
         if self.reader.current:
             self._show_figures(figures(self.reader.current))
         if not self.rounds.disable:
             self._show_replies()
-
-    def _print_round(self, found: dict[str, Any]) -> None:
-        """Print a line about a round; in a long run only about every nth round."""
-        number, rounds = found["round"], self.config.num_rounds
-        if number % ceil(rounds / MOST_LINES) == 0 or number == rounds:
-            figures = [f"{key} {value}" for key, value in latest(found).items()] + [f"{found['seconds']:.1f} s"]
-            print(f"round {number} of {rounds}: {', '.join(figures)}", file=sys.stderr)
 
     def _show_figures(self, found: dict[str, Any], refresh: bool = True) -> None:
         """Show the latest losses, the accuracy and all bytes so far beside the bar of rounds."""
