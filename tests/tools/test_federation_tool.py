@@ -1,6 +1,7 @@
-"""tools.federation without Flower: its checks, the commands that it would start, and how it restarts programs."""
+"""tools.federation: its checks, the commands that it would start, how it restarts programs, and one real one."""
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -15,7 +16,8 @@ import pytest
 
 from flapp.data.shards.manifest import Manifest
 from flapp.files import write_json
-from tests.support.waiting import wait_for
+from tests.support.commands import finish, start_tool
+from tests.support.waiting import WAIT_SECONDS, wait_for
 from tools import federation
 from tools.deployment import supervisor
 from tools.deployment.processes import TOKEN, Processes, SuperLinkError, answers, free_port
@@ -307,3 +309,51 @@ def test_a_federation_says_whether_it_was_taken_down_or_its_supervisor_killed(
     left.wait()
     (tmp_path / SEEN).unlink()
     assert refusal(capsys, *status) == f"error: the federation of {tmp_path} is down: bring it up"
+
+
+@pytest.mark.slow
+def test_what_is_killed_in_a_federation_is_not_online_and_ends_with_its_supervisor(tmp_path: Path) -> None:
+    def tool(*words: str) -> tuple[int, str, str]:
+        return finish(start_tool(tmp_path, *words))
+
+    def look() -> tuple[int, dict[str, Any]]:
+        status, said, _ = tool("federation", "status", "--json")
+        return status, json.loads(said)
+
+    def supernode() -> psutil.Process:
+        wait_for(lambda: look()[0] == 0)
+        return psutil.Process(look()[1]["programs"]["client_1"]["pid"])
+
+    status, _, error = tool("federation", "up", "--clients", "2")
+    assert status == 0, error
+    processes = Processes(read_federation(tmp_path / "federation").token)
+    try:
+        supervisor = federation.find_supervisor(tmp_path / "federation")
+        assert supervisor is not None
+        victim = supernode()
+        supervisor.suspend()  # or the SuperNode is back before anybody can look
+        victim.kill()
+        status, facts = look()
+        supervisor.resume()
+        assert (status, facts["online"], facts["missing"]) == (1, 1, ["client_1"])
+        victim = supernode()  # another node: Flower lists the dead one for up to a minute
+        (superexec,) = (child for child in victim.children() if "superexec" in child.cmdline())
+        superexec.kill()
+        victim.wait(WAIT_SECONDS)
+        supernode()
+        words = ("experiment=toy_regression", "deployment=local", "clients=2", "num_rounds=1000", "run_name=shared")
+        run = start_tool(tmp_path, "run", *words)
+        metrics = tmp_path / "runs" / "shared" / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and '"kind": "round"' in metrics.read_text())
+        run.kill()
+        run.communicate()
+        status, _, error = tool("runs", "stop", "shared")
+        assert status == 0, error
+        assert look()[0] == 0
+        supervisor.kill()
+        wait_for(lambda: not processes.running())
+        status, _, error = tool("federation", "status")
+        assert (status, error.count("was killed and its programs have been stopped: bring it up")) == (1, 1)
+        assert tool("federation", "down")[:2] == (0, "nothing was running\n")
+    finally:
+        processes.stop()

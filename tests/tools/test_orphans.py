@@ -1,4 +1,4 @@
-"""What a killed command or supervisor leaves running ends by itself, is named until then, and can be stopped."""
+"""What a killed command leaves running ends by itself, is named until then, and can be stopped."""
 
 import fcntl
 import json
@@ -30,7 +30,7 @@ from flapp.server.run_dir import RunDirectory
 from tests.conftest import LocalGrid, read_lines
 from tests.support.commands import finish, left_running
 from tests.support.waiting import wait_for
-from tools import federation, runs
+from tools import runs
 from tools.deployment.processes import OWNER, SWEEP, TOKEN, Processes, note_process, noted_process
 from tools.deployment.submit import APP
 from tools.running.guard import guarded
@@ -92,10 +92,8 @@ def test_a_killed_program_leaves_no_process_and_no_folder(start: Start, tmp_path
     folder = tmp_path / "flapp-x"
     for each in (folder, tmp_path / "flapp-x-superlink", tmp_path / "another"):
         each.mkdir()
-    stranger, program = (
-        sleep_with(start, "FLAPP_ORPHAN", tmp_path / "another"),
-        start_python(start, GUARDED, str(folder)),
-    )
+    stranger = sleep_with(start, "FLAPP_ORPHAN", tmp_path / "another")
+    program = start_python(start, GUARDED, str(folder))
     started = Processes(str(folder), "FLAPP_ORPHAN")
     assert len(started.running()) >= 2
     program.kill()
@@ -106,25 +104,22 @@ def test_a_killed_program_leaves_no_process_and_no_folder(start: Start, tmp_path
     assert stranger.poll() is None
 
 
-def test_a_guard_leaves_alone_what_a_program_that_ends_by_itself_leaves(start: Start, tmp_path: Path) -> None:
+def test_a_guard_leaves_alone_what_a_program_that_ends_by_itself_leaves_even_a_fork_with_its_pipe(
+    start: Start, tmp_path: Path
+) -> None:
     folder = tmp_path / "kept"
     folder.mkdir()
+    began = time.monotonic()
     with guarded("FLAPP_ORPHAN", str(folder), folder):
         child = sleep_with(start, "FLAPP_ORPHAN", folder)
-    assert child.poll() is None
-    assert folder.exists()
-
-
-def test_a_guard_does_not_wait_for_a_fork_that_holds_its_input_open(tmp_path: Path) -> None:
-    began = time.monotonic()
-    with guarded("FLAPP_ORPHAN", str(tmp_path / "x")):
-        pid = os.fork()
-        if pid == 0:
+        if (pid := os.fork()) == 0:
             time.sleep(600)
             os._exit(0)
-    assert time.monotonic() - began < GONE_SECONDS
+    assert time.monotonic() - began < GONE_SECONDS  # the guard has not waited for the fork
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+    assert child.poll() is None
+    assert folder.exists()
 
 
 # Runs that are still running
@@ -170,10 +165,6 @@ def orphan(running: RunDirectory, start: Start, tmp_path: Path) -> Callable[[obj
     return lambda token: start_python(start, HOLDER, str(running.path), **{TOKEN: str(token), SWEEP: str(tmp_path)})
 
 
-def stop(run: RunDirectory) -> list[int] | None:
-    return stop_run(run.path)
-
-
 def test_a_run_that_still_runs_is_named_with_its_process_and_the_command_that_stops_it(running: RunDirectory) -> None:
     fix = f"python -m tools.runs stop {running.config.run_name}`"
     with pytest.raises(ConfigError, match=rf"is still running \(pid {os.getpid()}\).*{fix}"):
@@ -193,6 +184,12 @@ def test_a_look_at_a_run_does_not_keep_its_next_start_out(running: RunDirectory)
         fcntl.flock(looker, fcntl.LOCK_SH)
         threading.Timer(run_names.PROBE_SECONDS / 3, lambda: fcntl.flock(looker, fcntl.LOCK_UN)).start()
         run_names.lock_run(running.path, "x").close()
+
+
+@pytest.fixture(autouse=True)
+def kill_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for a moment only until what does not end is killed."""
+    monkeypatch.setattr("tools.deployment.processes.STOP_SECONDS", 0.5)
 
 
 def test_stop_ends_an_orphan_with_all_that_carries_its_token_and_says_how_to_continue(
@@ -220,7 +217,7 @@ def test_stop_interrupts_the_command_where_it_lives_even_suspended(
     owner = start_python(start, COMMAND, str(tmp_path / OWNER))
     owner.send_signal(signal.SIGSTOP)
     process = orphan(tmp_path / "flapp-x")
-    assert stop(running) == [owner.pid, process.pid]
+    assert stop_run(running.path) == [owner.pid, process.pid]
     assert (tmp_path / "interrupted").exists()
 
 
@@ -230,14 +227,14 @@ def test_stop_kills_nobody_whose_pid_running_json_names_by_mistake(
     process, stranger = orphan(tmp_path / "flapp-x"), sleep_with(start, TOKEN, tmp_path / "flapp-x")
     write_json(running.path / run_names.RUNNING, {"pid": stranger.pid, "run_id": 17})
     with pytest.raises(RunsError, match=rf"process {stranger.pid}, named in running.json, does not .* `fuser "):
-        stop(running)
+        stop_run(running.path)
     assert (process.poll(), stranger.poll()) == (None, None)
 
 
 def test_stop_leaves_the_other_processes_of_a_shared_superlink_alone(running: RunDirectory, orphan: Any) -> None:
     process = orphan("0123456789abcdef" * 2)  # a federation's token
     with pytest.raises(RunsError, match="not started by flapp: stop it with `flwr stop 17`"):
-        stop(running)
+        stop_run(running.path)
     assert process.poll() is None
 
 
@@ -273,14 +270,6 @@ DEAD = {
 }
 
 
-def failed(reply: Message, code: int) -> Message:
-    """Return Flower's own answer for a client, from no node, with one of its errors."""
-    answer = Message(Error(code, WORDS), reply_to=reply)
-    answer.metadata.__dict__["_src_node_id"] = 1  # of the SuperLink
-    answer.metadata.__dict__["_reply_to_message_id"] = reply.metadata.reply_to_message_id
-    return answer
-
-
 def test_errors_of_flower_and_ray_say_in_plain_words_that_a_client_died() -> None:
     assert {code: describe_error(Error(code, WORDS)) for code in DEAD} == DEAD
     for name in ("ActorDied", "OutOfMemory", "WorkerCrashed"):
@@ -296,12 +285,17 @@ def test_a_node_that_died_before_it_said_who_it_is_is_refused_under_its_own_id(d
     grid = LocalGrid({"config-json": to_json(settings)}, [{"partition-id": i, "num-partitions": 3} for i in range(3)])
     dead = next(iter(grid.nodes))
 
+    def answer(reply: Message) -> Message:
+        """Return the reply, or Flower's own answer for the dead node, which comes from the SuperLink."""
+        if reply.metadata.src_node_id != dead:
+            return reply
+        answer = Message(Error(ErrorCode.NODE_UNAVAILABLE, WORDS), reply_to=reply)
+        answer.metadata.__dict__["_src_node_id"] = 1
+        answer.metadata.__dict__["_reply_to_message_id"] = reply.metadata.reply_to_message_id
+        return answer
+
     def ask(messages: list[Message], *, timeout: float) -> list[Message]:
-        replies = grid.pull_messages(grid.push_messages(messages))
-        return [
-            failed(reply, ErrorCode.NODE_UNAVAILABLE) if reply.metadata.src_node_id == dead else reply
-            for reply in replies
-        ]
+        return [answer(reply) for reply in grid.pull_messages(grid.push_messages(messages))]
 
     asking: Any = SimpleNamespace(get_nodes=grid.get_nodes, send_and_receive=ask)
     roster = Roster(asking, ["0", "1", "2"], "joining", 0)
@@ -378,50 +372,3 @@ def test_a_killed_run_ends_by_itself_or_is_named_and_stopped_and_resumes_to_the_
     status, said, error = finish(tool(*words, "resume=true"))
     assert status == 0, error
     assert f"sha256 {federate(*TOY)[0]['model_sha256']})\n" in said
-
-
-@pytest.mark.slow
-def test_what_is_killed_in_a_federation_is_not_online_and_ends_with_its_supervisor(tool: Start, tmp_path: Path) -> None:
-    status, _, error = finish(tool("federation", "up", "--clients", "2"))
-    assert status == 0, error
-    processes = Processes(federation.read_federation(tmp_path / "federation").token)
-
-    def look() -> tuple[int, dict[str, Any]]:
-        status, said, _ = finish(tool("federation", "status", "--json"))
-        return status, json.loads(said)
-
-    def healthy() -> bool:
-        return look()[0] == 0
-
-    def supernode() -> psutil.Process:
-        return psutil.Process(look()[1]["programs"]["client_1"]["pid"])
-
-    try:
-        supervisor = federation.find_supervisor(tmp_path / "federation")
-        assert supervisor is not None
-        victim = supernode()
-        supervisor.suspend()  # or the SuperNode is back before anybody can look
-        victim.kill()
-        status, facts = look()
-        supervisor.resume()
-        assert (status, facts["online"], facts["missing"]) == (1, 1, ["client_1"])
-        wait_for(healthy)  # as another node: Flower lists the dead one for up to a minute
-        victim = supernode()
-        (superexec,) = (child for child in victim.children() if "superexec" in child.cmdline())
-        superexec.kill()
-        victim.wait(GONE_SECONDS)
-        wait_for(healthy)
-        run = tool("run", *TOY, "deployment=local", "clients=2", "num_rounds=1000", "run_name=shared")
-        wait_for(lambda: reached(tmp_path / "runs" / "shared", 1))
-        run.kill()
-        run.wait()
-        status, _, error = finish(tool("runs", "stop", "shared"))
-        assert status == 0, error
-        assert healthy()
-        supervisor.kill()
-        wait_for(lambda: not processes.running(), GONE_SECONDS)
-        status, _, error = finish(tool("federation", "status"))
-        assert (status, error.count("was killed and its programs have been stopped: bring it up")) == (1, 1)
-        assert finish(tool("federation", "down"))[:2] == (0, "nothing was running\n")
-    finally:
-        processes.stop()

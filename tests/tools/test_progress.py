@@ -49,8 +49,9 @@ def lines(federate: Federate) -> list[str]:
     return (path / "metrics.jsonl").read_text().splitlines(keepends=True)
 
 
-def choose_format(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
-    monkeypatch.setenv(FORMAT, form)
+@pytest.fixture(autouse=True)
+def as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FORMAT, "text")
 
 
 def json_lines(text: str) -> list[dict[str, Any]]:
@@ -66,23 +67,20 @@ def json_lines(text: str) -> list[dict[str, Any]]:
         (["run", "--format=text", "seed=1"], ["run", "seed=1"], "text"),
     ],
 )
-def test_the_format_is_taken_out_of_the_command_line(
+def test_the_format_is_taken_out_of_the_command_line_and_others_are_refused(
     monkeypatch: pytest.MonkeyPatch, words: list[str], left: list[str], form: str
 ) -> None:
-    choose_format(monkeypatch, "json")
+    monkeypatch.setenv(FORMAT, "json")
     take_format(words)
     assert [word for word in words if not word.startswith("hydra.")] == left
     assert os.environ[FORMAT] == form
 
-
-@pytest.mark.parametrize("words", [["--format"], ["--format", "yaml"], ["--format="]])
-def test_another_format_is_refused(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
-    choose_format(monkeypatch, "text")
-    with pytest.raises(ConfigError, match=r"--format=(yaml)? is not known: choose one of text, json"):
-        take_format(words)
+    for wrong in (["--format"], ["--format", "yaml"], ["--format="]):
+        with pytest.raises(ConfigError, match=r"--format=(yaml)? is not known: choose one of text, json"):
+            take_format(wrong)
 
 
-def test_a_growing_file_is_read_a_round_at_a_time_and_never_twice(tmp_path: Path, lines: list[str]) -> None:
+def test_a_growing_file_is_read_a_round_at_a_time_also_when_lines_are_dropped(tmp_path: Path, lines: list[str]) -> None:
     path = tmp_path / "metrics.jsonl"
     reader, found = RoundReader(path), []
     for character in range(0, len("".join(lines)), 97):
@@ -92,14 +90,11 @@ def test_a_growing_file_is_read_a_round_at_a_time_and_never_twice(tmp_path: Path
     found += reader.read()
     assert [values["round"] for values in found] == [1, 2, 3]
 
-
-def test_lines_that_a_resumed_run_drops_are_not_shown(tmp_path: Path, lines: list[str]) -> None:
-    path = tmp_path / "metrics.jsonl"
     ends = [number for number, line in enumerate(lines, 1) if json.loads(line)["kind"] == "round"]
     path.write_text("".join(lines[: ends[0] + 1]))  # round 1, and the training of round 2
     reader = RoundReader(path)
     assert len(reader.read()) == 1
-    path.write_text("".join(lines[: ends[0]]))
+    path.write_text("".join(lines[: ends[0]]))  # what a resumed run keeps
     assert reader.read() == []
     path.write_text("".join([*lines[: ends[0]], lines[0], *lines[ends[0] :]]))  # a roster, and round 2 anew
     assert [values["round"] for values in reader.read()] == [2, 3]
@@ -109,7 +104,7 @@ def test_json_lines_say_what_each_round_reached(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], federate: Federate, settings: Config
 ) -> None:
     _, path = federate(*TOY)
-    choose_format(monkeypatch, "json")
+    monkeypatch.setenv(FORMAT, "json")
     with Progress(settings, path) as resumed:
         resumed.look()
     assert capsys.readouterr() == ("", "")
@@ -137,7 +132,6 @@ def test_without_a_terminal_each_round_is_one_line(
     folder: Path,
     lines: list[str],
 ) -> None:
-    choose_format(monkeypatch, "text")
     with Progress(settings, folder) as progress:
         (folder / "metrics.jsonl").write_text("".join(lines))
         progress.look()
@@ -160,7 +154,6 @@ def test_a_long_run_prints_about_twenty_lines(
     rounds: int,
     told: list[int],
 ) -> None:
-    choose_format(monkeypatch, "text")
     lines = [json.dumps({"kind": "round", "round": number, "seconds": 0.5}) for number in range(1, rounds + 1)]
     with Progress(replace(settings, num_rounds=rounds), folder) as progress:
         (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -171,7 +164,6 @@ def test_a_long_run_prints_about_twenty_lines(
 def test_bars_show_rounds_with_figures_and_the_replies_of_the_phase(
     monkeypatch: pytest.MonkeyPatch, settings: Config, folder: Path, lines: list[str]
 ) -> None:
-    choose_format(monkeypatch, "text")
     monkeypatch.setattr(sys, "stderr", Terminal())
     with Progress(settings, folder) as progress:
         progress.look()
@@ -194,7 +186,6 @@ def test_bars_show_rounds_with_figures_and_the_replies_of_the_phase(
 def test_a_resumed_run_is_not_shown_what_the_earlier_start_said(
     monkeypatch: pytest.MonkeyPatch, settings: Config, folder: Path, lines: list[str]
 ) -> None:
-    choose_format(monkeypatch, "text")
     monkeypatch.setattr(sys, "stderr", Terminal())
     (folder / "metrics.jsonl").write_text("".join(lines[:3]))
     (folder / "progress.json").write_text(json.dumps({"round": 2, "phase": "train", "replies": 1, "asked": 3}))
