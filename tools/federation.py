@@ -48,7 +48,7 @@ from tools.deployment.processes import (
     is_running,
     last_line,
 )
-from tools.deployment.superlink import APP, SuperLink, app_folder
+from tools.deployment.superlink import APP, app_folder
 from tools.deployment.supervisor import (
     FACTS,
     KEYS,
@@ -60,8 +60,8 @@ from tools.deployment.supervisor import (
     Seen,
     read_facts,
     read_federation,
-    root_certificates,
     site_name,
+    superlink_of,
 )
 from tools.verify_data import verify_shards
 
@@ -150,7 +150,7 @@ def wait_until_ready(folder: Path, federation: Federation, process: subprocess.P
 
 def online_nodes(folder: Path, federation: Federation) -> set[str]:
     """Return the ids of the nodes that are online for the SuperLink; a dead node stays online for up to a minute."""
-    with SuperLink(federation.address, root_certificates(folder, federation)) as superlink:
+    with superlink_of(folder, federation) as superlink:
         nodes = superlink.flwr("supernode", "list")["nodes"]
     return {str(node["node-id"]) for node in nodes if node["status"] == "online"}
 
@@ -185,8 +185,8 @@ def status(given: argparse.Namespace) -> int:
     missing = find_missing(folder, seen, online)
     healthy = not missing and all(program.pid for program in seen.programs.values())
     if given.json:
-        ca, clients = root_certificates(folder, federation), len(federation.clients)
-        facts = {"address": federation.address, "tls": federation.tls, "root_certificates": ca and str(ca)}
+        ca, clients = str(folder / "ca.crt") if federation.tls else None, len(federation.clients)
+        facts = {"address": federation.address, "tls": federation.tls, "root_certificates": ca}
         facts |= {"clients": clients, "online": clients - len(missing), "missing": missing}
         print(json.dumps(facts | seen.model_dump() | {"healthy": healthy}, indent=1))
     else:

@@ -22,7 +22,7 @@ from flapp.server.summary import sound_summary
 from tools.deployment.processes import HOST, SuperLinkError, available_cpus
 from tools.deployment.superlink import APP as APP
 from tools.deployment.superlink import CONNECTION, PrivateSuperLink, SuperLink, app_folder
-from tools.deployment.supervisor import KEYS, read_federation, root_certificates
+from tools.deployment.supervisor import KEYS, read_federation, superlink_of
 from tools.federation import install_app
 from tools.running.progress import CONFIG, LOOK_SECONDS, Watcher, read_json
 
@@ -117,7 +117,7 @@ def choose_superlink(config: Config) -> tuple[Config, SuperLink]:
         )
     if federation.tls and settings.client_keys is None:
         config = replace(config, deployment=replace(settings, client_keys=str(folder / KEYS)))
-    return config, SuperLink(federation.address, root_certificates(folder, federation))
+    return config, superlink_of(folder, federation)
 
 
 def is_here(config: Config) -> bool:

@@ -130,6 +130,13 @@ class SuperLink:
             file.writelines(ANSI.sub("", line) for line in self.read_log(run_id, "--show"))
 
 
+def owned_superlink(address: str) -> list[str]:
+    """Return the command line of a SuperLink that listens at an address of this machine and answers only this user."""
+    host, _, port = address.rpartition(":")
+    command = [*OWNER_ONLY, "superlink", "--host", host, "--port", port, "--isolation", "subprocess"]
+    return [*command, "--disable-runtime-dependency-installation"]
+
+
 class PrivateSuperLink(SuperLink):
     """A simulation SuperLink of a run's own, at a free port unless one is given; Ray too, unless it has an address."""
 
@@ -147,8 +154,7 @@ class PrivateSuperLink(SuperLink):
             raise SuperLinkError(
                 f"deployment.port={self.port} is in use on {HOST}: choose another, or set it to null for a free one"
             )
-        command = [*OWNER_ONLY, "superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
-        command += ["--host", HOST, "--port", str(self.port), "--disable-runtime-dependency-installation"]
+        command = [*owned_superlink(self.address), "--insecure", "--simulation"]
         with (self.folder / "superlink.log").open("wb") as log:
             self.process = subprocess.Popen(
                 command, env=self.env, cwd=self.folder, stdout=log, stderr=log, start_new_session=True

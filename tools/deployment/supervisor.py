@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 from flapp.files import write_json
 from flapp.untrusted import printable, read_bytes
 from tools.deployment.processes import HOST, TOKEN, Processes, SuperLinkError, answers, environment, free_port
-from tools.deployment.superlink import OWNER_ONLY, SuperLink
+from tools.deployment.superlink import OWNER_ONLY, SuperLink, owned_superlink
 from tools.running.guard import guarded
 
 FACTS, SEEN, LOG = "federation.json", "supervisor.json", "log.txt"
@@ -102,15 +102,14 @@ def site_name(client_id: str) -> str:
     return f"client_{client_id}"
 
 
-def root_certificates(folder: Path, federation: Federation) -> Path | None:
-    """Return the path of the CA's certificate of a federation with TLS, otherwise None."""
-    return folder / "ca.crt" if federation.tls else None
+def superlink_of(folder: Path, federation: Federation) -> SuperLink:
+    """Return the SuperLink of a federation, not entered yet."""
+    return SuperLink(federation.address, folder / "ca.crt" if federation.tls else None)
 
 
 def superlink_command(folder: Path, federation: Federation) -> list[str]:
-    """Return the command line of the SuperLink, which answers only this user."""
-    command = [*OWNER_ONLY, "superlink", "--host", HOST, "--port", federation.address.rpartition(":")[2]]
-    command += ["--isolation", "subprocess", "--disable-runtime-dependency-installation"]
+    """Return the command line of a federation's SuperLink."""
+    command = owned_superlink(federation.address)
     if not federation.tls:
         return [*command, "--insecure"]
     command += ["--ssl-ca-certfile", str(folder / "ca.crt"), "--ssl-certfile", str(folder / "server.crt")]
@@ -219,7 +218,7 @@ class Supervisor:
     def register_keys(self) -> None:
         if not self.federation.tls:
             return
-        with SuperLink(self.federation.address, self.folder / "ca.crt") as superlink:
+        with superlink_of(self.folder, self.federation) as superlink:
 
             def register(name: str) -> None:
                 superlink.flwr("supernode", "register", str(self.folder / name / "site.pub"), "--name", name)
