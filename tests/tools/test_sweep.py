@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from flapp.config.load import compose, to_yaml
 from flapp.config.schema import ConfigError
 from tests.federation.test_run import TOY, Federate
-from tests.support.commands import left_running, run
+from tests.support.commands import finish, left_running, run, start_tool
 from tests.support.waiting import wait_for
 from tools.deployment.processes import SWEEP, TOKEN, listens, reserve_port
 from tools.deployment.submit import APP
@@ -289,18 +289,6 @@ def test_optuna_searches_on_after_failed_trials(tmp_path: Path, limit: float, fa
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_every_job_and_tells_which_failed(tmp_path: Path) -> None:
-    done = run(tmp_path, "-m", TOY, "num_rounds=1", "train.steps=50", "train.lr=0.01,1e30", "run_name=sweep")
-    assert done.returncode == 1
-    assert len(table(done)) == 3
-    summary = json.loads((tmp_path / "runs" / "sweep" / "0" / "metrics.json").read_text())
-    assert table(done)[1].endswith(f"{tmp_path}/runs/sweep/0")
-    assert f"  {summary['objective']:.4f}  " in table(done)[1]
-    assert "lower train.lr" in table(done)[2]
-    assert left_running(tmp_path) == []
-
-
-@pytest.mark.slow
 @needs_joblib
 def test_two_runs_at_once_prepare_one_dataset_and_end_in_the_bytes_of_runs_alone(
     tmp_path: Path, federate: Federate
@@ -321,18 +309,14 @@ def test_two_runs_at_once_prepare_one_dataset_and_end_in_the_bytes_of_runs_alone
 @pytest.mark.slow
 @needs_joblib
 def test_an_interrupted_sweep_leaves_no_process_behind_and_goes_on(tmp_path: Path) -> None:
-    env = os.environ | {"FLAPP_HOME": str(tmp_path), "PYTHONPATH": str(APP)}
     words = [TOY, "num_rounds=20", "seed=0,1,2", "run_name=stopped"]
-    command = [sys.executable, "-m", "tools.run", *TWO_AT_A_TIME, *words]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = start_tool(tmp_path, "run", *TWO_AT_A_TIME, *words)
     for number in range(2):
         progress = tmp_path / "runs" / "stopped" / str(number) / "progress.json"
         wait_for(lambda progress=progress: progress.exists() or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+    status, _, said = finish(process)
+    assert status == 130, said
     assert "interrupted: everything that was started has been stopped" in said.splitlines()
     assert left_running(tmp_path) == []
     done = run(tmp_path, *TWO_AT_A_TIME, *words, "resume=true")
