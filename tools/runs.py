@@ -20,7 +20,6 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,7 +29,6 @@ from tools.checkpoints import in_bytes
 from tools.cli import as_called, new_parser
 from tools.page.reading import read_json, tail
 from tools.running.run_entries import (
-    Entry,
     RunsError,
     changed_words,
     complete_rounds,
@@ -57,32 +55,31 @@ FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {  # of metrics.json: how
 
 def list_runs(given: argparse.Namespace) -> dict[str, Any]:
     """Return the entries of all runs."""
-    return {"runs": [asdict(describe(given.home, name)) for name in find_runs(given.home / "runs")]}
+    return {"runs": [describe(given.home, name) for name in find_runs(given.home / "runs")]}
 
 
 def list_lines(found: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of a table, with the jobs of a sweep below its name."""
-    runs = [Entry(**values) for values in found["runs"]]
+    runs = found["runs"]
     if not runs:
         yield "no runs"
         return
-    width = max(len(run.name) for run in runs) + 2
+    width = max(len(run["name"]) for run in runs) + 2
     heads = f"{'accuracy':>8}  {'loss':>8}  {'started':<16}  {'folder':>9}  client stores"
     yield f"{'run':<{width}}  {'status':<11}  {'rounds':>9}  {heads}"
     group = ""
     for run in runs:
-        folder, _, job = run.name.rpartition("/")
+        folder, _, job = run["name"].rpartition("/")
         if folder and folder != group:
             yield f"{folder}/"
         group = folder
-        accuracy, loss = ("-" if value is None else f"{value:.4f}" for value in (run.accuracy, run.loss))
-        sizes = f"{in_bytes(run.run_bytes):>9}  {in_bytes(run.store_bytes):>13}"
-        yield (
-            f"{f'  {job}' if folder else job:<{width}}  {run.status:<11}  {f'{run.rounds}/{run.num_rounds}':>9}  "
-            f"{accuracy:>8}  {loss:>8}  {run.started:<16}  {sizes}"
-        )
-    split = sum(run.split_bytes for run in runs)
-    total = split + sum(run.run_bytes + run.store_bytes for run in runs)
+        accuracy, loss = ("-" if run[key] is None else f"{run[key]:.4f}" for key in ("accuracy", "loss"))
+        rounds, name = f"{run['rounds']}/{run['num_rounds']}", f"  {job}" if folder else job
+        sizes = f"{in_bytes(run['run_bytes']):>9}  {in_bytes(run['store_bytes']):>13}"
+        figures = f"{rounds:>9}  {accuracy:>8}  {loss:>8}  {run['started']:<16}  {sizes}"
+        yield f"{name:<{width}}  {run['status']:<11}  {figures}"
+    split = sum(run["split_bytes"] for run in runs)
+    total = split + sum(run["run_bytes"] + run["store_bytes"] for run in runs)
     splits = f", {in_bytes(split)} of it split models" if split else ""
     yield f"{len(runs)} run{'s' * (len(runs) != 1)}, {in_bytes(total)} in all{splits}"
 
@@ -92,13 +89,13 @@ def show(given: argparse.Namespace) -> dict[str, Any]:
     name = only_run(given)
     path = given.home / "runs" / name
     entry, words, resume = describe(given.home, name), changed_words(path), None
-    if entry.status in ("interrupted", "failed") and complete_rounds(path):
+    if entry["status"] in ("interrupted", "failed") and complete_rounds(path):
         place = [] if given.home == default_home() else [f"home={given.home}"]
-        resume = resume_command([*words, *place], entry.name)
+        resume = resume_command([*words, *place], entry["name"])
     log = [line for line in tail(path / "log.txt") if len(line.split()) > len(EMPTY.split())]
     more = {"summary": read_json(path / "metrics.json", {}), "log": log[-LAST_LINES:]}
     stores = str(given.home / "checkpoints" / name)
-    return {**asdict(entry), "path": str(path), "store_folder": stores, "changed": words, **more, "resume": resume}
+    return {**entry, "path": str(path), "store_folder": stores, "changed": words, **more, "resume": resume}
 
 
 def only_run(given: argparse.Namespace) -> str:
@@ -140,14 +137,14 @@ def remove(given: argparse.Namespace) -> dict[str, Any]:
         for name in names:
             if not locks.enter_context(held_lock(runs / name)):
                 raise RunsError(f"{name} is running: stop it first with `python -m tools.runs stop {name}`")
-        freed = sum(entry.run_bytes + entry.store_bytes for entry in entries)
+        freed = sum(entry["run_bytes"] + entry["store_bytes"] for entry in entries)
         confirm(given.yes, names, freed)
         for folder in folders:
             remove_folder(folder)
     for folder in {parent for name in names for parent in PurePosixPath(name).parents[:-1]}:
         remove_sweep(runs / folder)
         remove_sweep(stores / folder)
-    return {"removed": names, "freed_bytes": freed, "kept_split_bytes": sum(entry.split_bytes for entry in entries)}
+    return {"removed": names, "freed_bytes": freed, "kept_split_bytes": sum(entry["split_bytes"] for entry in entries)}
 
 
 def links_on(home: Path, folder: Path) -> list[Path]:

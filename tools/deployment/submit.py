@@ -48,19 +48,14 @@ def run_once(config: Config, on_start: Callable[[], object] = lambda: None) -> d
     if here and not starts_again:
         (check_resumable if config.resume else check_new)(config)
     earlier = read_json(path / "metrics.json") if here else None
-    if here and not starts_again and config.resume:
-        if earlier and earlier.get("status") == "finished" and config.resume_from is None:
-            return check_summary(earlier, path / "metrics.json")
-        check_source(config)
-        if doubt := Origin(path).doubt(config.resume_from):
-            print(f"warning: {doubt}", file=sys.stderr)
+    is_over = earlier is not None and earlier.get("status") == "finished" and config.resume_from is None
+    if earlier and is_over and not starts_again:
+        return check_summary(earlier, path / "metrics.json")
     size = ["--federation-config", simulation_words(config)] if kind == "simulation" else []
     if kind == "inline":
         count_cpus(config)
     if here:
-        check_run(config, clients_here=is_home_shared(config), quick=True)
-        if starts_again:
-            print(f"note: {REPLACED.format(config.run_name)}", file=sys.stderr)
+        check_start(config, starts_again)
     before = stamp(path, CONFIG)
     if kind == "inline":
         from tools.running import inline  # imports Flower, which an early error should not wait for
@@ -89,6 +84,17 @@ def run_once(config: Config, on_start: Callable[[], object] = lambda: None) -> d
         finally:
             if path.is_dir() and here:
                 superlink.save_log(run_id, path / "log.txt")
+
+
+def check_start(config: Config, starts_again: bool) -> None:
+    """Check a run whose files are here before it starts; raises ConfigError, or ValueError for its data or model."""
+    if config.resume and not starts_again:
+        check_source(config)
+        if doubt := Origin(config.runs_dir / config.run_name).doubt(config.resume_from):
+            print(f"warning: {doubt}", file=sys.stderr)
+    check_run(config, clients_here=is_home_shared(config), quick=True)
+    if starts_again:
+        print(f"note: {REPLACED.format(config.run_name)}", file=sys.stderr)
 
 
 def submit(config: Config, superlink: SuperLink, app: Path, size: list[str]) -> str:
