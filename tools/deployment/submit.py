@@ -48,8 +48,8 @@ def run_once(config: Config, on_start: Callable[[], object] = lambda: None) -> d
     if here and not starts_again:
         (check_resumable if config.resume else check_new)(config)
     earlier = read_json(path / "metrics.json") if here else None
-    is_over = earlier is not None and earlier.get("status") == "finished" and config.resume_from is None
-    if earlier and is_over and not starts_again:
+    is_again = config.resume_from is not None or starts_again
+    if earlier and earlier.get("status") == "finished" and not is_again:
         return check_summary(earlier, path / "metrics.json")
     size = ["--federation-config", simulation_words(config)] if kind == "simulation" else []
     if kind == "inline":

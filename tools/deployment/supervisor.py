@@ -49,7 +49,7 @@ class Federation(BaseModel, frozen=True, strict=True, extra="forbid"):
     token: Annotated[str, Field(min_length=32)]
     address: Address
     tls: bool
-    clients: tuple[ClientId, ...]
+    clients: Annotated[tuple[ClientId, ...], Field(min_length=1)]
     shards: Printable | None
     homes: bool
     threads: int
