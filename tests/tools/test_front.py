@@ -27,7 +27,6 @@ from tests.support.run_files import add_store, write_run
 from tools import cli, run
 from tools.cli import as_called
 from tools.deployment import superlink
-from tools.deployment.submit import run_once
 from tools.running.overview import job_line, overview, start_lines
 from tools.running.progress import FORMAT
 
@@ -163,11 +162,12 @@ def test_the_start_is_told_on_stderr_or_as_the_first_of_the_json_lines(
         assert (ended["event"], ended["run_name"], ended["summary"]["status"]) == (event, "j", event)
 
 
-def test_refused_settings_are_reported_before_the_start(home: Path) -> None:
-    config, started = compose([f"home={home}", TOY, "deployment.client_cpus=9999"]), []
-    with pytest.raises(ValueError, match="client_cpus=9999 is more than"):
-        run_once(config, lambda: started.append(True))
-    assert not started
+def test_a_missing_launcher_is_reported_with_the_command_that_installs_it(
+    main: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main({}, "-m", "hydra/launcher=ray", "seed=0,1") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: hydra/launcher=ray is not installed: pip install -e '.[sweep]'")
 
 
 def test_a_run_that_did_not_finish_says_the_command_that_continues_it(

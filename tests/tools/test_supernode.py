@@ -40,18 +40,12 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-def test_pauses_grow_up_to_what_is_asked_for(slept: list[float]) -> None:
+def test_pauses_grow_up_to_what_is_asked_for_and_another_kind_of_wait_starts_short(slept: list[float]) -> None:
     pauses = Pauses()
-    for _ in range(80):
-        pauses.sleep(3)
-    assert slept[0] == supernode.FIRST_PAUSE
-    assert slept == sorted(slept)
-    assert slept[-1] == 3
-    pauses.sleep(0.5)
-    pauses.sleep(3)
-    assert slept[-2:] == [supernode.FIRST_PAUSE] * 2
-    pauses.sleep(0.001)
-    assert slept[-1] == 0.001
+    for seconds in (*[3.0] * 80, 0.5, 3.0, 0.001):
+        pauses.sleep(seconds)
+    assert slept[:80] == sorted(slept[:80])
+    assert slept[79:] == [3, supernode.FIRST_PAUSE, supernode.FIRST_PAUSE, 0.001]
 
 
 def test_flowers_own_loop_waits_with_our_pauses_and_shortly_again_after_work(

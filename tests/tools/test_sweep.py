@@ -216,13 +216,6 @@ def test_a_reserved_port_is_nobody_elses_until_a_server_listens_there() -> None:
             assert not listens(os.getpid(), port)
 
 
-def test_a_missing_launcher_is_reported_with_the_command_that_installs_it(tmp_path: Path) -> None:
-    done = run(tmp_path, "-m", "hydra/launcher=ray", "seed=0,1")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: hydra/launcher=ray is not installed: pip install -e '.[sweep]'")
-    assert done.stderr.count("\n") == 1
-
-
 @needs_joblib
 def test_of_four_jobs_two_at_a_time_one_fails_and_three_count(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "four"
