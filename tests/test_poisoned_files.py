@@ -101,7 +101,7 @@ def test_an_array_of_other_than_plain_numbers_is_refused_in_messages_and_files(
     assert "\n" not in str(refused.value)
     (tmp_path / "images.npy").write_bytes(data)
     for facts in ({"shape": [4], "dtype": "float32"}, {"shape": [-1], "dtype": "float32"}):
-        with pytest.raises(DataError, match=r"images.npy cannot be read .*prepare it again") as error:
+        with pytest.raises(DataError, match=r"images.npy is damaged .*prepare it again") as error:
             open_array(tmp_path / "images.npy", facts)
         assert "\n" not in str(error.value)
     assert peak() - before < 50 * MIB
@@ -272,7 +272,7 @@ def test_a_safetensors_header_beyond_its_file_or_any_use_is_refused(tmp_path: Pa
     for read in (load_tensors, read_state):
         with pytest.raises(ValueError, match=r"m.safetensors .*header claims"):
             read(path)
-    with pytest.raises(DataError, match=r"m.safetensors is not a saved partition .*header claims"):
+    with pytest.raises(DataError, match=r"m.safetensors is damaged .*header claims"):
         load_partition(path)
     assert peak() - before < 100 * MIB
 

@@ -26,12 +26,14 @@ import psutil
 
 from flapp.files import write_text
 from tools.bench import HEADS, Row
+from tools.checkpoints import table
 from tools.cli import new_parser
 from tools.deployment.processes import available_cpus
 
 # each a module of tools.bench with rows() -> list[Row]
 TOPICS = ("data", "checkpoint", "lora", "aggregate", "bytes", "start", "deployment", "simulation")
 WITH_SHORT_FORM = ("simulation",)  # their rows() take short
+EXTRA = ("datasets", "flwr_datasets")  # packages without which a topic is not measured
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -52,26 +54,17 @@ def describe_machine() -> dict[str, str]:
     }
 
 
-def table(rows: list[Row]) -> str:
-    """Return the rows as an aligned text table."""
-    cells = [HEADS, *(row.cells() for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(HEADS))]
-    return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
-
-
-def as_json(row: Row) -> dict[str, object]:
-    return asdict(row) | {"limit": row.least, "verdict": row.verdict}
-
-
 def rows_of(topic: str, short: bool = False) -> list[Row]:
     """Measure a topic; if it raises, its only row tells the error, and the other topics keep theirs."""
     print(f"{topic} ...", file=sys.stderr, flush=True)
     started = time.monotonic()
     try:
-        options = {"short": True} if short else {}
-        rows: list[Row] = importlib.import_module(f"tools.bench.{topic}").rows(**options)
+        measure = importlib.import_module(f"tools.bench.{topic}").rows
+        rows: list[Row] = measure(short=True) if short else measure()
     except Exception as error:  # noqa: BLE001 - the table tells any error
         said = " ".join(f"{type(error).__name__}: {error}".split())
+        if isinstance(error, ModuleNotFoundError) and error.name in EXTRA:
+            said = f"no {error.name}: pip install -e '.[benchmark]'"
         rows = [Row(f"all of `{topic}`", "-", None, 0, note=said)]
     print(f"{topic}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     return rows
@@ -100,9 +93,10 @@ def main(words: list[str] | None = None) -> int:
     seconds = round(time.monotonic() - started, 1)
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     print(f"{seconds:.0f} s in all\n")
-    print(table(rows))
+    print("\n".join(table(HEADS, [row.cells() for row in rows], ())))
     if arguments.json:
-        found = {"machine": machine, "seconds": seconds, "rows": [as_json(row) for row in rows]}
+        as_json = [asdict(row) | {"limit": row.least, "verdict": row.verdict} for row in rows]
+        found = {"machine": machine, "seconds": seconds, "rows": as_json}
         write_text(arguments.json, json.dumps(found, indent=1) + "\n")
     return int(not all(row.passed for row in rows))
 

@@ -18,7 +18,7 @@ import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,20 +38,18 @@ def find_stores(path: Path) -> list[Path]:
     """Return the store at `path`, or those below the folder `path`, client 2 before client 10."""
     if not path.exists():
         raise CheckpointError(f"{path} is not there: give a store, or a folder with stores")
-    if not path.is_dir():
-        return [path]
-    found = sorted(path.rglob(PATTERN), key=lambda db: [_by_number(part) for part in db.parts])
+    found = sorted(path.rglob(PATTERN), key=lambda db: by_number(str(db))) if path.is_dir() else [path]
     if not found:
         raise CheckpointError(f"{path} holds no {PATTERN}: give a store, or a folder with stores")
     return found
 
 
-def _by_number(name: str) -> list[tuple[str, int]]:
+def by_number(name: str) -> list[tuple[str, int]]:
+    """Return a key that sorts client 2 before client 10."""
     return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
 
 
 def open_store(path: Path) -> ChunkManager:
-    """Open one existing store."""
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder: name one of the {len(find_stores(path))} stores in it")
     return ChunkManager(path, create=False)
@@ -76,17 +74,11 @@ def list_rounds(given: argparse.Namespace) -> Found:
     with open_store(given.db) as store:
         rounds, stats = store.rounds(), store.get_storage_stats()
     heads = ("round", "created (UTC)", "chunks", "bytes", "model", "config", "input", "metrics")
-    rows = [
-        (
-            str(row.round),
-            row.created_at.removesuffix("+00:00"),
-            f"{row.chunks:,}",
-            in_bytes(row.bytes),
-            *(digest[:8] or "-" for digest in (row.model_digest, row.config_digest, row.input_digest)),
-            in_words(row.metrics),
-        )
-        for row in rounds
-    ]
+    rows = []
+    for row in rounds:
+        digests = [digest[:8] or "-" for digest in (row.model_digest, row.config_digest, row.input_digest)]
+        created = row.created_at.removesuffix("+00:00")
+        rows.append([row.round, created, f"{row.chunks:,}", in_bytes(row.bytes), *digests, in_words(row.metrics)])
     total = (
         f"{count(stats['rounds'], 'round')} of {in_bytes(stats['logical_bytes'])} in all, stored as "
         f"{count(stats['unique_chunks'], 'chunk')} of {in_bytes(stats['stored_bytes'])} "
@@ -96,22 +88,15 @@ def list_rounds(given: argparse.Namespace) -> Found:
 
 
 def list_stores(folder: Path) -> Found:
-    """List the stores in a folder."""
     stores, problems = visit(folder, ChunkManager.get_storage_stats)
     heads = ("store", "client", "rounds", "first", "last", "chunks", "logical", "stored", "dedup", "file")
-    rows = [
-        (
-            row["db_path"],
-            row["client_id"],
-            str(row["rounds"]),
-            *map(str, row["round_range"] or ("-", "-")),
-            f"{row['unique_chunks']:,}",
-            *(in_bytes(row[name]) for name in ("logical_bytes", "stored_bytes")),
-            f"x {row['dedup_ratio']:.2f}",
-            in_bytes(row["storage_size_bytes"]),
+    rows = []
+    for row in stores:
+        logical, stored, file = (in_bytes(row[f"{name}_bytes"]) for name in ("logical", "stored", "storage_size"))
+        of_rounds = [row["rounds"], *(row["round_range"] or ("-", "-")), f"{row['unique_chunks']:,}"]
+        rows.append(
+            [row["db_path"], row["client_id"], *of_rounds, logical, stored, f"x {row['dedup_ratio']:.2f}", file]
         )
-        for row in stores
-    ]
     return {"stores": stores, "problems": problems}, table(heads, rows, range(2, 10))
 
 
@@ -122,29 +107,22 @@ def show(given: argparse.Namespace) -> Found:
         chunks = Counter(key for chunk in store.load_chunks_by_round(given.round) for key in chunk.parts)
         row = store.find_round(given.round)
     assert row is not None
-    shown = [
-        {
-            "key": key,
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "shape": list(tensor.shape),
-            "bytes": tensor.nbytes,
-            "chunks": chunks[key],
-        }
-        for key, tensor in tensors.items()
-    ]
-    rows = [(s["key"], s["dtype"], str(tuple(s["shape"])), in_bytes(s["bytes"]), str(s["chunks"])) for s in shown]
-    digests = {name: getattr(row, name) or "-" for name in ("model_digest", "config_digest", "input_digest")}
+    facts, rows = [], []
+    for key, tensor in tensors.items():
+        dtype, shape = str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
+        facts.append({"key": key, "dtype": dtype, "shape": shape, "bytes": tensor.nbytes, "chunks": chunks[key]})
+        rows.append([key, dtype, tuple(shape), in_bytes(tensor.nbytes), chunks[key]])
+    about = {"metrics": in_words(row.metrics, MOST_TEXT)}
+    about |= {name: getattr(row, name) or "-" for name in ("model_digest", "config_digest", "input_digest")}
     lines = [
         *table(("tensor", "dtype", "shape", "bytes", "chunks"), rows, (3, 4)),
         f"round {row.round}, {printable(row.created_at)}: {count(len(rows), 'tensor')}, {in_bytes(row.bytes)}",
-        f"{'metrics':<13}  {in_words(row.metrics, MOST_TEXT)}",
-        *(f"{name:<13}  {printable(digest, MOST_TEXT)}" for name, digest in digests.items()),
+        *(f"{name:<13}  {printable(text, MOST_TEXT)}" for name, text in about.items()),
     ]
-    return asdict(row) | {"tensors": shown}, lines
+    return asdict(row) | {"tensors": facts}, lines
 
 
 def verify(given: argparse.Namespace) -> Found:
-    """Check every byte of every store."""
     checks, problems = visit(given.db, ChunkManager.verify)
     problems += [problem for check in checks for problem in check.problems]
     found = {name: sum(getattr(check, name) for check in checks) for name in ("rounds", "chunks", "bytes")}
@@ -155,52 +133,50 @@ def verify(given: argparse.Namespace) -> Found:
 
 
 def diff(given: argparse.Namespace) -> Found:
-    """Compare the tensors of two rounds."""
     with open_store(given.db) as store:
         changes = store.diff(given.first, given.second)
     found = {"first": given.first, "second": given.second, "changes": list(map(asdict, changes))}
     if not changes:
         return found, [f"rounds {given.first} and {given.second} hold the same tensors"]
-    rows = [(c.key, c.kind, f"{c.changed:,}", *map(in_digits, (c.norm, c.relative_norm))) for c in changes]
+    rows = []
+    for change in changes:
+        norms = ("-" if math.isnan(norm) else f"{norm:.4g}" for norm in (change.norm, change.relative_norm))
+        rows.append([change.key, change.kind, f"{change.changed:,}", *norms])
     total = f"{count(len(changes), 'changed tensor')} from round {given.first} to round {given.second}"
     return found, [*table(("tensor", "change", "elements", "norm of change", "relative"), rows, (2, 3, 4)), total]
 
 
 def export(given: argparse.Namespace) -> Found:
-    """Write a round as a safetensors file."""
     with open_store(given.db) as store:
         sha256 = store.export(given.round, given.file)
     return {"round": given.round, "file": str(given.file), "sha256": sha256}, [f"{sha256}  {given.file}"]
 
 
 def compact(given: argparse.Namespace) -> Found:
-    """Shrink every store."""
     sizes, problems = visit(given.db, lambda store: (str(store.path), *store.compact()))
     stores = [{"db_path": path, "bytes_before": before, "bytes_after": after} for path, before, after in sizes]
     lines = [f"{path}: {in_bytes(before)} -> {in_bytes(after)}" for path, before, after in sizes]
     return {"stores": stores, "problems": problems}, lines
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], Found]] = {
-    "list": list_rounds,
-    "show": show,
-    "verify": verify,
-    "diff": diff,
-    "export": export,
-    "compact": compact,
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Found], list[str]]] = {  # with their numbers of rounds
+    "list": (list_rounds, []),
+    "show": (show, ["round"]),
+    "verify": (verify, []),
+    "diff": (diff, ["first", "second"]),
+    "export": (export, ["round"]),
+    "compact": (compact, []),
 }
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> Iterator[str]:
-    """Yield aligned lines; the columns in `right` hold numbers."""
-    rows = [[printable(cell, MOST_TEXT) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
-    for row in (heads, *rows):
-        cells = (
-            f"{cell:>{w}}" if i in right else f"{cell:<{w}}"
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join(cells).rstrip()
+def table(heads: Sequence[object], rows: Iterable[Sequence[object]], right: Container[int]) -> list[str]:
+    """Return aligned lines; the columns in `right` hold numbers."""
+    lines = [[printable(cell, MOST_TEXT) for cell in row] for row in (heads, *rows)]
+    sides = [(max(map(len, column)), ">" if i in right else "<") for i, column in enumerate(zip(*lines, strict=True))]
+    return [
+        "  ".join(f"{cell:{side}{width}}" for cell, (width, side) in zip(line, sides, strict=True)).rstrip()
+        for line in lines
+    ]
 
 
 def count(number: int, word: str) -> str:
@@ -215,10 +191,6 @@ def in_bytes(size: int) -> str:
     return f"{size} B"
 
 
-def in_digits(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4g}"
-
-
 def in_words(metrics: dict[str, Any], width: int = 60) -> str:
     """Return metrics on one line, cut off at `width`."""
     words = (f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in metrics.items())
@@ -229,11 +201,10 @@ def in_words(metrics: dict[str, Any], width: int = 60) -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    numbers = {"show": ("round",), "diff": ("first", "second"), "export": ("round",)}
-    for name in COMMANDS:
+    for name, (_, numbers) in COMMANDS.items():
         command = commands.add_parser(name)
         command.add_argument("db", type=Path)
-        for number in numbers.get(name, ()):
+        for number in numbers:
             command.add_argument(number, type=int, metavar="ROUND")
         if name == "export":
             command.add_argument("file", type=Path)
@@ -245,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     given = parse(arguments)
     try:
-        found, lines = COMMANDS[given.command](given)
+        found, lines = COMMANDS[given.command][0](given)
     except CheckpointError as error:
         print(as_called(f"error: {printable(error, MOST_TEXT)}"), file=sys.stderr)
         return 1

@@ -20,28 +20,20 @@ if TYPE_CHECKING:
 ANNOTATED = 400  # cells at most, for their numbers to be readable
 
 
-def class_counts(parts: Sequence[np.ndarray], labels: np.ndarray, classes: int) -> np.ndarray:
-    """Return the (clients, classes) table of how many samples of each class the indices in `parts` hold."""
-    return np.array([label_histogram(labels[part], classes) for part in parts])
-
-
 def read_tables(partition: Path, dataset: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Return the tables to draw by title, each (clients, classes), and the class names; raises DataError."""
     if not partition.is_file():
         raise DataError(f"there is no partition at {partition}: a run saves its own in home/data")
     saved = load_partition(partition)
     train, test = (open_artifact(dataset / split) for split in ("train", "test"))
-    classes = len(train.classes)
-    if not classes:
+    if not train.classes:
         raise DataError(f"{dataset} has no classes to count: choose a dataset for classification")
-    for name, parts, artifact in (("train", (*saved.train, *saved.val), train), ("test", saved.test, test)):
+    for artifact, parts in ((train, (*saved.train, *saved.val)), (test, saved.test)):
         if not np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(artifact.labels))):
-            raise DataError(f"{partition} is no partition of {dataset / name}: give the dataset it was made for")
-    tables = {
-        "train, requested": saved.requested,
-        "train, actual": class_counts(saved.train, train.labels, classes),
-        "test, actual": class_counts(saved.test, test.labels, classes),
-    }
+            raise DataError(f"{partition} is no partition of {artifact.path}: give the dataset it was made for")
+    tables = {"train, requested": saved.requested}
+    for title, artifact, parts in (("train, actual", train, saved.train), ("test, actual", test, saved.test)):
+        tables[title] = np.array([label_histogram(artifact.labels[part], len(train.classes)) for part in parts])
     return tables, train.classes
 
 
@@ -75,9 +67,8 @@ def draw_table(axes: "Axes", table: np.ndarray, classes: Sequence[str], top: flo
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw the partition that the command line names; returns the exit status."""
     parser = new_parser(__doc__)
-    parser.add_argument("partition", type=Path)
-    parser.add_argument("dataset", type=Path)
-    parser.add_argument("out", type=Path)
+    for name in ("partition", "dataset", "out"):
+        parser.add_argument(name, type=Path)
     given = parser.parse_args(arguments)
     try:
         draw_heatmap(*read_tables(given.partition, given.dataset), given.out)

@@ -24,13 +24,13 @@ from tqdm import tqdm
 
 from flapp.config.load import compose
 from flapp.config.schema import Config, ConfigError
-from flapp.data.artifact import DataError, ReadRows, arrays_sha256, locked, open_artifact, resized_folder, write_rows
+from flapp.data.artifact import DataError, arrays_sha256, locked, open_artifact, resized_folder, write_rows
 from flapp.data.shards.build import export_artifacts, write_shards
 from flapp.data.sources import CIFAR, EMBEDDED, cifar_files, cifar_sha256, download_cifar, is_prepared, read_cifar
 from tools.cli import as_called
 
 SPLITS = ("train", "test")
-Content = tuple[ReadRows, tuple[int, ...], np.ndarray, Sequence[str]]  # read rows, shape, labels, classes
+Content = tuple[np.ndarray, np.ndarray, Sequence[str]]  # images, labels, classes
 Source = tuple[str, Callable[[], Content]]  # the SHA-256 of what a split is made from, and a function that reads it
 
 
@@ -41,11 +41,14 @@ def prepare(settings: Config, overwrite: bool) -> Iterator[str]:
         yield from prepare_shards(settings, overwrite)
         return
     with locked(settings.data_dir / f"{dataset.name}.lock"):
-        sources = find_sources(settings, overwrite)
-        for split in SPLITS:
-            yield prepare_split(folder / split, sources[split], dataset.shape, dataset.classes, overwrite)
-            if dataset.materialize:
-                yield prepare_resized(folder / split, dataset.materialize, overwrite)
+        for split, (sha256, load) in find_sources(settings, overwrite).items():
+            native = folder / split
+            write = partial(write_native, native, load, sha256, dataset.shape, dataset.classes)
+            yield ensure(native, sha256, overwrite, write)
+            if size := dataset.materialize:
+                artifact = open_artifact(native)
+                write = partial(write_resized, native, size, len(artifact.labels))
+                yield ensure(resized_folder(native, size), artifact.digest, overwrite, write)
 
 
 def find_sources(settings: Config, overwrite: bool) -> dict[str, Source]:
@@ -55,7 +58,8 @@ def find_sources(settings: Config, overwrite: bool) -> dict[str, Source]:
         if dataset.source or dataset.download:
             raise ConfigError(f"dataset={name} is embedded: leave out dataset.source and dataset.download")
         splits, classes = EMBEDDED[name]()
-        return {split: embedded_source(*arrays, classes) for split, arrays in splits.items()}
+        contents = {split: (*arrays, classes) for split, arrays in splits.items()}
+        return {split: (arrays_sha256(*splits[split]), partial(contents.__getitem__, split)) for split in SPLITS}
     if name not in CIFAR:
         known = ", ".join((*EMBEDDED, *CIFAR, "femnist"))
         raise ConfigError(
@@ -72,52 +76,43 @@ def find_sources(settings: Config, overwrite: bool) -> dict[str, Source]:
     return {split: (cifar_sha256(cifar_files(name, raw, split)), load[split]) for split in SPLITS}
 
 
-def embedded_source(images: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> Source:
-    """Return a split that is in memory as a source."""
-    return arrays_sha256(images, labels), lambda: (lambda a, b: images[a:b], images.shape, labels, classes)
-
-
 def load_cifar(name: str, raw: Path, split: str) -> Content:
-    """Read one split of CIFAR's files; planes become pixels block by block."""
+    """Read one split of CIFAR's files, whose planes become pixels."""
     planes, labels, classes = read_cifar(name, cifar_files(name, raw, split))
-    return lambda a, b: planes[a:b].transpose(0, 2, 3, 1), (len(planes), 32, 32, 3), labels, classes
+    return planes.transpose(0, 2, 3, 1), labels, classes
 
 
-def prepare_split(folder: Path, source: Source, shape: Sequence[int], classes: int, overwrite: bool) -> str:
-    """Write the artifact in `folder` unless it exists, and return a line on it."""
-    sha256, load = source
-    if is_there(folder, sha256, overwrite):
-        return already(folder)
-    read, found, labels, names = load()
-    if (found[1:], len(names)) != (tuple(shape), classes):
+def write_native(folder: Path, load: Callable[[], Content], sha256: str, shape: Sequence[int], classes: int) -> None:
+    """Write the artifact of a split; raises DataError if its images are not what the settings say."""
+    images, labels, names = load()
+    found = list(images.shape[1:])
+    if (found, len(names)) != (list(shape), classes):
         raise DataError(
-            f"{folder.parent.name} has images of shape {list(found[1:])} in {len(names)} classes, not "
+            f"{folder.parent.name} has images of shape {found} in {len(names)} classes, not "
             f"dataset.shape={list(shape)} and dataset.classes={classes}: set both to what it has"
         )
     with bar(folder, len(labels)) as progress:
-        write_rows(folder, read, found, labels, names, sha256, progress=progress)
-    return describe(folder)
+        write_rows(folder, lambda a, b: images[a:b], images.shape, labels, names, sha256, progress=progress)
 
 
-def prepare_resized(native: Path, size: int, overwrite: bool) -> str:
-    """Write the artifact `<native>@<size>` unless it exists, and return a line on it."""
+def write_resized(native: Path, size: int, count: int) -> None:
+    """Write the artifact `<native>@<size>`."""
     from flapp.data.images import materialize  # imports PyTorch
 
-    folder, artifact = resized_folder(native, size), open_artifact(native)
-    if is_there(folder, artifact.digest, overwrite):
-        return already(folder)
-    with bar(folder, len(artifact.labels)) as progress:
+    with bar(resized_folder(native, size), count) as progress:
         materialize(native, size, progress)
-    return describe(folder)
 
 
-def is_there(folder: Path, source_sha256: str, overwrite: bool) -> bool:
-    """Say whether the artifact exists; raises DataError when it was made from another source."""
-    if overwrite or not (folder / "meta.json").exists():
-        return False
-    if open_artifact(folder).source_sha256 != source_sha256:
-        raise DataError(f"{folder} was made from other files: add overwrite=true to replace it")
-    return True
+def ensure(folder: Path, source_sha256: str, overwrite: bool, write: Callable[[], None]) -> str:
+    """Write an artifact unless it exists, and return a line on it; raises DataError if it has another source."""
+    if not overwrite and (folder / "meta.json").exists():
+        if open_artifact(folder).source_sha256 != source_sha256:
+            raise DataError(f"{folder} was made from other files: add overwrite=true to replace it")
+        return f"{folder}: already prepared, nothing to do (overwrite=true replaces it)"
+    write()
+    artifact = open_artifact(folder)
+    shape = "x".join(map(str, artifact.images.shape[1:]))
+    return f"{folder}: {len(artifact.labels):,} samples of {shape}, {artifact.images.nbytes / 1e6:,.1f} MB"
 
 
 def prepare_shards(settings: Config, overwrite: bool) -> Iterator[str]:
@@ -127,14 +122,14 @@ def prepare_shards(settings: Config, overwrite: bool) -> Iterator[str]:
         raise ConfigError(f"dataset={name} needs its files: add dataset.source=DIR")
     if settings.dataset.download or settings.dataset.materialize:
         raise ConfigError(f"dataset={name} has neither download nor sizes: leave out dataset.download and materialize")
-    mapping = settings.partition.mapping
+    partition = settings.partition
     manifest = write_shards(
         Path(settings.dataset.source),
         settings.shards_dir,
-        settings.partition.kind,
+        partition.kind,
         settings.clients,
-        settings.partition.seed,
-        Path(mapping) if mapping else None,
+        partition.seed,
+        Path(partition.mapping) if partition.mapping else None,
         overwrite=overwrite,
         progress=True,
     )
@@ -142,20 +137,8 @@ def prepare_shards(settings: Config, overwrite: bool) -> Iterator[str]:
     counts = ", ".join(f"{totals[split]:,} {split}" for split in ("train", "val", "test"))
     yield f"{manifest.folder}: shards of {len(manifest):,} clients, {totals['writers']:,} writers, {counts} samples"
     if not settings.distributed_data.enabled:
-        partition = export_artifacts(manifest.path, settings.data_dir / name)
-        yield f"{partition.parents[1]}: the same samples as one shared artifact, partitioned by {partition.name}"
-
-
-def describe(folder: Path) -> str:
-    """Return one line on an artifact."""
-    artifact = open_artifact(folder)
-    shape = "x".join(map(str, artifact.images.shape[1:]))
-    return f"{folder}: {len(artifact.labels):,} samples of {shape}, {artifact.images.nbytes / 1e6:,.1f} MB"
-
-
-def already(folder: Path) -> str:
-    """Return the line on an artifact that was prepared earlier."""
-    return f"{folder}: already prepared, nothing to do (overwrite=true replaces it)"
+        saved = export_artifacts(manifest.path, settings.data_dir / name)
+        yield f"{saved.parents[1]}: the same samples as one shared artifact, partitioned by {saved.name}"
 
 
 @contextmanager
@@ -167,14 +150,17 @@ def bar(folder: Path, total: int) -> Iterator[Callable[[int], object]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prepare the dataset on the command line; returns the exit status."""
-    overrides = list(sys.argv[1:] if arguments is None else arguments)
-    if {"-h", "--help"} & set(overrides):
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(words):
         print(as_called(__doc__))
         return 0
     started = time.monotonic()
     try:
-        overwrite = take_overwrite(overrides)
-        for line in prepare(compose(overrides, Path.cwd()), overwrite):
+        given = [word for word in words if word.startswith("overwrite=")]  # it is not a setting of runs
+        if wrong := [word for word in given if word not in ("overwrite=true", "overwrite=false")]:
+            raise ConfigError(f"{wrong[0]} must be true or false")
+        settings = compose([word for word in words if word not in given], Path.cwd())
+        for line in prepare(settings, given[-1:] == ["overwrite=true"]):
             print(line)
     except (ConfigError, DataError) as error:
         print(as_called(f"error: {error}"), file=sys.stderr)
@@ -187,15 +173,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     print(f"done in {time.monotonic() - started:.1f} s")
     return 0
-
-
-def take_overwrite(overrides: list[str]) -> bool:
-    """Take overwrite=true or false out of `overrides`: it is not a setting of runs. Raises ConfigError otherwise."""
-    given = [word for word in overrides if word.startswith("overwrite=")]
-    overrides[:] = [word for word in overrides if word not in given]
-    if wrong := [word for word in given if word not in ("overwrite=true", "overwrite=false")]:
-        raise ConfigError(f"{wrong[0]} must be true or false")
-    return given[-1:] == ["overwrite=true"]
 
 
 if __name__ == "__main__":

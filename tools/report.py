@@ -37,20 +37,14 @@ def page_of(runs: list[Run], jobs: list[Job], title: str, *more: Html) -> tuple[
     now = datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC")
     head = tag("header", tag("h1", title), tag("p", f"{count(len(runs), 'run')}. Written {now}."))
     with rc_context(STYLE):
-        body, pictures = page_of_one(runs[0]) if len(runs) == 1 and not jobs else page_of_several(runs, jobs)
+        if len(runs) != 1 or jobs:
+            body, pictures = page_of_several(runs, jobs)
+        else:
+            drawn = pictures_of(runs[0])
+            facts = tiles((setup_of(runs[0]) | summary_of(runs[0])).items())
+            summary = section("Summary", facts, objectives(runs))
+            body, pictures = join([alerts(runs[0]), summary, sections_of(runs[0], drawn)]), by_name(drawn)
         return document(title, head, body, *more), pictures
-
-
-def page_of_one(run: Run) -> tuple[Html, Pictures]:
-    drawn = pictures_of(run)
-    summary = section("Summary", tiles((setup_of(run) | summary_of(run)).items()), objectives([run]))
-    return join([alerts(run), summary, sections_of(run, drawn)]), by_name(drawn)
-
-
-def title_of(paths: Sequence[Path], runs: Sequence[Run]) -> str:
-    if len(runs) == 1:
-        return runs[0].name
-    return paths[0].absolute().name if len(paths) == 1 else f"{len(runs)} runs"
 
 
 def export(folder: Path, pictures: Pictures) -> None:
@@ -76,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ReportError(f"there is no folder for {given.out}: make it first")
         runs, jobs = read_all(given.runs)
         more = [benchmarks(given.benchmark)] if given.benchmark else []
-        html, pictures = page_of(runs, jobs, title_of(given.runs, runs), *more)
+        title = given.runs[0].absolute().name if len(given.runs) == 1 else f"{len(runs)} runs"
+        html, pictures = page_of(runs, jobs, runs[0].name if len(runs) == 1 else title, *more)
         write_bytes(given.out, html.encode(errors="replace"))  # of paths that are not UTF-8
         if given.png:
             export(given.png, pictures)

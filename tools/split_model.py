@@ -6,9 +6,8 @@ Adapters are merged into RUN_DIR/model.safetensors already. --check loads the th
 their output with that of the whole model, bit for bit. Prints the files; exits 0, or 1 with one line on standard error.
 """
 
-import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +28,22 @@ from tools.cli import as_called, new_parser
 MODEL = "model.safetensors"
 
 
-def split_run(run: Path, points: Sequence[int], out: Path, check: bool, overwrite: bool) -> list[str]:
-    """Split the model of the run directory `run` and return lines to print; raises ValueError."""
+def split_run(run: Path, points: Sequence[int], out: Path, check: bool, overwrite: bool) -> Iterator[str]:
+    """Split the model of the run directory `run` and yield lines to print; raises ValueError."""
     config = read_finished(run)
     model = from_plain(ModelConfig, config["model"], "model.")
     name, (p1, p2) = StorageManager.get_model_name(str(config["run_name"])), points
-    models = ModelFactory.create_split_models(
+    for part in ModelFactory.create_split_models(
         "vit", run / MODEL, p1, p2, "cpu", out, True, name=name, overwrite=overwrite, dropout=model.dropout
-    )
-    lines = [describe(out, part) for part in models]
+    ):
+        component, (start, end) = part.part.component, part.part.layers
+        count = sum(parameter.numel() for parameter in part.parameters())
+        path = StorageManager.get_split_model_path(out, name, p1, p2, component)
+        yield f"{component:<6}  layers {start} to {end - 1}  {count:>11,} parameters  {path}"
     if check:
         whole = build(model, from_plain(DatasetConfig, config["dataset"], "dataset."))
         whole.load_state_dict(read_tensors(run / MODEL)[0])
-        lines.append(compare(whole.eval(), ModelFactory.load_split_models(out, name, p1, p2)))
-    return lines
+        yield compare(whole.eval(), ModelFactory.load_split_models(out, name, p1, p2))
 
 
 def read_finished(run: Path) -> dict[str, Any]:
@@ -51,17 +52,15 @@ def read_finished(run: Path) -> dict[str, Any]:
         config, summary = read_yaml(run / "config.yaml"), read_json(run / "metrics.json")
         check_safetensors(run / MODEL)
         digest = sha256_of_file(run / MODEL)
-        sound = isinstance(summary, dict) and {"run_name", "model", "dataset"} <= config.keys()
+        if not isinstance(summary, dict) or not {"run_name", "model", "dataset"} <= config.keys():
+            raise ValueError("its config.yaml or metrics.json is damaged")
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{run} is not the directory of a finished run ({reason})") from error
-    if not sound:
-        raise ValueError(f"{run} is not the directory of a finished run: its config.yaml or metrics.json is damaged")
-    if summary.get("status") != "finished":
-        status = printable(summary.get("status"))
+    status, said = (printable(summary.get(key)) for key in ("status", "model_sha256"))
+    if status != "finished":
         raise ValueError(f"{run} is of a run that {status}: resume it first, with resume=true")
-    if summary.get("model_sha256") != digest:
-        said = printable(summary.get("model_sha256"))
+    if said != digest:
         raise ValueError(f"{run / MODEL} has SHA-256 {digest[:12]}, metrics.json says {said}")
     return config
 
@@ -79,30 +78,18 @@ def compare(whole: nn.Module, models: Sequence[SplitModel]) -> str:
     return f"checked: top(trunk(bottom(x))) is the whole model's output, bit for bit, for {len(images)} images"
 
 
-def describe(out: Path, part: SplitModel) -> str:
-    about, (start, end) = part.part, part.part.layers
-    path = StorageManager.get_split_model_path(out, about.name, *about.split_points, about.component)
-    count = sum(parameter.numel() for parameter in part.parameters())
-    return f"{about.component:<6}  layers {start} to {end - 1}  {count:>11,} parameters  {path}"
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = new_parser(__doc__)
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument(
-        "--points", type=int, nargs=2, required=True, metavar=("P1", "P2"), help="first layer of trunk and of top"
-    )
-    parser.add_argument("--out", type=Path, required=True, help=f"folder of {', '.join(COMPONENTS)}")
-    parser.add_argument("--check", action="store_true", help="recompose from the files and compare with the whole")
-    parser.add_argument("--overwrite", action="store_true", help="replace files of the same name and points")
-    return parser.parse_args(arguments)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    given = parse(arguments)
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("run_dir", type=Path)
+    add("--points", type=int, nargs=2, required=True, metavar=("P1", "P2"), help="first layer of trunk and of top")
+    add("--out", type=Path, required=True, help=f"folder of {', '.join(COMPONENTS)}")
+    add("--check", action="store_true", help="recompose from the files and compare with the whole")
+    add("--overwrite", action="store_true", help="replace files of the same name and points")
+    given = parser.parse_args(arguments)
     try:
-        lines = split_run(given.run_dir, given.points, given.out, given.check, given.overwrite)
+        lines = list(split_run(given.run_dir, given.points, given.out, given.check, given.overwrite))
     except ValueError as error:
         print(as_called(f"error: {printable(error, 2000)}"), file=sys.stderr)
         return 1

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,16 @@ def verify_dataset(folder: Path, blocks: int | None) -> Iterator[Check]:
     shards = [path for path in folders if (path / "manifest.json").exists() and not path.name.startswith(".")]
     for path in shards:
         yield from verify(path, blocks)
-    left = [path.name for path in folders if path.suffix in (".tmp", ".old")]
-    splits = [path for path in folders if path.name not in left and path not in shards]
+    left = [path for path in folders if path.suffix in (".tmp", ".old")]
+    splits = [path for path in folders if path not in left + shards]
     missing = [name for name in ("train", "test") if not (folder / name).is_dir()] if splits or not shards else []
-    reason = f"{', '.join(left)} was left by an interrupted preparation: run the same command again" if left else ""
-    reason = f"{', '.join(missing)} missing: prepare the dataset" if missing else reason
+    if missing:
+        reason = f"{', '.join(missing)} missing: prepare the dataset"
+    elif left:
+        names = ", ".join(path.name for path in left)
+        reason = f"{names} was left by an interrupted preparation: run the same command again"
+    else:
+        reason = ""
     yield Check(str(folder), "splits", not reason, reason or ", ".join(path.name for path in folders))
     for path in splits:
         yield from verify_split(path, blocks)
@@ -104,8 +110,7 @@ class Split:
     """One split and the questions about it: each returns what it found or raises DataError."""
 
     def __init__(self, folder: Path, blocks: int | None) -> None:
-        self.folder = folder
-        self.blocks = blocks
+        self.folder, self.blocks = folder, blocks
 
     @cached_property
     def meta(self) -> dict[str, Any]:
@@ -113,19 +118,11 @@ class Split:
 
     @cached_property
     def images(self) -> np.ndarray:
-        return self._open("images")
+        return open_array(self.folder / "images.npy", self.meta["images"])
 
     @cached_property
     def labels(self) -> np.ndarray:
-        return self._open("labels")
-
-    def _open(self, name: str) -> np.ndarray:
-        path = self.folder / f"{name}.npy"
-        if path.is_file():
-            with path.open("rb") as file:
-                if file.read(6) != b"\x93NUMPY":
-                    raise DataError(f"{path.name} has no .npy header (a raw memmap or a pickle?): prepare it again")
-        return open_array(path, self.meta[name])
+        return open_array(self.folder / "labels.npy", self.meta["labels"])
 
     @cached_property
     def seen(self) -> "Pixels":
@@ -180,15 +177,10 @@ class Split:
         return f"{len(classes)} classes with {counts.min():,} to {counts.max():,} samples"
 
     def labels_hash(self) -> str:
-        return self._damage(damaged_blocks(self.labels, self.meta["labels"]["blocks"]), "all", "labels")
+        return found_intact("labels.npy", damaged_blocks(self.labels, self.meta["labels"]["blocks"]), "all")
 
     def images_hash(self) -> str:
-        return self._damage(self.seen.damaged, f"{self.seen.where} of images", "images.npy")
-
-    def _damage(self, bad: list[int], what: str, name: str) -> str:
-        if bad:
-            raise DataError(f"block {bad[0]} of {name} was changed (damaged, rolled or permuted): prepare it again")
-        return f"{what} as they were written"
+        return found_intact("images.npy", self.seen.damaged, f"{self.seen.where} of images")
 
     def pixel_values(self) -> str:
         if self.seen.not_finite:
@@ -222,21 +214,28 @@ QUESTIONS: dict[str, Callable[[Split], str]] = {
 }
 
 
+def found_intact(name: str, damaged: list[int], what: str) -> str:
+    if damaged:
+        raise DataError(f"block {damaged[0]} of {name} was changed (damaged, rolled or permuted): prepare it again")
+    return f"{what} as they were written"
+
+
+def spread(number: int, some: int | None) -> list[int]:
+    """Return `some` (None: all) of the first `number` whole numbers, evenly spread."""
+    return np.unique(np.linspace(0, number - 1, min(number, some or number)).astype(int)).tolist()
+
+
 class Pixels:
-    """What some blocks of a split's images hold, evenly spread and read once; zeros, not_finite: the samples."""
+    """What some blocks of a split's images hold, each read once; zeros, not_finite: the samples."""
 
     def __init__(self, split: Split) -> None:
         images, expected, blocks = split.images, split.meta["images"]["blocks"], blocks_of(split.images)
-        total = len(blocks)
-        some = min(total if split.blocks is None else split.blocks, total)
-        numbers = np.unique(np.linspace(0, total - 1, some).astype(int)).tolist()
+        total, numbers = len(blocks), spread(len(blocks), split.blocks)
         self.where = f"{len(numbers)} of {total} blocks"
         # Blocks that are hashed but missing, or present but not hashed, are damage in any sample.
         self.damaged = list(range(min(total, len(expected)), max(total, len(expected))))
-        self.zeros: list[int] = []
-        self.not_finite: list[int] = []
-        self.alike = True
-        self.highest = -np.inf
+        self.zeros, self.not_finite = list[int](), list[int]()
+        self.alike, self.highest = True, -np.inf
         for number in tqdm(numbers, unit="block", desc=split.folder.name, disable=None, leave=False, file=sys.stderr):
             first, block = number * len(blocks[0]), blocks[number].reshape(len(blocks[number]), -1)
             self.damaged += damaged_blocks(images, expected, [number])
@@ -277,14 +276,12 @@ def verify_shards(folder: Path, sample: int | None) -> Iterator[Check]:
         yield ask(folder, "shard", lambda: shard_pixels(DistributedShardLoader(folder)))
         return
     yield (loaded := ask(folder, "manifest", lambda: f"{load_manifest(folder).facts['totals']}"))
-    if not loaded.ok:
-        return
-    manifest = load_manifest(folder)
-    clients = list(manifest)
-    yield ask(folder, "folders", partial(shard_folders, manifest))
-    writers: dict[str, str] = {}
-    for i in np.unique(np.linspace(0, len(clients) - 1, sample or len(clients)).astype(int)) if clients else ():
-        yield ask(folder, f"client {clients[i]}", partial(shard_of_client, manifest, clients[i], writers))
+    if loaded.ok:
+        manifest = load_manifest(folder)
+        yield ask(folder, "folders", partial(shard_folders, manifest))
+        clients, writers = list(manifest), dict[str, str]()
+        for client in (clients[i] for i in spread(len(clients), sample)):
+            yield ask(folder, f"client {client}", partial(shard_of_client, manifest, client, writers))
 
 
 def shard_folders(manifest: Manifest) -> str:
@@ -337,10 +334,10 @@ def main(arguments: list[str] | None = None) -> int:
     if given.json:
         print(json.dumps([asdict(check) for check in checks], indent=1))
         return int(failed > 0)
-    for number, check in enumerate(checks):
-        if number == 0 or check.where != checks[number - 1].where:
-            print(check.where)
-        print(f"  {'ok    ' if check.ok else 'FAILED'} {check.name}: {check.detail}")
+    for folder, found in groupby(checks, key=lambda check: check.where):
+        print(folder)
+        for check in found:
+            print(f"  {'ok    ' if check.ok else 'FAILED'} {check.name}: {check.detail}")
     print(f"{failed} of {len(checks)} checks FAILED" if failed else f"all {len(checks)} checks ok")
     return int(failed > 0)
 

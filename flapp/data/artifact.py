@@ -1,31 +1,21 @@
 """The artifact: one split of a dataset, written once and memory-mapped by every process that reads it.
 
-    <data>/<dataset>/<split>/images.npy   uint8 (N, H, W, C), or float32 (N, features) for regression
-                             labels.npy   int64 (N,), or float32 (N,) for regression
-                             meta.json    format_version, complete, shapes, dtypes, classes, SHA-256s, writer
-
-    <data>/<dataset>/<split>@<SIZE>/      the same images resized: uint8 (N, C, SIZE, SIZE), and "layout": "NCHW" in
-                                          meta.json (without it, the layout is NHWC)
-
-    <data>/<dataset>/<split>.verified.json   inodes, sizes and times of the three files when their bytes were last
-                                             compared with meta.json: a process that finds the same does not compare
-
-The rows of an array are hashed in blocks of 16 MiB. The digest of an artifact is the SHA-256 of all its block hashes;
-clients attest it as the content of their data.
+docs/formats.md describes its files. Clients attest the digest of an artifact as the content of their data.
 """
 
 import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+from safetensors import SafetensorError
 
 from flapp import __version__
 from flapp.files import replacing_folder
@@ -44,6 +34,22 @@ _compared: set[Stamp] = set()
 
 class DataError(ValueError):
     """Data is missing, damaged or not what was asked for; the message is one line with the fix."""
+
+
+@contextmanager
+def refusing(path: Path, fix: str, missing: str = "") -> Iterator[None]:
+    """Turn what readers of a file raise into DataError with the fix; missing: the message if the file is not there."""
+    try:
+        yield
+    except DataError:
+        raise
+    except OSError as error:
+        if missing and isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise DataError(missing) from None
+        raise DataError(f"{path} cannot be read ({error.strerror or error}): {fix}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        said = printable(error if isinstance(error, ValueError | SafetensorError) else repr(error))
+        raise DataError(f"{path} is damaged ({said}): {fix}") from error
 
 
 @dataclass(frozen=True)
@@ -71,12 +77,12 @@ def resized_folder(folder: Path, size: int | None) -> Path:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the exclusive lock file `path` (created if missing); wait while another process holds it."""
+def locked(path: Path) -> Iterator[TextIO]:
+    """Hold the exclusive lock file `path` (created if missing), open to append; wait while another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield file
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -107,14 +113,16 @@ def write_artifact(
     len(classes), or float32 (N,) with no classes. source_sha256: of the files that the split comes from, by default
     of the arrays. Raises DataError for anything else.
     """
-    source_sha256 = source_sha256 or arrays_sha256(images, labels)
     _check(folder, images.dtype, images.shape, labels, len(classes), layout)
+    source_sha256 = source_sha256 or arrays_sha256(images, labels)
     write_rows(folder, lambda start, stop: images[start:stop], images.shape, labels, classes, source_sha256, layout)
 
 
 def arrays_sha256(images: np.ndarray, labels: np.ndarray) -> str:
     """Return the SHA-256 that names the source of a split that comes from no file."""
-    return hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+    found = hashlib.sha256(np.ascontiguousarray(images).data)
+    found.update(np.ascontiguousarray(labels).data)
+    return found.hexdigest()
 
 
 def write_rows(
@@ -132,43 +140,43 @@ def write_rows(
     progress(n) is called for every n images written. Raises DataError for wrong arrays and when the disk is full or
     fails.
     """
-    dtype = np.dtype(np.uint8 if classes else np.float32)
-    _check(folder, dtype, tuple(shape), labels, len(classes), layout)
+    shape, dtype = tuple(shape), np.dtype(np.uint8 if classes else np.float32)
+    _check(folder, dtype, shape, labels, len(classes), layout)
     check_space(folder, int(np.prod(shape)) * dtype.itemsize + labels.nbytes + 4096)
-    labels = np.ascontiguousarray(labels)
+
+    def blocks() -> Iterator[np.ndarray]:
+        rows = _block_rows(int(np.prod(shape[1:])) * dtype.itemsize)
+        for start in range(0, shape[0], rows):
+            wanted = (min(rows, shape[0] - start), *shape[1:])
+            block = np.ascontiguousarray(read(start, start + wanted[0]))
+            if (block.dtype, block.shape) != (dtype, wanted):
+                raise DataError(f"{folder} needs images {dtype} {wanted}, got {block.dtype} {block.shape}")
+            yield block
+            progress(len(block))
+
     meta: dict[str, Any] = {"format_version": FORMAT_VERSION, "writer": f"flapp {__version__}"}
     meta |= {"layout": layout} if layout != "NHWC" else {}
     try:
         remove_leftovers(folder)
         with replacing_folder(folder) as partial:
-            blocks = _write_images(partial / "images.npy", read, tuple(shape), dtype, progress)
-            meta["images"] = {"shape": list(shape), "dtype": str(dtype), "blocks": blocks}
-            np.save(partial / "labels.npy", labels, allow_pickle=False)
-            blocks = block_hashes(labels)
-            meta["labels"] = {"shape": list(labels.shape), "dtype": str(labels.dtype), "blocks": blocks}
+            meta["images"] = _write_npy(partial / "images.npy", shape, dtype, blocks())
+            meta["labels"] = _write_npy(partial / "labels.npy", labels.shape, labels.dtype, blocks_of(labels))
             meta |= {"classes": list(classes), "source_sha256": source_sha256, "complete": True}
             (partial / "meta.json").write_text(json.dumps(meta, indent=1))
     except OSError as error:
         raise DataError(f"{folder} cannot be written ({error.strerror or error}): fix that and try again") from error
 
 
-def _write_images(
-    path: Path, read: ReadRows, shape: tuple[int, ...], dtype: np.dtype, progress: Callable[[int], object]
-) -> list[str]:
-    """Write a .npy file block by block and return the SHA-256 of each block."""
-    rows, hashes = _block_rows(int(np.prod(shape[1:])) * dtype.itemsize), []
+def _write_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype, blocks: Iterable[np.ndarray]) -> dict[str, Any]:
+    """Write a .npy file block by block and return what meta.json says of it."""
+    hashes = []
     with path.open("wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        for start in range(0, shape[0], rows):
-            stop = min(start + rows, shape[0])
-            block = np.ascontiguousarray(read(start, stop))
-            if block.dtype != dtype or block.shape != (stop - start, *shape[1:]):
-                raise DataError(f"{path}: images {start} to {stop} came as {block.dtype} {block.shape}")
-            file.write(block.data)
+        for block in blocks:
+            file.write(np.ascontiguousarray(block).data)
             hashes.append(_sha256(block))
-            progress(stop - start)
-    return hashes
+    return {"shape": list(shape), "dtype": str(dtype), "blocks": hashes}
 
 
 def open_artifact(folder: Path, verify: bool = False) -> Artifact:
@@ -189,11 +197,14 @@ def open_artifact(folder: Path, verify: bool = False) -> Artifact:
 def open_verified(folder: Path) -> Artifact:
     """Open the split in `folder` and make sure, once and not in every process, that its bytes are what meta.json says.
 
-    In a folder that cannot be written, every process compares for itself. Raises DataError naming what is wrong.
+    Raises DataError naming what is wrong.
     """
     artifact, found = open_artifact(folder), stamp(folder)
     if found not in _compared:
-        with _locked_note(folder) as note:
+        with ExitStack() as stack:
+            note = None
+            with suppress(OSError):  # without a note, every process compares for itself
+                note = stack.enter_context(locked(_note(folder)))
             if not _is_noted(folder, found):
                 artifact = open_artifact(folder, verify=True)
                 if note:
@@ -232,8 +243,8 @@ def digest(meta: dict[str, Any]) -> str:
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """Read the meta.json of the split in `folder`; raises DataError when it is missing, damaged or not complete."""
-    path = folder / "meta.json"
-    try:
+    path, again = folder / "meta.json", f"delete {folder} and prepare it again"
+    with refusing(path, again, f"no artifact at {folder} (meta.json is missing): prepare the dataset first"):
         meta = read_json(path)
         arrays = [meta[name] for name in ("images", "labels")]
         lists = [meta["classes"], *(array["blocks"] for array in arrays), [array["dtype"] for array in arrays]]
@@ -242,31 +253,19 @@ def read_meta(folder: Path) -> dict[str, Any]:
         sound = sound and all(type(n) is int and n >= 0 for array in arrays for n in array["shape"])
         sound = sound and type(meta.get("source_sha256", "")) is str
         found = printable(f"format {meta['format_version']}, complete={meta['complete']}, sound={sound}")
-    except FileNotFoundError:
-        raise DataError(f"no artifact at {folder} (meta.json is missing): prepare the dataset first") from None
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        said = printable(repr(error))
-        raise DataError(f"{path} is damaged ({said}): delete {folder} and prepare it again") from error
-    if not sound or meta["complete"] is not True or meta["format_version"] != FORMAT_VERSION:
-        raise DataError(f"{path} is not a complete artifact of format {FORMAT_VERSION} ({found}): prepare it again")
+        if not sound or meta["complete"] is not True or meta["format_version"] != FORMAT_VERSION:
+            raise DataError(f"{path} is not a complete artifact of format {FORMAT_VERSION} ({found}): {again}")
     return meta
 
 
 def open_array(path: Path, facts: dict[str, Any]) -> np.ndarray:
     """Map a .npy file that must have the shape and dtype in `facts` and end where its array ends."""
-    try:
+    with refusing(path, f"delete {path.parent} and prepare it again"):
         array = open_npy(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}): delete {path.parent} and prepare it again") from error
     found, expected = (list(array.shape), str(array.dtype)), (facts["shape"], facts["dtype"])
     if found != expected:
         raise DataError(f"{path} holds {found[1]} {found[0]}, its meta.json says {expected[1]} {expected[0]}")
     return array
-
-
-def block_hashes(array: np.ndarray) -> list[str]:
-    """Return the SHA-256 of every block of `array`."""
-    return [_sha256(block) for block in blocks_of(array)]
 
 
 def blocks_of(array: np.ndarray) -> list[np.ndarray]:
@@ -290,9 +289,7 @@ def _sha256(block: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(block).data).hexdigest()
 
 
-def _check(
-    folder: Path, dtype: np.dtype, shape: tuple[int, ...], labels: np.ndarray, classes: int, layout: str
-) -> None:
+def _check(folder: Path, dtype: np.dtype, shape: Sequence[int], labels: np.ndarray, classes: int, layout: str) -> None:
     if layout not in LAYOUTS:
         raise DataError(f"{folder} has layout {layout!r}: it must be one of {', '.join(LAYOUTS)}")
     kind = (str(dtype), len(shape), str(labels.dtype), labels.ndim)
@@ -316,20 +313,6 @@ def _stamp(path: Path) -> tuple[str | int, ...]:
 
 def _note(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.verified.json")
-
-
-@contextmanager
-def _locked_note(folder: Path) -> Iterator[TextIO | None]:
-    """Open and lock the note, so that one process compares while others wait; None if it cannot be written."""
-    try:
-        file = _note(folder).open("a")
-    except OSError:
-        yield None
-        return
-    with file:
-        with suppress(OSError):  # a file system without locks: several processes may compare at once
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
 
 
 def _is_noted(folder: Path, found: Stamp) -> bool:

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from flapp.data.artifact import DataError, open_artifact, resized_folder, write_rows
 
 # Mean and standard deviation per channel of pixels in [0, 1]; `none` only scales to [0, 1].
-NORMALIZATIONS: dict[str, tuple[Sequence[float], Sequence[float]] | None] = {
-    "none": None,
+NORMALIZATIONS: dict[str, tuple[Sequence[float], Sequence[float]]] = {
+    "none": ((0.0,), (1.0,)),
     "half": ((0.5,), (0.5,)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
@@ -61,12 +61,9 @@ def normalize(pixels: Tensor, normalization: str, out: Tensor | None = None, exa
     """
     out = torch.empty(pixels.shape, device=pixels.device) if out is None else out
     out.copy_(pixels)
+    mean, std, scale, shift = _constants(normalization, pixels.device)
     if exact:
-        out.div_(255)
-        if statistics := _statistics(normalization, pixels.device):
-            out.sub_(statistics[0]).div_(statistics[1])
-        return out
-    scale, shift = _scale_and_shift(normalization, pixels.device)
+        return out.div_(255).sub_(mean).div_(std)
     # Not one fused call: the rounding of a fused multiply-add depends on where a vector ends.
     return out.mul_(scale).add_(shift)
 
@@ -96,14 +93,12 @@ def materialize(folder: Path, size: int, progress: Callable[[int], object] = lam
     native = open_artifact(folder, verify=True)
     if native.images.ndim != 4 or native.layout != "NHWC":
         raise DataError(f"{folder} does not hold images as they were prepared: resize the split itself")
-    compared = _compared(len(native.images))
 
     def read(start: int, stop: int) -> np.ndarray:
-        resized = resize(torch.from_numpy(native.images[start:stop]).permute(0, 3, 1, 2), size).numpy()
-        for index in compared[(compared >= start) & (compared < stop)]:
-            _compare(native.images[index], resized[index - start], index)
-        return resized
+        return resize(torch.from_numpy(native.images[start:stop]).permute(0, 3, 1, 2), size).numpy()
 
+    for index in _spread(len(native.images)):
+        _compare(native.images[index], read(index, index + 1)[0], index)
     shape = (len(native.images), native.images.shape[3], size, size)
     target = resized_folder(folder, size)
     write_rows(target, read, shape, native.labels, native.classes, native.digest, "NCHW", progress)
@@ -117,12 +112,12 @@ def compare_with_pil(native: np.ndarray, resized: np.ndarray, size: int) -> None
     """
     if resized.shape != (len(native), native.shape[3], size, size):
         raise DataError(f"resized images of shape {resized.shape} are not those of {native.shape} at {size} pixels")
-    for index in _compared(len(native)):
+    for index in _spread(len(native)):
         _compare(native[index], resized[index], index)
 
 
-def _compared(count: int) -> np.ndarray:
-    return np.unique(np.linspace(0, count - 1, COMPARED).astype(int))
+def _spread(count: int) -> list[int]:
+    return np.unique(np.linspace(0, count - 1, COMPARED).astype(int)).tolist()
 
 
 def _compare(native: np.ndarray, planes: np.ndarray, index: int) -> None:
@@ -130,10 +125,11 @@ def _compare(native: np.ndarray, planes: np.ndarray, index: int) -> None:
     from PIL import Image
 
     size = planes.shape[-1]
+    allowed = TOLERANCE.get(size, 0)
     for channel, plane in enumerate(planes):  # PIL resizes each channel by itself and has no images of two channels
         image = Image.fromarray(np.ascontiguousarray(native[:, :, channel]))
         wanted = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).astype(np.int16)
-        if (difference := int(np.abs(wanted - plane).max())) > (allowed := TOLERANCE.get(size, 0)):
+        if (difference := int(np.abs(wanted - plane).max())) > allowed:
             raise DataError(
                 f"image {index} at {size} pixels differs from PIL's resize by {difference} levels, {allowed} are "
                 "allowed: leave dataset.materialize out, or use a torch build whose resize agrees with PIL"
@@ -145,18 +141,9 @@ def _interpolate(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 @lru_cache
-def _statistics(normalization: str, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """Return mean and standard deviation as (C or 1, 1, 1), or None if there is nothing to do."""
-    if (statistics := NORMALIZATIONS[normalization]) is None:
-        return None
-    mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in statistics)
-    return mean, std
-
-
-@lru_cache
-def _scale_and_shift(normalization: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return what (x / 255 - mean) / std multiplies x by and adds, as float32 (C or 1, 1, 1)."""
-    mean, std = NORMALIZATIONS[normalization] or ((0.0,), (1.0,))
-    scale = torch.tensor([1 / (255 * s) for s in std], device=device)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
-    return scale.view(-1, 1, 1), shift.view(-1, 1, 1)
+def _constants(normalization: str, device: torch.device) -> tuple[Tensor, ...]:
+    """Return mean, standard deviation, and what (x / 255 - mean) / std multiplies x by and adds, as (C or 1, 1, 1)."""
+    mean, std = NORMALIZATIONS[normalization]
+    scale = [1 / (255 * s) for s in std]
+    shift = [-m / s for m, s in zip(mean, std, strict=True)]
+    return tuple(torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std, scale, shift))

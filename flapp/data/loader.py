@@ -1,13 +1,13 @@
 """The loader that a client trains from: batches made ahead by one thread."""
 
-import atexit
 import math
 import mmap
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import cycle
-from queue import SimpleQueue
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,16 +17,15 @@ from flapp.data.artifact import Artifact, DataError
 from flapp.data.images import augment, normalize, resize
 from flapp.data.offline import OfflineDataset, read_rows
 
-OUTPUTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
+OUTPUTS = ("float32", "uint8")
 CACHED_VALUES = 3 * 224 * 224  # normalised at a time, and four times as many read and resized, to stay in the cache
 AUGMENT_SEED = 0x5EED  # makes the random numbers of the augmentation independent of those of the order
 
 Batch = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class Job:
-    """The rows of one batch, their random numbers for augmentation, and the rows of the batch after it."""
+class Job(NamedTuple):
+    """The rows of one batch, the rows of the batch after it, and random numbers for the augmentation."""
 
     rows: Tensor
     next_rows: Tensor
@@ -46,76 +45,14 @@ class Buffers:
         return self.tensors[name][:count]
 
 
-@dataclass(frozen=True)
-class Ring:
-    """The buffers of one iteration: one for each batch ahead, one for the consumer's batch, and one for the maker."""
-
-    slots: list[Buffers]
-    scratch: Buffers
-
-
-class Prefetcher:
-    """Make up to `ahead` batches ahead of the consumer in a thread."""
-
-    def __init__(self, ahead: int) -> None:
-        self.ahead = ahead
-        # The kernel zeroes new memory, which costs as much as four batches: later epochs use the first one's rings.
-        self._idle: list[Ring] = []
-
-    def batches(self, jobs: list[Job], make: Callable[[Job, Buffers, Buffers], Batch]) -> Iterator[Batch]:
-        """Yield make(job, slot, scratch), which has its inputs in `slot`, for each job.
-
-        The thread ends with the iteration, however that ends; its errors are raised here.
-        """
-        ring = self._idle.pop() if self._idle else Ring([Buffers() for _ in range(self.ahead + 1)], Buffers())
-        free: SimpleQueue[Buffers] = SimpleQueue()
-        made: SimpleQueue[Batch | BaseException] = SimpleQueue()
-        is_over = threading.Event()
-
-        def work() -> None:
-            try:
-                for job in jobs:
-                    slot = free.get()
-                    if is_over.is_set():
-                        return
-                    made.put(make(job, slot, ring.scratch))
-            except BaseException as error:  # noqa: BLE001 - the consumer raises it
-                made.put(error)
-
-        def end() -> None:
-            is_over.set()
-            free.put(ring.scratch)  # any buffer: it only wakes the thread
-            if threading.current_thread() is not thread:  # the thread itself may collect a dropped iterator
-                thread.join()
-
-        for slot in ring.slots:
-            free.put(slot)
-        thread = threading.Thread(target=work, name="flapp-loader", daemon=True)
-        thread.start()
-        atexit.register(end)  # a thread inside PyTorch while the interpreter exits would abort the process
-        try:
-            for _, slot in zip(jobs, cycle(ring.slots), strict=False):
-                batch = made.get()
-                if isinstance(batch, BaseException):
-                    raise batch
-                yield batch
-                free.put(slot)  # the consumer has asked for the next batch, so it is done with this one
-        finally:
-            atexit.unregister(end)
-            end()
-            if not thread.is_alive():
-                self._idle.append(ring)
-
-
 class ClientLoader:
     """Iterate over one client's samples in batches of (input, label), in an order drawn from `seed`.
 
     Each iteration is one epoch with an order of its own; seed=None keeps the order of `indices`. Images are resized to
     image_size (None: as stored) with PIL's bytes, or read from a materialized artifact if there is one. `output`:
 
-        float32, bfloat16   normalised (n, C, H, W); exact=True gives torchvision's bits, False is faster and within
-                            1e-6 of them (before rounding to bfloat16)
-        uint8               (n, C, H, W) before normalisation, a quarter of the bytes to move to a GPU: see to_input
+        float32   normalised (n, C, H, W); exact=True gives torchvision's bits, False is faster and within 1e-6 of them
+        uint8     (n, C, H, W) before normalisation, a quarter of the bytes to move to a GPU: see to_input
 
     augment mirrors every other image and shifts it by up to 1/8 of its size (4 of 32 pixels), drawn from `seed`, before
     it is resized. Samples of regression are returned as stored.
@@ -152,7 +89,7 @@ class ClientLoader:
         self.batch_size = batch_size
         self.image_size = image_size
         self.output = output
-        self.prefetcher = Prefetcher(prefetch) if prefetch and dataset.has_images else None
+        self.prefetch = prefetch if dataset.has_images else 0
         self.augment = augment
         self.exact = exact
         # Augmentation comes before the resize, so it cannot use a materialized artifact.
@@ -168,14 +105,16 @@ class ClientLoader:
             and math.prod(self.shape) >= CACHED_VALUES // 4
         )
         self._is_cold = True
+        # The kernel zeroes new memory, which costs as much as four batches: later epochs use the first one's buffers.
+        self._idle: list[list[Buffers]] = []
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         jobs = self._draw_epoch()
-        if self.prefetcher:
-            yield from self.prefetcher.batches(jobs, self._make)
+        if self.prefetch:
+            yield from self._make_ahead(jobs)
         else:
             for job in jobs:
                 yield self._make(job, Buffers(), Buffers())
@@ -209,6 +148,23 @@ class ClientLoader:
         count, generator = (len(self.indices),), self.augment_generator
         return torch.stack([torch.randint(low, high + 1, count, generator=generator) for low, high in limits], 1)
 
+    def _make_ahead(self, jobs: list[Job]) -> Iterator[Batch]:
+        """Make batches in a thread, which ends with the iteration, however that ends; its errors are raised here."""
+        scratch, *slots = self._idle.pop() if self._idle else [Buffers() for _ in range(self.prefetch + 2)]
+        ahead: deque[Future[Batch]] = deque()
+        maker = ThreadPoolExecutor(1, "flapp-loader")
+        try:
+            for job, slot in zip(jobs, cycle(slots), strict=False):
+                ahead.append(maker.submit(self._make, job, slot, scratch))
+                if len(ahead) == len(slots):  # the next job takes the slot of the batch that the consumer has now
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            with suppress(RuntimeError):  # the thread itself may collect a dropped iterator, and cannot wait for itself
+                maker.shutdown(cancel_futures=True)
+                self._idle.append([scratch, *slots])
+
     def _make(self, job: Job, slot: Buffers, scratch: Buffers) -> Batch:
         """Make one batch, its inputs in `slot`; intermediate results are in `scratch`."""
         labels = self.dataset.labels[job.rows]
@@ -218,18 +174,18 @@ class ClientLoader:
             will_need(self.source.images, job.next_rows)
         if self.output == "uint8":
             return self._read(job.rows, job.draws, slot), labels
-        inputs = slot.take("inputs", len(job.rows), self.shape, OUTPUTS[self.output])
+        inputs = slot.take("inputs", len(job.rows), self.shape, torch.float32)
         if self._is_as_wanted and job.draws is None:
             stored = torch.from_numpy(self.source.images)
             for row, target in zip(job.rows.tolist(), inputs, strict=True):
-                self._normalize(stored[row : row + 1], target.unsqueeze(0), scratch)
+                normalize(stored[row : row + 1], self.dataset.normalization, target.unsqueeze(0), self.exact)
             return inputs, labels
         piece = max(1, CACHED_VALUES // math.prod(self.shape))
         for start in range(0, len(inputs), 4 * piece):
             part = slice(start, start + 4 * piece)
             pixels = self._read(job.rows[part], None if job.draws is None else job.draws[part], scratch)
             for images, target in zip(pixels.split(piece), inputs[part].split(piece), strict=True):
-                self._normalize(images, target, scratch)
+                normalize(images, self.dataset.normalization, target, self.exact)
         return inputs, labels
 
     def _read(self, rows: Tensor, draws: Tensor | None, buffers: Buffers) -> Tensor:
@@ -239,13 +195,6 @@ class ClientLoader:
         if draws is not None:
             pixels = augment(pixels, draws)
         return resize(pixels, self.image_size) if self.image_size else pixels
-
-    def _normalize(self, images: Tensor, target: Tensor, scratch: Buffers) -> None:
-        if target.dtype == torch.float32:
-            normalize(images, self.dataset.normalization, target, self.exact)
-        else:
-            wide = scratch.take("wide", len(images), self.shape, torch.float32)
-            target.copy_(normalize(images, self.dataset.normalization, wide, self.exact))
 
 
 def will_need(images: np.ndarray, rows: Tensor) -> None:

@@ -25,6 +25,8 @@ class OfflineDataset(Dataset[tuple[Tensor, Any]]):
     damaged artifact and an unknown normalization.
     """
 
+    exact = True  # whether samples have torchvision's bits, or those of ClientLoader
+
     def __init__(
         self,
         folder: Path,
@@ -33,14 +35,19 @@ class OfflineDataset(Dataset[tuple[Tensor, Any]]):
         image_size: int | None = None,
     ) -> None:
         check_normalization(normalization)
-        self.artifact = open_verified(Path(folder))
         self.transform = transform
         self.normalization = normalization
         self.image_size = image_size
-        self.images = torch.from_numpy(self.artifact.images)
-        self.labels = torch.from_numpy(self.artifact.labels)
-        self._sources: dict[int | None, Artifact] = {None: self.artifact}
+        self.hold(open_verified(Path(folder)))
         self.artifact_at(image_size)
+
+    def hold(self, artifact: Artifact) -> None:
+        """Take the samples from an opened artifact."""
+        self.artifact = artifact
+        self.images, self.labels = torch.from_numpy(artifact.images), torch.from_numpy(artifact.labels)
+        self.classes = artifact.classes
+        self.has_images = artifact.images.dtype == np.uint8
+        self._sources: dict[int | None, Artifact] = {None: artifact}
 
     def __getstate__(self) -> dict[str, Any]:
         settings = ("transform", "normalization", "image_size")
@@ -52,14 +59,6 @@ class OfflineDataset(Dataset[tuple[Tensor, Any]]):
     @cached_property
     def targets(self) -> list[Any]:
         return self.artifact.labels.tolist()
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.artifact.classes
-
-    @property
-    def has_images(self) -> bool:
-        return self.images.dtype == torch.uint8
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,9 +77,8 @@ class OfflineDataset(Dataset[tuple[Tensor, Any]]):
             return list(zip(self.images[rows], labels, strict=True))
         pixels = read_rows(self.artifact_at(self.image_size), rows)
         pixels = resize(pixels, self.image_size) if self.image_size else pixels
-        if self.transform is None:
-            return list(zip(normalize(pixels, self.normalization), labels, strict=True))
-        samples = [normalize(_transformed(image, self.transform), self.normalization) for image in pixels]
+        images = [pixels] if self.transform is None else [_transformed(image, self.transform)[None] for image in pixels]
+        samples = (sample for each in images for sample in normalize(each, self.normalization, exact=self.exact))
         return list(zip(samples, labels, strict=True))
 
     def artifact_at(self, image_size: int | None) -> Artifact:
@@ -106,8 +104,10 @@ class OfflineDataset(Dataset[tuple[Tensor, Any]]):
         return resized
 
 
-class _OfflineCIFAR(OfflineDataset):
-    name: str
+class OfflineCIFAR10(OfflineDataset):
+    """Read CIFAR-10 from its artifacts under `root` (home/data), normalised with ImageNet's statistics or 0.5."""
+
+    name = "cifar10"
 
     def __init__(
         self,
@@ -125,14 +125,8 @@ class _OfflineCIFAR(OfflineDataset):
         super().__init__(folder, transform, "imagenet" if use_imagenet_norm else "half", image_size)
 
 
-class OfflineCIFAR10(_OfflineCIFAR):
-    """Read CIFAR-10 from its artifacts under `root` (home/data), normalised with ImageNet's statistics or 0.5."""
-
-    name = "cifar10"
-
-
-class OfflineCIFAR100(_OfflineCIFAR):
-    """Read CIFAR-100 from its artifacts under `root` (home/data), normalised with ImageNet's statistics or 0.5."""
+class OfflineCIFAR100(OfflineCIFAR10):
+    """Read CIFAR-100 likewise."""
 
     name = "cifar100"
 

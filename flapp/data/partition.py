@@ -1,18 +1,18 @@
 """Who holds which sample: seeded partitions of an artifact, saved so that every client reads the same one.
 
-A saved partition is one safetensors file: per split, `<split>_indices` (every sample once, client after client) and
-`<split>_offsets` (clients + 1); `requested`, float (clients, classes), has the training samples that the draw asked
-for. Only a partition by writer has the split val saved; `hold_out` adds it to others.
+docs/formats.md describes the file. Only a partition by writer has the split val saved; `hold_out` adds it to others.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
-from flapp.data.artifact import DataError, locked
+from flapp.data.artifact import DataError, locked, refusing
 from flapp.files import replacing
-from flapp.untrusted import check_safetensors, printable
+from flapp.untrusted import check_safetensors
 
 MAX_DRAWS = 1000
 SPLITS = ("train", "test")
@@ -82,50 +82,39 @@ def check_enough(kind: str, samples: int, clients: int, min_size: int) -> None:
         )
 
 
-def load_partition(path: Path, **settings: object) -> Partition:
+def load_partition(path: Path, **settings: Any) -> Partition:
     """Read the partition saved at `path`; if it is missing, make it by make_partition(**settings) first."""
-    from safetensors import SafetensorError
-
     if not path.exists():
         with locked(path.with_suffix(".lock")):
             if not path.exists():
-                save_partition(path, make_partition(**settings))  # type: ignore[arg-type]
-    try:
-        sizes = {f"{s}_indices": len(settings[f"{s}_labels"]) for s in SPLITS if f"{s}_labels" in settings}  # type: ignore[arg-type]
-        return _read_partition(path, sizes)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"{path} is not a saved partition ({printable(error)}): delete it to draw it again") from error
+                save_partition(path, make_partition(**settings))
+    with refusing(path, "delete it to draw it again"):
+        return _read_partition(path, {s: len(settings[f"{s}_labels"]) for s in SPLITS if f"{s}_labels" in settings})
 
 
-def _read_partition(path: Path, sizes: dict[str, int]) -> Partition:
-    """Read a saved partition; raises ValueError unless every array fits the others and the known sizes."""
-    from safetensors import safe_open
-
+def _read_partition(path: Path, known: dict[str, int]) -> Partition:
+    """Read a saved partition; raises ValueError unless every array fits the others and the known numbers of samples."""
     check_safetensors(path, MOST_HEADER)
-    with safe_open(path, framework="numpy") as file:
-        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is not a mapping
-        kinds = {name: (part.get_dtype(), len(part.get_shape())) for name, part in found.items()}
-        splits = (*SPLITS, "val") if "val_indices" in found else SPLITS
-        names = [f"{split}_{what}" for split in splits for what in ("indices", "offsets")]
-        if kinds != dict.fromkeys(names, ("I64", 1)) | {"requested": ("F64", 2)}:
-            raise ValueError(f"it holds {kinds or 'nothing'}")
-        shapes = {name: tuple(part.get_shape()) for name, part in found.items()}
-        if odd := [name for name, size in sizes.items() if shapes[name] != (size,)]:
-            raise ValueError(f"{odd[0]} has {shapes[odd[0]][0]:,} entries, the dataset has {sizes[odd[0]]:,} samples")
-        if {shapes[f"{split}_offsets"] for split in splits} != {(shapes["requested"][0] + 1,)}:
-            raise ValueError(f"its arrays are of different numbers of clients: {shapes}")
-        saved = {name: file.get_tensor(name) for name in kinds}
+    saved = load_file(path)
+    splits = (*SPLITS, "val") if "val_indices" in saved else SPLITS
+    names = [f"{split}_{what}" for split in splits for what in ("indices", "offsets")]
+    kinds = {name: (str(array.dtype), array.ndim) for name, array in saved.items()}
+    if kinds != dict.fromkeys(names, ("int64", 1)) | {"requested": ("float64", 2)}:
+        raise ValueError(f"it holds {kinds or 'nothing'}")
+    lengths = {name: len(array) for name, array in saved.items()}
+    for split, count in known.items():
+        if (held := lengths[f"{split}_indices"]) != count:
+            raise ValueError(f"{split}_indices has {held:,} entries, the dataset has {count:,} samples")
+    if {lengths[f"{split}_offsets"] for split in splits} != {lengths["requested"] + 1}:
+        raise ValueError(f"its arrays are of different numbers of clients: {lengths}")
     parts = {}
-    samples = {"test": shapes["test_indices"][0]}
-    samples["train"] = samples["val"] = sum(shapes[f"{split}_indices"][0] for split in splits) - samples["test"]
     for split in splits:
         indices, offsets = saved[f"{split}_indices"], saved[f"{split}_offsets"]
         if offsets[0] != 0 or offsets[-1] != len(indices) or (np.diff(offsets) < 0).any():
             raise ValueError(f"{split}_offsets do not cut {split}_indices into parts")
-        if len(indices) and not (indices.min() >= 0 and indices.max() < samples[split]):
-            raise ValueError(
-                f"{split}_indices are from {indices.min()} to {indices.max()}, of {samples[split]} samples"
-            )
+        samples = len(indices) if split == "test" else sum(lengths[f"{s}_indices"] for s in splits if s != "test")
+        if len(indices) and not (indices.min() >= 0 and indices.max() < samples):
+            raise ValueError(f"{split}_indices are from {indices.min()} to {indices.max()}, of {samples} samples")
         parts[split] = tuple(np.split(indices, offsets[1:-1]))
     return Partition(requested=saved["requested"], **parts)
 
@@ -155,8 +144,6 @@ def label_histogram(labels: np.ndarray, classes: int) -> list[int]:
 
 def save_partition(path: Path, partition: Partition) -> None:
     """Write a partition, whole or not at all, so that load_partition(path) returns it."""
-    from safetensors.numpy import save_file
-
     # safetensors writes memory as it is, so a transposed table must be in C order first.
     arrays = {"requested": np.ascontiguousarray(partition.requested, dtype=np.float64)}
     saved = {"train": partition.train, "test": partition.test} | ({"val": partition.val} if partition.val else {})
@@ -173,10 +160,8 @@ def _iid(train_labels: np.ndarray, test_labels: np.ndarray, clients: int, rng: n
         tuple(np.sort(part) for part in np.array_split(rng.permutation(len(labels)), clients))
         for labels in (train_labels, test_labels)
     )
-    if train_labels.dtype.kind != "i":
-        return Partition(train, test, np.zeros((clients, 0)))
-    requested = np.tile(np.bincount(train_labels) / clients, (clients, 1))
-    return Partition(train, test, requested)
+    counts = np.bincount(train_labels) if train_labels.dtype.kind == "i" else np.zeros(0)
+    return Partition(train, test, np.tile(counts / clients, (clients, 1)))
 
 
 def _dirichlet_shares(
@@ -218,10 +203,8 @@ def _sizes(shares: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _deal(labels: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    parts: list[list[np.ndarray]] = [[] for _ in shares]
+    parts = []
     for c in range(shares.shape[1]):
         samples = rng.permutation(np.flatnonzero(labels == c))
-        cuts = _cuts(shares[:, c], len(samples))
-        for client, part in enumerate(parts):
-            part.append(samples[cuts[client] : cuts[client + 1]])
-    return tuple(np.sort(np.concatenate(part)) for part in parts)
+        parts.append(np.split(samples, _cuts(shares[:, c], len(samples))[1:-1]))
+    return tuple(np.sort(np.concatenate(part)) for part in zip(*parts, strict=True))

@@ -1,12 +1,7 @@
-"""Where artifacts come from: the embedded datasets, and the files of CIFAR-10 and CIFAR-100.
+"""Where artifacts come from: the embedded datasets, and the files of CIFAR-10 and CIFAR-100 as torchvision has them.
 
-CIFAR's python files, as torchvision downloads them:
-
-    cifar-10-batches-py/   data_batch_1 to data_batch_5, test_batch, batches.meta
-    cifar-100-python/      train, test, meta
-
-Each file is one dict, pickled by Python 2: b"data" is uint8 (n, 3072), each row the red, the green and the blue plane;
-b"labels" or b"fine_labels" are n whole numbers; the meta file has the class names. Nothing in these files is executed.
+Each file of CIFAR is one dict, pickled by Python 2: b"data" is uint8 (n, 3072), each row the red, the green and the
+blue plane; b"labels" or b"fine_labels" are n whole numbers; the meta file has the class names. Nothing in them is run.
 """
 
 import hashlib
@@ -20,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from flapp.data.artifact import DataError, locked, write_artifact
+from flapp.data.artifact import DataError, locked, refusing, write_artifact
 from flapp.untrusted import printable, read_bytes
 
 Split = tuple[np.ndarray, np.ndarray]
@@ -99,7 +94,7 @@ def is_prepared(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class CifarFiles:
-    """The names of the files of one of the two datasets, the keys in them and the class of torchvision."""
+    """The files of a dataset, the keys of labels and class names in them, and the class of torchvision."""
 
     folder: str
     train: tuple[str, ...]
@@ -110,14 +105,11 @@ class CifarFiles:
     torchvision: str
 
 
-_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
+_TEN = ("cifar-10-batches-py", tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",), "batches.meta")
+_HUNDRED = ("cifar-100-python", ("train",), ("test",), "meta")
 CIFAR = {
-    "cifar10": CifarFiles(
-        "cifar-10-batches-py", _BATCHES, ("test_batch",), "batches.meta", b"labels", b"label_names", "CIFAR10"
-    ),
-    "cifar100": CifarFiles(
-        "cifar-100-python", ("train",), ("test",), "meta", b"fine_labels", b"fine_label_names", "CIFAR100"
-    ),
+    "cifar10": CifarFiles(*_TEN, b"labels", b"label_names", "CIFAR10"),
+    "cifar100": CifarFiles(*_HUNDRED, b"fine_labels", b"fine_label_names", "CIFAR100"),
 }
 
 
@@ -190,10 +182,8 @@ def _read_images(path: Path, key: bytes, classes: int) -> tuple[np.ndarray, np.n
 
 
 def _content(path: Path) -> bytes:
-    try:
+    with refusing(path, "fetch it again"):
         return read_bytes(path, MOST_FILE)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({printable(error)}): fetch it again") from error
 
 
 def _read(path: Path) -> dict[Any, Any]:
@@ -203,9 +193,8 @@ def _read(path: Path) -> dict[Any, Any]:
         _check_opcodes(pickled)
         content = _Unpickler(pickled).load()
     except _ForbiddenError as error:
-        raise DataError(
-            f"{path} wants {error}, which no CIFAR file needs: it was not executed; do not trust it"
-        ) from None
+        reason = f"wants {error}, which no CIFAR file needs: it was not executed; do not trust it"
+        raise DataError(f"{path} {reason}") from None
     except _PICKLE_ERRORS as error:
         raise DataError(f"{path} cannot be read ({printable(' '.join(str(error).split()))}): fetch it again") from error
     if not isinstance(content, dict):

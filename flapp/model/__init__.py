@@ -14,6 +14,7 @@ _HOMES = {
     "add_lora": "lora",
     "build_model": "build",
     "export_adapter": "adapter_files",
+    "export_merged": "adapter_files",
     "import_adapter": "adapter_files",
     "load_pretrained": "pretrained",
     "load_tensors": "files",

@@ -13,7 +13,6 @@ where it is used.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,15 +34,6 @@ HARMLESS = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "m
 }
 OFF: tuple[object, ...] = (None, False, "none", [], {})
 PLAIN_STARTS = (True, False, "gaussian", None)  # other values of init_lora_weights change the base as well
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What an adapter's files say of it: the base it was trained over (as they name it), its rank and alpha."""
-
-    base_name: str
-    rank: int
-    alpha: float
 
 
 def export_adapter(model: "nn.Module", folder: Path, base_name: str) -> None:
@@ -72,7 +62,7 @@ def export_adapter(model: "nn.Module", folder: Path, base_name: str) -> None:
         (partial / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
-def import_adapter(model: "nn.Module", folder: Path) -> Adapter:
+def import_adapter(model: "nn.Module", folder: Path) -> None:
     """Load an adapter of PEFT's into the adapters that `model` has, with whatever was trained beside it.
 
     Raises ValueError when rank, alpha, layers or shapes differ from the model's, and naming the setting when the
@@ -80,13 +70,12 @@ def import_adapter(model: "nn.Module", folder: Path) -> Adapter:
     """
     from flapp.model.lora import layout_of, load_lora_state_dict
 
-    config = check_adapter(layout_of(model), folder)
+    check_adapter(layout_of(model), folder)
     load_lora_state_dict(model, _from_peft(read_state(folder / WEIGHTS)))
-    return Adapter(config.get("base_model_name_or_path") or "", config["r"], config["lora_alpha"])
 
 
-def check_adapter(layout: Layout, folder: Path) -> Mapping[str, Any]:
-    """Return the configuration of an adapter of PEFT's; raise ValueError where import_adapter would."""
+def check_adapter(layout: Layout, folder: Path) -> None:
+    """Raise ValueError where import_adapter would."""
     if not layout.adapters:
         raise ValueError(f"{layout.kind} has no adapters to start from {folder}: set lora=default")
     config = _read_config(folder / CONFIG)
@@ -99,7 +88,6 @@ def check_adapter(layout: Layout, folder: Path) -> Mapping[str, Any]:
     found = _from_peft(read_shapes(folder / WEIGHTS))
     if fault := mismatch({key: layout.tensors[key] for key in layout.trained}, found):
         raise ValueError(f"{folder} does not fit this {layout.kind} with its lora.targets: {fault}")
-    return config
 
 
 def export_merged(model: "nn.Module", path: Path, /, **facts: Any) -> str:

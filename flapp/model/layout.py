@@ -4,7 +4,7 @@ PyTorch and torchvision take seconds to import; a command that only checks or de
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 Shape = tuple[int, ...]
@@ -39,7 +39,15 @@ class Layout:
         A target is the last part or parts of a dotted name: `proj`, `mlp.0`. Raises ValueError when a target matches
         nothing or anything but a plain linear layer, or when a layer is too small for the rank.
         """
-        wanted = {name for target in targets for name in self._matching(target)}
+        wanted: set[str] = set()
+        for target in targets:
+            found = {name: kind for name, kind in self.modules.items() if f".{name}".endswith(f".{target}")}
+            for name, kind in found.items() or [("", None)]:
+                if kind != "Linear":
+                    linear = {".".join(n.split(".")[-2:]) for n, k in self.modules.items() if k == "Linear"}
+                    what = f"{name}, which is {kind}" if kind else "no layer of the model"
+                    raise ValueError(f"lora.targets={target} matches {what}: choose among {', '.join(sorted(linear))}")
+            wanted |= found.keys()
         names = [name for name in self.modules if name in wanted]
         for name in names:
             out_features, in_features = self.tensors[f"{name}.weight"]
@@ -65,15 +73,6 @@ class Layout:
         modules = {name: "LoRALinear" if name in names else kind for name, kind in self.modules.items()}
         adapters = dict.fromkeys(names, (rank, alpha))
         return replace(self, modules=modules, tensors=tensors, trained=trained, adapters=adapters)
-
-    def _matching(self, target: str) -> Iterator[str]:
-        found = {name: kind for name, kind in self.modules.items() if f".{name}".endswith(f".{target}")}
-        for name, kind in found.items() or [("", None)]:
-            if kind != "Linear":
-                linear = {".".join(n.split(".")[-2:]) for n, k in self.modules.items() if k == "Linear"}
-                what = f"{name}, which is {kind}" if kind else "no layer of the model"
-                raise ValueError(f"lora.targets={target} matches {what}: choose among {', '.join(sorted(linear))}")
-            yield name
 
 
 def lay_out(

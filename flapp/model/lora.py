@@ -107,18 +107,11 @@ def layout_of(model: nn.Module) -> Layout:
     )
 
 
-def mark_only_lora_as_trainable(model: nn.Module, also: Sequence[str] | None = None) -> None:
-    """Freeze all but the adapters and the modules named in `also`, which is the head if left out.
-
-    The weight and bias of an adapted layer stay frozen, even in the head. Raises ValueError for the name of no module.
-    """
+def mark_only_lora_as_trainable(model: nn.Module) -> None:
+    """Freeze all but adapters and head; the weight and bias of an adapted layer stay frozen, even in the head."""
     layers = adapted_layers(model)
     model.requires_grad_(False)
-    for name in [head_of(model)] if also is None else also:
-        try:
-            model.get_submodule(name).requires_grad_(True)
-        except AttributeError:
-            raise ValueError(f"{type(model).__name__} has no module {name!r} to train beside its adapters") from None
+    model.get_submodule(head_of(model)).requires_grad_(True)
     for layer in layers.values():
         layer.requires_grad_(False)
         layer.lora_A.requires_grad_(True)

@@ -10,10 +10,10 @@ PyTorch only for a .pth; so PyTorch is imported where it is used.
 """
 
 import pickle
-import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,21 +30,18 @@ T = TypeVar("T")
 CHECKED_BYTES = 64 << 20  # a larger .pth is not read whole before a run starts
 MOST_PICKLE = 16 << 20  # bytes of the names and shapes in a .pth
 POSITIONS = "encoder.pos_embedding"
-OURS = (
-    (re.compile(r"\bself_attention\.in_proj_(weight|bias)$"), r"self_attention.qkv.\1"),
-    (re.compile(r"\bself_attention\.out_proj\.(weight|bias)$"), r"self_attention.proj.\1"),
-    (re.compile(r"\bmlp\.linear_1\.(weight|bias)$"), r"mlp.0.\1"),
-    (re.compile(r"\bmlp\.linear_2\.(weight|bias)$"), r"mlp.3.\1"),
-)
-TORCHVISIONS = (
-    (re.compile(r"\bself_attention\.qkv\.(weight|bias)$"), r"self_attention.in_proj_\1"),
-    (re.compile(r"\bself_attention\.proj\.(weight|bias)$"), r"self_attention.out_proj.\1"),
-)
+OURS = {
+    "self_attention.in_proj_": "self_attention.qkv.",
+    "self_attention.out_proj.": "self_attention.proj.",
+    "mlp.linear_1.": "mlp.0.",
+    "mlp.linear_2.": "mlp.3.",
+}
 # What zipfile and torch's unpickler raise for damaged bytes, besides OSError.
 DAMAGE = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, LookupError),
     *(TypeError, AttributeError, AssertionError, MemoryError, OverflowError),
 )
+TORCHVISIONS = {ours: theirs for theirs, ours in OURS.items() if theirs.startswith("self_attention")}
 
 
 @dataclass(frozen=True)
@@ -94,9 +91,9 @@ def _fit(layout: Layout, found: Mapping[str, Shape], path: Path) -> tuple[bool, 
     own, state = layout.tensors, dict(found)
     resized = _can_be_resized(own.get(POSITIONS), state.get(POSITIONS))
     state |= {POSITIONS: own[POSITIONS]} if resized else {}
-    head = [name for name in own if name.rpartition(".")[0] == layout.head]
-    head_loaded = not all(name in state and _differs_in_rows(state[name], own[name]) for name in head)
-    state |= {} if head_loaded else {name: own[name] for name in head}
+    head = {name: shape for name, shape in own.items() if name.rpartition(".")[0] == layout.head}
+    head_loaded = not all(_differs_in_rows(state.get(name, shape), shape) for name, shape in head.items())
+    state |= {} if head_loaded else head
     if fault := mismatch(own, state):
         grey = "first conv_proj.weight (" in fault
         hint = "build it with channels=3 to show it grey images" if grey else "give weights of this very model"
@@ -120,16 +117,12 @@ def read_shapes(path: Path) -> dict[str, Shape]:
     """Return the shapes of a file's tensors by name; raises ValueError for a file that read_state refuses."""
     if path.suffix != ".safetensors":
         return shapes_of(read_state(path, is_checked=path.stat().st_size <= CHECKED_BYTES))
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
+    with _reading(path):
         check_safetensors(path)
         with safe_open(path, framework="numpy") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged or holds more than tensors ({printable(error)})") from error
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read ({printable(error)})") from error
     if not shapes:
         raise ValueError(f"{path} holds no state dict, which maps names to tensors and nothing else")
     return shapes
@@ -140,31 +133,39 @@ def read_state(path: Path, is_checked: bool = True) -> dict[str, "Tensor"]:
 
     is_checked: whether the CRCs of a .pth are compared, which reads all of it.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
     from torch import Tensor
 
-    try:
+    with _reading(path):
         if path.suffix == ".safetensors":
             check_safetensors(path)
             found: Any = load_file(path)
         else:
             found = _load_pth(path, is_checked)
-    except DAMAGE as error:
-        reason = "nothing in it was run" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
-        said = printable(reason or repr(error))
-        raise ValueError(f"{path} is damaged or holds more than tensors ({said})") from error
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read ({printable(error)})") from error
     if isinstance(found, Mapping) and len(found) == 1 and isinstance(inner := next(iter(found.values())), Mapping):
         found = inner if set(found) <= {"state_dict", "model"} else found
     if not isinstance(found, Mapping) or not found or not all(isinstance(t, Tensor) for t in found.values()):
         raise ValueError(f"{path} holds no state dict, which maps names to tensors and nothing else")
     if odd := [name for name, tensor in found.items() if not isinstance(name, str) or _repeats_memory(tensor)]:
-        raise ValueError(
-            f"{path}: tensor {printable(odd[0], 80)} is not dense: it claims more bytes than the file holds"
-        )
+        said = printable(odd[0], 80)
+        raise ValueError(f"{path}: tensor {said} is not dense: it claims more bytes than the file holds")
     return dict(found)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what readers of weights raise into ValueError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except DAMAGE as error:
+        reason = "nothing in it was run" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path} is damaged or holds more than tensors ({printable(reason or repr(error))})"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read ({printable(error)})") from error
 
 
 def _load_pth(path: Path, is_checked: bool) -> Any:
@@ -195,15 +196,18 @@ def _repeats_memory(tensor: "Tensor") -> bool:
 
 def from_torchvision(state: Mapping[str, T]) -> dict[str, T]:
     """Return `state` under our names; names that are ours already stay."""
-    return {_renamed(name, OURS): tensor for name, tensor in state.items()}
+    return _renamed(state, OURS)
 
 
 def to_torchvision(state: Mapping[str, T]) -> dict[str, T]:
     """Return `state`, in our names and without adapters, under torchvision's."""
-    return {_renamed(name, TORCHVISIONS): tensor for name, tensor in state.items()}
+    return _renamed(state, TORCHVISIONS)
 
 
-def _renamed(name: str, rules: tuple[tuple[re.Pattern[str], str], ...]) -> str:
-    for pattern, replacement in rules:
-        name = pattern.sub(replacement, name)
-    return name
+def _renamed(state: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
+    renamed = {}
+    for name, tensor in state.items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        renamed[name] = tensor
+    return renamed

@@ -57,7 +57,7 @@ class Run:
         if config.split.auto_save_split_models:
             # Only a run that has written its model can have stored it split, and may find files of its own.
             is_written = (directory.path / "model.safetensors").exists()
-            StorageManager.prepare(*split_place(config), overwrite=is_written)
+            StorageManager.check(*split_place(config), overwrite=is_written)
         self.model = initial_model(config)
         state = self.model.state_dict()
         self.sent, private = keys_of(config, self.model)

@@ -35,20 +35,17 @@ def test_every_client_is_found_in_counting_order(written: Manifest) -> None:
         written["300"]
 
 
-def test_ten_thousand_clients_are_read_once_and_in_little_time(tmp_path: Path) -> None:
+def test_many_clients_are_read_once_and_in_little_time_but_not_more_than_any_federation_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_manifest(tmp_path, [record(str(i)) for i in range(10_000)], {"strategy": "natural"})
     started = time.process_time()
     found = load_manifest(tmp_path)
     assert time.process_time() - started < 2  # 0.3 s on a quiet machine
     assert load_manifest(tmp_path / "manifest.json") is found
-
-
-def test_a_list_of_clients_beyond_any_federation_is_not_read(
-    written: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr(manifest, "MOST_LINES", 1000)
     manifest._load.cache_clear()
-    with pytest.raises(DataError, match=r"clients\.jsonl has .* bytes, at most 1,000 are expected"):
+    with pytest.raises(DataError, match=r"clients\.jsonl is damaged .it has .* bytes, at most 1,000 are expected"):
         load_manifest(tmp_path)
 
 
@@ -57,17 +54,12 @@ def test_shards_are_found_beside_the_manifest_wherever_it_was_copied(written: Ma
     assert load_manifest(moved).shard_path("7") == moved.resolve() / "client_7"
 
 
-@pytest.mark.parametrize("shard", ["../client_1", "/etc", "client_1/../../x", "a/../.."])
+@pytest.mark.parametrize("shard", ["../client_1", "/etc", "client_1/../../x", "a/../..", "a link"])
 def test_a_shard_outside_the_manifests_folder_is_refused(tmp_path: Path, shard: str) -> None:
+    (tmp_path / "a link").symlink_to("/etc")
     write_manifest(tmp_path, [record("1", shard)], {"strategy": "natural"})
-    with pytest.raises(DataError, match="outside the manifest's folder"):
-        load_manifest(tmp_path)
-
-
-def test_a_shard_that_is_a_link_out_of_the_folder_is_refused(written: Manifest, tmp_path: Path) -> None:
-    (tmp_path / "client_1").symlink_to("/etc")
     with pytest.raises(DataError, match="outside"):
-        written.shard_path("1")
+        load_manifest(tmp_path).shard_path("1")
 
 
 @pytest.mark.parametrize(("clients", "strategy", "fix"), [(3, "natural", "clients=300"), (300, "random", "natural")])
@@ -110,10 +102,10 @@ def twice(folder: Path) -> None:
         (facts(totals=None), "lacks totals"),
         (facts(seed=5), "does not have the digest it states"),
         (restated(totals={"clients": "300"}), "its clients add up to"),
-        (restated(clients_sha256="0" * 64), r"clients\.jsonl has another SHA-256"),
-        (edit("clients.jsonl", lambda content: content[:-32]), r"clients\.jsonl has another SHA-256"),
+        (restated(clients_sha256="0" * 64), r"clients\.jsonl is damaged .it has another SHA-256"),
+        (edit("clients.jsonl", lambda content: content[:-32]), r"clients\.jsonl is damaged .it has another SHA-256"),
         (edit("clients.jsonl", lambda content: content.replace(b'"train": 3', b'"train": 4', 1)), "another SHA-256"),
-        (twice, r"clients\.jsonl has client 0 twice"),
+        (twice, r"clients\.jsonl is damaged .it has client 0 twice"),
         (lambda folder: (folder / "clients.jsonl").unlink(), r"clients\.jsonl cannot be read"),
         (lambda folder: (folder / "manifest.json").unlink(), "no manifest at"),
     ],
@@ -127,15 +119,11 @@ def test_a_damaged_or_foreign_manifest_is_refused_in_one_line(
     assert "\n" not in str(refusal.value)
 
 
-def test_a_claim_that_fits_its_record_is_accepted() -> None:
-    known = record("5")
-    assert check_claim(known, "5", 3, 1, 2, list(known.label_hist), known.digest) is None
-    assert check_claim(known, "5", 3, None, 2, known.label_hist, known.digest) is None
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ({}, None),
+        ({"val": None, "label_hist": [1, 2, *[0] * 60]}, None),
         ({"record": None}, "client 5 is not in the manifest"),
         ({"record": record("6")}, "the manifest's record is of client 6"),
         ({"train": 4}, "claims 4 train samples, the manifest says 3"),
@@ -146,8 +134,10 @@ def test_a_claim_that_fits_its_record_is_accepted() -> None:
         ({"shard_digest": "abc"}, "digest abc, the manifest says"),
     ],
 )
-def test_a_claim_that_differs_is_told_apart_in_words(change: dict[str, object], said: str) -> None:
+def test_a_claim_fits_its_record_or_differs_in_words(change: dict[str, object], said: str | None) -> None:
     known = record("5")
     claim = {"record": known, "client_id": "5", "train": 3, "val": 1, "test": 2}
     claim |= {"label_hist": known.label_hist, "shard_digest": known.digest}
-    assert said in str(check_claim(**claim | change))  # type: ignore[arg-type]
+    found = check_claim(**claim | change)  # type: ignore[arg-type]
+    assert (found is None) == (said is None)
+    assert (said or "") in (found or "")

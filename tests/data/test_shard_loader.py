@@ -1,8 +1,8 @@
 """What a client reads from its shard, and that it reads nothing else."""
 
 import logging
-import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +21,9 @@ from flapp.data.shards.manifest import Manifest
 from tests.support.leaf_files import SPLITS
 
 
-def test_a_shard_says_what_it_holds(shards: Manifest, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_shard_says_what_it_holds(
+    source: Path, shards: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     path = shards.shard_path("2")
     shard = DistributedShardLoader(path, expected_client_id="2")
@@ -32,12 +34,8 @@ def test_a_shard_says_what_it_holds(shards: Manifest, caplog: pytest.LogCaptureF
     assert shard.last_modified == max(file.stat().st_mtime for file in path.iterdir())
     counts = "{train} train, {val} val, {test} test samples".format(**shard.num_samples)
     assert f"client 2: {counts} from {path}" in caplog.text
-
-
-def test_digests_differ_between_clients_and_contents(shards: Manifest, source: Path, tmp_path: Path) -> None:
     other = write_shards(source, tmp_path / "other", "round_robin", clients=3, seed=2)
-    digests = [record.digest for made in (shards, other) for record in made.values()]
-    assert len(set(digests)) == 6
+    assert len({record.digest for made in (shards, other) for record in made.values()}) == 6
 
 
 def test_client_loader_reads_a_split_like_any_dataset(shards: Manifest) -> None:
@@ -54,18 +52,13 @@ def test_client_loader_reads_a_split_like_any_dataset(shards: Manifest) -> None:
     assert split[3][1] == labels[3]
 
 
-def test_a_split_pickles_as_its_file(shards: Manifest) -> None:
-    split = DistributedShardLoader(shards.shard_path("0")).split("test")
-    content = pickle.dumps(split)
-    assert len(content) < 1000
-    assert torch.equal(pickle.loads(content).images, split.images)  # noqa: S301
-
-
-def test_streaming_yields_the_same_samples_in_the_same_order(shards: Manifest) -> None:
+def test_a_split_pickles_as_its_file_and_streams_the_same_samples_in_the_same_order(shards: Manifest) -> None:
     path = shards.shard_path("0")
     whole = DistributedShardLoader(path).split("train")
-    stream = DistributedShardLoader(path, streaming=True).split("train")
-    streamed = list(stream)
+    content = pickle.dumps(whole)
+    assert len(content) < 1000
+    assert torch.equal(pickle.loads(content).images, whole.images)  # noqa: S301
+    streamed = list(DistributedShardLoader(path, streaming=True).split("train"))
     assert len(streamed) == len(whole)
     assert all(torch.equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(streamed, whole, strict=True))
 
@@ -123,15 +116,9 @@ print("\\n".join(sorted(paths)))
 """
 
 
-def test_a_client_opens_files_in_its_own_folder_only(shards: Manifest) -> None:
-    path = shards.shard_path("1")
+def test_a_client_opens_files_in_its_own_folder_only_and_needs_no_other(shards: Manifest, tmp_path: Path) -> None:
+    path = shards.shard_path("1").rename(tmp_path / "alone")
+    shutil.rmtree(shards.folder)
     command = [sys.executable, "-c", AUDITED, str(path)]
     opened = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     assert opened == sorted(str(path / name) for name in ["meta.json", *(f"{s}.safetensors" for s in SPLITS)])
-
-
-def test_a_shard_is_read_without_its_siblings_and_its_manifest(shards: Manifest, tmp_path: Path) -> None:
-    alone = shards.shard_path("1").rename(tmp_path / "alone")
-    for path in shards.folder.iterdir():
-        os.rename(path, tmp_path / f"gone_{path.name}")
-    assert DistributedShardLoader(alone).num_samples["train"] > 0

@@ -19,11 +19,10 @@ from flapp.data.artifact import DataError
 from flapp.data.loader import ClientLoader
 from flapp.data.offline import OfflineDataset
 from flapp.data.partition import load_partition
-from flapp.data.shards import dataset as shard_dataset
 from flapp.data.shards.build import export_artifacts, write_shards
 from flapp.data.shards.client import DistributedShardLoader
-from flapp.data.shards.manifest import Manifest, load_manifest
-from flapp.training import train
+from flapp.data.shards.leaf import CLASS_NAMES
+from flapp.data.shards.manifest import Manifest
 from tests.support.leaf_files import (
     SPLITS,
     Samples,
@@ -51,35 +50,27 @@ def test_every_sample_is_with_exactly_one_client_and_split(
     assert made.facts["totals"] == {"clients": len(made), "writers": 7, "train": 98, "val": 13, "test": 13}
 
 
-def test_round_robin_deals_sorted_writers_in_turn(shards: Manifest, samples: Samples) -> None:
+def test_who_gets_which_writer_follows_from_strategy_seed_and_file(
+    source: Path, shards: Manifest, samples: Samples, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     names = sorted(samples)
     assert writers_of(shards) == {"0": names[0::3], "1": names[1::3], "2": names[2::3]}
-
-
-def test_random_depends_on_the_seed_alone(source: Path, tmp_path: Path) -> None:
-    dealt = [
-        writers_of(write_shards(source, tmp_path / str(i), "random", clients=3, seed=seed))
-        for i, seed in enumerate([1, 1, 2])
+    drawn = [
+        write_shards(source, tmp_path / f"{i}", "random", clients=3, seed=seed) for i, seed in enumerate((1, 1, 2))
     ]
-    assert dealt[0] == dealt[1] != dealt[2]
-
-
-def test_natural_draws_writers_when_there_are_more_than_clients(
-    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    made = write_shards(source, tmp_path / "shards", "natural", clients=4, seed=3)
-    assert all(len(names) == 1 for names in writers_of(made).values())
-    assert made.facts["left_out"] == 3
+    assert writers_of(drawn[0]) == writers_of(drawn[1]) != writers_of(drawn[2])
+    fewer = write_shards(source, tmp_path / "fewer", "natural", clients=4, seed=3)
+    assert all(len(writers) == 1 for writers in writers_of(fewer).values())
+    assert fewer.facts["left_out"] == 3
     assert "3 of 7 writers go to no client" in caplog.text
-
-
-def test_manual_follows_the_file(source: Path, samples: Samples, tmp_path: Path) -> None:
-    names = sorted(samples)
     mapping = {"10": names[:2], "9": names[2:3], "hospital-a": names[3:]}
     (tmp_path / "mapping.json").write_text(json.dumps(mapping))
-    made = write_shards(source, tmp_path / "shards", "manual", mapping=tmp_path / "mapping.json")
-    assert writers_of(made) == mapping
-    assert list(made) == ["9", "10", "hospital-a"]
+    named = write_shards(source, tmp_path / "named", "manual", mapping=tmp_path / "mapping.json")
+    assert writers_of(named) == mapping
+    assert list(named) == ["9", "10", "hospital-a"]
+    assert named["hospital-a"].writers == 4
+    with pytest.raises(DataError, match="a partition counts them 0 to 2"):
+        export_artifacts(named.path, tmp_path / "femnist")
 
 
 @pytest.mark.parametrize(
@@ -134,20 +125,17 @@ def test_every_writer_is_in_each_split_in_proportion(source: Path, samples: Samp
         assert made[client].num_samples == {"train": count - sum(sizes.values()), **sizes}, name
 
 
-def test_a_writers_split_is_the_same_whichever_client_has_it(source: Path, shards: Manifest, tmp_path: Path) -> None:
+def test_a_writers_split_is_drawn_from_its_name_and_the_seed(source: Path, shards: Manifest, tmp_path: Path) -> None:
     natural = write_shards(source, tmp_path / "natural", "natural", seed=1)
     other_seed = write_shards(source, tmp_path / "other", "natural", seed=2)
     assert rows_of(natural, "test") == rows_of(shards, "test")
     assert rows_of(natural, "test") != rows_of(other_seed, "test")
-
-
-def test_writers_of_equal_size_are_cut_by_draws_of_their_own(tmp_path: Path) -> None:
-    images, labels = draw_samples(40)["f0000_00"]
-    twins = write_leaf(tmp_path / "leaf", as_leaf({"a": (images, labels), "b": (images, labels)}))
-    made = write_shards(twins, tmp_path / "shards", "natural")
-    tests = [load_file(made.shard_path(client) / "test.safetensors")["images"] for client in made]
-    assert tests[0].shape == tests[1].shape
-    assert not np.array_equal(tests[0], tests[1])
+    pair = draw_samples(40)["f0000_00"]
+    twins = write_leaf(tmp_path / "leaf", as_leaf({"a": pair, "b": pair}))
+    made = write_shards(twins, tmp_path / "shards of twins", "natural")
+    a, b = (load_file(made.shard_path(client) / "test.safetensors")["images"] for client in made)
+    assert a.shape == b.shape
+    assert not np.array_equal(a, b)
 
 
 def test_the_test_samples_of_leafs_own_split_stay_the_test_split(tmp_path: Path) -> None:
@@ -158,23 +146,21 @@ def test_the_test_samples_of_leafs_own_split_stay_the_test_split(tmp_path: Path)
     assert rows_of(made, "test") == sum((rows(*pair) for pair in held_out.values()), Counter())
     assert rows_of(made, "train", "val") == sum((rows(*pair) for pair in own.values()), Counter())
     assert [made[client].num_samples["val"] for client in made] == [2, 1]
-
-
-def test_a_client_without_training_samples_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    write_leaf(tmp_path / "leaf/train", as_leaf(draw_samples(9)), "a.json")
-    write_leaf(tmp_path / "leaf/test", as_leaf(draw_samples(9, prefix="g")), "b.json")
-    with pytest.raises(DataError, match=r"client 1 would have no training sample \(writers g0000_00\)"):
-        write_shards(tmp_path / "leaf", tmp_path / "shards", "natural")
-    assert not (tmp_path / "shards").exists()
+    write_leaf(tmp_path / "leaf/test", as_leaf(held_out | draw_samples(9, prefix="g")), "b.json")
+    with pytest.raises(DataError, match=r"client 2 would have no training sample \(writers g0000_00\)"):
+        write_shards(tmp_path / "leaf", tmp_path / "other", "natural")
+    assert not (tmp_path / "other").exists()
 
 
 def test_every_form_of_the_source_gives_the_same_shards(source: Path, samples: Samples, tmp_path: Path) -> None:
     whole = write_leaf(tmp_path / "whole", as_leaf(samples, scale=1))
     arrays = write_arrays(tmp_path / "arrays", samples)
-    made = [write_shards(s, tmp_path / f"{i}", "random", clients=3) for i, s in enumerate((source, whole, arrays))]
+    numbers = write_arrays(tmp_path / "numbers", samples, list(range(5, 12)))
+    forms = (source, whole, arrays, numbers)
+    made = [write_shards(form, tmp_path / f"{i}", "random", clients=3) for i, form in enumerate(forms)]
     assert content_of(tmp_path / "0") == content_of(tmp_path / "1")
     assert writers_of(made[0]) == writers_of(made[2])  # whose samples are in another order
-    assert rows_of(made[0], *SPLITS) == rows_of(made[2], *SPLITS)
+    assert rows_of(made[0], *SPLITS) == rows_of(made[2], *SPLITS) == rows_of(made[3], *SPLITS)
 
 
 def test_preparing_shards_needs_no_torch(source: Path, tmp_path: Path) -> None:
@@ -188,27 +174,18 @@ def test_preparing_shards_needs_no_torch(source: Path, tmp_path: Path) -> None:
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "False\n"
 
 
-def test_shards_and_the_exported_artifacts_train_the_same_model(shards: Manifest, tmp_path: Path) -> None:
+def test_the_exported_artifacts_hold_the_samples_of_the_shards(shards: Manifest, tmp_path: Path) -> None:
     path = export_artifacts(shards.path, tmp_path / "femnist")
     partition = load_partition(path)
-
-    def model_of(dataset: Any, indices: np.ndarray) -> torch.nn.Module:
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 62))
-        loader = ClientLoader(dataset, indices, batch_size=8, seed=3)
-        train(model, loader, torch.optim.SGD(model.parameters(), lr=0.1), epochs=2)
-        return model
-
     for split, artifact in (("train", "train"), ("val", "train"), ("test", "test")):
         shared = OfflineDataset(tmp_path / "femnist" / artifact)
-        assert shared.classes == shard_dataset.ShardSplit.classes
+        assert shared.classes == CLASS_NAMES
         for client in shards:
             own = DistributedShardLoader(shards.shard_path(client)).split(split)
             indices = getattr(partition, split)[int(client)]
-            assert torch.equal(shared.images[indices], own.images)
-            assert torch.equal(shared.labels[indices], own.labels)
-            a, b = model_of(own, np.arange(len(own))), model_of(shared, indices)
-            assert all(torch.equal(a.state_dict()[key], b.state_dict()[key]) for key in a.state_dict())
+            for a, b in zip(ClientLoader(own, np.arange(len(own)), 8), ClientLoader(shared, indices, 8), strict=True):
+                assert torch.equal(a[0], b[0])
+                assert torch.equal(a[1], b[1])
     assert partition.requested.tolist() == [list(shards[client].label_hist) for client in shards]
     assert sum(map(len, partition.train)) == shards.facts["totals"]["train"]
 
@@ -219,14 +196,6 @@ def test_a_shard_that_is_not_the_manifests_is_not_exported(source: Path, shards:
     os.rename(other.shard_path("1"), shards.folder / "client_1")
     with pytest.raises(DataError, match="is not the shard that"):
         export_artifacts(shards.path, tmp_path / "femnist")
-
-
-def test_named_clients_cannot_be_exported_as_a_partition(source: Path, samples: Samples, tmp_path: Path) -> None:
-    (tmp_path / "mapping.json").write_text(json.dumps({"a": sorted(samples)}))
-    made = write_shards(source, tmp_path / "shards", "manual", mapping=tmp_path / "mapping.json")
-    assert load_manifest(made.folder)["a"].writers == 7
-    with pytest.raises(DataError, match="a partition counts them 0 to 0"):
-        export_artifacts(made.path, tmp_path / "femnist")
 
 
 def test_an_export_leaves_no_partition_of_other_samples_behind(source: Path, tmp_path: Path) -> None:
@@ -277,29 +246,28 @@ def test_a_second_run_keeps_whole_shards_and_writes_damaged_ones_again(source: P
 
 
 @pytest.mark.parametrize(
-    "settings", [{"clients": 3, "seed": 2}, {"clients": 2, "seed": 1}, {"clients": 3, "seed": 1, "val_fraction": 0.2}]
+    "settings", [{"seed": 2}, {"clients": 2}, {"val_fraction": 0.2}, {"source": "changed"}, {"manifest": "gone"}]
 )
-def test_shards_of_other_settings_are_kept_unless_overwrite_is_set(
-    source: Path, shards: Manifest, tmp_path: Path, settings: dict[str, Any]
+def test_shards_from_elsewhere_are_kept_unless_overwrite_is_set(
+    source: Path, samples: Samples, shards: Manifest, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
+    arguments: dict[str, Any] = {"source": source, "strategy": "round_robin", "clients": 3, "seed": 1} | settings
+    refusal = r"comes from another source.*overwrite=true"
+    if arguments.pop("manifest", None):
+        shards.path.unlink()
+        refusal = r"no manifest at .*tools\.prepare_data .*overwrite=true"
+    if arguments["source"] == "changed":
+        name = sorted(samples)[0]
+        images = samples[name][0].copy()
+        images[0, 0] ^= 255
+        arguments["source"] = write_leaf(tmp_path / "leaf", as_leaf(samples | {name: (images, samples[name][1])}))
     before = content_of(shards.folder)
-    with pytest.raises(DataError, match="overwrite=true"):
-        write_shards(source, shards.folder, "round_robin", **settings)
+    with pytest.raises(DataError, match=refusal):
+        write_shards(out=shards.folder, **arguments)
     assert content_of(shards.folder) == before
-    write_shards(source, shards.folder, "round_robin", overwrite=True, **settings)
-    write_shards(source, tmp_path / "fresh", "round_robin", **settings)
+    write_shards(out=shards.folder, overwrite=True, **arguments)
+    write_shards(out=tmp_path / "fresh", **arguments)
     assert content_of(shards.folder) == content_of(tmp_path / "fresh")
-
-
-def test_shards_without_a_manifest_of_this_format_are_kept_unless_overwrite_is_set(
-    source: Path, shards: Manifest
-) -> None:
-    before = content_of(shards.folder)
-    shards.path.unlink()
-    with pytest.raises(DataError, match=r"no manifest at .*tools\.prepare_data .*overwrite=true"):
-        write_shards(source, shards.folder, "round_robin", clients=3, seed=1)
-    write_shards(source, shards.folder, "round_robin", clients=3, seed=1, overwrite=True)
-    assert content_of(shards.folder) == before
 
 
 def test_a_folder_with_other_files_is_not_replaced(source: Path, shards: Manifest) -> None:
@@ -307,15 +275,6 @@ def test_a_folder_with_other_files_is_not_replaced(source: Path, shards: Manifes
     with pytest.raises(DataError, match=r"thesis\.tex is not a shard's: move it away"):
         write_shards(source, shards.folder, "natural", overwrite=True)
     assert (shards.folder / "thesis.tex").exists()
-
-
-def test_a_source_that_changed_is_noticed(samples: Samples, shards: Manifest, tmp_path: Path) -> None:
-    name = sorted(samples)[0]
-    images = samples[name][0].copy()
-    images[0, 0] ^= 255
-    changed = write_leaf(tmp_path / "changed", as_leaf(samples | {name: (images, samples[name][1])}))
-    with pytest.raises(DataError, match=r"comes from another source.*overwrite=true"):
-        write_shards(changed, shards.folder, "round_robin", clients=3, seed=1)
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written_or_removed(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torchvision.models.vision_transformer import VisionTransformer
 
 from flapp.files import sha256_of_file
-from flapp.model.adapter_files import Adapter, export_adapter, export_merged, import_adapter
+from flapp.model.adapter_files import export_adapter, export_merged, import_adapter
 from flapp.model.build import build_model
 from flapp.model.lora import add_lora, head_of, lora_state_dict, mark_only_lora_as_trainable
 from flapp.model.pretrained import load_pretrained
@@ -44,7 +44,7 @@ def test_an_adapter_of_pefts_is_where_training_starts(name: str, targets: tuple[
     theirs.save_pretrained(str(tmp_path))  # type: ignore[operator]
     model = adapted(name, targets)
     frozen = frozen_of(model)
-    assert import_adapter(model, tmp_path) == Adapter("", 2, 6.0)
+    import_adapter(model, tmp_path)
     torch.testing.assert_close(logits(model, name), logits(theirs, name), atol=1e-5, rtol=1e-5)
     assert all(torch.equal(tensor, frozen[key]) for key, tensor in frozen_of(model).items())
 
@@ -53,7 +53,7 @@ def test_an_exported_adapter_comes_back_bit_for_bit_and_is_always_the_same_bytes
     model, again = steps(adapted(dropout=0.1), n=2), adapted()
     for folder in ("a", "b"):
         export_adapter(model, tmp_path / folder, "base")
-    assert import_adapter(again, tmp_path / "a") == Adapter("base", 2, 6.0)
+    import_adapter(again, tmp_path / "a")
     assert all(torch.equal(tensor, lora_state_dict(model)[key]) for key, tensor in lora_state_dict(again).items())
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
@@ -144,11 +144,8 @@ def test_torchvision_loads_a_merged_model_and_gives_the_same_logits(tmp_path: Pa
     ours = build_model("vit_tiny", (8, 8, 3), 5)
     assert load_pretrained(ours, path).head_loaded
     torch.testing.assert_close(logits(ours), logits(model), atol=1e-4, rtol=1e-4)
-
-
-def test_a_merged_cnn_keeps_its_plain_names(tmp_path: Path) -> None:
-    model = steps(adapted("cnn", ("fc1",)), "cnn", 3)
-    export_merged(model, tmp_path / "merged.safetensors")
+    cnn = steps(adapted("cnn", ("fc1",)), "cnn", 3)
+    export_merged(cnn, path)
     plain = base("cnn")
-    plain.load_state_dict(load_file(tmp_path / "merged.safetensors"))
-    torch.testing.assert_close(logits(plain, "cnn"), logits(model, "cnn"), atol=1e-4, rtol=1e-4)
+    plain.load_state_dict(load_file(path))
+    torch.testing.assert_close(logits(plain, "cnn"), logits(cnn, "cnn"), atol=1e-4, rtol=1e-4)

@@ -4,33 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from torchvision.models.vision_transformer import VisionTransformer
 
 from flapp.model.build import build_model
-from flapp.model.files import load_tensors, save_tensors
-from flapp.model.layout import SIZES
+from flapp.model.files import load_tensors, read_tensors, save_tensors
 from flapp.training import build_optimizer, loss_of
 
 MODELS = {"vit_tiny": ((32, 32, 1), 10), "cnn": ((28, 28, 1), 62), "linear": ((10,), 0)}
-
-
-@pytest.mark.parametrize("name", ["vit_tiny", "vit_s_16"])
-def test_our_vit_gives_torchvisions_logits(name: str) -> None:
-    size = 32 if name == "vit_tiny" else 64
-    patch, layers, heads, width, mlp = SIZES[name]
-    torch.manual_seed(0)
-    theirs = VisionTransformer(size, patch, layers, heads, width, mlp, num_classes=7).eval()
-    nn.init.normal_(theirs.heads.head.weight, std=0.1)
-    ours = build_model(name, (size, size, 3), 7).eval()
-    renamed = {
-        key.replace("self_attention.in_proj_", "self_attention.qkv.").replace("attention.out_proj", "attention.proj"): v
-        for key, v in theirs.state_dict().items()
-    }
-    ours.load_state_dict(renamed)
-    images = torch.randn(3, 3, size, size)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -60,32 +39,34 @@ def test_dropout_is_off_in_eval() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "classes", "message"),
+    ("name", "shape", "message"),
     [
-        ("vit_tiny", (30, 30, 1), 10, "4-pixel patches, which do not divide 30"),
-        ("cnn", (10,), 10, "classifies images of shape"),
-        ("resnet", (32, 32, 3), 10, "model.name=resnet is not known: choose one of cnn, linear"),
+        ("vit_tiny", (30, 30, 1), "4-pixel patches, which do not divide 30"),
+        ("cnn", (10,), "classifies images of shape"),
+        ("resnet", (32, 32, 3), "model.name=resnet is not known: choose one of cnn, linear"),
     ],
 )
-def test_a_model_that_cannot_be_built_says_why(name: str, shape: tuple[int, ...], classes: int, message: str) -> None:
+def test_a_model_that_cannot_be_built_says_why(name: str, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_model(name, shape, classes)
+        build_model(name, shape, 10)
 
 
 def test_a_saved_model_reads_back_bit_for_bit_and_has_one_digest(tmp_path: Path) -> None:
     state = {
-        "a": torch.randn(3, 4),
+        "a": torch.randn(3, 5),
         "b": torch.tensor(7),
         "c": torch.randn(5).bfloat16(),
         "d": torch.randn(4, 3).t(),
         "e": torch.empty(0, 2),
-        "f": torch.tensor([True, False]),
+        "f": torch.tensor([True, False, True]),
     }
     digests = {save_tensors(state, tmp_path / f"{i}.safetensors", model="x", classes=3, shape=[1]) for i in range(5)}
     assert len(digests) == 1
-    tensors, facts = load_tensors(tmp_path / "0.safetensors")
-    assert facts["model"] == "x"
-    assert all(torch.equal(tensors[k], v) and tensors[k].dtype == v.dtype for k, v in state.items())
+    for read in (load_tensors, read_tensors):
+        tensors, facts = read(tmp_path / "0.safetensors")
+        assert facts["model"] == "x"
+        assert all(torch.equal(tensors[k], v) and tensors[k].dtype == v.dtype for k, v in state.items())
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors.values())  # those of read_tensors are aligned
     assert not list(tmp_path.glob("*.tmp"))
 
 

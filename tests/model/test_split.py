@@ -1,6 +1,7 @@
 """Split models: the components are the whole model bit for bit, and load without it."""
 
 import itertools
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -41,11 +42,36 @@ def test_a_model_of_six_layers_is_its_components_at_every_legal_pair(
         assert torch.equal(compose(loaded, inputs), expected), (p1, p2)
 
 
-def test_a_vit_b_16_is_its_components(tmp_path: Path) -> None:
-    expected = write_vit(tmp_path / "vit_b_16.safetensors", "vit_b_16")(draw_images())
-    made = create("vit", tmp_path / "vit_b_16.safetensors", 2, 10, storage_path=tmp_path, auto_save=True)
+PEAK = """
+import re, sys
+from flapp.model.split import vit
+from flapp.model.split.factory import ModelFactory
+def status(key):
+    return int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
+before = status("VmRSS")
+(model,) = ModelFactory.load_split_models(sys.argv[1], components=["bottom"])
+print(status("VmHWM") - before)
+"""
+
+
+def test_a_vit_of_twelve_layers_is_its_components_and_each_takes_little_memory(tmp_path: Path) -> None:
+    whole = write_vit(tmp_path / "vit_s_16.safetensors", "vit_s_16")
+    expected = whole(draw_images())
+    made = create("vit", tmp_path / "vit_s_16.safetensors", 2, 10, storage_path=tmp_path, auto_save=True)
     for models in (made, ModelFactory.load_split_models(tmp_path)):
         assert torch.equal(compose(models, draw_images()), expected)
+    bottom, trunk, top = made
+    expected.square().sum().backward()
+    top(trunk(bottom(draw_images()))).square().sum().backward()
+    gradients = {name: parameter.grad for name, parameter in whole.named_parameters()}
+    for model in made:
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            assert torch.equal(parameter.grad, gradients[name]), name
+    found = subprocess.run([sys.executable, "-c", PEAK, tmp_path], check=True, capture_output=True, text=True)
+    least, size = (sum(p.nbytes for p in model.parameters()) for model in (bottom, whole))
+    assert least < int(found.stdout) < size / 2
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -66,18 +92,6 @@ def test_a_gpt2_of_twelve_layers_is_its_components_with_masks_and_positions_too(
                 assert torch.equal(compose(models, ids, **also), whole(ids, **also, use_cache=cache).logits)
 
 
-def test_gradients_through_the_components_are_the_whole_models(tmp_path: Path) -> None:
-    whole = write_vit(tmp_path / "x.safetensors")
-    bottom, trunk, top = create("vit", tmp_path / "x.safetensors")
-    whole(draw_images()).square().sum().backward()
-    top(trunk(bottom(draw_images()))).square().sum().backward()
-    expected = dict(whole.named_parameters())
-    for model in (bottom, trunk, top):
-        for name, parameter in model.named_parameters():
-            assert parameter.grad is not None
-            assert torch.equal(parameter.grad, expected[name].grad), name
-
-
 def test_a_vit_keeps_the_dropout_it_was_trained_with(tmp_path: Path) -> None:
     write_vit(tmp_path / "x.safetensors", dropout=0.5)
     create("vit", tmp_path / "x.safetensors", dropout=0.5, storage_path=tmp_path, auto_save=True)
@@ -88,88 +102,69 @@ def test_a_vit_keeps_the_dropout_it_was_trained_with(tmp_path: Path) -> None:
         assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.5}
 
 
-def test_the_tied_embedding_is_counted_once_and_named_once(tmp_path: Path) -> None:
-    whole = write_gpt2(tmp_path / "g")
-    create("gpt2", tmp_path / "g", 2, 4, storage_path=tmp_path, auto_save=True)
-    files = [StorageManager.get_split_model_path(tmp_path, "g", 2, 4, component) for component in COMPONENTS]
-    metadata = [read_metadata(file) for file in files]
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    """Return a GPT-2 and the folder in which it is stored split at 2 and 4, which no test may change."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    whole = write_gpt2(folder / "g")
+    create("gpt2", folder / "g", 2, 4, storage_path=folder / "split", auto_save=True)
+    return whole, folder / "split"
+
+
+def places_of(folder: Path) -> list[Path]:
+    return [StorageManager.get_split_model_path(folder, "g", 2, 4, component) for component in COMPONENTS]
+
+
+def test_the_tied_embedding_is_counted_once_and_named_once(gpt2: tuple[nn.Module, Path]) -> None:
+    whole, folder = gpt2
+    metadata = [read_metadata(file) for file in places_of(folder)]
     tied = {key: source for found in metadata for key, source in found.tied.items()}
     assert tied == {"lm_head.weight": "bottom:transformer.wte.weight"}
     count = sum(parameter.numel() for parameter in whole.parameters())
     assert sum(found.num_parameters for found in metadata) == count
-    stored = {f"{c}:{key}": t for c, file in zip(COMPONENTS, files, strict=True) for key, t in load_file(file).items()}
-    assert torch.equal(stored["top:lm_head.weight"], stored["bottom:transformer.wte.weight"])
-    assert sum(t.numel() for key, t in stored.items() if key.partition(":")[2] not in tied) == count
+    bottom, trunk, top = map(load_file, places_of(folder))
+    assert torch.equal(top.pop("lm_head.weight"), bottom["transformer.wte.weight"])
+    assert sum(t.numel() for part in (bottom, trunk, top) for t in part.values()) == count
 
 
-def test_an_untied_head_is_stored_as_its_own(tmp_path: Path) -> None:
-    whole = write_gpt2(tmp_path / "g", tie_word_embeddings=False)
+def test_an_untied_head_is_stored_as_its_own_and_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
+    whole = write_gpt2(tmp_path / "g", dtype=torch.bfloat16, tie_word_embeddings=False)
     create("gpt2", tmp_path / "g", 2, 4, storage_path=tmp_path, auto_save=True)
     models = ModelFactory.load_split_models(tmp_path)
     assert not any(model.tied for model in models)
     assert sum(p.numel() for m in models for p in m.parameters()) == sum(p.numel() for p in whole.parameters())
-    assert torch.equal(compose(models, draw_ids()), whole(draw_ids()).logits)
-
-
-def test_tied_parameters_are_one_where_bottom_and_top_are_together(tmp_path: Path) -> None:
-    write_gpt2(tmp_path / "g")
-    made = create("gpt2", tmp_path / "g", 2, 4, storage_path=tmp_path, auto_save=True)
-    for bottom, _, top in (made, ModelFactory.load_split_models(tmp_path)):
-        assert top.get_parameter("lm_head.weight") is bottom.get_parameter("transformer.wte.weight")
-    (top,) = ModelFactory.load_split_models(tmp_path, components=["top"])
-    with torch.no_grad():
-        top.get_parameter("lm_head.weight").add_(1)
-    top.save_split_model(StorageManager.get_split_model_path(tmp_path, "g", 2, 4, "top"), overwrite=True)
-    with pytest.raises(ValueError, match=r"lm_head.weight of top differs from bottom:transformer.wte.weight"):
-        ModelFactory.load_split_models(tmp_path)
-
-
-def test_each_component_loads_alone(tmp_path: Path) -> None:
-    expected = write_gpt2(tmp_path / "g")(draw_ids()).logits
-    create("gpt2", tmp_path / "g", 2, 4, storage_path=tmp_path / "all", auto_save=True)
-    hidden = draw_ids()
-    for component in COMPONENTS:
-        path = StorageManager.get_split_model_path(tmp_path / "all", "g", 2, 4, component)
-        for file in (path, StorageManager.get_model_metadata_path(path)):
-            (tmp_path / component).mkdir(exist_ok=True)
-            file.rename(tmp_path / component / file.name)
-        with torch.no_grad():
-            hidden = ModelFactory.load_component(tmp_path / component / path.name)(hidden)
-    assert torch.equal(hidden, expected)
-
-
-PEAK = """
-import re, sys
-from flapp.model.split.factory import ModelFactory
-from flapp.model.split import gpt2 as split_gpt2
-def status(key):
-    return int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
-before = status("VmRSS")
-(model,) = ModelFactory.load_split_models(sys.argv[1], components=["bottom"])
-print(status("VmHWM") - before)
-"""
-
-
-def test_loading_the_bottom_of_a_gpt2_takes_less_than_half_of_the_whole(tmp_path: Path) -> None:
-    sizes = {"n_embd": 256, "vocab_size": 12000, "n_positions": 256}
-    whole = write_gpt2(tmp_path / "g", 12, **sizes)
-    size = sum(p.nbytes for p in whole.parameters())
-    bottom, _, _ = create("gpt2", tmp_path / "g", 2, 10, storage_path=tmp_path, auto_save=True)
-    least = sum(p.nbytes for p in bottom.parameters())
-    found = subprocess.run([sys.executable, "-c", PEAK, tmp_path], check=True, capture_output=True, text=True)
-    assert least < int(found.stdout) < size / 2
-
-
-def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
-    whole = write_gpt2(tmp_path / "g", dtype=torch.bfloat16)
-    create("gpt2", tmp_path / "g", 2, 4, storage_path=tmp_path, auto_save=True)
-    models = ModelFactory.load_split_models(tmp_path)
     assert {p.dtype for m in models for p in m.parameters()} == {torch.bfloat16}
     assert torch.equal(compose(models, draw_ids()), whole(draw_ids()).logits)
-    found = read_metadata(StorageManager.get_split_model_path(tmp_path, "g", 2, 4, "trunk"))
+    found = read_metadata(places_of(tmp_path)[1])
     assert found.dtype == "bfloat16"
     assert found.memory_mb == found.num_parameters * 2 / 2**20
+
+
+def test_tied_parameters_are_one_where_bottom_and_top_are_together(
+    gpt2: tuple[nn.Module, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(gpt2[1], tmp_path / "split")
+    made = create("gpt2", gpt2[1].parent / "g", 2, 4)
+    for bottom, _, top in (made, ModelFactory.load_split_models(folder)):
+        assert top.get_parameter("lm_head.weight") is bottom.get_parameter("transformer.wte.weight")
+    (top,) = ModelFactory.load_split_models(folder, components=["top"])
+    with torch.no_grad():
+        top.get_parameter("lm_head.weight").add_(1)
+    top.save_split_model(places_of(folder)[2], overwrite=True)
+    with pytest.raises(ValueError, match=r"lm_head.weight of top differs from bottom:transformer.wte.weight"):
+        ModelFactory.load_split_models(folder)
+
+
+def test_each_component_loads_alone(gpt2: tuple[nn.Module, Path], tmp_path: Path) -> None:
+    hidden = draw_ids()
+    for path in places_of(gpt2[1]):
+        alone = tmp_path / path.parent.name
+        alone.mkdir()
+        for file in (path, StorageManager.get_model_metadata_path(path)):
+            shutil.copy(file, alone)
+        with torch.no_grad():
+            hidden = ModelFactory.load_component(alone / path.name)(hidden)
+    assert torch.equal(hidden, gpt2[0](draw_ids()).logits)
 
 
 @pytest.mark.parametrize("points", [(0, 1), (1, 1), (2, 1), (1, 3), (2, 3), (-1, 2), (1, 30), (True, 2), (1.0, 2)])

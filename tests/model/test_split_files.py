@@ -4,8 +4,11 @@ import errno
 import json
 import os
 import re
-from contextlib import nullcontext
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flapp.files import sha256_of_file
-from flapp.model.files import read_tensors, save_tensors
 from flapp.model.split.factory import ModelFactory
 from flapp.model.split.files import COMPONENTS, StorageManager, read_metadata
 from tests.support.full_disk import largest_file
-from tests.support.split_models import compose, draw_images, refusal, write_vit
+from tests.support.leaf_files import flip
+from tests.support.split_models import refusal, write_vit
 
 FIELDS = {
     *("model_class", "component", "start_layer", "end_layer", "num_layers", "num_parameters", "memory_mb", "config"),
@@ -25,18 +28,33 @@ FIELDS = {
 }
 
 
-def store(base: Path, seed: int = 0, name: str = "x", overwrite: bool = True) -> str:
-    """Store a ViT of this seed split at 1 and 2, and return the digest that names it."""
-    path = base.parent / f"seed{seed}.safetensors"
-    write_vit(path, seed=seed)
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Return the files of three ViTs."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed in range(3):
+        write_vit(folder / f"seed{seed}.safetensors", seed=seed)
+    return sorted(folder.iterdir())
+
+
+def store(base: Path, model: Path, name: str = "x", overwrite: bool = True) -> str:
+    """Store a model split at 1 and 2, and return the digest that names it."""
     options = {"name": name, "storage_path": base, "auto_save": True, "overwrite": overwrite}
-    return ModelFactory.create_split_models("vit", path, 1, 2, **options)[0].part.model_sha256
+    return ModelFactory.create_split_models("vit", model, 1, 2, **options)[0].part.model_sha256
 
 
-def store_over(base: Path) -> None:
-    """Store the model of seed 1, whose own file is there already, split where another may be."""
-    options = {"name": "x", "storage_path": base, "auto_save": True, "overwrite": True}
-    ModelFactory.create_split_models("vit", base.parent / "seed1.safetensors", 1, 2, **options)
+@pytest.fixture(scope="module")
+def stored(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with one split model, which no test may change."""
+    base = tmp_path_factory.mktemp("stored") / "split"
+    store(base, models[0])
+    return base
+
+
+@pytest.fixture
+def base(stored: Path, tmp_path: Path) -> Path:
+    """Return a copy of that folder."""
+    return shutil.copytree(stored, tmp_path / "split")
 
 
 def pair(base: Path, component: str = "trunk", name: str = "x") -> tuple[Path, Path]:
@@ -54,26 +72,13 @@ def check_refused(base: Path, message: str) -> None:
     assert refusal(caught.value)
 
 
-@pytest.fixture(autouse=True)
-def _second_model(tmp_path: Path) -> None:
-    write_vit(tmp_path / "seed1.safetensors", seed=1)
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    """Return a folder with one split model."""
-    store(tmp_path / "split")
-    return tmp_path / "split"
-
-
-def test_files_lie_and_are_named_as_documented(base: Path) -> None:
-    expected = {f"{c}/x_1-2_{c}{end}" for c in COMPONENTS for end in (".safetensors", "_metadata.json")}
-    assert set(files_in(base)) == expected
+def test_files_and_fields_are_as_documented_and_true(base: Path, models: list[Path]) -> None:
+    ends = (".safetensors", "_metadata.json")
+    assert set(files_in(base)) == {f"{c}/x_1-2_{c}{end}" for c in COMPONENTS for end in ends}
     assert StorageManager.find_splits(base) == [("x", 1, 2)]
-
-
-def test_metadata_has_every_field_and_each_is_true(base: Path) -> None:
-    whole = load_file(base.parent / "seed0.safetensors")
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+    assert not [field for field in FIELDS if f"`{field}`" not in page.partition("## Split files")[2]]
+    whole = load_file(models[0])
     total, start = 0, 0
     for component, name in zip(COMPONENTS, ("ViTBottom", "ViTTrunk", "ViTTop"), strict=True):
         weights, where = pair(base, component)
@@ -87,41 +92,33 @@ def test_metadata_has_every_field_and_each_is_true(base: Path) -> None:
         assert found["memory_mb"] == sum(t.nbytes for t in tensors.values()) / 2**20
         assert (found["dtype"], found["tied"], found["split_points"]) == ("float32", {}, [1, 2])
         assert found["sha256"] == sha256_of_file(weights)
-        assert found["model_sha256"] == sha256_of_file(base.parent / "seed0.safetensors")
-        assert timedelta(0) <= datetime.now(UTC) - datetime.fromisoformat(found["saved_at"]) < timedelta(minutes=5)
+        assert found["model_sha256"] == sha256_of_file(models[0])
+        assert timedelta(0) <= datetime.now(UTC) - datetime.fromisoformat(found["saved_at"]) < timedelta(minutes=30)
         assert found["saved_at"].endswith("+00:00")
         assert (found["config"]["image_size"], found["config"]["heads"]) == (32, 4)
         total, start = total + found["num_parameters"], start + 1
     assert total == sum(t.numel() for t in whole.values())
 
 
-def test_the_page_of_formats_names_every_field() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
-    assert not [field for field in FIELDS if f"`{field}`" not in page.partition("## Split files")[2]]
+def weights_in(base: Path) -> dict[str, bytes]:
+    return {name: content for name, content in files_in(base).items() if name.endswith(".safetensors")}
 
 
-def test_the_same_component_is_always_the_same_bytes(base: Path) -> None:
-    before = files_in(base)
-    store(base)
-    assert {k: v for k, v in files_in(base).items() if "metadata" not in k} == {
-        k: v for k, v in before.items() if "metadata" not in k
-    }
-
-
-def test_existing_files_are_not_replaced_unless_asked(base: Path) -> None:
-    before = files_in(base)
+def test_existing_files_are_replaced_only_if_asked_and_the_same_model_is_the_same_bytes(
+    base: Path, models: list[Path]
+) -> None:
+    before, weights = files_in(base), weights_in(base)
     with pytest.raises(ValueError, match=r"x_1-2_bottom.safetensors exists already: set overwrite") as caught:
-        store(base, seed=1, overwrite=False)
+        store(base, models[1], overwrite=False)
     assert refusal(caught.value)
     (bottom,) = ModelFactory.load_split_models(base, components=["bottom"])
     with pytest.raises(ValueError, match="exists already"):
         bottom.save_split_model(pair(base, "bottom")[0])
     assert files_in(base) == before
-    store(base, seed=1)
-    assert torch.equal(
-        compose(ModelFactory.load_split_models(base), draw_images()),
-        write_vit(base.parent / "again.safetensors", seed=1)(draw_images()),
-    )
+    assert store(base, models[1]) == sha256_of_file(models[1])
+    assert weights_in(base) != weights
+    store(base, models[0])
+    assert weights_in(base) == weights
 
 
 def test_a_component_is_saved_alone_where_one_likes(base: Path, tmp_path: Path) -> None:
@@ -136,13 +133,54 @@ def test_a_component_is_saved_alone_where_one_likes(base: Path, tmp_path: Path) 
         top.save_split_model(tmp_path / "mine.safetensors", save_metadata=False)
 
 
-@pytest.mark.parametrize("place", [10, 2000, -1])
-def test_a_flipped_bit_in_the_weights_is_refused(base: Path, place: int) -> None:
-    weights, _ = pair(base)
-    damaged = bytearray(weights.read_bytes())
-    damaged[place] ^= 1
-    weights.write_bytes(damaged)
-    check_refused(base, r"x_1-2_trunk.safetensors has SHA-256 \w{12}, x_1-2_trunk_metadata.json says \w{12}: one of")
+def flip_trunk(at: int, base: Path) -> None:
+    flip(pair(base)[0], at)
+
+
+def foreign(base: Path) -> None:
+    """Let another program have written the weights."""
+    weights, where = pair(base)
+    save_file(load_file(weights), weights)
+    where.write_text(re.sub(r'"sha256": "\w+"', f'"sha256": "{sha256_of_file(weights)}"', where.read_text()))
+
+
+def rename_top(base: Path) -> None:
+    for top, trunk in zip(pair(base, "top"), pair(base, "trunk"), strict=True):
+        os.replace(top, trunk)
+
+
+def write_metadata(text: str) -> Callable[[Path], object]:
+    return lambda base: pair(base)[1].write_text(text)
+
+
+def change_metadata(**values: object) -> Callable[[Path], object]:
+    return lambda base: pair(base)[1].write_text(json.dumps(json.loads(pair(base)[1].read_text()) | values))
+
+
+OTHER_SHA256 = r"x_1-2_trunk.safetensors has SHA-256 \w{12}, x_1-2_trunk_metadata.json says \w{12}: one of"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        *((partial(flip_trunk, at), OTHER_SHA256) for at in (10, 2000, -1)),
+        (write_metadata(""), "is damaged"),
+        (write_metadata("[]"), "is damaged"),
+        (write_metadata('{"name": "x"}'), "is damaged .format_version: Field required"),
+        (lambda base: pair(base)[1].unlink(), "weights need their metadata"),
+        (change_metadata(num_layers="3"), "num_layers: Input should be a valid integer"),
+        (change_metadata(more=1), "more: Unexpected keyword argument"),
+        (
+            lambda base: pair(base)[0].unlink(),
+            r"trunk/x_1-2_trunk.safetensors cannot be read .*: this component is mis",
+        ),
+        (rename_top, "x_1-2_trunk.safetensors holds the top of x split at 1-2"),
+        (foreign, "has no flapp header of format 1"),
+    ],
+)
+def test_damaged_or_foreign_files_are_refused(base: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(base)
+    check_refused(base, message)
 
 
 def other(value: object) -> object:
@@ -166,29 +204,9 @@ def test_a_changed_field_of_the_metadata_is_refused(base: Path, field: str) -> N
     check_refused(base, message.get(field, f"x_1-2_trunk_metadata.json says {field}=.*, its weights were saved with"))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("", "is damaged"),
-        ("[]", "is damaged"),
-        ('{"name": "x"}', "is damaged .format_version: Field required"),
-        (None, "weights need their metadata"),
-        ({"num_layers": "3"}, "num_layers: Input should be a valid integer"),
-        ({"more": 1}, "more: Unexpected keyword argument"),
-    ],
-)
-def test_metadata_that_is_none_is_refused(base: Path, change: str | dict[str, object] | None, message: str) -> None:
-    _, where = pair(base)
-    found = json.loads(where.read_text())
-    where.unlink()
-    if change is not None:
-        where.write_text(json.dumps(found | change) if isinstance(change, dict) else change)
-    check_refused(base, message)
-
-
-def test_components_of_different_models_are_not_mixed(base: Path) -> None:
+def test_components_of_different_models_are_not_mixed(base: Path, models: list[Path]) -> None:
     others = base.parent / "others"
-    store(others, seed=1)
+    store(others, models[1])
     for mine, theirs in zip(pair(base), pair(others), strict=True):
         mine.write_bytes(theirs.read_bytes())
     check_refused(base, "bottom and trunk of x are of different models")
@@ -209,17 +227,6 @@ def test_components_of_different_splits_are_not_mixed(tmp_path: Path, monkeypatc
         ModelFactory.load_split_models(tmp_path, "six", 1, 2)
 
 
-def test_a_component_under_anothers_name_is_refused(base: Path) -> None:
-    for top, trunk in zip(pair(base, "top"), pair(base, "trunk"), strict=True):
-        os.replace(top, trunk)
-    check_refused(base, "x_1-2_trunk.safetensors holds the top of x split at 1-2")
-
-
-def test_a_missing_component_is_named(base: Path) -> None:
-    pair(base, "top")[0].unlink()
-    check_refused(base, r"top/x_1-2_top.safetensors cannot be read .*: this component is missing")
-
-
 def test_an_unknown_component_and_a_name_that_is_none_are_refused(base: Path) -> None:
     with pytest.raises(ValueError, match="component=middle is not known: choose one of bottom, trunk, top"):
         ModelFactory.load_split_models(base, components=["middle"])
@@ -230,8 +237,8 @@ def test_an_unknown_component_and_a_name_that_is_none_are_refused(base: Path) ->
             StorageManager.get_split_model_path(base, name, 1, 2, "top")
 
 
-def test_one_says_which_split_is_meant_where_there_are_several(base: Path) -> None:
-    store(base, seed=1, name="y")
+def test_one_says_which_split_is_meant_where_there_are_several(base: Path, models: list[Path]) -> None:
+    store(base, models[1], name="y")
     check_refused(base, r"has x 1-2, y 1-2: 2 splits fit name=None, points None and None; give those of one")
     assert ModelFactory.load_split_models(base, "y")[0].part.name == "y"
     with pytest.raises(ValueError, match=r"has x 1-2, y 1-2: none fits name=z"):
@@ -260,104 +267,74 @@ STAGED = 6  # renames and pairs of fsyncs before the first file of the split is 
 
 @pytest.mark.parametrize("rename", range(STAGED + 7))
 def test_a_crash_at_any_rename_leaves_the_old_split_the_new_one_or_one_that_is_refused(
-    base: Path, monkeypatch: pytest.MonkeyPatch, rename: int
+    base: Path, models: list[Path], monkeypatch: pytest.MonkeyPatch, rename: int
 ) -> None:
-    old = read_metadata(pair(base)[0]).model_sha256
+    old, new = sha256_of_file(models[0]), sha256_of_file(models[1])
     with monkeypatch.context() as patch:
         cut_power_at(rename, patch)
         with pytest.raises(PowerCut) if rename < STAGED + 6 else nullcontext():
-            store_over(base)
-    new = sha256_of_file(base.parent / "seed1.safetensors")
+            store(base, models[1])
     if STAGED < rename < STAGED + 6:
         check_refused(base, r"x_1-2_\w+.safetensors has SHA-256 \w{12}, x_1-2_\w+_metadata.json says \w{12}: one of")
     else:
         found = {model.part.model_sha256 for model in ModelFactory.load_split_models(base)}
         assert found == {old if rename <= STAGED else new}
-    store(base, seed=2)
-    assert ModelFactory.load_split_models(base)[0].part.model_sha256 not in (old, new)
+    again = store(base, models[2])
+    assert ModelFactory.load_split_models(base)[0].part.model_sha256 == again
     assert not [name for name in files_in(base) if ".tmp" in name]
 
 
 def test_a_crash_of_a_first_save_is_refused_until_it_is_stored_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, models: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = tmp_path / "split"
     with monkeypatch.context() as patch:
         cut_power_at(STAGED + 3, patch)
         with pytest.raises(PowerCut):
-            store_over(base)
-    check_refused(base, "x_1-2_bottom_metadata.json cannot be read .*: weights need their metadata")
-    store_over(base)
-    ModelFactory.load_split_models(base)
+            store(tmp_path, models[1])
+    check_refused(tmp_path, "x_1-2_bottom_metadata.json cannot be read .*: weights need their metadata")
+    store(tmp_path, models[1])
+    ModelFactory.load_split_models(tmp_path)
 
 
-@pytest.mark.parametrize("size", [300, 100_000, 150_000])
-def test_a_full_disk_leaves_all_old_files_as_they_were(base: Path, size: int) -> None:
-    before = files_in(base)
-    with largest_file(size), pytest.raises(ValueError, match="cannot be written .*free space") as caught:
-        store_over(base)
-    assert refusal(caught.value)
-    assert files_in(base) == before
-    store_over(base)
-    ModelFactory.load_split_models(base)
-
-
-def fail_at(sync: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def failing_sync(number: int) -> Iterator[None]:
     """Let the disk be full at the fsync with this number."""
-    left, fsync = iter(range(sync)), os.fsync
+    left, fsync = iter(range(number)), os.fsync
 
     def fail(descriptor: int) -> None:
         if next(left, None) is None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        yield
 
 
-@pytest.mark.parametrize("sync", range(2 * STAGED))
-def test_a_disk_that_fills_up_at_any_file_leaves_all_old_files_as_they_were(
-    base: Path, monkeypatch: pytest.MonkeyPatch, sync: int
+FULL = [*(partial(largest_file, n) for n in (300, 100_000, 150_000)), *(partial(failing_sync, n) for n in range(12))]
+
+
+@pytest.mark.parametrize("full_disk", FULL)
+def test_a_full_disk_leaves_all_old_files_as_they_were(
+    base: Path, models: list[Path], full_disk: Callable[[], AbstractContextManager[None]]
 ) -> None:
     before = files_in(base)
-    with monkeypatch.context() as patch:
-        fail_at(sync, patch)
-        with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\): free space"):
-            store_over(base)
+    with full_disk(), pytest.raises(ValueError, match="cannot be written .*free space") as caught:
+        store(base, models[1])
+    assert refusal(caught.value)
     assert files_in(base) == before
-    store_over(base)
-    assert set(files_in(base)) == set(before)
+    store(base, models[1])
+    ModelFactory.load_split_models(base)
 
 
-def test_a_folder_that_cannot_be_made_or_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_made_or_written_is_refused(
+    tmp_path: Path, models: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "split").mkdir()
     (tmp_path / "split/trunk").write_text("in the way")
     with pytest.raises(ValueError, match="split/trunk is not a folder: name another storage folder"):
-        store_over(tmp_path / "split")
+        store(tmp_path / "split", models[0])
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(ValueError, match="is not writable: change its permissions") as caught:
-        store_over(tmp_path / "other")
+        store(tmp_path / "other", models[0])
     assert refusal(caught.value)
-
-
-def test_tensors_are_read_into_aligned_memory(tmp_path: Path) -> None:
-    state = {
-        "a": torch.randn(3, 5),
-        "b": torch.tensor(7),
-        "c": torch.randn(5).bfloat16(),
-        "e": torch.empty(0, 2),
-        "f": torch.tensor([True, False, True]),
-    }
-    save_tensors(state, tmp_path / "x.safetensors", model="x")
-    tensors, facts = read_tensors(tmp_path / "x.safetensors")
-    assert facts["model"] == "x"
-    for key, tensor in state.items():
-        assert torch.equal(tensors[key], tensor)
-        assert tensors[key].dtype == tensor.dtype
-        assert tensors[key].data_ptr() % 64 == 0
-
-
-def test_weights_of_another_program_are_refused(base: Path) -> None:
-    weights, where = pair(base)
-    save_file(load_file(weights), weights)
-    where.write_text(re.sub(r'"sha256": "\w+"', f'"sha256": "{sha256_of_file(weights)}"', where.read_text()))
-    check_refused(base, "has no flapp header of format 1")

@@ -11,7 +11,7 @@ from flapp.training import loss_of
 
 # name -> shape of a sample, classes, the targets that are tried
 MODELS: dict[str, tuple[tuple[int, ...], int, tuple[tuple[str, ...], ...]]] = {
-    "vit_tiny": ((8, 8, 3), 5, (("qkv", "proj"), ("qkv",), ("proj",), ("mlp.0", "mlp.3"), ("qkv", "head"))),
+    "vit_tiny": ((8, 8, 3), 5, (("qkv", "proj"), ("mlp.0", "mlp.3"), ("qkv", "head"))),
     "cnn": ((8, 8, 1), 5, (("fc1",), ("fc1", "fc2"))),
     "linear": ((10,), 3, (("fc",),)),
 }

@@ -1,7 +1,7 @@
 """Write run directories of any size as flapp leaves them, drawn from a seed, without running anything."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +49,23 @@ def write_run(
         "checkpoint": {"enabled": True},
     }
     (path / "config.yaml").write_text(yaml.safe_dump(config | settings, sort_keys=False))
-    with (path / "metrics.jsonl").open("w") as file:
-        for line in lines_of(rounds, clients, classes, seed, old):
-            file.write(json.dumps(line) + "\n")
+    write_lines(path, lines_of(rounds, clients, classes, seed, old))
     if not old:
-        with (path / "clients.jsonl").open("w") as file:
-            for line in clients_of(clients, classes, seed):
-                file.write(json.dumps(line) + "\n")
+        write_lines(path, clients_of(clients, classes, seed), "clients.jsonl")
     if status:
         (path / "metrics.json").write_text(json.dumps(summary_of(path, rounds, clients, status, old), indent=1))
     return path
+
+
+def write_lines(path: Path, lines: Iterable[Line], name: str = "metrics.jsonl") -> None:
+    """Write a file of lines in a run directory anew."""
+    (path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def add_lines(path: Path, *lines: Line) -> None:
+    """Add lines to the metrics.jsonl of a run directory."""
+    found = (path / "metrics.jsonl").read_text().splitlines()
+    write_lines(path, [*map(json.loads, found), *lines])
 
 
 def add_store(path: Path, rounds: int, keep_rounds: int = 2) -> Path:

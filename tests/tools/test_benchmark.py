@@ -19,14 +19,10 @@ GOOD, NEAR, BAD = Row("a", "b", 2.0, 2), Row("near", "b", 1.7, 2, note="noisy"),
 
 
 @pytest.fixture
-def topic(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], list[Row]]], None]:
+def topic(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[..., list[Row]]], None]:
     """Return a function that puts rows() in a topic's place."""
-
-    def put(name: str, rows: Callable[[], list[Row]]) -> None:
-        monkeypatch.setitem(sys.modules, f"tools.bench.{name}", SimpleNamespace(rows=rows))
-        monkeypatch.setattr(benchmark, "in_own_process", benchmark.rows_of)
-
-    return put
+    monkeypatch.setattr(benchmark, "in_own_process", benchmark.rows_of)
+    return lambda name, rows: monkeypatch.setitem(sys.modules, f"tools.bench.{name}", SimpleNamespace(rows=rows))
 
 
 @pytest.mark.parametrize(
@@ -48,33 +44,32 @@ def test_a_verdict_follows_from_ratio_target_limit_and_direction(row: Row, verdi
     assert row.passed == (verdict in ("met", "within limit"))
 
 
-def test_the_table_shows_ratio_target_limit_and_verdict() -> None:
-    lines = benchmark.table([NEAR, Row("bytes", "all", 0.5, 1, False, " ms"), Row("none", "-", None, 3)]).splitlines()
-    assert lines[0].split() == ["what", "against", "ratio", "target", "limit", "verdict", "note"]
-    assert " ".join(lines[1].split()) == "near b 1.70x 2x 1.67x within limit noisy"
-    assert " ".join(lines[2].split()) == "bytes all 0.50 ms at most 1 ms at most 1.2 ms met"
-    assert " ".join(lines[3].split()) == "none - - 3x 2.5x not measured"
+def test_the_table_shows_ratio_target_limit_and_verdict(
+    topic: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    topic("lora", lambda: [NEAR, Row("bytes", "all", 0.5, 1, False, " ms"), Row("none", "-", None, 3)])
+    assert benchmark.main(["lora"]) == 1
+    assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[-4:]] == [
+        "what against ratio target limit verdict note",
+        "near b 1.70x 2x 1.67x within limit noisy",
+        "bytes all 0.50 ms at most 1 ms at most 1.2 ms met",
+        "none - - 3x 2.5x not measured",
+    ]
 
 
-def test_only_a_missed_limit_fails(topic: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
-    topic("bytes", lambda: [GOOD])
-    topic("lora", lambda: [NEAR])
-    assert benchmark.main(["bytes", "lora"]) == 0
-    topic("lora", lambda: [BAD])
-    assert benchmark.main(["bytes", "lora"]) == 1
-    told = capsys.readouterr().err.splitlines()
-    assert told[:2] == ["bytes ...", "bytes: 0 s"]
-
-
-def test_a_topic_that_raises_keeps_the_rows_of_the_others(topic: Callable[..., None], tmp_path: Path) -> None:
+def test_a_missed_limit_or_a_topic_that_raises_fails_and_the_others_keep_their_rows(
+    topic: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail() -> list[Row]:
         raise RuntimeError("no disk\nis left")
 
-    topic("bytes", fail)
-    topic("lora", lambda: [GOOD])
-    assert benchmark.main(["bytes", "lora", "--json", str(tmp_path / "out.json")]) == 1
+    topic("bytes", lambda: [GOOD])
+    for rows, status in ((lambda: [NEAR], 0), (lambda: [BAD], 1), (fail, 1)):
+        topic("lora", rows)
+        assert benchmark.main(["lora", "bytes", "--json", str(tmp_path / "out.json")]) == status
+    assert capsys.readouterr().err.splitlines()[:2] == ["lora ...", "lora: 0 s"]
     failed, kept = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert (failed["what"], failed["verdict"]) == ("all of `bytes`", "not measured")
+    assert (failed["what"], failed["verdict"]) == ("all of `lora`", "not measured")
     assert failed["note"] == "RuntimeError: no disk is left"
     assert (kept["what"], kept["verdict"]) == ("a", "met")
 
@@ -94,31 +89,25 @@ def test_all_runs_every_topic_and_its_json_has_machine_seconds_and_rows(
     assert found["rows"][0]["limit"] == pytest.approx(2 / 1.2)
 
 
-def test_a_json_that_cannot_be_written_is_refused_before_anything_is_measured(
+def test_words_that_cannot_be_followed_are_refused_before_anything_is_measured(
     topic: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     topic("bytes", lambda: pytest.fail("measured"))
-    with pytest.raises(SystemExit):
-        benchmark.main(["bytes", "--json", str(tmp_path / "none" / "out.json")])
-    assert "there is no folder for" in capsys.readouterr().err
+    for words, message in (
+        (["bytes", "--json", str(tmp_path / "none" / "out.json")], "there is no folder for"),
+        (["simulation", "bytes", "--short"], "bytes has no short form: leave out --short"),
+    ):
+        with pytest.raises(SystemExit):
+            benchmark.main(words)
+        assert message in capsys.readouterr().err
+    topic("simulation", lambda short=False: [GOOD if short else BAD])
+    assert (benchmark.main(["simulation", "--short"]), benchmark.main(["simulation"])) == (0, 1)
 
 
 def test_every_topic_exists_and_is_a_module_of_its_own() -> None:
     folder = Path(benchmark.__file__).parent / "bench"
     helpers = {"__init__", "usage", "bare", "stock"}
     assert {path.stem for path in folder.glob("*.py")} - helpers == set(benchmark.TOPICS)
-
-
-def test_a_short_form_is_asked_for_by_its_topic_alone(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = SimpleNamespace(rows=lambda short=False: [GOOD if short else BAD])
-    monkeypatch.setitem(sys.modules, "tools.bench.simulation", rows)
-    monkeypatch.setattr(benchmark, "in_own_process", benchmark.rows_of)
-    assert (benchmark.main(["simulation", "--short"]), benchmark.main(["simulation"])) == (0, 1)
-    with pytest.raises(SystemExit):
-        benchmark.main(["simulation", "lora", "--short"])
-    assert "lora has no short form: leave out --short" in capsys.readouterr().err
 
 
 def test_bytes_are_those_of_the_tensors_that_travel() -> None:
@@ -157,12 +146,10 @@ def test_both_starts_give_a_first_batch_of_the_images_that_were_written(tmp_path
 
 
 def test_without_its_package_a_row_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tools.bench import start
-
     monkeypatch.setitem(sys.modules, "datasets", None)
-    (row,) = start.rows()
+    (row,) = benchmark.rows_of("start")
     assert row.verdict == "not measured"
-    assert "pip install -e '.[benchmark]'" in row.note
+    assert row.note == "no datasets: pip install -e '.[benchmark]'"
 
 
 def test_the_report_shows_the_table_and_the_machine(topic: Callable[..., None], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from tests.support.waiting import wait_for
 from tools.bench import bare, simulation, stock
 from tools.bench.simulation import NO_EVALUATION, Workload, cnn, linear
-from tools.bench.usage import CommandError, LineCounter, ProcessTree, Usage, watch
+from tools.bench.usage import CommandError, ProcessTree, Usage, count_lines, watch
 
 BURN = "import time\nwhile time.process_time() < 0.6: pass\n"
 DIGITS = ("experiment=digits_fedavg", "clients=12", "strategy.fraction_train=0.17", "checkpoint=off", "train.epochs=1")
@@ -26,10 +27,8 @@ DIGITS = ("experiment=digits_fedavg", "clients=12", "strategy.fraction_train=0.1
     [
         (lambda home: cnn(home, 4, 2, 1), 1e-6),
         (lambda home: linear(home, 6, 3, 1), 1e-6),
-        (
-            lambda home: Workload("digits", home, DIGITS, 1),
-            2e-3,
-        ),  # AdamW makes much of the smallest gradients' rounding
+        # AdamW makes much of the smallest gradients' rounding.
+        (lambda home: Workload("digits", home, DIGITS, 1), 2e-3),
     ],
     ids=["W1", "W2", "W3"],
 )
@@ -87,16 +86,16 @@ def test_a_watched_command_is_measured_between_its_first_round_and_the_last_but_
     command = (
         "import time\n"
         f"file = open({str(ends)!r}, 'a', buffering=1)\n"
-        "for seconds in (1.0, 0.3, 0.3, 1.0):\n"
+        "for seconds in (0.5, 0.2, 0.2, 0.5):\n"
         "    end = time.process_time() + seconds\n"
         "    while time.process_time() < end: pass\n"
         "    print('end', file=file)\n"
-        "    time.sleep(0.5)\n"
+        "    time.sleep(0.3)\n"
     )
     used = watch([sys.executable, "-c", command], ends, b"end", 4, 60)
-    assert 0.2 < used.cpu < 0.6
+    assert 0.1 < used.cpu < 0.4
     assert used.wall > used.cpu
-    assert used.start > 0.9
+    assert used.start > 0.4
     assert used.pss > 1 << 20
 
 
@@ -114,13 +113,12 @@ def test_a_command_without_its_rounds_is_an_error_that_says_why(command: str, er
 
 
 def test_a_line_counts_once_it_is_whole(tmp_path: Path) -> None:
-    path = tmp_path / "lines"
-    counter = LineCounter(path, b'"round"')
-    assert counter.read() == 0
+    path, mark = tmp_path / "lines", b'"round"'
+    assert count_lines(path, mark) == 0
     for text, count in (('{"round"', 0), ("}\n{}\n", 1), ('{"round"}\n{"round"}\n', 3), ("", 3)):
         with path.open("a") as file:
             file.write(text)
-        assert counter.read() == count
+        assert count_lines(path, mark) == count
 
 
 @pytest.fixture
@@ -163,29 +161,24 @@ def test_every_row_names_what_is_compared_and_has_a_ratio_and_a_target(measured:
     assert measured["stock"] == ["w1", "w2"]
 
 
-def test_the_short_form_measures_fewer_rows_of_fewer_clients(measured: dict[str, list[str]]) -> None:
+def test_the_short_form_measures_fewer_rows_and_a_run_that_fails_leaves_only_its_own_unmeasured(
+    measured: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = simulation.rows(short=True)
     assert rows[0].what == "W1, inline, 4 of 100 clients, 1 worker"
     assert len(rows) == 9
-    assert measured["bare"] == ["w1", "w2", "w3"]
-    assert measured["stock"] == ["w2"]
+    assert (measured["bare"], measured["stock"]) == (["w1", "w2", "w3"], ["w2"])
 
-
-def test_a_run_that_fails_leaves_only_its_own_rows_unmeasured(
-    measured: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
     def fail(work: Workload, *runtime: str) -> Usage:
         if runtime == simulation.RAY:
             return Usage(1, 1, 1, 1)
         raise CommandError("it ended with status 1 before 3 rounds: no such runtime")
 
     monkeypatch.setattr(Workload, "run_flapp", fail)
-    rows = simulation.rows(short=True)
-    found = {row.what for row in rows if row.ratio is not None}
-    assert found == {"W2, Ray, 50 of 100 clients"}
-    assert {row.note for row in rows if row.ratio is None} == {
-        "it ended with status 1 before 3 rounds: no such runtime"
-    }
+    ratios = {row.what: row.ratio for row in simulation.rows(short=True)}
+    assert [what for what, ratio in ratios.items() if ratio is not None] == ["W2, Ray, 50 of 100 clients"]
+    notes = {row.note for row in simulation.rows(short=True) if row.ratio is None}
+    assert notes == {"it ended with status 1 before 3 rounds: no such runtime"}
 
 
 def test_the_growth_of_metrics_jsonl_leaves_out_the_first_and_the_last_round(tmp_path: Path) -> None:
@@ -197,17 +190,12 @@ def test_the_growth_of_metrics_jsonl_leaves_out_the_first_and_the_last_round(tmp
 
 
 def test_ways_run_in_turn_and_their_medians_count() -> None:
-    order = []
+    order, cpu = [], {"bare": [1, 9, 2], "ours": [5, 4, 30]}
 
-    def way(name: str, *cpu: float) -> Callable[[], Usage]:
-        left = list(cpu)
+    def run(name: str) -> Usage:
+        order.append(name)
+        return Usage(1, cpu[name].pop(), 1, 1)
 
-        def run() -> Usage:
-            order.append(name)
-            return Usage(1, left.pop(), 1, 1)
-
-        return run
-
-    found = simulation.in_turns(3, bare=way("bare", 1, 9, 2), ours=way("ours", 5, 4, 30))
+    found = simulation.in_turns(3, **{name: partial(run, name) for name in cpu})
     assert order == ["bare", "ours"] * 3
     assert (found["bare"].cpu, found["ours"].cpu) == (2, 5)

@@ -47,35 +47,39 @@ def damage(path: Path, key: str, round_num: int) -> None:
     path.write_bytes(content.replace(data, bytes([data[0] ^ 1]) + data[1:]))
 
 
-def printed(capsys: pytest.CaptureFixture[str], *words: object, status: int = 0) -> list[str]:
-    """Return the lines on standard output."""
-    assert main(list(map(str, words))) == status
-    return capsys.readouterr().out.splitlines()
+class Tool:
+    """Run tools.checkpoints and look at what it prints."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def __call__(self, *words: object, status: int = 0) -> list[str]:
+        """Return the lines on standard output."""
+        assert main(list(map(str, words))) == status
+        return self.capsys.readouterr().out.splitlines()
+
+    def json(self, *words: object, status: int = 0) -> Any:
+        """Return what --json prints, as strict JSON."""
+        text = "\n".join(self(*words, "--json", status=status))
+        return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+    def refused(self, *words: object, printed: int = 0, problems: int = 1) -> list[str]:
+        """Return the lines on standard error of a command that fails, sorted, after so many on standard output."""
+        assert main(list(map(str, words))) == 1
+        out, err = self.capsys.readouterr()
+        lines = err.splitlines()
+        assert (len(out.splitlines()), len(lines)) == (printed, problems)
+        assert all(line.startswith("error: ") for line in lines)
+        return sorted(lines)
 
 
-def as_json(capsys: pytest.CaptureFixture[str], *words: object, status: int = 0) -> Any:
-    """Return what --json prints, as strict JSON."""
-
-    def refuse(word: str) -> None:
-        raise AssertionError(f"{word} is not JSON")
-
-    return json.loads("\n".join(printed(capsys, *words, "--json", status=status)), parse_constant=refuse)
+@pytest.fixture
+def tool(capsys: pytest.CaptureFixture[str]) -> Tool:
+    return Tool(capsys)
 
 
-def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """Return the one line on standard error of a command that fails and prints nothing else."""
-    assert main(list(map(str, words))) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
-
-
-def test_list_shows_rounds_with_metrics_and_short_digests_and_the_storage(
-    db: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = printed(capsys, "list", db)
+def test_list_shows_rounds_with_metrics_and_short_digests_and_the_storage(db: Path, tool: Tool) -> None:
+    lines = tool("list", db)
     assert lines[0].split() == ["round", "created", "(UTC)", "chunks", "bytes", "model", "config", "input", "metrics"]
     assert [line.split()[0] for line in lines[1:4]] == ["1", "2", "3"]
     assert "58.5 kB" in lines[1]
@@ -86,29 +90,18 @@ def test_list_shows_rounds_with_metrics_and_short_digests_and_the_storage(
     assert lines[1].startswith("    1  20"), "numbers to the right"
 
 
-def test_list_of_a_folder_shows_each_store_in_the_order_of_the_clients(
-    run: Path, capsys: pytest.CaptureFixture[str]
+def test_list_of_a_folder_shows_each_store_in_the_order_of_the_clients_and_fails_for_a_damaged_one(
+    run: Path, tool: Tool
 ) -> None:
-    lines = printed(capsys, "list", run)
-    assert [line.split()[1] for line in lines[1:]] == ["1", "2", "10", "server"]
-    stores = as_json(capsys, "list", run)["stores"]
-    assert [store["rounds"] for store in stores] == [1, 2, 2, 3]
-
-
-def test_list_of_a_folder_with_a_damaged_store_shows_the_others_and_fails(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    assert [line.split()[1] for line in tool("list", run)[1:]] == ["1", "2", "10", "server"]
+    assert [store["rounds"] for store in tool.json("list", run)["stores"]] == [1, 2, 2, 3]
     (run / "client_2" / "client_2_chunks.db").write_bytes(b"no store" * 1000)
-    assert main(["list", str(run)]) == 1
-    out, err = capsys.readouterr()
-    assert [line.split()[1] for line in out.splitlines()[1:]] == ["1", "10", "server"]
-    assert err.count("\n") == 1
-    assert "client_2_chunks.db" in err
+    assert [line.split()[1] for line in tool("list", run, status=1)[1:]] == ["1", "10", "server"]
+    assert "client_2_chunks.db" in tool.refused("list", run, printed=4)[0]
 
 
-def test_show_lists_the_tensors_and_facts_of_a_round(db: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = printed(capsys, "show", db, 2)
-    assert "body.weight" in lines[2]
+def test_show_lists_the_tensors_and_facts_of_a_round(db: Path, tool: Tool) -> None:
+    lines = tool("show", db, 2)
     assert lines[2].split() == ["body.weight", "float32", "(90,", "100)", "36.0", "kB", "6"]
     assert "half" in lines[3]
     assert lines[3].split()[1] == "bfloat16"
@@ -116,107 +109,96 @@ def test_show_lists_the_tensors_and_facts_of_a_round(db: Path, capsys: pytest.Ca
     assert lines[6].endswith("5 tensors, 58.5 kB")
     assert lines[7].split() == ["metrics", "loss=0.5", "num-examples=120"]
     assert lines[9].split() == ["config_digest", CONFIG]
-    found = as_json(capsys, "show", db, 2)
+    found = tool.json("show", db, 2)
     expected = {key: (str(t.dtype)[6:], list(t.shape), t.nbytes) for key, t in model_of(2).items()}
     assert {row["key"]: (row["dtype"], row["shape"], row["bytes"]) for row in found["tensors"]} == expected
     assert found["metrics"] == {"loss": 0.5, "num-examples": 120}
 
 
-def test_verify_of_sound_stores_says_how_much_was_checked(
-    db: Path, run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert printed(capsys, "verify", db)[0].endswith(": ok")
-    assert printed(capsys, "verify", run)[0].startswith("4 stores, 8 rounds, ")
-    assert as_json(capsys, "verify", run)["problems"] == []
-
-
-def test_verify_prints_one_line_for_each_problem_in_any_store_and_fails(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_says_how_much_was_checked_or_prints_a_line_for_each_problem_in_any_store(run: Path, tool: Tool) -> None:
+    assert tool("verify", run / "server_chunks.db")[0].endswith(": ok")
+    assert tool("verify", run)[0].startswith("4 stores, 8 rounds, ")
+    assert tool.json("verify", run)["problems"] == []
     damage(run / "client_10" / "client_10_chunks.db", "body.weight", 2)
     damage(run / "server_chunks.db", "body.weight", 3)
     (run / "client_1" / "client_1_chunks.db").write_bytes(b"no store" * 1000)
-    assert main(["verify", str(run)]) == 1
-    out, err = capsys.readouterr()
-    assert out.strip().endswith(": 3 problems")
-    wrong = sorted(err.splitlines())
-    assert len(wrong) == 3
-    for line, name in zip(wrong, ("client_1_chunks", "client_10_chunks", "server_chunks"), strict=True):
-        assert line.startswith("error: ")
-        assert name in line
-    assert "round 3" in wrong[2]
-    assert "(body.weight)" in wrong[2]
-    assert len(as_json(capsys, "verify", run, status=1)["problems"]) == 3
+    assert tool("verify", run, status=1)[0].endswith(": 3 problems")
+    first, second, third = tool.refused("verify", run, printed=1, problems=3)
+    assert "client_1_chunks" in first
+    assert "client_10_chunks" in second
+    assert "server_chunks" in third
+    assert "round 3" in third
+    assert "(body.weight)" in third
+    assert len(tool.json("verify", run, status=1)["problems"]) == 3
 
 
-def test_diff_gives_the_norm_of_what_changed_and_leaves_out_what_did_not(
-    db: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_diff_gives_the_norm_of_what_changed_and_leaves_out_what_did_not(db: Path, tool: Tool) -> None:
     old, new = model_of(2), model_of(3)
     change = float((new["body.weight"].double() - old["body.weight"].double()).norm())
     relative = change / float(old["body.weight"].double().norm())
-    lines = printed(capsys, "diff", db, 2, 3)
+    lines = tool("diff", db, 2, 3)
     assert lines[1].split() == ["body.weight", "changed", "9,000", f"{change:.4g}", f"{relative:.4g}"]
     assert lines[-1] == "3 changed tensors from round 2 to round 3"
     assert not any("frozen" in line for line in lines)
-    row = as_json(capsys, "diff", db, 2, 3)["changes"][0]
+    row = tool.json("diff", db, 2, 3)["changes"][0]
     assert math.isclose(row["norm"], change)
     assert math.isclose(row["relative_norm"], relative)
-    assert printed(capsys, "diff", db, 2, 2) == ["rounds 2 and 2 hold the same tensors"]
+    assert tool("diff", db, 2, 2) == ["rounds 2 and 2 hold the same tensors"]
 
 
-def test_diff_names_what_was_added_removed_and_reshaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff_names_what_was_added_removed_and_reshaped(tmp_path: Path, tool: Tool) -> None:
     with ChunkManager(tmp_path / "s.db") as store:
         store.save_model_chunks({"a": torch.zeros(2), "b": torch.ones(3), "c": torch.ones(4)}, 0)
         store.save_model_chunks({"a": torch.ones(2), "b": torch.ones(3, 1), "d": torch.ones(5)}, 1)
-    changes = as_json(capsys, "diff", tmp_path / "s.db", 0, 1)["changes"]
-    kinds = {row["key"]: (row["kind"], row["relative_norm"]) for row in changes}
-    nothing = None  # JSON has neither infinity (a change from zero) nor NaN (no norm at all)
-    assert kinds == {
-        "a": ("changed", nothing),
-        "b": ("reshaped", nothing),
-        "c": ("removed", nothing),
-        "d": ("added", nothing),
+    changes = tool.json("diff", tmp_path / "s.db", 0, 1)["changes"]
+    assert {row["key"]: row["kind"] for row in changes} == {
+        "a": "changed",
+        "b": "reshaped",
+        "c": "removed",
+        "d": "added",
     }
-    assert len(printed(capsys, "diff", tmp_path / "s.db", 0, 1)) == 6
+    # JSON has neither infinity (a change from zero) nor NaN (no norm at all).
+    assert [row["relative_norm"] for row in changes] == [None] * 4
+    assert len(tool("diff", tmp_path / "s.db", 0, 1)) == 6
 
 
-def test_export_writes_a_file_that_plain_safetensors_reads(
-    db: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = printed(capsys, "export", db, 2, tmp_path / "out.safetensors")[0]
+def test_export_writes_a_file_that_plain_safetensors_reads(db: Path, tmp_path: Path, tool: Tool) -> None:
+    line = tool("export", db, 2, tmp_path / "out.safetensors")[0]
     assert line.split()[1] == str(tmp_path / "out.safetensors")
     assert digest_of(load_file(tmp_path / "out.safetensors")) == digest_of(model_of(2))
-    assert as_json(capsys, "export", db, 2, tmp_path / "out.safetensors")["sha256"] == line.split()[0]
+    assert tool.json("export", db, 2, tmp_path / "out.safetensors")["sha256"] == line.split()[0]
 
 
-def test_compact_makes_the_file_smaller_and_keeps_its_rounds(db: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compact_makes_the_file_smaller_and_keeps_its_rounds(db: Path, tool: Tool) -> None:
     with ChunkManager(db) as store:
         store.cleanup_old_rounds(1)
-    (row,) = as_json(capsys, "compact", db)["stores"]
+    (row,) = tool.json("compact", db)["stores"]
     assert row["bytes_after"] == db.stat().st_size < row["bytes_before"]
-    assert "client_7_chunks.db: " in printed(capsys, "compact", db)[0]
-    assert printed(capsys, "verify", db)[0].endswith(": ok")
+    assert "client_7_chunks.db: " in tool("compact", db)[0]
+    assert tool("verify", db)[0].endswith(": ok")
 
 
-def test_a_store_without_rounds_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_store_without_rounds_is_listed(tmp_path: Path, tool: Tool) -> None:
     ChunkManager(tmp_path / "client_0_chunks.db").close()
-    assert printed(capsys, "list", tmp_path / "client_0_chunks.db")[-1].startswith("0 rounds of 0 B")
-    assert printed(capsys, "list", tmp_path)[1].split()[2:5] == ["0", "-", "-"]
+    assert tool("list", tmp_path / "client_0_chunks.db")[-1].startswith("0 rounds of 0 B")
+    assert tool("list", tmp_path)[1].split()[2:5] == ["0", "-", "-"]
 
 
 def test_a_missing_store_round_or_folder_gives_one_line_and_nothing_is_made(
-    db: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    db: Path, run: Path, tmp_path: Path, tool: Tool
 ) -> None:
     for command in (["list"], ["show", 1], ["verify"], ["diff", 1, 2], ["export", 1, tmp_path / "x"], ["compact"]):
-        assert "none.db is not there" in refused(capsys, command[0], tmp_path / "none.db", *command[1:])
+        assert "none.db is not there" in tool.refused(command[0], tmp_path / "none.db", *command[1:])[0]
     assert not (tmp_path / "none.db").exists()
     assert not (tmp_path / "x").exists()
-    assert "has no round 9: it holds 1, 2, 3" in refused(capsys, "show", db, 9)
-    assert "has no round 9" in refused(capsys, "diff", db, 1, 9)
-    assert "is a folder: name one of the 4 stores in it" in refused(capsys, "show", run, 1)
     (tmp_path / "empty").mkdir()
-    assert "holds no *_chunks.db" in refused(capsys, "list", tmp_path / "empty")
-    assert "cannot be exported to" in refused(capsys, "export", db, 1, tmp_path / "no folder" / "x")
+    for words, message in (
+        (["show", db, 9], "has no round 9: it holds 1, 2, 3"),
+        (["diff", db, 1, 9], "has no round 9"),
+        (["show", run, 1], "is a folder: name one of the 4 stores in it"),
+        (["list", tmp_path / "empty"], "holds no *_chunks.db"),
+        (["export", db, 1, tmp_path / "no folder" / "x"], "cannot be exported to"),
+    ):
+        assert message in tool.refused(*words)[0]
     damage(db, "body.weight", 2)
-    assert "round 2, chunk " in refused(capsys, "show", db, 2)
+    assert "round 2, chunk " in tool.refused("show", db, 2)[0]

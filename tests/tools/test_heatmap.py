@@ -20,32 +20,24 @@ def partition(tmp_path: Path, data_home: Path) -> tuple[Path, Path]:
     return path, folder
 
 
-def test_every_sample_is_counted_once_and_as_requested_up_to_rounding(partition: tuple[Path, Path]) -> None:
-    tables, classes = partition_heatmap.read_tables(*partition)
-    assert tables["train, requested"].shape == (7, len(classes))
-    assert np.abs(tables["train, requested"] - tables["train, actual"]).max() <= 1
-    for split in ("train", "test"):
-        labels = open_artifact(partition[1] / split).labels
-        assert tables[f"{split}, actual"].sum(axis=0).tolist() == np.bincount(labels).tolist()
-
-
-def test_training_samples_that_are_saved_as_validation_samples_are_not_counted_as_training(
+def test_every_sample_is_counted_once_as_requested_up_to_rounding_without_those_held_out_and_drawn(
     partition: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    path, folder = partition
-    labels = open_artifact(folder / "train").labels
-    held = hold_out(load_partition(path), labels, 0.2, seed=0)
-    save_partition(tmp_path / "held.safetensors", held)
-    tables, _ = partition_heatmap.read_tables(tmp_path / "held.safetensors", folder)
-    assert tables["train, actual"].sum() == sum(map(len, held.train)) < len(labels)
-
-
-def test_the_tool_draws_a_png(partition: tuple[Path, Path], tmp_path: Path) -> None:
     from PIL import Image
 
-    out = tmp_path / "out.png"
-    assert partition_heatmap.main([*map(str, partition), str(out)]) == 0
-    with Image.open(out) as image:
+    path, folder = partition
+    labels = {split: open_artifact(folder / split).labels for split in ("train", "test")}
+    tables, classes = partition_heatmap.read_tables(path, folder)
+    assert tables["train, requested"].shape == (7, len(classes))
+    assert np.abs(tables["train, requested"] - tables["train, actual"]).max() <= 1
+    for split, held in labels.items():
+        assert tables[f"{split}, actual"].sum(axis=0).tolist() == np.bincount(held).tolist()
+    held_out = hold_out(load_partition(path), labels["train"], 0.2, seed=0)
+    save_partition(tmp_path / "held.safetensors", held_out)
+    tables, _ = partition_heatmap.read_tables(tmp_path / "held.safetensors", folder)
+    assert tables["train, actual"].sum() == sum(map(len, held_out.train)) < len(labels["train"])
+    assert partition_heatmap.main([str(path), str(folder), str(tmp_path / "out.png")]) == 0
+    with Image.open(tmp_path / "out.png") as image:
         assert image.format == "PNG"
         assert len(np.unique(np.asarray(image.convert("L")))) > 50
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.support.html_page import Page, report_on, write_sweep
-from tests.support.run_files import MODEL_BYTES, add_store, write_run
+from tests.support.run_files import MODEL_BYTES, add_lines, add_store, write_lines, write_run
 from tools import report
 from tools.page import reading, several
 from tools.page.charts import compare
@@ -24,8 +24,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_store(run / "server_chunks.db", 6)
     for client in range(4):
         add_store(home / "checkpoints" / "whole" / f"client_{client}" / f"client_{client}_chunks.db", 6)
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "stop", "round": 6, "time": 7, "metric": "accuracy", "best_round": 5, "patience": 1}\n')
+    add_lines(run, {"kind": "stop", "round": 6, "time": 7, "metric": "accuracy", "best_round": 5, "patience": 1})
     return home
 
 
@@ -56,9 +55,10 @@ def test_a_page_needs_nothing_else_and_describes_every_picture(whole: Page, swee
 
 def test_a_whole_run_is_shown_from_curves_to_digests(whole: Page) -> None:
     pictures = " ".join(whole.alts)
-    for title in ("Accuracy. global", "Loss. global", "Accuracy over clients", "Samples by client and class"):
-        assert title in pictures
-    for title in ("Bytes of a round", "Bytes so far", "Time by phase", "The server's store"):
+    for title in (
+        *("Accuracy. global", "Loss. global", "Accuracy over clients", "Samples by client and class"),
+        *("Bytes of a round", "Bytes so far", "Time by phase", "The server's store"),
+    ):
         assert title in pictures
     assert "on the server" not in pictures
     for words in ("best, selected", "configure", "aggregate", "The phases add up to 99.0% of", "patience is 1"):
@@ -70,7 +70,7 @@ def test_a_whole_run_is_shown_from_curves_to_digests(whole: Page) -> None:
 
 def test_every_colour_follows_light_and_dark(sweep: Path) -> None:
     style, _, body = sweep.read_text().partition("</style>")
-    assert not [light for light, _ in PALETTE.values() if light in body]
+    assert not [light for light in PALETTE.values() if light in body]
     used = set(re.findall(r"var\((--[a-z0-9]+)\)", style + body))
     assert {"--c0", "--ink", "--page", "--bad"} <= used
     for name in used:
@@ -104,9 +104,10 @@ def test_a_run_that_has_only_a_config_says_what_it_lacks(tmp_path: Path) -> None
     for file in ("metrics.jsonl", "clients.jsonl"):
         (run / file).unlink()
     page = report_on(tmp_path / "empty.html", run)
-    for words in ("No round has begun", "metrics.jsonl cannot be read", "Nothing has been evaluated"):
-        assert words in page.said
-    for words in ("No bytes are recorded", "No times are recorded", "store is not in the run", "model not recorded"):
+    for words in (
+        *("No round has begun", "metrics.jsonl cannot be read", "Nothing has been evaluated", "No bytes are recorded"),
+        *("No times are recorded", "store is not in the run", "model not recorded"),
+    ):
         assert words in " ".join(page.said.split())
     assert page.alts == []
 
@@ -137,11 +138,7 @@ def test_a_running_run_says_where_it_is(tmp_path: Path) -> None:
 def test_a_run_of_an_older_flapp_is_shown_with_what_it_does_not_record(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs" / "old", rounds=3, old=True)
     page = report_on(tmp_path / "old.html", run)
-    for words in (
-        "Only the times of the two exchanges",
-        "No growth by round",
-        "samples of each client and class",
-    ):
+    for words in ("Only the times of the two exchanges", "No growth by round", "samples of each client and class"):
         assert words in page.said
     assert "names no best round" in page.said
     assert "Time by phase. Medians: train 0.5, evaluate 0.5" in page.alts
@@ -149,9 +146,9 @@ def test_a_run_of_an_older_flapp_is_shown_with_what_it_does_not_record(tmp_path:
 
 def test_a_resumed_run_is_read_through_all_its_starts(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs" / "resumed", rounds=4, classes=0)
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    again = json.loads(lines[0]) | {"round": 2, "refused": {"9": "is <not> known"}, "warnings": {"1": "odd"}}
-    (run / "metrics.jsonl").write_text("\n".join([*lines[:7], json.dumps(again), *lines[7:]]) + "\n")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    again = lines[0] | {"round": 2, "refused": {"9": "is <not> known"}, "warnings": {"1": "odd"}}
+    write_lines(run, [*lines[:7], again, *lines[7:]])
     read = reading.read_run(run)
     assert read.series("train", "loss")[0].tolist() == [1, 2, 3, 4]
     page = report_on(tmp_path / "resumed.html", run)
@@ -172,13 +169,19 @@ def test_names_and_errors_of_runs_are_text_not_markup(tmp_path: Path) -> None:
 
 
 def test_several_runs_are_compared_in_what_they_differ(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / "runs" / f"r{lr}", 3, 3, 4, old=True, train={"lr": lr}) for lr in (0.1, 0.5)]
+    runs = [
+        write_run(tmp_path / "runs" / name, 3, 3, 4, old=True, train={"lr": lr}, model={"name": name})
+        for name, lr in (("vit_tiny", 0.1), ("cnn", 0.5))
+    ]
     page = report_on(tmp_path / "two.html", *runs)
     section = page.said.partition("Differences")[2].partition("Time of a round")[0]
-    assert section.split() == ["setting", "A", "B", "train.lr", "0.1", "0.5"]
+    assert section.split() == ["setting", "A", "B", "model.name", "vit_tiny", "cnn", "train.lr", "0.1", "0.5"]
     assert any(alt.startswith("Accuracy. A ") and "; B " in alt for alt in page.alts)
     per_megabyte = 0.9 / (3 * 3 * 3 * MODEL_BYTES / 1e6)
     assert page.said.count(f"{per_megabyte:.3g}") == 2
+    overview = " ".join(page.said.partition("Runs")[2].partition("Side by side")[0].split())
+    assert "run settings name model status" in overview
+    assert "clients 3" in overview
 
 
 def test_the_summary_names_model_dataset_clients_and_strategy(tmp_path: Path) -> None:
@@ -200,14 +203,6 @@ def test_the_summary_names_model_dataset_clients_and_strategy(tmp_path: Path) ->
     assert "strategy fedlora, fedit" in report_on(tmp_path / "two.html", *runs).said
 
 
-def test_what_differs_of_model_or_strategy_is_a_column(tmp_path: Path) -> None:
-    models = ("vit_tiny", "cnn")
-    runs = [write_run(tmp_path / "runs" / name, 1, 3, 4, model={"name": name}) for name in models]
-    said = report_on(tmp_path / "two.html", *runs).said.partition("Runs")[2].partition("Side by side")[0]
-    assert "run settings name model status" in " ".join(said.split())
-    assert "clients 3" in " ".join(said.split())
-
-
 def test_an_objective_without_a_column_of_its_own_gets_one(tmp_path: Path) -> None:
     for objective, heads in (("val_accuracy", "loss objective best round"), ("loss", "loss best round")):
         runs = [
@@ -217,24 +212,20 @@ def test_an_objective_without_a_column_of_its_own_gets_one(tmp_path: Path) -> No
         assert f"personal {heads}" in " ".join(report_on(tmp_path / "two.html", *runs).said.split())
 
 
-def test_legends_name_the_settings_in_which_runs_differ(tmp_path: Path) -> None:
+def test_legends_name_the_settings_in_which_runs_differ_or_else_the_runs(tmp_path: Path) -> None:
     settings = [(0, 0.1, True), (0, 0.5, True), (1, 0.5, False)]
     runs = [
         write_run(tmp_path / "runs" / f"r{i}", 2, 3, 4, seed=seed, partition={"seed": seed}, train={"lr": lr, "x": x})
         for i, (seed, lr, x) in enumerate(settings)
     ]
-    page = report_on(tmp_path / "three.html", *runs)
-    (alt,) = [alt for alt in page.alts if alt.startswith("Accuracy. A (")]
+    (alt,) = [alt for alt in report_on(tmp_path / "a.html", *runs).alts if alt.startswith("Accuracy. A (")]
     (legend,) = compare(reading.read_all(runs)[0])[0].figure.legends
     for name in ("A (seed=0, lr=0.1, x=true) ", "B (seed=0, lr=0.5, x=true) ", "C (seed=1, lr=0.5, x=false) "):
         assert name in alt
         assert name.strip() in [text.get_text() for text in legend.get_texts()]
-
-
-def test_legends_of_runs_with_equal_settings_name_the_runs(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "runs" / name, 2, 3, 4) for name in ("mine", "other")]
-    page = report_on(tmp_path / "two.html", *runs)
-    assert any(alt.startswith("Accuracy. A (mine) ") and "; B (other) " in alt for alt in page.alts)
+    alts = report_on(tmp_path / "b.html", *runs).alts
+    assert any(alt.startswith("Accuracy. A (mine) ") and "; B (other) " in alt for alt in alts)
 
 
 def test_refused_and_capped_clients_and_ignored_changes_are_shown(tmp_path: Path) -> None:
@@ -245,7 +236,7 @@ def test_refused_and_capped_clients_and_ignored_changes_are_shown(tmp_path: Path
             line |= {"capped": {"1": 0.5 + line["round"] / 10}, "update_norm": 2.5, "client_ranks": {"2": 3}}
     lines.append({"kind": "refused", "round": 3, "time": 4.0, "refused": {"node 7": "has an <odd> key"}})
     lines.append({"kind": "resumed_anyway", "round": 2, "time": 4.0, "changed": ["source digest was 1, is 2"]})
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(run, lines)
     page = report_on(tmp_path / "r.html", run)
     said = " ".join(page.said.split())
     head, left_out = said.partition("Summary")[0], said.partition("Left out")[2].partition("Digests")[0]
@@ -264,12 +255,8 @@ def test_a_run_without_lines_has_refusals_and_changes_of_its_summary(tmp_path: P
     told["resumed_anyway"] = [{"round": 1, "changed": ["client 0: shard digest was a, is b"]}]
     (run / "metrics.json").write_text(json.dumps(json.loads((run / "metrics.json").read_text()) | told))
     said = report_on(tmp_path / "r.html", run).said
-    for words in (
-        "refused: 25.",
-        "runs other source",
-        "after round 1, though this had changed: client 0: shard digest",
-    ):
-        assert words in said
+    changed = "after round 1, though this had changed: client 0: shard digest"
+    assert all(words in said for words in ("refused: 25.", "runs other source", changed))
 
 
 def test_only_the_first_runs_have_figures_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """The report of a sweep is legible in a real browser, at a desk and on a phone, and asks for nothing else."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 
 from tests.support.chromium import Chromium, needs_chromium
 from tests.support.html_page import report_on, write_sweep
-from tests.support.run_files import write_run
+from tests.support.run_files import add_lines, write_run
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +17,8 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
     four, odd = write_sweep(folder / "runs" / "four"), write_run(folder / "runs" / ("long_name_" * 12), 2)
     reason = "has a key that is pinned for no client in /" + "a_long_folder/" * 12
-    with (odd / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"kind": "refused", "round": 2, "refused": {"node 1": reason}}) + "\n")
-        file.write(json.dumps({"kind": "resumed_anyway", "round": 1, "changed": [reason]}) + "\n")
+    add_lines(odd, {"kind": "refused", "round": 2, "refused": {"node 1": reason}})
+    add_lines(odd, {"kind": "resumed_anyway", "round": 1, "changed": [reason]})
     report_on(folder / "sweep.html", four, odd, drawn=True)
     return folder / "sweep.html"
 

@@ -1,12 +1,12 @@
 """The report reads run directories correctly, damaged ones too."""
 
-import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.support.html_page import report_on
-from tests.support.run_files import add_store, write_run
+from tests.support.run_files import add_lines, add_store, write_lines, write_run
 from tools.page import reading
 from tools.page.charts import by_traffic
 from tools.page.drawing import grouped
@@ -25,12 +25,10 @@ def test_the_page_names_stores_that_cannot_be_read_or_are_being_written(tmp_path
 
 
 def test_a_folder_of_runs_without_sweep_json_is_one_of_several_runs(tmp_path: Path) -> None:
-    folder = tmp_path / "runs" / "plain"
     for job in (10, 2):
-        write_run(folder / str(job), 1, 2, 0, old=True)
-    runs, jobs = reading.read_all([folder])
-    assert [run.label for run in runs] == ["2", "10"]
-    assert jobs == []
+        write_run(tmp_path / "plain" / str(job), 1, 2, 0, old=True)
+    runs, jobs = reading.read_all([tmp_path / "plain"])
+    assert ([run.label for run in runs], jobs) == (["2", "10"], [])
 
 
 def test_odd_files_are_noted_not_fatal(tmp_path: Path) -> None:
@@ -48,16 +46,14 @@ def test_the_best_round_is_by_the_objective_of_the_run(tmp_path: Path) -> None:
     for objective, best in (("accuracy", 2), ("loss", 1)):
         run = write_run(tmp_path / objective, 3, old=True, evaluate={"objective": objective})
         figures = [{"accuracy": 0.5, "loss": 0.1}, {"accuracy": 0.9, "loss": 0.5}, {"accuracy": 0.7, "loss": 0.3}]
-        lines = [{"kind": "evaluate", "round": i + 1, **found} for i, found in enumerate(figures)]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_lines(run, [{"kind": "evaluate", "round": i + 1, **found} for i, found in enumerate(figures)])
         assert reading.read_run(run).best() == (best, figures[best - 1][objective])
 
 
 def test_a_run_with_validation_figures_is_judged_by_them_and_shows_them(tmp_path: Path) -> None:
     run = write_run(tmp_path / "r", 3, evaluate={"objective": "loss"})
     (run / "metrics.json").unlink()
-    lines = [{"kind": "evaluate", "round": i, "loss": 1.0 * i, "val_loss": 4.0 - i} for i in (1, 2, 3)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(run, [{"kind": "evaluate", "round": i, "loss": 1.0 * i, "val_loss": 4.0 - i} for i in (1, 2, 3)])
     assert reading.read_run(run).best() == (3, 1.0)
     page = report_on(tmp_path / "r.html", run)
     assert "The objective, and what makes a round the best, is validation loss." in page.said
@@ -67,18 +63,16 @@ def test_accuracy_is_set_against_all_bytes_up_to_its_round(tmp_path: Path) -> No
     run = write_run(tmp_path / "r", 3, old=True)
     lines = [{"kind": "train", "round": i, "bytes_up": 1_000_000, "bytes_down": 2_000_000} for i in (1, 2, 3)]
     lines.append({"kind": "evaluate", "round": 2, "accuracy": 0.5, "bytes_up": 0, "bytes_down": 4_000_000})
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(run, lines)
     megabytes, accuracy = by_traffic(reading.read_run(run))
     assert (megabytes.tolist(), accuracy.tolist()) == ([10.0], [0.5])
 
 
 def test_failures_are_grouped_by_reason(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs" / "r", rounds=1, clients=3)
-    for server_round in (2, 3, 5):
-        failures = [{"client": str(i), "reason": "sent NaN"} for i in range(2)]
-        line = {"kind": "train", "round": server_round, "failures": failures, "absent": ["2"]}
-        with (run / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    failures = [{"client": str(i), "reason": "sent NaN"} for i in range(2)]
+    line = {"kind": "train", "failures": failures, "absent": ["2"]}
+    add_lines(run, *(line | {"round": server_round} for server_round in (2, 3, 5)))
     found = reading.read_run(run).clients
     failed = found.failures["train", "sent NaN"]
     assert sorted(failed) == [(at, client) for at in (2, 3, 5) for client in ("0", "1")]
@@ -86,19 +80,15 @@ def test_failures_are_grouped_by_reason(tmp_path: Path) -> None:
     assert ranges(at for at, _ in failed) == "2-3, 5"
 
 
-def test_what_clients_hold_is_read_from_clients_jsonl(tmp_path: Path) -> None:
-    run = reading.read_run(write_run(tmp_path / "r", rounds=1, clients=12, classes=4))
+def test_what_clients_hold_is_read_from_clients_jsonl_or_the_roster_of_an_earlier_version(tmp_path: Path) -> None:
+    run = reading.read_run(write_run(tmp_path / "new", rounds=1, clients=12, classes=4))
     assert list(run.roster("samples")) == [str(i) for i in range(12)]
     for name, labels in run.roster("label_hist").items():
         assert run.roster("samples")[name] == {"train": sum(labels), "val": 0, "test": 25}
-
-
-def test_what_clients_hold_is_read_from_the_roster_of_a_run_of_an_earlier_version(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "r", rounds=1, clients=2, old=True)
+    path = write_run(tmp_path / "old", rounds=1, clients=2, old=True)
     held = {"samples": {"0": {"train": 5, "val": 1, "test": 2}}, "label_hist": {"0": [2, 3]}}
-    lines = [{"kind": "roster", "round": 0, **held}]
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (path / "clients.jsonl").write_text('{"round": 0, "client": "0", "shard_digest": "d"}\n')
+    write_lines(path, [{"kind": "roster", "round": 0, **held}])
+    write_lines(path, [{"round": 0, "client": "0", "shard_digest": "d"}], "clients.jsonl")
     run = reading.read_run(path)
     assert {key: run.roster(key) for key in held} == held
     assert run.notes == ()
@@ -118,12 +108,10 @@ def test_lines_of_clients_jsonl_that_are_odd_are_noted_and_replace_nothing(tmp_p
     assert len(reading.read_run(path).roster("samples")) == 2
 
 
-def test_many_clients_are_drawn_as_sums_of_neighbours() -> None:
-    table = np.random.default_rng(0).integers(0, 9, (1000, 62)).astype(float)
-    rows, together = grouped(table, 100)
-    assert (rows.shape, together) == ((100, 62), 10)
-    assert np.array_equal(rows[3], table[30:40].sum(axis=0))
-    assert rows.sum() == table.sum()
-    uneven, together = grouped(table[:250], 100)
-    assert (len(uneven), together) == (84, 3)
-    assert uneven.sum() == table[:250].sum()
+@pytest.mark.parametrize(("count", "rows", "together"), [(1000, 100, 10), (250, 84, 3)])
+def test_many_clients_are_drawn_as_sums_of_neighbours(count: int, rows: int, together: int) -> None:
+    table = np.random.default_rng(0).integers(0, 9, (count, 62)).astype(float)
+    found, size = grouped(table, 100)
+    assert (found.shape, size) == ((rows, 62), together)
+    assert np.array_equal(found[3], table[3 * size : 4 * size].sum(axis=0))
+    assert found.sum() == table.sum()

@@ -1,6 +1,7 @@
 """Runs that end with their model stored split, and python -m tools.split_model for those that did not."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def test_a_run_that_broke_off_while_its_model_was_stored_is_resumed(
 ) -> None:
     place = (tmp_path / "split", f"{tmp_path.name}-0", 1, 2, "bottom")
     bottom = StorageManager.get_split_model_path(*place)
+    bottom.parent.mkdir(parents=True)
     with monkeypatch.context() as patch:
         patch.setattr(ModelFactory, "create_split_models", lambda *_, **__: bottom.write_text("half") and 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -111,30 +113,24 @@ def test_the_check_finds_components_that_are_not_the_model(
 
 
 def test_the_tool_refuses_in_one_line(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def check(run: Path, points: tuple[int, int], message: str) -> None:
-        given = [str(run), "--points", *map(str, points), "--out", str(tmp_path / "out")]
-        assert split_model.main(given) == 1
+    copy = shutil.copytree(run_dir, tmp_path / "run")
+    no_run = "is not the directory of a finished run"
+    other = json.dumps({"status": "finished", "model_sha256": "0" * 64})
+    for run, points, file, text, message in (
+        (run_dir, "2 3", None, "", "split points 2 and 3 of a model of 3 layers are not possible"),
+        (tmp_path / "nowhere", "1 2", None, "", f"nowhere {no_run}"),
+        (copy, "1 2", "metrics.json", '{"status": "failed"}', "is of a run that failed: resume it first"),
+        (copy, "1 2", "metrics.json", other, "metrics.json says 000000000000"),
+        (copy, "1 2", "metrics.json", "", no_run),
+        (copy, "1 2", "metrics.json", "[]", "config.yaml or metrics.json is damaged"),
+        *((copy, "1 2", "config.yaml", text, no_run) for text in ("a: [", "a: 1", "[]", "")),
+    ):
+        if file:
+            (run / file).write_text(text)
+        assert split_model.main([str(run), "--points", *points.split(), "--out", str(tmp_path / "out")]) == 1
         out, err = capsys.readouterr()
         assert out == ""
-        assert message in err
         assert err.startswith("error: ")
+        assert message in err
         assert err.count("\n") == 1
-
-    copy = tmp_path / "run"
-    copy.mkdir()
-    for file in run_dir.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
-    check(run_dir, (2, 3), "split points 2 and 3 of a model of 3 layers are not possible")
-    check(tmp_path / "nowhere", (1, 2), "nowhere is not the directory of a finished run")
-    (copy / "metrics.json").write_text('{"status": "failed"}')
-    check(copy, (1, 2), "is of a run that failed: resume it first")
-    (copy / "metrics.json").write_text(json.dumps({"status": "finished", "model_sha256": "0" * 64}))
-    check(copy, (1, 2), "metrics.json says 000000000000")
-    (copy / "metrics.json").write_text("")
-    check(copy, (1, 2), "is not the directory of a finished run")
-    (copy / "metrics.json").write_text("[]")
-    check(copy, (1, 2), "config.yaml or metrics.json is damaged")
-    for text in ("a: [", "a: 1", "[]", ""):
-        (copy / "config.yaml").write_text(text)
-        check(copy, (1, 2), "is not the directory of a finished run")
     assert not (tmp_path / "out").exists()

@@ -1,26 +1,11 @@
 """Shared by all benchmarks: rows with a ratio, and medians of interleaved measurements in one process."""
 
 import gc
-import json
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-STOCK_PROJECT = """
-[project]
-name = "stock"
-version = "1.0.0"
-license = "Apache-2.0"
-[tool.flwr.app]
-publisher = "stock"
-[tool.flwr.app.components]
-serverapp = "stock.app:server"
-clientapp = "stock.app:client"
-[tool.flwr.app.config]
-"""
 HEADS = ("what", "against", "ratio", "target", "limit", "verdict", "note")
 SLACK = 1.2  # between target and limit, where a row names no limit of its own: ratios move so much from run to run
 
@@ -44,16 +29,18 @@ class Row:
     @property
     def least(self) -> float:
         """Return the limit: where none is given, the target relaxed by 20 %."""
-        if self.limit is not None:
-            return self.limit
-        return self.target / SLACK if self.higher_is_better else self.target * SLACK
+        relaxed = self.target / SLACK if self.higher_is_better else self.target * SLACK
+        return relaxed if self.limit is None else self.limit
 
     @property
     def verdict(self) -> str:
         """Return met, within limit, MISSED, or not measured."""
         if self.ratio is None:
             return "not measured"
-        return "met" if self._reaches(self.target) else "within limit" if self._reaches(self.least) else "MISSED"
+        sign = 1 if self.higher_is_better else -1
+        if sign * self.ratio >= sign * self.target:
+            return "met"
+        return "within limit" if sign * self.ratio >= sign * self.least else "MISSED"
 
     @property
     def passed(self) -> bool:
@@ -65,10 +52,6 @@ class Row:
         sign = "" if self.higher_is_better else "at most "
         marks = (f"{sign}{mark:.3g}{self.unit}" for mark in (self.target, self.least))
         return (self.what, self.against, ratio, *marks, self.verdict, self.note)
-
-    def _reaches(self, mark: float) -> bool:
-        assert self.ratio is not None
-        return self.ratio >= mark if self.higher_is_better else self.ratio <= mark
 
 
 def measure(
@@ -87,15 +70,3 @@ def measure(
             if turn >= warmup:
                 seconds[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def write_stock_app(folder: Path, source: str, *modules: str, **settings: str | int) -> None:
-    """Write an app of plain Flower: its source, files to copy beside it, and the values of its run config."""
-    package = folder / "stock"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "app.py").write_text(source)
-    for module in modules:
-        shutil.copy(module, package)
-    config = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
-    (folder / "pyproject.toml").write_text(STOCK_PROJECT + config)

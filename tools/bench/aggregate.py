@@ -32,10 +32,6 @@ def replies() -> list[RecordDict]:
     ]
 
 
-def flower(records: list[RecordDict]) -> ArrayRecord:
-    return aggregate_arrayrecords(records, "num-examples")
-
-
 def ours(records: list[RecordDict]) -> ArrayRecord:
     """Check and average, as the strategy does."""
     arrays = [record.array_records["arrays"] for record in records]
@@ -47,20 +43,20 @@ def ours(records: list[RecordDict]) -> ArrayRecord:
 def rows() -> list[Row]:
     """Time both on the same replies, and measure the memory that each needs."""
     records = replies()
-    seconds = measure({"flower": partial(flower, records), "ours": partial(ours, records)})
-    memory = {function: peak_memory(function, records) for function in (flower, ours)}
+    ways = {"flower": partial(aggregate_arrayrecords, records, "num-examples"), "ours": partial(ours, records)}
+    seconds, memory = measure(ways), {name: peak_memory(way) for name, way in ways.items()}
     what, against = f"aggregation, {CLIENTS} clients x ViT-B", "flwr's aggregate_arrayrecords"
     return [
         Row(what, against, seconds["flower"] / seconds["ours"], 2.0, note="ours checks for NaN, shapes and dtypes too"),
-        Row(f"{what}, memory added", against, memory[ours] / memory[flower], 1.0, higher_is_better=False),
+        Row(f"{what}, memory added", against, memory["ours"] / memory["flower"], 1.0, higher_is_better=False),
     ]
 
 
-def peak_memory(function: Callable[[list[RecordDict]], object], records: list[RecordDict]) -> int:
+def peak_memory(function: Callable[[], object]) -> int:
     """Return the bytes that `function` holds at its worst, as Python and numpy account for them."""
     tracemalloc.start()
     try:
-        function(records)
+        function()
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -23,26 +23,20 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained: the arguments of build_model, the paths of arrays and of the start, and how to train.
+    """What is trained: the arguments of build_model, the files of samples, parts and start, and how to train.
 
-    drawn: the clients of each round; lrs: the learning rate of each round; rows, offsets: as saved partitions have
-    them; steps: batches a client, or None for `epochs` passes over its samples.
+    data: a folder of images.npy and labels.npy; parts: an .npz of the rows of all clients and their offsets; drawn:
+    the clients of each round; lrs: the learning rate of each round; train: the settings of that name.
     """
 
     model: dict[str, Any]
-    images: str
-    labels: str
-    rows: str
-    offsets: str
+    data: str
+    parts: str
     start: str
     seed: int
     drawn: list[list[int]]
     lrs: list[float]
-    optimizer: str
-    weight_decay: float
-    batch_size: int
-    epochs: int
-    steps: int | None
+    train: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -59,22 +53,18 @@ def read_work(path: Path) -> Work:
 
 
 def load_data(work: Work) -> Data:
-    """Read all samples into memory."""
-    images, labels = (torch.from_numpy(np.load(path)) for path in (work.images, work.labels))
+    images, labels = (torch.from_numpy(np.load(Path(work.data) / f"{name}.npy")) for name in ("images", "labels"))
     if images.dtype == torch.uint8:
         images = images.permute(0, 3, 1, 2).contiguous()
-    offsets = np.load(work.offsets)
-    return Data(images, labels, [torch.from_numpy(rows) for rows in np.split(np.load(work.rows), offsets[1:-1])])
+    parts = np.load(work.parts)
+    return Data(images, labels, [torch.from_numpy(rows) for rows in np.split(parts["rows"], parts["offsets"][1:-1])])
 
 
 def train_client(model: nn.Module, work: Work, data: Data, client: int, server_round: int) -> None:
     """Train the model in place on a client's samples."""
-    parameters, lr = model.parameters(), work.lrs[server_round - 1]
-    optimizer: torch.optim.Optimizer
-    if work.optimizer == "sgd":
-        optimizer = torch.optim.SGD(parameters, lr=lr, weight_decay=work.weight_decay)
-    else:
-        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=work.weight_decay)
+    make = torch.optim.SGD if work.train["optimizer"] == "sgd" else torch.optim.AdamW
+    lr, decay = work.lrs[server_round - 1], work.train["weight_decay"]
+    optimizer: torch.optim.Optimizer = make(model.parameters(), lr=lr, weight_decay=decay)
     model.train()
     for rows in draw_batches(work, data.rows[client], client, server_round):
         inputs, targets = data.images[rows], data.labels[rows]
@@ -92,31 +82,16 @@ def draw_batches(work: Work, rows: Tensor, client: int, server_round: int) -> It
     """Yield the rows of each batch, in an order drawn anew for each pass from flapp's seed for it."""
     digest = hashlib.sha256(f"{work.seed}\0{client}\0{server_round}\0train\0order".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    left = work.steps or work.epochs * -(-len(rows) // work.batch_size)
+    size = work.train["batch_size"]
+    left = work.train["steps"] or work.train["epochs"] * -(-len(rows) // size)
     while left:
-        batches = rows[torch.randperm(len(rows), generator=generator)].split(work.batch_size)[:left]
+        batches = rows[torch.randperm(len(rows), generator=generator)].split(size)[:left]
         left -= len(batches)
         yield from batches
 
 
-def train_round(
-    model: nn.Module, work: Work, data: Data, state: dict[str, Tensor], server_round: int
-) -> dict[str, Tensor]:
-    """Train every client of a round from `state`, and return the mean of their models weighted by samples."""
-    total = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
-    samples = 0
-    for client in work.drawn[server_round - 1]:
-        model.load_state_dict(state)
-        train_client(model, work, data, client, server_round)
-        count = len(data.rows[client])
-        for key, tensor in model.state_dict().items():
-            total[key].add_(tensor, alpha=count)
-        samples += count
-    return {key: tensor.div_(samples) for key, tensor in total.items()}
-
-
 def run(work: Work, ends: Path) -> dict[str, Tensor]:
-    """Train all rounds and return the final model."""
+    """Train all rounds, each to the mean of its clients' models weighted by samples, and return the final model."""
     from safetensors.torch import load_file
 
     from flapp.model.build import build_model  # not here when stock.py has copied this file
@@ -124,8 +99,15 @@ def run(work: Work, ends: Path) -> dict[str, Tensor]:
     torch.set_num_threads(1)
     model, data, state = build_model(**work.model), load_data(work), load_file(work.start)
     with ends.open("a") as file:
-        for server_round in range(1, len(work.drawn) + 1):
-            state = train_round(model, work, data, state, server_round)
+        for server_round, clients in enumerate(work.drawn, start=1):
+            total = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
+            for client in clients:
+                model.load_state_dict(state)
+                train_client(model, work, data, client, server_round)
+                for key, tensor in model.state_dict().items():
+                    total[key].add_(tensor, alpha=len(data.rows[client]))
+            samples = sum(len(data.rows[client]) for client in clients)
+            state = {key: tensor.div_(samples) for key, tensor in total.items()}
             print("end", server_round, file=file, flush=True)
     return state
 

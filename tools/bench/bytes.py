@@ -6,7 +6,7 @@ nothing is trained and no pretrained file is read.
 
 from typing import Any
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord
 from flwr.supercore.task_identity import TaskIdentity
 
 from flapp.config.load import compose
@@ -34,14 +34,14 @@ def rows(*words: str) -> list[Row]:
     """Count what each rule sends up; `words` change the experiment."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # no message is made without
     whole, *_ = bytes_up(compose([*WORDS, *words, *FEDAVG]))
-    return [row_of(rule, whole, bytes_up(compose([*WORDS, *words, f"strategy.aggregation={rule}"]))) for rule in RULES]
-
-
-def row_of(rule: str, whole: int, sent: list[int]) -> Row:
-    in_turn = " and ".join(f"{count:,}" for count in dict.fromkeys(sent))
-    note = f"{in_turn}{' in turn' if len(set(sent)) > 1 else ''} of {whole:,} bytes a client and round"
-    ratio = len(sent) * whole / sum(sent)
-    return Row(f"bytes up, FedLoRA r=8, {rule}", "FedAvg, same ViT-B", ratio, 200, note=note, limit=150)
+    found = []
+    for rule in RULES:
+        sent = bytes_up(compose([*WORDS, *words, f"strategy.aggregation={rule}"]))
+        in_turn = " and ".join(f"{count:,}" for count in dict.fromkeys(sent))
+        note = f"{in_turn}{' in turn' if len(set(sent)) > 1 else ''} of {whole:,} bytes a client and round"
+        ratio = len(sent) * whole / sum(sent)
+        found.append(Row(f"bytes up, FedLoRA r=8, {rule}", "FedAvg, same ViT-B", ratio, 200, note=note, limit=150))
+    return found
 
 
 def bytes_up(config: Config) -> list[int]:
@@ -52,12 +52,12 @@ def bytes_up(config: Config) -> list[int]:
     nobody: Any = None  # it neither asks clients nor keeps results here
     strategy = build_strategy(config, nobody, nobody, model, private)
     strategy.current = ArrayRecord({key: pack(state[key].numpy()) for key in sent})
-    replies = [reply_to(strategy.current, strategy.instructions(TRAIN, number)) for number in (1, 2)]
-    return [size_of(unpack_arrays(reply.content)) for reply in replies]
+    return [reply_bytes(strategy.current, strategy.instructions(TRAIN, number)) for number in (1, 2)]
 
 
-def reply_to(current: ArrayRecord, instructions: dict[str, Any]) -> Message:
-    """Return a client's reply: the tensors that the order asks for, of the global model."""
+def reply_bytes(current: ArrayRecord, instructions: dict[str, Any]) -> int:
+    """Return the bytes of a client's reply: the tensors that the order asks for, of the global model."""
     order = Instructions("0", 1, "", source_digest(), **instructions)
     returned = ArrayRecord({key: current[key] for key in order.returns or current})
-    return pack_reply(pack_instructions(1, TRAIN, order), Claim("0"), {}, returned)
+    reply = pack_reply(pack_instructions(1, TRAIN, order), Claim("0"), {}, returned)
+    return size_of(unpack_arrays(reply.content))

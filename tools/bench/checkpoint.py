@@ -1,12 +1,12 @@
 """Saving and loading ViT-B by the chunk store, against whole files and against flat pickled chunks."""
 
 import hashlib
-import itertools
 import pickle
 import sqlite3
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count, cycle
 from pathlib import Path
 
 import numpy as np
@@ -22,20 +22,17 @@ from tools.bench import Row, measure
 
 RANK, LORA_ROUNDS = 8, 10
 State = dict[str, Tensor]
+Save = Callable[[State], None]
 
 
 def rows() -> list[Row]:
-    """Measure in a temporary folder on a real disk."""
-    with tempfile.TemporaryDirectory(prefix="flapp-bench-", dir=disk_folder()) as folder:
-        torch.manual_seed(0)
-        return [*saving(Path(folder)), *saving_lora(Path(folder)), *loading(Path(folder)), *small(Path(folder))]
-
-
-def disk_folder() -> Path:
-    """Return a folder for temporary files that is not in memory, where fsync would cost nothing."""
+    """Measure in a temporary folder on a real disk: fsync costs nothing in memory."""
     in_memory = [Path(part.mountpoint) for part in psutil.disk_partitions(all=True) if part.fstype == "tmpfs"]
     choices = [Path(tempfile.gettempdir()), Path("/var/tmp"), Path.cwd()]
-    return next((path for path in choices if not any(path.is_relative_to(each) for each in in_memory)), choices[0])
+    disk = next((path for path in choices if not any(path.is_relative_to(each) for each in in_memory)), choices[0])
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory(prefix="flapp-bench-", dir=disk) as folder:
+        return [row for measured in (saving, saving_lora, loading) for row in measured(Path(folder))]
 
 
 def save_torch(path: Path, state: State) -> None:
@@ -65,25 +62,22 @@ def save_flat_pickled(path: Path, state: State) -> None:
     db.close()
 
 
-class Saver:
-    """Saves round after round, each of them entirely new to the store unless `partly`."""
+def chunk_saver(store: ChunkManager, whole: bool = False) -> Save:
+    """Return a function that saves round after round, each of them entirely new to the store if `whole`."""
+    rounds = count()
 
-    def __init__(self, path: Path, keep_rounds: int | None, partly: bool = False) -> None:
-        self.store = ChunkManager(path, keep_rounds=keep_rounds)
-        self.rounds, self.partly = itertools.count(), partly
-
-    def __call__(self, state: State) -> None:
-        saved = self.store.save_model_chunks(state, next(self.rounds))
-        if not self.partly and saved.new_bytes != saved.bytes:
+    def save(state: State) -> None:
+        saved = store.save_model_chunks(state, next(rounds))
+        if whole and saved.new_bytes != saved.bytes:
             raise RuntimeError(
                 f"only {saved.new_bytes} of {saved.bytes} bytes were new: the comparison would be unfair"
             )
 
+    return save
 
-def alternate(save: Callable[[State], None], states: list[State]) -> Callable[[], None]:
-    """Return a function that saves one state after the other, over and over."""
-    turns = itertools.cycle(states)
-    return lambda: save(next(turns))
+
+def save_next(save: Save, states: Iterator[State]) -> None:
+    save(next(states))
 
 
 def random_like(state: State) -> State:
@@ -94,13 +88,13 @@ def saving(folder: Path) -> list[Row]:
     """Save two models in turn, so that every tensor changes from one round to the next; only the last is kept."""
     shapes = build_model("vit_b_16", (224, 224, 3), 1000).state_dict()
     states = [random_like(shapes), random_like(shapes)]
-    ways: dict[str, Callable[[State], None]] = {
+    ways: dict[str, Save] = {
         "torch.save + fsync": partial(save_torch, folder / "model.pt"),
         "safetensors + fsync": partial(save_safetensors, folder / "model.safetensors"),
         "flat pickled chunks": partial(save_flat_pickled, folder / "flat.db"),
-        "store": Saver(folder / "store.db", keep_rounds=1),
+        "store": chunk_saver(ChunkManager(folder / "store.db", keep_rounds=1), whole=True),
     }
-    seconds = measure({name: alternate(save, states) for name, save in ways.items()}, warmup=3)
+    seconds = measure({name: partial(save_next, save, cycle(states)) for name, save in ways.items()}, warmup=3)
     return [
         Row("save ViT-B, all changed", against, seconds[against] / seconds["store"], target)
         for against, target in zip(ways, (2.2, 1.9, 25.0), strict=False)
@@ -127,14 +121,15 @@ def saving_lora(folder: Path) -> list[Row]:
     def change() -> State:
         return state | random_like({key: state[key] for key in changing})
 
-    save = Saver(folder / "lora.db", None, partly=True)
+    store = ChunkManager(folder / "lora.db")
+    save = chunk_saver(store)
     seconds = measure(
         {"torch": lambda: save_torch(folder / "model.pt", change()), "store": lambda: save(change())},
         repeats=LORA_ROUNDS - 1,
     )
-    new = save.store.save_model_chunks(change(), LORA_ROUNDS).new_bytes
-    save.store.cleanup_old_rounds(LORA_ROUNDS)
-    stored = save.store.get_storage_stats()["storage_size_bytes"]
+    new = store.save_model_chunks(change(), LORA_ROUNDS).new_bytes
+    store.cleanup_old_rounds(LORA_ROUNDS)
+    stored = store.get_storage_stats()["storage_size_bytes"]
     kept = f"{LORA_ROUNDS} rounds kept, {stored:,} bytes"
     what = f"save ViT-B + LoRA (r={RANK})"
     return [
@@ -159,17 +154,3 @@ def loading(folder: Path) -> list[Row]:
     what, against = "verified load into the live ViT-B", "torch.load + load_state_dict, unverified"
     note = f"{seconds['torch only'] / seconds['store']:.2f}x against torch.load alone"
     return [Row(what, against, seconds["torch"] / seconds["store"], 2.8, note=note)]
-
-
-def small(folder: Path) -> list[Row]:
-    """Save small models, whose cost is that of the fsyncs; for information."""
-    result = []
-    models = {"linear, 11 parameters": nn.Linear(10, 1), "vit_tiny": build_model("vit_tiny", (32, 32, 3), 10)}
-    for name, model in models.items():
-        states = [random_like(model.state_dict()) for _ in range(2)]
-        saver = Saver(folder / f"{name}.db", keep_rounds=1, partly=True)
-        ways = {"torch": alternate(partial(save_torch, folder / "small.pt"), states), "store": alternate(saver, states)}
-        seconds = measure(ways, repeats=15)
-        note = f"for information; {saver.store.get_storage_stats()['storage_size_bytes']:,} bytes"
-        result.append(Row(f"save {name}", "torch.save + fsync", seconds["torch"] / seconds["store"], 0, note=note))
-    return result

@@ -13,14 +13,15 @@ from queue import Queue
 from typing import Any, ClassVar
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
-from flapp.data.artifact import write_artifact
-from flapp.data.images import NORMALIZATIONS, resize
+from flapp.data.artifact import open_artifact, write_artifact
+from flapp.data.images import NORMALIZATIONS, materialize
 from flapp.data.loader import ClientLoader
 from flapp.data.offline import OfflineCIFAR10
 from tools.bench import Row, measure
@@ -42,20 +43,6 @@ class LocalCIFAR10(CIFAR10):
         return True
 
 
-class Float32Memmap(Dataset[tuple[Tensor, int]]):
-    """Raw memmaps: normalised float32 (N, 3, 224, 224) without a header, 36 GB for the whole of CIFAR-10."""
-
-    def __init__(self, path: Path, labels: np.ndarray) -> None:
-        self.images = np.memmap(path, np.float32, "r", shape=(len(labels), 3, SIZE, SIZE))
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return torch.from_numpy(self.images[index].copy()), int(self.labels[index])
-
-
 def prepare(folder: Path) -> None:
     """Write the same random images as torchvision's files, native and resized artifacts, and a raw float32 memmap."""
     rng = np.random.default_rng(0)
@@ -67,11 +54,10 @@ def prepare(folder: Path) -> None:
         batch = {"data": planes[rows], "labels": labels[rows].tolist()}
         (theirs / f"data_batch_{i}").write_bytes(pickle.dumps(batch))
     (theirs / CIFAR10.meta["filename"]).write_bytes(pickle.dumps({CIFAR10.meta["key"]: CLASSES}))
-    write_artifact(folder / "native" / "cifar10" / "train", images, labels, CLASSES, "")
-    write_artifact(folder / "resized" / "cifar10" / "train", images, labels, CLASSES, "")
-    resized = resize(torch.from_numpy(images).permute(0, 3, 1, 2), SIZE).numpy()
-    write_artifact(folder / "resized" / "cifar10" / f"train@{SIZE}", resized, labels, CLASSES, "", layout="NCHW")
-    resized[:MEASURED].astype(np.float32).tofile(folder / "seed.bin")
+    for name in ("native", "resized"):
+        write_artifact(folder / name / "cifar10" / "train", images, labels, CLASSES)
+    ahead = open_artifact(materialize(folder / "resized" / "cifar10" / "train", SIZE))
+    ahead.images[:MEASURED].astype(np.float32).tofile(folder / "seed.bin")
 
 
 def consume(batches: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -97,42 +83,37 @@ def speed(folder: Path) -> list[Row]:
     assert statistics_
     pipeline = [transforms.Resize((SIZE, SIZE)), transforms.ToTensor(), transforms.Normalize(*statistics_)]
     chosen = np.random.default_rng(1).permutation(IMAGES)[:MEASURED]
-    theirs: Dataset[Any] = Subset(LocalCIFAR10(folder, transform=transforms.Compose(pipeline)), chosen.tolist())
-    seed = Float32Memmap(folder / "seed.bin", np.zeros(MEASURED, np.int64))
+    theirs: Subset[Any] = Subset(LocalCIFAR10(folder, transform=transforms.Compose(pipeline)), chosen.tolist())
+    # Raw memmaps: normalised float32 without a header, 36 GB for the whole of CIFAR-10.
+    seed = torch.from_numpy(np.memmap(folder / "seed.bin", np.float32, "c", shape=(MEASURED, 3, SIZE, SIZE)))
     native, resized = (OfflineCIFAR10(folder / name) for name in ("native", "resized"))
     loader = partial(ClientLoader, indices=np.arange(IMAGES), batch_size=BATCH, seed=0, image_size=SIZE)
-    epochs = {
-        "torchvision": partial(consume, DataLoader(theirs, BATCH, shuffle=True)),
-        "seed": partial(consume, DataLoader(seed, BATCH, shuffle=True)),
-        "uint8": partial(consume, loader(resized, output="uint8")),
-        "float32": partial(consume, loader(resized)),
-        "exact": partial(consume, loader(resized, exact=True)),
-        "native": partial(consume, loader(native)),
+    loaders: dict[str, Iterable[tuple[Tensor, Tensor]]] = {
+        "torchvision": DataLoader(theirs, BATCH, shuffle=True),
+        "seed": DataLoader(TensorDataset(seed, torch.zeros(MEASURED, dtype=torch.int64)), BATCH, shuffle=True),
+        "uint8": loader(resized, output="uint8"),
+        "float32": loader(resized),
+        "exact": loader(resized, exact=True),
+        "native": loader(native),
     }
+    epochs = {name: partial(consume, batches) for name, batches in loaders.items()}
     images = {name: MEASURED if name in ("torchvision", "seed") else IMAGES for name in epochs}
     seconds = {name: total / images[name] for name, total in measure(epochs, repeats=9).items()}
     pair = {name: epochs[name] for name in ("torchvision", "float32")}
     busy = {name: t / images[name] for name, t in measure(pair, repeats=15, clock=time.process_time).items()}
     ratio = {name: seconds["torchvision"] / seconds[name] for name in epochs}
-    against = "torchvision CIFAR10 + PIL Resize + ToTensor + Normalize"
+    saved = 100 * (1 - busy["float32"] / busy["torchvision"])
+    against, memmap = (
+        "torchvision CIFAR10 + PIL Resize + ToTensor + Normalize",
+        "a raw float32 memmap, 4 times the bytes",
+    )
+    what, exact = "float32 normalised batch from resized-ahead uint8", f"{ratio['exact']:.1f}x with exact=True"
     return [
         Row("uint8 batch from resized-ahead images", against, ratio["uint8"], 50),
-        Row(
-            "float32 normalised batch from resized-ahead uint8",
-            against,
-            ratio["float32"],
-            10,
-            note=f"{ratio['exact']:.1f}x with exact=True",
-        ),
-        Row(
-            "the same",
-            "a raw float32 memmap, 4 times the bytes",
-            seconds["seed"] / seconds["float32"],
-            1,
-            note="both in the page cache",
-        ),
+        Row(what, against, ratio["float32"], 10, note=exact),
+        Row("the same", memmap, seconds["seed"] / seconds["float32"], 1, note="both in the page cache"),
         Row("native 32 -> 224, float32", against, ratio["native"], 4, note="PIL's bytes"),
-        Row("CPU saved a sample, float32", against, 100 * (1 - busy["float32"] / busy["torchvision"]), 90, unit="%"),
+        Row("CPU saved a sample, float32", against, saved, 90, unit="%"),
     ]
 
 
@@ -182,17 +163,11 @@ def read_epoch(folder: Path, barrier: Barrier, answers: "Queue[Any]") -> None:
     torch.set_num_threads(1)
     consume(ClientLoader(OfflineCIFAR10(folder / "native"), np.arange(BATCH), BATCH, 0, output="uint8"))
     barrier.wait()
-    before = proportional_set_size()
+    before = psutil.Process().memory_full_info().pss
     barrier.wait()
     batches = iter(ClientLoader(OfflineCIFAR10(folder / "resized"), np.arange(IMAGES), BATCH, 0, SIZE, output="uint8"))
     for _ in range(IMAGES // BATCH):
         next(batches)
     barrier.wait()
-    answers.put(proportional_set_size() - before)
+    answers.put(psutil.Process().memory_full_info().pss - before)
     barrier.wait()
-
-
-def proportional_set_size() -> int:
-    """Return this process's memory in bytes, each shared page divided by the number of its users."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))

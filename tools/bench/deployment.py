@@ -9,48 +9,33 @@ import itertools
 import json
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
 from flapp.config.load import compose
 from tools import federation
-from tools.bench import Row, write_stock_app
+from tools.bench import Row
+from tools.bench.stock import run_app, write_app
 from tools.deployment.processes import SuperLinkError
 from tools.deployment.submit import run_once
-from tools.deployment.superlink import CONNECTION, SuperLink
+from tools.deployment.superlink import SuperLink
 
-TURNS, ROUNDS, NODES, RUN_SECONDS = 2, 5, 3, 300
-APP = f"""
-import time
+TURNS, ROUNDS, NODES = 2, 5, 3
+CLIENT = """
 import numpy as np
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import ServerApp
-from flwr.serverapp.strategy import FedAvg
 
-client = ClientApp()
-server = ServerApp()
+def initial(config):
+    return ArrayRecord([np.zeros((1, 10), np.float32), np.zeros(1, np.float32)])
 
 @client.train()
 def train(message, context):
-    metrics = MetricRecord({{"num-examples": 100}})
-    return Message(RecordDict({{"arrays": message.content["arrays"], "metrics": metrics}}), reply_to=message)
+    metrics = MetricRecord({"num-examples": 100})
+    return Message(RecordDict({"arrays": message.content["arrays"], "metrics": metrics}), reply_to=message)
 
 @client.evaluate()
 def evaluate(message, context):
-    return Message(RecordDict({{"metrics": MetricRecord({{"num-examples": 30, "loss": 0.0}})}}), reply_to=message)
-
-@server.main()
-def main(grid, context):
-    def note_end(server_round, arrays):
-        with open(context.run_config["ends"], "a") as file:
-            print(time.time(), file=file)
-
-    arrays = ArrayRecord([np.zeros((1, 10), np.float32), np.zeros(1, np.float32)])
-    strategy = FedAvg(min_train_nodes={NODES}, min_evaluate_nodes={NODES}, min_available_nodes={NODES})
-    strategy.start(grid, arrays, num_rounds={ROUNDS}, evaluate_fn=note_end)
+    return Message(RecordDict({"metrics": MetricRecord({"num-examples": 30, "loss": 0.0})}), reply_to=message)
 """
 
 
@@ -71,14 +56,8 @@ def deployed(home: Path, *options: str) -> Iterator[SuperLink]:
 def stock_rounds(superlink: SuperLink, home: Path, turn: int) -> list[float]:
     """Run the stock app and return the seconds of its rounds."""
     app, ends = home / f"app-{turn}", home / f"ends-{turn}"
-    write_stock_app(app, APP, ends=str(ends))
-    run_id = superlink.flwr("run", str(app), CONNECTION)["run-id"]
-    deadline = time.monotonic() + RUN_SECONDS
-    while len(lines := ends.read_text().splitlines() if ends.exists() else []) <= ROUNDS:  # the first is the start
-        if time.monotonic() > deadline:
-            raise SuperLinkError(f"{len(lines)} rounds in {RUN_SECONDS} s: {superlink.status(run_id)}")
-        time.sleep(0.2)
-    return steps(map(float, lines[1:]))
+    write_app(app, CLIENT, ends=str(ends), nodes=NODES, drawn=NODES, evaluated=NODES, rounds=ROUNDS)
+    return steps(run_app(superlink, app, ends, ROUNDS))
 
 
 def flapp_rounds(home: Path, turn: int) -> list[float]:
@@ -87,17 +66,16 @@ def flapp_rounds(home: Path, turn: int) -> list[float]:
     words += [f"clients={NODES}", f"num_rounds={ROUNDS}", "train.steps=1", "evaluate.every=1"]
     summary = run_once(compose([*words, "evaluate.personal_epochs=0"]))
     lines = map(json.loads, (Path(summary["run_dir"]) / "metrics.jsonl").read_text().splitlines())
-    return steps(line["time"] for line in lines if line["kind"] == "evaluate")
+    return steps([line["time"] for line in lines if line["kind"] == "evaluate"])
 
 
-def steps(ends: Iterator[float]) -> list[float]:
+def steps(ends: Sequence[float]) -> list[float]:
     return [after - before for before, after in itertools.pairwise(ends)]
 
 
 def rows() -> list[Row]:
     """Run both apps in turn, each over a deployment of its own that idles meanwhile, and compare their medians."""
-    stock: list[float] = []
-    ours: list[float] = []
+    stock, ours = list[float](), list[float]()
     with tempfile.TemporaryDirectory(prefix="flapp-") as root, contextlib.ExitStack() as stack:
         theirs, home = Path(root) / "stock", Path(root) / "flapp"
         superlink = stack.enter_context(deployed(theirs, "--plain"))

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -26,19 +27,15 @@ def adapted(model: nn.Module) -> nn.Module:
 def in_peft(model: nn.Module) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    words = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, modules_to_save=["heads.head"])
-    return get_peft_model(copy.deepcopy(model), words)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, modules_to_save=["heads.head"])
+    return get_peft_model(copy.deepcopy(model), config)
 
 
-def stepper(model: nn.Module, precision: str = "float32") -> Callable[[], None]:
+def stepper(model: nn.Module, precision: str = "float32") -> Callable[[], object]:
     """Return a function that takes one step of the local loop, with AdamW, on one fixed batch."""
     batches = [(torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(0, CLASSES, (BATCH,)))]
-    optimizer = build_optimizer(model, "adamw", 1e-4)
-
-    def step() -> None:
-        train(model, batches, optimizer, steps=1, rules=StepRules(precision=precision))
-
-    return step
+    optimizer, rules = build_optimizer(model, "adamw", 1e-4), StepRules(precision=precision)
+    return partial(train, model, batches, optimizer, steps=1, rules=rules)
 
 
 def rows() -> list[Row]:

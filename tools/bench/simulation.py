@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from random import Random
@@ -37,17 +37,14 @@ from tools.bench.bare import Work
 from tools.bench.usage import CommandError, Usage, watch
 
 RAY = ("deployment=simulation",)
+INLINE = ("deployment=inline", "deployment.workers=1")
+TWO_WORKERS = ("deployment=inline", "deployment.workers=2")
 BARE, STOCK = "bare PyTorch loop", "stock Flower"
 NO_EVALUATION = ("evaluate.every=1000000", "strategy.fraction_evaluate=0.0001", "evaluate.personal_epochs=0")
 LIMIT_SECONDS = 600.0
 DRAWN = 50  # clients a round of W2
 NUMBERS = itertools.count()
 Way = Callable[[], Usage]
-
-
-def inline(workers: int) -> tuple[str, ...]:
-    """Return the settings of flapp's own simulation."""
-    return ("deployment=inline", f"deployment.workers={workers}")
 
 
 @dataclass(frozen=True)
@@ -85,23 +82,27 @@ class Workload:
         return self.counted + 2
 
     def run_flapp(self, *runtime: str) -> Usage:
-        """Run flapp by its own command."""
-        path = self.home / "runs" / self.new_name()
-        words = [*self.words, *NO_EVALUATION, *runtime, f"num_rounds={self.rounds}", f"run_name={path.name}"]
+        """Run flapp by its own command, in its own simulation with one worker unless another runtime is given."""
+        path = self.home / "runs" / f"{self.name}-{next(NUMBERS)}"
+        words = [
+            *self.words,
+            *NO_EVALUATION,
+            *(runtime or INLINE),
+            f"num_rounds={self.rounds}",
+            f"run_name={path.name}",
+        ]
         command = [sys.executable, "-m", "tools.run", f"home={self.home}", *words, "--format", "json"]
         return watch(command, path / "metrics.jsonl", b'"kind": "round"', self.rounds, LIMIT_SECONDS)
 
-    def run_bare(self) -> Usage:
-        """Run the bare loop."""
-        ends = self.home / self.new_name()
-        command = [sys.executable, "-m", "tools.bench.bare", str(self.work()), str(ends)]
+    def run_bare(self, module: str = "bare", *arguments: str) -> Usage:
+        """Run the bare loop, or another module of tools.bench that does the same work."""
+        ends = self.home / f"{self.name}-{next(NUMBERS)}"
+        command = [sys.executable, "-m", f"tools.bench.{module}", str(self.work()), str(ends), *arguments]
         return watch(command, ends, b"end", self.rounds, LIMIT_SECONDS)
 
     def run_stock(self) -> Usage:
         """Run stock Flower with a node for each client."""
-        ends, nodes = self.home / self.new_name(), str(self.config().clients)
-        command = [sys.executable, "-m", "tools.bench.stock", str(self.work()), str(ends), nodes]
-        return watch(command, ends, b"end", self.rounds, LIMIT_SECONDS)
+        return self.run_bare("stock", str(self.config().clients))
 
     def config(self) -> Config:
         return compose([f"home={self.home}", *self.words, f"num_rounds={self.rounds}"])
@@ -113,71 +114,59 @@ class Workload:
             path.write_text(json.dumps(asdict(as_work(self.config(), path))))
         return path
 
-    def new_name(self) -> str:
-        return f"{self.name}-{next(NUMBERS)}"
-
 
 def as_work(config: Config, path: Path) -> Work:
-    """Return the same work as this config's for the bare loop; arrays are written beside `path`."""
+    """Return the same work as this config's for the bare loop; the parts and the start are written beside `path`."""
     from safetensors.torch import save_file
 
-    data, train, seed = config.data_dir / config.dataset.name / "train", config.train, config.seed
-    parts = open_partition(config).train
-    names = {part: path.with_suffix(f".{part}") for part in ("rows.npy", "offsets.npy", "safetensors")}
-    np.save(names["rows.npy"], np.concatenate(parts))
-    np.save(names["offsets.npy"], np.cumsum([0, *map(len, parts)]))
-    dataset, settings = config.dataset, config.model
-    model: dict[str, Any] = {"name": settings.name, "shape": dataset.shape, "classes": dataset.classes}
-    model |= {"image_size": settings.image_size, "dropout": settings.dropout, "channels": settings.channels}
+    seed, dataset, parts = config.seed, config.dataset, open_partition(config).train
+    files = {kind: str(path.with_suffix(f".{kind}")) for kind in ("npz", "safetensors")}
+    np.savez(files["npz"], rows=np.concatenate(parts), offsets=np.cumsum([0, *map(len, parts)]))
+    model: dict[str, Any] = {key: getattr(config.model, key) for key in ("name", "image_size", "dropout", "channels")}
+    model |= {"shape": dataset.shape, "classes": dataset.classes}
     torch.manual_seed(derive_seed(seed, "model"))
-    save_file(build_model(**model).state_dict(), names["safetensors"])
+    save_file(build_model(**model).state_dict(), files["safetensors"])
     clients = sorted(map(str, range(config.clients)))
     count, rounds = sample_size(config.strategy.fraction_train, config.clients), range(1, config.num_rounds + 1)
+    drawn = [sorted(Random(derive_seed(seed, i, TRAIN)).sample(clients, count)) for i in rounds]
     return Work(
         model=model,
-        images=str(data / "images.npy"),
-        labels=str(data / "labels.npy"),
-        rows=str(names["rows.npy"]),
-        offsets=str(names["offsets.npy"]),
-        start=str(names["safetensors"]),
+        data=str(config.data_dir / dataset.name / "train"),
+        parts=files["npz"],
+        start=files["safetensors"],
         seed=seed,
-        drawn=[
-            [int(name) for name in sorted(Random(derive_seed(seed, i, TRAIN)).sample(clients, count))] for i in rounds
-        ],
-        lrs=[scheduled_lr(train.lr, train.schedule, i, config.num_rounds) for i in rounds],
-        optimizer=train.optimizer,
-        weight_decay=train.weight_decay,
-        batch_size=train.batch_size,
-        epochs=train.epochs,
-        steps=train.steps,
+        drawn=[[int(client) for client in each] for each in drawn],
+        lrs=[scheduled_lr(config.train.lr, config.train.schedule, i, config.num_rounds) for i in rounds],
+        train=asdict(config.train),
     )
+
+
+def workload(name: str, home: Path, words: str, drawn: int, counted: int, clients: int) -> Workload:
+    """Return a workload of `clients`, `drawn` of them a round, on the dataset of its name."""
+    words += f" dataset=custom dataset.name={name} checkpoint=off clients={clients}"
+    return Workload(name, home, (*words.split(), f"strategy.fraction_train={drawn / clients}"), counted)
 
 
 def cnn(home: Path, clients: int, drawn: int, counted: int) -> Workload:
     """Return W1, with images of noise."""
-    draw = np.random.default_rng(0)
-    for split, each in (("train", 50), ("test", 1)):
-        shape = (clients * each, 32, 32, 3)
-        images, labels = draw.integers(0, 256, shape, dtype=np.uint8), draw.integers(0, 10, len(range(shape[0])))
-        write_artifact(home / "data" / f"noise-{clients}" / split, images, labels, classes=[str(i) for i in range(10)])
-    words = ["model=cnn", "dataset=custom", f"dataset.name=noise-{clients}", "dataset.shape=[32,32,3]"]
-    words += ["dataset.classes=10", "partition=iid", "train.optimizer=sgd", "train.lr=0.01", "train.schedule=constant"]
-    words += ["train.weight_decay=0.0", "train.batch_size=10", "train.epochs=1", "checkpoint=off", f"clients={clients}"]
-    return Workload("w1", home, (*words, f"strategy.fraction_train={drawn / clients}"), counted)
+    draw, name = np.random.default_rng(0), f"w1-{clients}-{drawn}"
+    for split, size in (("train", 50 * clients), ("test", clients)):
+        images, labels = draw.integers(0, 256, (size, 32, 32, 3), np.uint8), draw.integers(0, 10, size)
+        write_artifact(home / "data" / name / split, images, labels, classes=[str(i) for i in range(10)])
+    words = "model=cnn partition=iid dataset.shape=[32,32,3] dataset.classes=10 train.optimizer=sgd train.lr=0.01"
+    words += " train.schedule=constant train.weight_decay=0.0 train.batch_size=10 train.epochs=1"
+    return workload(name, home, words, drawn, counted, clients)
 
 
 def linear(home: Path, clients: int, drawn: int, counted: int, samples: int = 10) -> Workload:
     """Return W2, on a linear function with noise."""
-    draw, name = np.random.default_rng(0), f"line-{clients}x{samples}"
-    for split, each in (("train", samples), ("test", 1)):
-        x = draw.normal(size=(clients * each, 10)).astype(np.float32)
-        y = x @ np.linspace(-1, 1, 10, dtype=np.float32) + draw.normal(scale=0.1, size=len(x)).astype(np.float32)
+    draw, name = np.random.default_rng(0), f"w2-{clients}x{samples}-{drawn}"
+    for split, size in (("train", samples * clients), ("test", clients)):
+        x = draw.normal(size=(size, 10)).astype(np.float32)
+        y = x @ np.linspace(-1, 1, 10, dtype=np.float32) + draw.normal(scale=0.1, size=size).astype(np.float32)
         write_artifact(home / "data" / name / split, x, y.astype(np.float32), classes=[])
-    words = ["experiment=toy_regression", "dataset=custom", f"dataset.name={name}", "dataset.shape=[10]"]
-    words += ["dataset.classes=0", "dataset.normalization=none", "checkpoint=off", f"clients={clients}"]
-    return Workload(
-        f"w2-{clients}x{samples}-{drawn}", home, (*words, f"strategy.fraction_train={drawn / clients}"), counted
-    )
+    words = "experiment=toy_regression dataset.shape=[10] dataset.classes=0 dataset.normalization=none"
+    return workload(name, home, words, drawn, counted, clients)
 
 
 def in_turns(turns: int, **ways: Way) -> dict[str, Usage]:
@@ -186,17 +175,13 @@ def in_turns(turns: int, **ways: Way) -> dict[str, Usage]:
     for _ in range(turns):
         for name, way in ways.items():
             found[name].append(way())
-    keys = Usage.__dataclass_fields__
-    return {name: Usage(**{key: median(getattr(u, key) for u in each) for key in keys}) for name, each in found.items()}
+    return {name: Usage(*map(median, zip(*map(astuple, each), strict=True))) for name, each in found.items()}
 
 
-def told(found: Mapping[str, Usage]) -> str:
-    """Return the costs of each way in words: CPU and wall time of a round, peak memory, and start-up."""
-    return "; ".join(
-        f"{name} {used.cpu:.3g} s CPU, {used.wall:.3g} s, {used.pss / 2**20:.0f} MiB, "
-        f"first round done after {used.start:.1f} s"
-        for name, used in found.items()
-    )
+def told(name: str, used: Usage) -> str:
+    """Return the costs of a way in words: CPU and wall time of a round, peak memory, and start-up."""
+    round_ = f"{used.cpu:.3g} s CPU, {used.wall:.3g} s, {used.pss / 2**20:.0f} MiB"
+    return f"{name} {round_}, first round done after {used.start:.1f} s"
 
 
 def at_most(what: str, against: str, target: float, unit: str = "x") -> Row:
@@ -213,10 +198,8 @@ def compare(turns: int, ways: Mapping[str, Way], *rows: tuple[Row, Callable[...,
         found = in_turns(turns, **ways)
     except CommandError as error:
         return [replace(row, note=str(error)) for row, _ in rows]
-    notes = [told(found)] + [""] * (len(rows) - 1)
-    return [
-        replace(row, ratio=figure(*found.values()), note=note) for (row, figure), note in zip(rows, notes, strict=True)
-    ]
+    first, *others = (replace(row, ratio=figure(*found.values())) for row, figure in rows)
+    return [replace(first, note="; ".join(told(*item) for item in found.items())), *others]
 
 
 def cpu(base: Usage, ours: Usage) -> float:
@@ -231,10 +214,9 @@ def cnn_rows(home: Path, scale: Scale) -> list[Row]:
     """Compare W1 with the bare loop, in one worker and in two."""
     work = cnn(home, scale.clients, scale.drawn, scale.rounds[0])
     what = f"W1, inline, {scale.drawn} of {scale.clients:,} clients"
-    one, two = (partial(work.run_flapp, *inline(workers)) for workers in (1, 2))
     return compare(
         scale.turns,
-        {"bare": work.run_bare, "one worker": one, "two workers": two},
+        {"bare": work.run_bare, "one worker": work.run_flapp, "two workers": partial(work.run_flapp, *TWO_WORKERS)},
         (at_most(f"{what}, 1 worker", BARE, 1.10), lambda bare, one, two: one.cpu / bare.cpu),
         (at_most(f"{what}, 2 workers", BARE, 1.15), lambda bare, one, two: two.cpu / bare.cpu),
         (at_most(f"{what}, 2 workers, wall time", "1 worker", 0.65), lambda bare, one, two: two.wall / one.wall),
@@ -246,28 +228,23 @@ def linear_rows(home: Path, scale: Scale) -> list[Row]:
     work = linear(home, scale.clients, DRAWN, scale.rounds[1])
     what = f"W2, inline, {DRAWN} of {scale.clients:,} clients"
     size = at_most(f"{what}: metrics.jsonl a client and round", "-", 150, " B")
-    return compare(
-        scale.turns,
-        {"bare": work.run_bare, "one worker": partial(work.run_flapp, *inline(1))},
-        (at_most(f"{what}, 1 worker", BARE, 1.25), cpu),
-        (size, lambda *_: line_bytes(home / "runs", work) / DRAWN),
-    )
+    ways: dict[str, Way] = {"bare": work.run_bare, "one worker": work.run_flapp}
+    row = at_most(f"{what}, 1 worker", BARE, 1.25)
+    return compare(scale.turns, ways, (row, cpu), (size, lambda *_: line_bytes(home / "runs", work) / DRAWN))
 
 
 def line_bytes(runs: Path, work: Workload) -> float:
     """Return by how many bytes a round makes metrics.jsonl grow, in the last run of a workload."""
     last = max(runs.glob(f"{work.name}-*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
     lines = last.read_bytes().splitlines(keepends=True)
-    sizes = [len(line) for line in lines if 1 < json.loads(line)["round"] < work.rounds]
-    return sum(sizes) / work.counted
+    return sum(len(line) for line in lines if 1 < json.loads(line)["round"] < work.rounds) / work.counted
 
 
 def digits_rows(home: Path, scale: Scale) -> list[Row]:
     """Compare W3, which keeps client stores, with the bare loop, which keeps nothing."""
     work = Workload("w3", home, ("experiment=digits_fedavg",), scale.rounds[2])
     row = at_most("W3, inline, 10 clients with stores, 1 worker", f"{BARE} without stores", 1.10)
-    ways: dict[str, Way] = {"bare": work.run_bare, "one worker": partial(work.run_flapp, *inline(1))}
-    return compare(scale.turns, ways, (row, cpu))
+    return compare(scale.turns, {"bare": work.run_bare, "one worker": work.run_flapp}, (row, cpu))
 
 
 def ray_rows(home: Path, scale: Scale) -> list[Row]:
@@ -282,15 +259,15 @@ def ray_rows(home: Path, scale: Scale) -> list[Row]:
     row = at_most(f"W2, Ray, {DRAWN} of {scale.clients:,} clients", STOCK, 1.0)
     found += compare(1, {"stock": stock, "flapp": partial(work.run_flapp, *RAY)}, (row, cpu))
     row = at_most(f"W2, inline, {scale.clients:,} clients: command to first round", STOCK, 0.15)
-    return found + compare(1, {"stock": stock, "inline": partial(work.run_flapp, *inline(1))}, (row, start))
+    return found + compare(1, {"stock": stock, "inline": work.run_flapp}, (row, start))
 
 
 def scale_rows(home: Path, scale: Scale) -> list[Row]:
     """Compare rounds of the same size among few clients and among many, and how long many take to start."""
 
     def ways(few: int, many: int, counted: int, samples: int) -> dict[str, Way]:
-        works = {"few": linear(home, few, 20, counted, samples), "many": linear(home, many, 20, counted, samples)}
-        return {name: partial(work.run_flapp, *inline(1)) for name, work in works.items()}
+        counts = {"few": few, "many": many}
+        return {name: linear(home, count, 20, counted, samples).run_flapp for name, count in counts.items()}
 
     row = at_most(f"20 of {scale.many:,} clients, inline", "20 of 100 clients", 1.2)
     found = compare(scale.turns, ways(100, scale.many, scale.rounds[1], 10), (row, cpu))
@@ -303,8 +280,6 @@ def scale_rows(home: Path, scale: Scale) -> list[Row]:
 def rows(short: bool = False) -> list[Row]:
     """Measure everything, or the short form."""
     scale = SHORT if short else LONG
-    found: list[Row] = []
+    groups = (cnn_rows, linear_rows, digits_rows, ray_rows, scale_rows)
     with tempfile.TemporaryDirectory(prefix="flapp-bench-") as folder:
-        for group in (cnn_rows, linear_rows, digits_rows, ray_rows, scale_rows):
-            found += group(Path(folder), scale)
-    return found
+        return [row for group in groups for row in group(Path(folder), scale)]

@@ -28,19 +28,15 @@ from flapp.source import source_digest, versions
 from tools.bench import Row, measure
 
 WRITERS = (500, 3500)  # FEMNIST has 3,597; what flwr-datasets does grows with their number, what flapp does not
-IMAGES, BATCH, TARGET = 200, 32, 100
+IMAGES, BATCH = 200, 32
 SHARDS = 8  # a client opens its own alone, so that the others need not be there
-WHAT, AGAINST = f"client start to first batch, shard of {IMAGES} images", "flwr-datasets' natural partition"
 
 
 def rows(sizes: Sequence[int] = WRITERS) -> list[Row]:
     """Compare over datasets of so many writers."""
-    try:
-        import datasets
-        import flwr_datasets  # noqa: F401
-    except ModuleNotFoundError as error:
-        return [Row(WHAT, AGAINST, None, TARGET, note=f"no {error.name}: pip install -e '.[benchmark]'")]
-    datasets.disable_progress_bars()
+    from datasets import disable_progress_bars
+
+    disable_progress_bars()
     return [compare(writers) for writers in sizes]
 
 
@@ -53,8 +49,12 @@ def compare(writers: int) -> Row:
         ways = {"theirs": partial(start_theirs, Path(folder) / "theirs"), "ours": partial(start_ours, config)}
         seconds = measure({name: for_each_client(way) for name, way in ways.items()})
     figures = " and ".join(f"{1e3 * seconds[name]:.1f} ms" for name in ways)
-    note = f"{writers * IMAGES:,} images in all; {figures}"
-    return Row(f"{WHAT}, {writers:,} writers", AGAINST, seconds["theirs"] / seconds["ours"], TARGET, note=note)
+    what, note = (
+        f"client start to first batch, shard of {IMAGES} images",
+        f"{writers * IMAGES:,} images in all; {figures}",
+    )
+    against, ratio = "flwr-datasets' natural partition", seconds["theirs"] / seconds["ours"]
+    return Row(f"{what}, {writers:,} writers", against, ratio, 100, note=note)
 
 
 def for_each_client(way: Callable[[int], object]) -> Callable[[], None]:
@@ -94,19 +94,14 @@ def write_theirs(folder: Path, images: np.ndarray, writers: int) -> None:
     from datasets import Dataset, Features, Value, concatenate_datasets
     from datasets import Image as ImageFeature
 
-    columns = {
-        "image": [{"bytes": as_png(image), "path": None} for image in images],
-        "character": [label % 62 for label in range(IMAGES)],
-    }
+    pictures = []
+    for image in images:
+        Image.fromarray(image).save(out := io.BytesIO(), "PNG")
+        pictures.append({"bytes": out.getvalue(), "path": None})
+    columns = {"image": pictures, "character": [label % 62 for label in range(IMAGES)]}
     one = Dataset.from_dict(columns, features=Features({"image": ImageFeature(), "character": Value("int64")}))
     names = [f"f{writer:04d}" for writer in range(writers) for _ in range(IMAGES)]
     concatenate_datasets([one] * writers).add_column("writer_id", names).save_to_disk(folder)
-
-
-def as_png(image: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(image).save(out, "PNG")
-    return out.getvalue()
 
 
 def start_theirs(folder: Path, client: int) -> Any:

@@ -6,8 +6,9 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -59,7 +60,6 @@ class ProcessTree:
         return total
 
     def kill(self) -> None:
-        """Kill what still runs."""
         self._find()
         for process in self.seconds:
             with contextlib.suppress(psutil.Error):
@@ -76,21 +76,9 @@ class ProcessTree:
             known |= {process.pid for process in found}
 
 
-class LineCounter:
-    """Count the lines of a growing file that contain `mark`."""
-
-    def __init__(self, path: Path, mark: bytes) -> None:
-        self.path, self.mark = path, mark
-        self.offset, self.count = 0, 0
-
-    def read(self) -> int:
-        """Return the number of whole lines with the mark so far; 0 while the file does not exist."""
-        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
-            file.seek(self.offset)
-            whole = file.read().rpartition(b"\n")
-            self.offset += len(whole[0]) + len(whole[1])
-            self.count += sum(self.mark in line for line in whole[0].splitlines())
-        return self.count
+def count_lines(path: Path, mark: bytes) -> int:
+    """Return the number of whole lines with the mark; 0 while the file does not exist."""
+    return sum(mark in line for line in path.read_bytes().split(b"\n")[:-1]) if path.exists() else 0
 
 
 def watch(command: Sequence[str], path: Path, mark: bytes, rounds: int, limit: float) -> Usage:
@@ -101,12 +89,11 @@ def watch(command: Sequence[str], path: Path, mark: bytes, rounds: int, limit: f
     """
     with tempfile.TemporaryFile() as log:
         started = time.monotonic()
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # of another checkout
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         tree = ProcessTree(process.pid)
         try:
-            moments, pss = follow(process, tree, LineCounter(path, mark), (1, rounds - 1), started + limit)
+            moments, pss = follow(process, tree, partial(count_lines, path, mark), (1, rounds - 1), started + limit)
         finally:
             end(process, tree)
         if process.returncode or len(moments) < 2:
@@ -121,17 +108,17 @@ def watch(command: Sequence[str], path: Path, mark: bytes, rounds: int, limit: f
 
 
 def follow(
-    process: "subprocess.Popen[bytes]", tree: ProcessTree, lines: LineCounter, counts: Sequence[int], deadline: float
+    process: "subprocess.Popen[bytes]", tree: ProcessTree, done: Callable[[], int], at: Sequence[int], deadline: float
 ) -> tuple[list[tuple[float, float]], int]:
-    """Follow a process to its end; return the time and its CPU seconds at each of `counts` lines, and its peak PSS."""
+    """Follow a process to its end; return the time and its CPU seconds when `at` rounds are done, and its peak PSS."""
     moments: list[tuple[float, float]] = []
     sampled, measured, pss = 0.0, 0.0, 0
     while process.poll() is None:
         now = time.monotonic()
         if now > deadline:
-            raise CommandError(f"it had {lines.count} rounds when its time was over: raise LIMIT_SECONDS")
-        reached = lines.read()
-        while len(moments) < len(counts) and reached >= counts[len(moments)]:
+            raise CommandError(f"it had {done()} rounds when its time was over: raise LIMIT_SECONDS")
+        reached = done()
+        while len(moments) < len(at) and reached >= at[len(moments)]:
             moments.append((now, tree.cpu()))
         if now > sampled + SAMPLE_SECONDS:  # so that processes that end meanwhile are known
             tree.cpu()
@@ -150,8 +137,3 @@ def end(process: "subprocess.Popen[bytes]", tree: ProcessTree) -> None:
             process.wait(KILL_SECONDS)
     tree.kill()
     process.wait()
-
-
-def environment() -> dict[str, str]:
-    """Return an environment with no other checkout to import from."""
-    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

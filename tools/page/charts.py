@@ -59,18 +59,16 @@ def by_name(drawn: Mapping[str, list[Picture]], start: str = "") -> dict[str, Pi
 
 def marks_of(run: Run) -> dict[int, str]:
     """Return the words that mark rounds: the best one, the one whose model was kept, the one of early stopping."""
+    found = [(run.best()[0], "best"), (run.summary.get("selected_round"), "selected")]
+    found += [(line["round"], "stopped") for line in run.lines.get("stop", ())[-1:]]
     words: dict[int, list[str]] = {}
-    if (best := run.best()[0]) is not None:
-        words.setdefault(best, []).append("best")
-    if (selected := run.summary.get("selected_round")) is not None:
-        words.setdefault(selected, []).append("selected")
-    if stops := run.lines.get("stop"):
-        words.setdefault(stops[-1]["round"], []).append("stopped")
+    for at, word in found:
+        if at is not None:
+            words.setdefault(at, []).append(word)
     return {at: ", ".join(said) for at, said in words.items()}
 
 
 def compare(runs: list[Run]) -> list[Picture]:
-    """Return charts with the curves of several runs."""
     accuracy, personal = (_overlaid(runs, "evaluate", key) for key in ("accuracy", "personal_accuracy"))
     reached, seconds = _curves(runs, [by_traffic(run) for run in runs]), _overlaid(runs, "round", "seconds")
     drawn = [
@@ -112,7 +110,6 @@ def colour_of(runs: list[Run], index: int) -> str:
 
 
 def best_of(runs: list[Run]) -> int:
-    """Return the index of the run with the best objective."""
     sign = -1 if runs[0].objective.endswith("loss") else 1
     values = [value if (value := run.final(run.objective)) is not None else -sign * np.inf for run in runs]
     return max(range(len(runs)), key=lambda i: sign * values[i])
@@ -140,9 +137,11 @@ def _curves(runs: list[Run], points: list[Points]) -> list[Curve]:
 
 
 def _traffic(run: Run) -> list[Picture | None]:
-    up, down = (_per_round(run, key) for key in ("bytes_up", "bytes_down"))
-    each = [Curve("up", up, COLOURS[0]), Curve("down", down, COLOURS[1], 1)]
-    so_far = [replace(curve, points=(curve.points[0], np.cumsum(curve.points[1]))) for curve in each]
+    each = [
+        Curve("up", _per_round(run, "bytes_up"), COLOURS[0]),
+        Curve("down", _per_round(run, "bytes_down"), COLOURS[1], 1),
+    ]
+    so_far = [replace(curve, points=_so_far(curve.points)) for curve in each]
     reached = [Curve("global", by_traffic(run), COLOURS[0])]
     return [
         draw_curves("bytes", "Bytes of a round", "MB", each, zero=True),
@@ -166,12 +165,15 @@ def _stores(run: Run) -> list[Picture | None]:
     size, stored, total = (run.series("round", f"store.{key}") for key in ("bytes", "stored", "total"))
     sums = [
         Curve("size of the file", _in_mb(size), COLOURS[0]),
-        Curve("new bytes, so far", _in_mb(stored, so_far=True), COLOURS[1], 1),
-        Curve("models, so far", _in_mb(total, so_far=True), COLOURS[7], 2),
+        Curve("new bytes, so far", _so_far(_in_mb(stored)), COLOURS[1], 1),
+        Curve("models, so far", _so_far(_in_mb(total)), COLOURS[7], 2),
     ]
     return [draw_curves("store", "The server's store", "MB", sums, zero=True)]
 
 
-def _in_mb(points: Points, so_far: bool = False) -> Points:
-    rounds, values = points
-    return rounds, (np.cumsum(values) if so_far else values) / MB
+def _in_mb(points: Points) -> Points:
+    return points[0], points[1] / MB
+
+
+def _so_far(points: Points) -> Points:
+    return points[0], np.cumsum(points[1])

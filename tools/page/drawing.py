@@ -3,68 +3,32 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from io import StringIO
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import rc_context, rc_params_from_file
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tools.page.run import Points, Run, by_number
+from tools.checkpoints import by_number
+from tools.page.run import Points, Run
 from tools.partition_heatmap import draw_table
 
-PALETTE = {  # in the light, in the dark
-    "ink": ("#1b1f24", "#e7eaee"),
-    "line": ("#d5dae1", "#3a424d"),
-    "c0": ("#0b62c4", "#62a8ff"),
-    "c1": ("#c2410c", "#ff9a56"),
-    "c2": ("#15803d", "#4fd27f"),
-    "c3": ("#9d1fb0", "#e38bf2"),
-    "c4": ("#0e7490", "#36cfe6"),
-    "c5": ("#946200", "#f2c14b"),
-    "c6": ("#be123c", "#ff8095"),
-    "c7": ("#4b5563", "#aab4c0"),
-}
-INK, LINE = (PALETTE[name][0] for name in ("ink", "line"))
-COLOURS = [PALETTE[f"c{i}"][0] for i in range(8)]
+FOLDER = Path(__file__).parent
+# The colours in the light by name, for the page puts its own in their place, which follow light and dark mode.
+PALETTE = dict(re.findall(r"--(ink|line|c\d):(#\w+)", (FOLDER / "page.css").read_text().partition("@media")[0]))
+INK, LINE, *COLOURS = PALETTE.values()
 GREY = COLOURS[7]
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 SMALL, WIDE = 4.2, 9.4  # inches wide: 403 and 902 pixels of CSS
-SMALLEST = 9.5  # points: 12.7 pixels, 11.5 where a phone of 390 leaves a figure 366
 MOST_ROWS, MOST_LINES, MOST_NAMED, POINTS_MARKED = 100, 8, 8, 30
-STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "axes.formatter.useoffset": False,
-    "grid.color": LINE,
-    "grid.linewidth": 0.6,
-    "text.color": INK,
-    "text.parse_math": False,  # a $ in a name is a $
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.labelsize": SMALLEST,
-    "ytick.labelsize": SMALLEST,
-    "legend.frameon": False,
-    "legend.fontsize": SMALLEST,
-    "lines.linewidth": 1.7,
-    "lines.markersize": 4,
-    "svg.fonttype": "none",
-}
+STYLE: dict[Any, Any] = dict(rc_params_from_file(FOLDER / "page.mplstyle", use_default_template=False))
+SMALLEST = STYLE["xtick.labelsize"]
 
 
 @dataclass(frozen=True)
@@ -78,20 +42,14 @@ class Picture:
     wide: bool = False
 
     def svg(self) -> str:
-        """Return the figure as SVG in the page's colours."""
+        """Return the figure as SVG in the page's colours, with its content in words for screen readers."""
         out = StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         with rc_context(STYLE | {"svg.hashsalt": f"{self.name} {self.alt}"}):
-            self.figure.savefig(out, format="svg", transparent=True, dpi=200, metadata={"Date": None})
-        body = out.getvalue().partition("<svg ")[2]
-        body = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|\n\s*", " ", body, flags=re.DOTALL)
-        body = re.sub(r'<g id="[^"]*"', "<g", body)
-        return themed(body.partition(">")[2].rpartition("</svg>")[0])
-
-    @property
-    def size(self) -> tuple[float, float]:
-        """Return width and height in points."""
-        width, height = self.figure.get_size_inches()
-        return width * 72, height * 72
+            self.figure.savefig(out, format="svg", transparent=True, dpi=200, metadata=nothing)
+        drawn = re.sub(r"<style[^>]*>.*?</style>|\n\s*", " ", out.getvalue(), flags=re.DOTALL).partition("<svg ")[2]
+        drawn = re.sub(r'<g id="[^"]*"', "<g", drawn)
+        return themed(f'<svg role="img" aria-label="{escape(self.alt)}" {drawn.rstrip()}')
 
 
 @dataclass(frozen=True)
@@ -110,7 +68,7 @@ class Curve:
 
 def themed(text: str) -> str:
     """Replace the palette's colours by the page's variables, which follow light and dark mode."""
-    for name, (light, _) in PALETTE.items():
+    for name, light in PALETTE.items():
         text = text.replace(light, f"var(--{name})")
     return text
 
@@ -195,25 +153,21 @@ def draw_spread(run: Run, key: str, title: str, marks: Mapping[int, str]) -> Pic
 
 
 def draw_stack(name: str, title: str, ylabel: str, parts: dict[str, Points]) -> Picture | None:
-    """Draw the parts of a round stacked on each other."""
-    rounds = sorted({int(x) for found, _ in parts.values() for x in found})
-    if not rounds:
+    if not parts:
         return None
-    filled = [
-        np.array([dict(zip(x.tolist(), y, strict=True)).get(number, 0.0) for number in rounds])
-        for x, y in parts.values()
-    ]
     axes = new_axes(title, "round", ylabel)
-    if len(rounds) <= 2 * POINTS_MARKED:
-        below = np.zeros(len(rounds))
-        for i, (label, values) in enumerate(zip(parts, filled, strict=True)):
-            axes.bar(rounds, values, bottom=below, color=COLOURS[i], label=label, width=0.8)
-            below += values
-    else:
-        axes.stackplot(rounds, filled, colors=COLOURS, labels=list(parts), lw=0)
+    every = np.unique(np.concatenate([rounds for rounds, _ in parts.values()]))
+    edges = np.arange(every[0], every[-1] + 2) - 0.5
+    below = np.zeros(len(edges) - 1)
+    medians = []
+    for colour, (label, (rounds, values)) in zip(COLOURS, parts.items(), strict=False):
+        top = below.copy()
+        top[rounds - every[0]] += values
+        axes.stairs(top, edges, baseline=below, fill=True, color=colour, label=label)
+        below = top
+        medians.append(f"{label} {np.median(values):.3g}")
     by_round(axes)
-    medians = ", ".join(f"{label} {np.median(values):.3g}" for label, values in zip(parts, filled, strict=True))
-    return finish(name, axes, f"Medians: {medians}")
+    return finish(name, axes, f"Medians: {', '.join(medians)}")
 
 
 def grouped(table: np.ndarray, most: int) -> tuple[np.ndarray, int]:
@@ -223,7 +177,6 @@ def grouped(table: np.ndarray, most: int) -> tuple[np.ndarray, int]:
 
 
 def draw_classes(run: Run) -> Picture | None:
-    """Draw how many training samples of each class each client holds."""
     held = {name: counts for name, counts in run.roster("label_hist").items() if counts}
     if not held or len({len(counts) for counts in held.values()}) > 1:
         return None

@@ -2,19 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from pathlib import Path
+from string import Template
 
-from tools.page.drawing import PALETTE, Picture
+from tools.page.drawing import FOLDER, Picture
 
-PAGE_COLOURS = {  # in the light, in the dark; besides those of the figures
-    "page": ("#ffffff", "#14171b"),
-    "card": ("#f4f6f8", "#1e232a"),
-    "soft": ("#57606a", "#a3adb8"),
-    "good": ("#15703a", "#56d07f"),
-    "bad": ("#b42318", "#ff8a80"),
-    "warn": ("#8a5a00", "#f2c14b"),
-}
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 LONG = 44  # characters of a cell that may be broken
 
 
@@ -65,12 +56,10 @@ def table(heads: Sequence[object], rows: Sequence[Sequence[object]], right: Iter
 
 
 def tiles(pairs: Iterable[tuple[object, object]]) -> Html:
-    """Return names and values in tiles."""
     return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in pairs))
 
 
 def facts(pairs: Iterable[tuple[object, object]]) -> Html:
-    """Return a table of names and values."""
     rows = [tag("tr", tag("th", name), tag("td", value, class_="long")) for name, value in pairs]
     return tag("div", tag("table", tag("tbody", *rows)), class_="scroll") if rows else Html()
 
@@ -82,35 +71,10 @@ def figures(pictures: Sequence[Picture], *beside: Html) -> Html:
 
 
 def figure(picture: Picture) -> Html:
-    """Return a picture with its content in words for screen readers."""
-    width, height = picture.size
-    box = f"0 0 {width:g} {height:g}"
-    drawing = tag("svg", Html(picture.svg()), viewBox=box, role="img", aria_label=picture.alt)
     caption = tag("figcaption", picture.note) if picture.note else ""
-    return tag("figure", tag("div", drawing, class_="scroll"), caption, class_="wide" * picture.wide)
+    return tag("figure", tag("div", Html(picture.svg()), class_="scroll"), caption, class_="wide" * picture.wide)
 
 
 def document(title: str, *body: object) -> str:
-    """Return the whole page."""
-    style = Path(__file__).with_name("page.css").read_text()
-    colours = PALETTE | PAGE_COLOURS
-    light, dark = (";".join(f"--{name}:{pair[i]}" for name, pair in colours.items()) for i in (0, 1))
-    themes = f":root{{{light}}}\n@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">
-<link rel="icon" href="data:,">
-<title>{escape(title)}</title>
-<style>
-{themes}{style}</style>
-</head>
-<body>
-<main>
-{join(body)}
-</main>
-</body>
-</html>
-"""
+    page, style = ((FOLDER / name).read_text() for name in ("page.html", "page.css"))
+    return Template(page).substitute(title=escape(title), style=style, body=join(body))

@@ -18,8 +18,9 @@ from flapp.config.load import read_yaml
 from flapp.server.summary import read_line, sound_summary
 from flapp.untrusted import MOST_BYTES, check_regular, printable
 from flapp.untrusted import read_json as parse_file
+from tools.checkpoints import by_number
 from tools.deployment.superlink import ANSI
-from tools.page.run import Clients, Job, Run, Stores, by_number, names_of, number
+from tools.page.run import Clients, Job, Run, Stores, names_of, number
 
 METRICS, HELD, STORE = "metrics.jsonl", "clients.jsonl", "server_chunks.db"  # flapp.server.run_dir would import PyTorch
 RUN_FILES = ("config.yaml", METRICS, "metrics.json")
@@ -33,15 +34,11 @@ class ReportError(ValueError):
 
 def read_all(paths: list[Path]) -> tuple[list[Run], list[Job]]:
     """Return the runs at `paths`, and the jobs of those paths that are sweeps; raises ReportError."""
-    folders: list[tuple[Path, str]] = []
-    jobs: list[Job] = []
+    folders, jobs = list[tuple[Path, str]](), list[Job]()
     for path in paths:
-        if is_run(path):
-            folders.append((path, ""))
-        else:
-            found, of_sweep = _read_sweep(path)
-            folders += found
-            jobs += of_sweep
+        found, of_sweep = ([(path, "")], []) if is_run(path) else _read_sweep(path)
+        folders += found
+        jobs += of_sweep
     taken = Counter(label for _, label in folders)
     labels = [label if label and taken[label] == 1 else letters(i) for i, (_, label) in enumerate(folders)]
     runs = [read_run(folder, label) for (folder, _), label in zip(folders, labels, strict=True)]
@@ -129,19 +126,17 @@ def add_up(paths: list[Path]) -> Stores:
 
 def read_json(path: Path, missing: Any, notes: list[str] | None = None) -> Any:
     """Return the content of a JSON file, or `missing`; a file that does not hold JSON of that type is noted."""
+    said = notes if notes is not None else []
     try:
         values = parse_file(path)
+        if isinstance(values, type(missing)):
+            return values
+        said.append(f"{path.name} holds {type(values).__name__} and is left out")
     except FileNotFoundError:
-        return missing
+        pass
     except (ValueError, OSError) as error:
-        if notes is not None:
-            notes.append(f"{path.name} cannot be read ({printable(error)})")
-        return missing
-    if not isinstance(values, type(missing)):
-        if notes is not None:
-            notes.append(f"{path.name} holds {type(values).__name__} and is left out")
-        return missing
-    return values
+        said.append(f"{path.name} cannot be read ({printable(error)})")
+    return missing
 
 
 def read_config(path: Path, notes: list[str]) -> dict[str, Any]:
@@ -198,15 +193,12 @@ def _read_lines(
 
 def _client_stores(path: Path, config: Mapping[str, Any]) -> Stores | None:
     """Add up the client stores of a run if they are on this machine."""
-    name = str(config.get("run_name") or path.name)
-    if not name.isprintable() or Path(name).is_absolute() or ".." in Path(name).parts:
+    name = Path(str(config.get("run_name") or path.name))
+    if not str(name).isprintable() or name.is_absolute() or ".." in name.parts:
         return None
     given = str(config.get("home") or "")
-    homes = [Path(given)] if given and given.isprintable() else []
-    depth = len(Path(name).parts)
-    if depth < len(path.absolute().parents):  # home/runs/<run_name>, wherever home is now
-        homes.append(path.absolute().parents[depth])
-    for home in homes:
+    above = path.absolute().parents[len(name.parts) :]  # home/runs/<run_name>, wherever home is now
+    for home in ([Path(given)] if given and given.isprintable() else []) + list(above[:1]):
         if found := sorted((home / "checkpoints" / name).glob("client_*/*_chunks.db")):
             return add_up(found)
     return None

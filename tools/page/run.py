@@ -1,6 +1,5 @@
 """A run as the report needs it: lines by kind, what is known of single clients, checkpoint stores added up."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ import numpy as np
 
 from flapp.server.observer import PHASES
 from flapp.server.summary import is_finite, is_number
+from tools.checkpoints import by_number
 
 OWN_NAMES = ("run_name", "resume", "resume_from", "resume_anyway")  # settings in which any two runs may differ
 PLACES = ("home", "deployment.", "split.")  # settings, or the groups of them, that say where a run took place
@@ -167,11 +167,6 @@ def number(values: Mapping[str, Any], key: str) -> float | None:
     return value if is_finite(value) else None
 
 
-def by_number(name: str) -> list[tuple[str, int]]:
-    """Return a key that sorts client 2 before client 10."""
-    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
-
-
 def names_of(runs: list[Run]) -> list[str]:
     """Name each run by the settings in which the runs differ, as `lr=0.1, seed=0`, or by its own name.
 
@@ -181,7 +176,7 @@ def names_of(runs: list[Run]) -> list[str]:
     for key in differing(runs):
         if not key.startswith(PLACES):
             values = tuple(repr(run.config.get(key)) for run in runs)
-            alike[values] = min(alike.get(values, key), key, key=_length)
+            alike[values] = min(alike.get(values, key), key, key=lambda name: (name.count("."), len(name), name))
     every = list(dict.fromkeys(key for run in runs for key in run.config))
     keys = sorted(alike.values(), key=every.index)
     said = [", ".join(f"{short(key)}={_brief(run.config.get(key))}" for key in keys[:MOST_NAMED]) for run in runs]
@@ -194,10 +189,6 @@ def short(key: str) -> str:
     """Return the last part of a setting's name, or its group if that says more: train.lr is lr, model.name is model."""
     group, _, last = key.rpartition(".")
     return group.rpartition(".")[2] if group and last in ("name", "kind", "enabled") else last
-
-
-def _length(key: str) -> tuple[int, int, str]:
-    return key.count("."), len(key), key
 
 
 def _brief(value: Any) -> str:

@@ -9,12 +9,12 @@ import numpy as np
 from flapp.server.summary import in_words
 from flapp.untrusted import read_json
 from tools.bench import HEADS, Row
-from tools.checkpoints import count, in_bytes
+from tools.checkpoints import by_number, count, in_bytes
 from tools.page.charts import MB
 from tools.page.drawing import Picture
 from tools.page.markup import Html, facts, figures, folded, join, note, section, table, tag
 from tools.page.reading import STORES_OPENED, ReportError
-from tools.page.run import Run, Stores, by_number, number
+from tools.page.run import Run, Stores, number
 
 MOST_REASONS, MOST_CLIENTS, MOST_NAMES = 20, 20, 12
 NONE = "-"
@@ -23,7 +23,6 @@ Pictures = Mapping[str, Sequence[Picture]]
 
 
 def setup_of(run: Run) -> dict[str, object]:
-    """Return model, dataset, clients and strategy in words."""
     found = run.config.get
     model, strategy = [found("model.name", NONE)], [found("strategy.name", NONE)]
     if size := found("model.image_size"):
@@ -44,12 +43,11 @@ def setup_of(run: Run) -> dict[str, object]:
 
 
 def summary_of(run: Run) -> dict[str, object]:
-    """Return the columns of the summary."""
     best_round, best_value = run.best()
     accuracy, sent = run.final("accuracy"), run.total("bytes_up") + run.total("bytes_down")
     digest = run.summary.get("model_sha256")
     return {
-        "status": tag("span", run.status, class_=f"status {run.status}"),
+        "status": badge(run.status),
         "rounds": f"{run.rounds} of {run.config.get('num_rounds', NONE)}",
         "accuracy": digits(accuracy),
         "personal": digits(run.final("personal_accuracy")),
@@ -126,7 +124,7 @@ def clients(run: Run, drawn: Sequence[Picture]) -> Html:
     samples, accuracy = run.roster("samples"), run.clients.last.get("accuracy_by_client", {})
     personal = run.clients.last.get("personal_accuracy_by_client", {})
     known = {name: value for name, value in accuracy.items() if value is not None}
-    names = sorted(samples.keys() | accuracy.keys() | personal.keys(), key=lambda name: known.get(name, 2.0))
+    names = sorted(samples | accuracy | personal, key=lambda name: (known.get(name, 2.0), by_number(name)))
     seconds: Mapping[str, float] = run.clients.sums.get("client_seconds", {})
     ranks = run.clients.last.get("client_ranks", {})
     failed = Counter(client for who in run.clients.failures.values() for _, client in who)
@@ -179,9 +177,8 @@ def _coverage(run: Run) -> str:
     """Say how much of the rounds' wall time the phases account for."""
     ratios = []
     for line in run.lines["round"]:
-        named = [value for value in (line.get("phases") or {}).values() if isinstance(value, float | int)]
         if line.get("seconds"):
-            ratios.append(sum(named) / line["seconds"])
+            ratios.append(sum((line.get("phases") or {}).values()) / line["seconds"])
     if not ratios:
         return "The wall time of the rounds is not recorded."
     low, middle, high = np.percentile(ratios, [0, 50, 100])
@@ -191,8 +188,8 @@ def _coverage(run: Run) -> str:
 def checkpoints(run: Run, drawn: Sequence[Picture]) -> Html:
     stores = {who: found for who, found in (("server", run.server), ("clients", run.homes)) if found}
     columns = [_store_column(found) for found in stores.values()]
-    heads = ["files", "size of files", "rounds kept", "models in them", "stored once", "deduplication"]
-    held = table(["store", *stores], [list(row) for row in zip(heads, *columns, strict=True)] if stores else [], (1, 2))
+    rows = [[name, *(column[name] for column in columns)] for name in columns[0]] if columns else []
+    held = table(["store", *stores], rows, (1, 2))
     said = []
     if not run.server:
         said.append("The server's store is not in the run directory.")
@@ -209,47 +206,46 @@ def checkpoints(run: Run, drawn: Sequence[Picture]) -> Html:
     return join([figures(drawn, held), *map(note, said)])
 
 
-def _store_column(found: Stores) -> list[str]:
-    sizes = [in_bytes(size) for size in (found.logical_bytes, found.stored_bytes)] if found.opened else [NONE, NONE]
-    dedup = f"x {found.logical_bytes / found.stored_bytes:.2f}" if found.stored_bytes else NONE
-    return [f"{found.files:,}", in_bytes(found.file_bytes), f"{found.rounds:,}", *sizes, dedup]
+def _store_column(found: Stores) -> dict[str, str]:
+    logical, stored = found.logical_bytes, found.stored_bytes
+    return {
+        "files": f"{found.files:,}",
+        "size of files": in_bytes(found.file_bytes),
+        "rounds kept": f"{found.rounds:,}",
+        "models in them": in_bytes(logical) if found.opened else NONE,
+        "stored once": in_bytes(stored) if found.opened else NONE,
+        "deduplication": f"x {logical / stored:.2f}" if stored else NONE,
+    }
 
 
 def left_out(run: Run) -> Html:
     """List the clients that failed or were refused, warned, absent or capped, and why."""
     failures = sorted(run.clients.failures.items(), key=lambda item: -len(item[1]))
-    rows = [
-        [
-            kind,
-            reason,
-            f"{len(who):,}",
-            ranges({at for at, _ in who}),
-            listing(sorted({n for _, n in who}, key=by_number)),
-        ]
-        for (kind, reason), who in failures[:MOST_REASONS]
-    ]
-    tables = [table(["exchange", "reason", "times", "rounds", "clients"], rows, (2,))]
-    if len(failures) > MOST_REASONS:
-        tables.append(note(f"{len(failures) - MOST_REASONS} more reasons, each given less often, are not shown."))
+    rows = []
+    for (kind, reason), who in failures[:MOST_REASONS]:
+        names = sorted({name for _, name in who}, key=by_number)
+        rows.append([kind, reason, f"{len(who):,}", ranges(at for at, _ in who), listing(names)])
+    parts = [table(["exchange", "reason", "times", "rounds", "clients"], rows, (2,))]
+    if (more := len(failures) - MOST_REASONS) > 0:
+        parts.append(note(f"{more} more reasons, each given less often, are not shown."))
     for key, title in (("refused", "refused"), ("warnings", "let in with a warning")):
-        who_by_reason: dict[str, list[str]] = {}
+        by_reason: dict[str, list[str]] = {}
         for name, reason in run.roster(key).items():
-            who_by_reason.setdefault(str(reason), []).append(name)
-        tables.append(
-            table([title, "because it"], [[listing(names), reason] for reason, names in who_by_reason.items()])
-        )
-    absent = [[name, f"{times:,}"] for name, times in run.clients.absent.most_common(MOST_REASONS)]
-    tables.append(table(["absent", "exchanges"], absent, (1,)))
-    if len(run.clients.absent) > MOST_REASONS:
-        tables.append(note(f"{len(run.clients.absent)} clients were absent at times."))
-    capped = sorted(run.clients.capped.items(), key=lambda item: -max(item[1])[0])
-    rows = [[name, f"{max(found)[0]:.1%}", ranges(at for _, at in found)] for name, found in capped[:MOST_REASONS]]
-    tables.append(table(["capped", "claimed share of the samples", "rounds"], rows, (1,)))
+            by_reason.setdefault(str(reason), []).append(name)
+        parts.append(table([title, "because it"], [[listing(names), reason] for reason, names in by_reason.items()]))
+    absent, capped = run.clients.absent, run.clients.capped
+    rows = [[name, f"{times:,}"] for name, times in absent.most_common(MOST_REASONS)]
+    parts.append(table(["absent", "exchanges"], rows, (1,)))
+    if len(absent) > MOST_REASONS:
+        parts.append(note(f"{len(absent)} clients were absent at times."))
+    most = sorted(capped.items(), key=lambda item: -max(item[1])[0])[:MOST_REASONS]
+    rows = [[name, f"{max(found)[0]:.1%}", ranges(at for _, at in found)] for name, found in most]
+    parts.append(table(["capped", "claimed share of the samples", "rounds"], rows, (1,)))
     if capped:
         limit = run.config.get("strategy.max_weight_share", NONE)
-        more = f" {len(capped):,} clients were capped." if len(capped) > MOST_REASONS else ""
-        tables.append(note(f"A client counts for at most strategy.max_weight_share={limit} of a round.{more}"))
-    return join(tables) or note("No client failed, was refused, absent or capped.")
+        more_capped = f" {len(capped):,} clients were capped." if len(capped) > MOST_REASONS else ""
+        parts.append(note(f"A client counts for at most strategy.max_weight_share={limit} of a round.{more_capped}"))
+    return join(parts) or note("No client failed, was refused, absent or capped.")
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -260,13 +256,12 @@ def ranges(numbers: Iterable[int]) -> str:
             spans[-1][1] = each
         else:
             spans.append([each, each])
-    words = [str(low) if low == high else f"{low}-{high}" for low, high in spans]
-    return ", ".join(words[:MOST_NAMES]) + (f" and {len(words) - MOST_NAMES} more" if len(words) > MOST_NAMES else "")
+    return listing([str(low) if low == high else f"{low}-{high}" for low, high in spans])
 
 
 def listing(names: Sequence[str], between: str = ", ") -> str:
-    shown = between.join(names[:MOST_NAMES])
-    return shown if len(names) <= MOST_NAMES else f"{shown} and {len(names) - MOST_NAMES:,} more"
+    shown, more = between.join(names[:MOST_NAMES]), len(names) - MOST_NAMES
+    return f"{shown} and {more:,} more" if more > 0 else shown
 
 
 def settings(run: Run) -> Html:
@@ -303,6 +298,11 @@ DRAWN: dict[str, Callable[[Run, Sequence[Picture]], Html]] = {
 TOLD: dict[str, Callable[[Run], Html]] = {"Left out": left_out, "Digests and settings": settings, "Log": log}
 
 
+def badge(text: str, status: str = "") -> Html:
+    """Return text in the colour of a status of runs, by default the text itself."""
+    return tag("span", text, class_=f"status {status or text}")
+
+
 def digits(value: float | None) -> str:
     return NONE if value is None else f"{value:.4f}"
 
@@ -321,9 +321,8 @@ def benchmarks(path: Path) -> Html:
         rows = []
         for values in found["rows"]:
             row = Row(**{name: values[name] for name in Row.__dataclass_fields__})
-            status = {"met": "finished", "within limit": "unfinished"}.get(row.verdict, "failed")  # classes of page.css
-            badge = tag("span", row.verdict, class_=f"status {status}")
-            rows.append([badge if head == "verdict" else cell for head, cell in zip(HEADS, row.cells(), strict=True)])
+            status = {"met": "finished", "within limit": "unfinished"}.get(row.verdict, "failed")
+            rows.append([badge(cell, status) if cell == row.verdict else cell for cell in row.cells()])
         machine = facts(found["machine"].items())
         took = f"Measured in {found['seconds']:.0f} s, ratios by medians of interleaved turns."
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):

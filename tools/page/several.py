@@ -1,6 +1,6 @@
 """The page that compares several runs or the jobs of a sweep."""
 
-from collections import ChainMap
+from itertools import zip_longest
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from tools.page.charts import best_of, by_name, colour_of, compare, pictures_of,
 from tools.page.drawing import MOST_LINES, Picture, themed
 from tools.page.markup import Html, figures, folded, join, note, section, table, tag, tiles
 from tools.page.run import Job, Run, differing
-from tools.page.sections import NONE, alerts, brief, digits, objectives, sections_of, setup_of, summary_of
+from tools.page.sections import NONE, alerts, badge, brief, digits, objectives, sections_of, setup_of, summary_of
 
 MOST_DRAWN = 8  # runs with figures of their own
 SHOWN = ("accuracy", "personal_accuracy", "loss")  # objectives that have a column anyway
@@ -17,16 +17,14 @@ SHOWN = ("accuracy", "personal_accuracy", "loss")  # objectives that have a colu
 
 def page_of_several(runs: list[Run], jobs: list[Job]) -> tuple[Html, dict[str, Picture]]:
     """Return the page about several runs and its pictures by name."""
+    if not runs:
+        return join([failed_jobs(jobs), section("Jobs of the sweep", jobs_table(jobs))]), {}
     drawn = [pictures_of(run) for run in runs[:MOST_DRAWN]]
-    together, settings = (compare(runs), swept(runs)) if runs else ([], [])
-    details = [
-        folded(
-            f"{run.title}: {run.name}",
-            sections_of(run, drawn[i] if i < MOST_DRAWN else None, "h3"),
-            opened=run.status == "failed",
-        )
-        for i, run in enumerate(runs)
-    ]
+    together, settings = compare(runs), swept(runs)
+    details = []
+    for run, pictures in zip_longest(runs, drawn):
+        inside = sections_of(run, pictures, "h3")
+        details.append(folded(f"{run.title}: {run.name}", inside, opened=run.status == "failed"))
     if len(runs) > MOST_DRAWN:
         details.append(note(f"Only the first {MOST_DRAWN} runs have figures here: report the others by themselves."))
     body = [
@@ -40,51 +38,46 @@ def page_of_several(runs: list[Run], jobs: list[Job]) -> tuple[Html, dict[str, P
         section("Time of a round", phase_table(runs)),
         section("Each run", *details),
     ]
-    own = [by_name(found, f"{run.label}-") for run, found in zip(runs, drawn, strict=False)]
-    return join(body), dict(ChainMap(by_name({"": together + settings}), *own))
+    named = by_name({"": together + settings})
+    for run, pictures in zip(runs, drawn, strict=False):
+        named |= by_name(pictures, f"{run.label}-")
+    return join(body), named
 
 
 def alike(runs: list[Run]) -> Html:
     """Show what all runs have in common of model, dataset, clients and strategy."""
     own = columns_of(runs)
-    return tiles((key, value) for key, value in setup_of(runs[0]).items() if key not in own) if runs else Html()
+    return tiles((key, value) for key, value in setup_of(runs[0]).items() if key not in own)
 
 
 def columns_of(runs: list[Run]) -> list[str]:
     """Return in which of model, dataset, clients and strategy the runs differ."""
     setups = [setup_of(run) for run in runs]
-    return [key for key in setups[0] if len({setup[key] for setup in setups}) > 1] if runs else []
+    return [key for key in setups[0] if len({setup[key] for setup in setups}) > 1]
 
 
 def overview(runs: list[Run]) -> Html:
-    own, named = columns_of(runs), [summary_of(run) for run in runs]
-    if all(run.objective in SHOWN for run in runs):
-        for found in named:
-            del found["objective"]
-    rows = []
-    for i, found in enumerate(named):
-        told = [runs[i].differs, runs[i].name, *(setup_of(runs[i])[key] for key in own)]
+    own, rows = columns_of(runs), []
+    hidden = {"objective"} if all(run.objective in SHOWN for run in runs) else set()
+    for i, run in enumerate(runs):
+        told = [run.differs, run.name, *(setup_of(run)[key] for key in own)]
+        found = {key: value for key, value in summary_of(run).items() if key not in hidden}
         rows.append([swatch(runs, i), *(tag("div", text, class_="narrow") for text in told), *found.values()])
     first = 4 + len(own)  # behind the status, which is text; the last column is the digest
-    return table(["run", "settings", "name", *own, *named[0]], rows, range(first, len(rows[0]) - 1)) if rows else Html()
+    return table(["run", "settings", "name", *own, *found], rows, range(first, len(rows[0]) - 1))
 
 
 def swatch(runs: list[Run], index: int) -> Html:
-    """Return the label of a run after a patch of its colour."""
     patch = tag("span", class_="swatch", style=themed(f"background:{colour_of(runs, index)}"))
     return join([patch, runs[index].label])
 
 
 def jobs_table(jobs: list[Job]) -> Html:
-    rows = []
-    for job in jobs:
-        status = tag("span", job.status, class_=f"status {job.status}")
-        rows.append([job.number, job.overrides, status, digits(job.objective), job.error])
+    rows = [[job.number, job.overrides, badge(job.status), digits(job.objective), job.error] for job in jobs]
     return table(["job", "overrides", "status", "objective", "error"], rows, (3,))
 
 
 def failed_jobs(jobs: list[Job]) -> Html:
-    """Return how many jobs failed, and why."""
     reasons: dict[str, list[str]] = {}
     for job in jobs:
         if job.status != "finished":
@@ -98,7 +91,7 @@ def legend(runs: list[Run]) -> Html:
     if len(runs) > MOST_LINES:
         best = runs[best_of(runs)].label
         return note(f"Of more than {MOST_LINES} runs only the best by its objective, run {best}, has a colour.")
-    return note("A legend names the settings in which a run differs from the others.") if runs else Html()
+    return note("A legend names the settings in which a run differs from the others.")
 
 
 def unended(runs: list[Run]) -> Html:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flapp.data.artifact import DataError
+from flapp.data.artifact import DataError, refusing
 from flapp.data.shards.leaf import Writer
 from flapp.untrusted import read_json
 
@@ -63,16 +63,7 @@ def split_samples(
     return {split: np.sort(part) for split, part in parts.items()}
 
 
-def check_fractions(val_fraction: float, test_fraction: float) -> None:
-    """Raise DataError for fractions that leave no training samples."""
-    if not (0 <= val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
-        raise DataError(
-            f"val_fraction={val_fraction} and test_fraction={test_fraction} leave no training samples: "
-            "each must be at least 0 and their sum below 1"
-        )
-
-
-def counting_order(client_id: str) -> tuple[bool, int, str]:
+def _counting_order(client_id: str) -> tuple[bool, int, str]:
     """Return a key that sorts 2 before 10, and numbers before names."""
     number = client_id.isdigit()
     return not number, int(client_id) if number else 0, client_id
@@ -100,30 +91,24 @@ def _manual(names: list[str], clients: int | None, path: Path) -> dict[str, list
     if forgotten := [name for name in names if name not in owner]:
         some = ", ".join(forgotten[:5])
         raise DataError(f"{path} leaves {len(forgotten)} writers of the source out ({some}): assign every writer")
-    return {client: sorted(mapping[client]) for client in sorted(mapping, key=counting_order)}
+    return {client: sorted(mapping[client]) for client in sorted(mapping, key=_counting_order)}
 
 
 def _read_mapping(path: Path) -> dict[str, list[str]]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        ids = [key for key, _ in pairs]
-        if len(set(ids)) != len(ids):
-            twice = next(key for key in ids if ids.count(key) > 1)
-            raise DataError(f"{path} names client {twice} twice: give each client one list of writers")
-        return dict(pairs)
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        mapping: dict[str, Any] = {}
+        for client, writers in pairs:
+            if client in mapping:
+                raise DataError(f"{path} names client {client} twice: give each client one list of writers")
+            if not _CLIENT_ID.fullmatch(client):
+                raise DataError(f"{path}: client id {client!r} must be letters, digits, dot, dash or underscore")
+            if not isinstance(writers, list) or not writers or not all(isinstance(writer, str) for writer in writers):
+                raise DataError(f"{path}: client {client} must have a list of one writer or more, as text")
+            mapping[client] = writers
+        return mapping
 
-    try:
-        mapping = read_json(path, unique)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): name the JSON file of the mapping") from error
-    except DataError:
-        raise
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}): write {{client id: [writer, ...]}}") from error
+    with refusing(path, "write {client id: [writer, ...]} as JSON"):
+        mapping = read_json(path, checked)
     if not isinstance(mapping, dict) or not mapping:
         raise DataError(f"{path} must hold {{client id: [writer, ...]}}, got {type(mapping).__name__}")
-    for client, writers in mapping.items():
-        if not _CLIENT_ID.fullmatch(client):
-            raise DataError(f"{path}: client id {client!r} must be letters, digits, dot, dash or underscore")
-        if not isinstance(writers, list) or not writers or not all(isinstance(writer, str) for writer in writers):
-            raise DataError(f"{path}: client {client} must have a list of one writer or more, as text")
     return mapping

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from flapp.data.artifact import DataError, check_space, locked, remove_leftovers, write_artifact
 from flapp.data.partition import Partition, save_partition
-from flapp.data.shards.assign import STRATEGIES, assign_writers, check_fractions, split_samples
+from flapp.data.shards.assign import STRATEGIES, assign_writers, split_samples
 from flapp.data.shards.client import SAMPLE_BYTES, SPLITS, DistributedShardLoader, read_blocks, write_shard
 from flapp.data.shards.leaf import CLASS_NAMES, SIDE, Source, open_source
 from flapp.data.shards.manifest import Manifest, ShardRecord, load_manifest, write_manifest
@@ -46,7 +46,11 @@ def write_shards(
     settings; others are refused, or replaced with overwrite. Raises DataError for a source and settings that do not
     fit, and for a full disk.
     """
-    check_fractions(val_fraction, test_fraction)
+    if not (0 <= val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
+        raise DataError(
+            f"val_fraction={val_fraction} and test_fraction={test_fraction} leave no training samples: "
+            "each must be at least 0 and their sum below 1"
+        )
     source, out = Path(source), Path(out)
     with locked(out.with_name(f"{out.name}.lock")):
         remove_leftovers(out)
@@ -89,19 +93,18 @@ def export_artifacts(manifest: Path, folder: Path) -> Path:
         (folder / "partitions" / f"{strategy}.safetensors").unlink(missing_ok=True)
     parts: dict[str, tuple[np.ndarray, ...]] = {}
     for artifact, splits in (("train", ("train", "val")), ("test", ("test",))):
-        held = [(split, client, records[client].num_samples[split]) for split in splits for client in ids]
-        total = sum(count for _, _, count in held)
+        total = sum(records.facts["totals"][split] for split in splits)
         images, labels = np.empty((total, SIDE, SIDE, 1), np.uint8), np.empty(total, np.int64)
         at = 0
-        for split, client, count in held:
-            shard = open_shard(records, client)
-            parts[split] = (*parts.get(split, ()), np.arange(at, at + count))
-            for some, names in read_blocks(shard.path / f"{split}.safetensors", count):
-                images[at : at + len(names), ..., 0], labels[at : at + len(names)] = some, names
-                at += len(names)
-        source = hashlib.sha256(images.data)
-        source.update(labels.data)
-        write_artifact(folder / artifact, images, labels, list(CLASS_NAMES), source.hexdigest())
+        for split in splits:
+            for client in ids:
+                path = open_shard(records, client).path / f"{split}.safetensors"
+                start = at
+                for some, names in read_blocks(path, records[client].num_samples[split]):
+                    images[at : at + len(names), ..., 0], labels[at : at + len(names)] = some, names
+                    at += len(names)
+                parts[split] = (*parts.get(split, ()), np.arange(start, at))
+        write_artifact(folder / artifact, images, labels, CLASS_NAMES)
     requested = np.array([records[client].label_hist for client in ids], dtype=np.float64)
     path = folder / "partitions" / f"{records.facts['strategy']}.safetensors"
     save_partition(path, Partition(**parts, requested=requested))
@@ -170,12 +173,10 @@ def _check_training(source: Source, plan: dict[str, list[str]]) -> None:
 
 
 def _write_client(source: Source, out: Path, recipe: dict[str, Any]) -> ShardRecord:
-    cuts = {
-        name: split_samples(
-            name, source.writers[name], source.has_test, recipe["seed"], recipe["val_fraction"], recipe["test_fraction"]
-        )
-        for name in recipe["writers"]
-    }
+    cuts = {}
+    for name in recipe["writers"]:
+        fractions = (recipe["val_fraction"], recipe["test_fraction"])
+        cuts[name] = split_samples(name, source.writers[name], source.has_test, recipe["seed"], *fractions)
     counts = {split: sum(len(cut[split]) for cut in cuts.values()) for split in SPLITS}
 
     def parts() -> Iterator[dict[str, tuple[np.ndarray, np.ndarray]]]:

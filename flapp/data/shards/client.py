@@ -1,11 +1,4 @@
-"""The shard: everything that one client holds, in a folder of its own.
-
-    client_<id>/train.safetensors     images uint8 (n, 28, 28), labels int64 (n,); val and test likewise
-                val.safetensors
-                test.safetensors
-                meta.json             client_id, num_samples per split, label_hist (training samples of each class),
-                                      writers, sha256 of each file, and the recipe: seed, fractions, SHA-256 of source;
-                                      digest, the SHA-256 of all the rest
+"""The shard: everything that one client holds, in a folder of its own. docs/formats.md describes its files.
 
 Equal samples, seed and fractions give equal bytes: JSON keys are sorted, nothing is dated, and the safetensors files
 have a header of our own without metadata. They are written as the samples come and read block by block, so that memory
@@ -16,14 +9,15 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from flapp.data.artifact import DataError
+from flapp.data.artifact import DataError, refusing
 from flapp.data.shards.leaf import CLASSES, PIXELS, SIDE
 from flapp.files import replacing_folder, sha256_of_file
 from flapp.untrusted import check_safetensors, printable, read_json
@@ -69,29 +63,30 @@ class DistributedShardLoader:
         normalization: str = "half",
     ) -> None:
         self.path = Path(shard_path)
+        self.strict_check = strict_check
         self.streaming = streaming
         self.normalization = normalization
         meta = read_meta(self.path)
         found = {split: inspect_split(self.path / f"{split}.safetensors") for split in SPLITS}
-        faults = _faults(meta, found)
         self.client_id: str = meta["client_id"]
-        if expected_client_id is not None and self.client_id != expected_client_id:
-            other = f"{self.path} is the shard of client {self.client_id}, not of client {expected_client_id}"
-            if strict_check:
-                raise DataError(f"{other}: set shard-path to the shard of client {expected_client_id}")
-            log.warning(other)
-        if faults and strict_check:
-            raise DataError(f"{self.path} cannot be used: {'; '.join(faults)}; make it again with {REMEDY}")
-        for fault in faults:
-            log.warning("%s: %s", self.path, fault)
-        self.num_samples: dict[str, int] = {split: facts.count for split, facts in found.items()}
-        self.label_hist: list[int] = found["train"].histogram
-        self.sha256: dict[str, str] = {f"{split}.safetensors": facts.sha256 for split, facts in found.items()}
-        real = {"num_samples": self.num_samples, "label_hist": self.label_hist, "sha256": self.sha256}
+        if expected_client_id not in (None, self.client_id):
+            fault = f"is the shard of client {self.client_id}, not of client {expected_client_id}"
+            self._refuse(fault, f"set shard-path to the shard of client {expected_client_id}")
+        if faults := _faults(meta, found):
+            self._refuse(f"cannot be used: {'; '.join(faults)}", f"make it again with {REMEDY}")
+        real = _facts_of(found)
+        self.num_samples: dict[str, int] = real["num_samples"]
+        self.label_hist: list[int] = real["label_hist"]
+        self.sha256: dict[str, str] = real["sha256"]
         self.digest = digest_of(meta | real)
         self.last_modified = max((self.path / name).stat().st_mtime for name in SHARD_FILES)
         counts = ", ".join(f"{count} {split}" for split, count in self.num_samples.items())
         log.info("client %s: %s samples from %s", self.client_id, counts, self.path)
+
+    def _refuse(self, fault: str, fix: str) -> None:
+        if self.strict_check:
+            raise DataError(f"{self.path} {fault}: {fix}")
+        log.warning("%s %s", self.path, fault)
 
     def split(self, name: str) -> "ShardSplit | ShardStream":
         """Return train, val or test: a map-style dataset, or with streaming an iterable one in bounded memory."""
@@ -108,19 +103,19 @@ class DistributedShardLoader:
 def read_meta(folder: Path) -> dict[str, Any]:
     """Read the meta.json of a shard; raises DataError when it is missing or is not one."""
     path = folder / "meta.json"
-    try:
+    with refusing(
+        path, f"make it again with {REMEDY}", f"no shard at {folder} (meta.json is missing): make it with {REMEDY}"
+    ):
         meta = read_json(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"no shard at {folder} (meta.json is missing): make it with {REMEDY}") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): let this user read it") from error
-    except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}): make the shard again with {REMEDY}") from error
-    if wrong := _wrong_key(meta):
-        raise DataError(
-            f"{path} is not of a shard of format {FORMAT_VERSION} ({printable(wrong)}): make it with {REMEDY}"
-        )
-    return meta
+    said = meta if isinstance(meta, dict) else {}
+    wrong = [key for key, kind in _META_TYPES.items() if not isinstance(said.get(key), kind)]
+    if (version := said.get("format_version", "missing")) != FORMAT_VERSION:
+        fault = f"format_version {version}"
+    elif wrong or not said["client_id"].isprintable() or not all(isinstance(name, str) for name in said["writers"]):
+        fault = f"{(wrong or ['client_id or writers'])[0]} is missing or of a wrong type"
+    else:
+        return said
+    raise DataError(f"{path} is not of a shard of format {FORMAT_VERSION} ({printable(fault)}): make it with {REMEDY}")
 
 
 def write_shard(
@@ -132,60 +127,36 @@ def write_shard(
     the (images, labels) of every split.
     """
     with replacing_folder(folder) as partial:
-        files = {split: _SplitWriter(partial / f"{split}.safetensors", count) for split, count in counts.items()}
-        for part in parts:
-            for split, (images, labels) in part.items():
-                files[split].add(images, labels)
-        meta = {
-            "format_version": FORMAT_VERSION,
-            "dataset": "femnist",
-            "client_id": recipe["client_id"],
-            "writers": recipe["writers"],
-            "recipe": {key: value for key, value in recipe.items() if key not in ("client_id", "writers")},
-            "num_samples": dict(counts),
-            "sha256": {f"{split}.safetensors": file.close() for split, file in files.items()},
-            "label_hist": files["train"].histogram(),
-        }
+        paths = {split: partial / f"{split}.safetensors" for split in counts}
+        labels: dict[str, list[np.ndarray]] = {split: [] for split in counts}
+        with ExitStack() as stack:
+            files = {split: stack.enter_context(path.open("wb")) for split, path in paths.items()}
+            for split, file in files.items():
+                file.write(_header(counts[split]))
+            for part in parts:
+                for split, (images, names) in part.items():
+                    files[split].write(images.tobytes())
+                    labels[split].append(names)
+            for split, file in files.items():
+                file.write(np.concatenate(labels[split]).astype("<i8").tobytes())
+        found = {split: inspect_split(path) for split, path in paths.items()}
+        if faults := [facts.fault for facts in found.values() if facts.fault]:
+            raise DataError(f"{folder} cannot be used: {faults[0]}; remove such images from the source")
+        rest = {key: value for key, value in recipe.items() if key not in ("client_id", "writers")}
+        meta = {"format_version": FORMAT_VERSION, "dataset": "femnist", "client_id": recipe["client_id"]}
+        meta |= {"writers": recipe["writers"], "recipe": rest} | _facts_of(found)
         meta["digest"] = digest_of(meta)
         (partial / "meta.json").write_text(json.dumps(meta, indent=1, sort_keys=True) + "\n")
     return meta
 
 
-class _SplitWriter:
-    """Write one safetensors file whose size is known: images as they come and labels at the end."""
-
-    def __init__(self, path: Path, count: int) -> None:
-        images = {"dtype": "U8", "shape": [count, SIDE, SIDE], "data_offsets": [0, count * PIXELS]}
-        labels = {"dtype": "I64", "shape": [count], "data_offsets": [count * PIXELS, count * SAMPLE_BYTES]}
-        header = json.dumps({"images": images, "labels": labels}, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        self.path = path
-        self.blank = count > 0
-        self.labels: list[np.ndarray] = []
-        self.file = path.open("wb")
-        self.hash = hashlib.sha256()
-        self._write(len(header).to_bytes(8, "little") + header)
-
-    def add(self, images: np.ndarray, labels: np.ndarray) -> None:
-        self.blank = self.blank and not images.any()
-        self._write(np.ascontiguousarray(images).tobytes())
-        self.labels.append(labels.astype("<i8"))
-
-    def histogram(self) -> list[int]:
-        return np.bincount(np.concatenate(self.labels), minlength=CLASSES).tolist()
-
-    def close(self) -> str:
-        """Write the labels and return the SHA-256 of the file."""
-        for labels in self.labels:
-            self._write(labels.tobytes())
-        self.file.close()
-        if self.blank:
-            raise DataError(f"every image of {self.path} would be all zero: remove blank images from the source")
-        return self.hash.hexdigest()
-
-    def _write(self, content: bytes) -> None:
-        self.file.write(content)
-        self.hash.update(content)
+def _header(count: int) -> bytes:
+    """Return the first bytes of a safetensors file that holds images and, behind them, labels."""
+    images = {"dtype": "U8", "shape": [count, SIDE, SIDE], "data_offsets": [0, count * PIXELS]}
+    labels = {"dtype": "I64", "shape": [count], "data_offsets": [count * PIXELS, count * SAMPLE_BYTES]}
+    header = json.dumps({"images": images, "labels": labels}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
 
 
 @dataclass(frozen=True)
@@ -200,7 +171,8 @@ class SplitFacts:
 
 def inspect_split(path: Path) -> SplitFacts:
     """Read and hash a split's file, a block at a time; raises DataError when it is not such a file at all."""
-    try:
+    again = f"make it again with {REMEDY}"
+    with refusing(path, again):
         check_safetensors(path, MOST_HEADER)
         sha256 = sha256_of_file(path)
         with safe_open(path, framework="numpy") as tensors:
@@ -209,17 +181,9 @@ def inspect_split(path: Path) -> SplitFacts:
             count = kinds.get("labels", ("", [-1]))[1][:1]
             if kinds != {"images": ("U8", [*count, SIDE, SIDE]), "labels": ("I64", count)}:
                 found = ", ".join(f"{name} {dtype} {shape}" for name, (dtype, shape) in sorted(kinds.items()))
-                raise DataError(
-                    f"{path} holds {printable(found or 'nothing')} instead of images U8 [n, 28, 28] and labels "
-                    f"I64 [n]: make it again with {REMEDY}"
-                )
+                wanted = "images U8 [n, 28, 28] and labels I64 [n]"
+                raise DataError(f"{path} holds {printable(found or 'nothing')} instead of {wanted}: {again}")
             labels = tensors.get_tensor("labels")
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing: make the shard again with {REMEDY}") from None
-    except DataError:
-        raise
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged ({printable(error)}): make the shard again with {REMEDY}") from error
     known = (labels >= 0) & (labels < CLASSES)
     fault = None
     if not known.all():
@@ -254,13 +218,13 @@ def digest_of(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _wrong_key(meta: Any) -> str | None:
-    if not isinstance(meta, dict) or meta.get("format_version") != FORMAT_VERSION:
-        return f"format_version {meta.get('format_version') if isinstance(meta, dict) else 'missing'}"
-    wrong = [key for key, kind in _META_TYPES.items() if not isinstance(meta.get(key), kind)]
-    wrong += [] if wrong or all(isinstance(name, str) for name in meta["writers"]) else ["writers"]
-    wrong += [] if wrong or meta["client_id"].isprintable() else ["client_id"]
-    return f"{wrong[0]} is missing or of a wrong type" if wrong else None
+def _facts_of(found: Mapping[str, SplitFacts]) -> dict[str, Any]:
+    """Return what meta.json must say of these files."""
+    return {
+        "num_samples": {split: facts.count for split, facts in found.items()},
+        "label_hist": found["train"].histogram,
+        "sha256": {f"{split}.safetensors": facts.sha256 for split, facts in found.items()},
+    }
 
 
 def _faults(meta: Mapping[str, Any], found: Mapping[str, SplitFacts]) -> list[str]:

@@ -1,57 +1,38 @@
 """One split of a shard as a PyTorch dataset: whole in memory for ClientLoader, or streamed block by block."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from flapp.data.artifact import Artifact
 from flapp.data.images import check_normalization, normalize
+from flapp.data.offline import OfflineDataset
 from flapp.data.shards.client import count_rows, read_rows
 from flapp.data.shards.leaf import CLASS_NAMES
 
 
-class ShardSplit(Dataset[tuple[Tensor, int]]):
+class ShardSplit(OfflineDataset):
     """Hold one split as a map-style dataset of (float32 sample (1, 28, 28), label), like OfflineDataset.
 
-    images: uint8 (n, 28, 28, 1); labels: int64 (n,); digest: SHA-256 of the file. Only the path is pickled, not the
-    data.
+    digest: SHA-256 of the file. Only the path is pickled, not the data.
     """
 
-    has_images = True
-    classes = CLASS_NAMES
+    exact = False
 
     def __init__(self, path: Path, normalization: str = "half", digest: str = "") -> None:
         check_normalization(normalization)
+        self.transform = self.image_size = None
         self.normalization = normalization
         images, labels = read_rows(path, 0, count_rows(path))
-        self.artifact = Artifact(path, images[..., None], labels, CLASS_NAMES, digest, digest)
-        self.images = torch.from_numpy(self.artifact.images)
-        self.labels = torch.from_numpy(labels)
+        self.hold(Artifact(path, images[..., None], labels, CLASS_NAMES, digest, digest))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardSplit, (self.artifact.path, self.normalization, self.artifact.digest)
-
-    @property
-    def targets(self) -> list[int]:
-        return self.labels.tolist()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return _normalize(self.images[index].permute(2, 0, 1), self.normalization), int(self.labels[index])
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        return [self[index] for index in indices]
-
-    def artifact_at(self, image_size: int | None) -> Artifact:
-        """Return the images as stored: a shard has no other size."""
-        return self.artifact
 
 
 class ShardStream(IterableDataset[tuple[Tensor, Any]]):
@@ -62,8 +43,6 @@ class ShardStream(IterableDataset[tuple[Tensor, Any]]):
     increments epoch; without it the file's order is kept. The workers of a DataLoader share the blocks (they work on
     copies: set epoch before each pass over the DataLoader).
     """
-
-    classes = CLASS_NAMES
 
     def __init__(
         self,
@@ -96,10 +75,6 @@ class ShardStream(IterableDataset[tuple[Tensor, Any]]):
     def _batches(self, start: int, end: int, order: Tensor) -> Iterator[tuple[Tensor, Any]]:
         images, labels = map(torch.from_numpy, read_rows(self.path, start, end))
         for batch in order.split(self.batch_size or 1):
-            inputs = _normalize(torch.index_select(images, 0, batch).unsqueeze(1), self.normalization)
+            pixels = torch.index_select(images, 0, batch).unsqueeze(1)
+            inputs = normalize(pixels, self.normalization, exact=False)  # as ClientLoader does
             yield (inputs, labels[batch]) if self.batch_size else (inputs[0], int(labels[batch]))
-
-
-def _normalize(pixels: Tensor, normalization: str) -> Tensor:
-    """Normalise uint8 (..., 1, 28, 28) as ClientLoader does."""
-    return normalize(pixels, normalization, exact=False)

@@ -6,8 +6,7 @@
 
 LEAF writes pixels as floats in [0, 1] (1.0 is the white background), others as whole numbers in [0, 255]; the values
 show which. Both become uint8, v -> round(255 v) and v -> v, so the same images in either form give the same samples.
-JSON is parsed once, one writer at a time, into a temporary file of pixels: a file of any size needs the memory of one
-writer.
+JSON is parsed once, one writer at a time, into a temporary file of pixels: memory holds one writer.
 """
 
 import hashlib
@@ -15,13 +14,13 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import ijson
 import numpy as np
 from tqdm import tqdm
 
-from flapp.data.artifact import DataError
+from flapp.data.artifact import DataError, refusing
 from flapp.untrusted import check_regular, open_npy, printable
 
 CLASS_NAMES = tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
@@ -43,14 +42,24 @@ class Writer:
     sha256: str
 
 
-class Source(Protocol):
+class Source:
     """Samples by writer; has_test: the source itself keeps some for testing."""
 
-    has_test: bool
+    has_test = False
     writers: dict[str, Writer]
 
+    def describe_writers(self, held_out: dict[str, int], progress: bool) -> None:
+        """Count and hash the samples of all writers; held_out: how many are test samples of each."""
+        self.writers = {}
+        for name in tqdm(sorted(held_out), "hashing", unit="writer", disable=None if progress else True):
+            images, labels = self.read(name)
+            digest = hashlib.sha256(np.ascontiguousarray(images).data)
+            digest.update(labels.astype("<i8").data)
+            self.writers[name] = Writer(len(labels), held_out[name], digest.hexdigest())
+
     def read(self, writer: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return a writer's images, uint8 (n, 28, 28), and labels, int64 (n,)."""
+        """Return a writer's images, uint8 (n, 28, 28), and labels, int64 (n,), in the order of the files."""
+        raise NotImplementedError
 
 
 def open_source(folder: Path, progress: bool = False, scratch: Path | None = None) -> Source:
@@ -86,7 +95,7 @@ class _Part:
     of_test: bool
 
 
-class LeafSource:
+class LeafSource(Source):
     """Read LEAF's JSON; files: (path, whether its samples are test samples) in order."""
 
     def __init__(self, files: list[tuple[Path, bool]], progress: bool = False, scratch: Path | None = None) -> None:
@@ -101,13 +110,10 @@ class LeafSource:
             self._read_file(path, of_test)
         if not self._parts:
             raise DataError(f"{files[0][0]} and its neighbours hold no users: point dataset.source at LEAF's output")
-        self.writers = {}
-        for name in tqdm(sorted(self._parts), "hashing", unit="writer", disable=None if progress else True):
-            held_out = sum(len(part.labels) for part in self._parts[name] if part.of_test)
-            self.writers[name] = describe(*self.read(name), held_out)
+        tests = {name: [p for p in parts if p.of_test] for name, parts in self._parts.items()}
+        self.describe_writers({name: sum(len(p.labels) for p in parts) for name, parts in tests.items()}, progress)
 
     def read(self, writer: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return a writer's images, uint8 (n, 28, 28), and labels, int64 (n,), in the order of the files."""
         parts = self._parts[writer]
         return np.concatenate([self._images(part) for part in parts]), np.concatenate([part.labels for part in parts])
 
@@ -119,20 +125,18 @@ class LeafSource:
 
     def _read_file(self, path: Path, of_test: bool) -> None:
         found: dict[str, _Part] = {}
-        try:
+        with refusing(path, "copy it again"):
             check_regular(path)
-            with path.open("rb") as file:
-                for user, data in ijson.kvitems(_Shallow(file), "user_data", use_float=True):
-                    if user in found:
-                        raise DataError(f"{path}: user {user} appears twice in user_data")
-                    found[user] = self._store(path, user, data, of_test)
-            users, counts = (_read_list(path, key) for key in ("users", "num_samples"))
-        except OSError as error:
-            raise DataError(f"{path} cannot be read ({error.strerror}): copy it again") from error
-        except (ijson.JSONError, _TooDeepError) as error:
-            after = f" after user {list(found)[-1]}" if found else ""
-            reason = printable(str(error).split("\n")[0], 100)
-            raise DataError(f"{path} is damaged{after} ({reason}): copy it again from where LEAF wrote it") from error
+            try:
+                with path.open("rb") as file:
+                    for user, data in ijson.kvitems(_Shallow(file), "user_data", use_float=True):
+                        if user in found:
+                            raise DataError(f"{path}: user {user} appears twice in user_data")
+                        found[user] = self._store(path, user, data, of_test)
+                users, counts = (_read_list(path, key) for key in ("users", "num_samples"))
+            except ijson.JSONError as error:
+                after = f"after user {list(found)[-1]}: " if found else ""
+                raise ValueError(after + str(error).partition("\n")[0]) from error
         _check_index(path, users, counts, found)
         for user, part in found.items():
             earlier = self._parts.setdefault(user, [])
@@ -147,15 +151,21 @@ class LeafSource:
         who = f"{path}: user {user}"
         if not isinstance(data, dict) or not {"x", "y"} <= data.keys():
             raise DataError(f"{who} has no x or no y")
-        if not isinstance(data["x"], list) or not isinstance(data["y"], list):
+        rows, labels = data["x"], data["y"]
+        if not isinstance(rows, list) or not isinstance(labels, list):
             raise DataError(f"{who} has something else instead of a list in x or y: it is not LEAF JSON")
-        for label in data["y"]:
+        for label in labels:
             if type(label) is not int or not 0 <= label < CLASSES:
                 raise DataError(f"{who} has label {printable(repr(label))}, FEMNIST has 0 to {CLASSES - 1}")
-        if len(data["x"]) != len(data["y"]):
-            raise DataError(f"{who} has {len(data['x'])} images in x and {len(data['y'])} labels in y")
-        images = self._to_grey(who, _to_floats(who, data["x"]))
-        part = _Part(path, np.array(data["y"], dtype=np.int64), self._rows, of_test)
+        if len(rows) != len(labels):
+            raise DataError(f"{who} has {len(rows)} images in x and {len(labels)} labels in y")
+        for number, row in enumerate(rows):
+            if not isinstance(row, list) or not set(map(type, row)) <= {int, float}:
+                raise DataError(f"{who} has something else than a row of pixels in x (image {number})")
+            if len(row) != PIXELS:
+                raise DataError(f"{who} has an image of {len(row)} pixels, not {PIXELS} (image {number})")
+        images = self._to_grey(who, np.array(rows, dtype=np.float64).reshape(-1, PIXELS))
+        part = _Part(path, np.array(labels, dtype=np.int64), self._rows, of_test)
         self._pixels.seek(self._rows * PIXELS)
         self._pixels.write(images.tobytes())
         self._rows += len(images)
@@ -185,12 +195,11 @@ class LeafSource:
         return np.rint(pixels * (255 // self._top) if self._top else pixels).astype(np.uint8)
 
 
-class _TooDeepError(ValueError):
-    """JSON is nested so deeply that ijson, which keeps the path of each level, would fill the memory."""
-
-
 class _Shallow:
-    """Read a file for ijson; raises _TooDeepError where lists and objects are nested more than DEEPEST deep."""
+    """Read a file for ijson; raises ijson.JSONError where lists and objects are nested more than DEEPEST deep.
+
+    ijson keeps the path of each level, and would fill the memory.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -210,7 +219,7 @@ class _Shallow:
             elif not self.in_text:
                 self.depth += 1 if mark in b"[{" else -1
             if self.depth > DEEPEST:
-                raise _TooDeepError(f"its lists and objects are more than {DEEPEST} deep")
+                raise ijson.JSONError(f"its lists and objects are more than {DEEPEST} deep")
         return data
 
 
@@ -227,9 +236,8 @@ def _check_index(path: Path, users: list[Any], counts: list[Any], found: dict[st
     if unlike := sorted({*map(str, users)} ^ found.keys()):
         raise DataError(f"{path}: users and user_data name different writers: {printable(', '.join(unlike[:3]))}")
     if not len(users) == len(counts) == len(found):
-        raise DataError(
-            f"{path} has {len(users)} users, {len(counts)} num_samples and {len(found)} writers in user_data"
-        )
+        numbers = f"{len(users)} users, {len(counts)} num_samples and {len(found)} writers in user_data"
+        raise DataError(f"{path} has {numbers}")
     for user, count in zip(users, counts, strict=True):
         held = len(found[str(user)].labels)
         if type(count) is not int or count != held:
@@ -237,20 +245,8 @@ def _check_index(path: Path, users: list[Any], counts: list[Any], found: dict[st
             raise DataError(f"{path}: user {printable(user)} has {held} labels, num_samples says {said}")
 
 
-def _to_floats(who: str, rows: list[Any]) -> np.ndarray:
-    """Return rows of pixels as float64 (n, 784)."""
-    for number, row in enumerate(rows):
-        if not isinstance(row, list) or not set(map(type, row)) <= {int, float}:
-            raise DataError(f"{who} has something else than a row of pixels in x (image {number})")
-        if len(row) != PIXELS:
-            raise DataError(f"{who} has an image of {len(row)} pixels, not {PIXELS} (image {number})")
-    return np.array(rows, dtype=np.float64).reshape(-1, PIXELS)
-
-
-class ArraySource:
+class ArraySource(Source):
     """Read images.npy, labels.npy and writers.npy, memory-mapped anew for each writer so that pages do not pile up."""
-
-    has_test = False
 
     def __init__(self, folder: Path, progress: bool = False) -> None:
         self.folder = folder
@@ -266,12 +262,9 @@ class ArraySource:
         order = np.argsort(writers, kind="stable")
         names, starts = np.unique(writers[order], return_index=True)
         self._samples = dict(zip(map(str, names), np.split(order, starts[1:]), strict=True))
-        self.writers = {}
-        for name in tqdm(sorted(self._samples), "checking", unit="writer", disable=None if progress else True):
-            self.writers[name] = describe(*self.read(name), 0)
+        self.describe_writers(dict.fromkeys(self._samples, 0), progress)
 
     def read(self, writer: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return a writer's images, uint8 (n, 28, 28), and labels, int64 (n,), in the order of the files."""
         samples = self._samples[writer]
         labels = self._open("labels")[samples]
         if not (labels.min() >= 0 and labels.max() < CLASSES):
@@ -283,15 +276,5 @@ class ArraySource:
 
     def _open(self, name: str) -> np.ndarray:
         path = self.folder / f"{name}.npy"
-        try:
+        with refusing(path, "write it with numpy.save"):
             return open_npy(path, "r", "biufUS" if name == "writers" else "biuf")
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(f"{path} cannot be read as an array ({reason}): write it with numpy.save") from error
-
-
-def describe(images: np.ndarray, labels: np.ndarray, held_out: int) -> Writer:
-    """Count and hash a writer's samples."""
-    digest = hashlib.sha256(np.ascontiguousarray(images).data)
-    digest.update(labels.astype("<i8").data)
-    return Writer(len(labels), held_out, digest.hexdigest())

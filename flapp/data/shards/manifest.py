@@ -1,24 +1,19 @@
-"""The manifest: what every client's shard holds.
-
-    manifest.json    format_version, dataset, strategy, seed, fractions, totals, SHA-256 of all recipes and of
-                     clients.jsonl and, as digest, of all the rest
-    clients.jsonl    one line a client, in counting order: client_id, shard (its folder, relative), num_samples per
-                     split, label_hist (training samples of each class), writers (how many), digest
+"""The manifest: what every client's shard holds. docs/formats.md describes its files.
 
 A manifest is read and checked whole, once in a process for as long as its files stay the same.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from flapp.data.artifact import DataError, Stamp, stamp
+from flapp.data.artifact import DataError, Stamp, refusing, stamp
 from flapp.data.shards.client import REMEDY, SPLITS, digest_of
-from flapp.untrusted import check_regular, parse_json, printable, read_json
+from flapp.untrusted import parse_json, printable, read_bytes, read_json
 
 FORMAT_VERSION = 2  # 1 had an index, clients.idx
 FILES = ("manifest.json", "clients.jsonl")
@@ -38,23 +33,14 @@ class ShardRecord:
     digest: str
 
 
-class Manifest(Mapping[str, ShardRecord]):
-    """Map client ids to records, in counting order; facts: the content of manifest.json."""
+class Manifest(dict[str, ShardRecord]):
+    """Records by client id, in counting order; facts: the content of manifest.json."""
 
     def __init__(self, path: Path, facts: dict[str, Any], records: dict[str, ShardRecord]) -> None:
+        super().__init__(records)
         self.path = path
         self.folder = path.parent
         self.facts = facts
-        self._records = records
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._records)
-
-    def __getitem__(self, client_id: str) -> ShardRecord:
-        return self._records[client_id]
 
     def shard_path(self, client_id: str) -> Path:
         """Return the absolute folder of a client's shard; raises DataError when it lies outside the manifest's."""
@@ -105,15 +91,10 @@ def write_manifest(folder: Path, records: Sequence[ShardRecord], facts: Mapping[
     (folder / "manifest.json").write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n")
 
 
-def totals_of(records: Iterable[ShardRecord]) -> dict[str, int]:
+def totals_of(records: Collection[ShardRecord]) -> dict[str, int]:
     """Add up clients, writers and the samples of each split."""
-    totals = {"clients": 0, "writers": 0, "train": 0, "val": 0, "test": 0}
-    for record in records:
-        totals["clients"] += 1
-        totals["writers"] += record.writers
-        for split in SPLITS:
-            totals[split] += record.num_samples[split]
-    return totals
+    samples = {split: sum(record.num_samples[split] for record in records) for split in SPLITS}
+    return {"clients": len(records), "writers": sum(record.writers for record in records), **samples}
 
 
 def check_claim(
@@ -144,12 +125,8 @@ def check_claim(
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
-    try:
+    with refusing(path, AGAIN, f"no manifest at {path}: {AGAIN}"):
         facts = read_json(path)
-    except OSError as error:
-        raise DataError(f"no manifest at {path} ({error.strerror}): {AGAIN}") from error
-    except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}): {AGAIN}") from error
     version = facts.get("format_version") if isinstance(facts, dict) else type(facts).__name__
     if version != FORMAT_VERSION:
         raise DataError(f"{path} is not a manifest of format {FORMAT_VERSION} (found {printable(version)}): {AGAIN}")
@@ -161,38 +138,29 @@ def _read_facts(path: Path) -> dict[str, Any]:
 
 
 def _read_records(path: Path, facts: dict[str, Any]) -> dict[str, ShardRecord]:
-    try:
-        if (size := check_regular(path)) > MOST_LINES:
-            raise DataError(f"{path} has {size:,} bytes, at most {MOST_LINES:,} are expected: {AGAIN}")
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): {AGAIN}") from error
-    if hashlib.sha256(content).hexdigest() != facts["clients_sha256"]:
-        raise DataError(f"{path} has another SHA-256 than manifest.json says: {AGAIN}")
     records: dict[str, ShardRecord] = {}
-    for line in content.splitlines():
-        record = _parse(line, path)
-        if record.client_id in records:
-            raise DataError(f"{path} has client {record.client_id} twice: {AGAIN}")
-        records[record.client_id] = record
+    with refusing(path, AGAIN):
+        content = read_bytes(path, MOST_LINES)
+        if hashlib.sha256(content).hexdigest() != facts["clients_sha256"]:
+            raise ValueError("it has another SHA-256 than manifest.json says")
+        for line in content.splitlines():
+            record = _parse(line)
+            if record.client_id in records:
+                raise ValueError(f"it has client {record.client_id} twice")
+            records[record.client_id] = record
     return records
 
 
-def _parse(line: bytes, path: Path) -> ShardRecord:
-    try:
-        values = parse_json(line)
-        record = ShardRecord(**values | {"label_hist": tuple(values["label_hist"])})
-        counts = [record.num_samples[split] for split in SPLITS]
-        sound = all(type(n) is int and n >= 0 for n in [*counts, *record.label_hist, record.writers])
-        sound = sound and all(isinstance(text, str) for text in (record.client_id, record.shard, record.digest))
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path} has a line that is not a record ({printable(repr(error))}): {AGAIN}") from error
-    if not sound:
-        raise DataError(f"{path} has a record of wrong types ({printable(record.client_id)}): {AGAIN}")
-    if not record.client_id.isprintable() or not record.shard.isprintable():
-        said = f"client {printable(record.client_id)} with shard {printable(record.shard)}"
-        raise DataError(f"{path} has control characters in a name ({said}): {AGAIN}")
+def _parse(line: bytes) -> ShardRecord:
+    values = parse_json(line)
+    record = ShardRecord(**values | {"label_hist": tuple(values["label_hist"])})
+    counts = [record.num_samples[split] for split in SPLITS]
+    if not all(type(n) is int and n >= 0 for n in [*counts, *record.label_hist, record.writers]):
+        raise ValueError("its numbers are not whole or below zero")
+    texts = (record.client_id, record.shard, record.digest)
+    if not all(isinstance(text, str) and text.isprintable() for text in texts):
+        raise ValueError(f"{texts} are not text without control characters")
     shard = Path(record.shard)
     if shard.is_absolute() or ".." in shard.parts:
-        raise DataError(f"{path}: the shard of client {record.client_id} is {shard}, outside the manifest's folder")
+        raise ValueError(f"the shard of client {record.client_id} is {shard}, outside the manifest's folder")
     return record

@@ -9,7 +9,7 @@ vit.py and gpt2.py have the types of models, factory.py splits and loads them, f
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +52,17 @@ class SplitModel(nn.Module):
 
     def facts(self) -> dict[str, Any]:
         """Return the metadata that does not depend on the files."""
-        part, tensors = self.part, self.state_dict().values()
-        start, end = part.layers
-        parameters = {name: p.numel() for name, p in self.named_parameters() if name not in self.tied}
-        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
-        return {
-            **{"model_type": part.model_type, "model_class": type(self).__name__},
-            **{"name": part.name, "component": part.component, "split_points": list(part.split_points)},
-            **{"start_layer": start, "end_layer": end, "num_layers": part.num_layers},
-            **{"num_parameters": sum(parameters.values()), "tied": dict(self.tied)},
-            **{"dtype": "+".join(dtypes), "memory_mb": sum(tensor.nbytes for tensor in tensors) / 2**20},
-            **{"config": dict(part.config), "model_sha256": part.model_sha256},
+        tensors = self.state_dict().values()
+        start, end = self.part.layers
+        return asdict(self.part) | {
+            "split_points": list(self.part.split_points),
+            "model_class": type(self).__name__,
+            "start_layer": start,
+            "end_layer": end,
+            "num_parameters": sum(p.numel() for name, p in self.named_parameters() if name not in self.tied),
+            "tied": dict(self.tied),
+            "dtype": "+".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
+            "memory_mb": sum(tensor.nbytes for tensor in tensors) / 2**20,
         }
 
 

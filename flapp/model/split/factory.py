@@ -11,7 +11,6 @@ from flapp.model.files import FORMAT_VERSION, mismatch, shapes_of
 from flapp.model.split.component import ModelType, Part, SplitModel
 from flapp.model.split.files import (
     COMPONENTS,
-    Metadata,
     StorageManager,
     check_component,
     check_points,
@@ -72,14 +71,16 @@ class ModelFactory:
         """
         if auto_save and storage_path is None:
             raise ValueError("auto_save=True needs storage_path: say where the components are to be stored")
+        place = storage_path if auto_save else None
         kind, points = cls._type(model_type), (split_point_1, split_point_2)
         check_points(*points)
         whole = kind.read(model_name_or_path, **settings)
         check_points(*points, whole.num_layers)
-        if auto_save and storage_path is not None:
-            StorageManager.prepare(storage_path, name or whole.name, *points, overwrite)
+        name = name or whole.name
+        if place is not None:
+            StorageManager.check(place, name, *points, overwrite)
         about = (points, whole.num_layers, whole.config, whole.sha256)
-        parts = [Part(model_type, name or whole.name, component, *about) for component in COMPONENTS]
+        parts = [Part(model_type, name, component, *about) for component in COMPONENTS]
         bottom, trunk, top = models = [_fill(_skeleton(kind, part), part, whole.tensors) for part in parts]
         if lost := whole.tensors.keys() - {key for model in models for key in model.state_dict()}:
             raise ValueError(
@@ -87,20 +88,12 @@ class ModelFactory:
             )
         for model in models:
             model.to(device)
-        _tie(models)
-        if auto_save and storage_path is not None:
-            cls.save_split_models(models, storage_path, overwrite)
+        _join(models)
+        if place is not None:
+            paths = [StorageManager.get_split_model_path(place, name, *points, component) for component in COMPONENTS]
+            contents = [(model.state_dict(), model.facts()) for model in models]
+            write_components(dict(zip(paths, contents, strict=True)), overwrite)
         return bottom, trunk, top
-
-    @staticmethod
-    def save_split_models(
-        models: Sequence[SplitModel], storage_path: str | Path, overwrite: bool = False
-    ) -> list[Metadata]:
-        """Write components where StorageManager says they lie, all or none."""
-        places = [(m.part.name, *m.part.split_points, m.part.component) for m in models]
-        paths = [StorageManager.get_split_model_path(storage_path, *place) for place in places]
-        contents = [(m.state_dict(), m.facts()) for m in models]
-        return write_components(dict(zip(paths, contents, strict=True)), overwrite)
 
     @classmethod
     def load_split_models(
@@ -117,8 +110,6 @@ class ModelFactory:
         The whole model is never built. Raises ValueError when a file is missing, damaged or not what its name says, or
         when the components are not from one split of one model.
         """
-        for component in components:
-            check_component(component)
         name, p1, p2 = _choose(storage_path, model_name, split_point_1, split_point_2)
         models = []
         for component in components:
@@ -129,8 +120,7 @@ class ModelFactory:
                 where = "{}-{}".format(*found.split_points)
                 raise ValueError(f"{path} holds the {found.component} of {found.name} split at {where}")
             models.append(model)
-        _check_siblings(models)
-        _tie(models)
+        _join(models)
         return tuple(models)
 
     @classmethod
@@ -178,15 +168,21 @@ def _fill(model: SplitModel, part: Part, tensors: Mapping[str, Tensor]) -> Split
     found = {name: tensors[name] for name in own if name in tensors}
     if fault := mismatch(shapes_of(own), shapes_of(found)):
         raise ValueError(f"{part.name} does not fit {type(model).__name__}: {fault}")
-    model.load_state_dict({name: tensors[name] for name in own}, assign=True)
+    model.load_state_dict(found, assign=True)
     model.part = part
     return model.eval()
 
 
-def _tie(models: Sequence[SplitModel]) -> None:
-    """Let components in one process share their tied parameters; raises ValueError if these differ."""
+def _join(models: Sequence[SplitModel]) -> None:
+    """Let components of one model share their tied parameters; raises ValueError if these differ, or the models."""
     by_component = {model.part.component: model for model in models}
     for model in models:
+        first, other = models[0].part, model.part
+        if first.model_sha256 != other.model_sha256 or first.config != other.config:
+            raise ValueError(
+                f"{first.component} and {other.component} of {first.name} are of different models "
+                f"({first.model_sha256[:12]} and {other.model_sha256[:12]}): store the split again"
+            )
         for name, source in model.tied.items():
             component, _, there = source.partition(":")
             if component not in by_component:
@@ -194,19 +190,8 @@ def _tie(models: Sequence[SplitModel]) -> None:
             shared = by_component[component].get_parameter(there)
             owner, _, leaf = name.rpartition(".")
             if not torch.equal(model.get_parameter(name), shared):
-                raise ValueError(f"{name} of {model.part.component} differs from {source}, which it is tied to")
+                raise ValueError(f"{name} of {other.component} differs from {source}, which it is tied to")
             setattr(model.get_submodule(owner), leaf, shared)
-
-
-def _check_siblings(models: Sequence[SplitModel]) -> None:
-    """Refuse components of different models."""
-    for model in models[1:]:
-        first, other = models[0].part, model.part
-        if first.model_sha256 != other.model_sha256 or first.config != other.config:
-            raise ValueError(
-                f"{first.component} and {other.component} of {first.name} are of different models "
-                f"({first.model_sha256[:12]} and {other.model_sha256[:12]}): store the split again"
-            )
 
 
 def _choose(base: str | Path, name: str | None, p1: int | None, p2: int | None) -> tuple[str, int, int]:

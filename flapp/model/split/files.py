@@ -1,15 +1,8 @@
 """The files of a split model: a pair of weights and metadata for each of its three components.
 
-    <base>/bottom/<name>_<p1>-<p2>_bottom.safetensors
-                  <name>_<p1>-<p2>_bottom_metadata.json
-    <base>/trunk/...  <base>/top/...
-
-The metadata is a JSON object of the fields of Metadata. All but sha256 and saved_at are also in the header of the
-weights, so that neither file can be changed or exchanged without the other showing it.
-
-All files are on disk before the first is renamed to its name, weights before metadata. A crash between two renames
-leaves weights whose SHA-256 is not the one in their metadata, or components of different models: both are refused by
-name until the split is stored again with overwrite.
+docs/formats.md describes them. All but sha256 and saved_at of the metadata is also in the header of the weights, so
+that neither file can be changed or exchanged without the other showing it. All files are on disk before the first is
+renamed, weights before metadata: what a crash between two renames leaves is refused by name until it is stored again.
 """
 
 import os
@@ -38,13 +31,7 @@ FILE_NAME = re.compile(rf"(?P<name>.+)_(?P<p1>\d+)-(?P<p2>\d+)_(?P<component>{'|
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Metadata:
-    """Describe one stored component.
-
-    Layers are start_layer to end_layer - 1 of num_layers. num_parameters leaves out the parameters that `tied` names,
-    {own name: "component:name there"}: they are another component's, and the three numbers add up to the whole model's.
-    memory_mb counts all tensors held, tied ones too, in units of 2**20 bytes. model_sha256 names the model that was
-    split: the SHA-256 of a ViT's file, otherwise one of the tensors.
-    """
+    """Describe one stored component, as docs/formats.md says."""
 
     format_version: Literal[1]
     model_type: str
@@ -94,23 +81,11 @@ class StorageManager:
         return path.with_name(path.name.removesuffix(WEIGHTS) + "_metadata.json")
 
     @staticmethod
-    def prepare(base: str | Path, name: str, p1: int, p2: int, overwrite: bool = False) -> None:
-        """Make the folders for a split that comes later; raises ValueError when it could not be stored there."""
-        StorageManager.check(base, name, p1, p2, overwrite)
-        for component in COMPONENTS:
-            folder = Path(base) / component
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ValueError(f"{folder} cannot be made ({error.strerror}): name another storage folder") from error
-
-    @staticmethod
     def check(base: str | Path, name: str, p1: int, p2: int, overwrite: bool = False) -> None:
         """Raise ValueError when a split could not be stored below `base`; makes no folder."""
         for component in COMPONENTS:
             path = StorageManager.get_split_model_path(base, name, p1, p2, component)
-            if not overwrite:
-                _check_free(path)
+            _check_free(path, overwrite)
             nearest = next(folder for folder in path.parents if os.path.exists(folder))
             if not nearest.is_dir():
                 raise ValueError(f"{nearest} is not a folder: name another storage folder")
@@ -139,10 +114,9 @@ def write_components(
     """
     from safetensors import SafetensorError
 
-    if not overwrite:
-        for path in contents:
-            _check_free(path)
-    path, written = Path(), []
+    for path in contents:
+        _check_free(path, overwrite)
+    written = []
     try:
         with ExitStack() as stack:  # renames in the reverse order: weights, then metadata
             for path in contents:
@@ -203,7 +177,16 @@ def read_metadata(path: str | Path) -> Metadata:
         found = sha256_of_file(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): this component is missing") from error
-    metadata = _parse(where)
+    try:
+        metadata = Metadata(**read_json(where))
+    except OSError as error:
+        raise ValueError(f"{where} cannot be read ({error.strerror}): weights need their metadata") from error
+    except (ValueError, TypeError) as error:
+        said: object = error
+        if isinstance(error, ValidationError):
+            fault = error.errors(include_url=False)[0]
+            said = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+        raise ValueError(f"{where} is damaged ({printable(said)}): store the split again") from error
     if metadata.sha256 != found:
         raise ValueError(
             f"{path} has SHA-256 {found[:12]}, {where.name} says {metadata.sha256[:12]}: one of them was changed, "
@@ -212,20 +195,7 @@ def read_metadata(path: str | Path) -> Metadata:
     return metadata
 
 
-def _check_free(path: Path) -> None:
+def _check_free(path: Path, overwrite: bool) -> None:
     for file in (path, StorageManager.get_model_metadata_path(path)):
-        if file.exists():
+        if not overwrite and file.exists():
             raise ValueError(f"{file} exists already: set overwrite to replace it, or give another name or folder")
-
-
-def _parse(where: Path) -> Metadata:
-    try:
-        return Metadata(**read_json(where))
-    except OSError as error:
-        raise ValueError(f"{where} cannot be read ({error.strerror}): weights need their metadata") from error
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        said = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
-        raise ValueError(f"{where} is damaged ({printable(said)}): store the split again") from error
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where} is damaged ({printable(error)}): store the split again") from error

@@ -23,8 +23,8 @@ from flapp.model.split.component import ModelType, SplitModel, Whole
 EMBEDDING = "transformer.wte.weight"
 
 
-class GPT2Component(SplitModel):
-    """Some layers of GPT-2, on hidden states (N, T, width)."""
+class GPT2Trunk(SplitModel):
+    """Some layers of GPT-2: hidden states (N, T, width) to hidden states."""
 
     def __init__(self, config: Mapping[str, Any], start: int, end: int) -> None:
         super().__init__()
@@ -33,24 +33,23 @@ class GPT2Component(SplitModel):
         self.transformer = nn.Module()
         self.transformer.h = nn.ModuleDict({str(i): GPT2Block(self.config, layer_idx=i) for i in range(start, end)})
 
-    def run_layers(self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
-        if position_ids is None:
-            position_ids = _positions(hidden)
+    def forward(
+        self, hidden: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        places = _positions(hidden) if position_ids is None else position_ids
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=attention_mask,
             past_key_values=None,
-            position_ids=position_ids,
+            position_ids=places,
         )
-        layers = self.transformer.h
-        assert isinstance(layers, nn.ModuleDict)
-        for block in layers.values():
-            hidden = block(hidden, None, mask, use_cache=False, position_ids=position_ids)
+        for block in self.transformer.get_submodule("h").children():
+            hidden = block(hidden, None, mask, use_cache=False, position_ids=places)
         return hidden
 
 
-class GPT2Bottom(GPT2Component):
+class GPT2Bottom(GPT2Trunk):
     """Embeddings and the first layers: token ids (N, T) to hidden states (N, T, width)."""
 
     def __init__(self, config: Mapping[str, Any], start: int, end: int) -> None:
@@ -63,21 +62,11 @@ class GPT2Bottom(GPT2Component):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
         words, places, drop = (self.transformer.get_submodule(name) for name in ("wte", "wpe", "drop"))
-        if position_ids is None:
-            position_ids = _positions(input_ids)
-        return self.run_layers(drop(words(input_ids) + places(position_ids)), attention_mask, position_ids)
+        embedded = words(input_ids) + places(_positions(input_ids) if position_ids is None else position_ids)
+        return super().forward(drop(embedded), attention_mask, position_ids)
 
 
-class GPT2Trunk(GPT2Component):
-    """The layers in the middle: hidden states to hidden states."""
-
-    def forward(
-        self, hidden: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
-    ) -> Tensor:
-        return self.run_layers(hidden, attention_mask, position_ids)
-
-
-class GPT2Top(GPT2Component):
+class GPT2Top(GPT2Trunk):
     """The last layers, norm and language head: hidden states to logits (N, T, vocabulary)."""
 
     def __init__(self, config: Mapping[str, Any], start: int, end: int) -> None:
@@ -89,8 +78,8 @@ class GPT2Top(GPT2Component):
     def forward(
         self, hidden: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        norm = self.transformer.get_submodule("ln_f")
-        return self.lm_head(norm(self.run_layers(hidden, attention_mask, position_ids)))
+        hidden = super().forward(hidden, attention_mask, position_ids)
+        return self.lm_head(self.transformer.get_submodule("ln_f")(hidden))
 
 
 def read_gpt2(source: str | Path, attn_implementation: str | None = None) -> Whole:
@@ -126,7 +115,6 @@ def read_gpt2(source: str | Path, attn_implementation: str | None = None) -> Who
 
 
 def _positions(like: Tensor) -> Tensor:
-    """Return position ids (1, T)."""
     return torch.arange(like.shape[1], device=like.device).unsqueeze(0)
 
 

@@ -19,22 +19,21 @@ from flapp.model.vit import SelfAttention
 LAYER = "encoder.layers.encoder_layer_"
 
 
-class ViTComponent(SplitModel):
-    """Some layers of a ViT, on tokens (N, tokens, width)."""
+class ViTTrunk(SplitModel):
+    """Some layers of a ViT: tokens (N, tokens, width) to tokens."""
 
     def __init__(self, config: Mapping[str, Any], start: int, end: int) -> None:
         super().__init__()
+        blocks = OrderedDict((f"encoder_layer_{i}", _block(config)) for i in range(start, end))
         self.encoder = nn.Module()
-        self.encoder.layers = nn.Sequential(
-            OrderedDict((f"encoder_layer_{i}", _block(config)) for i in range(start, end))
-        )
+        self.encoder.layers = nn.Sequential(blocks)
 
-    def run_layers(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         return self.encoder.get_submodule("layers")(tokens)
 
 
-class ViTBottom(ViTComponent):
-    """Patches, class token, positions and the first layers: images (N, C, H, W) to tokens (N, tokens, width)."""
+class ViTBottom(ViTTrunk):
+    """Patches, class token, positions and the first layers: images (N, C, H, W) to tokens."""
 
     def __init__(self, config: Mapping[str, Any], start: int, end: int) -> None:
         super().__init__(config, start, end)
@@ -49,17 +48,10 @@ class ViTBottom(ViTComponent):
         patches = self.conv_proj(images.expand(-1, self.conv_proj.in_channels, -1, -1)).flatten(2).permute(0, 2, 1)
         tokens = torch.cat([self.class_token.expand(len(images), -1, -1), patches], dim=1)
         positions, dropout = self.encoder.get_parameter("pos_embedding"), self.encoder.get_submodule("dropout")
-        return self.run_layers(dropout(tokens + positions))
+        return super().forward(dropout(tokens + positions))
 
 
-class ViTTrunk(ViTComponent):
-    """The layers in the middle: tokens to tokens."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.run_layers(tokens)
-
-
-class ViTTop(ViTComponent):
+class ViTTop(ViTTrunk):
     """The last layers, norm and head: tokens to logits (N, classes), read at the class token."""
 
     def __init__(self, config: Mapping[str, Any], start: int, end: int) -> None:
@@ -68,8 +60,7 @@ class ViTTop(ViTComponent):
         self.heads = nn.Sequential(OrderedDict(head=nn.Linear(config["width"], config["classes"])))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        norm = self.encoder.get_submodule("ln")
-        return self.heads(norm(self.run_layers(tokens))[:, 0])
+        return self.heads(self.encoder.get_submodule("ln")(super().forward(tokens))[:, 0])
 
 
 def _block(config: Mapping[str, Any]) -> EncoderBlock:
