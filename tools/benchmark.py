@@ -27,8 +27,8 @@ import psutil
 from flapp.files import write_text
 from tools.bench import HEADS, Row
 from tools.checkpoints import table
+from tools.cli import new_parser
 from tools.deployment.processes import available_cpus
-from tools.running.called import new_parser
 
 # each a module of tools.bench with rows() -> list[Row]
 TOPICS = ("data", "checkpoint", "lora", "aggregate", "bytes", "start", "deployment", "simulation")

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from flapp.files import write_bytes
-from tools.running.called import as_called, new_parser
+from tools.cli import as_called, new_parser
 
 SERVER_DAYS = 397
 LOOPBACK = ("localhost", "127.0.0.1")  # a SuperLink is also reached from its own machine

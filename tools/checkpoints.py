@@ -27,7 +27,7 @@ from flapp.checkpoint.chunks import CheckpointError
 from flapp.checkpoint.manager import ChunkManager
 from flapp.files import finite
 from flapp.untrusted import printable
-from tools.running.called import as_called, new_parser
+from tools.cli import as_called, new_parser
 
 PATTERN = "*_chunks.db"
 MOST_TEXT = 1000  # characters of one thing that a store says about itself

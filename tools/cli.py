@@ -1,9 +1,15 @@
-"""The command `flapp`: each of its commands is one of the modules `python -m tools.NAME`."""
+"""The command `flapp`: each of its commands is one of the modules `python -m tools.NAME`.
 
+Help and hints name commands as the user called this one, as flapp NAME or as python -m tools.NAME.
+"""
+
+import argparse
 import importlib
+import re
 import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 COMMANDS = {  # name: module, what it does
     "run": ("run", "train: one run or a sweep; `flapp run --help` says how"),
@@ -20,6 +26,21 @@ COMMANDS = {  # name: module, what it does
     "benchmark": ("benchmark", "measure flapp on this machine"),
 }
 INTERRUPTED = 130
+
+
+def as_called(text: str) -> str:
+    """Return `text` with `python -m tools.NAME` replaced by `flapp NAME` if this process was started as flapp."""
+    if not Path(sys.argv[0]).name.startswith("flapp"):
+        return text
+    names = {module: f"flapp {name}" for name, (module, _) in COMMANDS.items()}
+    return re.sub(r"python -m tools\.(\w+)", lambda found: names.get(found[1], found[0]), text)
+
+
+def new_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser of a command line whose help begins with `description`, the docstring of its module."""
+    return argparse.ArgumentParser(
+        description=as_called(description), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def usage() -> str:

@@ -30,30 +30,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
-from types import NoneType
-from typing import Any
 
 import psutil
 
-from flapp.data.artifact import DataError
 from flapp.data.shards.manifest import load_manifest
 from flapp.files import write_json
-from flapp.untrusted import printable, read_json
 from tools.certificates import make_server_files, make_site_keys
+from tools.cli import as_called, new_parser
 from tools.deployment.processes import (
     HOST,
-    TOKEN,
     Processes,
     SuperLinkError,
     environment,
     free_port,
     is_free,
+    is_running,
     last_line,
-    lives,
 )
-from tools.deployment.superlink import APP, SuperLink, app_folder
+from tools.deployment.superlink import APP, app_folder
 from tools.deployment.supervisor import (
     FACTS,
     KEYS,
@@ -61,11 +56,13 @@ from tools.deployment.supervisor import (
     SEEN,
     SUPERLINK,
     Federation,
+    Program,
+    Seen,
+    read_facts,
     read_federation,
-    root_certificates,
     site_name,
+    superlink_of,
 )
-from tools.running.called import as_called, new_parser
 from tools.verify_data import verify_shards
 
 READY_SECONDS, LEAVE_SECONDS, LOOK_SECONDS = 120, 25, 0.3
@@ -74,17 +71,14 @@ NODE_ID = re.compile(r"SuperNode ID: (\d+)")
 LOG_BYTES = 1 << 16  # of what a SuperNode says after its start, in which its id is looked for
 
 
-class FederationError(RuntimeError):
-    """A federation cannot be started or found; the message is one line."""
-
-
 def up(given: argparse.Namespace) -> int:
     """Check everything, start the federation and wait until every SuperNode is online; if that fails, stop it."""
     folder: Path = given.folder
     if (supervisor := find_supervisor(folder)) is not None:
-        raise FederationError(f"{folder} has a federation that runs (pid {supervisor.pid}): take it down first")
+        raise SuperLinkError(f"{folder} has a federation that runs (pid {supervisor.pid}): take it down first")
     federation = plan(given)
-    stop_all(folder)  # processes that a killed federation may have left
+    if (folder / FACTS).exists():
+        take_down(folder)  # processes that a killed federation may have left
     folder.mkdir(parents=True, exist_ok=True)
     for name in (SEEN, *(f"{each}/{LOG}" for each in (SUPERLINK, *map(site_name, federation.clients)))):
         (folder / name).unlink(missing_ok=True)
@@ -95,17 +89,15 @@ def up(given: argparse.Namespace) -> int:
         for name in map(site_name, federation.clients):
             make_site_keys(folder / name)
             shutil.copy(folder / name / "site.pub", folder / KEYS / f"{name}.pub")
-    write_json(folder / FACTS, asdict(federation))
+    write_json(folder / FACTS, federation.model_dump())
     env = environment(folder, federation.token) | {"PYTHONPATH": str(APP)}
     command = [sys.executable, "-m", "tools.deployment.supervisor", str(folder)]
     if given.foreground:
         os.execve(command[0], command, env)  # an environment can be read from outside only as a program began with it
     with (folder / SUPERVISOR_LOG).open("wb") as log:
-        supervisor_process = subprocess.Popen(
-            command, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True
-        )
+        process = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True)
     try:
-        wait_until_ready(folder, federation, supervisor_process)
+        wait_until_ready(folder, federation, process)
     except BaseException:
         take_down(folder)
         raise
@@ -113,131 +105,119 @@ def up(given: argparse.Namespace) -> int:
 
 
 def plan(given: argparse.Namespace) -> Federation:
-    """Return the parts of the federation that the command line asks for; raises FederationError or DataError."""
+    """Return the parts of the federation that the command line asks for; raises SuperLinkError or DataError."""
     clients = check_shards(given.shards) if given.shards else [str(i) for i in range(given.clients or 0)]
     if not clients:
-        raise FederationError("how many clients? give --clients N, or --shards DIR")
+        raise SuperLinkError("how many clients? give --clients N, or --shards DIR")
     if given.clients not in (None, len(clients)):
-        raise FederationError(
-            f"--clients {given.clients}, but {given.shards} holds {len(clients)}: leave --clients out"
-        )
+        raise SuperLinkError(f"--clients {given.clients}, but {given.shards} holds {len(clients)}: leave --clients out")
     port = given.port or free_port()
     if not is_free(port):
-        raise FederationError(f"--port {port} is in use on {HOST}: choose another, or leave it out for a free one")
+        raise SuperLinkError(f"--port {port} is in use on {HOST}: choose another, or leave it out for a free one")
     shards = str(given.shards.resolve()) if given.shards else None
-    return Federation(
-        secrets.token_hex(16),
-        f"{HOST}:{port}",
-        given.tls,
-        tuple(clients),
-        shards,
-        given.homes,
-        given.threads,
-        given.plain,
-    )
+    options = {name: getattr(given, name) for name in ("tls", "homes", "threads", "plain")}
+    token, address = secrets.token_hex(16), f"{HOST}:{port}"
+    return Federation(token=token, address=address, clients=tuple(clients), shards=shards, **options)
 
 
 def check_shards(folder: Path) -> list[str]:
-    """Verify every shard and the manifest, and return the clients; raises FederationError with the first fault."""
+    """Verify every shard and the manifest, and return the clients; raises SuperLinkError with the first fault."""
     for check in verify_shards(folder.resolve(), None):
         if not check.ok:
-            raise FederationError(f"{check.where}: {check.name}: {check.detail}")
+            raise SuperLinkError(f"{check.where}: {check.name}: {check.detail}")
     return list(load_manifest(folder))
 
 
 def wait_until_ready(folder: Path, federation: Federation, process: subprocess.Popen[bytes]) -> None:
-    """Wait until every SuperNode is online; raises FederationError with those that are missing and the ends of logs."""
+    """Wait until every SuperNode is online; raises SuperLinkError with those that are missing and the ends of logs."""
     end = time.monotonic() + READY_SECONDS
     missing = ""
     while time.monotonic() < end:
         seen = read_seen(folder)
         if process.poll() is not None:
-            raise FederationError(f"the supervisor ended: {last_line((folder / SUPERVISOR_LOG).read_text())}")
-        if seen is None or not seen["ready"]:
+            raise SuperLinkError(f"the supervisor ended: {last_line((folder / SUPERVISOR_LOG).read_text())}")
+        if seen is None or not seen.ready:
             missing = SUPERLINK
-        elif missing_nodes := find_missing(folder, seen["programs"], online_nodes(folder, federation)):
+        elif missing_nodes := find_missing(folder, seen, online_nodes(folder, federation)):
             missing = f"{len(missing_nodes)} of {len(federation.clients)} SuperNodes"
         else:
             return
         time.sleep(LOOK_SECONDS)
     logs = {name: folder / name / LOG for name in (SUPERLINK, *map(site_name, federation.clients))}
     words = "; ".join(f"{name}: {last_line(path.read_text())}" for name, path in logs.items() if path.exists())
-    raise FederationError(f"after {READY_SECONDS} s, not online: {missing}. Last log lines: {words[:1000]}")
+    raise SuperLinkError(f"after {READY_SECONDS} s, not online: {missing}. Last log lines: {words[:1000]}")
 
 
 def online_nodes(folder: Path, federation: Federation) -> set[str]:
     """Return the ids of the nodes that are online for the SuperLink; a dead node stays online for up to a minute."""
-    with SuperLink(federation.address, root_certificates(folder, federation)) as superlink:
+    with superlink_of(folder, federation) as superlink:
         nodes = superlink.flwr("supernode", "list")["nodes"]
     return {str(node["node-id"]) for node in nodes if node["status"] == "online"}
 
 
-def find_missing(folder: Path, programs: dict[str, Any], online: set[str]) -> list[str]:
+def find_missing(folder: Path, seen: Seen, online: set[str]) -> list[str]:
     """Name the SuperNodes that do not run, or whose current process is not an online node."""
-    names = [name for name in programs if name != SUPERLINK]
-    return [name for name in names if online.isdisjoint(node_ids(folder / name / LOG, programs[name]))]
+    nodes = {name: program for name, program in seen.programs.items() if name != SUPERLINK}
+    return [name for name, program in nodes.items() if online.isdisjoint(node_ids(folder / name / LOG, program))]
 
 
-def node_ids(log: Path, program: dict[str, Any]) -> list[str]:
+def node_ids(log: Path, program: Program) -> list[str]:
     """Return the node ids that a SuperNode has logged since its last start; none if it does not run."""
-    if program["pid"] is None or not lives(program["pid"]):
+    if program.pid is None or not psutil.pid_exists(program.pid) or not is_running(psutil.Process(program.pid)):
         return []
     with log.open("rb") as file:
-        file.seek(program["log_start"])
+        file.seek(program.log_start)
         return NODE_ID.findall(file.read(LOG_BYTES).decode(errors="replace"))
 
 
 def status(given: argparse.Namespace) -> int:
     """Print the state of all programs; returns 0 only when all of them run."""
     folder: Path = given.folder
-    federation = known_federation(folder)
-    seen = read_seen(folder)
+    federation, seen = read_federation(folder), read_seen(folder)
     if find_supervisor(folder) is None or seen is None:
-        raise FederationError(describe_down(folder, federation, seen))
+        raise SuperLinkError(describe_down(folder, federation, seen))
+    online: set[str] = set()
+    fault = ""
     try:
-        online, fault = online_nodes(folder, federation), ""
+        online = online_nodes(folder, federation)
     except SuperLinkError as error:
-        online, fault = set(), str(error)
-    missing = find_missing(folder, seen["programs"], online)
-    facts = {
-        "address": federation.address,
-        "tls": federation.tls,
-        "root_certificates": str(folder / "ca.crt") if federation.tls else None,
-        "clients": len(federation.clients),
-        "online": len(federation.clients) - len(missing),
-        "missing": missing,
-        **seen,
-    }
-    healthy = not missing and all(each["pid"] for each in seen["programs"].values())
-    print(json.dumps(facts | {"healthy": healthy}, indent=1) if given.json else table(folder, facts))
+        fault = str(error)
+    missing = find_missing(folder, seen, online)
+    healthy = not missing and all(program.pid for program in seen.programs.values())
+    if given.json:
+        ca, clients = str(folder / "ca.crt") if federation.tls else None, len(federation.clients)
+        facts = {"address": federation.address, "tls": federation.tls, "root_certificates": ca}
+        facts |= {"clients": clients, "online": clients - len(missing), "missing": missing}
+        print(json.dumps(facts | seen.model_dump() | {"healthy": healthy}, indent=1))
+    else:
+        print(table(folder, federation, seen, missing))
     if fault:
         print(f"error: {fault}", file=sys.stderr)
     return int(not healthy)
 
 
-def describe_down(folder: Path, federation: Federation, seen: dict[str, Any] | None) -> str:
+def describe_down(folder: Path, federation: Federation, seen: Seen | None) -> str:
     """Return one line: that no supervisor runs, whether it was killed, and what to do."""
-    left = [process.pid for process in Processes(federation.token).running()]
-    if left:
-        pids = ", ".join(map(str, left))
+    if left := Processes(federation.token).running():
+        pids = ", ".join(str(process.pid) for process in left)
         return (
             f"the supervisor of {folder} is gone, and {len(left)} of its processes still run (pids {pids}): "
             "take the federation down, then bring it up"
         )
     if seen is None:
         return f"the federation of {folder} is down: bring it up"
-    return f"the supervisor of {folder} (pid {seen['pid']}) was killed and its programs have been stopped: bring it up"
+    return f"the supervisor of {folder} (pid {seen.pid}) was killed and its programs have been stopped: bring it up"
 
 
-def table(folder: Path, facts: dict[str, Any]) -> str:
+def table(folder: Path, federation: Federation, seen: Seen, missing: list[str]) -> str:
     """Return the status as text, with one line per program."""
-    secure = "TLS, registered keys only" if facts["tls"] else "no TLS"
-    lines = [f"SuperLink at {facts['address']} ({secure}): {facts['online']} of {facts['clients']} SuperNodes online"]
-    width = max(map(len, facts["programs"]))
-    for name, program in facts["programs"].items():
-        offline = " (not online)" if name in facts["missing"] else ""
-        state = f"pid {program['pid']}{offline}" if program["pid"] else "waiting to be started again"
-        again = f"  started {program['restarts'] + 1} times" if program["restarts"] else ""
+    secure, clients = "TLS, registered keys only" if federation.tls else "no TLS", len(federation.clients)
+    lines = [f"SuperLink at {federation.address} ({secure}): {clients - len(missing)} of {clients} SuperNodes online"]
+    width = max(map(len, seen.programs))
+    for name, program in seen.programs.items():
+        offline = " (not online)" if name in missing else ""
+        state = f"pid {program.pid}{offline}" if program.pid else "waiting to be started again"
+        again = f"  started {program.restarts + 1} times" if program.restarts else ""
         lines.append(f"  {name:<{width}}  {state:<12}  {folder / name / LOG}{again}")
     return "\n".join(lines)
 
@@ -252,7 +232,7 @@ def install_app(folder: Path) -> None:
 
     with app_folder() as app:
         fab = build_fab_from_disk(app)
-    federation = known_federation(folder)
+    federation = read_federation(folder)
     with (folder / "install.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as unpacked:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with contextlib.redirect_stdout(io.StringIO()):
@@ -268,7 +248,6 @@ def install_app(folder: Path) -> None:
 
 def down(given: argparse.Namespace) -> int:
     """Stop every process of the federation."""
-    known_federation(given.folder)
     stopped = take_down(given.folder)
     print(f"stopped {stopped} processes" if stopped else "nothing was running")
     return 0
@@ -276,60 +255,30 @@ def down(given: argparse.Namespace) -> int:
 
 def take_down(folder: Path) -> int:
     """Have the supervisor stop its programs, then stop all others; return how many processes there were."""
-    running = len(Processes(read_federation(folder).token).running())
+    processes = Processes(read_federation(folder).token)
+    running = len(processes.running())
     if (supervisor := find_supervisor(folder)) is not None:
         with contextlib.suppress(psutil.NoSuchProcess):
             supervisor.terminate()
         psutil.wait_procs([supervisor], timeout=LEAVE_SECONDS)
-    stop_all(folder)
+    processes.stop()
     return running
-
-
-def stop_all(folder: Path) -> None:
-    """Stop every process with the token of the folder's last federation."""
-    if (folder / FACTS).exists():
-        Processes(read_federation(folder).token).stop()
-
-
-def known_federation(folder: Path) -> Federation:
-    """Read the federation of a folder; raises FederationError when there is none."""
-    try:
-        return read_federation(folder)
-    except FileNotFoundError:
-        raise FederationError(f"{folder} has no federation: python -m tools.federation up --clients N") from None
 
 
 def find_supervisor(folder: Path) -> psutil.Process | None:
     """Return the process that supervises the federation of this folder, if it runs."""
     if not (folder / FACTS).exists():
         return None
-    wanted = read_federation(folder).token
     seen = read_seen(folder)
-    for pid in [seen["pid"]] if seen else psutil.pids():
-        try:
-            process = psutil.Process(pid)
-            if process.environ().get(TOKEN) == wanted and process.is_running():
-                return process
-        except (psutil.Error, OSError):
-            continue
-    return None
+    running = Processes(read_federation(folder).token).running()
+    return next((process for process in running if seen is None or process.pid == seen.pid), None)
 
 
-def read_seen(folder: Path) -> dict[str, Any] | None:
+def read_seen(folder: Path) -> Seen | None:
     """Return the content of supervisor.json, or None if there is none."""
-    path = folder / SEEN
-    try:
-        seen = read_json(path)
-        programs = [(each["pid"], each["restarts"]) for each in seen["programs"].values()]
-        sound = type(seen["pid"]) is int and seen["pid"] > 0 and type(seen["ready"]) is bool
-        sound = sound and all(type(pid) in (int, NoneType) and type(times) is int for pid, times in programs)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise FederationError(f"{path} is damaged ({printable(repr(error))}): remove it") from error
-    if not sound or not all(name.isprintable() for name in seen["programs"]):
-        raise FederationError(f"{path} is not what the supervisor writes: remove it")
-    return dict(seen)
+    with contextlib.suppress(FileNotFoundError):
+        return read_facts(folder / SEEN, Seen)
+    return None
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -357,7 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
     try:
         return {"up": up, "status": status, "down": down}[given.command](given)
-    except (FederationError, SuperLinkError, DataError, OSError, ValueError) as error:
+    except (SuperLinkError, OSError, ValueError) as error:
         print(as_called(f"error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:

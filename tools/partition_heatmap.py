@@ -12,7 +12,7 @@ import numpy as np
 
 from flapp.data.artifact import DataError, open_artifact
 from flapp.data.partition import label_histogram, load_partition
-from tools.running.called import as_called, new_parser
+from tools.cli import as_called, new_parser
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

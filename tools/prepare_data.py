@@ -27,7 +27,7 @@ from flapp.config.schema import Config, ConfigError
 from flapp.data.artifact import DataError, arrays_sha256, locked, open_artifact, resized_folder, write_rows
 from flapp.data.shards.build import export_artifacts, write_shards
 from flapp.data.sources import CIFAR, EMBEDDED, cifar_files, cifar_sha256, download_cifar, is_prepared, read_cifar
-from tools.running.called import as_called
+from tools.cli import as_called
 
 SPLITS = ("train", "test")
 Content = tuple[np.ndarray, np.ndarray, Sequence[str]]  # images, labels, classes

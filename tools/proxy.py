@@ -21,7 +21,7 @@ from string import Template
 from cryptography import x509
 
 from flapp.files import write_text
-from tools.running.called import as_called, new_parser
+from tools.cli import as_called, new_parser
 
 TEMPLATE = Path(__file__).with_name("nginx.conf")
 CALLS = (  # all of Flower's Fleet API but register-node and unregister-node, which authenticated SuperNodes never use

@@ -20,6 +20,7 @@ from matplotlib import rc_context
 
 from flapp.files import write_bytes
 from tools.checkpoints import count
+from tools.cli import as_called, new_parser
 from tools.page.charts import by_name, pictures_of
 from tools.page.drawing import STYLE, Picture
 from tools.page.markup import Html, document, join, section, tag, tiles
@@ -27,7 +28,6 @@ from tools.page.reading import ReportError, read_all
 from tools.page.run import Job, Run
 from tools.page.sections import alerts, benchmarks, objectives, sections_of, setup_of, summary_of
 from tools.page.several import page_of_several
-from tools.running.called import as_called, new_parser
 
 Pictures = dict[str, Picture]  # by the name of the file
 

@@ -24,11 +24,10 @@ from flapp.config.load import CONF, explain, from_tree, name_override
 from flapp.config.schema import Config, ConfigError
 from flapp.privacy import describe_plan
 from flapp.server.summary import in_words
+from tools.cli import as_called
 from tools.deployment.processes import SIGNALS, SuperLinkError
 from tools.deployment.submit import RunError, is_here, refusals, run_once
-from tools.federation import FederationError
 from tools.running import sweep
-from tools.running.called import as_called
 from tools.running.progress import announce, is_json, take_format
 from tools.running.run_entries import advice, complete_rounds, resume_command
 
@@ -83,7 +82,7 @@ def job(tree: DictConfig) -> float | None:
             if not is_json():
                 hint = not sweep.is_sweep(hydra_config)
                 print(sweep.mark_of(hydra_config) + final_line(summary, time.time() - began, hint))
-        except (RunError, FederationError, SuperLinkError, OmegaConfBaseException, OSError, ValueError) as error:
+        except (RunError, SuperLinkError, OmegaConfBaseException, OSError, ValueError) as error:
             outcome["error"] = as_called(str(explain(error) if isinstance(error, OmegaConfBaseException) else error))
             if "resume=true" in outcome["error"]:
                 outcome["resumable"] = None  # the error itself says how to continue
@@ -93,28 +92,21 @@ def job(tree: DictConfig) -> float | None:
 
 def start(config: Config, hydra_config: HydraConf, outcome: sweep.Outcome) -> None:
     """Print what a run is about to do, and note that it can be resumed from now on."""
-    from tools.running.overview import (  # imports Flower, which no mistake should wait for
-        job_line,
-        overview,
-        start_lines,
-    )
+    from tools.running.overview import job_line, overview, start_lines  # imports Flower
 
     facts = overview(config, is_here(config))
     announce("started", config.run_name, **facts)
+    lines = start_lines(config.run_name, facts)
+    plan = [describe_plan(config.privacy, config.num_rounds)] if config.privacy.enabled else []
+    end = ["starting the server and the clients"]
     if sweep.is_sweep(hydra_config):
-        lines = [sweep.mark_of(hydra_config) + job_line(list(hydra_config.overrides.task), facts)]
-    else:
-        lines = start_lines(config.run_name, facts)
-    if is_here(config) and config.resume and (done := config.resume_from or complete_rounds(Path(facts["run_dir"]))):
-        lines.append(f"resuming after round {done} of {config.num_rounds}")
-    if not is_json():
-        print("\n".join(lines), file=sys.stderr)
-    if config.privacy.enabled:
-        print(describe_plan(config.privacy, config.num_rounds), file=sys.stderr)
-    if not is_json() and not sweep.is_sweep(hydra_config):
-        print("starting the server and the clients", file=sys.stderr)
+        lines, end = [sweep.mark_of(hydra_config) + job_line(list(hydra_config.overrides.task), facts)], []
     if is_here(config):
+        if config.resume and (done := config.resume_from or complete_rounds(Path(facts["run_dir"]))):
+            lines.append(f"resuming after round {done} of {config.num_rounds}")
         outcome["resumable"] = (config.run_name, facts["run_dir"])
+    for line in plan if is_json() else [*lines, *plan, *end]:
+        print(line, file=sys.stderr)
 
 
 def final_line(summary: dict[str, Any], took: float | None = None, hint: bool = True) -> str:
@@ -122,30 +114,29 @@ def final_line(summary: dict[str, Any], took: float | None = None, hint: bool = 
 
     took: seconds since the command, or its job of a sweep, began; hint: end with the command that makes a report.
     """
+    rounds, folder = summary["rounds"], summary["run_dir"]
     shown = dict.fromkeys(("accuracy", "personal_accuracy", "loss", summary.get("objective_metric", "loss")))
-    known = {key: value for key in shown if (value := summary.get(key)) is not None}
     figures = [
-        f"{'test ' * (key == 'loss')}{in_words(key)} {value:.4f}{NOTES.get(key, '')}" for key, value in known.items()
+        f"{'test ' * (key == 'loss')}{in_words(key)} {summary[key]:.4f}{NOTES.get(key, '')}"
+        for key in shown
+        if summary.get(key) is not None
     ]
     early = " (stopped early)" if summary.get("stopped_early") else ""
-    selected = summary.get("selected_round", summary["rounds"])
-    chosen = f"round {selected}" if selected != summary["rounds"] else "the last round"
-    refused = [said] if (said := refusals(summary)) else []
-    anyway = [
-        f"resumed anyway after round {note['round']}: {some(note['changed'])}"
-        for note in summary.get("resumed_anyway", [])
-    ]
-    spent = "epsilon {epsilon:.4g} (delta {delta:g}) for the client that released the most updates"
-    private = [spent.format(**summary)] if "epsilon" in summary else []
-    lines = [
-        f"finished {summary['rounds']} rounds{early} in {seconds(summary['seconds'], took)}: {', '.join(figures)}",
-        *anyway,
-        *private,
-        f"model {Path(summary['run_dir']) / 'model.safetensors'} (of {chosen}, sha256 {summary['model_sha256']})",
-        f"results in {summary['run_dir']}",
-    ]
-    lines += [report_hint(summary["run_dir"])] if hint else []
-    return "\n".join(lines + refused)
+    selected = summary.get("selected_round", rounds)
+    chosen = f"round {selected}" if selected != rounds else "the last round"
+    lines = [f"finished {rounds} rounds{early} in {seconds(summary['seconds'], took)}: {', '.join(figures)}"]
+    for note in summary.get("resumed_anyway", []):
+        lines.append(f"resumed anyway after round {note['round']}: {some(note['changed'])}")
+    if "epsilon" in summary:
+        spent = "epsilon {epsilon:.4g} (delta {delta:g}) for the client that released the most updates"
+        lines.append(spent.format(**summary))
+    lines.append(f"model {Path(folder) / 'model.safetensors'} (of {chosen}, sha256 {summary['model_sha256']})")
+    lines.append(f"results in {folder}")
+    if hint:
+        lines.append(report_hint(folder))
+    if refused := refusals(summary):
+        lines.append(refused)
+    return "\n".join(lines)
 
 
 def report_hint(folder: str) -> str:
@@ -183,14 +174,13 @@ def main() -> int:
     try:
         return run_jobs(outcomes)
     finally:
-        hint = how_to_go_on(outcomes, words)
+        hints = how_to_go_on(outcomes, words)
         folders = [each["folder"] for each in outcomes if each["folder"] and each["status"] == "finished"]
         table = sweep.conclude(outcomes)
         if not is_json():
             print(table, end="")
-            if folders:
-                print(report_hint(folders[0]), file=sys.stderr)
-        if hint:
+            hints = [report_hint(folder) for folder in folders[:1]] + hints
+        for hint in hints:
             print(hint, file=sys.stderr)
 
 
@@ -218,31 +208,28 @@ def run_jobs(outcomes: list[sweep.Outcome]) -> int:
     return int(any(outcome["status"] != "finished" for outcome in outcomes))
 
 
-def how_to_go_on(outcomes: list[sweep.Outcome], words: list[str]) -> str | None:
-    """Return a hint how to resume a run or sweep; None if it finished or never started."""
+def how_to_go_on(outcomes: list[sweep.Outcome], words: list[str]) -> list[str]:
+    """Return the hint how to resume a run or sweep; none if it finished or never started."""
     left = [outcome for outcome in outcomes if outcome["status"] != "finished" and outcome["resumable"]]
     if not left:
-        return None
+        return []
     run_name, path = left[0]["resumable"]
     is_interrupted = any(outcome["error"] == sweep.INTERRUPTED for outcome in left)
     if not left[0]["folder"]:
-        return advice(words, run_name, complete_rounds(Path(path)), is_interrupted)
+        return [advice(words, run_name, complete_rounds(Path(path)), is_interrupted)]
     if is_interrupted or any(complete_rounds(Path(outcome["resumable"][1])) for outcome in left):
-        return f"resume the sweep with: {resume_command(words, str(Path(run_name).parent))}"
-    return None  # every job that failed would fail again
+        return [f"resume the sweep with: {resume_command(words, str(Path(run_name).parent))}"]
+    return []  # every job that failed would fail again
 
 
 def help_text() -> str:
     """Return HELP with the groups of settings in conf/, and with commands as the user called flapp."""
-    groups = sorted(folder for folder in CONF.iterdir() if folder.is_dir())
     listed = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
     default = {(key, str(value)) for each in listed if isinstance(each, dict) for key, value in each.items()}
-    choices = {
-        folder.name: ", ".join(
-            f"{path.stem}{'*' * ((folder.name, path.stem) in default)}" for path in sorted(folder.glob("*.yaml"))
-        )
-        for folder in groups
-    }
+    choices: dict[str, str] = {}
+    for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
+        names = [path.stem for path in sorted(folder.glob("*.yaml"))]
+        choices[folder.name] = ", ".join(f"{name}{'*' * ((folder.name, name) in default)}" for name in names)
     width = max(map(len, choices)) + 1
     lines = [
         textwrap.fill(text, 118, initial_indent=f"  {name + '=':<{width}} ", subsequent_indent=" " * (width + 3))

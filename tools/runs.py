@@ -20,17 +20,15 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flapp.files import finite
 from flapp.server.run_names import held_lock
 from tools.checkpoints import in_bytes
+from tools.cli import as_called, new_parser
 from tools.page.reading import read_json, tail
-from tools.running.called import as_called, new_parser
 from tools.running.run_entries import (
-    Entry,
     RunsError,
     changed_words,
     complete_rounds,
@@ -57,53 +55,55 @@ FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {  # of metrics.json: how
 
 def list_runs(given: argparse.Namespace) -> dict[str, Any]:
     """Return the entries of all runs."""
-    return {"runs": [asdict(describe(given.home, name)) for name in find_runs(given.home / "runs")]}
+    return {"runs": [describe(given.home, name) for name in find_runs(given.home / "runs")]}
 
 
 def list_lines(found: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of a table, with the jobs of a sweep below its name."""
-    runs = [Entry(**values) for values in found["runs"]]
+    runs = found["runs"]
     if not runs:
         yield "no runs"
         return
-    width = max(len(run.name) for run in runs) + 2
+    width = max(len(run["name"]) for run in runs) + 2
     heads = f"{'accuracy':>8}  {'loss':>8}  {'started':<16}  {'folder':>9}  client stores"
     yield f"{'run':<{width}}  {'status':<11}  {'rounds':>9}  {heads}"
     group = ""
     for run in runs:
-        folder, _, job = run.name.rpartition("/")
+        folder, _, job = run["name"].rpartition("/")
         if folder and folder != group:
             yield f"{folder}/"
         group = folder
-        accuracy, loss = ("-" if value is None else f"{value:.4f}" for value in (run.accuracy, run.loss))
-        sizes = f"{in_bytes(run.run_bytes):>9}  {in_bytes(run.store_bytes):>13}"
-        yield (
-            f"{f'  {job}' if folder else job:<{width}}  {run.status:<11}  {f'{run.rounds}/{run.num_rounds}':>9}  "
-            f"{accuracy:>8}  {loss:>8}  {run.started:<16}  {sizes}"
-        )
-    total, split = (sum(map(size, runs)) for size in (_size, lambda run: run.split_bytes))
+        accuracy, loss = ("-" if run[key] is None else f"{run[key]:.4f}" for key in ("accuracy", "loss"))
+        rounds, name = f"{run['rounds']}/{run['num_rounds']}", f"  {job}" if folder else job
+        sizes = f"{in_bytes(run['run_bytes']):>9}  {in_bytes(run['store_bytes']):>13}"
+        figures = f"{rounds:>9}  {accuracy:>8}  {loss:>8}  {run['started']:<16}  {sizes}"
+        yield f"{name:<{width}}  {run['status']:<11}  {figures}"
+    split = sum(run["split_bytes"] for run in runs)
+    total = split + sum(run["run_bytes"] + run["store_bytes"] for run in runs)
     splits = f", {in_bytes(split)} of it split models" if split else ""
     yield f"{len(runs)} run{'s' * (len(runs) != 1)}, {in_bytes(total)} in all{splits}"
 
 
-def _size(run: Entry) -> int:
-    return run.run_bytes + run.store_bytes + run.split_bytes
-
-
 def show(given: argparse.Namespace) -> dict[str, Any]:
     """Return all facts about one run."""
+    name = only_run(given)
+    path = given.home / "runs" / name
+    entry, words, resume = describe(given.home, name), changed_words(path), None
+    if entry["status"] in ("interrupted", "failed") and complete_rounds(path):
+        place = [] if given.home == default_home() else [f"home={given.home}"]
+        resume = resume_command([*words, *place], entry["name"])
+    log = [line for line in tail(path / "log.txt") if len(line.split()) > len(EMPTY.split())]
+    more = {"summary": read_json(path / "metrics.json", {}), "log": log[-LAST_LINES:]}
+    stores = str(given.home / "checkpoints" / name)
+    return {**entry, "path": str(path), "store_folder": stores, "changed": words, **more, "resume": resume}
+
+
+def only_run(given: argparse.Namespace) -> str:
+    """Return the name of the run that the command line names; raises RunsError for a sweep."""
     names = jobs_of(given.home, given.name)
     if len(names) > 1 or names[0] != str(PurePosixPath(given.name)):
         raise RunsError(f"{given.name} is a sweep: name one of its runs, such as {names[0]}")
-    path = given.home / "runs" / names[0]
-    entry, words, resume = describe(given.home, names[0]), changed_words(path), None
-    if entry.status in ("interrupted", "failed") and complete_rounds(path):
-        place = [] if given.home == default_home() else [f"home={given.home}"]
-        resume = resume_command([*words, *place], entry.name)
-    log = [line for line in tail(path / "log.txt") if len(line.split()) > len(EMPTY.split())]
-    more = {"summary": read_json(path / "metrics.json", {}), "log": log[-LAST_LINES:]}
-    stores = str(given.home / "checkpoints" / names[0])
-    return {**asdict(entry), "path": str(path), "store_folder": stores, "changed": words, **more, "resume": resume}
+    return names[0]
 
 
 def show_lines(found: dict[str, Any]) -> Iterator[str]:
@@ -137,14 +137,14 @@ def remove(given: argparse.Namespace) -> dict[str, Any]:
         for name in names:
             if not locks.enter_context(held_lock(runs / name)):
                 raise RunsError(f"{name} is running: stop it first with `python -m tools.runs stop {name}`")
-        freed = sum(entry.run_bytes + entry.store_bytes for entry in entries)
+        freed = sum(entry["run_bytes"] + entry["store_bytes"] for entry in entries)
         confirm(given.yes, names, freed)
         for folder in folders:
             remove_folder(folder)
     for folder in {parent for name in names for parent in PurePosixPath(name).parents[:-1]}:
         remove_sweep(runs / folder)
         remove_sweep(stores / folder)
-    return {"removed": names, "freed_bytes": freed, "kept_split_bytes": sum(entry.split_bytes for entry in entries)}
+    return {"removed": names, "freed_bytes": freed, "kept_split_bytes": sum(entry["split_bytes"] for entry in entries)}
 
 
 def links_on(home: Path, folder: Path) -> list[Path]:
@@ -156,9 +156,9 @@ def links_on(home: Path, folder: Path) -> list[Path]:
 
 def confirm(is_sure: bool, names: list[str], size: int) -> None:
     """Ask before anything is removed; raises RunsError if the answer is no or there is no terminal."""
-    what = names[0] if len(names) == 1 else f"{len(names)} runs ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
     if is_sure:
         return
+    what = names[0] if len(names) == 1 else f"{len(names)} runs ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
     if not sys.stdin.isatty():
         raise RunsError(f"nothing was removed, because there is no terminal to ask on: add --yes to remove {what}")
     print(f"Remove {what} and their client stores, {in_bytes(size)}? [y/N] ", end="", file=sys.stderr, flush=True)
@@ -191,7 +191,8 @@ def stop(given: argparse.Namespace) -> dict[str, Any]:
     """Stop a run, even if another process waits for it; pids is null if it was not running."""
     from tools.running.stop import stop_run  # imports Flower
 
-    return {"name": given.name, "pids": stop_run(given.home / "runs", given.name)}
+    name = only_run(given)
+    return {"name": name, "pids": stop_run(given.home / "runs" / name)}
 
 
 def stop_lines(found: dict[str, Any]) -> Iterator[str]:
@@ -203,8 +204,7 @@ def stop_lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"continue it with its settings and run_name={found['name']} resume=true"
 
 
-Command = tuple[Callable[[argparse.Namespace], dict[str, Any]], Callable[[dict[str, Any]], Iterator[str]]]
-COMMANDS: dict[str, Command] = {
+COMMANDS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[..., Iterator[str]]]] = {
     "list": (list_runs, list_lines),
     "show": (show, show_lines),
     "stop": (stop, stop_lines),

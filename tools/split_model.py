@@ -23,7 +23,7 @@ from flapp.model.split.component import SplitModel
 from flapp.model.split.factory import ModelFactory
 from flapp.model.split.files import COMPONENTS, StorageManager
 from flapp.untrusted import check_safetensors, printable, read_json
-from tools.running.called import as_called, new_parser
+from tools.cli import as_called, new_parser
 
 MODEL = "model.safetensors"
 

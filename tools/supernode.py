@@ -15,10 +15,10 @@ are refused; `tools.federation up --plain` runs Flower's own SuperNode. There ar
 
 import gc
 import importlib
-import importlib.util
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -29,6 +29,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 FIRST_PAUSE, GROWTH = 0.05, 1.15  # seconds; pauses come to about a seventh of the time waited so far
+OWNER_ONLY = Path(__file__).with_name("deployment") / "owner_only.py"
 COMMAND = "flwr.supernode.cli.flower_supernode"
 NODE, EXEC = "flwr.supernode.start_client_internal", "flwr.supercore.superexec.run_superexec"
 LAUNCH = "flwr.supercore.superexec.executor.subprocess_executor"
@@ -98,17 +99,6 @@ def replace_names(name: str, **stand_ins: Any) -> None:
         setattr(module, key, stand_in)
 
 
-def load_owner_only() -> Any:
-    """Load deployment/owner_only.py, which -P keeps out of the path."""
-    path = Path(__file__).with_name("deployment") / "owner_only.py"
-    spec = importlib.util.spec_from_file_location("owner_only", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def run_supernode() -> Any:
     """Run Flower's SuperNode with our SuperExec; its port answers only this user."""
 
@@ -119,7 +109,7 @@ def run_supernode() -> Any:
         return process
 
     replace_names(NODE, time=Pauses(), subprocess=SimpleNamespace(Popen=popen))
-    load_owner_only().protect(COMMAND)
+    runpy.run_path(str(OWNER_ONLY))["protect"](COMMAND)  # -P keeps it out of the path
     from flwr.supernode.cli import flower_supernode
 
     return flower_supernode()
@@ -155,10 +145,7 @@ def run_clients() -> Any:
 
 
 def run_client(arguments: list[str]) -> None:
-    """Be the process of a client, in a fork: all is as imported.
-
-    NumPy's global generator is in the same state in every fork. The noise for privacy is drawn from a new one.
-    """
+    """Be the process of a client, in a fork: NumPy's generator is as imported; noise for privacy has one of its own."""
     from flwr.supernode.cli import flwr_clientapp
 
     sys.argv = arguments
@@ -167,7 +154,4 @@ def run_client(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     roles = {"superexec": run_superexec, "clients": run_clients}
-    role = roles.get(sys.argv[1]) if len(sys.argv) > 1 else None
-    if role is not None:
-        del sys.argv[1]
-    sys.exit((role or run_supernode)())
+    sys.exit(roles[sys.argv.pop(1)]() if sys.argv[1:2] and sys.argv[1] in roles else run_supernode())

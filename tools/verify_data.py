@@ -34,7 +34,7 @@ from flapp.data.shards.client import DistributedShardLoader, read_blocks
 from flapp.data.shards.client import read_meta as read_shard_meta
 from flapp.data.shards.manifest import Manifest, load_manifest
 from flapp.untrusted import printable
-from tools.running.called import new_parser
+from tools.cli import new_parser
 
 MOST_TEXT = 1000  # characters in the answer of a check
 COMPLETE = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000)}  # samples of the splits with balanced classes

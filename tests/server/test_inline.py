@@ -220,7 +220,7 @@ def test_settings_of_another_runtime_are_refused_with_the_one_they_are_for(words
 def test_there_are_as_many_workers_as_processors_and_gpus_allow(
     monkeypatch: pytest.MonkeyPatch, words: list[str], gpus: int, workers: int
 ) -> None:
-    monkeypatch.setattr(inline, "available_cpus", lambda: 4)
+    monkeypatch.setattr("tools.deployment.submit.available_cpus", lambda: 4)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     assert inline.count_workers(compose(["home=/nowhere", TOY, "clients=40", *words])) == workers
 

@@ -49,8 +49,8 @@ def test_a_server_certificate_is_good_for_its_hosts_and_a_second_one_is_signed_b
 
 
 def test_another_host_and_another_ca_are_refused(tmp_path: Path) -> None:
-    make_server_files(tmp_path / "a", ["fl.example.org"])
-    make_server_files(tmp_path / "b", ["fl.example.org"])
+    for name in "ab":
+        make_server_files(tmp_path / name, ["fl.example.org"])
     with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
         shake_hands(tmp_path / "a", tmp_path / "a" / "ca.crt", "other.example.org")
     with pytest.raises(ssl.SSLCertVerificationError):
@@ -59,14 +59,13 @@ def test_another_host_and_another_ca_are_refused(tmp_path: Path) -> None:
 
 def test_a_ca_without_its_key_makes_no_certificates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_server_files(tmp_path, ["one.example.org"])
-    key = (tmp_path / "ca.key").rename(tmp_path / "elsewhere")
-    assert main(["server", str(tmp_path), "--host", "one.example.org"]) == 1
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/ca.crt has no ca.key beside it")
-    content = key.rename(tmp_path / "ca.key").read_bytes()
-    (tmp_path / "ca.crt").unlink()
-    assert main(["server", str(tmp_path), "--host", "one.example.org"]) == 1
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/ca.key has no ca.crt beside it")
-    assert (tmp_path / "ca.key").read_bytes() == content
+    key = (tmp_path / "ca.key").read_bytes()
+    for missing, there in (("ca.key", "ca.crt"), ("ca.crt", "ca.key")):
+        (tmp_path / missing).rename(tmp_path / "elsewhere")
+        assert main(["server", str(tmp_path), "--host", "one.example.org"]) == 1
+        assert capsys.readouterr().err.startswith(f"error: {tmp_path}/{there} has no {missing} beside it")
+        (tmp_path / "elsewhere").rename(tmp_path / missing)
+    assert (tmp_path / "ca.key").read_bytes() == key
 
 
 def test_private_keys_are_for_their_owner_only_and_stay_when_asked_again(tmp_path: Path) -> None:

@@ -1,28 +1,47 @@
-"""tools.federation without Flower: its checks, the commands that it would start, and how it restarts programs."""
+"""tools.federation: its checks, the commands that it would start, how it restarts programs, and one real one."""
 
+import asyncio
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from flapp.data.shards.manifest import Manifest
 from flapp.files import write_json
-from tests.support.waiting import wait_for
+from tests.support.commands import finish, start_tool
+from tests.support.waiting import WAIT_SECONDS, wait_for
 from tools import federation
 from tools.deployment import supervisor
-from tools.deployment.processes import Processes, SuperLinkError, answers, free_port
-from tools.deployment.supervisor import FACTS, Child, Federation, Supervisor, supernode_command
+from tools.deployment.processes import TOKEN, Processes, SuperLinkError, answers, free_port
+from tools.deployment.supervisor import (
+    FACTS,
+    LOG,
+    SEEN,
+    SUPERLINK,
+    Federation,
+    Program,
+    Seen,
+    Supervisor,
+    read_federation,
+    supernode_command,
+)
+
+SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
+LISTEN = "import socket, sys, time; s = socket.create_server(('127.0.0.1', int(sys.argv[1]))); time.sleep(600)"
 
 
-def described(**changes: object) -> Federation:
+def described(**changes: Any) -> Federation:
     """Return a federation of two clients, with changes."""
     facts = {"token": "t" * 32, "address": f"127.0.0.1:{free_port()}", "tls": False, "clients": ("0", "1")}
-    return Federation(**facts | {"shards": None, "homes": False, "threads": 1} | changes)  # type: ignore[arg-type]
+    return Federation(**facts | {"shards": None, "homes": False, "threads": 1} | changes)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -32,29 +51,20 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return line
 
 
-def test_what_cannot_be_brought_up_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_brought_up_is_refused_in_one_line(
+    shards: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     up = ("up", "--folder", str(tmp_path / "f"))
     assert refusal(capsys, *up) == "error: how many clients? give --clients N, or --shards DIR"
     assert "make it with python -m tools.prepare_data" in refusal(capsys, *up, "--shards", str(tmp_path))
-    assert refusal(capsys, "down", *up[1:]).startswith(f"error: {tmp_path}/f has no federation")
-    assert refusal(capsys, "status", *up[1:]).startswith(f"error: {tmp_path}/f has no federation")
-    assert not (tmp_path / "f").exists()
-
-
-def test_a_port_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import socket
-
+    for command in ("down", "status"):
+        assert refusal(capsys, command, *up[1:]).startswith(f"error: {tmp_path}/f has no federation")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        line = refusal(capsys, "up", "--folder", str(tmp_path), "--clients", "1", "--port", port)
+        line = refusal(capsys, *up, "--clients", "1", "--port", port)
     assert line == f"error: --port {port} is in use on 127.0.0.1: choose another, or leave it out for a free one"
-
-
-def test_damaged_or_miscounted_shards_are_refused_before_anything_starts(
-    shards: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     folder = shards.path.parent
-    up = ("up", "--folder", str(tmp_path / "f"), "--shards", str(folder))
+    up += ("--shards", str(folder))
     assert refusal(capsys, *up, "--clients", "5").endswith("holds 3: leave --clients out")
     file = folder / "client_1" / "train.safetensors"
     content = bytearray(file.read_bytes())
@@ -62,6 +72,24 @@ def test_damaged_or_miscounted_shards_are_refused_before_anything_starts(
     file.write_bytes(content)
     assert "client 1" in refusal(capsys, *up)
     assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"shards": ...}, "shards: Field required"),
+        ({"token": ""}, "token: String should"),  # every process would carry it
+        ({"clients": ["../0"]}, "clients.0: String should"),
+        ({"more": 1}, "more: Extra inputs"),
+    ],
+)
+def test_a_federation_that_another_version_described_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
+) -> None:
+    facts = described().model_dump() | changes
+    write_json(tmp_path / FACTS, {key: value for key, value in facts.items() if value is not ...})
+    line = refusal(capsys, "status", "--folder", str(tmp_path))
+    assert line.startswith(f"error: {tmp_path}/{FACTS} is not what this flapp writes ({said}")
 
 
 def test_a_site_is_told_only_what_is_its_own(tmp_path: Path) -> None:
@@ -78,108 +106,116 @@ def test_a_site_is_told_only_what_is_its_own(tmp_path: Path) -> None:
     assert "client_0" not in secure
 
 
-def test_a_program_that_ends_at_once_is_started_again_after_pauses_that_double(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    child = Child(tmp_path / "site")
-    pauses = []
-    for _ in range(8):
-        child.start([sys.executable, "-c", "raise SystemExit(3)"], {})
-        assert child.process is not None
-        child.process.wait()
-        assert child.has_ended()
-        assert not child.has_ended()
-        assert not child.is_due()
-        pauses.append(child.next_start - now)
-        now = child.next_start
-        assert child.is_due()
-    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
-    assert child.facts() == {"pid": None, "restarts": 7, "log_start": 0}
-
-
-def test_a_program_that_ran_for_long_is_started_again_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    child = Child(tmp_path / "site")
-    child.pause = 32.0
-    child.start([sys.executable, "-c", ""], {})
-    assert child.process is not None
-    child.process.wait()
-    now += 3600
-    assert child.has_ended()
-    assert child.next_start == now + 1
-
-
-LISTEN = "import socket, sys, time; s = socket.create_server(('127.0.0.1', int(sys.argv[1]))); time.sleep(600)"
+# The supervisor, over programs that stand in for Flower's
 
 
 @pytest.fixture
-def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
-    """Return a supervisor over programs that stand in for Flower's."""
-    facts = described()
-    write_json(tmp_path / FACTS, facts.__dict__)
+def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Supervisor:
+    """Return a supervisor that must not start a SuperNode before the SuperLink answers."""
+    write_json(tmp_path / FACTS, described(**getattr(request, "param", {})).model_dump())
 
-    def superlink(folder: Path, which: Federation) -> list[str]:
-        return [sys.executable, "-c", LISTEN, str(which.port)]
+    def superlink(_: Path, which: Federation) -> list[str]:
+        return [sys.executable, "-c", LISTEN, which.address.rpartition(":")[2]]
 
-    def supernode(folder: Path, which: Federation, client_id: str) -> list[str]:
-        return [sys.executable, "-c", "import time; time.sleep(600)"]
+    def supernode(_: Path, which: Federation, client_id: str) -> list[str]:
+        assert answers(which.address)
+        return SLEEP
 
     monkeypatch.setattr(supervisor, "superlink_command", superlink)
     monkeypatch.setattr(supervisor, "supernode_command", supernode)
-    monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.1)
     return Supervisor(tmp_path)
 
 
-def look_until(watched: Supervisor, running: int) -> None:
-    def has_come() -> bool:
-        watched.look()
-        return watched.ready and len(Processes(watched.federation.token).running()) == running
+def play(watched: Supervisor, scenario: Callable[[], object]) -> None:
+    """Run the supervisor, with a scenario beside it, until it is stopped by a signal."""
 
-    wait_for(has_come)
+    async def both() -> None:
+        running = asyncio.create_task(watched.run())
+        try:
+            await asyncio.to_thread(scenario)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await running
 
-
-def test_killed_programs_come_back_and_stop_leaves_none(watched: Supervisor) -> None:
-    try:
-        watched.look()
-        assert [node.process for node in watched.nodes.values()] == [None, None]  # the SuperLink comes first
-        look_until(watched, 3)
-        victims = [watched.nodes["1"].process, watched.superlink.process]
-        for victim in victims:
-            assert victim is not None
-            victim.send_signal(signal.SIGKILL)
-            victim.wait()
-        look_until(watched, 3)
-        seen = json.loads((watched.folder / "supervisor.json").read_text())["programs"]
-        assert {name: facts["restarts"] for name, facts in seen.items()} == {
-            "superlink": 1,
-            "client_0": 0,
-            "client_1": 1,
-        }
-        assert answers(watched.federation.port)
-    finally:
-        watched.stop()
+    asyncio.run(both())
     assert Processes(watched.federation.token).running() == []
 
 
-def test_down_finds_what_a_killed_supervisor_has_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    facts = described()
-    write_json(tmp_path / FACTS, facts.__dict__)
-    orphan = subprocess.Popen(["sleep", "600"], env={"FLAPP_SUPERLINK": facts.token}, start_new_session=True)
-    stranger = subprocess.Popen(["sleep", "600"], env={"FLAPP_SUPERLINK": "another"}, start_new_session=True)
-    try:
-        assert federation.main(["down", "--folder", str(tmp_path)]) == 0
-        assert capsys.readouterr().out == "stopped 1 processes\n"
-        assert not psutil.pid_exists(orphan.pid)
-        assert stranger.poll() is None
-    finally:
-        for process in (orphan, stranger):
-            process.kill()
-            process.wait()
-    assert federation.main(["down", "--folder", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == "nothing was running\n"
+def wait_for_starts(watched: Supervisor, *restarts: int) -> list[int]:
+    """Wait until all programs run, after so many restarts, and return their pids."""
+
+    def pids() -> list[int | None]:
+        seen = federation.read_seen(watched.folder)
+        programs = list(seen.programs.values()) if seen and seen.ready else []
+        are_those = [program.restarts for program in programs] == list(restarts)
+        return [program.pid for program in programs] if are_those and all(each.pid for each in programs) else []
+
+    return list(wait_for(pids))
+
+
+def test_killed_programs_come_back_and_a_stop_leaves_none(watched: Supervisor) -> None:
+    def scenario() -> None:
+        superlink, _, victim = wait_for_starts(watched, 0, 0, 0)
+        os.kill(victim, signal.SIGKILL)
+        os.kill(superlink, signal.SIGKILL)
+        wait_for_starts(watched, 1, 0, 1)
+        assert len(Processes(watched.federation.token).running()) == 3
+        assert answers(watched.federation.address)
+
+    play(watched, scenario)
+
+
+@pytest.mark.parametrize("watched", [{"tls": True}], indirect=True)
+def test_a_superlink_that_fails_a_command_is_asked_again(
+    watched: Supervisor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def flwr(_: object, *words: str) -> None:
+        asked.append(words)
+        if len(asked) == 1:
+            raise SuperLinkError("flwr list failed")
+
+    monkeypatch.setattr(supervisor.SuperLink, "flwr", flwr)
+    play(watched, lambda: wait_for_starts(watched, 0, 0, 0))
+    assert "flwr list failed" in capsys.readouterr().out
+    keys = {(words[2], words[4]) for words in asked if "register" in words}
+    assert keys == {(f"{watched.folder}/client_{i}/site.pub", f"client_{i}") for i in range(2)}
+
+
+def test_a_supervisor_that_fails_stops_its_programs(watched: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "write_json", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+    with pytest.raises(OSError, match="the disk is full"):
+        supervisor.supervise(watched.folder)
+    assert Processes(watched.federation.token).running() == []
+
+
+class Stopped(Exception):
+    """What ends a loop that has no end."""
+
+
+def test_pauses_before_a_start_double_until_a_program_has_run_for_long(
+    watched: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, lifetimes, pauses = 0.0, [*[0.0] * 8, 3600.0, 0.0], list[float]()
+
+    def command() -> list[str]:
+        nonlocal now
+        now += lifetimes[len(pauses)]
+        return ["sh", "-c", "exit 3"]
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == len(lifetimes):
+            raise Stopped
+
+    monkeypatch.setattr(supervisor, "monotonic", lambda: now)
+    monkeypatch.setattr(supervisor.asyncio, "sleep", sleep)
+    watched.ready.set()
+    with pytest.raises(Stopped):
+        asyncio.run(watched.keep("client_0", command))
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 1, 2]
+    assert watched.seen.programs["client_0"] == Program(restarts=9)
 
 
 def test_a_supervisor_in_the_foreground_is_found_and_stopped(
@@ -189,44 +225,135 @@ def test_a_supervisor_in_the_foreground_is_found_and_stopped(
     command = [sys.executable, "-m", "tools.federation", *words]
     attached = subprocess.Popen(command, cwd=federation.APP, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_for(lambda: federation.find_supervisor(tmp_path))
-        assert "has a federation that runs" in refusal(capsys, "up", "--folder", str(tmp_path), "--clients", "1")
+        wait_for((tmp_path / SEEN).exists)
+        assert "has a federation that runs" in refusal(capsys, *words[:-1])
         assert federation.main(["down", "--folder", str(tmp_path)]) == 0
         assert attached.wait(30) == 0
     finally:
         attached.kill()
-    assert Processes(supervisor.read_federation(tmp_path).token).running() == []
+    assert Processes(read_federation(tmp_path).token).running() == []
 
 
-def test_a_superlink_that_fails_a_command_is_asked_again(
-    watched: Supervisor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+# What a federation is said to be
+
+
+def test_down_finds_what_a_killed_supervisor_has_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = described()
+    write_json(tmp_path / FACTS, facts.model_dump())
+    tokens = (facts.token, "another")
+    orphan, stranger = (subprocess.Popen(SLEEP, env={TOKEN: token}, start_new_session=True) for token in tokens)
+    try:
+        for said in ("stopped 1 processes\n", "nothing was running\n"):
+            assert federation.main(["down", "--folder", str(tmp_path)]) == 0
+            assert capsys.readouterr().out == said
+        assert not psutil.pid_exists(orphan.pid)
+        assert stranger.poll() is None
+    finally:
+        for process in (orphan, stranger):
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Seen:
+    """Return the state of a federation of one client, whose SuperNode has started for a second time as node 8."""
+    write_json(tmp_path / FACTS, described(clients=("0",)).model_dump())
+    (tmp_path / "client_0").mkdir()
+    first = "INFO: SuperNode ID: 7\n"
+    (tmp_path / "client_0" / LOG).write_text(f"{first}INFO: SuperNode ID: 8\n")
+    node = Program(pid=os.getpid(), restarts=1, log_start=len(first))
+    seen = Seen(pid=os.getpid(), ready=True, programs={SUPERLINK: Program(pid=os.getpid()), "client_0": node})
+    write_json(tmp_path / SEEN, seen.model_dump())
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("pid", "online", "healthy"),
+    [
+        (os.getpid(), {"7", "8"}, True),
+        (os.getpid(), {"7"}, False),  # Flower has not noticed yet that the first one is dead
+        (None, {"7", "8"}, False),
+        (1 << 22, {"7", "8"}, False),
+    ],
+)
+def test_a_supernode_counts_as_online_by_its_present_living_process_only(
+    started: Seen,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    pid: int | None,
+    online: set[str],
+    healthy: bool,
 ) -> None:
-    watched.federation = described(tls=True, address=watched.federation.address)
-
-    def fail(*_: str) -> None:
-        raise SuperLinkError("flwr list failed")
-
-    monkeypatch.setattr(supervisor, "answers", lambda port: True)
-    monkeypatch.setattr(supervisor.SuperLink, "flwr", fail)
-    watched.superlink.process = subprocess.Popen(["sleep", "60"])
-    watched.look()
-    assert not watched.ready
-    assert "flwr list failed" in capsys.readouterr().out
-    watched.stop()
+    started.programs["client_0"].pid = pid
+    write_json(tmp_path / SEEN, started.model_dump())
+    monkeypatch.setattr(federation, "online_nodes", lambda *_: online)
+    monkeypatch.setattr(federation, "find_supervisor", lambda _: psutil.Process())
+    assert federation.main(["status", "--folder", str(tmp_path)]) == int(not healthy)
+    out = capsys.readouterr().out
+    assert f"{int(healthy)} of 1 SuperNodes online" in out
+    assert ("(not online)" in out) == (not healthy and pid is not None)
 
 
-def test_a_supervisor_that_fails_stops_its_programs(watched: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(supervisor, "write_json", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
-    with pytest.raises(OSError, match="the disk is full"):
-        supervisor.supervise(watched.folder)
-    assert Processes(watched.federation.token).running() == []
-
-
-def test_a_federation_that_another_version_described_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_federation_says_whether_it_was_taken_down_or_its_supervisor_killed(
+    started: Seen, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / FACTS).write_text('{"token": "x"}')
-    assert refusal(capsys, "status", "--folder", str(tmp_path)).startswith(
-        f"error: {tmp_path}/{FACTS} is not what this"
-    )
+    status = ("status", "--folder", str(tmp_path))
+    killed = f"error: the supervisor of {tmp_path} (pid {os.getpid()}) was killed and its programs have been stopped"
+    assert refusal(capsys, *status) == f"{killed}: bring it up"
+    left = subprocess.Popen(SLEEP, env={TOKEN: "t" * 32})
+    wait_for(Processes("t" * 32).running)
+    said = f"is gone, and 1 of its processes still run (pids {left.pid}): take the federation down"
+    assert said in refusal(capsys, *status)
+    left.kill()
+    left.wait()
+    (tmp_path / SEEN).unlink()
+    assert refusal(capsys, *status) == f"error: the federation of {tmp_path} is down: bring it up"
+
+
+@pytest.mark.slow
+def test_what_is_killed_in_a_federation_is_not_online_and_ends_with_its_supervisor(tmp_path: Path) -> None:
+    def tool(*words: str) -> tuple[int, str, str]:
+        return finish(start_tool(tmp_path, *words))
+
+    def look() -> tuple[int, dict[str, Any]]:
+        status, said, _ = tool("federation", "status", "--json")
+        return status, json.loads(said)
+
+    def supernode() -> psutil.Process:
+        wait_for(lambda: look()[0] == 0)
+        return psutil.Process(look()[1]["programs"]["client_1"]["pid"])
+
+    status, _, error = tool("federation", "up", "--clients", "2")
+    assert status == 0, error
+    processes = Processes(read_federation(tmp_path / "federation").token)
+    try:
+        supervisor = federation.find_supervisor(tmp_path / "federation")
+        assert supervisor is not None
+        victim = supernode()
+        supervisor.suspend()  # or the SuperNode is back before anybody can look
+        victim.kill()
+        status, facts = look()
+        supervisor.resume()
+        assert (status, facts["online"], facts["missing"]) == (1, 1, ["client_1"])
+        victim = supernode()  # another node: Flower lists the dead one for up to a minute
+        (superexec,) = (child for child in victim.children() if "superexec" in child.cmdline())
+        superexec.kill()
+        victim.wait(WAIT_SECONDS)
+        supernode()
+        words = ("experiment=toy_regression", "deployment=local", "clients=2", "num_rounds=1000", "run_name=shared")
+        run = start_tool(tmp_path, "run", *words)
+        metrics = tmp_path / "runs" / "shared" / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and '"kind": "round"' in metrics.read_text())
+        run.kill()
+        run.communicate()
+        status, _, error = tool("runs", "stop", "shared")
+        assert status == 0, error
+        assert look()[0] == 0
+        supervisor.kill()
+        wait_for(lambda: not processes.running())
+        status, _, error = tool("federation", "status")
+        assert (status, error.count("was killed and its programs have been stopped: bring it up")) == (1, 1)
+        assert tool("federation", "down")[:2] == (0, "nothing was running\n")
+    finally:
+        processes.stop()

@@ -1,18 +1,22 @@
 """The screen: what runs say when they start and end, help, names of runs, and the command `flapp`."""
 
+import io
 import json
 import logging
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
-from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from flwr.common.logger import console_handler
 
+from flapp import client_app, server_app
 from flapp.architecture import build
 from flapp.config.load import CONF, compose, name_override
 from flapp.config.schema import Config
@@ -21,9 +25,8 @@ from flapp.server.run_names import METRICS
 from flapp.source import read_source
 from tests.support.run_files import add_store, write_run
 from tools import cli, run
+from tools.cli import as_called
 from tools.deployment import superlink
-from tools.deployment.submit import run_once
-from tools.running.called import as_called
 from tools.running.overview import job_line, overview, start_lines
 from tools.running.progress import FORMAT
 
@@ -63,11 +66,6 @@ def main(monkeypatch: pytest.MonkeyPatch, home: Path) -> Any:
         logging.getLogger(name).disabled = False
 
 
-def overrides_of(words: list[str]) -> str:
-    """Return the default name of a run that is started with these words, without its time."""
-    return compose(["home=/nowhere", *words]).run_name.rpartition("-")[0].rpartition("-")[0]
-
-
 @pytest.mark.parametrize(
     ("words", "name"),
     [
@@ -83,32 +81,23 @@ def overrides_of(words: list[str]) -> str:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_run_is_named_after_what_the_command_chose(words: list[str], name: str) -> None:
-    assert overrides_of(words) == name
+    assert re.fullmatch(rf"{name}-\d{{8}}-\d{{6}}", compose(["home=/nowhere", *words]).run_name)
 
 
-@pytest.mark.parametrize(
-    ("words", "label"),
-    [
-        (["model=cnn,linear"], "${experiment}"),
-        (["experiment=a,b"], "sweep"),
-        (["experiment=a,b", "model=cnn"], "cnn"),
-        (["dataset=digits,digits_turned"], "sweep"),
-    ],
-    ids=" ".join,
-)
-def test_a_sweep_is_not_named_after_what_it_varies(words: list[str], label: str) -> None:
-    assert name_override(words)[0].startswith(f"run_name='{label}-$")
-
-
-def test_a_given_name_is_kept() -> None:
+def test_a_sweep_is_not_named_after_what_it_varies_and_a_given_name_is_kept() -> None:
+    labels = {"model=cnn,linear": "${experiment}", "experiment=a,b": "sweep", "experiment=a,b model=cnn": "cnn"}
+    for words, label in (labels | {"dataset=digits,digits_turned": "sweep"}).items():
+        assert name_override(words.split())[0].startswith(f"run_name='{label}-$")
     assert name_override(["model=cnn", "run_name=mine"]) == []
 
 
-def test_the_start_counts_the_parameters_that_the_real_model_has() -> None:
+def test_the_start_counts_the_parameters_that_the_real_model_has_without_drawing_its_weights() -> None:
     for words in (["model=cnn"], [TOY], ["model=vit_tiny"]):
         config = compose(["home=/nowhere", *words])
         real = sum(tensor.numel() for tensor in build(config.model, config.dataset).parameters())
+        before = torch.random.get_rng_state()
         assert overview(config)["parameters"] == real
+        assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_the_start_says_the_bytes_that_each_rule_sends() -> None:
@@ -138,13 +127,7 @@ def test_the_bytes_at_the_start_are_those_of_the_messages_but_for_their_headers(
     assert line["client_bytes_down"]["0"] == facts["bytes_down"] + 128 * tensors
 
 
-def test_the_model_is_counted_without_drawing_its_weights() -> None:
-    before = torch.random.get_rng_state()
-    overview(compose(["home=/nowhere", "model=vit_b_16"]))
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_three_lines_say_what_a_run_is_about_to_do(tmp_path: Path) -> None:
+def test_three_lines_say_what_a_run_is_about_to_do_and_one_line_what_a_job_is(tmp_path: Path) -> None:
     ensure_artifacts(tmp_path / "data", "regression")
     config = compose([f"home={tmp_path}", TOY, "run_name=mine", "strategy.fraction_train=0.6"])
     assert start_lines("mine", overview(config)) == [
@@ -153,9 +136,6 @@ def test_three_lines_say_what_a_run_is_about_to_do(tmp_path: Path) -> None:
         "fedavg, 5 rounds, evaluated after every round; in a training round a client receives 44 B and sends 44 B",
     ]
     assert overview(config, is_here=False)["samples"] is None
-
-
-def test_a_job_of_a_sweep_says_it_in_one_line() -> None:
     facts = overview(compose(["home=/nowhere", "experiment=digits_fedlora"]))
     assert job_line(["seed=1", "train.lr=0.1"], facts) == (
         "starting: seed=1 train.lr=0.1; vit_tiny (124,938 parameters, 19,082 trained) on digits_turned, 10 clients; "
@@ -182,48 +162,55 @@ def test_the_start_is_told_on_stderr_or_as_the_first_of_the_json_lines(
         assert (ended["event"], ended["run_name"], ended["summary"]["status"]) == (event, "j", event)
 
 
-def test_refused_settings_are_reported_before_the_start(home: Path) -> None:
-    config, started = compose([f"home={home}", TOY, "deployment.client_cpus=9999"]), []
-    with pytest.raises(ValueError, match="client_cpus=9999 is more than"):
-        run_once(config, lambda: started.append(True))
-    assert not started
-
-
-def test_a_run_that_failed_after_a_round_says_the_command_that_resumes_it(
-    main: Any, capsys: pytest.CaptureFixture[str], home: Path
-) -> None:
-    add_store(write_run(home / "runs" / "mine", status=None) / "server_chunks.db", rounds=3)
-    words = [TOY, "train.lr=0.01", "lora.targets=[qkv,proj]", "run_name=mine", "resume=false"]
-    assert main(run.RunError("all is lost"), *words, argv0="/venv/bin/flapp run") == 1
-    assert capsys.readouterr().err.splitlines()[-2:] == [
-        "error: all is lost",
-        "rounds 1 to 3 are kept; once that is fixed, resume with: "
-        f"flapp run {TOY} train.lr=0.01 'lora.targets=[qkv,proj]' run_name=mine resume=true",
-    ]
-
-
-def test_a_run_that_failed_in_its_first_round_gets_no_advice_to_resume(
+def test_a_missing_launcher_is_reported_with_the_command_that_installs_it(
     main: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(run.RunError("all is lost"), TOY, "run_name=mine") == 1
-    said = capsys.readouterr().err.splitlines()
-    assert said[-1] == "no round was complete; run_name=mine can be used again once that is fixed"
+    assert main({}, "-m", "hydra/launcher=ray", "seed=0,1") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: hydra/launcher=ray is not installed: pip install -e '.[sweep]'")
+
+
+def test_a_run_that_did_not_finish_says_the_command_that_continues_it(
+    main: Any, capsys: pytest.CaptureFixture[str], home: Path
+) -> None:
+    def last_lines(end: Exception | KeyboardInterrupt, *words: str, status: int = 1, **options: str) -> list[str]:
+        assert main(end, *words, **options) == status
+        return capsys.readouterr().err.splitlines()[-2:]
+
+    failed, stopped = ["error: all is lost"], ["interrupted: everything that was started has been stopped"]
+    lost = run.RunError("all is lost")
+    said = "no round was complete; run_name=early can be used again once that is fixed"
+    assert last_lines(lost, TOY, "run_name=early") == [*failed, said]
+    said = f"no round was complete; to start again: python -m tools.run {TOY} run_name=early"
+    assert last_lines(KeyboardInterrupt(), TOY, "run_name=early", status=130) == [*stopped, said]
+    add_store(write_run(home / "runs" / "mine", status=None) / "server_chunks.db", rounds=3)
+    words = [TOY, "train.lr=0.01", "lora.targets=[qkv,proj]", "run_name=mine", "resume=false"]
+    said = f"flapp run {TOY} train.lr=0.01 'lora.targets=[qkv,proj]' run_name=mine resume=true"
+    kept = f"rounds 1 to 3 are kept; once that is fixed, resume with: {said}"
+    assert last_lines(lost, *words, argv0="/venv/bin/flapp run") == [*failed, kept]
+
+
+def test_a_sweep_that_did_not_finish_says_the_command_that_continues_it_unless_nothing_was_reached(
+    main: Any, capsys: pytest.CaptureFixture[str], home: Path
+) -> None:
     main(run.RunError("all is lost"), "-m", TOY, "run_name=toys", "seed=0,1")
     assert not re.search("resume|start again", capsys.readouterr().err)
+    write_run(home / "runs" / "toys" / "0", status=None)  # the job that is interrupted has begun
+    assert main(KeyboardInterrupt(), "-m", TOY, "run_name=toys", "seed=0,1") == 130
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith(f"[job 0] starting: {TOY} run_name=toys seed=0; linear (11 parameters)")
+    assert said[-1] == f"resume the sweep with: python -m tools.run -m {TOY} seed=0,1 run_name=toys resume=true"
+    assert "resumable" not in json.loads((home / "runs" / "toys" / "sweep.json").read_text())[0]
 
 
-@pytest.mark.parametrize(
-    ("argv0", "name"), [("/venv/bin/flapp run", "flapp run"), ("/x/tools/run.py", "python -m tools.run")]
-)
-def test_hints_name_commands_as_the_user_called_this_one(
-    main: Any, capsys: pytest.CaptureFixture[str], home: Path, argv0: str, name: str
-) -> None:
-    main({}, "seed=0,1", argv0=argv0)
-    main(run.RunError("no base: make it first with python -m tools.run run_name=base"), TOY, argv0=argv0)
+def test_hints_name_commands_as_the_user_called_this_one(main: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    called = "/venv/bin/flapp run"
+    main({}, "seed=0,1", argv0=called)
+    main(run.RunError("no base: make it first with python -m tools.run run_name=base"), TOY, argv0=called)
     said = capsys.readouterr().err
-    assert f"add -m for a sweep, a run with each of them ({name} -m seed=0,1)\n" in said
-    assert f"make it first with {name} run_name=base\n" in said
-    assert len(set(re.findall(r"flapp run|python -m tools\.\w+", said))) == 1
+    assert "add -m for a sweep, a run with each of them (flapp run -m seed=0,1)\n" in said
+    assert "make it first with flapp run run_name=base\n" in said
+    assert "python -m tools" not in said
 
 
 def test_flapp_names_every_module_by_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,27 +218,6 @@ def test_flapp_names_every_module_by_its_command(monkeypatch: pytest.MonkeyPatch
     for name, (module, _) in cli.COMMANDS.items():
         assert as_called(f"use python -m tools.{module} x") == f"use flapp {name} x"
     assert as_called("python -m tools.supernode") == "python -m tools.supernode"
-
-
-def test_an_interrupted_run_without_a_complete_round_says_that_the_same_command_starts_again(
-    main: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(KeyboardInterrupt(), TOY, "run_name=mine") == 130
-    assert capsys.readouterr().err.splitlines()[-2:] == [
-        "interrupted: everything that was started has been stopped",
-        f"no round was complete; to start again: python -m tools.run {TOY} run_name=mine",
-    ]
-
-
-def test_an_interrupted_sweep_says_the_command_that_resumes_all_of_it(
-    main: Any, capsys: pytest.CaptureFixture[str], home: Path
-) -> None:
-    write_run(home / "runs" / "toys" / "0", status=None)  # the job that is interrupted has begun
-    assert main(KeyboardInterrupt(), "-m", TOY, "run_name=toys", "seed=0,1") == 130
-    said = capsys.readouterr().err.splitlines()
-    assert said[0].startswith(f"[job 0] starting: {TOY} run_name=toys seed=0; linear (11 parameters)")
-    assert said[-1] == f"resume the sweep with: python -m tools.run -m {TOY} seed=0,1 run_name=toys resume=true"
-    assert "resumable" not in json.loads((home / "runs" / "toys" / "sweep.json").read_text())[0]
 
 
 @pytest.mark.parametrize("error", ["lost sight of the run: go on with it by run_name=mine resume=true", ""])
@@ -263,11 +229,10 @@ def test_an_error_that_says_how_to_continue_is_not_followed_by_another_hint(
     assert not re.search("resume with|start again", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_explains_runs_with_examples_groups_and_exit_status(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flag: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["/venv/bin/flapp run", "seed=1", flag])
+    monkeypatch.setattr(sys, "argv", ["/venv/bin/flapp run", "seed=1", "-h"])
     assert run.main() == 0
     text = capsys.readouterr().out
     assert len(re.findall(r"^  flapp run ", text, re.MULTILINE)) == 5
@@ -295,17 +260,14 @@ def test_the_saved_log_has_no_codes_of_a_terminal(tmp_path: Path, monkeypatch: p
     assert text == "before\nINFO 2026-11-21 10:00:00,123:      [ROUND 1/2]\nplain \u2514\n"
 
 
-def test_the_apps_log_with_timestamps() -> None:
-    code = (
-        "from flapp import {}; from flwr.common import log; from flwr.common.logger import console_handler as h; "
-        "import sys; h.stream = sys.stdout; log(20, 'hello')"
-    )
-    commands = [[sys.executable, "-c", code.format(module)] for module in ("server_app", "client_app")]
-    for app_process in [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=superlink.APP) for command in commands
-    ]:
-        said, _ = app_process.communicate(timeout=300)
-        assert re.search(r"INFO \d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}.*hello", said)
+@pytest.mark.parametrize("module", [server_app, client_app], ids=lambda module: str(module.__name__))
+def test_the_apps_log_with_timestamps(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(console_handler, "timestamps", False)
+    monkeypatch.setattr(console_handler, "stream", stream)
+    runpy.run_path(str(module.__file__))  # as a new process imports it
+    console_handler.emit(logging.makeLogRecord({"levelname": "INFO", "msg": "hello"}))
+    assert re.search(r"INFO \d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}.*hello", stream.getvalue())
 
 
 def test_the_log_says_how_many_clients_train_in_percent(federate: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -318,59 +280,48 @@ def test_the_log_says_how_many_clients_train_in_percent(federate: Any, caplog: p
     assert "100 % of the clients train, 50 % evaluate" in caplog.text
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["/venv/bin/flapp", *words])
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)  # a closed pipe must not end pytest
-    return cli.main()
+@pytest.fixture
+def flapp(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Return a function that calls flapp and returns its exit status, output and errors."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["/venv/bin/flapp", *words])
+        monkeypatch.setattr(cli.signal, "signal", lambda *_: None)  # a closed pipe must not end pytest
+        try:
+            status = cli.main()
+        except SystemExit as end:  # argparse's
+            status = int(end.code or 0)
+        return status, *capsys.readouterr()
+
+    return call
 
 
-def test_flapp_lists_its_commands_and_knows_its_version(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call(monkeypatch, "--help") == 0
-    text = capsys.readouterr().out
+def test_flapp_lists_its_commands_which_explain_themselves_and_refuses_others(flapp: Any, tmp_path: Path) -> None:
+    status, text, _ = flapp("--help")
+    assert (status, flapp()[:2]) == (0, (2, text))
     for name in cli.COMMANDS:
         assert len(re.findall(rf"^  {name} +\w", text, re.MULTILINE)) == 1
-    assert call(monkeypatch) == 2
-    assert call(monkeypatch, "--version") == 0
-    assert re.search(r"flapp \d+\.\d+\.\d+", capsys.readouterr().out)
+        status, explained, _ = flapp(name, "--help")
+        assert status == 0
+        assert len(explained) > 100, name
+    assert re.fullmatch(r"flapp \d+\.\d+\.\d+\n", flapp("--version")[1])
+    status, _, error = flapp("sweep")
+    assert status == 2
+    assert error.startswith("error: sweep is not a command of flapp: choose one of run, runs, report")
+    status, _, error = flapp("checkpoints", "list", str(tmp_path))
+    assert status == 1
+    assert "holds no *_chunks.db" in error
 
 
-def test_every_command_of_flapp_explains_itself(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in cli.COMMANDS:
-        with suppress(SystemExit):  # argparse's
-            assert call(monkeypatch, name, "--help") == 0
-        assert len(capsys.readouterr().out) > 100, name
-
-
-def test_a_command_that_flapp_does_not_have_is_refused_with_those_it_has(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call(monkeypatch, "sweep") == 2
-    assert capsys.readouterr().err.startswith("error: sweep is not a command of flapp: choose one of run, runs, report")
-
-
-def test_flapp_passes_on_arguments_and_exit_status(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    assert call(monkeypatch, "checkpoints", "list", str(tmp_path)) == 1
-    assert "holds no *_chunks.db" in capsys.readouterr().err
-
-
-def test_flapp_help_imports_neither_pytorch_nor_hydra() -> None:
+def test_the_console_script_is_declared_and_its_help_imports_neither_pytorch_nor_hydra() -> None:
+    project = tomllib.loads((superlink.APP / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"flapp": "tools.cli:main"}
     code = (
         "import sys; from tools import cli; sys.argv = ['flapp', '--help']; cli.main(); "
         "print([name for name in ('torch', 'hydra', 'flwr', 'numpy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=superlink.APP, timeout=300)
     assert done.stdout.splitlines()[-1] == "[]"
-
-
-def test_the_console_script_is_declared_and_exists() -> None:
-    project = tomllib.loads((superlink.APP / "pyproject.toml").read_text())["project"]
-    assert project["scripts"] == {"flapp": "tools.cli:main"}
 
 
 def test_an_installed_wheel_makes_the_app_of_its_own_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

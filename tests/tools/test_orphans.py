@@ -1,4 +1,4 @@
-"""What a killed command or supervisor leaves running ends by itself, is named until then, and can be stopped."""
+"""What a killed command leaves running ends by itself, is named until then, and can be stopped."""
 
 import fcntl
 import json
@@ -28,13 +28,14 @@ from flapp.server import run_names
 from flapp.server.roster import Roster
 from flapp.server.run_dir import RunDirectory
 from tests.conftest import LocalGrid, read_lines
+from tests.support.commands import finish, left_running
 from tests.support.waiting import wait_for
-from tools import federation, runs
+from tools import runs
 from tools.deployment.processes import OWNER, SWEEP, TOKEN, Processes, note_process, noted_process
 from tools.deployment.submit import APP
-from tools.deployment.supervisor import FACTS, LOG, SEEN, SUPERLINK, Federation
 from tools.running.guard import guarded
-from tools.running.stop import StopError, stop_run
+from tools.running.run_entries import RunsError
+from tools.running.stop import stop_run
 
 Federate = Callable[..., tuple[dict[str, Any], Path]]
 Start = Callable[..., subprocess.Popen[str]]
@@ -91,10 +92,8 @@ def test_a_killed_program_leaves_no_process_and_no_folder(start: Start, tmp_path
     folder = tmp_path / "flapp-x"
     for each in (folder, tmp_path / "flapp-x-superlink", tmp_path / "another"):
         each.mkdir()
-    stranger, program = (
-        sleep_with(start, "FLAPP_ORPHAN", tmp_path / "another"),
-        start_python(start, GUARDED, str(folder)),
-    )
+    stranger = sleep_with(start, "FLAPP_ORPHAN", tmp_path / "another")
+    program = start_python(start, GUARDED, str(folder))
     started = Processes(str(folder), "FLAPP_ORPHAN")
     assert len(started.running()) >= 2
     program.kill()
@@ -105,25 +104,22 @@ def test_a_killed_program_leaves_no_process_and_no_folder(start: Start, tmp_path
     assert stranger.poll() is None
 
 
-def test_a_guard_leaves_alone_what_a_program_that_ends_by_itself_leaves(start: Start, tmp_path: Path) -> None:
+def test_a_guard_leaves_alone_what_a_program_that_ends_by_itself_leaves_even_a_fork_with_its_pipe(
+    start: Start, tmp_path: Path
+) -> None:
     folder = tmp_path / "kept"
     folder.mkdir()
+    began = time.monotonic()
     with guarded("FLAPP_ORPHAN", str(folder), folder):
         child = sleep_with(start, "FLAPP_ORPHAN", folder)
-    assert child.poll() is None
-    assert folder.exists()
-
-
-def test_a_guard_does_not_wait_for_a_fork_that_holds_its_input_open(tmp_path: Path) -> None:
-    began = time.monotonic()
-    with guarded("FLAPP_ORPHAN", str(tmp_path / "x")):
-        pid = os.fork()
-        if pid == 0:
+        if (pid := os.fork()) == 0:
             time.sleep(600)
             os._exit(0)
-    assert time.monotonic() - began < GONE_SECONDS
+    assert time.monotonic() - began < GONE_SECONDS  # the guard has not waited for the fork
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+    assert child.poll() is None
+    assert folder.exists()
 
 
 # Runs that are still running
@@ -169,10 +165,6 @@ def orphan(running: RunDirectory, start: Start, tmp_path: Path) -> Callable[[obj
     return lambda token: start_python(start, HOLDER, str(running.path), **{TOKEN: str(token), SWEEP: str(tmp_path)})
 
 
-def stop(run: RunDirectory) -> list[int] | None:
-    return stop_run(run.config.runs_dir, run.config.run_name)
-
-
 def test_a_run_that_still_runs_is_named_with_its_process_and_the_command_that_stops_it(running: RunDirectory) -> None:
     fix = f"python -m tools.runs stop {running.config.run_name}`"
     with pytest.raises(ConfigError, match=rf"is still running \(pid {os.getpid()}\).*{fix}"):
@@ -192,6 +184,12 @@ def test_a_look_at_a_run_does_not_keep_its_next_start_out(running: RunDirectory)
         fcntl.flock(looker, fcntl.LOCK_SH)
         threading.Timer(run_names.PROBE_SECONDS / 3, lambda: fcntl.flock(looker, fcntl.LOCK_UN)).start()
         run_names.lock_run(running.path, "x").close()
+
+
+@pytest.fixture(autouse=True)
+def kill_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for a moment only until what does not end is killed."""
+    monkeypatch.setattr("tools.deployment.processes.STOP_SECONDS", 0.5)
 
 
 def test_stop_ends_an_orphan_with_all_that_carries_its_token_and_says_how_to_continue(
@@ -219,7 +217,7 @@ def test_stop_interrupts_the_command_where_it_lives_even_suspended(
     owner = start_python(start, COMMAND, str(tmp_path / OWNER))
     owner.send_signal(signal.SIGSTOP)
     process = orphan(tmp_path / "flapp-x")
-    assert stop(running) == [owner.pid, process.pid]
+    assert stop_run(running.path) == [owner.pid, process.pid]
     assert (tmp_path / "interrupted").exists()
 
 
@@ -228,15 +226,15 @@ def test_stop_kills_nobody_whose_pid_running_json_names_by_mistake(
 ) -> None:
     process, stranger = orphan(tmp_path / "flapp-x"), sleep_with(start, TOKEN, tmp_path / "flapp-x")
     write_json(running.path / run_names.RUNNING, {"pid": stranger.pid, "run_id": 17})
-    with pytest.raises(StopError, match=rf"process {stranger.pid}, named in running.json, does not .* `fuser "):
-        stop(running)
+    with pytest.raises(RunsError, match=rf"process {stranger.pid}, named in running.json, does not .* `fuser "):
+        stop_run(running.path)
     assert (process.poll(), stranger.poll()) == (None, None)
 
 
 def test_stop_leaves_the_other_processes_of_a_shared_superlink_alone(running: RunDirectory, orphan: Any) -> None:
     process = orphan("0123456789abcdef" * 2)  # a federation's token
-    with pytest.raises(StopError, match="not started by flapp: stop it with `flwr stop 17`"):
-        stop(running)
+    with pytest.raises(RunsError, match="not started by flapp: stop it with `flwr stop 17`"):
+        stop_run(running.path)
     assert process.poll() is None
 
 
@@ -247,15 +245,6 @@ def test_a_noted_process_of_a_pid_used_again_is_not_it(tmp_path: Path) -> None:
     (tmp_path / "note").write_text(json.dumps([pid, began - 60]))
     assert noted_process(tmp_path / "note") is None
     assert noted_process(tmp_path / "no note") is None
-
-
-@pytest.mark.parametrize("name", ["..", "/etc", "no-such-run", "../elsewhere"])
-def test_stop_refuses_names_that_are_not_of_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for folder in ("runs", "elsewhere"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "elsewhere" / "config.yaml").touch()
-    assert runs.main(["stop", name, "--home", str(tmp_path)]) == 1
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/runs has no run {name}: ")
 
 
 def test_folders_of_starts_killed_long_ago_are_removed_at_the_next(federate: Federate, data_home: Path) -> None:
@@ -281,14 +270,6 @@ DEAD = {
 }
 
 
-def failed(reply: Message, code: int) -> Message:
-    """Return Flower's own answer for a client, from no node, with one of its errors."""
-    answer = Message(Error(code, WORDS), reply_to=reply)
-    answer.metadata.__dict__["_src_node_id"] = 1  # of the SuperLink
-    answer.metadata.__dict__["_reply_to_message_id"] = reply.metadata.reply_to_message_id
-    return answer
-
-
 def test_errors_of_flower_and_ray_say_in_plain_words_that_a_client_died() -> None:
     assert {code: describe_error(Error(code, WORDS)) for code in DEAD} == DEAD
     for name in ("ActorDied", "OutOfMemory", "WorkerCrashed"):
@@ -299,94 +280,28 @@ def test_errors_of_flower_and_ray_say_in_plain_words_that_a_client_died() -> Non
         assert describe_error(Error(ErrorCode.UNKNOWN, f"no {reason}")).startswith("no <class")
 
 
-def test_a_client_that_died_in_a_round_is_named(federate: Federate) -> None:
-    def tamper(client_id: str, reply: Message) -> Message:
-        is_dead = client_id == "1" and reply.metadata.message_type == "train"
-        return failed(reply, ErrorCode.CLIENT_APP_CRASHED) if is_dead else reply
-
-    _, path = federate("experiment=toy_regression", "num_rounds=1", tamper=tamper)
-    (line,) = read_lines(path, "train")
-    assert line["failures"] == [{"client": "1", "reason": f"failed: {DEAD[ErrorCode.CLIENT_APP_CRASHED]}"}]
-
-
 def test_a_node_that_died_before_it_said_who_it_is_is_refused_under_its_own_id(data_home: Path) -> None:
     settings = compose([f"home={data_home}", "experiment=toy_regression", "run_name=joining"])
     grid = LocalGrid({"config-json": to_json(settings)}, [{"partition-id": i, "num-partitions": 3} for i in range(3)])
     dead = next(iter(grid.nodes))
 
+    def answer(reply: Message) -> Message:
+        """Return the reply, or Flower's own answer for the dead node, which comes from the SuperLink."""
+        if reply.metadata.src_node_id != dead:
+            return reply
+        answer = Message(Error(ErrorCode.NODE_UNAVAILABLE, WORDS), reply_to=reply)
+        answer.metadata.__dict__["_src_node_id"] = 1
+        answer.metadata.__dict__["_reply_to_message_id"] = reply.metadata.reply_to_message_id
+        return answer
+
     def ask(messages: list[Message], *, timeout: float) -> list[Message]:
-        replies = grid.pull_messages(grid.push_messages(messages))
-        return [
-            failed(reply, ErrorCode.NODE_UNAVAILABLE) if reply.metadata.src_node_id == dead else reply
-            for reply in replies
-        ]
+        return [answer(reply) for reply in grid.pull_messages(grid.push_messages(messages))]
 
     asking: Any = SimpleNamespace(get_nodes=grid.get_nodes, send_and_receive=ask)
     roster = Roster(asking, ["0", "1", "2"], "joining", 0)
     roster.refresh()
     assert roster.refused == {f"node {dead}": DEAD[ErrorCode.NODE_UNAVAILABLE]}
     assert len(roster.members) == 2
-
-
-# Federations
-
-
-@pytest.fixture
-def described(tmp_path: Path) -> Path:
-    """Return the folder of a federation of one client, whose SuperNode has started for a second time as node 8."""
-    write_json(tmp_path / FACTS, Federation("t" * 32, "127.0.0.1:1", False, ("0",), None, False, 1).__dict__)
-    (tmp_path / "client_0").mkdir()
-    first = "INFO: SuperNode ID: 7\n"
-    (tmp_path / "client_0" / LOG).write_text(f"{first}INFO: SuperNode ID: 8\n")
-    superlink = {"pid": os.getpid(), "restarts": 0, "log_start": 0}
-    programs = {SUPERLINK: superlink, "client_0": superlink | {"restarts": 1, "log_start": len(first)}}
-    write_json(tmp_path / SEEN, {"pid": os.getpid(), "ready": True, "programs": programs})
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("pid", "online", "healthy"),
-    [
-        (os.getpid(), {"7", "8"}, True),
-        (os.getpid(), {"7"}, False),  # Flower has not noticed yet that the first one is dead
-        (None, {"7", "8"}, False),
-        (1 << 22, {"7", "8"}, False),
-    ],
-)
-def test_a_supernode_counts_as_online_by_its_present_living_process_only(
-    described: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    pid: int | None,
-    online: set[str],
-    healthy: bool,
-) -> None:
-    seen = json.loads((described / SEEN).read_text())
-    seen["programs"]["client_0"]["pid"] = pid
-    write_json(described / SEEN, seen)
-    monkeypatch.setattr(federation, "online_nodes", lambda *_: online)
-    monkeypatch.setattr(federation, "find_supervisor", lambda _: psutil.Process())
-    assert federation.main(["status", "--folder", str(described)]) == int(not healthy)
-    out = capsys.readouterr().out
-    assert f"{int(healthy)} of 1 SuperNodes online" in out
-    assert ("(not online)" in out) == (not healthy and pid is not None)
-
-
-def test_a_federation_says_whether_it_was_taken_down_or_its_supervisor_killed(
-    described: Path, start: Start, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refusal() -> str:
-        assert federation.main(["status", "--folder", str(described)]) == 1
-        return capsys.readouterr().err.removeprefix("error: ").strip()
-
-    killed = f"the supervisor of {described} (pid {os.getpid()}) was killed and its programs have been stopped"
-    assert refusal() == f"{killed}: bring it up"
-    left = sleep_with(start, TOKEN, "t" * 32)
-    assert f"is gone, and 1 of its processes still run (pids {left.pid}): take the federation down" in refusal()
-    left.kill()
-    left.wait()
-    (described / SEEN).unlink()
-    assert refusal() == f"the federation of {described} is down: bring it up"
 
 
 # The real thing
@@ -406,12 +321,6 @@ def tool(start: Start, tmp_path: Path, temporary: Path) -> Start:
     return lambda module, *arguments: start(sys.executable, "-m", f"tools.{module}", *arguments, env=env)
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Wait for a tool and return its exit status, and what it said."""
-    out, err = process.communicate(timeout=400)
-    return process.returncode, out, err
-
-
 def reached(path: Path, server_round: int) -> bool:
     """Say whether a run has completed a round."""
     return (path / "metrics.jsonl").exists() and any(
@@ -419,101 +328,47 @@ def reached(path: Path, server_round: int) -> bool:
     )
 
 
-def check_end(tool: Start, path: Path, federate: Federate) -> None:
-    """Run what was killed to its end, and check that it ends as if nothing had happened."""
-    resume = ["resume=true"] if path.exists() else []
-    status, said, error = finish(tool("run", *TOY, f"run_name={path.name}", *resume))
-    assert status == 0, error
-    assert f"sha256 {federate(*TOY)[0]['model_sha256']})\n" in said
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["starting", "running"])
-def test_a_killed_run_ends_within_seconds_and_is_resumed_to_the_same_bytes(
-    tool: Start, tmp_path: Path, temporary: Path, federate: Federate, moment: str
-) -> None:
-    path = tmp_path / "runs" / "killed"
-    run = tool("run", *TOY, "run_name=killed")
-    wait_for(lambda: list(temporary.glob("flapp-*-*")))  # its SuperLink starts
-    if moment == "running":
-        wait_for(lambda: reached(path, random.randint(1, 10)))
-    (folder,) = (each for each in temporary.iterdir() if (each / OWNER).exists())
-    run.kill()
-    wait_for(lambda: not Processes(str(folder), SWEEP).running() and not list(temporary.glob("flapp-*")), GONE_SECONDS)
-    check_end(tool, path, federate)
-
-
-@pytest.mark.slow
-def test_an_orphan_without_a_guard_is_named_and_stopped(
+def test_a_killed_run_ends_by_itself_or_is_named_and_stopped_and_resumes_to_the_same_bytes(
     tool: Start, tmp_path: Path, temporary: Path, federate: Federate
 ) -> None:
-    path = tmp_path / "runs" / "orphan"
-    run = tool("run", *TOY, "run_name=orphan")
-    wait_for(lambda: reached(path, 2))
+    path = tmp_path / "runs" / "killed"
+    words = ("run", *TOY, "run_name=killed")
+
+    def kill(run: subprocess.Popen[str]) -> None:
+        run.kill()
+        run.wait()
+
+    def check_all_is_gone() -> None:
+        wait_for(lambda: not left_running(tmp_path) and not list(temporary.glob("flapp-*")), GONE_SECONDS)
+
+    run = tool(*words)
+    wait_for(lambda: list(temporary.glob("flapp-*-*")))  # its SuperLink starts
+    kill(run)
+    check_all_is_gone()
+    run = tool(*words, *(["resume=true"] if path.exists() else []))
+    wait_for(lambda: reached(path, random.randint(1, 5)))
+    kill(run)
+    check_all_is_gone()
+    run = tool(*words, "resume=true")
+    done = len(read_lines(path, "round"))
+    wait_for(lambda: reached(path, done + 1))
     (guard,) = (child for child in psutil.Process(run.pid).children() if "tools.running.guard" in child.cmdline())
     server = psutil.Process(json.loads((path / run_names.RUNNING).read_text())["pid"])
     try:
         guard.suspend()
         server.suspend()
-        run.kill()
-        run.wait()
-        status, _, error = finish(tool("run", *TOY, "run_name=orphan", "resume=true"))
+        kill(run)
+        status, _, error = finish(tool(*words, "resume=true"))
         assert status == 1
-        assert f"run_name=orphan is still running (pid {server.pid})" in error
-        assert "`python -m tools.runs stop orphan`" in error
-        status, said, error = finish(tool("runs", "stop", "orphan"))
+        assert f"run_name=killed is still running (pid {server.pid})" in error
+        assert "`python -m tools.runs stop killed`" in error
+        status, said, error = finish(tool("runs", "stop", "killed"))
         assert status == 0, error
         assert str(server.pid) in said
-        wait_for(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE)
     finally:
         guard.resume()
-    guard.wait(GONE_SECONDS)
-    assert list(temporary.glob("flapp-*")) == []
-    check_end(tool, path, federate)
-
-
-@pytest.mark.slow
-def test_what_is_killed_in_a_federation_is_not_online_and_ends_with_its_supervisor(tool: Start, tmp_path: Path) -> None:
-    status, _, error = finish(tool("federation", "up", "--clients", "2"))
+    check_all_is_gone()
+    status, said, error = finish(tool(*words, "resume=true"))
     assert status == 0, error
-    processes = Processes(federation.read_federation(tmp_path / "federation").token)
-
-    def look() -> tuple[int, dict[str, Any]]:
-        status, said, _ = finish(tool("federation", "status", "--json"))
-        return status, json.loads(said)
-
-    def healthy() -> bool:
-        return look()[0] == 0
-
-    def supernode() -> psutil.Process:
-        return psutil.Process(look()[1]["programs"]["client_1"]["pid"])
-
-    try:
-        supervisor = federation.find_supervisor(tmp_path / "federation")
-        assert supervisor is not None
-        victim = supernode()
-        supervisor.suspend()  # or the SuperNode is back before anybody can look
-        victim.kill()
-        status, facts = look()
-        supervisor.resume()
-        assert (status, facts["online"], facts["missing"]) == (1, 1, ["client_1"])
-        wait_for(healthy)  # as another node: Flower lists the dead one for up to a minute
-        victim = supernode()
-        (superexec,) = (child for child in victim.children() if "superexec" in child.cmdline())
-        superexec.kill()
-        victim.wait(GONE_SECONDS)
-        wait_for(healthy)
-        run = tool("run", *TOY, "deployment=local", "clients=2", "num_rounds=1000", "run_name=shared")
-        wait_for(lambda: reached(tmp_path / "runs" / "shared", 1))
-        run.kill()
-        run.wait()
-        status, _, error = finish(tool("runs", "stop", "shared"))
-        assert status == 0, error
-        assert healthy()
-        supervisor.kill()
-        wait_for(lambda: not processes.running(), GONE_SECONDS)
-        status, _, error = finish(tool("federation", "status"))
-        assert (status, error.count("was killed and its programs have been stopped: bring it up")) == (1, 1)
-        assert finish(tool("federation", "down"))[:2] == (0, "nothing was running\n")
-    finally:
-        processes.stop()
+    assert f"sha256 {federate(*TOY)[0]['model_sha256']})\n" in said

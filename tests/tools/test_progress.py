@@ -5,7 +5,6 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ import pytest
 from flapp.config.load import compose
 from flapp.config.schema import Config, ConfigError
 from tests.conftest import read_lines
+from tests.support.run_files import lines_of
 from tools import run
 from tools.running.progress import FORMAT, Progress, RoundReader, take_format
 
-Federate = Callable[..., tuple[dict[str, Any], Path]]
 TOY = ("experiment=toy_regression", "num_rounds=3", "evaluate.every=2")
 
 
@@ -42,15 +41,17 @@ def folder(settings: Config) -> Path:
     return path
 
 
-@pytest.fixture
-def lines(federate: Federate) -> list[str]:
-    """Return the lines of a run of three rounds."""
-    _, path = federate(*TOY)
-    return (path / "metrics.jsonl").read_text().splitlines(keepends=True)
+@pytest.fixture(scope="module")
+def lines() -> list[str]:
+    """Return the lines of a run of three rounds, the first of which was not evaluated."""
+    written = (line for line in lines_of(3, 3, 0, seed=0) if (line["kind"], line["round"]) != ("evaluate", 1))
+    return [f"{json.dumps(line)}\n" for line in written]
 
 
-def choose_format(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
-    monkeypatch.setenv(FORMAT, form)
+@pytest.fixture(autouse=True)
+def as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choose the format that others may have left."""
+    monkeypatch.setenv(FORMAT, "text")
 
 
 def json_lines(text: str) -> list[dict[str, Any]]:
@@ -66,23 +67,20 @@ def json_lines(text: str) -> list[dict[str, Any]]:
         (["run", "--format=text", "seed=1"], ["run", "seed=1"], "text"),
     ],
 )
-def test_the_format_is_taken_out_of_the_command_line(
+def test_the_format_is_taken_out_of_the_command_line_and_others_are_refused(
     monkeypatch: pytest.MonkeyPatch, words: list[str], left: list[str], form: str
 ) -> None:
-    choose_format(monkeypatch, "json")
+    monkeypatch.setenv(FORMAT, "json")
     take_format(words)
     assert [word for word in words if not word.startswith("hydra.")] == left
     assert os.environ[FORMAT] == form
 
-
-@pytest.mark.parametrize("words", [["--format"], ["--format", "yaml"], ["--format="]])
-def test_another_format_is_refused(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
-    choose_format(monkeypatch, "text")
-    with pytest.raises(ConfigError, match=r"--format=(yaml)? is not known: choose one of text, json"):
-        take_format(words)
+    for wrong in (["--format"], ["--format", "yaml"], ["--format="]):
+        with pytest.raises(ConfigError, match=r"--format=(yaml)? is not known: choose one of text, json"):
+            take_format(wrong)
 
 
-def test_a_growing_file_is_read_a_round_at_a_time_and_never_twice(tmp_path: Path, lines: list[str]) -> None:
+def test_a_growing_file_is_read_a_round_at_a_time_also_when_lines_are_dropped(tmp_path: Path, lines: list[str]) -> None:
     path = tmp_path / "metrics.jsonl"
     reader, found = RoundReader(path), []
     for character in range(0, len("".join(lines)), 97):
@@ -92,29 +90,30 @@ def test_a_growing_file_is_read_a_round_at_a_time_and_never_twice(tmp_path: Path
     found += reader.read()
     assert [values["round"] for values in found] == [1, 2, 3]
 
-
-def test_lines_that_a_resumed_run_drops_are_not_shown(tmp_path: Path, lines: list[str]) -> None:
-    path = tmp_path / "metrics.jsonl"
     ends = [number for number, line in enumerate(lines, 1) if json.loads(line)["kind"] == "round"]
     path.write_text("".join(lines[: ends[0] + 1]))  # round 1, and the training of round 2
     reader = RoundReader(path)
     assert len(reader.read()) == 1
-    path.write_text("".join(lines[: ends[0]]))
+    path.write_text("".join(lines[: ends[0]]))  # what a resumed run keeps
     assert reader.read() == []
     path.write_text("".join([*lines[: ends[0]], lines[0], *lines[ends[0] :]]))  # a roster, and round 2 anew
     assert [values["round"] for values in reader.read()] == [2, 3]
 
 
 def test_json_lines_say_what_each_round_reached(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], federate: Federate, settings: Config
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: Config,
+    folder: Path,
+    lines: list[str],
 ) -> None:
-    _, path = federate(*TOY)
-    choose_format(monkeypatch, "json")
-    with Progress(settings, path) as resumed:
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    monkeypatch.setenv(FORMAT, "json")
+    with Progress(settings, folder) as resumed:
         resumed.look()
     assert capsys.readouterr() == ("", "")
     with Progress(settings, settings.runs_dir / "none") as progress:
-        progress.reader.path = path / "metrics.jsonl"
+        progress.reader.path = folder / "metrics.jsonl"
         progress.look()
     said, errors = capsys.readouterr()
     assert errors == ""
@@ -123,7 +122,7 @@ def test_json_lines_say_what_each_round_reached(
         ("round", "watched", number) for number in (1, 2, 3)
     ]
     assert found[0]["loss"] is None
-    train, evaluated, ended = (read_lines(path, kind) for kind in ("train", "evaluate", "round"))
+    train, evaluated, ended = (read_lines(folder, kind) for kind in ("train", "evaluate", "round"))
     assert [line["loss"] for line in found[1:]] == [line["loss"] for line in evaluated]
     assert [line["train_loss"] for line in found] == [line["loss"] for line in train]
     assert [line["seconds"] for line in found] == [line["seconds"] for line in ended]
@@ -131,21 +130,17 @@ def test_json_lines_say_what_each_round_reached(
 
 
 def test_without_a_terminal_each_round_is_one_line(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    settings: Config,
-    folder: Path,
-    lines: list[str],
+    capsys: pytest.CaptureFixture[str], settings: Config, folder: Path, lines: list[str]
 ) -> None:
-    choose_format(monkeypatch, "text")
     with Progress(settings, folder) as progress:
         (folder / "metrics.jsonl").write_text("".join(lines))
         progress.look()
         progress.look()
     out, said = capsys.readouterr()
     assert out == ""
-    figures = [r"train loss \d+\.\d{4}", r"train loss \d+\.\d{4}, test loss \d+\.\d{4}"]
-    expected = [rf"round {number} of 3: {figures[number > 1]}, \d+\.\d s" for number in (1, 2, 3)]
+    train = r"train loss \d+\.\d{4}"
+    figures = {1: train, 2: rf"{train}, test loss \d+\.\d{{4}}", 3: rf"{train}, test loss \d+\.\d{{4}}"}
+    expected = [rf"round {number} of 3: {found}, \d+\.\d s" for number, found in figures.items()]
     assert all(re.fullmatch(*pair) for pair in zip(expected, said.splitlines(), strict=True))
 
 
@@ -160,7 +155,6 @@ def test_a_long_run_prints_about_twenty_lines(
     rounds: int,
     told: list[int],
 ) -> None:
-    choose_format(monkeypatch, "text")
     lines = [json.dumps({"kind": "round", "round": number, "seconds": 0.5}) for number in range(1, rounds + 1)]
     with Progress(replace(settings, num_rounds=rounds), folder) as progress:
         (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -171,7 +165,6 @@ def test_a_long_run_prints_about_twenty_lines(
 def test_bars_show_rounds_with_figures_and_the_replies_of_the_phase(
     monkeypatch: pytest.MonkeyPatch, settings: Config, folder: Path, lines: list[str]
 ) -> None:
-    choose_format(monkeypatch, "text")
     monkeypatch.setattr(sys, "stderr", Terminal())
     with Progress(settings, folder) as progress:
         progress.look()
@@ -187,14 +180,14 @@ def test_bars_show_rounds_with_figures_and_the_replies_of_the_phase(
         assert " 2/3 " in str(progress.rounds)
         written = [json.loads(line) for line in reversed(lines[:-2])]
         train, test = (next(line["loss"] for line in written if line["kind"] == kind) for kind in ("train", "evaluate"))
-        figures = f"train loss={train:.4f}, test loss={test:.4f}, all bytes=4.50kB"
+        sent = sum(line.get("bytes_up", 0) + line.get("bytes_down", 0) for line in written if line["round"] < 3)
+        figures = f"train loss={train:.4f}, test loss={test:.4f}, all bytes={sent / 1000:.0f}kB"
         assert figures in str(progress.rounds)
 
 
 def test_a_resumed_run_is_not_shown_what_the_earlier_start_said(
     monkeypatch: pytest.MonkeyPatch, settings: Config, folder: Path, lines: list[str]
 ) -> None:
-    choose_format(monkeypatch, "text")
     monkeypatch.setattr(sys, "stderr", Terminal())
     (folder / "metrics.jsonl").write_text("".join(lines[:3]))
     (folder / "progress.json").write_text(json.dumps({"round": 2, "phase": "train", "replies": 1, "asked": 3}))

@@ -3,6 +3,7 @@
 import fcntl
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -77,36 +78,26 @@ def files_in(home: Path) -> list[Path]:
     return sorted(home.rglob("*"))
 
 
-def test_the_list_says_how_every_run_stands_and_what_it_takes(home: Path, flapp_runs: Command) -> None:
-    status, out, _ = flapp_runs("list")
-    lines = {line.split()[0]: line.split() for line in out.splitlines()}
+def test_the_list_says_how_every_run_stands_and_what_it_takes_and_jobs_stand_below_their_sweep(
+    home: Path, flapp_runs: Command
+) -> None:
+    with (home / "runs" / "cut" / "metrics.jsonl").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        status, running, _ = flapp_runs("list")
     assert status == 0
-    heads = "run status rounds accuracy loss started folder client stores"
-    assert " ".join(out.splitlines()[0].split()) == heads
+    assert re.search(r"^cut +running ", running, re.MULTILINE)
+    head, *rows, end = flapp_runs("list")[1].splitlines()
+    lines = {line.split()[0]: line.split() for line in rows}
+    assert " ".join(head.split()) == "run status rounds accuracy loss started folder client stores"
     assert lines["done"][1:5] == ["finished", "4/4", "0.9000", "0.2000"]
     assert lines["bad"][1:5] == ["failed", "4/4", "-", "-"]
     assert lines["cut"][1:5] == ["interrupted", "4/4", "-", "-"]
     assert lines["done"][-2:] == ["5.0", "kB"]
-    assert out.splitlines()[-1].startswith("14 runs, ")
-
-
-def test_the_jobs_of_a_sweep_stand_below_its_name_in_their_order(home: Path, flapp_runs: Command) -> None:
-    lines = flapp_runs("list")[1].splitlines()
-    at = lines.index("sweep/")
-    assert [line.split()[0] for line in lines[at + 1 : at + 12]] == [str(job) for job in range(11)]
-    assert all(line.startswith("  ") for line in lines[at + 1 : at + 12])
-
-
-def test_a_run_that_is_written_to_is_running(home: Path, flapp_runs: Command) -> None:
-    with (home / "runs" / "cut" / "metrics.jsonl").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        entries = {run["name"]: run for run in json.loads(flapp_runs("list", "--json")[1])["runs"]}
-    assert entries["cut"]["status"] == "running"
-    assert entries["bad"]["status"] == "failed"
-
-
-def test_an_empty_home_has_no_runs(flapp_runs: Command, tmp_path: Path) -> None:
-    assert flapp_runs("list", "--home", str(tmp_path / "none")) == (0, "no runs\n", "")
+    assert end.startswith("14 runs, ")
+    jobs = rows[rows.index("sweep/") + 1 :]
+    assert [line.split()[0] for line in jobs] == [str(job) for job in range(11)]
+    assert all(line.startswith("  ") for line in jobs)
+    assert flapp_runs("list", "--home", str(home / "none")) == (0, "no runs\n", "")
 
 
 def test_json_gives_sizes_in_bytes_with_split_models(home: Path, flapp_runs: Command) -> None:
@@ -157,14 +148,11 @@ def test_the_shown_settings_make_the_same_run_again(home: Path, flapp_runs: Comm
     assert compose([f"home={home}", "run_name=mine", *changed]) == compose([f"home={home}", "run_name=mine", *words])
 
 
-def test_only_a_run_with_a_complete_round_is_said_to_be_resumable(home: Path, flapp_runs: Command) -> None:
-    write_real_run(home, "early", "experiment=toy_regression", rounds=0)
-    assert json.loads(flapp_runs("show", "early", "--json")[1])["resume"] is None
-
-
-def test_a_run_of_another_home_is_resumed_in_that_home(
+def test_a_run_is_resumed_in_its_own_home_if_it_has_a_complete_round(
     home: Path, flapp_runs: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    write_real_run(home, "early", "experiment=toy_regression", rounds=0)
+    assert json.loads(flapp_runs("show", "early", "--json")[1])["resume"] is None
     write_real_run(home, "mine", "experiment=toy_regression")
     monkeypatch.setenv("FLAPP_HOME", str(home.parent / "other"))
     out = flapp_runs("show", "mine", "--home", str(home))[1]
@@ -180,8 +168,9 @@ def test_show_writes_the_figures_with_their_units(home: Path, flapp_runs: Comman
     assert {"accuracy 0.9123", "loss 0.2000", f"sent by clients {size}", "time 74 s", "model sha256 ab"} <= set(said)
 
 
-def test_show_of_a_sweep_asks_for_one_of_its_runs(home: Path, flapp_runs: Command) -> None:
-    status, _, error = flapp_runs("show", "sweep")
+@pytest.mark.parametrize("command", ["show", "stop"])
+def test_a_sweep_is_refused_with_the_name_of_one_of_its_runs(home: Path, flapp_runs: Command, command: str) -> None:
+    status, _, error = flapp_runs(command, "sweep")
     assert (status, error) == (1, "error: sweep is a sweep: name one of its runs, such as sweep/0\n")
 
 
@@ -193,21 +182,23 @@ def test_remove_takes_the_run_and_its_stores_and_nothing_else(home: Path, flapp_
     assert files_in(home) == kept
 
 
-def test_remove_of_a_sweep_takes_all_its_jobs_and_its_files(home: Path, flapp_runs: Command) -> None:
+def test_remove_of_a_sweep_takes_its_jobs_and_its_files_but_not_what_else_its_folder_holds(
+    home: Path, flapp_runs: Command
+) -> None:
+    sweep, notes = home / "runs" / "sweep", home / "runs" / "sweep" / "notes.txt"
+    assert flapp_runs("remove", "sweep/3", "--yes")[0] == 0
+    assert (sweep / "sweep.json").exists()
+    notes.write_text("mine")
     status, out, _ = flapp_runs("remove", "sweep/", "--yes")
     assert status == 0
-    assert out.startswith("removed sweep/0, sweep/1, sweep/2")
-    assert not (home / "runs" / "sweep").exists()
+    assert out.startswith("removed sweep/0, sweep/1, sweep/2, sweep/4")
+    assert {path.name for path in sweep.iterdir()} == {"notes.txt", "sweep.json", "multirun.yaml"}
     assert not (home / "checkpoints" / "sweep").exists()
-    assert (home / "runs" / "done").exists()
-
-
-def test_remove_keeps_the_rest_of_a_sweep_and_what_else_its_folder_holds(home: Path, flapp_runs: Command) -> None:
-    (home / "runs" / "sweep" / "notes.txt").write_text("mine")
-    assert flapp_runs("remove", "sweep/3", "--yes")[0] == 0
-    assert (home / "runs" / "sweep" / "sweep.json").exists()
+    notes.unlink()
+    write_run(sweep / "0", rounds=1)
     assert flapp_runs("remove", "sweep", "--yes")[0] == 0
-    assert {path.name for path in (home / "runs" / "sweep").iterdir()} == {"notes.txt", "sweep.json", "multirun.yaml"}
+    assert not sweep.exists()
+    assert (home / "runs" / "done").exists()
 
 
 @pytest.mark.parametrize("answer", ["y\n", "\n", "no\n"])
@@ -221,16 +212,11 @@ def test_remove_asks_on_a_terminal(
     assert (home / "runs" / "done").exists() == (answer != "y\n")
 
 
-def test_without_a_terminal_remove_wants_yes(home: Path, flapp_runs: Command) -> None:
+def test_remove_wants_yes_without_a_terminal_and_no_run_that_is_running(home: Path, flapp_runs: Command) -> None:
     before = files_in(home)
     status, _, error = flapp_runs("remove", "done")
     assert status == 1
     assert error.endswith("there is no terminal to ask on: add --yes to remove done\n")
-    assert files_in(home) == before
-
-
-def test_a_running_run_is_not_removed_and_neither_are_those_named_with_it(home: Path, flapp_runs: Command) -> None:
-    before = files_in(home)
     with (home / "runs" / "sweep" / "7" / "metrics.jsonl").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         status, _, error = flapp_runs("remove", "done", "sweep", "--yes")
@@ -242,10 +228,11 @@ def test_a_running_run_is_not_removed_and_neither_are_those_named_with_it(home: 
 def test_a_name_that_leads_out_of_the_runs_is_refused(home: Path, flapp_runs: Command, name: str) -> None:
     write_run(home / "data")  # looks like a run, and lies elsewhere
     before = files_in(home)
-    status, _, error = flapp_runs("remove", name.replace("/etc", str(home / "data")), "--yes")
-    assert status == 1
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    for command in (["remove", "--yes"], ["stop"], ["show"]):
+        status, _, error = flapp_runs(*command, name.replace("/etc", str(home / "data")))
+        assert status == 1
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
     assert files_in(home) == before
 
 
@@ -262,7 +249,7 @@ def test_a_symbolic_link_is_not_followed(home: Path, flapp_runs: Command, place:
     assert (home / "runs" / "done").exists()
 
 
-@pytest.mark.parametrize("command", ["show", "remove"])
+@pytest.mark.parametrize("command", ["show", "stop", "remove"])
 def test_what_is_not_a_run_is_refused(home: Path, flapp_runs: Command, command: str) -> None:
     (home / "runs" / "photos").mkdir()
     (home / "runs" / "photos" / "one.jpg").write_text("x")

@@ -40,18 +40,12 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-def test_pauses_grow_up_to_what_is_asked_for(slept: list[float]) -> None:
+def test_pauses_grow_up_to_what_is_asked_for_and_another_kind_of_wait_starts_short(slept: list[float]) -> None:
     pauses = Pauses()
-    for _ in range(80):
-        pauses.sleep(3)
-    assert slept[0] == supernode.FIRST_PAUSE
-    assert slept == sorted(slept)
-    assert slept[-1] == 3
-    pauses.sleep(0.5)
-    pauses.sleep(3)
-    assert slept[-2:] == [supernode.FIRST_PAUSE] * 2
-    pauses.sleep(0.001)
-    assert slept[-1] == 0.001
+    for seconds in (*[3.0] * 80, 0.5, 3.0, 0.001):
+        pauses.sleep(seconds)
+    assert slept[:80] == sorted(slept[:80])
+    assert slept[79:] == [3, supernode.FIRST_PAUSE, supernode.FIRST_PAUSE, 0.001]
 
 
 def test_flowers_own_loop_waits_with_our_pauses_and_shortly_again_after_work(
@@ -94,30 +88,22 @@ def test_a_flower_of_another_build_is_refused_in_one_line(node: Any, change: Any
 
 
 def test_flower_still_calls_what_we_replace() -> None:
-    assert "time.sleep(" in Path(importlib.import_module(NODE).__file__ or "").read_text()
-    assert '["flower-superexec"]' in Path(importlib.import_module(NODE).__file__ or "").read_text()
-    assert "time.sleep(" in Path(importlib.import_module(supernode.EXEC).__file__ or "").read_text()
-    assert "subprocess.Popen(" in Path(importlib.import_module(supernode.LAUNCH).__file__ or "").read_text()
-
-
-class Server:
-    """A server of forks that notes what it is asked for."""
-
-    def __init__(self, command: list[str], **_: Any) -> None:
-        self.command = command
-        self.stdin = io.StringIO()
-        self.ended: int | None = None
-
-    def poll(self) -> int | None:
-        return self.ended
+    calls = {NODE: ["time.sleep(", '["flower-superexec"]'], supernode.EXEC: ["time.sleep("]}
+    for name, found in (calls | {supernode.LAUNCH: ["subprocess.Popen("]}).items():
+        source = Path(importlib.import_module(name).__file__ or "").read_text()
+        assert all(call in source for call in found), name
 
 
 def test_clients_are_forked_and_other_programs_are_started_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[Server] = []
+    started: list[Any] = []
 
-    def popen(command: list[str], **options: Any) -> Server:
-        started.append(Server(command, **options))
+    def popen(command: list[str], **_: Any) -> Any:
+        """Start a server of forks that notes what it is asked for."""
+        started.append(SimpleNamespace(command=command, stdin=io.StringIO(), poll=lambda: None))
         return started[-1]
+
+    def asked(server: Any) -> list[str]:
+        return [json.loads(line)[-1] for line in server.stdin.getvalue().splitlines()]
 
     monkeypatch.setattr(supernode, "subprocess", SimpleNamespace(Popen=popen, PIPE=-1))
     pauses = Pauses()
@@ -125,15 +111,14 @@ def test_clients_are_forked_and_other_programs_are_started_as_usual(monkeypatch:
     launcher = Launcher(pauses)
     launcher.start([CLIENT, "--token", "one"])
     launcher.start([CLIENT, "--token", "two"])
-    assert [server.command[-1] for server in started] == ["clients"]
-    assert [json.loads(line)[-1] for line in started[0].stdin.getvalue().splitlines()] == ["one", "two"]
-    assert pauses.pause == supernode.FIRST_PAUSE
     launcher.start(["flwr-model"])
     launcher.start([CLIENT, INSTALL])
-    assert [server.command for server in started[1:]] == [["flwr-model"], [CLIENT, INSTALL]]
-    started[0].ended = -9
+    assert pauses.pause == supernode.FIRST_PAUSE
+    assert asked(started[0]) == ["one", "two"]
+    started[0].poll = lambda: -9
     launcher.start([CLIENT, "--token", "three"])
-    assert json.loads(started[-1].stdin.getvalue()) == [CLIENT, "--token", "three"]
+    assert [server.command[-1] for server in started] == ["clients", "flwr-model", INSTALL, "clients"]
+    assert asked(started[-1]) == ["three"]
 
 
 FORKS = """

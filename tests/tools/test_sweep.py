@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from flapp.config.load import compose, to_yaml
 from flapp.config.schema import ConfigError
 from tests.federation.test_run import TOY, Federate
-from tests.support.commands import left_running, run
+from tests.support.commands import finish, left_running, run, start_tool
 from tests.support.waiting import wait_for
 from tools.deployment.processes import SWEEP, TOKEN, listens, reserve_port
 from tools.deployment.submit import APP
@@ -91,13 +91,24 @@ def test_the_table_says_what_the_objective_is_and_which_job_is_best(metric: str,
     assert not sweep.sweep_table([outcomes[0], failed]).splitlines()[-1].startswith("best")
 
 
-def test_outcomes_are_in_the_order_of_the_jobs_not_of_their_ends() -> None:
+def test_outcomes_are_in_the_order_of_the_jobs_and_tell_of_bugs_and_kills() -> None:
     outcomes: list[sweep.Outcome] = []
+
+    def work() -> None:
+        with sweep.reported(of_job(4)):
+            os.kill(os.getpid(), signal.SIGKILL)
+
     with sweep.gathered(outcomes):
-        for number in (10, 2, 0):
+        for number in (10, 2):
             with sweep.reported(of_job(number)) as outcome:
                 outcome["status"] = "finished"
-    assert [outcome["job"] for outcome in outcomes] == [0, 2, 10]
+        with child(work) as pid:
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(KeyError), sweep.reported(of_job(3)):
+            raise KeyError("a bug")
+    ends = [(outcome["job"], outcome["status"], outcome.get("error")) for outcome in outcomes]
+    bug, killed = (3, "failed", "KeyError: 'a bug'"), (4, "failed", "its process was killed")
+    assert ends == [(2, "finished", None), bug, killed, (10, "finished", None)]
     assert SWEEP not in os.environ
 
 
@@ -110,26 +121,6 @@ def test_a_sweep_in_the_folder_of_a_run_leaves_no_file_there(tmp_path: Path) -> 
     outcomes[0]["error"] = "its name is taken"
     assert "failed: its name is taken" in sweep.conclude(outcomes)
     assert sorted((tmp_path / "runs" / "a").iterdir()) == before
-
-
-def test_an_unexpected_error_is_in_the_table_and_is_raised() -> None:
-    outcomes: list[sweep.Outcome] = []
-    with pytest.raises(KeyError), sweep.gathered(outcomes), sweep.reported(of_job(3)):
-        raise KeyError("a bug")
-    assert outcomes[0]["status"] == "failed"
-    assert outcomes[0]["error"] == "KeyError: 'a bug'"
-
-
-def test_a_job_whose_process_is_killed_is_in_the_table() -> None:
-    outcomes: list[sweep.Outcome] = []
-
-    def work() -> None:
-        with sweep.reported(of_job(4)):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    with sweep.gathered(outcomes), child(work) as pid:
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    assert [(outcome["job"], outcome["error"]) for outcome in outcomes] == [(4, "its process was killed")]
 
 
 def test_what_a_killed_job_leaves_running_is_stopped_and_its_folder_removed() -> None:
@@ -179,17 +170,12 @@ def test_jobs_side_by_side_share_the_processors_unless_told_otherwise(monkeypatc
     assert cpus(8, client_cpus=3) == 3
 
 
-def test_every_job_has_a_folder_of_its_own_and_resumes_only_what_was_begun(tmp_path: Path) -> None:
-    settings = compose([f"home={tmp_path}", "resume=true"])
-    folder = tmp_path / "runs" / "s"
-    (folder / "0").mkdir(parents=True)
-    jobs = [sweep.as_job(settings, of_job(number, folder)) for number in range(2)]
-    assert [(job.run_name, job.resume) for job in jobs] == [("s/0", True), ("s/1", False)]
-
-
-def test_a_finished_sweep_is_not_run_again_and_keeps_its_file(tmp_path: Path) -> None:
+def test_a_sweep_resumes_only_jobs_that_have_begun_and_is_not_run_again_once_finished(tmp_path: Path) -> None:
     settings = compose([f"home={tmp_path}", "run_name=s"])
     folder = tmp_path / "runs" / "s"
+    (folder / "0").mkdir(parents=True)
+    jobs = [sweep.as_job(replace(settings, resume=True), of_job(number, folder)) for number in range(2)]
+    assert [(job.run_name, job.resume) for job in jobs] == [("s/0", True), ("s/1", False)]
     finished = {"job": 0, "folder": str(folder), "overrides": ["seed=0"], "status": "finished", "run_dir": "/r"}
     sweep.conclude([finished])
     written = (folder / "sweep.json").read_text()
@@ -228,13 +214,6 @@ def test_a_reserved_port_is_nobody_elses_until_a_server_listens_there() -> None:
             server.close()
             assert listens(pid, port)  # it has inherited the socket
             assert not listens(os.getpid(), port)
-
-
-def test_a_missing_launcher_is_reported_with_the_command_that_installs_it(tmp_path: Path) -> None:
-    done = run(tmp_path, "-m", "hydra/launcher=ray", "seed=0,1")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: hydra/launcher=ray is not installed: pip install -e '.[sweep]'")
-    assert done.stderr.count("\n") == 1
 
 
 @needs_joblib
@@ -303,18 +282,6 @@ def test_optuna_searches_on_after_failed_trials(tmp_path: Path, limit: float, fa
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_every_job_and_tells_which_failed(tmp_path: Path) -> None:
-    done = run(tmp_path, "-m", TOY, "num_rounds=1", "train.steps=50", "train.lr=0.01,1e30", "run_name=sweep")
-    assert done.returncode == 1
-    assert len(table(done)) == 3
-    summary = json.loads((tmp_path / "runs" / "sweep" / "0" / "metrics.json").read_text())
-    assert table(done)[1].endswith(f"{tmp_path}/runs/sweep/0")
-    assert f"  {summary['objective']:.4f}  " in table(done)[1]
-    assert "lower train.lr" in table(done)[2]
-    assert left_running(tmp_path) == []
-
-
-@pytest.mark.slow
 @needs_joblib
 def test_two_runs_at_once_prepare_one_dataset_and_end_in_the_bytes_of_runs_alone(
     tmp_path: Path, federate: Federate
@@ -335,18 +302,14 @@ def test_two_runs_at_once_prepare_one_dataset_and_end_in_the_bytes_of_runs_alone
 @pytest.mark.slow
 @needs_joblib
 def test_an_interrupted_sweep_leaves_no_process_behind_and_goes_on(tmp_path: Path) -> None:
-    env = os.environ | {"FLAPP_HOME": str(tmp_path), "PYTHONPATH": str(APP)}
     words = [TOY, "num_rounds=20", "seed=0,1,2", "run_name=stopped"]
-    command = [sys.executable, "-m", "tools.run", *TWO_AT_A_TIME, *words]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = start_tool(tmp_path, "run", *TWO_AT_A_TIME, *words)
     for number in range(2):
         progress = tmp_path / "runs" / "stopped" / str(number) / "progress.json"
         wait_for(lambda progress=progress: progress.exists() or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+    status, _, said = finish(process)
+    assert status == 130, said
     assert "interrupted: everything that was started has been stopped" in said.splitlines()
     assert left_running(tmp_path) == []
     done = run(tmp_path, *TWO_AT_A_TIME, *words, "resume=true")

@@ -32,10 +32,7 @@ class SuperLinkError(RuntimeError):
 
 
 class Processes:
-    """All processes, except this one, with a token in their environment, or one that begins with it.
-
-    variable: the environment variable that holds the token.
-    """
+    """All processes but this one that have a token, or one that begins with it, in an environment variable."""
 
     def __init__(self, token: str, variable: str = TOKEN) -> None:
         self.token = token
@@ -50,11 +47,12 @@ class Processes:
                 if process.pid != os.getpid() and process.environ().get(self.variable, "").startswith(self.token):
                     found |= {each.pid: each for each in (process, *process.children(recursive=True))}
         self.known |= found
-        return [process for process in self.known.values() if _is_running(process)]
+        return [process for process in self.known.values() if is_running(process)]
 
     def stop(self) -> None:
         """Stop them all: terminate first, then kill. Signals to this process are ignored meanwhile."""
-        before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS} if _in_main_thread() else {}
+        may_set = threading.current_thread() is threading.main_thread()
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS if may_set}
         try:
             for end_process, seconds in ((psutil.Process.terminate, STOP_SECONDS), (psutil.Process.kill, KILL_SECONDS)):
                 end = time.monotonic() + seconds
@@ -70,8 +68,7 @@ class Processes:
 
 def note_process(path: Path) -> None:
     """Write the pid and start time of this process to a file."""
-    process = psutil.Process()
-    path.write_text(json.dumps([process.pid, process.create_time()]))
+    path.write_text(json.dumps([os.getpid(), psutil.Process().create_time()]))
 
 
 def noted_process(path: Path) -> psutil.Process | None:
@@ -82,15 +79,14 @@ def noted_process(path: Path) -> psutil.Process | None:
         same = abs(process.create_time() - began) < CLOCK_SECONDS
     except (OSError, ValueError, psutil.Error):
         return None
-    return process if same and _is_running(process) else None
+    return process if same and is_running(process) else None
 
 
 def environment(folder: Path, token: str) -> dict[str, str]:
     """Return an environment in which Flower and Ray write only to this folder and send nothing to their makers."""
-    programs = str(Path(sys.executable).parent)
     kept = {key: value for key, value in os.environ.items() if key not in NOT_PASSED_ON}
     return kept | {
-        "PATH": programs + os.pathsep + kept.get("PATH", ""),
+        "PATH": f"{Path(sys.executable).parent}:{kept.get('PATH', '')}",
         "FLWR_HOME": str(folder / "flwr"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -111,7 +107,7 @@ def program(name: str) -> str:
 
 def available_cpus() -> int:
     """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def free_port() -> int:
@@ -140,10 +136,11 @@ def is_free(port: int) -> bool:
         return True
 
 
-def answers(port: int, host: str = HOST) -> bool:
-    """Return whether something listens on a port."""
+def answers(address: str) -> bool:
+    """Return whether something listens at an address, host:port."""
+    host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host, port), timeout=1):
+        with socket.create_connection((host, int(port)), timeout=1):
             return True
     except OSError:
         return False
@@ -157,24 +154,14 @@ def listens(process: int, port: int) -> bool:
     return False
 
 
-def lives(pid: int) -> bool:
-    """Return whether a process with this pid runs."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return _is_running(psutil.Process(pid))
-    return False
-
-
 def last_line(text: str) -> str:
     """Return the last line that is not empty."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "it printed nothing"
 
 
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
-
-
-def _is_running(process: psutil.Process) -> bool:
+def is_running(process: psutil.Process) -> bool:
+    """Return whether a process runs; one that has ended and that nobody has waited for does not."""
     with contextlib.suppress(psutil.Error):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False

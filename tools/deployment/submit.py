@@ -22,12 +22,11 @@ from flapp.server.summary import sound_summary
 from tools.deployment.processes import HOST, SuperLinkError, available_cpus
 from tools.deployment.superlink import APP as APP
 from tools.deployment.superlink import CONNECTION, PrivateSuperLink, SuperLink, app_folder
-from tools.deployment.supervisor import KEYS, root_certificates
-from tools.federation import install_app, known_federation
-from tools.running.progress import Progress, read_json
+from tools.deployment.supervisor import KEYS, read_federation, superlink_of
+from tools.federation import install_app
+from tools.running.progress import CONFIG, LOOK_SECONDS, Watcher, read_json
 
-LOOK_SECONDS, STATUS_SECONDS, END_SECONDS = 0.3, 15, 60
-CONFIG = ("config.yaml",)
+STATUS_SECONDS, END_SECONDS = 15, 60
 REPLACED = "run {} ended before its first round was complete, so it starts again (its log.txt is kept)"
 
 
@@ -46,27 +45,20 @@ def run_once(config: Config, on_start: Callable[[], object] = lambda: None) -> d
     """
     path, here, kind = config.runs_dir / config.run_name, is_here(config), config.deployment.kind
     starts_again = here and restarts(config)
-    earlier = read_json(path / "metrics.json") if starts_again else None
-    if here and not starts_again and not config.resume:
-        check_new(config)
-    elif here and not starts_again:
-        check_resumable(config)
-        earlier = read_json(path / "metrics.json")
-        if earlier and earlier.get("status") == "finished" and config.resume_from is None:
-            return check_summary(earlier, path / "metrics.json")
-        check_source(config)
-        if doubt := Origin(path).doubt(config.resume_from):
-            print(f"warning: {doubt}", file=sys.stderr)
+    if here and not starts_again:
+        (check_resumable if config.resume else check_new)(config)
+    earlier = read_json(path / "metrics.json") if here else None
+    is_again = config.resume_from is not None or starts_again
+    if earlier and earlier.get("status") == "finished" and not is_again:
+        return check_summary(earlier, path / "metrics.json")
     size = ["--federation-config", simulation_words(config)] if kind == "simulation" else []
     if kind == "inline":
-        check_cpus(config)
+        count_cpus(config)
     if here:
-        check_run(config, clients_here=is_home_shared(config), quick=True)
-        if starts_again:
-            print(f"note: {REPLACED.format(config.run_name)}", file=sys.stderr)
+        check_start(config, starts_again)
     before = stamp(path, CONFIG)
     if kind == "inline":
-        from tools.running import inline  # imports this module, and Flower, which an early error should not wait for
+        from tools.running import inline  # imports Flower, which an early error should not wait for
 
         inline.prepare(config)
         on_start()
@@ -76,17 +68,33 @@ def run_once(config: Config, on_start: Callable[[], object] = lambda: None) -> d
     with superlink, app_folder() as app:
         run_id = submit(config, superlink, app, size)
         try:
-            return follow(superlink, run_id, path, config, earlier, before) if here else follow_log(superlink, run_id)
+            summary = follow(superlink, run_id, config, earlier, before) if here else follow_log(superlink, run_id)
+            if summary["status"] != "finished":
+                raise failure(summary)
+            wait_for_end(superlink, run_id)
+            return summary
         except SuperLinkError as error:
             back = "" if kind == "simulation" else "once its SuperLink is back, "
             fix = f"{back}resume it with run_name={config.run_name} resume=true"
             raise RunError(f"lost sight of the run ({error}): {fix}") from error
         except BaseException:
-            superlink.stop_run(run_id)
+            if kind != "simulation":  # whose run ends with its SuperLink
+                superlink.stop_run(run_id)
             raise
         finally:
             if path.is_dir() and here:
                 superlink.save_log(run_id, path / "log.txt")
+
+
+def check_start(config: Config, starts_again: bool) -> None:
+    """Check a run whose files are here before it starts; raises ConfigError, or ValueError for its data or model."""
+    if config.resume and not starts_again:
+        check_source(config)
+        if doubt := Origin(config.runs_dir / config.run_name).doubt(config.resume_from):
+            print(f"warning: {doubt}", file=sys.stderr)
+    check_run(config, clients_here=is_home_shared(config), quick=True)
+    if starts_again:
+        print(f"note: {REPLACED.format(config.run_name)}", file=sys.stderr)
 
 
 def submit(config: Config, superlink: SuperLink, app: Path, size: list[str]) -> str:
@@ -107,7 +115,7 @@ def choose_superlink(config: Config) -> tuple[Config, SuperLink]:
         certificates = Path(settings.root_certificates) if settings.root_certificates else None
         return config, SuperLink(settings.address, certificates)
     folder = Path(str(settings.federation))
-    federation = known_federation(folder)
+    federation = read_federation(folder)
     if len(federation.clients) < config.clients:
         raise ConfigError(
             f"clients={config.clients}, but the federation of {folder} has {len(federation.clients)}: "
@@ -115,7 +123,7 @@ def choose_superlink(config: Config) -> tuple[Config, SuperLink]:
         )
     if federation.tls and settings.client_keys is None:
         config = replace(config, deployment=replace(settings, client_keys=str(folder / KEYS)))
-    return config, SuperLink(federation.address, root_certificates(folder, federation))
+    return config, superlink_of(folder, federation)
 
 
 def is_here(config: Config) -> bool:
@@ -132,54 +140,45 @@ def is_home_shared(config: Config) -> bool:
         return settings.ray_address is None
     if settings.address is not None:
         return False
-    federation = known_federation(Path(str(settings.federation)))
+    federation = read_federation(Path(str(settings.federation)))
     return not federation.homes and federation.shards is None
 
 
 def simulation_words(config: Config) -> str:
     """Return the size of a simulation in the words of --federation-config; raises ConfigError."""
     settings = config.deployment
-    if not settings.ray_address:
-        check_cpus(config)
-    words = (
-        f"num-supernodes={count_messages(config)} "
-        f"client-resources-num-cpus={settings.client_cpus} client-resources-num-gpus={settings.client_gpus}"
-    )
-    return words if settings.ray_address else f"{words} init-args-num-cpus={settings.total_cpus or available_cpus()}"
+    words = f"num-supernodes={count_messages(config)} client-resources-num-cpus={settings.client_cpus}"
+    words += f" client-resources-num-gpus={settings.client_gpus}"
+    return words if settings.ray_address else f"{words} init-args-num-cpus={count_cpus(config)}"
 
 
-def check_cpus(config: Config) -> None:
-    """Raise ConfigError if a client needs more processors than there are."""
+def count_cpus(config: Config) -> int:
+    """Return the processors for the clients; raises ConfigError if one client needs more."""
     settings = config.deployment
     if settings.client_cpus > (cpus := settings.total_cpus or available_cpus()):
         raise ConfigError(f"deployment.client_cpus={settings.client_cpus} is more than the {cpus} there are")
+    return cpus
 
 
 def follow(
-    superlink: SuperLink, run_id: str, path: Path, config: Config, earlier: dict[str, Any] | None, before: Stamp
+    superlink: SuperLink, run_id: str, config: Config, earlier: dict[str, Any] | None, before: Stamp
 ) -> dict[str, Any]:
-    """Show a run's progress until it ends, and return its summary; raises RunError with the reason if it failed.
+    """Show a run's progress until it ends, and return its summary; raises RunError when Flower alone says it ended.
 
-    earlier: the summary of an earlier start, which stays in the folder until the run is resumed; before: the stamp of
-    its config.yaml, which the run writes again once it has dropped the rounds after the one it resumes from.
+    earlier: the summary of an earlier start, which stays in the folder until the run is resumed; before: see Watcher.
     """
     warn_of_size(config)
+    path = config.runs_dir / config.run_name / "metrics.json"
     asked = time.monotonic()
-    with Progress(config, path) as progress:
-        while (summary := read_json(path / "metrics.json")) is None or summary == earlier:
+    with Watcher(config, before):
+        while (summary := read_json(path)) is None or summary == earlier:
             superlink.check_alive()
-            if stamp(path, CONFIG) != before:
-                progress.look()
             if time.monotonic() - asked > STATUS_SECONDS:
                 asked = time.monotonic()
                 status, details = superlink.status(run_id)
-                if status.startswith("finished") and read_json(path / "metrics.json") in (None, earlier):
+                if status.startswith("finished") and read_json(path) in (None, earlier):
                     raise RunError(f"Flower says {status} and there is no metrics.json: {details}")
             time.sleep(LOOK_SECONDS)
-        progress.look()
-    if summary["status"] != "finished":
-        raise failure(summary)
-    wait_for_end(superlink, run_id)
     return summary
 
 
@@ -206,20 +205,17 @@ def check_summary(summary: dict[str, Any], path: Path) -> dict[str, Any]:
 def follow_log(superlink: SuperLink, run_id: str) -> dict[str, Any]:
     """Show the log of a run on another machine until it ends; return the summary that the ServerApp logged.
 
-    Raises RunError when it failed.
+    Raises RunError when there is none.
     """
     summary: dict[str, Any] | None = None
     for line in superlink.read_log(run_id):
-        print(line, file=sys.stderr)
+        sys.stderr.write(line)
         _, found, text = line.partition(SUMMARY)
         if found:
             summary = json.loads(text)
     if summary is None:
         status, details = superlink.status(run_id)
         raise RunError(f"Flower says {status} and the run has logged no summary: {details}")
-    if summary["status"] != "finished":
-        raise failure(summary)
-    wait_for_end(superlink, run_id)
     return summary
 
 
@@ -232,8 +228,7 @@ def failure(summary: dict[str, Any]) -> RunError:
 
 def refusals(summary: dict[str, Any]) -> str:
     """Return one line about the clients that a run refused; empty if there are none."""
-    refused = summary.get("refused")
-    if not refused:
+    if not (refused := summary.get("refused")):
         return ""
     more = summary["refused_count"] - len(refused)
     return f"refused: {by_reason(refused)}" + (f"; and {more} more" if more else "")

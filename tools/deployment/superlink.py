@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from packaging.version import Version
@@ -75,9 +74,7 @@ class SuperLink:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def start(self) -> None:
@@ -90,8 +87,7 @@ class SuperLink:
 
     def check_alive(self) -> None:
         """Raise SuperLinkError if the SuperLink does not answer."""
-        host, _, port = self.address.rpartition(":")
-        if not answers(int(port), host):
+        if not answers(self.address):
             raise SuperLinkError(f"the SuperLink at {self.address} does not answer any more")
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
@@ -116,34 +112,33 @@ class SuperLink:
         with contextlib.suppress(SuperLinkError):
             self.flwr("stop", run_id)
 
-    def read_log(self, run_id: str) -> Iterator[str]:
-        """Yield the lines that the ServerApp of a run prints, until the run ends."""
-        command = [program("flwr"), "log", run_id, "--stream"]
+    def read_log(self, run_id: str, how: str = "--stream") -> Iterator[str]:
+        """Yield the lines that the ServerApp of a run prints: --stream, until the run ends; --show, those so far."""
+        command = [program("flwr"), "log", run_id, how]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
         env = self.env | {"PYTHONUNBUFFERED": "1"}  # or lines come by the thousand
-        with subprocess.Popen(command, env=env, cwd=self.folder, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, env=env, cwd=self.folder, errors="replace", **pipes) as process:
             assert process.stdout is not None
             try:
-                yield from (line.rstrip("\n") for line in process.stdout)
+                yield from process.stdout
             finally:
                 process.terminate()
 
     def save_log(self, run_id: str, path: Path) -> None:
         """Add what the apps of a run printed to `path`, without the codes that colour a terminal."""
-        command = [program("flwr"), "log", run_id, "--show"]
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        with (
-            subprocess.Popen(command, env=self.env, cwd=self.folder, **pipes) as process,
-            path.open("a", encoding="utf-8") as file,
-        ):
-            assert process.stdout is not None
-            file.writelines(ANSI.sub("", line.decode(errors="replace")) for line in process.stdout)
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(ANSI.sub("", line) for line in self.read_log(run_id, "--show"))
+
+
+def owned_superlink(address: str) -> list[str]:
+    """Return the command line of a SuperLink that listens at an address of this machine and answers only this user."""
+    host, _, port = address.rpartition(":")
+    command = [*OWNER_ONLY, "superlink", "--host", host, "--port", port, "--isolation", "subprocess"]
+    return [*command, "--disable-runtime-dependency-installation"]
 
 
 class PrivateSuperLink(SuperLink):
-    """Run a simulation SuperLink as a context manager; port None takes a free one.
-
-    ray_address: of a Ray cluster to simulate the clients in; None has Ray started for the run.
-    """
+    """A simulation SuperLink of a run's own, at a free port unless one is given; Ray too, unless it has an address."""
 
     def __init__(self, port: int | None = None, ray_address: str | None = None) -> None:
         ray = ray_environment(ray_address)
@@ -159,8 +154,7 @@ class PrivateSuperLink(SuperLink):
             raise SuperLinkError(
                 f"deployment.port={self.port} is in use on {HOST}: choose another, or set it to null for a free one"
             )
-        command = [*OWNER_ONLY, "superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
-        command += ["--host", HOST, "--port", str(self.port), "--disable-runtime-dependency-installation"]
+        command = [*owned_superlink(self.address), "--insecure", "--simulation"]
         with (self.folder / "superlink.log").open("wb") as log:
             self.process = subprocess.Popen(
                 command, env=self.env, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
@@ -176,9 +170,6 @@ class PrivateSuperLink(SuperLink):
         """Raise SuperLinkError if the SuperLink has ended."""
         if self.process is None or self.process.poll() is not None:
             raise SuperLinkError(f"the SuperLink ended by itself: {last_line(self._log())}")
-
-    def stop_run(self, run_id: str) -> None:
-        """Do nothing: the run ends with its SuperLink."""
 
     def stop(self) -> None:
         """Stop every process this SuperLink has started, and remove its folder."""
@@ -211,8 +202,8 @@ def app_folder() -> Iterator[Path]:
 def ray_environment(ray_address: str | None) -> dict[str, str]:
     """Return the environment that makes Ray require a token, because Ray listens on all addresses of this machine.
 
-    A cluster of the run's own gets a fresh token. Another cluster has a token already, named in this process's
-    environment, which the run inherits. Raises SuperLinkError if the installed Ray does not know tokens.
+    A Ray of the run's own gets a fresh token; the run inherits that of another cluster from this process. Raises
+    SuperLinkError for a Ray that does not know tokens.
     """
     if Version(found := version("ray")) < Version(RAY_WITH_TOKENS):
         raise SuperLinkError(

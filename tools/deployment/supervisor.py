@@ -5,35 +5,40 @@ state of all programs to <folder>/supervisor.json. On SIGTERM it stops the Super
 supervisor.json. If it is killed, its guard stops the programs and supervisor.json stays.
 """
 
+import asyncio
+import itertools
 import os
-import re
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from time import monotonic, strftime
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
 from flapp.files import write_json
-from flapp.untrusted import printable, read_json
-from tools.deployment.processes import HOST, TOKEN, SuperLinkError, answers, environment, free_port
-from tools.deployment.superlink import OWNER_ONLY, SuperLink
+from flapp.untrusted import printable, read_bytes
+from tools.deployment.processes import HOST, TOKEN, Processes, SuperLinkError, answers, environment, free_port
+from tools.deployment.superlink import OWNER_ONLY, SuperLink, owned_superlink
 from tools.running.guard import guarded
 
 FACTS, SEEN, LOG = "federation.json", "supervisor.json", "log.txt"
 SUPERLINK, KEYS = "superlink", "keys"
-CLIENT_ID = re.compile(r"[^/\0\r\n]{1,100}")
 FIRST_PAUSE, LONGEST_PAUSE, SETTLED_SECONDS = 1.0, 60.0, 60.0  # a SuperNode killed is let in again after 60 s at most
 LOOK_SECONDS, STOP_SECONDS, REGISTRARS = 0.3, 8.0, 4
 FAST_SUPERNODE = (sys.executable, "-P", str(Path(__file__).parents[1] / "supernode.py"))
 
+Address = Annotated[str, Field(pattern=r"^[0-9A-Za-z.\-]+:[0-9]{1,5}$")]
+ClientId = Annotated[str, Field(pattern=r"^[^/\x00\r\n]{1,100}$")]  # it names a folder
+Printable = Annotated[str, Field(pattern=r"^\P{C}*$")]
+Pid = Annotated[int, Field(gt=0, lt=1 << 31)]
 
-@dataclass(frozen=True)
-class Federation:
+
+class Federation(BaseModel, frozen=True, strict=True, extra="forbid"):
     """The parts of a federation on this machine, as written to federation.json.
 
     address: of the SuperLink, host:port; clients: ids; shards: a folder per client, or None when they share `home`;
@@ -41,46 +46,55 @@ class Federation:
     Flower's own instead of tools.supernode.
     """
 
-    token: str
-    address: str
+    token: Annotated[str, Field(min_length=32)]
+    address: Address
     tls: bool
-    clients: tuple[str, ...]
-    shards: str | None
+    clients: Annotated[tuple[ClientId, ...], Field(min_length=1)]
+    shards: Printable | None
     homes: bool
     threads: int
     plain: bool = False
 
-    @property
-    def port(self) -> int:
-        return int(self.address.rpartition(":")[2])
+
+class Program(BaseModel, strict=True):
+    """The state of one program; log_start: bytes of its log that earlier starts have written."""
+
+    pid: Pid | None = None
+    restarts: NonNegativeInt = 0
+    log_start: NonNegativeInt = 0
 
 
-def read_federation(folder: Path) -> Federation:
-    """Read federation.json; raises FileNotFoundError, or ValueError when `up` did not write it."""
-    path = folder / FACTS
+class Seen(BaseModel, strict=True):
+    """The state of all programs, as written to supervisor.json; ready: the SuperLink answers and knows the keys."""
+
+    pid: Pid
+    ready: bool
+    programs: dict[Printable, Program]
+
+
+Facts = TypeVar("Facts", Federation, Seen)
+
+
+def read_facts(path: Path, kind: type[Facts]) -> Facts:
+    """Read federation.json or supervisor.json; raises OSError, or ValueError for what this flapp never writes."""
     try:
-        values = read_json(path)
-        federation = Federation(**values | {"clients": tuple(values["clients"])})
-        if odd := next(_faults(federation), None):
-            raise ValueError(odd)
-        return federation
-    except (ValueError, TypeError, KeyError) as error:
-        said = printable(error)
+        return kind.model_validate_json(read_bytes(path))
+    except ValueError as error:
+        said = str(error)
+        if isinstance(error, ValidationError):
+            fault = error.errors()[0]
+            said = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
         raise ValueError(
-            f"{path} is not what this flapp writes ({said}): remove it, and bring the federation up"
+            f"{path} is not what this flapp writes ({printable(said)}): remove it, and bring the federation up"
         ) from error
 
 
-def _faults(federation: Federation) -> Iterator[str]:
-    """Yield the fields with values that `up` never writes. Clients, for example, name folders."""
-    kinds = {"token": str, "address": str, "tls": bool, "homes": bool, "threads": int, "plain": bool}
-    yield from (name for name, kind in kinds.items() if type(getattr(federation, name)) is not kind)
-    if not re.fullmatch(r"[0-9A-Za-z.\-]+:[0-9]{1,5}", federation.address):
-        yield "address"
-    if not all(isinstance(name, str) and CLIENT_ID.fullmatch(name) for name in federation.clients):
-        yield "clients"
-    if not isinstance(federation.shards, str | None) or not (federation.shards or "").isprintable():
-        yield "shards"
+def read_federation(folder: Path) -> Federation:
+    """Read federation.json; raises SuperLinkError when there is none, or ValueError when `up` did not write it."""
+    try:
+        return read_facts(folder / FACTS, Federation)
+    except FileNotFoundError:
+        raise SuperLinkError(f"{folder} has no federation: python -m tools.federation up --clients N") from None
 
 
 def site_name(client_id: str) -> str:
@@ -88,20 +102,18 @@ def site_name(client_id: str) -> str:
     return f"client_{client_id}"
 
 
-def root_certificates(folder: Path, federation: Federation) -> Path | None:
-    """Return the path of the CA's certificate of a federation with TLS, otherwise None."""
-    return folder / "ca.crt" if federation.tls else None
+def superlink_of(folder: Path, federation: Federation) -> SuperLink:
+    """Return the SuperLink of a federation, not entered yet."""
+    return SuperLink(federation.address, folder / "ca.crt" if federation.tls else None)
 
 
 def superlink_command(folder: Path, federation: Federation) -> list[str]:
-    """Return the command line of the SuperLink, which answers only this user."""
-    command = [*OWNER_ONLY, "superlink", "--host", HOST, "--port", str(federation.port)]
-    command += ["--isolation", "subprocess", "--disable-runtime-dependency-installation"]
+    """Return the command line of a federation's SuperLink."""
+    command = owned_superlink(federation.address)
     if not federation.tls:
         return [*command, "--insecure"]
-    files = {"--ssl-ca-certfile": "ca.crt", "--ssl-certfile": "server.crt", "--ssl-keyfile": "server.key"}
-    paths = [word for flag, name in files.items() for word in (flag, str(folder / name))]
-    return [*command, *paths, "--enable-supernode-auth"]
+    command += ["--ssl-ca-certfile", str(folder / "ca.crt"), "--ssl-certfile", str(folder / "server.crt")]
+    return [*command, "--ssl-keyfile", str(folder / "server.key"), "--enable-supernode-auth"]
 
 
 def supernode_command(folder: Path, federation: Federation, client_id: str) -> list[str]:
@@ -122,144 +134,119 @@ def supernode_command(folder: Path, federation: Federation, client_id: str) -> l
     return [*command, "--root-certificates", str(folder / "ca.crt"), *keys]
 
 
-class Child:
-    """One program that should run, and when it may be started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.process: subprocess.Popen[bytes] | None = None
-        self.restarts = -1
-        self.log_start = 0  # bytes of the log that earlier starts have written
-        self.started = self.next_start = 0.0
-        self.pause = FIRST_PAUSE
-
-    def start(self, command: list[str], env: dict[str, str]) -> None:
-        """Start the program in its own folder and append its output to its log."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / LOG).open("ab") as log:
-            self.log_start = log.tell()
-            self.process = subprocess.Popen(command, env=env, cwd=self.folder, stdout=log, stderr=log)
-        self.started = time.monotonic()
-        self.restarts += 1
-
-    def has_ended(self) -> bool:
-        """Return whether the program has just ended; if so, its next start is planned."""
-        if self.process is None or self.process.poll() is None:
-            return False
-        now = time.monotonic()
-        if now - self.started > SETTLED_SECONDS:
-            self.pause = FIRST_PAUSE
-        status, pid = self.process.returncode, self.process.pid
-        say(f"{self.folder.name} (pid {pid}) ended with {status}; again in {self.pause:g} s")
-        self.process, self.next_start = None, now + self.pause
-        self.pause = min(LONGEST_PAUSE, self.pause * 2)
-        return True
-
-    def is_due(self) -> bool:
-        """Return whether the program is not running and may be started."""
-        return self.process is None and time.monotonic() >= self.next_start
-
-    def stop(self) -> None:
-        """Ask the program to end."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-
-    def facts(self) -> dict[str, Any]:
-        """Return the values that `status` shows."""
-        pid = self.process.pid if self.process else None
-        return {"pid": pid, "restarts": max(0, self.restarts), "log_start": self.log_start}
-
-
 class Supervisor:
     """Run the programs of a federation until it is stopped."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.federation = folder, read_federation(folder)
-        self.superlink = Child(folder / SUPERLINK)
-        self.nodes = {client_id: Child(folder / site_name(client_id)) for client_id in self.federation.clients}
-        self.ready = False  # the SuperLink answers, and knows the keys
-        self.seen: dict[str, Any] = {}  # what was last written to supervisor.json
+        names = [SUPERLINK, *map(site_name, self.federation.clients)]
+        self.seen = Seen(pid=os.getpid(), ready=False, programs={name: Program() for name in names})
+        self.ready = asyncio.Event()
 
-    def run(self) -> None:
-        """Keep all programs running, forever."""
-        while True:
-            self.look()
-            time.sleep(LOOK_SECONDS)
-
-    def look(self) -> None:
-        """Notice what has ended, start what is due, and write supervisor.json if something has changed."""
-        if self.superlink.has_ended():
-            self.ready = False
-        if self.superlink.is_due():
-            self.superlink.start(superlink_command(self.folder, self.federation), self._environment(self.superlink))
-        if not self.ready and self.superlink.process is not None:
-            self.ready = self._make_ready()
-        for client_id, node in self.nodes.items():
-            node.has_ended()
-            if self.ready and node.is_due():
-                node.start(supernode_command(self.folder, self.federation, client_id), self._environment(node))
-        programs = {SUPERLINK: self.superlink.facts()} | {site_name(i): node.facts() for i, node in self.nodes.items()}
-        seen = {"pid": os.getpid(), "ready": self.ready, "programs": programs}
-        if seen != self.seen:
-            write_json(self.folder / SEEN, seen)
-            self.seen = seen
-
-    def stop(self) -> None:
-        """Stop the SuperNodes first, so that they can unregister from the SuperLink, then the SuperLink."""
-        for children in (list(self.nodes.values()), [self.superlink]):
-            for child in children:
-                child.stop()
-            end = time.monotonic() + STOP_SECONDS
-            while any(child.process and child.process.poll() is None for child in children) and time.monotonic() < end:
-                time.sleep(0.1)
-
-    def _environment(self, child: Child) -> dict[str, str]:
-        threads = {"OMP_NUM_THREADS": str(self.federation.threads)}
-        return environment(child.folder, self.federation.token) | threads
-
-    def _make_ready(self) -> bool:
-        """Register every site's key once the SuperLink answers; a restarted SuperLink knows none."""
-        if not answers(self.federation.port):
-            return False
-        if not self.federation.tls:
-            return True
+    async def run(self) -> None:
+        """Keep all programs running until SIGTERM or SIGINT, and stop them."""
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        superlink = asyncio.create_task(self.keep(SUPERLINK, partial(superlink_command, self.folder, self.federation)))
+        nodes = []
+        for client_id in self.federation.clients:
+            command = partial(supernode_command, self.folder, self.federation, client_id)
+            nodes.append(asyncio.create_task(self.keep(site_name(client_id), command)))
+        ends = [asyncio.create_task(stop.wait()), superlink, *nodes]
         try:
-            with SuperLink(self.federation.address, self.folder / "ca.crt") as superlink:
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # raises the error of a task that failed
+        finally:
+            for tasks in (nodes, [superlink]):  # SuperNodes first, so that they can unregister from the SuperLink
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks, timeout=STOP_SECONDS)
 
-                def register(client_id: str) -> None:
-                    name = site_name(client_id)
-                    superlink.flwr("supernode", "register", str(self.folder / name / "site.pub"), "--name", name)
+    async def keep(self, name: str, command: Callable[[], list[str]]) -> None:
+        """Start a program, and start it again whenever it has ended; SuperNodes wait until the SuperLink is ready."""
+        pause = FIRST_PAUSE
+        for restarts in itertools.count():
+            if name != SUPERLINK:
+                await self.ready.wait()
+            began = monotonic()
+            async with self.running(name, command(), restarts) as process:
+                if name == SUPERLINK:
+                    await self.make_ready(process)
+                status = await process.wait()
+            if name == SUPERLINK:
+                self.ready.clear()
+            if monotonic() - began > SETTLED_SECONDS:
+                pause = FIRST_PAUSE
+            say(f"{name} (pid {process.pid}) ended with {status}; again in {pause:g} s")
+            self.seen.programs[name].pid = None
+            self.note()
+            await asyncio.sleep(pause)
+            pause = min(LONGEST_PAUSE, pause * 2)
 
-                with ThreadPoolExecutor(REGISTRARS) as threads:
-                    list(threads.map(register, self.nodes))
-        except SuperLinkError as error:
-            say(str(error))
-            return False
-        return True
+    @asynccontextmanager
+    async def running(self, name: str, command: list[str], restarts: int) -> AsyncIterator[asyncio.subprocess.Process]:
+        """Run a program in its own folder, with its output in its log, at most until the block ends."""
+        folder = self.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        env = environment(folder, self.federation.token) | {"OMP_NUM_THREADS": str(self.federation.threads)}
+        with (folder / LOG).open("ab") as log:
+            log_start = log.tell()
+            process = await asyncio.create_subprocess_exec(*command, env=env, cwd=folder, stdout=log, stderr=log)
+        try:
+            self.seen.programs[name] = Program(pid=process.pid, restarts=restarts, log_start=log_start)
+            self.note()
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                process.terminate()
+            await process.wait()
+
+    async def make_ready(self, superlink: asyncio.subprocess.Process) -> None:
+        """Register every site's key once the SuperLink answers; a restarted SuperLink knows none."""
+        while superlink.returncode is None and not self.ready.is_set():
+            await asyncio.sleep(LOOK_SECONDS)
+            try:
+                if answers(self.federation.address):
+                    await asyncio.to_thread(self.register_keys)
+                    self.ready.set()
+                    self.note()
+            except SuperLinkError as error:
+                say(str(error))
+
+    def register_keys(self) -> None:
+        if not self.federation.tls:
+            return
+        with superlink_of(self.folder, self.federation) as superlink:
+
+            def register(name: str) -> None:
+                superlink.flwr("supernode", "register", str(self.folder / name / "site.pub"), "--name", name)
+
+            with ThreadPoolExecutor(REGISTRARS) as threads:
+                list(threads.map(register, map(site_name, self.federation.clients)))
+
+    def note(self) -> None:
+        """Write supervisor.json."""
+        self.seen.ready = self.ready.is_set()
+        write_json(self.folder / SEEN, self.seen.model_dump())
 
 
 def say(text: str) -> None:
     """Add a line to this program's log."""
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+    print(f"{strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
 
 
 def supervise(folder: Path) -> None:
     """Keep the federation of `folder` running until SIGTERM or SIGINT."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _leave)
     supervisor = Supervisor(folder)
-    with guarded(TOKEN, supervisor.federation.token):
+    token = supervisor.federation.token
+    with guarded(TOKEN, token):
         try:
-            supervisor.run()
+            asyncio.run(supervisor.run())
         finally:
-            supervisor.stop()
+            Processes(token).stop()  # what has not ended by itself
             (folder / SEEN).unlink(missing_ok=True)
-
-
-def _leave(signum: int, frame: FrameType | None) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import resource
 import secrets
-import threading
 import traceback
 from collections.abc import Iterator
 from logging import ERROR, INFO
@@ -24,11 +23,11 @@ from flwr.common.logger import FLOWER_LOGGER, ConsoleHandler, log
 from flapp.config.load import to_json
 from flapp.config.rules import count_messages
 from flapp.config.schema import Config, ConfigError
-from flapp.data.artifact import Stamp, stamp
+from flapp.data.artifact import Stamp
 from flapp.server.inline import CLIENT_APP, SERVER_NODE, InlineGrid, start_forkserver
-from tools.deployment.processes import SWEEP, available_cpus
-from tools.deployment.submit import CONFIG, LOOK_SECONDS, check_cpus, failure, warn_of_size
-from tools.running.progress import Progress, read_json
+from tools.deployment.processes import SWEEP
+from tools.deployment.submit import count_cpus, failure, warn_of_size
+from tools.running.progress import Watcher, read_json
 
 LAZY = ("torch._dynamo",)  # every optimizer imports it when it is built, which takes longer than importing PyTorch
 
@@ -37,25 +36,21 @@ def prepare(config: Config) -> None:
     """Start the process from which workers are forked, so that it imports PyTorch in the background."""
     if config.deployment.workers == 0:
         return
-    folder = os.environ.pop(SWEEP, None)  # the tracker ends with this process, and cannot be ended before
-    try:
-        resource_tracker.ensure_running()
-    finally:
-        if folder is not None:
-            os.environ[SWEEP] = folder
+    folder = os.environ.pop(SWEEP, None)
+    resource_tracker.ensure_running()  # without SWEEP: it ends with this process, and cannot be ended before
+    if folder is not None:
+        os.environ[SWEEP] = folder
     settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     kept = settings.get("tempdir")
     settings["tempdir"] = folder  # for the fork server's socket: the guard removes that folder
-    try:
-        start_forkserver(CLIENT_APP, *LAZY, *(["flapp.model.vit"] if config.model.name.startswith("vit") else []))
-    finally:
-        settings["tempdir"] = kept
+    start_forkserver(CLIENT_APP, *LAZY, *(["flapp.model.vit"] if config.model.name.startswith("vit") else []))
+    settings["tempdir"] = kept
 
 
 def run_inline(config: Config, before: Stamp) -> dict[str, Any]:
     """Run a federation to its end and return its metrics.json; raises RunError, or the ServerApp's own error.
 
-    before: the stamp of config.yaml, which the run writes anew when it has begun.
+    before: see Watcher.
     """
     from flapp import server_app  # imports PyTorch, which no mistake should wait for
     from flapp.training import keep_freed_memory
@@ -69,7 +64,7 @@ def run_inline(config: Config, before: Stamp) -> dict[str, Any]:
     warn_of_size(config)
     keep_freed_memory()
     allow_many_files()
-    with logged(path / "log.txt") as open_log, Watcher(config, path, before):
+    with logged(path / "log.txt") as open_log, Watcher(config, before, plain=workers == 0):
         grid = InlineGrid(run_config, nodes, workers, run_id, path / "log.txt", find_devices(config, workers), open_log)
         with grid:
             try:
@@ -93,9 +88,7 @@ def allow_many_files() -> None:
 def count_workers(config: Config) -> int:
     """Return how many worker processes a run has; raises ConfigError for more than the processors or GPUs allow."""
     settings = config.deployment
-    cpus = settings.total_cpus or available_cpus()
-    check_cpus(config)
-    most = min(cpus // settings.client_cpus, count_messages(config))
+    most = min(count_cpus(config) // settings.client_cpus, count_messages(config))
     if settings.workers == 0 or not settings.client_gpus:
         return most if settings.workers is None else settings.workers
     import torch
@@ -152,36 +145,3 @@ def logged(path: Path) -> Iterator[Any]:
         for each, handlers in zip(loggers, before, strict=True):
             each.handlers = handlers
         handler.stream.close()
-
-
-class Watcher:
-    """Show a run's progress from a thread, beside the run in the main thread."""
-
-    def __init__(self, config: Config, path: Path, before: Stamp) -> None:
-        self.path, self.before = path, before
-        self.progress = Progress(config, path, plain=config.deployment.workers == 0)
-        self.ended = threading.Event()
-        self.thread = threading.Thread(target=self._watch, name="progress", daemon=True)
-
-    def __enter__(self) -> "Watcher":
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.ended.set()
-        self.thread.join()
-        with self.progress:
-            self._look()
-
-    def _watch(self) -> None:
-        while not self.ended.wait(LOOK_SECONDS):
-            self._look()
-
-    def _look(self) -> None:
-        """Look only after the run has written its settings: earlier files are from an earlier start."""
-        if stamp(self.path, CONFIG) == self.before:
-            return
-        try:
-            self.progress.look()
-        except Exception as error:  # noqa: BLE001 - watching must not end the run, whose files may be being written
-            log(logging.DEBUG, "progress: %s", error)

@@ -31,6 +31,8 @@ def overview(config: Config, is_here: bool = True) -> dict[str, Any]:
     layout = plan(config.model, config.dataset, config.lora)
     counts = {key: math.prod(shape) for key, shape in layout.tensors.items()}
     down, up = traffic(config, layout)
+    kind, alpha, classes = config.partition.kind, config.partition.alpha, config.partition.classes_per_client
+    shape = {"dirichlet": f" alpha={alpha}", "pathological": f" classes={classes}"}.get(kind, "")
     return {
         "run_dir": str(config.runs_dir / config.run_name),
         "rounds": config.num_rounds,
@@ -40,7 +42,7 @@ def overview(config: Config, is_here: bool = True) -> dict[str, Any]:
         "dataset": config.dataset.name,
         "samples": count_samples(config) if is_here else None,
         "clients": config.clients,
-        "partition": _partition(config),
+        "partition": f"{kind}{shape}",
         "evaluate_every": config.evaluate.every,
         "clients_a_round": sample_size(config.strategy.fraction_train, config.clients),
         "strategy": config.strategy.name,
@@ -84,49 +86,30 @@ def count_samples(config: Config) -> dict[str, int] | None:
 
 def start_lines(run_name: str, facts: dict[str, Any]) -> list[str]:
     """Return the facts as three lines."""
+    model, clients, strategy = _parts(facts)
+    samples, every = facts["samples"], facts["evaluate_every"]
+    held = f" ({samples['train']:,} training and {samples['test']:,} test samples)" if samples else ""
+    interval = "after every round" if every == 1 else f"after every {every} rounds and after the last"
     down, up = in_bytes(facts["bytes_down"]), in_bytes(facts["bytes_up"])
     return [
         f"run {run_name} in {facts['run_dir']}",
-        f"{_model(facts)} on {_dataset(facts)}, {_clients(facts)} ({facts['partition']})",
-        f"{_strategy(facts)}, evaluated {_interval(facts['evaluate_every'])}; "
-        f"in a training round a client receives {down} and sends {up}",
+        f"{model} on {facts['dataset']}{held}, {clients} ({facts['partition']})",
+        f"{strategy}, evaluated {interval}; in a training round a client receives {down} and sends {up}",
     ]
 
 
 def job_line(words: list[str], facts: dict[str, Any]) -> str:
     """Return the facts about one job of a sweep, with its own settings, as one line."""
-    return f"starting: {' '.join(words)}; {_model(facts)} on {facts['dataset']}, {_clients(facts)}; {_strategy(facts)}"
+    model, clients, strategy = _parts(facts)
+    return f"starting: {' '.join(words)}; {model} on {facts['dataset']}, {clients}; {strategy}"
 
 
-def _interval(every: int) -> str:
-    return "after every round" if every == 1 else f"after every {every} rounds and after the last"
-
-
-def _model(facts: dict[str, Any]) -> str:
-    trained = facts["trained_parameters"]
-    part = f", {trained:,} trained" if trained < facts["parameters"] else ""
-    return f"{facts['model']} ({facts['parameters']:,} parameters{part})"
-
-
-def _dataset(facts: dict[str, Any]) -> str:
-    samples = facts["samples"]
-    held = f" ({samples['train']:,} training and {samples['test']:,} test samples)" if samples else ""
-    return f"{facts['dataset']}{held}"
-
-
-def _clients(facts: dict[str, Any]) -> str:
+def _parts(facts: dict[str, Any]) -> tuple[str, str, str]:
+    """Return the model, the clients and the strategy as both texts name them."""
+    parameters, trained = facts["parameters"], facts["trained_parameters"]
+    part = f", {trained:,} trained" if trained < parameters else ""
     clients, drawn = facts["clients"], facts["clients_a_round"]
-    counted = f"{clients:,} client{'s' * (clients != 1)}"
-    return f"{counted}, {drawn:,} a round" if drawn < clients else counted
-
-
-def _partition(config: Config) -> str:
-    """Return the kind of partition with its main parameter."""
-    kind, settings = config.partition.kind, config.partition
-    shape = {"dirichlet": f" alpha={settings.alpha}", "pathological": f" classes={settings.classes_per_client}"}
-    return f"{kind}{shape.get(kind, '')}"
-
-
-def _strategy(facts: dict[str, Any]) -> str:
+    counted = f"{clients:,} client{'s' * (clients != 1)}" + (f", {drawn:,} a round" if drawn < clients else "")
     rule = f" ({facts['aggregation']})" if facts["aggregation"] else ""
-    return f"{facts['strategy']}{rule}, {facts['rounds']} rounds"
+    model = f"{facts['model']} ({parameters:,} parameters{part})"
+    return model, counted, f"{facts['strategy']}{rule}, {facts['rounds']} rounds"

@@ -9,39 +9,40 @@ Every JSON line has `event` and `run_name` (null if the settings were refused), 
     failed     error; summary, or null if the run wrote none
 """
 
+import argparse
 import json
+import logging
 import os
 import sys
+import threading
 from contextlib import suppress
 from math import ceil
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
 from flapp.config.schema import Config, ConfigError
+from flapp.data.artifact import Stamp, stamp
 from flapp.server.summary import read_line
 from flapp.untrusted import printable
 from flapp.untrusted import read_json as parse_file
 
 FORMAT, FORMATS = "FLAPP_FORMAT", ("text", "json")  # in the environment, for a launcher's other processes too
 HYDRA_TO_STDERR = "hydra.hydra_logging.handlers.console.stream=ext://sys.stderr"
+CONFIG, LOOK_SECONDS = ("config.yaml",), 0.3
 MOST_LINES = 20  # for a whole run without bars
 STARTING, COUNTING = "{desc}[{elapsed}]", "{desc}{n_fmt}/{total_fmt} |{bar}|"
 
 
 def take_format(words: list[str]) -> None:
     """Take --format out of a command line, for this process and those it starts; raises ConfigError."""
-    os.environ[FORMAT] = FORMATS[0]
-    for at in reversed([i for i, word in enumerate(words) if word.partition("=")[0] == "--format"]):
-        _, given, value = words[at].partition("=")
-        if not given:
-            value = "".join(words[at + 1 : at + 2])
-        del words[at : at + (1 if given else 2)]
-        if value not in FORMATS:
-            raise ConfigError(f"--format={value} is not known: choose one of {', '.join(FORMATS)}")
-        os.environ[FORMAT] = value
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--format", nargs="?", const="", default=FORMATS[0])
+    given, words[:] = parser.parse_known_args(words)
+    if given.format not in FORMATS:
+        raise ConfigError(f"--format={given.format} is not known: choose one of {', '.join(FORMATS)}")
+    os.environ[FORMAT] = given.format
     if is_json():
         words.append(HYDRA_TO_STDERR)
 
@@ -105,10 +106,13 @@ def figures(lines: list[dict[str, Any]]) -> dict[str, Any]:
     number = lines[-1]["round"]
     kinds = {line["kind"]: line for line in lines if line["round"] == number}
     train, evaluated = kinds.get("train", {}), kinds.get("evaluate", {})
-    found = {"round": number, "train_loss": train.get("loss")}
-    found |= {key: evaluated.get(key) for key in ("loss", "accuracy", "personal_accuracy")}
-    found |= {key: train.get(key, 0) + evaluated.get(key, 0) for key in ("bytes_up", "bytes_down")}
-    return found | {"seconds": kinds.get("round", {}).get("seconds")}
+    return {
+        "round": number,
+        "train_loss": train.get("loss"),
+        **{key: evaluated.get(key) for key in ("loss", "accuracy", "personal_accuracy")},
+        **{key: train.get(key, 0) + evaluated.get(key, 0) for key in ("bytes_up", "bytes_down")},
+        "seconds": kinds.get("round", {}).get("seconds"),
+    }
 
 
 def latest(found: dict[str, Any]) -> dict[str, str]:
@@ -139,7 +143,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.replies.close()
         self.rounds.close()
 
@@ -151,19 +155,15 @@ class Progress:
             self._show_figures(found, refresh=False)
             self.rounds.update(found["round"] - self.rounds.n)
             self.rounds.refresh()
-            if self.rounds.disable and not is_json():
-                self._print_round(found)
+            number, rounds = found["round"], self.config.num_rounds
+            is_told = number % ceil(rounds / MOST_LINES) == 0 or number == rounds
+            if self.rounds.disable and not is_json() and is_told:
+                values = [f"{key} {value}" for key, value in latest(found).items()] + [f"{found['seconds']:.1f} s"]
+                print(f"round {number} of {rounds}: {', '.join(values)}", file=sys.stderr)
         if self.reader.current:
             self._show_figures(figures(self.reader.current))
         if not self.rounds.disable:
             self._show_replies()
-
-    def _print_round(self, found: dict[str, Any]) -> None:
-        """Print a line about a round; in a long run only about every nth round."""
-        number, rounds = found["round"], self.config.num_rounds
-        if number % ceil(rounds / MOST_LINES) == 0 or number == rounds:
-            figures = [f"{key} {value}" for key, value in latest(found).items()] + [f"{found['seconds']:.1f} s"]
-            print(f"round {number} of {rounds}: {', '.join(figures)}", file=sys.stderr)
 
     def _show_figures(self, found: dict[str, Any], refresh: bool = True) -> None:
         """Show the latest losses, the accuracy and all bytes so far beside the bar of rounds."""
@@ -180,3 +180,39 @@ class Progress:
         self.replies.bar_format = COUNTING
         self.replies.total, self.replies.n = now["asked"], now["replies"]
         self.replies.set_description(f"round {now['round']} {now['phase']}" if now["round"] else "clients join")
+
+
+class Watcher:
+    """Show a run's progress from a thread while the block runs.
+
+    before: the stamp of config.yaml when the command began. A resumed run writes that file again when it has dropped
+    the rounds after the one it resumes from; until then the files are those of an earlier start.
+    """
+
+    def __init__(self, config: Config, before: Stamp, plain: bool = False) -> None:
+        self.path, self.before = config.runs_dir / config.run_name, before
+        self.progress = Progress(config, self.path, plain)
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+
+    def __enter__(self) -> "Watcher":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.thread.join()
+        with self.progress:
+            self._look()
+
+    def _watch(self) -> None:
+        while not self.ended.wait(LOOK_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        if stamp(self.path, CONFIG) == self.before:
+            return
+        try:
+            self.progress.look()
+        except Exception as error:  # noqa: BLE001 - watching must not end the run, whose files may be being written
+            logging.getLogger("flwr").debug("progress: %s", error)

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,40 +16,18 @@ from flapp.checkpoint.manager import ChunkManager
 from flapp.config.load import compose
 from flapp.config.schema import ConfigError
 from flapp.server.run_names import find_holder
+from tools.cli import as_called
 from tools.page.reading import METRICS, STORE, flat, read_config, read_json
-from tools.running.called import as_called
 
 RUN = "python -m tools.run"
 REPLACED = ("run_name=", "resume=", "resume_from=")
 BARE = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")  # needs no quotes in Hydra's grammar
-OWN = (
-    "home",
-    "run_name",
-    "experiment",
-    "resume",
-    "resume_from",
-    "resume_anyway",
-)  # settings that are not shown as changed
+# Settings that are not shown as changed.
+OWN = ("home", "run_name", "experiment", "resume", "resume_from", "resume_anyway")
 
 
 class RunsError(ValueError):
     """A command cannot be done; the message is one line."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One run of the list. Sizes are in bytes; `started` is its last start in local time."""
-
-    name: str
-    status: str
-    rounds: int
-    num_rounds: int
-    accuracy: float | None
-    loss: float | None
-    started: str
-    run_bytes: int
-    store_bytes: int
-    split_bytes: int
 
 
 def find_runs(runs: Path) -> list[str]:
@@ -63,23 +41,24 @@ def find_runs(runs: Path) -> list[str]:
     return sorted(found, key=lambda name: [part.zfill(9) if part.isdigit() else part for part in name.split("/")])
 
 
-def describe(home: Path, name: str) -> Entry:
-    """Return the entry of a run."""
+def describe(home: Path, name: str) -> dict[str, Any]:
+    """Return the entry of a run in the list. Sizes are in bytes; `started` is its last start in local time."""
     path = home / "runs" / name
     config, summary = read_config(path / "config.yaml", []), read_json(path / "metrics.json", {})
     begun = path / "environment.jsonl" if (path / "environment.jsonl").exists() else path / "config.yaml"
-    return Entry(
-        name,
-        "running" if find_holder(path) is not None else str(summary.get("status", "interrupted")),
-        last_round(path) or (0 if summary.get("status") == "failed" else int(summary.get("rounds") or 0)),
-        int(config.get("num_rounds", 0)),
-        summary.get("accuracy"),
-        summary.get("loss"),
-        f"{datetime.fromtimestamp(begun.stat().st_mtime):%Y-%m-%d %H:%M}",
-        size_of(path),
-        size_of(home / "checkpoints" / name),
-        sum(file.stat().st_size for file in split_files(config, name)),
-    )
+    ended = 0 if summary.get("status") == "failed" else int(summary.get("rounds") or 0)
+    return {
+        "name": name,
+        "status": "running" if find_holder(path) is not None else str(summary.get("status", "interrupted")),
+        "rounds": last_round(path) or ended,
+        "num_rounds": int(config.get("num_rounds", 0)),
+        "accuracy": summary.get("accuracy"),
+        "loss": summary.get("loss"),
+        "started": f"{datetime.fromtimestamp(begun.stat().st_mtime):%Y-%m-%d %H:%M}",
+        "run_bytes": size_of(path),
+        "store_bytes": size_of(home / "checkpoints" / name),
+        "split_bytes": sum(file.stat().st_size for file in split_files(config, name)),
+    }
 
 
 def last_round(path: Path) -> int:
@@ -106,17 +85,15 @@ def split_files(config: dict[str, Any], name: str) -> list[Path]:
     return sorted(Path(folder).glob(f"*/{begin}*"))
 
 
-def normal(name: str) -> str:
-    """Return the name of a run or sweep in its plain form; raises RunsError for one that leads out of home/runs."""
-    parts = PurePosixPath(name).parts
+def jobs_of(home: Path, name: str) -> list[str]:
+    """Return the plain form of the name of a run, or the names of the runs of a sweep.
+
+    Raises RunsError when there are none, or when the name leads out of home/runs.
+    """
+    parts, runs = PurePosixPath(name).parts, home / "runs"
     if not parts or any(part == "/" or part.startswith(".") for part in parts):
         raise RunsError(f"{name!r} is not the name of a run: give it as `python -m tools.runs list` shows it")
-    return "/".join(parts)
-
-
-def jobs_of(home: Path, name: str) -> list[str]:
-    """Return the name itself if it is a run's, or the names of the runs of a sweep; raises RunsError without any."""
-    name, runs = normal(name), home / "runs"
+    name = "/".join(parts)
     found = [name] if (runs / name / "config.yaml").is_file() else [f"{name}/{job}" for job in find_runs(runs / name)]
     if not found:
         raise RunsError(f"{name} is not a run in {runs}: see the names with `python -m tools.runs list`")
@@ -149,9 +126,8 @@ def word(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(word, value))}]"
     text = str(value).lower() if isinstance(value, bool) else str(value)
-    if not isinstance(value, str) or (
-        BARE.fullmatch(text) and text.lower() not in ("null", "true", "false", "inf", "nan")
-    ):
+    is_plain = BARE.fullmatch(text) and text.lower() not in ("null", "true", "false", "inf", "nan")
+    if not isinstance(value, str) or is_plain:
         return text
     from hydra.core.override_parser.types import Quote, QuotedString
 

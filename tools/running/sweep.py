@@ -33,7 +33,7 @@ from flapp.files import write_json
 from flapp.server.run_names import taken
 from flapp.server.summary import in_words
 from tools.deployment.processes import OWNER, SWEEP, Processes, available_cpus, note_process
-from tools.deployment.submit import CONFIG, is_here
+from tools.deployment.submit import is_here
 from tools.running.guard import guarded
 from tools.running.progress import is_json
 
@@ -74,38 +74,27 @@ def gathered(outcomes: list[Outcome]) -> Iterator[None]:
 @contextlib.contextmanager
 def reported(hydra_config: HydraConf) -> Iterator[Outcome]:
     """Give a job its outcome to fill in, failed until the job changes it, and write it for `gathered`."""
-    folder, number = Path(os.environ[SWEEP]), job_number(hydra_config)
+    number = job_number(hydra_config)
+    path = Path(os.environ[SWEEP]) / f"{number}.json"
     outcome: Outcome = {"job": number, "overrides": list(hydra_config.overrides.task), "status": "failed"}
     outcome["folder"] = hydra_config.sweep.dir if is_sweep(hydra_config) else None
     outcome["resumable"] = None  # run name and folder, once the job has started
-    with _stoppable(folder / f"{number}.pid"), _own_lines(hydra_config):
-        write_json(
-            folder / f"{number}.json", outcome | {"error": "its process was killed"}
-        )  # unless it is written anew
-        try:
-            yield outcome
-        except BaseException as error:
-            interrupted = isinstance(error, KeyboardInterrupt)
-            outcome["error"] = "interrupted" if interrupted else f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            write_json(folder / f"{number}.json", outcome)
-
-
-@contextlib.contextmanager
-def _stoppable(path: Path) -> Iterator[None]:
-    """Write the pid of this process to `path` while a job runs, so that `interrupt_jobs` finds it."""
-    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # such a process: only the command's own interrupts it
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # another process: only `interrupt_jobs` interrupts it
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        for number in (signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
+        for each in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(each, signal.SIG_IGN)
     if (path.parent / INTERRUPTED).exists():
         raise KeyboardInterrupt
-    path.write_text(str(os.getpid()))
+    write_json(path, outcome | {"error": "its process was killed", "pid": os.getpid()})  # unless it is written anew
     try:
-        yield
+        with _own_lines(hydra_config):
+            yield outcome
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        outcome["error"] = INTERRUPTED if interrupted else f"{type(error).__name__}: {error}"
+        raise
     finally:
-        path.unlink()
+        write_json(path, outcome)
 
 
 def interrupt_jobs() -> None:
@@ -123,12 +112,9 @@ def interrupt_jobs() -> None:
 
 
 def _job_processes(folder: Path) -> list[psutil.Process]:
-    """List the children of this process in which jobs run."""
-    running = []
-    for path in folder.glob("*.pid"):
-        with contextlib.suppress(FileNotFoundError):  # its job has just ended
-            running.append(path.read_text())
-    return [child for child in psutil.Process().children() if str(child.pid) in running]
+    """List the children of this process in which jobs run: the report of a job that has ended names no process."""
+    pids = [json.loads(path.read_text()).get("pid") for path in folder.glob("*.json")]
+    return [child for child in psutil.Process().children() if child.pid in pids]
 
 
 def is_sweep(hydra_config: HydraConf) -> bool:
@@ -160,13 +146,9 @@ def as_job(config: Config, hydra_config: HydraConf) -> Config:
         deployment = replace(deployment, total_cpus=max(available_cpus() // jobs, deployment.client_cpus))
     run_name = os.path.relpath(path, config.runs_dir)
     config = replace(config, run_name=run_name, deployment=deployment)
-    config = validated(config) if searches(hydra_config) else config
+    if not str(hydra_config.sweeper["_target_"]).endswith(".BasicSweeper"):  # it chooses settings by the objective
+        config = validated(config)
     return config if path.exists() else replace(config, resume=False, resume_from=None, resume_anyway=False)
-
-
-def searches(hydra_config: HydraConf) -> bool:
-    """Return whether the sweeper chooses settings by the objective; Hydra's own runs a given list."""
-    return not str(hydra_config.sweeper["_target_"]).endswith(".BasicSweeper")
 
 
 def validated(config: Config) -> Config:
@@ -193,22 +175,16 @@ def _own_lines(hydra_config: HydraConf) -> Iterator[None]:
     if jobs_at_once(hydra_config) == 1:
         yield
         return
-    mark = job_mark(hydra_config)
-    with (
-        contextlib.redirect_stdout(_MarkedLines(sys.stdout, "" if is_json() else mark)),
-        contextlib.redirect_stderr(_MarkedLines(sys.stderr, mark)),
-    ):
+    mark = f"[job {job_number(hydra_config)}] "
+    out, err = _MarkedLines(sys.stdout, "" if is_json() else mark), _MarkedLines(sys.stderr, mark)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         yield
-
-
-def job_mark(hydra_config: HydraConf) -> str:
-    """Return the mark at the start of a job's lines."""
-    return f"[job {job_number(hydra_config)}] "
 
 
 def mark_of(hydra_config: HydraConf) -> str:
     """Return the mark for a line of a job whose lines are not marked already; empty for a single run."""
-    return job_mark(hydra_config) if is_sweep(hydra_config) and jobs_at_once(hydra_config) == 1 else ""
+    is_marked = not is_sweep(hydra_config) or jobs_at_once(hydra_config) > 1
+    return "" if is_marked else f"[job {job_number(hydra_config)}] "
 
 
 class _MarkedLines(io.TextIOBase):
@@ -237,27 +213,19 @@ def conclude(outcomes: list[Outcome]) -> str:
     """
     folders = {Path(folder) for outcome in outcomes if (folder := outcome.pop("folder"))}
     for outcome in outcomes:
-        outcome.pop("resumable", None)
+        for key in ("resumable", "pid"):
+            outcome.pop(key, None)
+    is_finished = any(outcome["status"] == "finished" for outcome in outcomes)
+    rows = [outcome | {"overrides": " ".join(outcome["overrides"])} for outcome in outcomes]
     for folder in folders:  # one, unless the jobs differ in experiment or home
         if (folder / "config.yaml").exists():
             continue  # the folder of a run, in which every job was refused
-        is_finished = any(outcome["status"] == "finished" for outcome in outcomes)
-        if not is_finished and not list(folder.glob(f"*/{CONFIG[0]}")):
-            _remove_unbegun(folder)
-        elif is_finished or not (folder / SUMMARY).exists():
+        if is_finished or (list(folder.glob("*/config.yaml")) and not (folder / SUMMARY).exists()):
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(
-                folder / SUMMARY, [outcome | {"overrides": " ".join(outcome["overrides"])} for outcome in outcomes]
-            )
+            write_json(folder / SUMMARY, rows)
+        elif folder.is_dir() and {path.name for path in folder.iterdir()} <= {"multirun.yaml"}:  # Hydra's own file
+            shutil.rmtree(folder)
     return sweep_table(outcomes) if folders else ""
-
-
-def _remove_unbegun(folder: Path) -> None:
-    """Remove the folder that Hydra made for a sweep, unless there is more in it than Hydra's own file."""
-    with contextlib.suppress(OSError):
-        if list(folder.iterdir()) == [folder / "multirun.yaml"]:
-            (folder / "multirun.yaml").unlink()
-        folder.rmdir()
 
 
 def sweep_table(outcomes: list[Outcome]) -> str:
