@@ -1,7 +1,8 @@
-"""The frozen base of adapters on disk: home/models/<digest>/base.safetensors.
+"""Store the frozen base of adapters on disk, as home/models/<digest>/base.safetensors.
 
-The digest is of the tensors, whatever file they came in. The pieces of a base that arrives are gathered beside it, in
-<digest>.pieces-<node id>/<index>.safetensors. The base is put in place when it is whole and its digest is right.
+The digest covers the tensors only, not the file that they came from. A node receives a base in pieces and collects them
+beside it, in <digest>.pieces-<node id>/<index>.safetensors. When all pieces are there and their digest is correct, they
+become the base.
 """
 
 import shutil
@@ -82,7 +83,7 @@ def cut_base(tensors: Mapping[str, "Tensor"]) -> Iterator[dict[str, "Tensor"]]:
 def receive_piece(
     models: Path, digest: str, node_id: int, index: int, count: int, tensors: Mapping[str, "Tensor"]
 ) -> int:
-    """Keep a piece, put the base in place when all have come, and return how many are still missing.
+    """Save a piece, store the base when all pieces have arrived, and return how many are still missing.
 
     Nodes that share a home gather their pieces separately. The first node to have them all puts the base in place.
     """

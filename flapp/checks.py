@@ -1,4 +1,4 @@
-"""Checks of a client's reply: made at the node before a client enters a sum, and by the server."""
+"""Check a client's reply: on the node before the client is added to a sum, and on the server."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,8 +11,8 @@ from flapp.messages import NUM_EXAMPLES, TRAIN, VAL, Answer, Claim, MessageError
 
 LARGEST = 1.8e19  # beyond it a square overflows float32, so that no optimiser can continue
 BLOCK = 1 << 17  # elements: a float64 block near the level-2 cache
-SMALL = 1 << 10  # elements: a product by BLAS, which takes no second thread for so few
-SMALL_BLOCK = 1 << 16  # of float32, which fit into the level-2 cache twice
+SMALL = 1 << 10  # elements: so few that BLAS computes their product in one thread
+SMALL_BLOCK = 1 << 16  # float32 elements; two such blocks fit into the level-2 cache
 LOSS_SUMS = {f"{start}{kind}loss-sum" for start in ("", VAL) for kind in ("", "personal-")}
 NEVER_NEGATIVE = {"train-loss", "seconds", *LOSS_SUMS}
 LARGEST_LOSS = float(np.finfo(np.float32).max)  # of one sample
@@ -90,7 +90,7 @@ def find_metric_fault(kind: str, claim: Claim, metrics: Mapping[str, float], val
 
 
 def _sums_needed(claim: Claim, metrics: Mapping[str, float], validates: bool) -> set[str]:
-    """Name the sums that an evaluation must have. One of a personalised model needs all of its sums."""
+    """Return the sums that an evaluation must have. If it has one personalised sum, it must have all of them."""
     starts = ("", VAL) if validates else ("",)
     kinds = ("", "personal-") if any("personal-" in key for key in metrics) else ("",)
     sums = ("loss-sum", "correct") if claim.label_hist else ("loss-sum",)
@@ -188,7 +188,8 @@ def find_sum_fault(total: Mapping[str, Array], sent: Mapping[str, Array], weight
     """Return what is wrong with a weighted sum of models, or None.
 
     sent: the tensors that each of them began with; weight: the sum of the weights; most: the sum of the weighted
-    lengths of the updates. Apart from rounding, the sum cannot be farther than that from weight times `sent`.
+    lengths of the updates. Apart from rounding, the distance of the sum from weight times `sent` cannot be larger than
+    `most`.
     """
     if total.keys() != sent.keys():
         return "it has other tensors than the model"
@@ -208,4 +209,4 @@ def find_sum_fault(total: Mapping[str, Array], sent: Mapping[str, Array], weight
         return None  # no value can be infinite or too large, if those sent are not
     faults = ((key, find_value_fault(view(array), LARGEST * weight)) for key, array in total.items())
     found = next((f"its {key} has {fault}" for key, fault in faults if fault), None)
-    return found or f"it moves the model by {length:.3g}, the updates in it by at most {most:.3g}"
+    return found or f"it moves the model by {length:.3g}, but the updates in it can move it by at most {most:.3g}"

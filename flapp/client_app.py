@@ -47,7 +47,7 @@ update_console_handler(timestamps=True)  # in the process that runs the app
 
 @app.query("attest")
 def attest(message: Message, context: Context) -> Message:
-    """Say which clients live at this node and what they hold, or why one cannot take part."""
+    """Report which clients this node serves and what data they have, or why a client cannot take part."""
     try:
         config, node_config = load(context.run_config, context.node_config)
     except ConfigError:
@@ -144,7 +144,7 @@ def evaluate_round(message: Message, context: Context) -> Message:
 
 
 def personalize(model: torch.nn.Module, task: Task, context: Context) -> bool:
-    """Make the global model this client's own, by its private tensors or by fine-tuning; return whether it is."""
+    """Personalise the global model by this client's private tensors or by fine-tuning; return whether it was done."""
     settings = task.config.evaluate
     if task.instructions.private:
         restore_own(model, task, context)

@@ -1,4 +1,4 @@
-"""Writing files: each appears whole or not at all, and is on disk when the writer returns.
+"""Write files atomically: each file appears whole or not at all, and is on disk when the function returns.
 
 Everything in flapp and tools that writes a file or a folder of its own does it by `replacing` or `replacing_folder`.
 Reading files that somebody else may have written is in untrusted.py.
@@ -18,7 +18,7 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path, mode: int | None = None) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to, and rename it to `path` when the block ends.
+    """Yield a temporary path beside `path` to write to, and rename it to `path` when the block ends.
 
     Where the block raises, `path` stays as it was. mode: permissions that the file has from its first byte on.
     """
@@ -36,7 +36,7 @@ def replacing(path: Path, mode: int | None = None) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty temporary folder beside `folder`, and rename it to `folder` when the block ends.
+    """Yield an empty temporary folder beside `folder`, and rename it to `folder` when the block ends.
 
     A folder that is there already is replaced. Where the block raises, it stays as it was.
     """

@@ -8,8 +8,8 @@
     sum       -                                        the weighted sum, in float64, if the message asks for it
     arrays-N  -                                        the tensors of client N, otherwise
 
-The cut into groups depends on the sampled ids alone, so that sums are the same in every runtime. A client that cannot
-share a node with others, as in a deployment, gets a message of its own, and the server adds it to its group's sum.
+How clients are grouped depends only on the sampled ids, so that sums are the same in every runtime. A client that has a
+node of its own, as in a deployment, gets its own message, and the server adds its reply to its group's sum.
 """
 
 import math
@@ -42,7 +42,7 @@ UPDATE_NORM = "update-norm"
 
 @dataclass(frozen=True)
 class Asked:
-    """What a node must know about a client of a group. rank: to which its adapters are cut, 0 where they are not."""
+    """What a node must know about a client of a group. rank: to which its adapters are cut, 0 if they are not."""
 
     client_id: str
     accepted_round: int

@@ -1,10 +1,10 @@
-"""Clients and what is said of them, in one line however many they are."""
+"""Describe any number of clients in one line."""
 
 from collections.abc import Mapping, Sequence
 
 
 def by_reason(reasons: Mapping[str, str], most: int | None = None) -> str:
-    """Say in one line whom each reason is about, for clients (or nodes) by name; at most the `most` commonest."""
+    """List reasons in one line with their clients (or nodes); at most the `most` most frequent reasons."""
     groups: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         groups.setdefault(reason, []).append(name)
@@ -24,7 +24,7 @@ def name_clients(names: Sequence[str]) -> str:
 
 
 def list_names(names: Sequence[str], most: int = 12) -> str:
-    """List names, three or more numbers in a row as `0 to 9`, and of many parts only the first."""
+    """List names, with three or more consecutive numbers as `0 to 9`; a long list ends with the number of the rest."""
     runs: list[list[str]] = []
     for name in names:
         if runs and name.isdecimal() and runs[-1][-1].isdecimal() and int(name) == int(runs[-1][-1]) + 1:

@@ -71,7 +71,7 @@ class Instructions:
 class Claim:
     """What a client holds: samples per split, training labels per class, and digests to check them by.
 
-    A client that cannot take part says why in `fault`; then nothing else counts.
+    A client that cannot take part says why in `fault`; then all other fields are ignored.
     """
 
     client_id: str
@@ -268,7 +268,7 @@ class HeldArray(Array):
 
 
 def settle(message: Message) -> None:
-    """Have a message keep the numbers that its arrays have now."""
+    """Make a message keep the current values of its arrays."""
     for record in message.content.values() if message.has_content() else ():
         for array in record.values() if isinstance(record, ArrayRecord) else ():
             array.data  # noqa: B018 - a HeldArray makes its bytes

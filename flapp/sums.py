@@ -56,7 +56,8 @@ class WeightedSum:
     def mean(self, weight: float, like: Mapping[str, Array]) -> ArrayRecord:
         """Return the sum divided by the total weight, in the dtypes of `like`, and free the sum.
 
-        Integers are rounded to the nearest; booleans are true where more than half of the weight is.
+        Integers are rounded to the nearest; booleans become true where clients with more than half of the weight have
+        true.
         """
         found: dict[str, Array] = {}
 

@@ -36,9 +36,9 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class StepRules:
-    """How gradients become a step: batches per step, longest gradient, FedProx's mu, and the precision of the model.
+    """The rules of a training step: batches per step, largest gradient norm, FedProx's mu, and the model's precision.
 
-    penalty is a term that each step adds to the loss; its gradient is taken in float32 and counts before clipping.
+    penalty is a term that each step adds to the loss; its gradient is computed in float32 and added before clipping.
     """
 
     accumulate: int = 1
@@ -189,7 +189,7 @@ def _repeat(batches: Batches, epochs: int, steps: int | None) -> Batches:
 
 @cache
 def keep_freed_memory() -> None:
-    """Have the C library keep the memory of freed arrays for the next ones, until this process ends.
+    """Make the C library reuse the memory of freed arrays until this process ends.
 
     glibc returns arrays of more than 32 MiB to the system, which then clears every page of a new one: a quarter of the
     CPU time of training models of that size. Other C libraries are left alone.

@@ -1,4 +1,4 @@
-"""Reading files that somebody else may have written: refuse what would hang, recurse or fill the memory.
+"""Read files from untrusted sources: refuse those that would hang, recurse or fill the memory.
 
 Every function raises OSError for what cannot be read at all, and ValueError for content that is not acceptable. The
 callers turn both into their own error, which names the file and the fix.

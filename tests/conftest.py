@@ -27,10 +27,11 @@ Federate = Callable[..., tuple[dict[str, Any], Path]]  # what the fixture `feder
 
 
 class LocalGrid(InlineGrid):
-    """Handle all messages in this process when they are pushed, and return the replies in a drawn order.
+    """Handle all messages in this process when replies are pulled, and return the replies in a random order.
 
-    tamper(client_id, reply) stands between a client and the server; names and keys are those that nodes are registered
-    with. Each node serves its own clients, as in a deployment, or with any_node all of them, as in a simulation.
+    tamper(client_id, reply) may change each reply on its way to the server; names and keys are those under which nodes
+    are registered. Each node serves its own clients, as in a deployment; with any_node, each serves all clients, as in
+    a simulation.
     """
 
     clients_here = False  # a test may give each node a home of its own
@@ -61,7 +62,7 @@ class LocalGrid(InlineGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         ids = list(message_ids)
-        pulled = [reply for _ in ids for reply in InlineGrid.pull_messages(self, ids)]  # one is handled a time
+        pulled = [reply for _ in ids for reply in InlineGrid.pull_messages(self, ids)]  # each call handles one
         self.random.shuffle(pulled)
         return pulled
 
@@ -88,7 +89,7 @@ def run_app(settings: Config, grid: InlineGrid) -> tuple[dict[str, Any], Path]:
 
 
 def refusal_of(overrides: list[str]) -> str:
-    """Return the line with which settings are refused."""
+    """Return the one-line error with which settings are refused."""
     with pytest.raises(ConfigError) as caught:
         compose(overrides)
     assert "\n" not in str(caught.value)
@@ -97,7 +98,7 @@ def refusal_of(overrides: list[str]) -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def keep_log_handlers() -> Iterator[None]:
-    """Keep Hydra from closing every log handler of this process: absl's would close pytest's own output with it."""
+    """Keep Hydra from closing every log handler of this process: closing absl's would also close pytest's output."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logging.config, "_clearExistingHandlers", lambda: None)
         yield
@@ -133,11 +134,11 @@ def federate(data_home: Path) -> Federate:
 
 
 class Broken(RuntimeError):
-    """What the tests break a run with."""
+    """The error with which tests break off a run."""
 
 
 def break_off(federate: Callable[..., Any], server_round: int, place: str, *overrides: str) -> None:
-    """Run a federation that breaks off where its strategy comes to `place` in a round."""
+    """Run a federation that breaks off where its strategy calls `place` in this round."""
     real = getattr(FedAvg, place)
 
     def stand_in(strategy: FedAvg, *args: Any) -> Any:

@@ -4,10 +4,11 @@
     python -m tools.benchmark all --json OUT         every topic, also as JSON, which tools.report --benchmark shows
     python -m tools.benchmark simulation --short     the short form of a long topic, in under 3 minutes
 
-Ratios are medians of interleaved turns in one process; each topic has a new process. A row is `met` at its target,
-`within limit` if it falls short by no more than the noise of a machine, otherwise `MISSED`, and `not measured` if its
-topic failed or a package is missing: pip install -e '.[benchmark]' installs them all. The JSON is
-{"machine": {...}, "seconds": total, "rows": [...]}. Exits 1 only when a row misses its limit or was not measured.
+Ratios compare medians of interleaved measurements in one process. Each topic runs in a new process. A row is `met` if
+it reaches its target, `within limit` if it misses the target by no more than the noise of a machine, and `MISSED`
+otherwise. It is `not measured` if its topic failed or a package is missing (pip install -e '.[benchmark]' installs all
+packages). The JSON is {"machine": {...}, "seconds": total, "rows": [...]}. Exits 1 only when a row misses its limit or
+was not measured.
 """
 
 import importlib
@@ -38,7 +39,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 
 def describe_machine() -> dict[str, str]:
-    """Return what ratios depend on: processor, usable cores, memory, GPU, versions; and the date, in UTC."""
+    """Return the facts that affect ratios (processor, usable cores, memory, GPU, versions) and the date in UTC."""
     import torch
 
     lines = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []
@@ -55,13 +56,13 @@ def describe_machine() -> dict[str, str]:
 
 
 def rows_of(topic: str, short: bool = False) -> list[Row]:
-    """Measure a topic; if it raises, its only row tells the error, and the other topics keep theirs."""
+    """Measure a topic; if it raises, return one row with the error, so that the other topics still run."""
     print(f"{topic} ...", file=sys.stderr, flush=True)
     started = time.monotonic()
     try:
         measure = importlib.import_module(f"tools.bench.{topic}").rows
         rows: list[Row] = measure(short=True) if short else measure()
-    except Exception as error:  # noqa: BLE001 - the table tells any error
+    except Exception as error:  # noqa: BLE001 - the table shows any error
         said = " ".join(f"{type(error).__name__}: {error}".split())
         if isinstance(error, ModuleNotFoundError) and error.name in EXTRA:
             said = f"no {error.name}: pip install -e '.[benchmark]'"

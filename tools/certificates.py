@@ -10,7 +10,8 @@
         site.key        a SuperNode's private key (mode 0600): never leaves the site
         site.pub        its public key, which `flwr supernode register` takes
 
-An existing CA and existing site keys are kept: a second `server` makes a new server certificate under the same CA.
+An existing CA and existing site keys are kept: running `server` again makes a new server certificate signed by the same
+CA.
 """
 
 import sys
@@ -31,7 +32,7 @@ FORMAT = serialization.PrivateFormat.OpenSSH, serialization.PublicFormat.OpenSSH
 
 
 def make_server_files(folder: Path, hosts: Sequence[str], days: int = SERVER_DAYS) -> None:
-    """Write the certificate and key of a SuperLink that is reached as `hosts` (names or addresses), and the CA's.
+    """Write the CA's files, and a SuperLink's certificate and key for `hosts` (its names or addresses).
 
     Raises ValueError when one of the CA's two files is missing.
     """
@@ -44,14 +45,14 @@ def make_server_files(folder: Path, hosts: Sequence[str], days: int = SERVER_DAY
 
 
 def load_or_make_ca(folder: Path) -> trustme.CA:
-    """Return the CA of a folder, a new one if there is none."""
+    """Return the CA in a folder, or make one if there is none."""
     key, certificate = folder / "ca.key", folder / "ca.crt"
     if key.exists() and certificate.exists():
         key.chmod(0o600)
         return trustme.CA.from_pem(certificate.read_bytes(), key.read_bytes())
     for there, missing in ((key, certificate), (certificate, key)):
         if there.exists():
-            raise ValueError(f"{there} has no {missing.name} beside it: bring that back, or choose another folder")
+            raise ValueError(f"{there} has no {missing.name} beside it: restore that file, or choose another folder")
     ca = trustme.CA(path_length=0, organization_name="flapp", organization_unit_name="flapp CA")
     write_bytes(key, ca.private_key_pem.bytes(), mode=0o600)
     write_bytes(certificate, ca.cert_pem.bytes())

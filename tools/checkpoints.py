@@ -1,14 +1,14 @@
-"""Look into a checkpoint store: its rounds, their tensors, what changed, and whether every byte is as it was saved.
+"""Inspect a checkpoint store: its rounds, their tensors, what changed, and whether every byte is still as saved.
 
     python -m tools.checkpoints list DB                     rounds, metrics, digests, and their size on disk
     python -m tools.checkpoints show DB ROUND               the tensors of a round
-    python -m tools.checkpoints verify DB                   every byte; exits 1 with one line for each problem
+    python -m tools.checkpoints verify DB                   check every byte; exits 1 with one line for each problem
     python -m tools.checkpoints diff DB ROUND ROUND         which tensors changed, and by how much
     python -m tools.checkpoints export DB ROUND FILE        a round as FILE.safetensors
-    python -m tools.checkpoints compact DB                  give the space of dropped rounds back
+    python -m tools.checkpoints compact DB                  free the disk space of dropped rounds
 
-DB is a *_chunks.db; list, verify and compact also take a folder with stores below it. --json prints the same as JSON.
-Exits 0, or 1 with one line on standard error.
+DB is a *_chunks.db file; list, verify and compact also accept a folder that contains stores. --json prints the same as
+JSON. Exits 0, or 1 with one line on standard error.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from flapp.untrusted import printable
 from tools.cli import as_called, new_parser
 
 PATTERN = "*_chunks.db"
-MOST_TEXT = 1000  # characters of one thing that a store says about itself
+MOST_TEXT = 1000  # characters to print of any one text from a store
 Found = tuple[dict[str, Any], Iterable[str]]  # what a command prints, as JSON and as lines
 
 
@@ -56,7 +56,7 @@ def open_store(path: Path) -> ChunkManager:
 
 
 def visit(path: Path, act: Callable[[ChunkManager], Any]) -> tuple[list[Any], list[str]]:
-    """Return what `act` returns for every store at `path`, and what is wrong with stores that cannot be read."""
+    """Return what `act` returns for every store at `path`, and the errors of stores that cannot be read."""
     results, problems = [], []
     for db in find_stores(path):
         try:
@@ -213,7 +213,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command and return the exit status."""
     given = parse(arguments)
     try:
         found, lines = COMMANDS[given.command][0](given)

@@ -1,4 +1,4 @@
-"""The command `flapp`: each of its commands is one of the modules `python -m tools.NAME`.
+"""The command `flapp`: each subcommand runs one of the modules `python -m tools.NAME`.
 
 Help and hints name commands as the user called this one, as flapp NAME or as python -m tools.NAME.
 """
@@ -12,13 +12,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 COMMANDS = {  # name: module, what it does
-    "run": ("run", "train: one run or a sweep; `flapp run --help` says how"),
+    "run": ("run", "train one run or a sweep; see `flapp run --help`"),
     "runs": ("runs", "list, show, stop and remove runs"),
     "report": ("report", "write one HTML page about one run or several"),
-    "prepare": ("prepare_data", "turn the files of a dataset into what runs read, once"),
+    "prepare": ("prepare_data", "convert a dataset, once, into the format that runs read"),
     "verify": ("verify_data", "check prepared data and shards against their digests"),
-    "heatmap": ("partition_heatmap", "draw who holds which classes"),
-    "checkpoints": ("checkpoints", "look into what server and clients have kept"),
+    "heatmap": ("partition_heatmap", "draw how many samples of each class each client has"),
+    "checkpoints": ("checkpoints", "inspect the models that server and clients saved"),
     "split": ("split_model", "cut the model of a run into bottom, trunk and top"),
     "federation": ("federation", "a SuperLink and SuperNodes on this machine: up, status, down"),
     "certificates": ("certificates", "make keys and certificates for a deployment"),
@@ -64,7 +64,7 @@ def installed_version() -> str:
 
 
 def main() -> int:
-    """Run the command that the command line names; returns the exit status."""
+    """Run the command given on the command line; returns the exit status."""
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())

@@ -87,7 +87,7 @@ def choices(group: str, default: dict[str, Any]) -> str:
 
 
 def composed(*overrides: str) -> Any:
-    """Compose conf/ and return plain values, interpolations as they are written."""
+    """Compose conf/ and return plain values, with interpolations left unresolved."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=False)
@@ -106,7 +106,7 @@ def type_in_words(schema: Schema) -> str:
 
 
 def value_in_words(value: Any) -> str:
-    """Return a value as one would write it on the command line; interpolations by what they stand for."""
+    """Return a value as written on the command line, with interpolations replaced by what they refer to."""
     text = {None: "null", True: "true", False: "false"}.get(value) if isinstance(value, bool | None) else str(value)
     text = re.sub(r"\$\{oc\.env:HOME\}", "~", str(text).replace(" ", ""))
     text = re.sub(r"\$\{oc\.env:FLAPP_HOME,(.*?)\}", r"\1", text)
@@ -116,7 +116,7 @@ def value_in_words(value: Any) -> str:
 
 @cache
 def comments() -> dict[str, str]:
-    """Return the comments in conf/config.yaml by setting: those at the end of its line, or on the lines above it."""
+    """Return the comments in conf/config.yaml by setting: the text on the lines above it and at the end of its line."""
     found, above, group = {}, list[str](), ""
     for line in (CONF / "config.yaml").read_text().splitlines():
         if match := KEY.match(line):

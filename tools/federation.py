@@ -1,19 +1,19 @@
 """Run a whole federation on this machine: a SuperLink, a SuperNode for each client, and a supervisor.
 
-    python -m tools.federation up --clients 3              clients "0" to "2", over the data in home
-    python -m tools.federation up --shards DIR             one for each client of a folder of shards, checked first
+    python -m tools.federation up --clients 3              clients "0" to "2", with the data in home
+    python -m tools.federation up --shards DIR             one per client in a folder of shards; checks them first
     python -m tools.federation up --clients 3 --tls        certificates, and only SuperNodes with registered keys
-    python -m tools.run deployment=local clients=3         run something over it
+    python -m tools.run deployment=local clients=3         start a run on it
     python -m tools.federation status                      show what runs; exits 1 unless everything runs
     python -m tools.federation down
 
-Everything lies in one folder, home/federation unless --folder says otherwise:
+All files are in one folder: home/federation, or the folder given with --folder:
 
     federation.json          the parts of the federation
     supervisor.json          what runs now; supervisor.log says what ended and when it was started again
     ca.crt, ca.key, server.crt, server.key     with --tls; private keys can be read by their owner only
     superlink/log.txt        the SuperLink's log; its Flower home is in the same folder
-    keys/client_<id>.pub     with --tls: the sites' public keys, by which runs recognise clients
+    keys/client_<id>.pub     with --tls: the sites' public keys, which runs use to identify clients
     client_<id>/log.txt      the log of a SuperNode and its clients; with --tls also its site.key and site.pub
 """
 
@@ -68,7 +68,7 @@ from tools.verify_data import verify_shards
 READY_SECONDS, LEAVE_SECONDS, LOOK_SECONDS = 120, 25, 0.3
 SUPERVISOR_LOG = "supervisor.log"
 NODE_ID = re.compile(r"SuperNode ID: (\d+)")
-LOG_BYTES = 1 << 16  # of what a SuperNode says after its start, in which its id is looked for
+LOG_BYTES = 1 << 16  # of a SuperNode's log, from its last start on, to search for its id
 
 
 def up(given: argparse.Namespace) -> int:
@@ -93,7 +93,7 @@ def up(given: argparse.Namespace) -> int:
     env = environment(folder, federation.token) | {"PYTHONPATH": str(APP)}
     command = [sys.executable, "-m", "tools.deployment.supervisor", str(folder)]
     if given.foreground:
-        os.execve(command[0], command, env)  # an environment can be read from outside only as a program began with it
+        os.execve(command[0], command, env)  # /proc shows only the environment with which a program was started
     with (folder / SUPERVISOR_LOG).open("wb") as log:
         process = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -149,14 +149,14 @@ def wait_until_ready(folder: Path, federation: Federation, process: subprocess.P
 
 
 def online_nodes(folder: Path, federation: Federation) -> set[str]:
-    """Return the ids of the nodes that are online for the SuperLink; a dead node stays online for up to a minute."""
+    """Return the ids of the nodes that the SuperLink lists as online; it lists a dead node for up to a minute."""
     with superlink_of(folder, federation) as superlink:
         nodes = superlink.flwr("supernode", "list")["nodes"]
     return {str(node["node-id"]) for node in nodes if node["status"] == "online"}
 
 
 def find_missing(folder: Path, seen: Seen, online: set[str]) -> list[str]:
-    """Name the SuperNodes that do not run, or whose current process is not an online node."""
+    """List the SuperNodes that are not running, or whose current process is not online."""
     nodes = {name: program for name, program in seen.programs.items() if name != SUPERLINK}
     return [name for name, program in nodes.items() if online.isdisjoint(node_ids(folder / name / LOG, program))]
 
@@ -225,9 +225,9 @@ def table(folder: Path, federation: Federation, seen: Seen, missing: list[str]) 
 def install_app(folder: Path) -> None:
     """Install the app for the SuperLink and every SuperNode before any of their processes needs it.
 
-    Two processes that installed the same app at once would find each other's half-written files.
+    Two processes that install the same app at the same time would see each other's half-written files.
     """
-    from flwr.cli.build import build_fab_from_disk  # half a second, for local federations only
+    from flwr.cli.build import build_fab_from_disk  # takes half a second; only local federations need it
     from flwr.cli.install import install_from_fab
 
     with app_folder() as app:
@@ -287,12 +287,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     parser.add_argument("command", choices=["up", "status", "down"])
     parser.add_argument("--folder", type=Path, default=home / "federation", help="default: %(default)s")
-    parser.add_argument("--clients", type=int, help="how many, with ids 0, 1, ...")
+    parser.add_argument("--clients", type=int, help="number of clients; ids are 0, 1, ...")
     parser.add_argument("--shards", type=Path, help="folder of client_<id> folders with a manifest.json")
-    parser.add_argument("--tls", action="store_true", help="encrypt, and let in registered keys only")
-    parser.add_argument("--port", type=int, help="of the SuperLink; default: a free one")
-    parser.add_argument("--threads", type=int, default=1, help="of a client's process; default: 1")
-    parser.add_argument("--homes", action="store_true", help="give each site a home of its own: data, bases, stores")
+    parser.add_argument("--tls", action="store_true", help="encrypt, and accept only registered keys")
+    parser.add_argument("--port", type=int, help="port of the SuperLink; default: a free one")
+    parser.add_argument("--threads", type=int, default=1, help="threads per client process; default: 1")
+    parser.add_argument("--homes", action="store_true", help="give each site its own home for data, bases and stores")
     parser.add_argument("--plain", action="store_true", help="run Flower's own SuperNodes, which are slower")
     parser.add_argument("--foreground", action="store_true", help="supervise in this process, until it is stopped")
     parser.add_argument("--json", action="store_true", help="print the status as JSON")

@@ -1,4 +1,4 @@
-"""Draw who holds how many samples of which class: a heatmap of a saved partition, asked for beside dealt out.
+"""Draw how many samples of each class each client has: a heatmap of a saved partition, requested next to actual.
 
 python -m tools.partition_heatmap PARTITION.safetensors DATASET_FOLDER OUT.png
 """
@@ -17,13 +17,13 @@ from tools.cli import as_called, new_parser
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ANNOTATED = 400  # cells at most, for their numbers to be readable
+ANNOTATED = 400  # in larger tables, numbers in the cells would not be readable
 
 
 def read_tables(partition: Path, dataset: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Return the tables to draw by title, each (clients, classes), and the class names; raises DataError."""
     if not partition.is_file():
-        raise DataError(f"there is no partition at {partition}: a run saves its own in home/data")
+        raise DataError(f"there is no partition at {partition}: each run saves its partition in home/data")
     saved = load_partition(partition)
     train, test = (open_artifact(dataset / split) for split in ("train", "test"))
     if not train.classes:
@@ -53,7 +53,7 @@ def draw_heatmap(tables: dict[str, np.ndarray], classes: Sequence[str], out: Pat
 
 
 def draw_table(axes: "Axes", table: np.ndarray, classes: Sequence[str], top: float, fontsize: float | None = 7) -> None:
-    """Draw one (clients, classes) table into axes, on a scale from 0 to `top`; without a fontsize no numbers."""
+    """Draw one (clients, classes) table into axes, on a scale from 0 to `top`; fontsize=None leaves out the numbers."""
     image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
     if len(classes) <= 30:
         axes.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 2 else 0)

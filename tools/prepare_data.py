@@ -1,4 +1,4 @@
-"""Prepare a dataset once: turn its raw files into what every run opens.
+"""Prepare a dataset once: convert its raw files into the format that all runs read.
 
     python -m tools.prepare_data dataset=digits                              embedded, needs no files
     python -m tools.prepare_data dataset=cifar10 dataset.source=DIR          from torchvision's files in DIR
@@ -35,7 +35,7 @@ Source = tuple[str, Callable[[], Content]]  # the SHA-256 of what a split is mad
 
 
 def prepare(settings: Config, overwrite: bool) -> Iterator[str]:
-    """Prepare the dataset of `settings` and yield a line on each thing prepared; raises DataError, ConfigError."""
+    """Prepare the dataset of `settings` and yield a line about each result; raises DataError, ConfigError."""
     dataset, folder = settings.dataset, settings.data_dir / settings.dataset.name
     if dataset.name == "femnist":
         yield from prepare_shards(settings, overwrite)
@@ -69,7 +69,7 @@ def find_sources(settings: Config, overwrite: bool) -> dict[str, Source]:
         raise ConfigError(f"dataset={name} needs its files: add dataset.source=DIR, or dataset.download=true")
     raw, folder = Path(dataset.source or Path(settings.home) / "raw"), settings.data_dir / name
     load = {split: partial(load_cifar, name, raw, split) for split in SPLITS}
-    if dataset.download and not overwrite and is_prepared(folder):  # then nothing is downloaded to compare with it
+    if dataset.download and not overwrite and is_prepared(folder):  # do not download again just to compare
         return {split: (open_artifact(folder / split).source_sha256, load[split]) for split in SPLITS}
     if dataset.download:
         download_cifar(name, raw)
@@ -89,7 +89,7 @@ def write_native(folder: Path, load: Callable[[], Content], sha256: str, shape: 
     if (found, len(names)) != (list(shape), classes):
         raise DataError(
             f"{folder.parent.name} has images of shape {found} in {len(names)} classes, not "
-            f"dataset.shape={list(shape)} and dataset.classes={classes}: set both to what it has"
+            f"dataset.shape={list(shape)} and dataset.classes={classes}: set both to match the files"
         )
     with bar(folder, len(labels)) as progress:
         write_rows(folder, lambda a, b: images[a:b], images.shape, labels, names, sha256, progress=progress)
@@ -121,7 +121,7 @@ def prepare_shards(settings: Config, overwrite: bool) -> Iterator[str]:
     if settings.dataset.source is None:
         raise ConfigError(f"dataset={name} needs its files: add dataset.source=DIR")
     if settings.dataset.download or settings.dataset.materialize:
-        raise ConfigError(f"dataset={name} has neither download nor sizes: leave out dataset.download and materialize")
+        raise ConfigError(f"dataset={name} cannot be downloaded or resized: leave out dataset.download and materialize")
     partition = settings.partition
     manifest = write_shards(
         Path(settings.dataset.source),

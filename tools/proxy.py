@@ -1,15 +1,15 @@
-"""Write the configuration of nginx in front of a SuperLink: it passes on the calls of SuperNodes and nothing else.
+"""Write the configuration of an nginx proxy that forwards only the calls of SuperNodes to a SuperLink.
 
     python -m tools.proxy /etc/flapp --listen 0.0.0.0:8000 --superlink 9000
     nginx -c /etc/flapp/nginx.conf
 
 A SuperLink serves all its APIs at one port, and only the Fleet API, which SuperNodes use, authenticates the caller.
-Whoever reaches the Control API may submit apps, stop runs, and register and unregister SuperNodes. So the SuperLink
-listens on the loopback address of its machine, and nginx passes on the calls of the Fleet API.
+Anyone who can reach the Control API can submit apps, stop runs, and register and unregister SuperNodes. So the
+SuperLink listens only on the loopback address of its machine, and nginx forwards only the calls of the Fleet API.
 
-The folder must hold the files of `tools.certificates server`: nginx presents server.crt to the sites, and checks that
-the SuperLink has it too. nginx.conf and the folder nginx/ for temporary files are written there. nginx does not need
-root: let the user who owns the keys run it.
+The folder must contain the files that `tools.certificates server` makes: nginx presents server.crt to the sites, and
+checks that the SuperLink uses it too. nginx.conf and a folder nginx/ for temporary files are created in the same
+folder. nginx does not need root: let the user who owns the keys run it.
 """
 
 import re
@@ -48,7 +48,7 @@ def write_proxy_files(folder: Path, listen: str, superlink: int) -> Path:
     if not re.fullmatch(r"[\w.:\[\]-]+:\d+", listen):
         raise ValueError(f"--listen {listen} is not an address: give HOST:PORT")
     if not re.fullmatch(r"[\w./-]+", str(folder)):
-        raise ValueError(f"{folder} has characters with a meaning in nginx.conf: use a folder with a plain name")
+        raise ValueError(f"{folder} has characters that are special in nginx.conf: use a folder with a plain name")
     run = folder / "nginx"
     run.mkdir(exist_ok=True)
     values = {"folder": folder, "run": run, "listen": listen, "superlink": superlink, "calls": "|".join(CALLS)}
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the files and print the path of nginx.conf."""
     parser = new_parser(__doc__)
     parser.add_argument("folder", type=Path, help="with ca.crt, server.crt and server.key")
-    parser.add_argument("--listen", default="0.0.0.0:8000", help="where sites come in; default: %(default)s")
+    parser.add_argument("--listen", default="0.0.0.0:8000", help="where sites connect; default: %(default)s")
     parser.add_argument("--superlink", type=int, default=9000, help="its port on 127.0.0.1; default: %(default)s")
     given = parser.parse_args(arguments)
     try:

@@ -5,8 +5,8 @@
     python -m tools.report SWEEP_DIR --out report.html --png FIGURES ... of a sweep, with the figures as PNG files
     python -m tools.report RUN_DIR --benchmark benchmark.json        ... with the results of tools.benchmark --json
 
-RUN_DIR is a folder below home/runs; SWEEP_DIR is a folder of runs. Nothing is written to them. The page says what a run
-does not record. Exits 0, or 1 with one line on standard error.
+RUN_DIR is a folder below home/runs; SWEEP_DIR is a folder of runs. Nothing is written to them. If a run did not record
+something, the page says so. Exits 0, or 1 with one line on standard error.
 """
 
 import re
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--png", type=Path, metavar="DIR", help="also write the figures as PNG files")
     parser.add_argument("--benchmark", type=Path, metavar="JSON", help="also show a file of tools.benchmark --json")
     given = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", "Glyph", UserWarning)  # the browser has fonts for them
+    warnings.filterwarnings("ignore", "Glyph", UserWarning)  # the browser has fonts for missing glyphs
     try:
         if not given.out.absolute().parent.is_dir():
             raise ReportError(f"there is no folder for {given.out}: make it first")
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         more = [benchmarks(given.benchmark)] if given.benchmark else []
         title = given.runs[0].absolute().name if len(given.runs) == 1 else f"{len(runs)} runs"
         html, pictures = page_of(runs, jobs, runs[0].name if len(runs) == 1 else title, *more)
-        write_bytes(given.out, html.encode(errors="replace"))  # of paths that are not UTF-8
+        write_bytes(given.out, html.encode(errors="replace"))  # some paths are not valid UTF-8
         if given.png:
             export(given.png, pictures)
     except (ReportError, OSError) as error:

@@ -32,7 +32,7 @@ from tools.running.progress import announce, is_json, take_format
 from tools.running.run_entries import advice, complete_rounds, resume_command
 
 HELP = """\
-Train one model with many clients: a federated run, or a sweep of runs, on this machine or over real SuperNodes.
+Train one model with many clients: a federated run, or a sweep of runs, on this machine or on real SuperNodes.
 
   python -m tools.run                                        the default: a small ViT on ten clients with digits
   python -m tools.run experiment=toy_regression seed=3       another experiment and another setting
@@ -53,13 +53,13 @@ Results go to ~/.flapp/runs/<run_name>; home=DIR or FLAPP_HOME replaces ~/.flapp
 the experiment and the time.
 Clients run in worker processes of this command (deployment=inline); deployment.workers=0 runs them in this process
 itself, for breakpoint(). deployment=simulation runs them in Ray. deployment=local runs them on SuperNodes, Flower's
-client processes: on this machine (`python -m tools.federation up`), or wherever deployment.address leads.
+client processes: on this machine (`python -m tools.federation up`), or at deployment.address.
 run_name=mine resume=true resume_from=7 goes back to round 7, if the server still keeps it (checkpoint=all keeps every
 round). A finished run cannot be given more rounds.
 Accuracy and loss are measured on the test samples of all clients. Personal accuracy is that of each client's own model:
 the global model after fine-tuning on the client's samples (evaluate.personal_epochs), or, with
 strategy.aggregation=fedsa, with the adapter parts that the client keeps to itself.
-Two times are printed: that of the run, from the first client asked to the last result, and that of the whole command.
+Two times are printed: for the run, from the first request to a client to the last result, and for the whole command.
 Exit status: 0 if every run finished, 1 if one failed or was refused (one line says why), 130 if interrupted.
 """
 NOTES = {"personal_accuracy": " (of each client's own model)"}
@@ -169,7 +169,7 @@ def main() -> int:
         return 0
     for number in SIGNALS:
         signal.signal(number, _interrupt)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, who say them in one line
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on to us, and we print them in one line
     outcomes: list[sweep.Outcome] = []
     try:
         return run_jobs(outcomes)
@@ -254,6 +254,6 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    from tools import run  # so that other processes find job by name, and not by its code
+    from tools import run  # so that other processes import `job` by its name
 
     sys.exit(run.main())

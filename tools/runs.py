@@ -2,12 +2,12 @@
 
     python -m tools.runs list                      every run: status, rounds, figures, last start, sizes on disk
     python -m tools.runs show NAME                 its settings, figures and last lines, and how to resume it
-    python -m tools.runs stop NAME                 stop it if it is running, also after its command was killed
-    python -m tools.runs remove NAME... [--yes]    its folder and client stores, after asking; of a sweep, all its runs
+    python -m tools.runs stop NAME                 stop it if it is running, even if its command was killed
+    python -m tools.runs remove NAME... [--yes]    its folder and client stores, after asking; for a sweep, all its runs
 
 A run is finished, failed, running, or interrupted (it is not running and left no result). Sizes are those of the run's
 folder and of its client stores: the clients' checkpoints in home/checkpoints. Stores in other places are not counted.
-Split models (split=auto) are counted, but stay when a run is removed. --json prints the same as JSON.
+Split models (split=auto) are counted, but are kept when a run is removed. --json prints the same as JSON.
 Exits 0, or 1 with one line on standard error.
 """
 
@@ -80,7 +80,7 @@ def list_lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"{name:<{width}}  {run['status']:<11}  {figures}"
     split = sum(run["split_bytes"] for run in runs)
     total = split + sum(run["run_bytes"] + run["store_bytes"] for run in runs)
-    splits = f", {in_bytes(split)} of it split models" if split else ""
+    splits = f", {in_bytes(split)} of that in split models" if split else ""
     yield f"{len(runs)} run{'s' * (len(runs) != 1)}, {in_bytes(total)} in all{splits}"
 
 
@@ -113,7 +113,7 @@ def show_lines(found: dict[str, Any]) -> Iterator[str]:
     held = ", ".join(f"{name} {in_bytes(found[key])}" for name, key in sizes.items() if found[key])
     facts = {"folder": found["path"], "size": held, "started": found["started"]}
     if found["store_bytes"]:
-        facts["client stores"] = f"{found['store_folder']} (what clients keep between rounds; removed with the run)"
+        facts["client stores"] = f"{found['store_folder']} (the clients' saved state; removed with the run)"
     facts["settings"] = " ".join(found["changed"])
     summary = found["summary"]
     facts |= {name: write(summary[key]) for key, (name, write) in FIGURES.items() if summary.get(key) is not None}
@@ -148,7 +148,7 @@ def remove(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def links_on(home: Path, folder: Path) -> list[Path]:
-    """List the symbolic links among a folder below home/runs or home/checkpoints and the folders it lies in there."""
+    """List the symbolic links among a folder and its parent folders, below home/runs or home/checkpoints."""
     below = folder.relative_to(home).parts
     places = [home.joinpath(*below[:depth]) for depth in range(2, len(below) + 1)]
     return [place for place in places if place.is_symlink()]
@@ -201,7 +201,7 @@ def stop_lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"{found['name']} is not running"
         return
     yield f"stopped {found['name']} (pids {', '.join(map(str, found['pids']))})"
-    yield f"continue it with its settings and run_name={found['name']} resume=true"
+    yield f"continue it with the same settings and run_name={found['name']} resume=true"
 
 
 COMMANDS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[..., Iterator[str]]]] = {
@@ -213,7 +213,7 @@ COMMANDS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[..., Iterator[
 
 
 def default_home() -> Path:
-    """Return the home that commands use unless it is given."""
+    """Return the home folder that commands use by default."""
     return Path(os.environ.get("FLAPP_HOME") or Path.home() / ".flapp").absolute()
 
 
@@ -240,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     act, lines = COMMANDS[given.command]
     try:
         found = act(given)
-    except (OSError, RuntimeError, ValueError) as error:  # of several tools, each with one line
+    except (OSError, RuntimeError, ValueError) as error:  # several modules raise these, with one-line messages
         print(as_called(f"error: {error}"), file=sys.stderr)
         return 1
     print(json.dumps(finite(found), indent=1) if given.json else "\n".join(lines(found)))

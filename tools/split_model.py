@@ -1,9 +1,10 @@
-"""Store the final ViT of a finished run as bottom, trunk and top.
+"""Split the final ViT of a finished run into bottom, trunk and top, and save each as a file.
 
     python -m tools.split_model RUN_DIR --points 2 10 --out DIR [--check] [--overwrite]
 
-Adapters are merged into RUN_DIR/model.safetensors already. --check loads the three from their files again and compares
-their output with that of the whole model, bit for bit. Prints the files; exits 0, or 1 with one line on standard error.
+In RUN_DIR/model.safetensors, adapters are already merged into the model. --check loads the three from their files again
+and compares their output with that of the whole model, bit for bit. Prints the files; exits 0, or 1 with one line on
+standard error.
 """
 
 import sys
@@ -47,7 +48,7 @@ def split_run(run: Path, points: Sequence[int], out: Path, check: bool, overwrit
 
 
 def read_finished(run: Path) -> dict[str, Any]:
-    """Return the settings of a finished run whose model has the SHA-256 that its summary says."""
+    """Return the settings of a finished run after checking its model's SHA-256 against its summary."""
     try:
         config, summary = read_yaml(run / "config.yaml"), read_json(run / "metrics.json")
         check_safetensors(run / MODEL)
@@ -79,13 +80,13 @@ def compare(whole: nn.Module, models: Sequence[SplitModel]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command and return the exit status."""
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("run_dir", type=Path)
     add("--points", type=int, nargs=2, required=True, metavar=("P1", "P2"), help="first layer of trunk and of top")
     add("--out", type=Path, required=True, help=f"folder of {', '.join(COMPONENTS)}")
-    add("--check", action="store_true", help="recompose from the files and compare with the whole")
+    add("--check", action="store_true", help="reload the files and compare with the whole model")
     add("--overwrite", action="store_true", help="replace files of the same name and points")
     given = parser.parse_args(arguments)
     try:

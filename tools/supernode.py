@@ -3,14 +3,15 @@
     python -m tools.supernode ARGUMENTS        the arguments of flower-supernode
 
 Flower's SuperNode asks for a message every 3 s and for its client's reply every 0.5 s, its SuperExec looks for work
-every second, and each message starts a new Python, which imports PyTorch. Here each of them asks at short intervals
-first, which then grow to Flower's own. A client's process is a fork of a process that has imported what clients need
-but has run nothing. What is sent and computed stays the same, to the last byte. A SuperNode whose SuperExec dies ends
-too; Flower's own would stay online without answering.
+every second, and each message starts a new Python, which imports PyTorch. Here, all of these intervals start short and
+then grow to Flower's own. Each client process is forked from a process that has imported what clients need and has done
+nothing else. All messages and results stay byte-identical. If its SuperExec dies, this SuperNode ends too; Flower's own
+would stay online without answering.
 
-Flower has no settings for this, so names are replaced in three of its modules. Versions of Flower without these names
-are refused; `tools.federation up --plain` runs Flower's own SuperNode. There are three processes: this one, then
-`superexec`, which it starts, and `clients`, which `superexec` starts and whose forks are the clients' processes.
+Flower has no settings for this, so this program replaces names in three of Flower's modules. It refuses versions of
+Flower without these names; `tools.federation up --plain` runs Flower's own SuperNode. There are three processes: this
+one, then `superexec`, which it starts, and `clients`, which `superexec` starts and whose forks are the clients'
+processes.
 """
 
 import gc
@@ -28,7 +29,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-FIRST_PAUSE, GROWTH = 0.05, 1.15  # seconds; pauses come to about a seventh of the time waited so far
+FIRST_PAUSE, GROWTH = 0.05, 1.15  # seconds; each pause is about a seventh of the time waited so far
 OWNER_ONLY = Path(__file__).with_name("deployment") / "owner_only.py"
 COMMAND = "flwr.supernode.cli.flower_supernode"
 NODE, EXEC = "flwr.supernode.start_client_internal", "flwr.supercore.superexec.run_superexec"
@@ -38,14 +39,14 @@ SUPEREXEC, CLIENT, INSTALL = "flower-superexec", "flwr-clientapp", "--allow-runt
 
 
 class Pauses:
-    """Sleeps that are short at first and grow up to the requested length; another kind of wait starts short again."""
+    """Sleeps that start short and grow to the requested length; a different requested length starts short again."""
 
     def __init__(self) -> None:
         self.longest = 0.0
         self.pause = FIRST_PAUSE
 
     def sleep(self, seconds: float) -> None:
-        """Sleep for `seconds` at most; a wait of another requested length is another kind of wait."""
+        """Sleep for at most `seconds`; if this differs from the last call, start with short pauses again."""
         if seconds != self.longest:
             self.longest = seconds
             self.reset()
@@ -81,12 +82,12 @@ class Launcher:
 
 
 def own_command(role: str, *arguments: str) -> list[str]:
-    """Return the command line of another of this program's processes; -P keeps tools/ out of the clients' path."""
+    """Return the command that starts this program in another role; -P keeps tools/ out of the import path."""
     return [sys.executable, "-P", os.path.abspath(__file__), role, *arguments]
 
 
 def replace_names(name: str, **stand_ins: Any) -> None:
-    """Replace what a module of Flower's calls `time` or `subprocess`; exits when it does not use them as known."""
+    """Replace `time` or `subprocess` in a module of Flower; exit if the module does not use them as expected."""
     from flwr.supercore.version import package_version
 
     module = importlib.import_module(name)
@@ -132,16 +133,16 @@ def run_superexec() -> Any:
 
 
 def run_clients() -> Any:
-    """Fork a process for every command line that comes in, until no more can come."""
+    """Fork a process for every command line read from stdin, until stdin is closed."""
     for name in NEEDED:
         importlib.import_module(name)
-    gc.freeze()  # or a fork's first collection copies all memory
+    gc.freeze()  # otherwise a fork's first garbage collection would copy all memory
     fork = multiprocessing.get_context("fork")
     for line in sys.stdin:
         fork.Process(target=run_client, args=(json.loads(line),)).start()
     for client in multiprocessing.active_children():  # they see for themselves that their SuperExec is gone
         client.join()
-    os._exit(0)  # taking PyTorch apart would take a second
+    os._exit(0)  # a normal exit takes a second to unload PyTorch
 
 
 def run_client(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Check prepared data, trusting nothing about how it was made: a list of checks, each ok or FAILED with the reason.
+"""Check prepared data without trusting how it was made; print a list of checks, each ok or FAILED with the reason.
 
     python -m tools.verify_data PATH             PATH: one split, a dataset (all its splits), or a folder of shards
     python -m tools.verify_data PATH --full      every byte, instead of some blocks of 16 MiB
@@ -37,7 +37,7 @@ from flapp.untrusted import printable
 from tools.cli import new_parser
 
 MOST_TEXT = 1000  # characters in the answer of a check
-COMPLETE = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000)}  # samples of the splits with balanced classes
+COMPLETE = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000)}  # sizes of splits whose classes must be balanced
 AFTER = "cannot be checked after the failure above"
 
 
@@ -52,7 +52,7 @@ class Check:
 
 
 def ask(folder: Path, name: str, question: Callable[[], str]) -> Check:
-    """Ask a question, which returns what it found or raises DataError."""
+    """Run one check function, which returns what it found or raises DataError."""
     try:
         return Check(str(folder), name, True, printable(question(), MOST_TEXT))
     except DataError as error:
@@ -173,7 +173,7 @@ class Split:
         if self.folder.name.startswith("train") and not counts.all():
             raise DataError(f"class {classes[int(counts.argmin())]!r} has no samples")
         if len(labels) in COMPLETE.get(self.folder.parent.name, ()) and counts.min() != counts.max():
-            raise DataError(f"{counts.min():,} to {counts.max():,} samples of a class, which must have equally many")
+            raise DataError(f"{counts.min():,} to {counts.max():,} samples of a class: all must have equally many")
         return f"{len(classes)} classes with {counts.min():,} to {counts.max():,} samples"
 
     def labels_hash(self) -> str:
@@ -217,7 +217,7 @@ QUESTIONS: dict[str, Callable[[Split], str]] = {
 def found_intact(name: str, damaged: list[int], what: str) -> str:
     if damaged:
         raise DataError(f"block {damaged[0]} of {name} was changed (damaged, rolled or permuted): prepare it again")
-    return f"{what} as they were written"
+    return f"{what} unchanged since written"
 
 
 def spread(number: int, some: int | None) -> list[int]:
@@ -232,7 +232,7 @@ class Pixels:
         images, expected, blocks = split.images, split.meta["images"]["blocks"], blocks_of(split.images)
         total, numbers = len(blocks), spread(len(blocks), split.blocks)
         self.where = f"{len(numbers)} of {total} blocks"
-        # Blocks that are hashed but missing, or present but not hashed, are damage in any sample.
+        # Blocks that are hashed but missing, or present but not hashed, count as damage, whichever blocks are checked.
         self.damaged = list(range(min(total, len(expected)), max(total, len(expected))))
         self.zeros, self.not_finite = list[int](), list[int]()
         self.alike, self.highest = True, -np.inf
@@ -301,12 +301,12 @@ def shard_of_client(manifest: Manifest, client_id: str, writers: dict[str, str])
         raise DataError(f"{shard.path} is not the shard that the manifest lists: make the shards again")
     for writer in read_shard_meta(shard.path)["writers"]:
         if (other := writers.setdefault(writer, client_id)) != client_id:
-            raise DataError(f"writer {writer} is also with client {other}: make the shards again")
+            raise DataError(f"writer {writer} is also in client {other}'s shard: make the shards again")
     return shard_pixels(shard)
 
 
 def shard_pixels(shard: DistributedShardLoader) -> str:
-    """Check the images of a shard for what no hash shows."""
+    """Check the images of a shard for faults that hashes cannot show."""
     for split, count in shard.num_samples.items():
         highest = 0
         for images, _ in read_blocks(shard.path / f"{split}.safetensors", count):

@@ -1,4 +1,4 @@
-"""Look at a store as a whole: every problem in it, what changed between two rounds, and a round as safetensors."""
+"""Inspect a store: find every problem in it, compare two rounds, and export a round as safetensors."""
 
 import json
 import math
@@ -65,7 +65,7 @@ def _structure_problems(store: Store) -> Iterator[str]:
     for (number,) in store.execute(strays):
         yield f"{store.path}: round {number} has chunks, but is not in the list of rounds: save or drop it again"
     if orphans := len(store.execute(ORPHANS)):
-        yield f"{store.path}: {orphans} chunks belong to no round: they go when a round expires"
+        yield f"{store.path}: {orphans} chunks belong to no round: they are deleted when a round expires"
 
 
 def _round_problems(store: Store, record: tuple[Any, ...], sizes: dict[int, int]) -> Iterator[str]:

@@ -22,7 +22,7 @@ ITEM_SIZES |= {"complex32": 4, "complex64": 8, "complex128": 16}
 ITEM_SIZES |= {f"float8_{kind}": 1 for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")}
 LARGEST = 1 << 62  # bytes of one tensor, so that no product of sizes overflows
 # Equal chunks are stored once, so a small file can claim a model of any size. Without a model to load it into, a round
-# may have ALWAYS_BELIEVED bytes, or MOST_REPEATED times the bytes of its distinct chunks.
+# may claim at most ALWAYS_BELIEVED bytes, or MOST_REPEATED times the bytes of its distinct chunks.
 ALWAYS_BELIEVED = 128 << 20
 MOST_REPEATED = 8
 RESTORE = "restore the file from a copy"  # the fix for damage
@@ -218,7 +218,7 @@ def join(chunks: Iterable[list[Part]]) -> dict[str, Spec]:
 
 
 def check_believable(where: str, entries: list[Entry]) -> None:
-    """Raise CheckpointError when a round claims more bytes than its distinct chunks make believable."""
+    """Raise CheckpointError when a round claims far more bytes than its distinct chunks contain."""
     claimed = sum(entry.size for entry in entries)
     stored = sum({entry.rowid: entry.size for entry in entries}.values())
     most = max(ALWAYS_BELIEVED, MOST_REPEATED * stored)

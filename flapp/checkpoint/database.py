@@ -2,7 +2,7 @@
 
     chunk_data      one row for each distinct chunk: its hash, codec 0 (raw) and its bytes
     chunk_metadata  (round, chunk_id) -> hash, parts (JSON, see chunks.py) and size in bytes
-    rounds          what a round was saved with, and the digest of that; `saved` counts up for retention
+    rounds          the metadata of a round and its digest; `saved` numbers the saves and decides which rounds expire
     store_meta      format version, hash algorithm and how the store cuts tensors
 
 A store may come from somebody else. It is refused unless its schema is exactly SCHEMA, without any other trigger, view,
@@ -33,7 +33,7 @@ HASH = "blake3"  # of new stores
 HASHES: dict[Any, Callable[[], Any]] = {"blake3": blake3, "sha256": hashlib.sha256}  # older stores may have SHA-256
 BUSY_SECONDS = 60
 PRAGMAS = ("trusted_schema=OFF", "cell_size_check=ON", "journal_mode=TRUNCATE", "synchronous=FULL", "secure_delete=OFF")
-# Whoever made the file may want its schema, or damage in it, to run code.
+# A malicious file may try to run code through its schema or through damaged pages.
 SAFE = {"DEFENSIVE": 1, "TRUSTED_SCHEMA": 0, "ENABLE_TRIGGER": 0, "ENABLE_VIEW": 0}
 SCHEMA = (
     "CREATE TABLE chunk_data(id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, codec INTEGER NOT NULL, data BLOB)",
@@ -51,7 +51,7 @@ DAMAGED = "it is damaged: restore it from a copy, or move it away to start a new
 FIXES: dict[type[Exception], str] = {
     apsw.BusyError: "another process has held its lock for a minute: wait for it, or stop it",
     apsw.ReadOnlyError: "it may not be written: check the permissions of the file and its folder",
-    apsw.IOError: "its disk fails: look at the system log, and restore the file from a copy if it stays so",
+    apsw.IOError: "its disk reports errors: look at the system log, and restore the file from a copy if they continue",
     apsw.CorruptError: DAMAGED,
     UnicodeDecodeError: DAMAGED,
     apsw.FullError: "its disk is full, earlier rounds are intact: make room and save again",
@@ -147,7 +147,7 @@ class Database:
         self.meta = meta
 
     def has_tables(self) -> bool:
-        """Say whether a first round has been saved by now, here or by another process."""
+        """Return whether the store has its tables, which this or another process creates with the first round."""
         if not self.meta:
             self._read_meta()
         return bool(self.meta)

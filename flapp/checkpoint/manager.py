@@ -43,8 +43,8 @@ class ChunkManager:
         """Open the store at `path`, or make it if it is missing and `create` is set.
 
         keep_rounds: how many rounds to keep, all if None. chunk_bytes: the size of a full chunk (about 1 MiB if None);
-        chunk_num: cut the whole model into this many equal chunks instead. An existing store keeps the way of cutting
-        it was made with, unless one is given. Raises CheckpointError for a file that is not a store.
+        chunk_num: cut the whole model into this many equal chunks instead. An existing store keeps its way of cutting
+        unless chunk_bytes or chunk_num is given. Raises CheckpointError for a file that is not a store.
         """
         for name, value in {"keep_rounds": keep_rounds, "chunk_bytes": chunk_bytes, "chunk_num": chunk_num}.items():
             if value is not None:
@@ -163,8 +163,8 @@ class ChunkManager:
 
         The model must have the same names, shapes and dtypes. Without one, a round that claims far more bytes than the
         file holds is refused (see chunks.py). Every byte is verified before any of it is used: when CheckpointError is
-        raised, the model is as it was, unless the disk fails after that and the error says that the model is partly
-        overwritten.
+        raised, the model is unchanged, unless the disk fails after verification; then the error says that the model is
+        partly overwritten.
         """
         from flapp.checkpoint.tensors import new_tensors, raw, reject_foreign, shares_memory, written
 

@@ -149,7 +149,7 @@ class Store(Database):
         return [self.round(record) for record in self.records().values()]
 
     def round(self, record: tuple[Any, ...]) -> Round:
-        """Return what a round was saved with; raises CheckpointError when that was changed."""
+        """Return the metadata of a round; raises CheckpointError when it was changed after saving."""
         number, _, created_at, metrics, *digests, digest = record
         try:
             if not all(type(fact) is str for fact in (created_at, metrics, *digests)):
@@ -241,14 +241,15 @@ class Store(Database):
             raise CheckpointError(f"{where}: its bytes are damaged (another {self.meta['hash']} than noted): {RESTORE}")
 
     def read_into(self, round_num: int, entries: list[Entry], buffers: Mapping[str, memoryview]) -> None:
-        """Read chunks into the bytes of their tensors, which hold no good values until this returns."""
+        """Read chunks into the bytes of their tensors, whose values are not valid until this returns."""
         places = ((entry, pieces_of(entry.parts, buffers)) for entry in entries)
         self.read_verified(round_num, places, len(entries))
 
     def load_into(self, round_num: int, entries: list[Entry], buffers: Mapping[str, memoryview]) -> None:
         """Read chunks into a live model once all are verified, in one transaction, which keeps other writers out.
 
-        The chunks are read twice: that costs less than touching as much new memory once.
+        The chunks are read twice, once to verify and once to load: that is cheaper than allocating memory for all of
+        them.
         """
         before = self.path.stat().st_mtime_ns  # shows who wrote without a lock; hashing twice would cost 60 % of a load
         largest = max((entry.size for entry in entries), default=0)

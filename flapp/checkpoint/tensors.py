@@ -66,7 +66,7 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 def specs_of(params: Mapping[str, Tensor]) -> dict[str, Spec]:
-    """Return the spec of every tensor of model_to_params; of tied ones, all but the first name the first."""
+    """Return the spec of every tensor of model_to_params; tied tensors refer to the first one of them."""
     first: dict[int, str] = {}
     specs = {}
     for key, tensor in params.items():

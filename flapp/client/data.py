@@ -1,8 +1,8 @@
-"""The data of one client: its own shard, or its part of a shared artifact; with the claim that it makes about them.
+"""The data of one client: its own shard, or its part of a shared artifact; and its claim, which describes the data.
 
 Both give the same batches for the same assignment. So a run over shards (not streamed) and one over the shared artifact
-end in the same bytes. A process (such as a Ray actor) keeps data open from message to message, and opens and checks
-them again when one of their files has been written again.
+end with byte-identical models. A process (such as a Ray actor) keeps data open between messages, and opens and checks
+them again when one of their files has changed.
 """
 
 import hashlib

@@ -41,10 +41,10 @@ T = TypeVar("T")
 
 
 def group_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Serve the clients of a group one after another, each with a message of its own, and answer for all of them.
+    """Handle a group's message: call the app once for each client of the group, and send one reply for all of them.
 
-    A client that fails is named with its reason, and the others count. This mod is the outermost one: everything inside
-    is an app for a single client.
+    If a client fails, the reply says which one and why, and the other clients are still used. This mod is the outermost
+    one: everything inside is an app for a single client.
     """
     if not message.has_content() or GROUP not in message.content:
         return call_next(message, context)
@@ -71,13 +71,13 @@ def serve_group(message: Message, context: Context, call_next: ClientAppCallable
                 settle(reply)
         except MessageError as error:
             answer = Answer(asked.client_id, failure=one_line(str(error)))
-        context.state.pop(private_key(asked.client_id), None)  # its store has it, and another node may be next
+        context.state.pop(private_key(asked.client_id), None)  # its store has it; its next node may differ
         answers.append(answer)
     return pack_answers(message, answers, total.arrays or None)
 
 
 def examine(reply: Message, kind: str, group: Group, asked: Asked, expected: Mapping[str, Array]) -> Answer:
-    """Return a client's answer; raises MessageError, with the server's reasons, for a reply that cannot count.
+    """Return a client's answer; raises MessageError for a reply that the server would reject, with the same reason.
 
     Numbers and tensors are examined here only for a sum. Otherwise the server, which receives them, does it.
     """
@@ -110,7 +110,7 @@ def answer_with_error(message: Message, error: Exception) -> Message:
 def checkpoint_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Save what a client trains, before the reply leaves; the reply stays as it is.
 
-    Private state is first put back as of the round that the server names. A client that is asked again for a round
+    First, the private state is restored from the round that the server names. A client that is asked again for a round
     which it has trained from the same model, data and settings answers from its store. With privacy.enabled it says so,
     because sending the same bytes again releases nothing. A store that cannot be used is a warning, or with
     checkpoint.on_error=fail the client's failure.
@@ -143,7 +143,7 @@ def privacy_mod(message: Message, context: Context, call_next: ClientAppCallable
 
     This mod is inside checkpoint_mod. So a client's store holds the noisy update only, and sends the same one again.
     Flower's LocalDpMod is not used. Its sigma is right only for an epsilon below 1. It fails for an update of zero, and
-    it lets an update with a NaN and tensors without dimensions pass as they are.
+    it returns updates with a NaN and tensors without dimensions unchanged.
     """
     if message.metadata.message_type != TRAIN or not (privacy := read_task(message, context).config.privacy).enabled:
         return call_next(message, context)
@@ -159,7 +159,7 @@ def privacy_mod(message: Message, context: Context, call_next: ClientAppCallable
 def tolerate(store: ClientStore, action: Callable[[], T]) -> T | None:
     """Return the result of an action on a store. Its failure is logged and gives None, or is raised, as on_error says.
 
-    It is always raised where private tensors are at stake: the server counts on a client to keep them.
+    It is always raised if the client has private tensors, because the server relies on the client to save them.
     """
     try:
         return action()
@@ -172,7 +172,7 @@ def tolerate(store: ClientStore, action: Callable[[], T]) -> T | None:
 
 
 def describe(error: Exception) -> str:
-    """Return an error in one line, with its type where the text was not written for people."""
+    """Return an error in one line, with its type unless its text is written for users."""
     text = " ".join(str(error).split())
     plain = isinstance(error, ValueError | FloatingPointError) and text
     return text if plain else f"{type(error).__name__}: {text}"

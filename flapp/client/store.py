@@ -1,7 +1,7 @@
 """What a client keeps from round to round: <checkpoints>/<run_name>/client_<id>/client_<id>_chunks.db.
 
-A round holds the tensors of the client's reply, its private tensors (those that never travel, named in the round's
-metrics), the reply's numbers, and by digest what it was trained from.
+A round contains the tensors and numbers of the client's reply, its private tensors (which are never sent; the round's
+metrics name them), and digests of what it was trained from.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ class ClientStore:
         return root / config.run_name / name / f"{name}_chunks.db"
 
     def restore_private(self) -> None:
-        """Put the client's private tensors back as of the last round that the server accepted from it."""
+        """Restore the client's private tensors from the last round that the server accepted from it."""
         instructions = self.task.instructions
         self.context.state.pop(private_key(self.task.client_id), None)
         if instructions.private and instructions.accepted_round and self.path.exists():
@@ -47,7 +47,7 @@ class ClientStore:
                     self._put_back(store, kept)
 
     def find_trained(self, message: Message, received: str) -> Message | None:
-        """Return the reply to this very message if it is kept: same model, data, settings and source."""
+        """Return the saved reply to this message if there is one with the same model, data, settings and source."""
         if not self.path.exists():
             return None
         with self._open() as store:

@@ -24,11 +24,11 @@ from flapp.untrusted import DEEPEST, parse_json, printable, read_bytes
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # of a wheel, or of a checkout
-CHANGEABLE_ON_RESUME = (  # a resumed run may change these: they do not reach its bytes
+CHANGEABLE_ON_RESUME = (  # a resumed run may change these: they do not affect the final model
     *("home", "run_name", "resume", "resume_from", "resume_anyway", "deployment", "checkpoint", "split", "results"),
     *("strategy.wait_for_clients", "strategy.timeout"),
     *("dataset.source", "dataset.download", "distributed_data.shard_path", "distributed_data.manifest"),
-    *("model.pretrained", "lora.adapter"),  # where the start lies; a base is compared by its digest
+    *("model.pretrained", "lora.adapter"),  # paths of the files to start from; a base is compared by its digest
 )
 MOST_YAML = 256 << 10  # bytes of a run's config.yaml, which has a few kB
 MOST_NODES = 20_000  # keys and values in it; OmegaConf takes seconds for as many
@@ -186,7 +186,7 @@ def config_digest(config: Config) -> str:
 
 
 def differences(before: Mapping[str, Any], config: Config) -> list[str]:
-    """List where `config` differs from the plain values `before`, in settings that a run's bytes may depend on."""
+    """List how `config` differs from the plain values `before`, in settings that may change a run's result."""
     old, new = _deciding(json.loads(json.dumps(before))), _deciding(json.loads(to_json(config)))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return [f"{key} was {old.get(key)}, is {new.get(key)}" for key in changed]
@@ -225,7 +225,7 @@ def explain(error: Exception) -> ConfigError:
 
 
 def _deciding(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested settings to dotted names, without those that only say where, when and how long."""
+    """Flatten nested settings to dotted names, leaving out those in CHANGEABLE_ON_RESUME."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = prefix + key

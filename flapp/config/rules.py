@@ -1,4 +1,4 @@
-"""Settings that are fine alone but not together: what is wrong and how to fix it."""
+"""Check combinations of settings: find those that are invalid together, and say how to fix them."""
 
 from collections.abc import Iterator
 from functools import reduce
@@ -39,7 +39,7 @@ def _run_faults(config: Config) -> Iterator[str]:
     if any(len(part.encode(errors="replace")) > NAME_BYTES for part in name.parts):
         yield f"run_name={run_name} has more than the {NAME_BYTES} bytes of a file name: give a shorter name"
     if config.resume_from is not None and not config.resume:
-        yield f"resume_from={config.resume_from} goes back in a run that has begun: add resume=true"
+        yield f"resume_from={config.resume_from} only works when a run is resumed: add resume=true"
     if config.resume_anyway and not config.resume:
         yield "resume_anyway=true resumes a run although its source or data changed: add resume=true"
 
@@ -191,7 +191,7 @@ def _runtime_faults(config: Config) -> Iterator[str]:
 
 
 def _split_faults(config: Config) -> Iterator[str]:
-    """Yield what keeps the final model from being stored split: no folder, no ViT, or points outside its layers."""
+    """Yield the reasons why the final model cannot be split: no folder, no ViT, or split points outside its layers."""
     split, name = config.split, config.model.name
     if not split.auto_save_split_models:
         return

@@ -234,7 +234,7 @@ class Config:
 
     @property
     def chooses(self) -> bool:
-        """Say whether this run chooses by evaluations: when to stop, or which round to end with."""
+        """Return whether this run uses evaluations to decide when to stop or which round's model to keep."""
         return self.evaluate.select == "best" or self.stopping.metric is not None
 
     @property

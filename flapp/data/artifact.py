@@ -195,7 +195,7 @@ def open_artifact(folder: Path, verify: bool = False) -> Artifact:
 
 
 def open_verified(folder: Path) -> Artifact:
-    """Open the split in `folder` and make sure, once and not in every process, that its bytes are what meta.json says.
+    """Open the split in `folder` and make sure that its bytes match meta.json, once for all processes.
 
     Raises DataError naming what is wrong.
     """

@@ -1,6 +1,6 @@
 """From stored uint8 pixels to model input: resize as PIL does, scale and normalise as torchvision does, augment.
 
-`materialize` stores resized images, for those who would rather spend disk space than time on it at every step.
+`materialize` stores resized images, which takes disk space but saves the time to resize them at every step.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,7 +44,7 @@ def resize(pixels: Tensor, size: int) -> Tensor:
         return _interpolate(pixels.float(), size, size).round_().clamp_(0, 255).to(torch.uint8)
     if size % 4:
         return _interpolate(pixels, size, size).contiguous()
-    # As PIL does: first every row, then every column, rounding to uint8 in between. To make planes of channels-last
+    # As PIL does: first every row, then every column, rounding to uint8 in between. Making planes of channels-last
     # pixels between the two moves a fraction of the bytes that it would move at the end.
     rows = _interpolate(pixels, height, size).contiguous()
     # The columns are independent of each other. Four neighbours passed as the channels of one pixel take PyTorch's

@@ -1,4 +1,4 @@
-"""The loader that a client trains from: batches made ahead by one thread."""
+"""Load a client's batches for training; one thread prepares them ahead."""
 
 import math
 import mmap

@@ -1,4 +1,4 @@
-"""Who holds which sample: seeded partitions of an artifact, saved so that every client reads the same one.
+"""Assign samples to clients: seeded partitions of an artifact, saved so that every client reads the same one.
 
 docs/formats.md describes the file. Only a partition by writer has the split val saved; `hold_out` adds it to others.
 """
@@ -21,7 +21,7 @@ MOST_HEADER = 64 << 10  # bytes; ours has about 300
 
 @dataclass(frozen=True)
 class Partition:
-    """Sample indices of each client, sorted; requested is the (clients, classes) table behind the draw.
+    """Sorted sample indices of each client; requested: the table (clients, classes) that the draw asked for.
 
     train and val index the train artifact, test the test artifact; val is empty when nothing is held out.
     """
@@ -42,7 +42,7 @@ def make_partition(
     min_size: int = 1,
     classes_per_client: int = 2,
 ) -> Partition:
-    """Give every sample of both splits to exactly one of `clients`, each with one label mix in train and test.
+    """Give every sample of both splits to exactly one of `clients`, with the same label mix in train and test.
 
     kind: `iid`; `dirichlet`, each class divided by Dir(alpha) (Hsu et al. 2019, arXiv:1909.06335);
     `pathological`, classes_per_client classes each (McMahan et al. 2017, arXiv:1602.05629). Raises DataError, with

@@ -207,7 +207,7 @@ class _ForbiddenError(Exception):
 
 
 class _Array:
-    """Stand for a pickled numpy array: numpy's own __setstate__ trusts what it is given, this one does not."""
+    """Stand in for a pickled numpy array: numpy's own __setstate__ trusts its input, this one checks it."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, data = state
@@ -248,7 +248,7 @@ class _Unpickler(pickle.Unpickler):
     def _encode(self, text: str, encoding: str) -> bytes:
         self.left -= len(text)
         if self.left < 0:
-            raise ValueError("it makes more bytes of its text than it holds")
+            raise ValueError("its texts expand to more bytes than the file contains")
         return text.encode("latin1")
 
 

@@ -1,4 +1,4 @@
-"""A Grid that polls with a back-off of its own and reports replies as they come in."""
+"""A Grid that polls with increasing pauses and reports replies as they arrive."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -11,15 +11,15 @@ FIRST_PAUSE, LONGEST_PAUSE, GROWTH = 0.02, 1.0, 1.1  # seconds; Flower's own gri
 
 
 def is_simulated(grid: Grid) -> bool:
-    """Say whether Flower simulates the clients; this is then the process that it starts Ray from."""
+    """Return whether Flower simulates the clients; if so, it starts Ray from this process."""
     return type(grid).__name__ == "InMemoryGrid"
 
 
 class PolledGrid:
     """Pass everything on to Flower's grid, but poll for replies quickly at first and then ever more slowly.
 
-    A grid with a method `wait(seconds)` is not polled: that returns when a reply is there. A grid with a method
-    `forget(message_ids)` is told which replies are no longer wanted.
+    A grid with a method `wait(seconds)` is not polled, because `wait` returns when a reply arrives. A grid with a
+    method `forget(message_ids)` is told which replies are no longer wanted.
 
     on_reply is called with (new replies, replies so far, messages sent) whenever replies have come in, on_sent when all
     messages have been handed over. any_node: whether any node can serve any client.

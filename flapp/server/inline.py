@@ -293,7 +293,7 @@ def serve(pipe: connection.Connection, client_app: str, log_file: Path | None, d
             TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = context.run_id, context.node_id, 1
             reply = answer(app, message, context)
             _send_back(pipe, reply)
-            del message, context, reply  # before the next message comes, which may take long
+            del message, context, reply  # free them before waiting for the next message, which may take long
 
 
 def answer(app: Callable[[Message, Context], Message], message: Message, context: Context) -> Message:

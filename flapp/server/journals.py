@@ -1,4 +1,4 @@
-"""What a run must remember from start to start: its source, its clients' data, and what clients have released.
+"""The journals of a run, kept across restarts: its source, its clients' data, and how often clients released updates.
 
 Each line of a journal has the number of the last complete round when it was written. If lines contradict each other,
 the last one counts. A run that goes back to a round drops later lines, but never those of releases.jsonl.
@@ -86,7 +86,7 @@ class Origin:
         return f"source digest was {lines[-1]['source_digest'][:12]}, is {source_digest()[:12]}: {listed} changed"
 
     def doubt(self, before: int | None) -> str | None:
-        """Say why the final bytes may differ all the same: other versions, or a run that recorded nothing."""
+        """Return why the final model may still differ: other versions, or no recorded environment."""
         lines = self.environment.read(before)
         if not lines:
             return f"there is no {self.environment.path}, so whether the source is the same cannot be compared"
@@ -159,10 +159,10 @@ def _by_number(client_id: str) -> tuple[int, str]:
 class ReleaseLedger:
     """Count releases: each time a client is asked to train, unless it answers with an update that it sent before.
 
-    A client counts as soon as it is asked, because its reply may be on its way when the server fails. So the count is
-    never too low. Lines are never removed, not even by resume_from: what was released stays released. The epsilon so
-    far, of the client with the most releases, goes into metrics.json at once. Raises ConfigError when the file lacks a
-    round of the run.
+    A release is counted as soon as the client is asked, because its reply may be on its way when the server crashes. So
+    the count is never too low. Lines are never removed, not even by resume_from: what was released stays released. The
+    epsilon so far, of the client with the most releases, goes into metrics.json at once. Raises ConfigError when the
+    file lacks a round of the run.
     """
 
     def __init__(self, run: "RunDirectory") -> None:

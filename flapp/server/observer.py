@@ -1,6 +1,6 @@
-"""The observer of a run: it times each phase, writes metrics.jsonl, progress.json and TensorBoard events, and adds up.
+"""Observe a run: time each phase, write metrics.jsonl, progress.json and TensorBoard events, and sum up metrics.
 
-The run and the strategy tell it what happens; it decides nothing.
+The run and the strategy report events to the observer; it never makes decisions.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""Who is in the federation: which client is at which node, what it claims, and who is drawn for a round.
+"""The members of the federation: the node of each client, its claim, and the clients drawn for a round.
 
 Flower's node ids are random and differ from run to run; client ids stay. One node may host several clients (a
 simulation has fewer nodes than clients); one client is at one node. In a simulation any node can serve any client, and
@@ -205,7 +205,7 @@ class Roster:
                     log(WARNING, "node %d did not take the base: %s", node_id, describe_error(reply.error))
 
     def _admit(self, found: list[Member]) -> None:
-        """Let in clients that are expected, sound and alone in claiming their id; of two new claims of one id, none."""
+        """Accept expected clients with valid claims; if two new nodes claim the same id, accept neither."""
         for member in found:
             self.refused.pop(f"node {member.node_id}", None)  # it may have failed to answer before
         sound = [member for member in found if self._is_sound(member)]

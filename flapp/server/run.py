@@ -147,7 +147,7 @@ class Run:
         return found
 
     def evaluate_centrally(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        """Evaluate the global model on the whole test artifact, for the record: nothing is chosen by it."""
+        """Evaluate the global model on the whole test artifact, for information only: no decision uses it."""
         config = self.config
         folder = ensure_artifacts(config.data_dir, config.dataset.name) / "test"
         dataset = OfflineDataset(folder, normalization=config.dataset.normalization)

@@ -196,7 +196,7 @@ class RunDirectory:
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Remove the unfinished folders of starts that were killed; to make one takes a moment."""
+    """Remove the unfinished folders of starts that were killed, except recent ones, which may still be in use."""
     for left in folder.glob(f"{UNFINISHED}*"):
         with suppress(FileNotFoundError):  # another start removes it too
             if time.time() - left.stat().st_mtime > UNFINISHED_SECONDS:
@@ -216,7 +216,7 @@ def check_resumable(config: Config) -> Path:
     if changed := differences(read_yaml(path / "config.yaml"), config):
         raise ConfigError(
             f"run_name={config.run_name} was run with other settings ({'; '.join(changed)}): "
-            "resume with its first settings, or give the new ones another run_name"
+            "resume with its original settings, or use a new run_name for these"
         )
     lock_run(path, config.run_name).close()
     if config.resume_from:

@@ -90,7 +90,7 @@ def _has_no_round(path: Path) -> bool:
     if summary.exists() and sound_summary(read_json(summary))[0].get("status") != "failed":
         return False
     if any((path / name).exists() for name in ("model.safetensors", "releases.jsonl")):
-        return False  # private releases are counted for ever
+        return False  # the count of private releases must not be lost
     lines = [read_whole_line(text) for text in (path / METRICS).read_text().splitlines(keepends=True)]
     if any(line.get("kind") == "round" or line.get("round", 0) > 1 for line in lines if line is not None):
         return False
@@ -121,7 +121,7 @@ def lock_run(path: Path, run_name: str) -> TextIO:
 
 @contextmanager
 def held_lock(path: Path) -> Iterator[bool]:
-    """Hold the lock of a run directory inside the block, if it is free; give whether it is held."""
+    """Lock a run directory inside the block, if it is free; yield whether the lock was acquired."""
     file = _open_locked(path)
     try:
         yield file is not None

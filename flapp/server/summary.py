@@ -1,6 +1,6 @@
-"""The lines of metrics.jsonl: reading them safely, and what they add up to in metrics.json.
+"""Read the lines of metrics.jsonl safely, and sum them up for metrics.json.
 
-Anything may stand in these files where a number should, because people copy and edit them. This module imports nothing
+These files may contain anything in place of a number, because people copy and edit them. This module imports nothing
 slow: commands read the results of runs with it.
 """
 
@@ -131,7 +131,7 @@ class Best:
     mark: float = -math.inf
 
     def add(self, server_round: int, value: float | None) -> bool:
-        """Add an evaluation and say whether it is the best: it must be finite, and of equals the first one is."""
+        """Add an evaluation and say whether it is the best: it must be finite and better than all earlier ones."""
         score = self._score(value)
         better = score > self._score(self.value)
         if better:

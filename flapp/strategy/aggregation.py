@@ -1,4 +1,4 @@
-"""How much each client counts, and what all of them say together: pure maths in numpy."""
+"""Compute the weights of clients and the totals of their metrics: pure maths in numpy."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,8 +18,8 @@ class NormBound:
     """Find the updates that are too long to count.
 
     The limit of a round is `multiple` times the median length of the updates that the two rounds before it accepted,
-    whichever is larger. The first round of a run is measured by its own median. Of an even number the lower median
-    counts, so that half of the clients cannot raise it. multiple=None turns the bound off.
+    whichever is larger. The limit of a run's first round comes from its own median. For an even number of updates the
+    lower median is used, so that half of the clients cannot raise it. multiple=None turns the bound off.
     """
 
     multiple: float | None

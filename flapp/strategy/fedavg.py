@@ -57,7 +57,7 @@ class FedAvg(FlowerFedAvg):
         self.examples: dict[str, float] = {}  # the samples that each client of a round counts for
 
     def summary(self) -> None:
-        """Log what Flower logs of a strategy, in our words."""
+        """Log the strategy's settings, in place of Flower's own summary."""
         drawn = f"{100 * self.fraction_train:g} % of the clients train, {100 * self.fraction_evaluate:g} % evaluate"
         weighting, least = self.settings.weighting, self.settings.min_replies
         log(INFO, "\t└──> %s; weighted by %s; min_replies %d", drawn, weighting, least)
@@ -195,7 +195,7 @@ class FedAvg(FlowerFedAvg):
         return weights, capped
 
     def _check_aggregate(self, arrays: ArrayRecord) -> None:
-        """Refuse a model that nobody could train from, before it becomes a round; raises FederationError."""
+        """Raise FederationError for a new global model that training cannot continue from, before it is saved."""
         for key, values in views(arrays).items():
             if fault := find_value_fault(values):
                 raise FederationError(
@@ -256,7 +256,7 @@ class FedAvg(FlowerFedAvg):
         phase.end()
         for name, reason in sorted(phase.failures.items()):
             log(WARNING, "round %d: client %s %s", phase.server_round, name, reason)
-        # Fewer may be asked to evaluate than min_replies, never to train: clients that left count as no reply.
+        # Training always needs min_replies. An evaluation may ask fewer clients, and then needs all of their replies.
         least = self.settings.min_replies
         needed = least if phase.kind == TRAIN else min(least, max(1, len(phase.names)))
         if len(phase.metrics) < needed:
@@ -269,7 +269,7 @@ class FedAvg(FlowerFedAvg):
         return phase
 
     def _apply_first_limit(self) -> None:
-        """Leave out updates that are too long by the median of a run's first round, which no node knew.
+        """Leave out updates that exceed the limit of a run's first round, which the nodes could not know.
 
         A sum with such an update in it is asked for again without that client.
         """

@@ -120,8 +120,8 @@ class FedLoRA(FedAvg):
     def combine_sum(self, total: WeightedSum, weight: float) -> tuple[ArrayRecord, dict[str, Any]]:
         """Return the same as `combine`, from the weighted sum of all clients.
 
-        aggregation_error is None where both factors were trained, because a sum does not tell their products, and where
-        every client keeps its own B.
+        aggregation_error is None where both factors were trained, because the sums of the factors do not give the sum
+        of their products, and where every client keeps its own B.
         """
         is_known = len(self.rule.travels(self.phase.server_round)) == 1 and not self.rule.private_b
         trained = [key for key in total.arrays if key.rpartition(".")[0] in self.layers]

@@ -2,9 +2,9 @@
 
 Client k has A_k (rank_k, in), B_k (out, rank_k) and a weight w_k; p_k = w_k / sum w. Its layer adds scaling * B_k A_k
 to the frozen base (LoRA, Hu et al. 2021, arXiv:2106.09685), and scaling = alpha / lora.rank is one number for all
-clients whatever their own rank, so the maths here are on B A alone. The ideal is sum_k p_k B_k A_k, and RULES says what
-each rule makes of it. Sums are taken in float64 and rounded once to the dtype that came in. Give clients sorted
-by id, and equal input gives equal bits. Clients of weight zero are left out.
+clients whatever their own rank, so the maths here are on B A alone. The ideal is sum_k p_k B_k A_k, and RULES lists how
+each rule combines the factors. Sums are taken in float64 and rounded once to the dtype that came in. If the clients are
+sorted by id, equal input gives equal bits. Clients of weight zero are left out.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ class Aggregated:
 
 
 class Layer:
-    """One layer of the clients that count: factors as they came, shares p_k > 0 summing to 1, and the rank asked.
+    """One layer of the clients that count: factors as received, shares p_k > 0 that sum to 1, and the requested rank.
 
     B is empty where clients keep it. Raises ValueError for weights that are negative, not finite or all zero.
     """

@@ -90,7 +90,7 @@ class Phase:
         self.forget(name)
 
     def forget(self, name: str) -> None:
-        """Drop what a client has answered."""
+        """Delete a client's reply."""
         for found in (self.metrics, self.norms, self.trained, self.bytes_up):
             found.pop(name, None)
 

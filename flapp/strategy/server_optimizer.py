@@ -1,6 +1,6 @@
 """Flower's server optimisers (Reddi et al. 2021, arXiv:2003.00295; Hsu et al. 2019) over our own average.
 
-Flower's strategy is handed the average as if it were the reply of its only client, and gives back its step. Its
+We pass the average to Flower's strategy as if it were the reply of its only client, and it returns the new model. Its
 moments are tensors that a resumed run must have, so they are kept with each round.
 
 What Flower 1.41 computes in round t = 1, 2, ..., from the global model x and the average y, with d = y - x, b1 the

@@ -276,7 +276,7 @@ def test_a_run_that_is_ended_leaves_nothing_and_is_resumed_to_the_same_bytes(
     assert not [each for process in processes for each in process.net_connections("inet")]
     mapped = {Path(each.path).name for process in processes for each in process.memory_maps() if "/shm/" in each.path}
     if how == "runs stop":
-        assert process.pid in (stop_run(tmp_path / "runs", "ended") or ())
+        assert process.pid in (stop_run(path) or ())
     elif how == signal.SIGINT:
         os.killpg(process.pid, how)  # as a terminal does
     else:

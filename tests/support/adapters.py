@@ -54,7 +54,7 @@ def steps(model: nn.Module, name: str = "vit_tiny", n: int = 1) -> nn.Module:
 
 
 def bytes_of(state: dict[str, Tensor]) -> dict[str, bytes]:
-    """Return the bytes of every tensor, which tell apart what torch.equal does not."""
+    """Return the bytes of every tensor, for a stricter comparison than torch.equal."""
     return {key: tensor.detach().numpy().tobytes() for key, tensor in state.items()}
 
 
@@ -81,6 +81,6 @@ def in_peft(name: str, targets: tuple[str, ...], **config: Any) -> nn.Module:
 
 
 def copy_adapters(model: nn.Module, theirs: nn.Module) -> None:
-    """Give PEFT's model the A and B of ours."""
+    """Copy the A and B matrices of our model into PEFT's model."""
     values = {f"base_model.model.{k}.default.weight": v for k, v in model.state_dict().items() if ".lora_" in k}
     assert not theirs.load_state_dict(values, strict=False).unexpected_keys

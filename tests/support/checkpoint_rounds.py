@@ -1,4 +1,4 @@
-"""Small models that differ from round to round, and whether a store holds them bit for bit."""
+"""Small models that differ from round to round, and checks that a store returns them bit for bit."""
 
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -43,13 +43,13 @@ def digests_of(store: ChunkManager) -> Digests:
 
 
 def expected(rounds: Mapping[int, int] | range | list[int], size: int = 9000) -> Digests:
-    """Return the digests of model_of for rounds by number, or by number -> model."""
+    """Return the digests of model_of for these rounds; a mapping gives the model number of each round."""
     models = rounds if isinstance(rounds, Mapping) else {number: number for number in rounds}
     return {number: digest_of(model_of(model, size)) for number, model in models.items()}
 
 
 def is_sound(path: Path) -> bool:
-    """Ask SQLite and the store itself about a file that no manager has open."""
+    """Return whether SQLite and the store find a file intact; no manager may have it open."""
     with closing(sqlite3.connect(path)) as db:
         ((answer,),) = db.execute("PRAGMA integrity_check").fetchall()
     with ChunkManager(path) as store:

@@ -1,7 +1,7 @@
-"""Drive a headless Chromium through its DevTools pipe: open a page, look at it, and hear what it complains of.
+"""Drive a headless Chromium through its DevTools pipe: open a page, inspect it, and collect its console messages.
 
-https://chromedevtools.github.io/devtools-protocol/ by --remote-debugging-pipe: JSON ending in a null byte, read from
-file descriptor 3 and written to 4.
+https://chromedevtools.github.io/devtools-protocol/ with --remote-debugging-pipe. Messages are JSON with a null byte at
+the end. Chromium reads them from file descriptor 3 and writes them to 4.
 """
 
 import base64
@@ -70,7 +70,7 @@ class Chromium:
         return answer["result"]  # type: ignore[no-any-return]
 
     def open(self, path: Path, width: int, height: int = 900, dark: bool = False) -> None:
-        """Load a file as a screen of that size shows it."""
+        """Load a file on a screen of this size."""
         self.events.clear()
         screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.ask("Emulation.setDeviceMetricsOverride", **screen)
@@ -92,12 +92,12 @@ class Chromium:
         path.write_bytes(base64.b64decode(found["data"]))
 
     def complaints(self) -> list[str]:
-        """Return what the console was told since the page was opened."""
+        """Return console messages, exceptions and log entries since the page was opened."""
         said = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
         return [json.dumps(event["params"]) for event in self.events if event["method"] in said]
 
     def requests(self) -> list[str]:
-        """Return the addresses asked for since the page was opened, without data: ones."""
+        """Return the URLs requested since the page was opened, except data: URLs."""
         sent = [event["params"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
         return [each["request"]["url"] for each in sent if not each["request"]["url"].startswith("data:")]
 
@@ -112,7 +112,7 @@ class Chromium:
 
 
 def _pipe() -> tuple[int, int]:
-    """Return the two ends of a pipe, neither of which is 3 or 4, which the browser's become."""
+    """Return the two ends of a pipe; neither is 3 or 4, because the browser's ends get these numbers."""
     ends = os.pipe()
     above = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends]
     for end in ends:

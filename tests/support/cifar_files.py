@@ -27,7 +27,7 @@ class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined]
 
 
 def python2_pickle(content: Any) -> bytes:
-    """Return `content` as the real files hold theirs, numpy's module being called as it was then."""
+    """Return `content` pickled as in the real files, with the old name of numpy's module."""
     file = io.BytesIO()
     Python2Pickler(file, protocol=2).dump(content)
     return file.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")

@@ -1,4 +1,4 @@
-"""Change what clients claim in an answer to attest."""
+"""Change what clients claim in their reply to an attest message."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from flapp.messages import CLAIMS
 
 
 def set_claim(content: RecordDict, client_id: str, /, **values: Any) -> None:
-    """Change a client's claim, by the names of Claim; leave content that has no claim of this client as it is."""
+    """Change fields of a client's claim, named as in Claim; content without a claim of this client stays unchanged."""
     record: Any = content.config_records.get(CLAIMS)
     if record is None or client_id not in record["client-id"]:
         return

@@ -1,4 +1,4 @@
-"""Running our tools as a user would: as commands, from a folder that is not the checkout."""
+"""Run our tools as a user does: as commands, from a folder outside the checkout."""
 
 import getpass
 import os
@@ -14,11 +14,11 @@ import psutil
 from tools.deployment.submit import APP
 
 SECONDS = 400  # generous, for a busy machine
-PYTORCHS = {f"torchinductor_{getpass.getuser()}"}  # its cache, which it makes in every temporary folder
+PYTORCHS = {f"torchinductor_{getpass.getuser()}"}  # PyTorch's cache folder, which it makes in every temporary folder
 
 
 def start_tool(home: Path, module: str, *words: str, **settings: Any) -> "subprocess.Popen[str]":
-    """Start a tool over a home, with the home's own folder `tmp` for temporary files if there is one."""
+    """Start a tool with this home; if the home has a folder `tmp`, temporary files go there."""
     env = os.environ | {"FLAPP_HOME": str(home), "PYTHONPATH": str(APP)}
     if (home / "tmp").is_dir():
         env["TMPDIR"] = str(home / "tmp")
@@ -29,7 +29,7 @@ def start_tool(home: Path, module: str, *words: str, **settings: Any) -> "subpro
 
 @contextmanager
 def starting_runs(home: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
-    """Give a function that starts tools.run with a folder of its own for temporary files; kill the runs at the end."""
+    """Yield a function that starts tools.run with its own temporary folder; kill the runs at the end."""
     (home / "tmp").mkdir()
     started = []
 
@@ -58,7 +58,7 @@ def run(home: Path, *words: str) -> "subprocess.CompletedProcess[str]":
 
 
 def left_running(home: Path) -> list[psutil.Process]:
-    """List the processes that were started over this home."""
+    """List the processes that were started with this home."""
     found = []
     for process in psutil.process_iter():
         try:

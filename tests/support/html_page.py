@@ -15,7 +15,7 @@ VOID = {"meta", "link", "br", "img"}
 
 
 class Page(HTMLParser):
-    """What a page holds: its text, its pictures, what it would fetch, and tags that were left open."""
+    """The content of a page: its text, its pictures, the URLs that it would fetch, and unclosed tags."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Small artifacts for the tests of datasets and loaders, and what PIL and torchvision make of them."""
+"""Small artifacts for the tests of datasets and loaders, and the results that PIL and torchvision give for them."""
 
 from pathlib import Path
 

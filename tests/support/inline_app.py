@@ -1,4 +1,4 @@
-"""A client app for tests of the inline grid: what it does is the message's action."""
+"""A client app for tests of the inline grid: each message says what the app should do."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def app(message: Message, context: Context) -> Message:
 
 
 def federated(message: Message, context: Context) -> Message:
-    """Handle a message of flapp's, but once, in round 2, die when the last client of a group is about to train."""
+    """Handle a message of flapp, but die once: in round 2, just before the last client of a group trains."""
     marker = Path(json.loads(str(context.run_config["config-json"]))["home"]) / "died"
     if message.metadata.message_type == "train" and message.metadata.group_id == "2":
         records = message.content.config_records
@@ -62,7 +62,7 @@ def federated(message: Message, context: Context) -> Message:
 
 
 def say(node_id: int, action: str, arrays: ArrayRecord | None = None) -> Message:
-    """Return a message that has the app do something."""
+    """Return a message that tells the app what to do."""
     content = RecordDict({"say": ConfigRecord({"action": action})})
     if arrays is not None:
         content["arrays"] = arrays

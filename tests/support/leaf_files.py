@@ -1,4 +1,4 @@
-"""Small FEMNIST sources in LEAF's format, and what a folder of shards holds."""
+"""Small FEMNIST sources in LEAF's format, and functions that read a folder of shards."""
 
 import json
 from collections import Counter
@@ -25,7 +25,7 @@ def draw_samples(*counts: int, seed: int = 0, prefix: str = "f") -> Samples:
 
 
 def as_leaf(samples: Samples, scale: float = 255) -> dict[str, Any]:
-    """Return LEAF's object of these samples; pixels are divided by scale, or whole numbers with scale=1."""
+    """Return these samples as LEAF's JSON object; pixels are divided by scale, and whole numbers if scale=1."""
     data = {
         name: {"x": (images.astype(int) if scale == 1 else images / scale).tolist(), "y": labels.tolist()}
         for name, (images, labels) in samples.items()

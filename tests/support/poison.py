@@ -1,4 +1,4 @@
-"""Poisoned variants of real files, drawn from a seed, and asking the tools what they make of them."""
+"""Make poisoned variants of real files, drawn from a seed, and check how the tools react to them."""
 
 import contextlib
 import io
@@ -26,7 +26,7 @@ from tests.support.run_files import write_run
 from tests.support.split_models import write_vit
 
 DEEP = "[" * 5000 + "]" * 5000
-RAW = {  # JSON texts that json.dumps would not write, by the marks that stand for them
+RAW = {  # JSON texts that json.dumps would not write, by placeholder
     "@huge": "1" + "0" * 5000,
     "@big": str(10**30),
     "@deep": DEEP,
@@ -95,7 +95,7 @@ def poisoned_json(content: bytes, rng: random.Random) -> tuple[str, bytes]:
 
 
 def poisoned_lines(content: bytes, rng: random.Random) -> tuple[str, bytes]:
-    """Do so to one line of a file of JSON lines."""
+    """Poison one line of a JSON lines file in the same way."""
     lines = content.splitlines(keepends=True)
     at = rng.randrange(len(lines))
     name, lines[at] = poisoned_json(lines[at], rng)
@@ -161,7 +161,7 @@ def ask(main: Callable[[list[str]], int], *arguments: object) -> list[str]:
 
 
 def refuses(error: type[Exception], function: Callable[..., object], *arguments: Any) -> str:
-    """Call a function, which must return or refuse in one line; return that line."""
+    """Call a function, which must return, or raise an error of one line; return that line."""
     try:
         function(*arguments)
     except error as caught:

@@ -5,9 +5,10 @@
     disk.cut(position, random, folder)   # the files as a power cut before operation `position` may leave them
 
 Nothing is on the disk until a sync confirms it. Any subset of the sectors of 512 bytes written since the last sync may
-have arrived, in any order; where a file has grown without them, there is garbage. The same goes for truncations, and
-for the names of files made and deleted since their folder was last synced. Only file names count, so one PowerDisk
-serves one folder. os.fsync is logged too. Early writeback guarantees nothing, so it is not logged.
+have arrived, in any order; where a file has grown but its new sectors are missing, it may contain garbage. The same
+goes for truncations, and for the names of files made and deleted since their folder was last synced. Files are
+identified by name only, so use one PowerDisk per folder. os.fsync is logged too. Early writeback guarantees nothing, so
+it is not logged.
 """
 
 import os
@@ -26,7 +27,7 @@ WRITES = ("write", "truncate", "sync", "open", "delete")
 
 @dataclass(frozen=True)
 class Operation:
-    """What the disk was asked: `file` is a number that stays with the content, `name` an entry of the folder."""
+    """One request to the disk: `file` is a number that identifies the content, `name` an entry in the folder."""
 
     kind: str  # create, write, truncate, sync, unlink, syncdir or acknowledge
     name: str = ""
@@ -63,11 +64,11 @@ class PowerDisk(apsw.VFS):
     def fail_at(
         self, n: int, code: int = apsw.SQLITE_IOERR, sticky: bool = False, of: tuple[str, ...] = WRITES
     ) -> None:
-        """Let the n-th of the operations named in `of` fail with an SQLite code; sticky: and all that follow it."""
+        """Make the n-th operation of the kinds in `of` fail with an SQLite code; sticky: all later ones fail too."""
         self.countdown, self.counted, self.code, self.sticky, self.failed = n, of, code, sticky, ""
 
     def recover(self) -> None:
-        """Let nothing fail any more."""
+        """Stop making operations fail."""
         self.countdown = None
 
     def ask(self, kind: str) -> None:
@@ -80,14 +81,14 @@ class PowerDisk(apsw.VFS):
             raise apsw.exception_for(self.code)
 
     def find(self, folder: Path) -> None:
-        """Start from the files of a folder, all of them on the disk."""
+        """Start with the existing files of a folder, all of them synced."""
         for path in folder.iterdir():
             self.log.append(Operation("write", file=self.create(path.name), data=path.read_bytes()))
             self.log.append(Operation("sync", file=self.files[path.name]))
         self.log.append(Operation("syncdir"))
 
     def create(self, name: str) -> int:
-        """Return the number of the file with this name, a new one where there is none."""
+        """Return the number of the file with this name, or a new number if there is none."""
         if name not in self.files:
             self.files[name] = sum(op.kind == "create" for op in self.log)
             self.log.append(Operation("create", name, self.files[name]))
@@ -122,7 +123,7 @@ class PowerDisk(apsw.VFS):
         return (before[-1] if before else None), (after[0] if after else None)
 
     def cut(self, position: int, rng: random.Random, folder: Path) -> None:
-        """Write to `folder` one of the disks that a power cut before operation `position` may leave."""
+        """Write to `folder` the files as a power cut before operation `position` may leave them."""
         for name, content in after_cut(self.log[:position], rng).items():
             (folder / name).write_bytes(content)
 
@@ -134,7 +135,7 @@ class PowerFile(apsw.VFSFile):
         path = name.filename() if isinstance(name, apsw.URIFilename) else name
         super().__init__("unix", name, flags)
         self.disk = disk
-        self.file = disk.create(Path(path).name) if path else -1  # a temporary file without a name survives nothing
+        self.file = disk.create(Path(path).name) if path else -1  # an unnamed temporary file is lost
         journals = apsw.SQLITE_OPEN_MAIN_JOURNAL | apsw.SQLITE_OPEN_SUPER_JOURNAL | apsw.SQLITE_OPEN_WAL
         # As in SQLite's own VFS: the first sync of a journal syncs the folder too.
         self.names_unsynced = bool(flags[0] & apsw.SQLITE_OPEN_CREATE and flags[0] & journals)
@@ -151,7 +152,7 @@ class PowerFile(apsw.VFSFile):
         try:
             self.disk.ask("write")
         except apsw.Error:
-            half = bytes(data)[: len(data) // 2]  # what does not fit arrives in part
+            half = bytes(data)[: len(data) // 2]  # a write that fails is done in part
             super().xWrite(half, offset)
             self.note("write", offset, half)
             raise
@@ -165,7 +166,7 @@ class PowerFile(apsw.VFSFile):
 
     def xSync(self, flags: int) -> None:
         self.disk.ask("sync")
-        # The real sync is left out: nobody cuts the real power, and a thousand of them take a minute.
+        # Skip the real sync: nobody cuts the real power, and a thousand syncs take a minute.
         self.note("sync")
         if self.names_unsynced:
             self.disk.log.append(Operation("syncdir"))
@@ -174,13 +175,13 @@ class PowerFile(apsw.VFSFile):
 
 @dataclass
 class Content:
-    """A file's durable bytes, and what came since the last sync."""
+    """A file's durable bytes, and the operations since the last sync."""
 
     durable: bytearray = field(default_factory=bytearray)
     pending: list[Operation] = field(default_factory=list)
 
     def settle(self, rng: random.Random, arrives: float) -> None:
-        """Let each sector and truncation that is pending arrive with a probability."""
+        """Apply each pending sector and truncation with probability `arrives`."""
         for op in self.pending:
             if op.kind == "truncate" and (arrives >= 1 or rng.random() < arrives):
                 self.resize(op.offset, rng if arrives < 1 else None)
@@ -191,7 +192,7 @@ class Content:
         self.pending = []
 
     def resize(self, size: int, rng: random.Random | None) -> None:
-        """Cut, or fill with zeros, or with garbage drawn from `rng`."""
+        """Cut the file to `size`, or extend it with zeros or with garbage drawn from `rng`."""
         grown = max(0, size - len(self.durable))
         self.durable[size:] = b""
         self.durable += rng.randbytes(grown) if rng and grown and rng.random() < 0.5 else bytes(grown)
@@ -230,7 +231,7 @@ def after_cut(log: list[Operation], rng: random.Random) -> dict[str, bytes]:
 
 
 def enter(names: dict[str, int], changes: list[Operation]) -> None:
-    """Bring a folder's entries up to date."""
+    """Apply changes to a folder's entries."""
     for op in changes:
         if op.kind == "unlink":
             names.pop(op.name, None)

@@ -1,4 +1,4 @@
-"""What clients send in tests: listen to it, change it, and read which replies were refused."""
+"""Record or change what clients send in tests, and read which replies were refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ def trained_in(reply: Message) -> ArrayRecord | None:
 
 
 def changing(*names: str, change: Callable[[Message], object]) -> Tamper:
-    """Return a tamper function that changes the trained replies of these clients, of all clients without names."""
+    """Return a tamper function that changes the trained replies of these clients, or of all if no names are given."""
 
     def tamper(name: str, reply: Message) -> Message:
         if trained_in(reply) is not None and (name in names or not names):

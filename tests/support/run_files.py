@@ -27,7 +27,7 @@ def write_run(
     status: str | None = "finished",
     **settings: Any,
 ) -> Path:
-    """Write a run directory; old ones lack what later versions write, status None leaves metrics.json away."""
+    """Write a run directory; old=True leaves out what later versions write, status=None metrics.json."""
     path.mkdir(parents=True)
     config = {
         "home": str(path.parent.parent),
@@ -61,7 +61,7 @@ def add_lines(path: Path, *lines: Line) -> None:
 
 
 def add_store(path: Path, rounds: int, keep_rounds: int = 2) -> Path:
-    """Save a small model a round, of which half never changes, into a store."""
+    """Save a small model per round into a store; half of the model never changes."""
     with ChunkManager(path, keep_rounds=keep_rounds) as store:
         for server_round in range(1, rounds + 1):
             model = {"base": torch.zeros(5000), "head": torch.full((5000,), float(server_round))}
@@ -98,7 +98,7 @@ def clients_of(clients: int, classes: int, seed: int) -> Iterator[Line]:
 
 
 def exchange(names: list[str], draw: np.random.Generator, up: bool) -> Line:
-    """Return what every line of an exchange says; the last client is in trouble once in a while."""
+    """Return the fields that every line of an exchange has; the last client fails now and then."""
     failed = names[-1:] if len(names) > 1 and draw.random() < 0.25 else []
     replied = names[:-1] if failed else names
     sent, returned = dict.fromkeys(names, MODEL_BYTES), dict.fromkeys(replied, MODEL_BYTES * up)

@@ -20,7 +20,7 @@ from tests.support.checkpoint_rounds import save_rounds
 
 
 def say(line: str) -> None:
-    """Print at once, and whole even when others print."""
+    """Print a line at once, never mixed with the lines of other processes."""
     os.write(1, f"{line}\n".encode())
 
 
@@ -51,7 +51,7 @@ def serve() -> None:
 
 
 class Nursery:
-    """Starts saving processes, and hears from them."""
+    """Start saving processes, and read what they print."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self.process = process
@@ -74,7 +74,7 @@ class Nursery:
 
 @contextmanager
 def nursery() -> Iterator[Nursery]:
-    """Give a Nursery, and stop it at the end."""
+    """Yield a Nursery, and stop it at the end."""
     command = [sys.executable, "-m", "tests.support.saving_child"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         yield Nursery(process)

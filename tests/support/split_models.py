@@ -1,4 +1,4 @@
-"""Small models to split, as files, and what there is to do with their components."""
+"""Small models to split, as files, and helpers for their components."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +44,7 @@ def draw_images(size: int = 32) -> Tensor:
 
 @torch.no_grad()
 def compose(models: Sequence[SplitModel], inputs: Tensor, **also: Any) -> Tensor:
-    """Return top(trunk(bottom(inputs))), each with the same further arguments."""
+    """Return top(trunk(bottom(inputs))), with the same extra arguments for each."""
     for model in models:
         inputs = model(inputs, **also)
     return inputs

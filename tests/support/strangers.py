@@ -1,4 +1,4 @@
-"""Acting as another user of this machine."""
+"""Act as another user of this machine."""
 
 import multiprocessing
 import os
@@ -50,6 +50,6 @@ def get(port: int) -> tuple[int, str]:
 
 
 def send_and_leave(port: int) -> None:
-    """Send a whole request and be gone."""
+    """Send a whole request and disconnect without reading the answer."""
     with socket.create_connection((HOST, port)) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")

@@ -1,4 +1,4 @@
-"""Waiting for what other processes do."""
+"""Wait for other processes."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ WAIT_SECONDS = 240
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = WAIT_SECONDS) -> Any:
-    """Wait until a condition holds, and return what it is."""
+    """Wait until `condition` returns something true, and return that."""
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 HEADS = ("what", "against", "ratio", "target", "limit", "verdict", "note")
-SLACK = 1.2  # between target and limit, where a row names no limit of its own: ratios move so much from run to run
+SLACK = 1.2  # factor between target and limit if a row sets no limit: ratios vary this much between runs
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: `ratio` of `what` against `against`; `target` is the design's, higher_is_better its direction.
+    """One comparison: `ratio` of `what` against `against`; `target` is the goal, higher_is_better its direction.
 
     limit: a ratio beyond it is a defect. A row without a ratio was not measured; its note says why.
     """

@@ -17,7 +17,7 @@ CLIENTS = 10
 
 
 def replies() -> list[RecordDict]:
-    """Return the replies of ten clients, each a ViT-B of its own and as many examples as it likes."""
+    """Return the replies of ten clients, each with its own ViT-B and a random number of examples."""
     rng = np.random.default_rng(0)
     state = build_model("vit_b_16", (224, 224, 3), 1000).state_dict()
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
@@ -53,7 +53,7 @@ def rows() -> list[Row]:
 
 
 def peak_memory(function: Callable[[], object]) -> int:
-    """Return the bytes that `function` holds at its worst, as Python and numpy account for them."""
+    """Return the peak memory of `function` in bytes, as Python and numpy report it."""
     tracemalloc.start()
     try:
         function()

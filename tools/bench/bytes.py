@@ -32,7 +32,7 @@ RULES = ("fedit", "ffa", "rolora")
 
 def rows(*words: str) -> list[Row]:
     """Count what each rule sends up; `words` change the experiment."""
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # no message is made without
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # needed to create messages
     whole, *_ = bytes_up(compose([*WORDS, *words, *FEDAVG]))
     found = []
     for rule in RULES:

@@ -46,14 +46,14 @@ def save_safetensors(path: Path, state: State) -> None:
 
 
 def save_flat_pickled(path: Path, state: State) -> None:
-    """Cut the flat model into ten equal numpy chunks, pickled and by SHA-256 in an SQLite database as it comes."""
+    """Save the flat model as ten equal numpy chunks, pickled and keyed by SHA-256, in SQLite with its defaults."""
     flat = np.concatenate([tensor.numpy().ravel() for tensor in state.values()])
     with sqlite3.connect(path) as db:
         db.execute("CREATE TABLE IF NOT EXISTS chunk_metadata (id INTEGER PRIMARY KEY, chunk_id INTEGER, hash TEXT)")
         db.execute("CREATE TABLE IF NOT EXISTS chunk_data (hash TEXT PRIMARY KEY, data BLOB)")
         old = db.execute("SELECT max(id) FROM chunk_metadata").fetchone()[0] or 0
         for chunk_id, values in enumerate(np.array_split(flat, 10)):
-            data = pickle.dumps(values)  # what is compared with; nothing ever unpickles it
+            data = pickle.dumps(values)  # only the baseline pickles; nothing ever unpickles this
             digest = hashlib.sha256(data).hexdigest()
             db.execute("INSERT INTO chunk_metadata (chunk_id, hash) VALUES (?, ?)", (chunk_id, digest))
             db.execute("INSERT OR IGNORE INTO chunk_data VALUES (?, ?)", (digest, data))

@@ -27,14 +27,14 @@ from flapp.data.offline import OfflineCIFAR10
 from tools.bench import Row, measure
 
 IMAGES, SIZE, BATCH = 4096, 224, 32
-MEASURED = 640  # images in an epoch of what is slow, of IMAGES; ours, like a real epoch, has them all
+MEASURED = 640  # images per epoch for slow baselines; our loader reads all IMAGES
 STEP = 0.020  # seconds
 CLIENTS = 6
 CLASSES = [f"class {i}" for i in range(10)]
 
 
 class LocalCIFAR10(CIFAR10):
-    """torchvision's CIFAR-10 over files of its own format that hold other pixels, so with other checksums."""
+    """torchvision's CIFAR-10 for files of its format with random pixels; their checksums are not checked."""
 
     train_list: ClassVar = [[f"data_batch_{i}", None] for i in range(1, 6)]
     meta: ClassVar = CIFAR10.meta | {"md5": None}
@@ -159,7 +159,7 @@ def memory_of_clients(folder: Path, clients: int) -> list[int]:
 
 
 def read_epoch(folder: Path, barrier: Barrier, answers: "Queue[Any]") -> None:
-    """Put the growth in proportional set size over one epoch, at its last batch."""
+    """Put into `answers` how much the proportional set size grows from before an epoch to its last batch."""
     torch.set_num_threads(1)
     consume(ClientLoader(OfflineCIFAR10(folder / "native"), np.arange(BATCH), BATCH, 0, output="uint8"))
     barrier.wait()

@@ -29,11 +29,11 @@ from tools.bench import Row, measure
 
 WRITERS = (500, 3500)  # FEMNIST has 3,597; what flwr-datasets does grows with their number, what flapp does not
 IMAGES, BATCH = 200, 32
-SHARDS = 8  # a client opens its own alone, so that the others need not be there
+SHARDS = 8  # each client opens only its own, so the others need not exist
 
 
 def rows(sizes: Sequence[int] = WRITERS) -> list[Row]:
-    """Compare over datasets of so many writers."""
+    """Compare on datasets with these numbers of writers."""
     from datasets import disable_progress_bars
 
     disable_progress_bars()
@@ -65,7 +65,7 @@ def for_each_client(way: Callable[[int], object]) -> Callable[[], None]:
 
 def assert_batch(images: Any) -> None:
     if images.shape != (BATCH, 1, 28, 28) or images.dtype != torch.float32:
-        raise RuntimeError(f"a first batch is {images.dtype} {tuple(images.shape)}: nothing is compared so")
+        raise RuntimeError(f"a first batch is {images.dtype} {tuple(images.shape)}: it cannot be compared")
 
 
 def write_ours(folder: Path, images: np.ndarray) -> Config:

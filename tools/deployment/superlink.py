@@ -116,7 +116,7 @@ class SuperLink:
         """Yield the lines that the ServerApp of a run prints: --stream, until the run ends; --show, those so far."""
         command = [program("flwr"), "log", run_id, how]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
-        env = self.env | {"PYTHONUNBUFFERED": "1"}  # or lines come by the thousand
+        env = self.env | {"PYTHONUNBUFFERED": "1"}  # otherwise lines arrive in large blocks
         with subprocess.Popen(command, env=env, cwd=self.folder, errors="replace", **pipes) as process:
             assert process.stdout is not None
             try:
@@ -186,7 +186,7 @@ class PrivateSuperLink(SuperLink):
 
 @contextlib.contextmanager
 def app_folder() -> Iterator[Path]:
-    """Give a folder with pyproject.toml, flapp/ and conf/: the checkout, or a temporary copy of an installed wheel."""
+    """Yield a folder with pyproject.toml, flapp/ and conf/: the checkout, or a temporary copy of an installed wheel."""
     if CONF.parent != PACKAGE:
         yield APP
         return

@@ -1,4 +1,4 @@
-"""Keep a SuperLink and its SuperNodes running: whatever ends is started again, after a growing pause.
+"""Keep a SuperLink and its SuperNodes running: restart each program that ends, after a growing pause.
 
 `python -m tools.federation up` starts this program in the background. It reads <folder>/federation.json and writes the
 state of all programs to <folder>/supervisor.json. On SIGTERM it stops the SuperNodes, then the SuperLink, and removes
@@ -28,7 +28,7 @@ from tools.running.guard import guarded
 
 FACTS, SEEN, LOG = "federation.json", "supervisor.json", "log.txt"
 SUPERLINK, KEYS = "superlink", "keys"
-FIRST_PAUSE, LONGEST_PAUSE, SETTLED_SECONDS = 1.0, 60.0, 60.0  # a SuperNode killed is let in again after 60 s at most
+FIRST_PAUSE, LONGEST_PAUSE, SETTLED_SECONDS = 1.0, 60.0, 60.0  # a killed SuperNode is accepted again within 60 s
 LOOK_SECONDS, STOP_SECONDS, REGISTRARS = 0.3, 8.0, 4
 FAST_SUPERNODE = (sys.executable, "-P", str(Path(__file__).parents[1] / "supernode.py"))
 

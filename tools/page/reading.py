@@ -1,4 +1,4 @@
-"""Read run directories for the report. Whatever is missing or damaged is left out and named in `notes`.
+"""Read run directories for the report. Missing or damaged data are left out and listed in `notes`.
 
 What single clients did is gathered as lines are read, so that 500 rounds of 1,000 clients take little memory: sums of
 bytes and seconds, the last accuracies, failures by reason.
@@ -110,7 +110,7 @@ def add_up(paths: list[Path]) -> Stores:
             problems.append(f"{path.name}: it is not a regular file")
             continue
         journal = Path(f"{path}-journal")
-        if journal.exists() and journal.stat().st_size:  # SQLite would roll it back, and so write
+        if journal.exists() and journal.stat().st_size:  # SQLite would roll it back, which writes to the file
             problems.append(f"{path.name}: a save is under way or was cut short (it has a journal)")
             continue
         try:

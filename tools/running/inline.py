@@ -52,7 +52,7 @@ def run_inline(config: Config, before: Stamp) -> dict[str, Any]:
 
     before: see Watcher.
     """
-    from flapp import server_app  # imports PyTorch, which no mistake should wait for
+    from flapp import server_app  # imported late because it imports PyTorch: report mistakes first
     from flapp.training import keep_freed_memory
 
     path = config.runs_dir / config.run_name

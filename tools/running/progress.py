@@ -77,7 +77,7 @@ class RoundReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.current: list[dict[str, Any]] = []
-        self._offset = 0  # behind a complete round: lines that follow are dropped when the run is resumed
+        self._offset = 0  # end of the last complete round: later lines are dropped when the run is resumed
 
     def read(self, last_round: int | None = None) -> list[dict[str, Any]]:
         """Return the figures of the rounds that have ended since the last call, up to last_round if it is given."""

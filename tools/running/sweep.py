@@ -73,7 +73,7 @@ def gathered(outcomes: list[Outcome]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reported(hydra_config: HydraConf) -> Iterator[Outcome]:
-    """Give a job its outcome to fill in, failed until the job changes it, and write it for `gathered`."""
+    """Yield a job's outcome to fill in (failed unless the job changes it), and write it for `gathered`."""
     number = job_number(hydra_config)
     path = Path(os.environ[SWEEP]) / f"{number}.json"
     outcome: Outcome = {"job": number, "overrides": list(hydra_config.overrides.task), "status": "failed"}
@@ -85,7 +85,7 @@ def reported(hydra_config: HydraConf) -> Iterator[Outcome]:
             signal.signal(each, signal.SIG_IGN)
     if (path.parent / INTERRUPTED).exists():
         raise KeyboardInterrupt
-    write_json(path, outcome | {"error": "its process was killed", "pid": os.getpid()})  # unless it is written anew
+    write_json(path, outcome | {"error": "its process was killed", "pid": os.getpid()})  # replaced when the job ends
     try:
         with _own_lines(hydra_config):
             yield outcome

@@ -19,7 +19,7 @@ _CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 def assign_writers(
     writers: Collection[str], strategy: str, clients: int | None, seed: int, mapping: Path | None = None
 ) -> dict[str, list[str]]:
-    """Return the writers of each client id, ids in counting order; raises DataError when it cannot be done.
+    """Return the writers of each client id, ids in numeric order; raises DataError when it cannot be done.
 
     round_robin: sorted writers are dealt in turn; random: the same in random order; natural: one writer a client,
     `clients` of them drawn at random when there are more; manual: as in the JSON file `mapping`,

@@ -120,7 +120,7 @@ def open_shard(manifest: Manifest, client_id: str) -> DistributedShardLoader:
 
 
 def _recipe(source: Source, client: str, writers: list[str], settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what decides the bytes of a client's shard, in the words of its meta.json."""
+    """Return the facts that determine the bytes of a client's shard, under the keys of its meta.json."""
     digest = hashlib.sha256()
     for name in writers:
         writer = source.writers[name]
@@ -144,7 +144,7 @@ def _check_folder(out: Path) -> None:
 def _whole_shards(out: Path, facts: dict[str, Any]) -> Manifest | None:
     """Return the manifest of the shards in `out`, None if there are none or one is damaged.
 
-    Raises DataError if other facts made them than these.
+    Raises DataError if they were made with facts other than `facts`.
     """
     if not out.exists() or not any(out.iterdir()):
         return None

@@ -1,8 +1,8 @@
 """The shard: everything that one client holds, in a folder of its own. docs/formats.md describes its files.
 
-Equal samples, seed and fractions give equal bytes: JSON keys are sorted, nothing is dated, and the safetensors files
-have a header of our own without metadata. They are written as the samples come and read block by block, so that memory
-is bounded by the samples of one writer, not by those of the client.
+Equal samples, seed and fractions give equal bytes: JSON keys are sorted, no file contains a date, and the safetensors
+files have a header of our own without metadata. They are written as the samples come and read block by block, so that
+memory is bounded by the samples of one writer, not by those of the client.
 """
 
 import hashlib

@@ -105,7 +105,7 @@ class LeafSource(Source):
         self._pixels = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - it is read as long as this source lives
         self._rows = 0  # images in the file of pixels
         self._top = 0  # the white of this data: 1 or 255; 0 until a fraction or a value over 1 shows which
-        self._undecided = 0  # images that were stored before that, as 0 and 1
+        self._undecided = 0  # images that were stored before the scale was known, as 0 and 1
         for path, of_test in tqdm(files, "reading", unit="file", disable=None if progress else True):
             self._read_file(path, of_test)
         if not self._parts:

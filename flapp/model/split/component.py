@@ -1,8 +1,8 @@
 """What the components of every type of model share: what each is part of, its tensors, and how it is saved.
 
-    bottom   whatever turns inputs into tokens, and layers 0 to p1 - 1
+    bottom   the modules that turn inputs into tokens, and layers 0 to p1 - 1
     trunk    layers p1 to p2 - 1
-    top      layers p2 to the last, and whatever turns tokens into outputs
+    top      layers p2 to the last, and the modules that turn tokens into outputs
 
 top(trunk(bottom(x))) is the whole model bit for bit (on a CPU, in eval mode). Tensors keep the whole model's names.
 vit.py and gpt2.py have the types of models, factory.py splits and loads them, files.py has the files.

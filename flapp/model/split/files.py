@@ -143,7 +143,7 @@ def parse_points(text: str) -> tuple[int, int]:
 
 
 def check_points(split_point_1: int, split_point_2: int, num_layers: int | None = None) -> None:
-    """Raise ValueError for points that leave a component without a layer, whatever the model if num_layers is None."""
+    """Raise ValueError for points that leave a component without a layer; num_layers=None: in a model of any size."""
     points = f"split points {split_point_1} and {split_point_2}"
     if type(split_point_1) is not int or type(split_point_2) is not int:
         raise ValueError(f"{points} must be whole numbers")
