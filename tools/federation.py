@@ -67,6 +67,7 @@ from tools.verify_data import verify_shards
 
 READY_SECONDS, LEAVE_SECONDS, LOOK_SECONDS = 120, 25, 0.3
 SUPERVISOR_LOG = "supervisor.log"
+UP = "bring it up (python -m tools.federation up, with the options that you gave it before)"
 NODE_ID = re.compile(r"SuperNode ID: (\d+)")
 LOG_BYTES = 1 << 16  # of a SuperNode's log, from its last start on, to search for its id
 
@@ -205,8 +206,8 @@ def describe_down(folder: Path, federation: Federation, seen: Seen | None) -> st
             "take the federation down, then bring it up"
         )
     if seen is None:
-        return f"the federation of {folder} is down: bring it up"
-    return f"the supervisor of {folder} (pid {seen.pid}) was killed and its programs have been stopped: bring it up"
+        return f"the federation of {folder} is down: {UP}"
+    return f"the supervisor of {folder} (pid {seen.pid}) was killed and its programs have been stopped: {UP}"
 
 
 def table(folder: Path, federation: Federation, seen: Seen, missing: list[str]) -> str:

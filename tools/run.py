@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from flapp.config.load import CONF, explain, from_tree, name_override
+from flapp.config.load import CONF, expand_home, explain, from_tree, name_override
 from flapp.config.schema import Config, ConfigError
 from flapp.privacy import describe_plan
 from flapp.server.summary import in_words
@@ -50,7 +50,7 @@ Settings are written key=value, in Hydra's grammar. These choose a whole group o
   --hydra-help         Hydra's own options
 
 Results go to ~/.flapp/runs/<run_name>; home=DIR or FLAPP_HOME replaces ~/.flapp. Without run_name, the name is made of
-the experiment and the time.
+the experiment (or the dataset, if you choose one), a model or strategy that you choose, and the time.
 Clients run in worker processes of this command (deployment=inline); deployment.workers=0 runs them in this process
 itself, for breakpoint(). deployment=simulation runs them in Ray. deployment=local runs them on SuperNodes, Flower's
 client processes: on this machine (`python -m tools.federation up`), or at deployment.address.
@@ -188,6 +188,7 @@ def run_jobs(outcomes: list[sweep.Outcome]) -> int:
     """Run what the command line asks for, fill in the outcome of every job, and return the exit status."""
     try:
         take_format(sys.argv)
+        sys.argv[1:] = expand_home(sys.argv[1:])
         sys.argv += name_override(sys.argv[1:])
         with sweep.gathered(outcomes):
             hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()

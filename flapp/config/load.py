@@ -34,6 +34,7 @@ MOST_YAML = 256 << 10  # bytes of a run's config.yaml, which has a few kB
 MOST_NODES = 20_000  # keys and values in it; OmegaConf takes seconds for as many
 MOST_SCALAR = 4096  # characters of a value without quotes: a number of more digits takes quadratic time
 PLAIN = re.compile(r"[A-Za-z0-9._-]+")  # a value that can be part of a run's name: one choice, not several of a sweep
+HOME = re.compile(r"(\+{0,2}[\w.]+=)~((?:/[^\s,'\"\[\]{}]*)?)")  # key=~ or key=~/..., one value
 _compose_lock = threading.Lock()  # GlobalHydra is one per process and not thread-safe
 
 
@@ -83,10 +84,16 @@ def compose(overrides: Sequence[str], base: Path | None = None) -> Config:
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(CONF), version_base="1.3"):
-                tree = hydra_compose("config", overrides=[*overrides, *name_override(overrides)])
+                words = expand_home(overrides)
+                tree = hydra_compose("config", overrides=[*words, *name_override(words)])
             return from_tree(tree, base)
         except (HydraException, OmegaConfBaseException) as error:
             raise explain(error) from error
+
+
+def expand_home(words: Sequence[str]) -> list[str]:
+    """Replace ~ at the start of a value by the home folder, because shells leave key=~/file as it is."""
+    return [HOME.sub(lambda match: f"{match[1]}'{Path.home()}{match[2]}'", word) for word in words]
 
 
 def name_override(words: Sequence[str]) -> list[str]:

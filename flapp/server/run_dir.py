@@ -210,13 +210,17 @@ def check_resumable(config: Config) -> Path:
         known = [folder.name for folder in config.runs_dir.glob("[!.]*/")]
         near = difflib.get_close_matches(config.run_name, known, n=1)
         hint = f", did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"resume=true finds no run {config.run_name} in {config.runs_dir}: give run_name{hint}")
+        raise ConfigError(
+            f"resume=true finds no run {config.run_name} in {config.runs_dir}{hint}: give the run_name of one that "
+            "exists (python -m tools.runs list)"
+        )
     if not is_run(path):
         raise ConfigError(f"run_name={config.run_name} is not a run directory: {path} has no config.yaml")
     if changed := differences(read_yaml(path / "config.yaml"), config):
         raise ConfigError(
             f"run_name={config.run_name} was run with other settings ({'; '.join(changed)}): "
-            "resume with its original settings, or use a new run_name for these"
+            f"resume with its original settings (python -m tools.runs show {config.run_name} prints the command), "
+            "or use a new run_name for these"
         )
     lock_run(path, config.run_name).close()
     if config.resume_from:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from flapp.config.load import CONF, compose, derive_seed, from_dict, load, read_node_config, to_json
+from flapp.config.load import CONF, compose, derive_seed, expand_home, from_dict, load, read_node_config, to_json
 from flapp.config.schema import ConfigError, setting_types
 from flapp.model.build import build_model
 from tests.conftest import refusal_of
@@ -42,6 +42,7 @@ def test_every_choice_in_conf_composes_and_builds_its_model(group: str, choice: 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["lr=0.1"], "lr is not a setting: did you mean train.lr?"),
         (["num_round=3"], "num_round is not a setting: did you mean num_rounds?"),
         (["train.learning_rate=3"], "train.learning_rate is not a setting"),
         (["+extra=1"], "extra is not a setting"),
@@ -91,6 +92,16 @@ def test_every_choice_in_conf_composes_and_builds_its_model(group: str, choice: 
 )
 def test_wrong_settings_are_refused_in_one_line(overrides: list[str], message: str) -> None:
     assert message in refusal_of(overrides)
+
+
+def test_a_home_folder_is_written_as_a_tilde_in_any_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "a b"))
+    config = compose(["home=~/flapp", "dataset.source=~", "model.pretrained=~/.flapp/runs/mine-1/model.safetensors"])
+    assert config.home == f"{tmp_path}/a b/flapp"
+    assert config.dataset.source == f"{tmp_path}/a b"
+    assert config.model.pretrained == f"{tmp_path}/a b/.flapp/runs/mine-1/model.safetensors"
+    others = ["run_name=a~b", "~model", "lora.targets=[~/x]"]
+    assert expand_home(others) == others
 
 
 def test_front_doors_take_a_relative_home_from_where_they_stand(tmp_path: Path) -> None:

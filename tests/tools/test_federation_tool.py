@@ -275,6 +275,7 @@ def started(tmp_path: Path) -> Seen:
         (None, {"7", "8"}, False),
         (1 << 22, {"7", "8"}, False),
     ],
+    ids=["online", "its successor is not online yet", "ended", "killed"],
 )
 def test_a_supernode_counts_as_online_by_its_present_living_process_only(
     started: Seen,
@@ -300,7 +301,7 @@ def test_a_federation_says_whether_it_was_taken_down_or_its_supervisor_killed(
 ) -> None:
     status = ("status", "--folder", str(tmp_path))
     killed = f"error: the supervisor of {tmp_path} (pid {os.getpid()}) was killed and its programs have been stopped"
-    assert refusal(capsys, *status) == f"{killed}: bring it up"
+    assert refusal(capsys, *status) == f"{killed}: {federation.UP}"
     left = subprocess.Popen(SLEEP, env={TOKEN: "t" * 32})
     wait_for(Processes("t" * 32).running)
     said = f"is gone, and 1 of its processes still run (pids {left.pid}): take the federation down"
@@ -308,7 +309,7 @@ def test_a_federation_says_whether_it_was_taken_down_or_its_supervisor_killed(
     left.kill()
     left.wait()
     (tmp_path / SEEN).unlink()
-    assert refusal(capsys, *status) == f"error: the federation of {tmp_path} is down: bring it up"
+    assert refusal(capsys, *status) == f"error: the federation of {tmp_path} is down: {federation.UP}"
 
 
 @pytest.mark.slow
@@ -353,7 +354,7 @@ def test_what_is_killed_in_a_federation_is_not_online_and_ends_with_its_supervis
         supervisor.kill()
         wait_for(lambda: not processes.running())
         status, _, error = tool("federation", "status")
-        assert (status, error.count("was killed and its programs have been stopped: bring it up")) == (1, 1)
+        assert (status, error.count(f"was killed and its programs have been stopped: {federation.UP}")) == (1, 1)
         assert tool("federation", "down")[:2] == (0, "nothing was running\n")
     finally:
         processes.stop()

@@ -126,6 +126,7 @@ def test_json_lines_say_what_each_round_reached(
     assert [line["loss"] for line in found[1:]] == [line["loss"] for line in evaluated]
     assert [line["train_loss"] for line in found] == [line["loss"] for line in train]
     assert [line["seconds"] for line in found] == [line["seconds"] for line in ended]
+    assert found[1]["failures"] == {"2": "sent no reply in time"}
     assert found[1]["bytes_down"] == train[1]["bytes_down"] + evaluated[0]["bytes_down"]
 
 
@@ -142,6 +143,26 @@ def test_without_a_terminal_each_round_is_one_line(
     figures = {1: train, 2: rf"{train}, test loss \d+\.\d{{4}}", 3: rf"{train}, test loss \d+\.\d{{4}}"}
     expected = [rf"round {number} of 3: {found}, \d+\.\d s" for number, found in figures.items()]
     assert all(re.fullmatch(*pair) for pair in zip(expected, said.splitlines(), strict=True))
+
+
+@pytest.mark.parametrize("bars", [False, True])
+def test_clients_that_a_round_leaves_out_are_named_with_the_reason_until_others_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], settings: Config, folder: Path, bars: bool
+) -> None:
+    failures = [{}, {"1": "sent no reply in time"}, {"1": "sent no reply in time"}, {}, {"0": "NaN", "2": "NaN"}]
+    with (folder / "metrics.jsonl").open("w") as file:
+        for number, reasons in enumerate(failures, 1):
+            failed = [{"client": client, "reason": reason} for client, reason in reasons.items()]
+            for line in ({"kind": "train", "loss": 0.5, "failures": failed}, {"kind": "round", "seconds": 0.5}):
+                file.write(json.dumps(line | {"round": number}) + "\n")
+    if bars:
+        monkeypatch.setattr(sys, "stderr", Terminal())
+    with Progress(settings, settings.runs_dir / "none") as progress:
+        progress.reader.path = folder / "metrics.jsonl"
+        progress.look()
+        said = sys.stderr.getvalue() if isinstance(sys.stderr, Terminal) else capsys.readouterr().err
+    told = [line for line in re.split(r"[\r\n]+", said) if "left out" in line]
+    assert told == ["round 2 left out client 1: sent no reply in time", "round 5 left out clients 0, 2: NaN"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from tools.deployment import submit
 from tools.deployment.processes import SuperLinkError
 from tools.deployment.submit import RunError, is_here, run_once, simulation_words
 from tools.deployment.superlink import SuperLink
+from tools.deployment.supervisor import Federation
 from tools.running import sweep
 
 SIMULATION = ("deployment=simulation",)
@@ -58,6 +59,16 @@ def run_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[FarSupe
         return run_once(settings(tmp_path, *FAR))
 
     return run
+
+
+def test_a_run_on_a_federation_that_is_down_is_refused_with_the_command_that_starts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = {"address": "127.0.0.1:1", "clients": ("0", "1", "2"), "token": "f" * 32}
+    down = Federation(**facts, tls=False, shards=None, homes=False, threads=1)
+    monkeypatch.setattr(submit, "read_federation", lambda _: down)
+    with pytest.raises(SuperLinkError, match=r"^the federation of \S+ is down: .*python -m tools.federation up"):
+        run_once(settings(tmp_path, "deployment=local"), lambda: pytest.fail("the run was started"))
 
 
 @pytest.mark.parametrize(

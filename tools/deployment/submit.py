@@ -19,11 +19,11 @@ from flapp.server.preflight import check_run
 from flapp.server.run_dir import SUMMARY, check_resumable, check_source
 from flapp.server.run_names import check_new, restarts
 from flapp.server.summary import sound_summary
-from tools.deployment.processes import HOST, SuperLinkError, available_cpus
+from tools.deployment.processes import HOST, Processes, SuperLinkError, available_cpus
 from tools.deployment.superlink import APP as APP
 from tools.deployment.superlink import CONNECTION, PrivateSuperLink, SuperLink, app_folder
 from tools.deployment.supervisor import KEYS, read_federation, superlink_of
-from tools.federation import install_app
+from tools.federation import describe_down, install_app
 from tools.running.progress import CONFIG, LOOK_SECONDS, Watcher, read_json
 
 STATUS_SECONDS, END_SECONDS = 15, 60
@@ -64,6 +64,7 @@ def run_once(config: Config, on_start: Callable[[], object] = lambda: None) -> d
         on_start()
         return inline.run_inline(config, before)
     config, superlink = choose_superlink(config)
+    check_is_up(config)
     on_start()
     with superlink, app_folder() as app:
         run_id = submit(config, superlink, app, size)
@@ -124,6 +125,16 @@ def choose_superlink(config: Config) -> tuple[Config, SuperLink]:
     if federation.tls and settings.client_keys is None:
         config = replace(config, deployment=replace(settings, client_keys=str(folder / KEYS)))
     return config, superlink_of(folder, federation)
+
+
+def check_is_up(config: Config) -> None:
+    """Raise SuperLinkError for a run on a federation of this machine that is down."""
+    settings = config.deployment
+    if settings.kind == "superlink" and settings.address is None:
+        folder = Path(str(settings.federation))
+        federation = read_federation(folder)
+        if not Processes(federation.token).running():
+            raise SuperLinkError(describe_down(folder, federation, None))
 
 
 def is_here(config: Config) -> bool:

@@ -4,7 +4,7 @@ Every JSON line has `event` and `run_name` (null if the settings were refused), 
 
     started    rounds, and what the run is about to do: see running/overview.py
     round      round, rounds, train_loss; loss, accuracy, personal_accuracy (null unless evaluated); bytes_up,
-               bytes_down and seconds of this round
+               bytes_down and seconds of this round; failures, the reason for each client that was left out
     finished   summary: what metrics.json says
     failed     error; summary, or null if the run wrote none
 """
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from flapp.config.schema import Config, ConfigError
 from flapp.data.artifact import Stamp, stamp
+from flapp.listing import by_reason
 from flapp.server.summary import read_line
 from flapp.untrusted import printable
 from flapp.untrusted import read_json as parse_file
@@ -32,6 +33,7 @@ FORMAT, FORMATS = "FLAPP_FORMAT", ("text", "json")  # in the environment, for a 
 HYDRA_TO_STDERR = "hydra.hydra_logging.handlers.console.stream=ext://sys.stderr"
 CONFIG, LOOK_SECONDS = ("config.yaml",), 0.3
 MOST_LINES = 20  # for a whole run without bars
+MOST_REASONS = 3  # of the clients that a round left out
 STARTING, COUNTING = "{desc}[{elapsed}]", "{desc}{n_fmt}/{total_fmt} |{bar}|"
 
 
@@ -112,6 +114,9 @@ def figures(lines: list[dict[str, Any]]) -> dict[str, Any]:
         **{key: evaluated.get(key) for key in ("loss", "accuracy", "personal_accuracy")},
         **{key: train.get(key, 0) + evaluated.get(key, 0) for key in ("bytes_up", "bytes_down")},
         "seconds": kinds.get("round", {}).get("seconds"),
+        "failures": {
+            each["client"]: each["reason"] for phase in (train, evaluated) for each in phase.get("failures", ())
+        },
     }
 
 
@@ -134,6 +139,7 @@ class Progress:
         self.stale = read_json(path / "progress.json")
         self.bytes = sum(found["bytes_up"] + found["bytes_down"] for found in earlier)
         self.shown: dict[str, str] = {}
+        self.failures: dict[str, str] = {}  # of the last round
         off = True if plain or is_json() else None
         done = earlier[-1]["round"] if earlier else 0
         common: dict[str, Any] = {"disable": off, "file": sys.stderr, "dynamic_ncols": True}
@@ -160,10 +166,18 @@ class Progress:
             if self.rounds.disable and not is_json() and is_told:
                 values = [f"{key} {value}" for key, value in latest(found).items()] + [f"{found['seconds']:.1f} s"]
                 print(f"round {number} of {rounds}: {', '.join(values)}", file=sys.stderr)
+            self._show_failures(found)
         if self.reader.current:
             self._show_figures(figures(self.reader.current))
         if not self.rounds.disable:
             self._show_replies()
+
+    def _show_failures(self, found: dict[str, Any]) -> None:
+        """Print which clients a round left out and why, unless the round before left out the same ones."""
+        before, self.failures = self.failures, found["failures"]
+        if self.failures and self.failures != before and not is_json():
+            text = f"round {found['round']} left out {by_reason(self.failures, MOST_REASONS)}"
+            tqdm.write(printable(text), file=sys.stderr)
 
     def _show_figures(self, found: dict[str, Any], refresh: bool = True) -> None:
         """Show the latest losses, the accuracy and all bytes so far beside the bar of rounds."""
