@@ -84,7 +84,7 @@ def test_a_guide_works_when_followed_to_the_letter(guide: str, tmp_path: Path) -
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run([sys.executable, *words], cwd=checkout, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "finished 1 rounds" in done.stdout
+    assert "finished 1 round in" in done.stdout
     assert SIGNS.get(guide, "") in (home / "runs" / "try" / "log.txt").read_text()
 
 

@@ -51,7 +51,7 @@ def by_number(name: str) -> list[tuple[str, int]]:
 
 def open_store(path: Path) -> ChunkManager:
     if path.is_dir():
-        raise CheckpointError(f"{path} is a folder: name one of the {len(find_stores(path))} stores in it")
+        raise CheckpointError(f"{path} is a folder: name one of the stores in it ({len(find_stores(path))})")
     return ChunkManager(path, create=False)
 
 

@@ -124,7 +124,8 @@ def final_line(summary: dict[str, Any], took: float | None = None, hint: bool = 
     early = " (stopped early)" if summary.get("stopped_early") else ""
     selected = summary.get("selected_round", rounds)
     chosen = f"round {selected}" if selected != rounds else "the last round"
-    lines = [f"finished {rounds} rounds{early} in {seconds(summary['seconds'], took)}: {', '.join(figures)}"]
+    count = f"{rounds} round{'s' * (rounds != 1)}"
+    lines = [f"finished {count}{early} in {seconds(summary['seconds'], took)}: {', '.join(figures)}"]
     for note in summary.get("resumed_anyway", []):
         lines.append(f"resumed anyway after round {note['round']}: {some(note['changed'])}")
     if "epsilon" in summary:

@@ -195,7 +195,7 @@ def test_a_missing_store_round_or_folder_gives_one_line_and_nothing_is_made(
     for words, message in (
         (["show", db, 9], "has no round 9: it holds 1, 2, 3"),
         (["diff", db, 1, 9], "has no round 9"),
-        (["show", run, 1], "is a folder: name one of the 4 stores in it"),
+        (["show", run, 1], "is a folder: name one of the stores in it (4)"),
         (["list", tmp_path / "empty"], "holds no *_chunks.db"),
         (["export", db, 1, tmp_path / "no folder" / "x"], "cannot be exported to"),
     ):
