@@ -33,6 +33,7 @@ import time
 from pathlib import Path
 
 import psutil
+from pydantic import ValidationError
 
 from flapp.data.shards.manifest import load_manifest
 from flapp.files import write_json
@@ -58,6 +59,7 @@ from tools.deployment.supervisor import (
     Federation,
     Program,
     Seen,
+    first_fault,
     read_facts,
     read_federation,
     site_name,
@@ -118,7 +120,10 @@ def plan(given: argparse.Namespace) -> Federation:
     shards = str(given.shards.resolve()) if given.shards else None
     options = {name: getattr(given, name) for name in ("tls", "homes", "threads", "plain")}
     token, address = secrets.token_hex(16), f"{HOST}:{port}"
-    return Federation(token=token, address=address, clients=tuple(clients), shards=shards, **options)
+    try:
+        return Federation(token=token, address=address, clients=tuple(clients), shards=shards, **options)
+    except ValidationError as error:
+        raise SuperLinkError(f"a federation cannot be made of this ({first_fault(error)}): choose others") from None
 
 
 def check_shards(folder: Path) -> list[str]:
@@ -164,7 +169,10 @@ def find_missing(folder: Path, seen: Seen, online: set[str]) -> list[str]:
 
 def node_ids(log: Path, program: Program) -> list[str]:
     """Return the node ids that a SuperNode has logged since its last start; none if it does not run."""
-    if program.pid is None or not psutil.pid_exists(program.pid) or not is_running(psutil.Process(program.pid)):
+    try:
+        if program.pid is None or not is_running(psutil.Process(program.pid)):
+            return []
+    except psutil.NoSuchProcess:
         return []
     with log.open("rb") as file:
         file.seek(program.log_start)

@@ -192,6 +192,8 @@ def stop(given: argparse.Namespace) -> dict[str, Any]:
     from tools.running.stop import stop_run  # imports Flower
 
     name = only_run(given)
+    if links := links_on(given.home, given.home / "runs" / name):
+        raise RunsError(f"{links[0]} is a symbolic link: stop the run that it points to by its own name and home")
     return {"name": name, "pids": stop_run(given.home / "runs" / name)}
 
 

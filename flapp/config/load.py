@@ -93,7 +93,8 @@ def compose(overrides: Sequence[str], base: Path | None = None) -> Config:
 
 def expand_home(words: Sequence[str]) -> list[str]:
     """Replace ~ at the start of a value by the home folder, because shells leave key=~/file as it is."""
-    return [HOME.sub(lambda match: f"{match[1]}'{Path.home()}{match[2]}'", word) for word in words]
+    matches = [HOME.fullmatch(word) for word in words]
+    return [f"{m[1]}'{Path.home()}{m[2]}'" if m else word for m, word in zip(matches, words, strict=True)]
 
 
 def name_override(words: Sequence[str]) -> list[str]:

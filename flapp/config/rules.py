@@ -123,7 +123,7 @@ def _lora_faults(config: Config) -> Iterator[str]:
         yield "strategy.aggregation=fedsa keeps each client's B in its chunk store: set checkpoint=recent"
     if rule == "fedsa" and lora.adapter is not None:
         yield "lora.adapter gives all clients one B, strategy.aggregation=fedsa gives each its own: use another rule"
-    if (lora.rank_by_client or lora.prune_gamma) and config.strategy.weighting == "alignment":
+    if (lora.rank_by_client is not None or lora.prune_gamma is not None) and config.strategy.weighting == "alignment":
         fix = "leave lora.rank_by_client and lora.prune_gamma out"
         yield f"strategy.weighting=alignment compares updates of one shape: {fix}"
 

@@ -203,8 +203,9 @@ def open_verified(folder: Path) -> Artifact:
     if found not in _compared:
         with ExitStack() as stack:
             note = None
-            with suppress(OSError):  # without a note, every process compares for itself
-                note = stack.enter_context(locked(_note(folder)))
+            with suppress(OSError):  # without a note every process compares for itself, without locks some may
+                note = stack.enter_context(_note(folder).open("a"))
+                fcntl.flock(note, fcntl.LOCK_EX)
             if not _is_noted(folder, found):
                 artifact = open_artifact(folder, verify=True)
                 if note:

@@ -94,11 +94,15 @@ def materialize(folder: Path, size: int, progress: Callable[[int], object] = lam
     if native.images.ndim != 4 or native.layout != "NHWC":
         raise DataError(f"{folder} does not hold images as they were prepared: resize the split itself")
 
-    def read(start: int, stop: int) -> np.ndarray:
-        return resize(torch.from_numpy(native.images[start:stop]).permute(0, 3, 1, 2), size).numpy()
+    compared = _spread(len(native.images))
 
-    for index in _spread(len(native.images)):
-        _compare(native.images[index], read(index, index + 1)[0], index)
+    def read(start: int, stop: int) -> np.ndarray:
+        resized = resize(torch.from_numpy(native.images[start:stop]).permute(0, 3, 1, 2), size).numpy()
+        for index in compared:
+            if start <= index < stop:
+                _compare(native.images[index], resized[index - start], index)
+        return resized
+
     shape = (len(native.images), native.images.shape[3], size, size)
     target = resized_folder(folder, size)
     write_rows(target, read, shape, native.labels, native.classes, native.digest, "NCHW", progress)

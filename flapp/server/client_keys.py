@@ -41,8 +41,10 @@ class ClientKeys:
                 f"deployment.client_keys={folder} has no client_<id>.pub file: copy each site's site.pub into it"
             )
 
+        self._clients = set(self._owners.values())
+
     def __contains__(self, client_id: str) -> bool:
-        return client_id in self._owners.values()
+        return client_id in self._clients
 
     def path(self, client_id: str) -> Path:
         """Return the file in which a client's key is pinned, or should be."""

@@ -100,7 +100,7 @@ def test_a_home_folder_is_written_as_a_tilde_in_any_path(monkeypatch: pytest.Mon
     assert config.home == f"{tmp_path}/a b/flapp"
     assert config.dataset.source == f"{tmp_path}/a b"
     assert config.model.pretrained == f"{tmp_path}/a b/.flapp/runs/mine-1/model.safetensors"
-    others = ["run_name=a~b", "~model", "lora.targets=[~/x]"]
+    others = ["run_name=a~b", "run_name='x=~/y'", "~model", "lora.targets=[~/x]", "home=~a/b", "--config-dir=~/x"]
     assert expand_home(others) == others
 
 

@@ -24,7 +24,7 @@ from flapp.messages import describe_error, views
 from flapp.server.inline import CLIENT_APP, SERVER_NODE, InlineGrid, start_forkserver
 from flapp.server.shared_arrays import LEAST_BYTES
 from tests.conftest import read_lines, run_app
-from tests.support.commands import PYTORCHS, SECONDS, left_running, starting_runs
+from tests.support.commands import PYTORCHS, SECONDS, in_shared_memory, left_running, starting_runs
 from tests.support.inline_app import say
 from tests.support.waiting import wait_for
 from tools.running import inline
@@ -267,14 +267,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_run_that_is_ended_leaves_nothing_and_is_resumed_to_the_same_bytes(
     tool: Callable[..., Any], tmp_path: Path, undisturbed: str, how: Any
 ) -> None:
-    path, shared = tmp_path / "runs" / "ended", in_shared_memory()
+    path = tmp_path / "runs" / "ended"
     process = tool(*LONG[1:], "run_name=ended", "deployment.workers=2")
     metrics = path / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and '"round": 3' in metrics.read_text(), SECONDS)
     processes = left_running(tmp_path)
     assert len(processes) >= 4  # the command, the fork server and two workers
     assert not [each for process in processes for each in process.net_connections("inet")]
-    mapped = {Path(each.path).name for process in processes for each in process.memory_maps() if "/shm/" in each.path}
+    shared = in_shared_memory(processes)
     if how == "runs stop":
         assert process.pid in (stop_run(path) or ())
     elif how == signal.SIGINT:
@@ -289,16 +289,10 @@ def test_a_run_that_is_ended_leaves_nothing_and_is_resumed_to_the_same_bytes(
         assert "run_name=ended resume=true" in hint
         assert not (path / "running.json").exists()
     wait_for(lambda: not left_running(tmp_path), SECONDS)
-    assert not mapped & set(os.listdir("/dev/shm"))
-    assert in_shared_memory() <= shared
+    assert not shared & set(os.listdir("/dev/shm"))
     wait_for(lambda: {each.name for each in (tmp_path / "tmp").iterdir()} <= PYTORCHS, SECONDS)
     settings = compose([*LONG, f"home={tmp_path}", "run_name=ended", "resume=true"])
     assert run_app(settings, InlineGrid({}, [NODE]))[0]["model_sha256"] == undisturbed
-
-
-def in_shared_memory() -> set[str]:
-    """Return the names in /dev/shm, without those of joblib and of semaphores, which other tests may be using now."""
-    return {name for name in os.listdir("/dev/shm") if not name.startswith(("joblib", "sem."))}
 
 
 @pytest.mark.slow

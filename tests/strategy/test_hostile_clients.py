@@ -242,7 +242,9 @@ def test_replies_that_cannot_be_are_left_out_by_name_and_change_nothing(federate
     bad, path = federate(*settings, tamper=tamper)
     assert bad["model_sha256"] == without["model_sha256"]
     for kind, faults in (("train", TRAIN_FAULTS), ("evaluate", EVALUATE_FAULTS)):
-        for number, line in enumerate(read_lines(path, kind), 1):
+        lines = read_lines(path, kind)
+        assert lines
+        for number, line in enumerate(lines, 1):
             reasons = failures(path, number, kind)
             assert reasons.keys() == faults.keys()
             assert [reasons[name] for name, (_, reason) in faults.items() if not reasons[name].startswith(reason)] == []

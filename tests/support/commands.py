@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +67,12 @@ def left_running(home: Path) -> list[psutil.Process]:
         except (psutil.Error, OSError):
             continue
     return found
+
+
+def in_shared_memory(processes: list[psutil.Process]) -> set[str]:
+    """Return the names in /dev/shm that processes have mapped."""
+    names = set()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            names |= {Path(each.path).name for each in process.memory_maps() if "/shm/" in each.path}
+    return names

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -40,7 +41,7 @@ LISTEN = "import socket, sys, time; s = socket.create_server(('127.0.0.1', int(s
 
 def described(**changes: Any) -> Federation:
     """Return a federation of two clients, with changes."""
-    facts = {"token": "t" * 32, "address": f"127.0.0.1:{free_port()}", "tls": False, "clients": ("0", "1")}
+    facts = {"token": secrets.token_hex(16), "address": f"127.0.0.1:{free_port()}", "tls": False, "clients": ("0", "1")}
     return Federation(**facts | {"shards": None, "homes": False, "threads": 1} | changes)
 
 
@@ -302,8 +303,9 @@ def test_a_federation_says_whether_it_was_taken_down_or_its_supervisor_killed(
     status = ("status", "--folder", str(tmp_path))
     killed = f"error: the supervisor of {tmp_path} (pid {os.getpid()}) was killed and its programs have been stopped"
     assert refusal(capsys, *status) == f"{killed}: {federation.UP}"
-    left = subprocess.Popen(SLEEP, env={TOKEN: "t" * 32})
-    wait_for(Processes("t" * 32).running)
+    token = read_federation(tmp_path).token
+    left = subprocess.Popen(SLEEP, env={TOKEN: token})
+    wait_for(Processes(token).running)
     said = f"is gone, and 1 of its processes still run (pids {left.pid}): take the federation down"
     assert said in refusal(capsys, *status)
     left.kill()

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
@@ -41,6 +41,19 @@ class LocalCIFAR10(CIFAR10):
 
     def _check_integrity(self) -> bool:
         return True
+
+
+class Float32Memmap(Dataset[tuple[Tensor, int]]):
+    """Raw memmaps: normalised float32 (N, 3, 224, 224) without a header, 36 GB for the whole of CIFAR-10."""
+
+    def __init__(self, path: Path) -> None:
+        self.images = np.memmap(path, np.float32, "r", shape=(MEASURED, 3, SIZE, SIZE))
+
+    def __len__(self) -> int:
+        return MEASURED
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.from_numpy(self.images[index].copy()), 0
 
 
 def prepare(folder: Path) -> None:
@@ -84,13 +97,11 @@ def speed(folder: Path) -> list[Row]:
     pipeline = [transforms.Resize((SIZE, SIZE)), transforms.ToTensor(), transforms.Normalize(*statistics_)]
     chosen = np.random.default_rng(1).permutation(IMAGES)[:MEASURED]
     theirs: Subset[Any] = Subset(LocalCIFAR10(folder, transform=transforms.Compose(pipeline)), chosen.tolist())
-    # Raw memmaps: normalised float32 without a header, 36 GB for the whole of CIFAR-10.
-    seed = torch.from_numpy(np.memmap(folder / "seed.bin", np.float32, "c", shape=(MEASURED, 3, SIZE, SIZE)))
     native, resized = (OfflineCIFAR10(folder / name) for name in ("native", "resized"))
     loader = partial(ClientLoader, indices=np.arange(IMAGES), batch_size=BATCH, seed=0, image_size=SIZE)
     loaders: dict[str, Iterable[tuple[Tensor, Tensor]]] = {
         "torchvision": DataLoader(theirs, BATCH, shuffle=True),
-        "seed": DataLoader(TensorDataset(seed, torch.zeros(MEASURED, dtype=torch.int64)), BATCH, shuffle=True),
+        "seed": DataLoader(Float32Memmap(folder / "seed.bin"), BATCH, shuffle=True),
         "uint8": loader(resized, output="uint8"),
         "float32": loader(resized),
         "exact": loader(resized, exact=True),

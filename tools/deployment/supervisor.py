@@ -28,6 +28,7 @@ from tools.running.guard import guarded
 
 FACTS, SEEN, LOG = "federation.json", "supervisor.json", "log.txt"
 SUPERLINK, KEYS = "superlink", "keys"
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 FIRST_PAUSE, LONGEST_PAUSE, SETTLED_SECONDS = 1.0, 60.0, 60.0  # a killed SuperNode is accepted again within 60 s
 LOOK_SECONDS, STOP_SECONDS, REGISTRARS = 0.3, 8.0, 4
 FAST_SUPERNODE = (sys.executable, "-P", str(Path(__file__).parents[1] / "supernode.py"))
@@ -80,13 +81,16 @@ def read_facts(path: Path, kind: type[Facts]) -> Facts:
     try:
         return kind.model_validate_json(read_bytes(path))
     except ValueError as error:
-        said = str(error)
-        if isinstance(error, ValidationError):
-            fault = error.errors()[0]
-            said = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+        said = first_fault(error) if isinstance(error, ValidationError) else str(error)
         raise ValueError(
             f"{path} is not what this flapp writes ({printable(said)}): remove it, and bring the federation up"
         ) from error
+
+
+def first_fault(error: ValidationError) -> str:
+    """Return what pydantic found wrong first, as `place: problem`."""
+    fault = error.errors()[0]
+    return printable(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, got {fault['input']}")
 
 
 def read_federation(folder: Path) -> Federation:
@@ -146,7 +150,7 @@ class Supervisor:
     async def run(self) -> None:
         """Keep all programs running until SIGTERM or SIGINT, and stop them."""
         stop = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOPPING:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         superlink = asyncio.create_task(self.keep(SUPERLINK, partial(superlink_command, self.folder, self.federation)))
         nodes = []
@@ -239,12 +243,16 @@ def say(text: str) -> None:
 
 def supervise(folder: Path) -> None:
     """Keep the federation of `folder` running until SIGTERM or SIGINT."""
+    for number in STOPPING:
+        signal.signal(number, lambda *_: sys.exit(0))  # until the event loop handles them
     supervisor = Supervisor(folder)
     token = supervisor.federation.token
     with guarded(TOKEN, token):
         try:
             asyncio.run(supervisor.run())
         finally:
+            for number in STOPPING:
+                signal.signal(number, signal.SIG_IGN)
             Processes(token).stop()  # what has not ended by itself
             (folder / SEEN).unlink(missing_ok=True)
 
