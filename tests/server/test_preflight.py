@@ -352,7 +352,7 @@ def test_a_round_without_replies_says_why_first(federate: Federate, monkeypatch:
     def refuse(*_: Any) -> Any:
         raise MessageError("is odd")
 
-    monkeypatch.setattr(Phase, "_take_single", refuse)
+    monkeypatch.setattr(Phase, "_accept", refuse)
     with pytest.raises(FederationError, match=r"^round 1: clients 0 to 2: is odd \(0 of 3 clients gave a valid train"):
         federate(*TOY)
 

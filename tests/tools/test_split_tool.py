@@ -64,24 +64,25 @@ def test_a_run_whose_model_could_not_be_stored_fails_before_round_one(
     with pytest.raises(ValueError, match="split is not a folder: name another storage folder"):
         federate(*ONE_ROUND, *auto(tmp_path / "split"))
     (tmp_path / "other/top").mkdir(parents=True)
-    name = f"{tmp_path.name}-1"  # of the next run
+    name = "in_the_way"
     (tmp_path / f"other/top/{name}_1-2_top.safetensors").write_text("of another run")
-    for resume in ((), (f"run_name={name}", "resume=true")):
+    for resume in ([], ["resume=true"]):
         with pytest.raises(ValueError, match=f"{name}_1-2_top.safetensors exists already"):
-            federate(*ONE_ROUND, *auto(tmp_path / "other"), *resume)
+            federate(*ONE_ROUND, *auto(tmp_path / "other"), f"run_name={name}", *resume)
 
 
 def test_a_run_that_broke_off_while_its_model_was_stored_is_resumed(
     federate: Federate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = (tmp_path / "split", f"{tmp_path.name}-0", 1, 2, "bottom")
+    name = "broken_off"
+    place = (tmp_path / "split", name, 1, 2, "bottom")
     bottom = StorageManager.get_split_model_path(*place)
     bottom.parent.mkdir(parents=True)
     with monkeypatch.context() as patch:
         patch.setattr(ModelFactory, "create_split_models", lambda *_, **__: bottom.write_text("half") and 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            federate(*ONE_ROUND, *auto(tmp_path / "split"))
-    summary, _ = federate(*ONE_ROUND, *auto(tmp_path / "split"), f"run_name={tmp_path.name}-0", "resume=true")
+            federate(*ONE_ROUND, *auto(tmp_path / "split"), f"run_name={name}")
+    summary, _ = federate(*ONE_ROUND, *auto(tmp_path / "split"), f"run_name={name}", "resume=true")
     assert read_metadata(bottom).model_sha256 == summary["model_sha256"]
 
 
