@@ -248,6 +248,16 @@ def test_workers_are_dealt_out_over_the_gpus(
 # The command
 
 
+def test_a_temporary_folder_with_too_long_a_path_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = "/tmp/" + "x" * 70
+    monkeypatch.setattr("tempfile.tempdir", folder)
+    with pytest.raises(ConfigError, match=f"temporary folder {folder} is too long .*set TMPDIR"):
+        inline.prepare(compose(["home=/nowhere", TOY]))
+    inline.prepare(compose(["home=/nowhere", TOY, "deployment.workers=0"]))
+
+
 @pytest.fixture
 def tool(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Return a function that starts tools.run in a process group of its own, with a home and a temporary folder."""

@@ -2,8 +2,10 @@
 
 import getpass
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +23,7 @@ def start_tool(home: Path, module: str, *words: str, **settings: Any) -> "subpro
     """Start a tool with this home; if the home has a folder `tmp`, temporary files go there."""
     env = os.environ | {"FLAPP_HOME": str(home), "PYTHONPATH": str(APP)}
     if (home / "tmp").is_dir():
-        env["TMPDIR"] = str(home / "tmp")
+        env["TMPDIR"] = str((home / "tmp").resolve())
     command = [sys.executable, "-m", f"tools.{module}", *words]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=home, env=env, **pipes | settings)
@@ -29,8 +31,12 @@ def start_tool(home: Path, module: str, *words: str, **settings: Any) -> "subpro
 
 @contextmanager
 def starting_runs(home: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
-    """Yield a function that starts tools.run with its own temporary folder; kill the runs at the end."""
-    (home / "tmp").mkdir()
+    """Yield a function that starts tools.run with its own temporary folder; kill the runs at the end.
+
+    The folder is home/tmp, a link to one with a short path, because the path of a socket has at most 107 bytes.
+    """
+    temporary = Path(tempfile.mkdtemp(prefix="flapp-test-"))
+    (home / "tmp").symlink_to(temporary)
     started = []
 
     def start(*words: str, **settings: Any) -> "subprocess.Popen[str]":
@@ -43,6 +49,7 @@ def starting_runs(home: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]
         for process in started:
             process.kill()
             process.communicate()
+        shutil.rmtree(temporary)
 
 
 def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import resource
 import secrets
+import tempfile
 import traceback
 from collections.abc import Iterator
 from logging import ERROR, INFO
@@ -30,12 +31,19 @@ from tools.deployment.submit import count_cpus, failure, warn_of_size
 from tools.running.progress import Watcher, read_json
 
 LAZY = ("torch._dynamo",)  # every optimizer imports it when it is built, which takes longer than importing PyTorch
+LONGEST_TMPDIR = 107 - len("/flapp-12345678/listener-12345678")  # bytes; a socket's path has at most 107 on Linux
 
 
 def prepare(config: Config) -> None:
     """Start the process from which workers are forked, so that it imports PyTorch in the background."""
     if config.deployment.workers == 0:
         return
+    temporary = tempfile.gettempdir()
+    if len(os.fsencode(temporary)) > LONGEST_TMPDIR:
+        raise ConfigError(
+            f"the path of the temporary folder {temporary} is too long for the socket of worker processes: set TMPDIR "
+            f"to a path of at most {LONGEST_TMPDIR} bytes, or set deployment.workers=0"
+        )
     folder = os.environ.pop(SWEEP, None)
     resource_tracker.ensure_running()  # without SWEEP: it ends with this process, and cannot be ended before
     if folder is not None:
