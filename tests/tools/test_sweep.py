@@ -44,9 +44,8 @@ def of_job(number: int, folder: Path = Path("/sweep"), **launcher: Any) -> Any:
 
 @contextlib.contextmanager
 def child(work: Callable[[], None]) -> Iterator[int]:
-    """Run a function in a process of its own, which has none of pytest's signal handlers."""
+    """Run a function in a process of its own."""
     if (pid := os.fork()) == 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with contextlib.suppress(BaseException):
             work()
         os._exit(0)

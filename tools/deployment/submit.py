@@ -64,7 +64,6 @@ def run_once(config: Config, on_start: Callable[[], object] = lambda: None) -> d
         on_start()
         return inline.run_inline(config, before)
     config, superlink = choose_superlink(config)
-    check_is_up(config)
     on_start()
     with superlink, app_folder() as app:
         run_id = submit(config, superlink, app, size)
@@ -108,7 +107,10 @@ def submit(config: Config, superlink: SuperLink, app: Path, size: list[str]) -> 
 
 
 def choose_superlink(config: Config) -> tuple[Config, SuperLink]:
-    """Return the SuperLink for the run, not entered yet, and the config with the settings that depend on it."""
+    """Return the SuperLink for the run, not entered yet, and the config with the settings that depend on it.
+
+    Raises SuperLinkError when the run's federation on this machine is down, and ConfigError for too many clients.
+    """
     settings = config.deployment
     if settings.kind == "simulation":
         return config, PrivateSuperLink(settings.port, settings.ray_address)
@@ -122,19 +124,11 @@ def choose_superlink(config: Config) -> tuple[Config, SuperLink]:
             f"clients={config.clients}, but the federation of {folder} has {len(federation.clients)}: "
             f"set clients={len(federation.clients)}"
         )
+    if not Processes(federation.token).running():
+        raise SuperLinkError(describe_down(folder, federation, None))
     if federation.tls and settings.client_keys is None:
         config = replace(config, deployment=replace(settings, client_keys=str(folder / KEYS)))
     return config, superlink_of(folder, federation)
-
-
-def check_is_up(config: Config) -> None:
-    """Raise SuperLinkError for a run on a federation of this machine that is down."""
-    settings = config.deployment
-    if settings.kind == "superlink" and settings.address is None:
-        folder = Path(str(settings.federation))
-        federation = read_federation(folder)
-        if not Processes(federation.token).running():
-            raise SuperLinkError(describe_down(folder, federation, None))
 
 
 def is_here(config: Config) -> bool:

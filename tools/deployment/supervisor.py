@@ -243,19 +243,17 @@ def say(text: str) -> None:
 
 def supervise(folder: Path) -> None:
     """Keep the federation of `folder` running until SIGTERM or SIGINT."""
-    for number in STOPPING:
-        signal.signal(number, lambda *_: sys.exit(0))  # until the event loop handles them
     supervisor = Supervisor(folder)
     token = supervisor.federation.token
     with guarded(TOKEN, token):
         try:
             asyncio.run(supervisor.run())
         finally:
-            for number in STOPPING:
-                signal.signal(number, signal.SIG_IGN)
             Processes(token).stop()  # what has not ended by itself
             (folder / SEEN).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
+    for each in STOPPING:
+        signal.signal(each, lambda *_: sys.exit(0))  # until the event loop handles them
     supervise(Path(sys.argv[1]))
