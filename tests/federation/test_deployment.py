@@ -177,9 +177,8 @@ def test_runs_at_once_end_in_the_bytes_of_other_runtimes_and_outsiders_are_kept_
 def test_a_client_and_a_supernode_killed_in_a_round_are_named_and_take_part_again(
     home: Path, federation: Federation
 ) -> None:
-    # A SuperNode that is back just when the SuperLink notices its death answers nothing, until strategy.timeout.
     words = ("experiment=toy_regression", "train.steps=8000", "num_rounds=40", "evaluate.every=40")
-    run = submit(home, "killed", *words, "strategy.timeout=120")
+    run = submit(home, "killed", *words)
     wait_for(lambda: reached(home, "killed", 1)() and find_client(federation, "client_1")).kill()
     (supernode,) = find_processes(federation, "supernode.py --superlink", "client_2")
     supernode.kill()

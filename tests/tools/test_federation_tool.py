@@ -219,6 +219,24 @@ def test_pauses_before_a_start_double_until_a_program_has_run_for_long(
     assert watched.seen.programs["client_0"] == Program(restarts=9)
 
 
+@pytest.mark.parametrize(
+    ("tls", "ends", "pause"),
+    [(True, "kill -9 $$", 70), (False, "kill -9 $$", 1), (True, "kill -15 $$", 1), (True, "exit 137", 1)],
+)
+def test_a_killed_site_rests_until_the_superlink_has_noticed_unless_it_returns_as_a_new_node(
+    watched: Supervisor, monkeypatch: pytest.MonkeyPatch, tls: bool, ends: str, pause: float
+) -> None:
+    async def sleep(seconds: float) -> None:
+        assert seconds == pause
+        raise Stopped
+
+    watched.federation = watched.federation.model_copy(update={"tls": tls})
+    monkeypatch.setattr(supervisor.asyncio, "sleep", sleep)
+    watched.ready.set()
+    with pytest.raises(Stopped):
+        asyncio.run(watched.keep("client_0", lambda: ["sh", "-c", ends]))
+
+
 def test_a_supervisor_in_the_foreground_is_found_and_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

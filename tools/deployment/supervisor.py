@@ -29,7 +29,10 @@ from tools.running.guard import guarded
 FACTS, SEEN, LOG = "federation.json", "supervisor.json", "log.txt"
 SUPERLINK, KEYS = "superlink", "keys"
 STOPPING = (signal.SIGTERM, signal.SIGINT)
-FIRST_PAUSE, LONGEST_PAUSE, SETTLED_SECONDS = 1.0, 60.0, 60.0  # a killed SuperNode is accepted again within 60 s
+FIRST_PAUSE, LONGEST_PAUSE, SETTLED_SECONDS = 1.0, 60.0, 60.0
+# The SuperLink counts a killed SuperNode as online for up to 60 s. If it were back just then, nobody would report the
+# messages that it has lost, and a round would wait for them until strategy.timeout.
+KILLED_PAUSE = 70.0
 LOOK_SECONDS, STOP_SECONDS, REGISTRARS = 0.3, 8.0, 4
 FAST_SUPERNODE = (sys.executable, "-P", str(Path(__file__).parents[1] / "supernode.py"))
 
@@ -183,6 +186,8 @@ class Supervisor:
                 self.ready.clear()
             if monotonic() - began > SETTLED_SECONDS:
                 pause = FIRST_PAUSE
+            if name != SUPERLINK and self.federation.tls and was_killed(status):
+                pause = KILLED_PAUSE
             say(f"{name} (pid {process.pid}) ended with {status}; again in {pause:g} s")
             self.seen.programs[name].pid = None
             self.note()
@@ -234,6 +239,11 @@ class Supervisor:
         """Write supervisor.json."""
         self.seen.ready = self.ready.is_set()
         write_json(self.folder / SEEN, self.seen.model_dump())
+
+
+def was_killed(status: int) -> bool:
+    """Return whether a program was ended by a signal before it could leave the federation."""
+    return status < 0 and -status not in STOPPING
 
 
 def say(text: str) -> None:
