@@ -1,10 +1,13 @@
 """Build the model that the settings describe, on server and clients; its weights come from elsewhere."""
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from flapp.config.schema import Config, DatasetConfig, LoRAConfig, ModelConfig
+from flapp.config.schema import Config, ConfigError, DatasetConfig, LoRAConfig, ModelConfig
+from flapp.custom import describe, place_of_code, resolve
 from flapp.model.layout import Layout, lay_out
 from flapp.model.split.files import StorageManager, parse_points
 
@@ -16,16 +19,50 @@ MOST_PARAMETERS = 100  # for each training sample
 
 
 def plan(model: ModelConfig, dataset: DatasetConfig, lora: LoRAConfig | None = None) -> Layout:
-    """Return the layout of the model, with adapters if `lora` enables them, without PyTorch; raises ValueError."""
-    layout = lay_out(model.name, dataset.shape, dataset.classes, model.image_size, model.channels)
+    """Return the layout of the model, with adapters if `lora` enables them; raises ValueError.
+
+    This needs no PyTorch, except for a model of the user's own, which is built.
+    """
+    if model.name == "custom":
+        layout = _layout_of_own(resolve("model.target", str(model.target)), model)
+    else:
+        layout = lay_out(model.name, dataset.shape, dataset.classes, model.image_size, model.channels)
     return layout.with_lora(lora.targets, lora.rank, lora.alpha) if lora is not None and lora.enabled else layout
 
 
 def build(model: ModelConfig, dataset: DatasetConfig) -> "nn.Module":
     """Build the model for samples of a dataset, with weights drawn from torch's global generator."""
+    if model.name == "custom":
+        return _build_own(resolve("model.target", str(model.target)), model)
     from flapp.model.build import build_model
 
     return build_model(model.name, dataset.shape, dataset.classes, model.image_size, model.dropout, model.channels)
+
+
+def _build_own(function: Callable[..., Any], model: ModelConfig) -> "nn.Module":
+    """Build a model of the user's own; raises ConfigError when that fails or gives no model."""
+    from torch import nn
+
+    given = f"model.target={model.target}"
+    try:
+        built = function(**model.kwargs)
+    except Exception as error:
+        raise ConfigError(f"{given} cannot build the model with {dict(model.kwargs)}: {describe(error)}") from error
+    if not isinstance(built, nn.Module):
+        raise ConfigError(f"{given} returned {type(built).__name__}{place_of_code(function)}: return an nn.Module")
+    if not any(True for _ in built.parameters()):
+        raise ConfigError(f"{given} returned a model without parameters{place_of_code(function)}: add a layer")
+    return built
+
+
+@lru_cache(maxsize=8)
+def _layout_of_own(function: Callable[..., Any], model: ModelConfig) -> Layout:
+    import torch
+
+    from flapp.model.lora import layout_of
+
+    with torch.random.fork_rng():
+        return layout_of(_build_own(function, model))
 
 
 def find_oversize(model: ModelConfig, dataset: DatasetConfig, samples: int) -> str | None:

@@ -16,14 +16,16 @@ from flwr.common.logger import update_console_handler
 from flapp.architecture import adapt, build, choose_device, pruned_rank
 from flapp.base import find_base, load_base, receive_piece
 from flapp.client.data import clients_at, make_batches
-from flapp.client.mods import checkpoint_mod, describe, group_mod, name_errors_mod, privacy_mod
+from flapp.client.mods import checkpoint_mod, describe, group_mod, name_errors_mod, own_mods_mod, privacy_mod
 from flapp.client.store import private_key
-from flapp.client.task import Task, read_task
+from flapp.client.task import Task, check_code, read_task
 from flapp.config.load import derive_seed, load
 from flapp.config.schema import Config, ConfigError, DatasetConfig, ModelConfig
+from flapp.custom import own
 from flapp.messages import (
     METRICS,
     NUM_EXAMPLES,
+    SUMS,
     VAL,
     Claim,
     HeldArray,
@@ -39,9 +41,10 @@ from flapp.messages import (
 )
 from flapp.model.lora import adapted_layers, tail_norm, truncate_state
 from flapp.privacy import find_sigma
-from flapp.training import StepRules, TrainResult, build_optimizer, evaluate, keep_freed_memory, scheduled_lr, train
+from flapp.probe import optimizer_of, probe
+from flapp.training import StepRules, TrainResult, evaluate, keep_freed_memory, scheduled_lr, train
 
-app = ClientApp(mods=[group_mod, name_errors_mod, checkpoint_mod, privacy_mod])
+app = ClientApp(mods=[group_mod, name_errors_mod, checkpoint_mod, privacy_mod, own_mods_mod])
 update_console_handler(timestamps=True)  # in the process that runs the app
 
 
@@ -66,9 +69,12 @@ def make_claim(task: Task) -> Claim:
     """Return one client's claim; whatever keeps the client from taking part becomes the claim's fault."""
     config, base = task.config, task.instructions.base
     try:
+        check_code(task)
         if config.privacy.enabled:
             find_sigma(config.privacy)  # fails without its package, before the first round
         data = task.data
+        if config.targets and task.node_config.client_id is not None:  # otherwise the server has tried it
+            probe(config, next(iter(make_batches(config, data, "train", torch.device("cpu"), None))))
         held = find_base(config.models_dir, base) if base else ""
     except Exception as error:  # noqa: BLE001 - one client's fault must not keep its node's others out
         return Claim(task.client_id, fault=describe(error))
@@ -165,11 +171,12 @@ def receive_model(task: Task, message: Message) -> torch.nn.Module:
         torch.set_num_threads(config.train.threads)
     tensors = as_tensors(unpack_arrays(message.content))
     if not instructions.base:
-        model = cached_model(config.model, config.dataset, config.train.device, config.train.compile)
+        built_by = own(config, "model.target")
+        model = cached_model(config.model, config.dataset, config.train.device, config.train.compile, built_by)
         model.load_state_dict(tensors)
         return model
     ranks = {len(tensor) for key, tensor in tensors.items() if key.endswith(".lora_A")} or {config.lora.rank}
-    model, base = cached_adapted_model(config, instructions.base, min(ranks))
+    model, base = cached_adapted_model(config, instructions.base, min(ranks), own(config, "model.target"))
     state = model.state_dict()
     tensors |= {key: torch.zeros_like(tensor) for key, tensor in state.items() if key in instructions.private}
     if missing := state.keys() - base - tensors.keys():
@@ -218,20 +225,23 @@ def fit(
     settings, key = task.config.train, (task.config.seed, task.client_id, task.instructions.server_round, purpose)
     seeds = [derive_seed(*key, use) for use in ("order", "noise")]
     batches = make_batches(task.config, task.data, "train", device_of(model), seeds[0])
-    optimizer = build_optimizer(model, settings.optimizer, lr, settings.momentum, settings.weight_decay)
-    rules = StepRules(settings.accumulate, settings.clip_norm, settings.proximal_mu, settings.precision, penalty)
+    optimizer = optimizer_of(task.config, model, lr)
+    loss = own(task.config, "train.loss")
+    rules = StepRules(settings.accumulate, settings.clip_norm, settings.proximal_mu, settings.precision, penalty, loss)
     return train(model, batches, optimizer, epochs, steps, seeds[1], rules)
 
 
 def evaluate_local(model: torch.nn.Module, task: Task, prefix: str) -> dict[str, int | float]:
     """Return sums over this client's test samples and, with `val-` before their names, over its validation samples."""
     metrics: dict[str, int | float] = {}
+    loss, count = own(task.config, "train.loss"), own(task.config, "evaluate.metrics")
     for split, start in (("test", ""), ("val", VAL)):
         if split in task.data.splits:
-            found = evaluate(model, make_batches(task.config, task.data, split, device_of(model), None))
+            found = evaluate(model, make_batches(task.config, task.data, split, device_of(model), None), loss, count)
             metrics[f"{start}{prefix}loss-sum"] = found.loss_sum
             if task.config.dataset.classes:
                 metrics[f"{start}{prefix}correct"] = found.correct
+            metrics |= {f"{start}{prefix}{SUMS}{name}": value for name, value in found.sums.items()}
     return metrics
 
 
@@ -241,13 +251,17 @@ def device_of(model: torch.nn.Module) -> torch.device:
 
 
 @lru_cache(maxsize=4)
-def cached_model(model: ModelConfig, dataset: DatasetConfig, device: str, compiled: bool) -> torch.nn.Module:
-    """Build this process's model, whose weights every message replaces."""
+def cached_model(
+    model: ModelConfig, dataset: DatasetConfig, device: str, compiled: bool, built_by: object
+) -> torch.nn.Module:
+    """Build this process's model, whose weights every message replaces; built_by: what builds it, if it may change."""
     return place(build(model, dataset), device, compiled)
 
 
 @lru_cache(maxsize=4)
-def cached_adapted_model(config: Config, base_digest: str, rank: int) -> tuple[torch.nn.Module, frozenset[str]]:
+def cached_adapted_model(
+    config: Config, base_digest: str, rank: int, built_by: object
+) -> tuple[torch.nn.Module, frozenset[str]]:
     """Build this process's model over a base, with adapters of `rank`; return it with the keys of the base."""
     model = build(config.model, config.dataset)
     adapt(model, config.lora, rank)

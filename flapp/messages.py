@@ -31,7 +31,8 @@ ATTEST, BASE, TRAIN, EVALUATE = "query.attest", "query.base", "train", "evaluate
 ARRAYS, INSTRUCTIONS, METRICS, CLAIM, CLAIMS, PIECE = "arrays", "order", "metrics", "claim", "claims", "piece"
 NUM_EXAMPLES, REPLAYED = "num-examples", "replayed"
 VAL = "val-"  # begins the names of metrics of validation samples
-LONGEST_TEXT, MOST_METRICS, MOST_CLASSES, MOST_PIECES = 500, 64, 1 << 16, 1 << 16  # in one message
+SUMS = "sum-"  # begins the names of the sums of evaluate.metrics, after val- and personal-
+LONGEST_TEXT, MOST_METRICS, MOST_CLASSES, MOST_PIECES = 500, 4096, 1 << 16, 1 << 16  # in one message
 LOST = {  # the meaning of Flower's own error codes; other errors have a reason of their own
     ErrorCode.NODE_UNAVAILABLE: "its node stopped answering (killed, out of memory, or disconnected)",
     ErrorCode.MESSAGE_UNAVAILABLE: "its node left the federation, or did not answer before the message expired",
@@ -54,7 +55,7 @@ class Instructions:
     accepted_round is the last round in which the server accepted this client's trained model, 0 for none; the client
     continues from the private state that it had then. With adapters, base is the digest of the frozen tensors that the
     client must hold, returns names the tensors that it trains and sends back, and private those that it trains and
-    keeps. Without adapters the whole model travels.
+    keeps. Without adapters the whole model travels. code is the digest of the user's own code.
     """
 
     client_id: str
@@ -65,6 +66,7 @@ class Instructions:
     base: str = ""
     returns: tuple[str, ...] = ()
     private: tuple[str, ...] = ()
+    code: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from flapp.config.load import derive_seed
 from flapp.config.schema import WRITER_PARTITIONS, Config
+from flapp.custom import own
 from flapp.data.artifact import DataError, Stamp, check_samples, open_verified, stamp
 from flapp.data.partition import Partition, hold_out, load_partition
 from flapp.data.sources import ensure_artifacts
@@ -15,9 +16,14 @@ def open_partition(config: Config) -> Partition:
     return cached_partition(config, stamp_of_shared_files(config))
 
 
+def prepared(config: Config) -> Path:
+    """Return the folder of the dataset; if it is missing, it is made when flapp or the user's own code can make it."""
+    return ensure_artifacts(config.data_dir, config.dataset.name, own(config, "dataset.target"))
+
+
 def stamp_of_shared_files(config: Config) -> Stamp:
     """Return a stamp that changes when a file of the shared artifact, or of a partition by writer, is written."""
-    folder = ensure_artifacts(config.data_dir, config.dataset.name)
+    folder = prepared(config)
     return stamp(folder / "train") + stamp(folder / "test") + stamp(folder / "partitions", [writer_partition(config)])
 
 

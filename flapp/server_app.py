@@ -15,7 +15,7 @@ from flapp.config.schema import Config
 from flapp.server.grid import is_simulated
 from flapp.server.inline import InlineGrid
 from flapp.server.preflight import check_run
-from flapp.server.run import Run
+from flapp.server.run import Run, strategy_class
 from flapp.server.run_dir import SUMMARY, RunDirectory
 
 app = ServerApp()
@@ -29,6 +29,7 @@ def main(grid: Grid, context: Context) -> None:
     warn_of_open_ray(grid)
     try:
         check_run(config, clients_here=are_clients_here(grid, config))
+        strategy_class(config)
         open_directory = RunDirectory.reopen if config.resume else RunDirectory.create
         directory = open_directory(config, context.run_id)
     except ValueError as error:

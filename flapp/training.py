@@ -2,16 +2,19 @@
 
 import ctypes
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+Loss = Callable[[Any, Tensor], Tensor]  # of a model's outputs and the targets: the mean over the batch
+Count = Callable[[Any, Tensor], Mapping[str, float | Tensor]]  # of the same: sums over the batch, by name
 
 MALLOC_OPTIONS = ((-4, 0), (-1, (1 << 31) - 1), (-2, 1 << 26))  # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h
 
@@ -27,11 +30,12 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over the samples evaluated: of losses, of correct answers (0 for regression), and of samples."""
+    """Sums over the samples evaluated: of losses, of correct answers (0 for regression), of samples, and the user's."""
 
     loss_sum: float
     correct: int
     count: int
+    sums: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class StepRules:
     """The rules of a training step: batches per step, largest gradient norm, FedProx's mu, and the model's precision.
 
     penalty is a term that each step adds to the loss; its gradient is computed in float32 and added before clipping.
+    loss replaces loss_of.
     """
 
     accumulate: int = 1
@@ -46,6 +51,7 @@ class StepRules:
     proximal_mu: float = 0.0
     precision: str = "float32"
     penalty: Callable[[], Tensor] | None = None
+    loss: Loss | None = None
 
 
 def take_step(
@@ -82,6 +88,12 @@ def loss_of(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor
     if targets.dtype == torch.int64:
         return F.cross_entropy(outputs, targets, reduction=reduction)
     return F.mse_loss(outputs.squeeze(-1), targets, reduction=reduction)
+
+
+def outputs_of(model: nn.Module, inputs: Tensor) -> Any:
+    """Return a model's outputs for a batch; of a model of transformers, its logits."""
+    outputs = model(inputs)
+    return getattr(outputs, "logits", outputs)
 
 
 def build_optimizer(
@@ -124,12 +136,13 @@ def train(
     drop_gradients(parameters)
     waiting = 0  # backward passes since the last step
     model.train()
+    loss_for = rules.loss or loss_of
     autocast = torch.autocast(device.type, torch.bfloat16) if rules.precision == "bfloat16" else nullcontext()
     with seeded(seed, device):
         for inputs, targets in _repeat(batches, epochs, steps):
             inputs, targets = inputs.to(device), targets.to(device)
             with autocast:
-                loss = loss_of(model(inputs), targets)
+                loss = loss_for(outputs_of(model, inputs), targets)
             loss.backward()
             waiting += 1
             if waiting == rules.accumulate:
@@ -148,20 +161,28 @@ def train(
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Batches) -> Evaluation:
-    """Evaluate in eval mode and return sums, so that clients can be added up exactly."""
+def evaluate(model: nn.Module, batches: Batches, loss: Loss | None = None, count: Count | None = None) -> Evaluation:
+    """Evaluate in eval mode and return sums, so that clients can be added up exactly.
+
+    loss replaces loss_of; count gives more sums. Answers are counted for class labels, one a sample.
+    """
     device = next(model.parameters()).device
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    correct, count = torch.zeros((), dtype=torch.int64, device=device), 0
+    correct, samples = torch.zeros((), dtype=torch.int64, device=device), 0
+    sums: dict[str, float] = {}
     model.eval()
     for inputs, targets in batches:
         targets = targets.to(device)
-        outputs = model(inputs.to(device))
-        loss_sum += loss_of(outputs, targets, reduction="sum")
-        if targets.dtype == torch.int64:
+        outputs = outputs_of(model, inputs.to(device))
+        loss_sum += (
+            loss_of(outputs, targets, reduction="sum") if loss is None else loss(outputs, targets) * len(targets)
+        )
+        if targets.dtype == torch.int64 and targets.ndim == 1:
             correct += (outputs.argmax(1) == targets).sum()
-        count += len(targets)
-    return Evaluation(loss_sum.item(), int(correct.item()), count)
+        samples += len(targets)
+        for name, value in count(outputs, targets).items() if count else ():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return Evaluation(loss_sum.item(), int(correct.item()), samples, sums)
 
 
 @contextmanager

@@ -27,7 +27,13 @@ conflict with another one is refused in one line, before anything starts.
 
 This page is generated: change `conf/` or `flapp/config/schema.py`, then run `python -m tools.configuration`.
 """
-WORDS = {"boolean": "true or false", "integer": "whole number", "number": "number", "string": "text", "null": "`null`"}
+WORDS = {
+    "boolean": "true or false",
+    "integer": "whole number",
+    "number": "number",
+    "string": "text",
+    "null": "`null`",
+} | {"object": "keys and values"}
 LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 KEY = re.compile(r"^( *)([a-z_]+):(?: [^#]*?)?(?:(?<= )# (.*))?$")
 Schema = dict[str, Any]  # JSON Schema
@@ -63,7 +69,7 @@ def table(settings: dict[str, Schema], default: dict[str, Any]) -> str:
         kind, text = type_in_words(schema), comments().get(name, "")
         if "`" in kind:  # then the type lists the values
             text = re.sub(r": [\w-]+( \| [\w-]+)+$", "", text)
-        rows.append((f"`{name}`", kind, f"`{value_in_words(default[name])}`", text))
+        rows.append((f"`{name}`", kind, f"`{value_in_words(default.get(name, {}))}`", text))
     return markdown(("setting", "type", "default", "meaning"), rows)
 
 
@@ -101,6 +107,8 @@ def type_in_words(schema: Schema) -> str:
         return " or ".join(map(type_in_words, schema["anyOf"]))
     if schema["type"] == "array":
         return f"list of: {type_in_words(schema['items'])}"
+    if "pattern" in schema:
+        return "module:function"
     limits = [f"{word} {schema[key]:g}" for key, word in LIMITS.items() if key in schema]
     return ", ".join([WORDS[schema["type"]], *limits])
 

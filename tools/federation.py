@@ -119,11 +119,21 @@ def plan(given: argparse.Namespace) -> Federation:
         raise SuperLinkError(f"--port {port} is in use on {HOST}: choose another, or leave it out for a free one")
     shards = str(given.shards.resolve()) if given.shards else None
     options = {name: getattr(given, name) for name in ("tls", "homes", "threads", "plain")}
+    options["allow_code"] = tuple(as_allowed(each) for each in given.allow_code)
     token, address = secrets.token_hex(16), f"{HOST}:{port}"
     try:
         return Federation(token=token, address=address, clients=tuple(clients), shards=shards, **options)
     except ValidationError as error:
         raise SuperLinkError(f"a federation cannot be made of this ({first_fault(error)}): choose others") from None
+
+
+def as_allowed(word: str) -> str:
+    """Return what a site may allow: a folder as an absolute path, or a package by its name; raises SuperLinkError."""
+    if not word.isidentifier():
+        word = str(Path(word).resolve())
+        if not Path(word).is_dir() or " " in word:
+            raise SuperLinkError(f"--allow-code {word} is neither a package nor a folder without spaces: correct it")
+    return word
 
 
 def check_shards(folder: Path) -> list[str]:
@@ -303,6 +313,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="threads per client process; default: 1")
     parser.add_argument("--homes", action="store_true", help="give each site its own home for data, bases and stores")
     parser.add_argument("--plain", action="store_true", help="run Flower's own SuperNodes, which are slower")
+    text = "packages and folders whose code runs may name, such as . for the folder of your task.py"
+    parser.add_argument("--allow-code", nargs="+", default=[], metavar="WHAT", help=text)
     parser.add_argument("--foreground", action="store_true", help="supervise in this process, until it is stopped")
     parser.add_argument("--json", action="store_true", help="print the status as JSON")
     given = parser.parse_args(arguments)

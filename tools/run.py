@@ -20,10 +20,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from flapp.config.load import CONF, expand_home, explain, from_tree, name_override
+from flapp.config.load import CONF, expand_words, explain, from_tree, name_override, own_choices, project_words
 from flapp.config.schema import Config, ConfigError
 from flapp.privacy import describe_plan
-from flapp.server.summary import in_words
+from flapp.server.summary import in_short, in_words
 from tools.cli import as_called
 from tools.deployment.processes import SIGNALS, SuperLinkError
 from tools.deployment.submit import RunError, is_here, refusals, run_once
@@ -121,6 +121,7 @@ def final_line(summary: dict[str, Any], took: float | None = None, hint: bool = 
         for key in shown
         if summary.get(key) is not None
     ]
+    figures += [f"{name} {value}" for name, value in in_short(summary.get("scores") or {}).items()]
     early = " (stopped early)" if summary.get("stopped_early") else ""
     selected = summary.get("selected_round", rounds)
     chosen = f"round {selected}" if selected != rounds else "the last round"
@@ -189,7 +190,8 @@ def run_jobs(outcomes: list[sweep.Outcome]) -> int:
     """Run what the command line asks for, fill in the outcome of every job, and return the exit status."""
     try:
         take_format(sys.argv)
-        sys.argv[1:] = expand_home(sys.argv[1:])
+        given, here = expand_words(sys.argv[1:]), Path.cwd()
+        sys.argv[1:] = [*own_choices([here]), *project_words(here, given), *given]
         sys.argv += name_override(sys.argv[1:])
         with sweep.gathered(outcomes):
             hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()

@@ -25,6 +25,7 @@ from typing import Any
 
 from flapp.files import finite
 from flapp.server.run_names import held_lock
+from flapp.server.summary import in_short
 from tools.checkpoints import in_bytes
 from tools.cli import as_called, new_parser
 from tools.page.reading import read_json, tail
@@ -46,6 +47,7 @@ FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {  # of metrics.json: how
     "accuracy": ("accuracy", "{:.4f}".format),
     "personal_accuracy": ("personal accuracy", "{:.4f}".format),
     "loss": ("loss", "{:.4f}".format),
+    "scores": ("your scores", lambda scores: ", ".join(" ".join(each) for each in in_short(scores).items())),
     "bytes_up": ("sent by clients", lambda size: f"{in_bytes(size)} in all, evaluation and headers included"),
     "bytes_down": ("received by them", lambda size: f"{in_bytes(size)} in all, evaluation and headers included"),
     "seconds": ("time", "{:.0f} s".format),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flapp.config.schema import Config, ConfigError, DatasetConfig, NodeConfig
+from flapp.custom import own
 from flapp.data.artifact import Stamp, check_samples, stamp
 from flapp.data.loader import ClientLoader
 from flapp.data.offline import OfflineDataset
@@ -128,7 +129,9 @@ def make_batches(config: Config, data: ClientData, split: str, device: torch.dev
     size = config.train.batch_size if split == "train" else config.evaluate.batch_size
     if isinstance(dataset, ShardStream):
         return ShardStream(dataset.path, dataset.normalization, size, seed)
-    augment = config.dataset.augment and split == "train"
+    if split == "train" and seed is not None and (function := own(config, "dataset.augment")):
+        return Augmented(ClientLoader(dataset, rows, size, seed, config.model.image_size), function)
+    augment = config.dataset.augment is True and split == "train"
     on_device = device.type == "cuda" and dataset.has_images
     output = "uint8" if on_device else "float32"
     loader = ClientLoader(dataset, rows, size, seed, config.model.image_size, output, augment=augment)
@@ -145,6 +148,18 @@ class OnDevice:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for pixels, labels in self.loader:
             yield self.loader.to_input(pixels.to(self.device)), labels
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """Iterate over a loader, changing each batch by the user's own function of (inputs, generator)."""
+
+    loader: ClientLoader
+    function: Callable[[Tensor, torch.Generator | None], Tensor]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for inputs, labels in self.loader:
+            yield self.function(inputs, self.loader.augment_generator), labels
 
 
 @lru_cache(maxsize=8)

@@ -2,6 +2,7 @@
 
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from logging import DEBUG, ERROR, INFO, WARNING
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from flapp.checkpoint.tensors import digest_of
 from flapp.checks import check_update, find_answer_fault, find_metric_fault
 from flapp.client.store import ClientStore, private_key
 from flapp.client.task import message_for_one, read_task
+from flapp.custom import place_of, resolve
 from flapp.groups import GROUP, UPDATE_NORM, Asked, Group, cut_rank, pack_answers, unpack_group
 from flapp.messages import (
     ARRAYS,
@@ -156,6 +158,14 @@ def privacy_mod(message: Message, context: Context, call_next: ClientAppCallable
     return reply
 
 
+def own_mods_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Call the user's own mods, train.mods; they are inside privacy_mod, so noise is added to what they return."""
+    if message.metadata.message_type in (TRAIN, EVALUATE):
+        for target in reversed(read_task(message, context).config.train.mods):
+            call_next = partial(resolve("train.mods", target), call_next=call_next)
+    return call_next(message, context)
+
+
 def tolerate(store: ClientStore, action: Callable[[], T]) -> T | None:
     """Return the result of an action on a store. Its failure is logged and gives None, or is raised, as on_error says.
 
@@ -172,7 +182,7 @@ def tolerate(store: ClientStore, action: Callable[[], T]) -> T | None:
 
 
 def describe(error: Exception) -> str:
-    """Return an error in one line, with its type unless its text is written for users."""
+    """Return an error in one line: its type unless the text is written for users, and the user's own line of code."""
     text = " ".join(str(error).split())
     plain = isinstance(error, ValueError | FloatingPointError) and text
-    return text if plain else f"{type(error).__name__}: {text}"
+    return (text if plain else f"{type(error).__name__}: {text}") + place_of(error)

@@ -96,4 +96,5 @@ class ClientStore:
         instructions, claim = self.task.instructions, self.task.data.claim
         facts: list[str | int] = [received, instructions.base, instructions.accepted_round, instructions.source_digest]
         facts += [claim.shard_digest, claim.train, claim.versions]
+        facts += [instructions.code] if instructions.code else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

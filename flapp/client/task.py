@@ -10,9 +10,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flapp.client.data import ClientData, check_lives_here, open_client_data
 from flapp.config.load import load
 from flapp.config.schema import Config, NodeConfig
+from flapp.custom import enable
 from flapp.data.artifact import Stamp
 from flapp.groups import Asked
-from flapp.messages import ARRAYS, INSTRUCTIONS, Instructions, unpack_instructions
+from flapp.messages import ARRAYS, INSTRUCTIONS, Instructions, MessageError, unpack_instructions
 from flapp.partitions import stamp_of_shared_files
 
 TASK = "task"  # attribute of a message that has been read
@@ -54,16 +55,29 @@ class Task:
 def read_task(message: Message, context: Context) -> Task:
     """Return what a message asks, which only the first call reads.
 
-    Raises MessageError for a server with other source code, and ConfigError for settings that this node cannot use and
-    for a message that reached the node of another client.
+    Raises MessageError for a server with other source code, flapp's or the user's own. Raises ConfigError for settings
+    that this node cannot use and for a message that reached the node of another client.
     """
     task: Task | None = message.__dict__.get(TASK)
     if task is None:
         instructions = unpack_instructions(message)  # first: other source code may not know the settings
         config, node_config = load(context.run_config, context.node_config)
         check_lives_here(instructions.client_id, config, node_config)
-        task = message.__dict__[TASK] = Task.of(instructions, config, node_config)
+        task = Task.of(instructions, config, node_config)
+        check_code(task)
+        message.__dict__[TASK] = task
     return task
+
+
+def check_code(task: Task) -> None:
+    """Make the user's own code importable; raises MessageError if the server's differs, and what `enable` raises."""
+    here, there = enable(task.config, task.node_config), task.instructions.code
+    if here != there:
+        modules = ", ".join(sorted({target.partition(":")[0] for _, target in task.config.targets}))
+        raise MessageError(
+            f"the code of {modules} here has the digest {here[:12]}, the server's has {there[:12]}: install the same "
+            "files on both, or start again if they were edited since the run began"
+        )
 
 
 def message_for_one(message: Message, asked: Asked, arrays: ArrayRecord) -> Message:

@@ -10,9 +10,11 @@ import json
 import os
 import re
 import shlex
+import sys
 import threading
+import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +27,8 @@ from flapp.untrusted import DEEPEST, parse_json, printable, read_bytes
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # of a wheel, or of a checkout
 CHANGEABLE_ON_RESUME = (  # a resumed run may change these: they do not affect the final model
-    *("home", "run_name", "resume", "resume_from", "resume_anyway", "deployment", "checkpoint", "split", "results"),
+    *("home", "code", "run_name", "resume", "resume_from", "resume_anyway", "deployment", "checkpoint", "split"),
+    "results",
     *("strategy.wait_for_clients", "strategy.timeout"),
     *("dataset.source", "dataset.download", "distributed_data.shard_path", "distributed_data.manifest"),
     *("model.pretrained", "lora.adapter"),  # paths of the files to start from; a base is compared by its digest
@@ -35,6 +38,7 @@ MOST_NODES = 20_000  # keys and values in it; OmegaConf takes seconds for as man
 MOST_SCALAR = 4096  # characters of a value without quotes: a number of more digits takes quadratic time
 PLAIN = re.compile(r"[A-Za-z0-9._-]+")  # a value that can be part of a run's name: one choice, not several of a sweep
 HOME = re.compile(r"(\+{0,2}[\w.]+=)~((?:/[^\s,'\"\[\]{}]*)?)")  # key=~ or key=~/..., one value
+SERVER_APP = "flapp.server_app:app"
 _compose_lock = threading.Lock()  # GlobalHydra is one per process and not thread-safe
 
 
@@ -63,7 +67,8 @@ def _config_of(text: str, overrides: str, home: str) -> Config:
 def read_node_config(node_config: Mapping[str, Any]) -> NodeConfig:
     """Read a node's own facts from Flower's node_config; raises ConfigError for a key that nothing reads."""
     paths = ("shard-path", "checkpoint-dir", "home")
-    known: dict[str, Any] = {"client-id": str, "partition-id": int, "num-partitions": int} | dict.fromkeys(paths, str)
+    known: dict[str, Any] = {"client-id": str, "partition-id": int, "num-partitions": int, "allow-code": _split_words}
+    known |= dict.fromkeys(paths, str)
     for key, value in node_config.items():
         if key not in known:
             raise ConfigError(f"node-config has {key}, which is not a setting{hint(key, known)}")
@@ -72,8 +77,16 @@ def read_node_config(node_config: Mapping[str, Any]) -> NodeConfig:
     return NodeConfig(**{key.replace("-", "_"): known[key](value) for key, value in node_config.items()})
 
 
+def _split_words(text: object) -> tuple[str, ...]:
+    return tuple(str(text).split())
+
+
 def compose(overrides: Sequence[str], base: Path | None = None) -> Config:
-    """Compose conf/ with Hydra overrides and check it; relative paths are taken from `base`, or refused without."""
+    """Compose conf/ with Hydra overrides and check it.
+
+    Relative paths are taken from `base`, or refused without it. The folder base/conf, or without base the conf/ of an
+    app that Flower has put on the import path, adds to the choices of each group.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -84,17 +97,46 @@ def compose(overrides: Sequence[str], base: Path | None = None) -> Config:
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(CONF), version_base="1.3"):
-                words = expand_home(overrides)
+                words = [*own_choices([base] if base else app_folders()), *expand_words(overrides)]
                 tree = hydra_compose("config", overrides=[*words, *name_override(words)])
             return from_tree(tree, base)
         except (HydraException, OmegaConfBaseException) as error:
             raise explain(error) from error
 
 
-def expand_home(words: Sequence[str]) -> list[str]:
-    """Replace ~ at the start of a value by the home folder, because shells leave key=~/file as it is."""
+def own_choices(folders: Iterable[Path | str]) -> list[str]:
+    """Return an override that adds the conf/ in each of these folders to Hydra's search path, if there is any."""
+    found = [path for path in (Path(folder).absolute() / "conf" for folder in folders) if path.is_dir()]
+    urls = ",".join(f"'file://{path}'" for path in found if path.resolve() != CONF.resolve())
+    return [f"hydra.searchpath=[{urls}]"] if urls else []
+
+
+def project_words(folder: Path, given: Sequence[str]) -> list[str]:
+    """Return the overrides in the pyproject.toml of a Flower app that runs flapp, without keys that are given."""
+    try:
+        app = tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+        if app["components"]["serverapp"] != SERVER_APP:
+            return []
+        words = shlex.split(str(app["config"].get("overrides", "")))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []  # another project's file, which is none of ours
+    keys = {word.partition("=")[0].lstrip("+") for word in given}
+    return [word for word in words if word.partition("=")[0].lstrip("+") not in keys]
+
+
+def app_folders() -> list[str]:
+    """Return the folders on the import path that are Flower apps, where Flower has put them."""
+    return [each for each in sys.path if each and (Path(each) / "pyproject.toml").is_file()]
+
+
+def expand_words(words: Sequence[str]) -> list[str]:
+    """Replace ~ at the start of a value by the home folder, and let model.kwargs take keys that conf/ does not list.
+
+    Shells leave key=~/file as it is. Hydra wants ++ before a key that its files do not have.
+    """
     matches = [HOME.fullmatch(word) for word in words]
-    return [f"{m[1]}'{Path.home()}{m[2]}'" if m else word for m, word in zip(matches, words, strict=True)]
+    found = [f"{m[1]}'{Path.home()}{m[2]}'" if m else word for m, word in zip(matches, words, strict=True)]
+    return [f"++{word}" if word.startswith(("model.kwargs=", "model.kwargs.")) else word for word in found]
 
 
 def name_override(words: Sequence[str]) -> list[str]:
@@ -126,7 +168,8 @@ def from_tree(tree: Any, base: Path | None = None) -> Config:
         if isinstance(node, dict) and node.get(key) is not None:
             given = Path(str(node[key])).expanduser()
             node[key] = str(given if base is None else base / given)
-    return from_dict(values)
+    config = from_dict(values)
+    return replace(config, code=str(base)) if config.targets and config.code is None and base is not None else config
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
@@ -224,7 +267,7 @@ def explain(error: Exception) -> ConfigError:
         group, _, choice = first.split("Could not find '")[1].split("'")[0].rpartition("/")
         if group.startswith("hydra/"):
             return ConfigError(f"{group}={choice} is not installed: pip install -e '.[sweep]' brings joblib and optuna")
-        choices = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        choices = sorted({path.stem for conf in (CONF, Path("conf")) for path in (conf / group).glob("*.yaml")})
         return ConfigError(f"{group}={choice} is not known: choose one of {', '.join(choices)}")
     if first.startswith("Missing mandatory value: "):
         key = getattr(error, "full_key", None) or first.split(": ")[1]

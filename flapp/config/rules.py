@@ -9,7 +9,15 @@ from flapp.model.layout import SIZES
 from flapp.model.split.files import check_points, parse_points
 
 PATHS = (  # settings that are paths; the apps run in another folder, so relative ones are refused
-    *("home", "dataset.source", "partition.mapping", "model.pretrained", "lora.adapter", "split.model_storage_dir"),
+    *(
+        "home",
+        "code",
+        "dataset.source",
+        "partition.mapping",
+        "model.pretrained",
+        "lora.adapter",
+        "split.model_storage_dir",
+    ),
     *("distributed_data.shard_path", "distributed_data.manifest"),
     *("deployment.federation", "deployment.root_certificates", "deployment.client_keys"),
 )
@@ -19,7 +27,7 @@ NAME_BYTES = 255  # the longest name that file systems take
 
 def check_together(config: Config) -> None:
     """Raise ConfigError for the first setting that does not go with the others."""
-    parts = (_run_faults, _data_faults, _evaluation_faults, _lora_faults, _rank_faults, _strategy_faults)
+    parts = (_run_faults, _code_faults, _data_faults, _evaluation_faults, _lora_faults, _rank_faults, _strategy_faults)
     for part in (*parts, _runtime_faults, _split_faults):
         if fault := next(part(config), None):
             raise ConfigError(fault)
@@ -50,8 +58,8 @@ def _data_faults(config: Config) -> Iterator[str]:
     images = len(data.shape) == 3
     if data.materialize is not None and not images:
         yield f"dataset.materialize={data.materialize} resizes images, dataset={data.name} has none: leave it out"
-    if model.name != "linear" and not (images and data.classes):
-        yield f"model={model.name} classifies images, dataset={data.name} has none: set model=linear"
+    if model.name not in ("linear", "custom") and not (images and data.classes):
+        yield f"model={model.name} classifies images, dataset={data.name} has none: set model=linear or model=custom"
     if model.name == "linear" and (model.channels is not None or model.dropout > 0):
         yield "model=linear has neither channels nor dropout: leave model.channels and model.dropout out"
     if data.classes == 0 and kind != "iid":
@@ -59,7 +67,7 @@ def _data_faults(config: Config) -> Iterator[str]:
     for needing, setting in (("dirichlet", "alpha"), ("pathological", "classes_per_client")):
         if kind == needing and getattr(config.partition, setting) is None:
             yield f"partition={kind} needs partition.{setting}: set it to a number above 0"
-    if data.augment and not images:
+    if data.augment is True and not images:
         yield f"dataset.augment=true changes images, dataset={data.name} has none: set dataset.augment=false"
     if shards.enabled and kind not in WRITER_PARTITIONS:
         choices = ", ".join(WRITER_PARTITIONS)
@@ -72,6 +80,22 @@ def _data_faults(config: Config) -> Iterator[str]:
     if data.normalization == "imagenet" and (not images or data.shape[2] != 3):
         found = f"needs images of 3 channels, got shape {list(data.shape)}"
         yield f"dataset.normalization=imagenet {found}: set dataset.normalization=half"
+
+
+def _code_faults(config: Config) -> Iterator[str]:
+    """Yield faults of targets in the user's own code."""
+    model = config.model
+    if model.name == "custom" and model.target is None:
+        yield "model=custom is your own network: set model.target=module:function"
+    if model.name != "custom" and (model.target is not None or model.kwargs):
+        yield f"model.target and model.kwargs are for model=custom, got model={model.name}: set model=custom"
+    if model.name == "custom" and (model.channels is not None or model.dropout > 0):
+        yield "model=custom takes its own arguments only: set model.kwargs, leave model.channels and model.dropout out"
+    if config.evaluate.scores is not None and config.evaluate.metrics is None:
+        yield f"evaluate.scores={config.evaluate.scores} is computed from sums: set evaluate.metrics=module:function"
+    if config.train.momentum > 0 and ":" in config.train.optimizer:
+        fix = "leave it out, or pass the momentum in your function"
+        yield f"train.momentum={config.train.momentum} does not reach train.optimizer={config.train.optimizer}: {fix}"
 
 
 def _evaluation_faults(config: Config) -> Iterator[str]:

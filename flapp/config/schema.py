@@ -5,10 +5,11 @@ import json
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from flapp.untrusted import printable
@@ -32,6 +33,25 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Dropout = Annotated[float, Field(ge=0, le=0.99)]
+TARGET = r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*"
+Target = Annotated[str, Field(pattern=f"^{TARGET}$")]  # something in the user's own code, module:name
+
+
+TARGET_SETTINGS = (
+    "dataset.target",
+    "dataset.augment",
+    "model.target",
+    "train.loss",
+    "train.optimizer",
+    "train.mods",
+) + (*("evaluate.metrics", "evaluate.scores", "strategy.target"),)
+
+
+class Kwargs(dict[str, Any]):
+    """Keyword arguments, which are never changed and so have a hash."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(json.dumps(self, sort_keys=True))
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -43,7 +63,8 @@ class DatasetConfig:
     source: str | None
     download: bool
     materialize: Count | None
-    augment: bool
+    augment: bool | Target
+    target: Target | None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -63,6 +84,8 @@ class ModelConfig:
     dropout: Dropout
     channels: Count | None
     pretrained: str | None
+    target: Target | None
+    kwargs: Annotated[dict[str, Any], AfterValidator(Kwargs)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -95,11 +118,12 @@ class StrategyConfig:
     min_clients: Count | None
     wait_for_clients: Positive
     timeout: Positive
+    target: Target | None
 
 
 @dataclass(frozen=True, config=STRICT)
 class TrainConfig:
-    optimizer: Literal["adamw", "sgd"]
+    optimizer: Literal["adamw", "sgd"] | Target
     lr: Positive
     schedule: Literal["cosine", "constant"]
     momentum: Annotated[float, Field(ge=0, le=1)]
@@ -114,6 +138,8 @@ class TrainConfig:
     compile: bool
     device: Literal["auto", "cpu", "cuda"]
     threads: Count
+    loss: Target | None
+    mods: tuple[Target, ...]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -125,6 +151,8 @@ class EvaluateConfig:
     central: bool
     objective: Literal["accuracy", "personal_accuracy", "loss"]
     select: Literal["last", "best"]
+    metrics: Target | None
+    scores: Target | None
     validation_fraction: Annotated[float, Field(ge=0, le=0.9)] | None
 
 
@@ -191,12 +219,16 @@ class DeploymentConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class NodeConfig:
-    """What only this node knows: its client id and folders in a deployment, or its place among the simulated nodes."""
+    """What only this node knows: its client id and folders in a deployment, or its place among the simulated nodes.
+
+    allow_code: packages and folders whose code the run's targets may name.
+    """
 
     client_id: str | None = None
     shard_path: str | None = None
     checkpoint_dir: str | None = None
     home: str | None = None
+    allow_code: tuple[str, ...] = ()
     partition_id: int = 0
     num_partitions: int = 0
 
@@ -204,6 +236,7 @@ class NodeConfig:
 @dataclass(frozen=True, config=STRICT)
 class Config:
     home: str
+    code: str | None
     run_name: str
     experiment: str
     seed: Natural
@@ -231,6 +264,17 @@ class Config:
         if "_hash" not in self.__dict__:
             self.__dict__["_hash"] = hash(tuple(getattr(self, field.name) for field in fields(self)))
         return int(self.__dict__["_hash"])
+
+    @cached_property
+    def targets(self) -> tuple[tuple[str, str], ...]:
+        """Return what the settings name in the user's own code, each target after its setting."""
+        found = []
+        for setting in TARGET_SETTINGS:
+            group, _, key = setting.partition(".")
+            value = getattr(getattr(self, group), key)
+            named = value if isinstance(value, tuple) else (value,)
+            found += [(setting, target) for target in named if isinstance(target, str) and ":" in target]
+        return tuple(found)
 
     @property
     def chooses(self) -> bool:
@@ -285,6 +329,7 @@ PROBLEMS = {  # what to say for pydantic's types of errors, with their context f
     "greater_than_equal": "is out of range: it must be at least {ge:g}",
     "less_than_equal": "is out of range: it must be at most {le:g}",
     "literal_error": "is not known: choose one of {expected}",
+    "string_pattern_mismatch": "is not a target: write module:function, such as task:build_model",
 }
 
 
@@ -302,6 +347,8 @@ def _describe(error: Mapping[str, Any], cls: type, prefix: str) -> str:
     """Say in one line what pydantic found wrong with one setting."""
     kind, found = error["type"], error["input"]
     path = [part for part in error["loc"] if isinstance(part, str)]  # without places in lists
+    if kind != "unexpected_keyword_argument":
+        path = [part for part in path if part.isidentifier() and part != "bool"]  # without members of unions
     key = prefix + ".".join(path)
     if kind == "unexpected_keyword_argument":
         siblings = [name.rpartition(".") for name in setting_types(cls)]
@@ -310,6 +357,8 @@ def _describe(error: Mapping[str, Any], cls: type, prefix: str) -> str:
     context = error.get("ctx", {})
     choices = str(context.get("expected", "")).replace("'", "").replace(" or ", ", ")
     problem = PROBLEMS.get(kind, printable(error["msg"])).format_map({**context, "expected": choices})
+    if kind in ("bool_type", "literal_error") and TARGET in str(setting_types(cls).get(".".join(path))):
+        problem += ", or module:function"
     if kind == "dataclass_type":
         return f"{key or 'the config'} {problem}, got {printable(found)}"
     if kind == "missing" or not key:

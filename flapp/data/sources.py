@@ -65,7 +65,7 @@ EMBEDDED: dict[str, Callable[[], tuple[dict[str, Split], list[str]]]] = {
 }
 
 
-def ensure_artifacts(data: Path, name: str) -> Path:
+def ensure_artifacts(data: Path, name: str, make: Any = None) -> Path:
     """Return `data/name`, preparing it first if it is embedded and missing; one process prepares, others wait.
 
     Raises DataError when it is neither there nor embedded.

@@ -14,9 +14,10 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flapp.config.schema import ConfigError
+from flapp.config.schema import Config, ConfigError
+from flapp.custom import read_code, whole_digest
 from flapp.files import replacing
-from flapp.source import read_source, source_digest, versions
+from flapp.source import read_source, versions
 from flapp.untrusted import parse_json
 
 if TYPE_CHECKING:
@@ -64,26 +65,28 @@ class Journal:
 
 
 class Origin:
-    """The environment that a run began in, recorded in its folder."""
+    """The environment that a run began in, recorded in its folder: flapp's source, the user's own, and versions."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.config = config
         self.environment = Journal(folder / "environment.jsonl")
         self.clients = Journal(folder / "clients.jsonl")
 
     def record(self, server_round: int) -> None:
         """Record the environment of this process."""
-        facts = {"source_digest": source_digest(), "versions": versions(), "files": _digests()}
+        facts = {"source_digest": whole_digest(self.config), "versions": versions(), "files": self._digests()}
         self.environment.append([{"round": server_round, **facts}])
 
     def source_change(self, before: int | None) -> str | None:
         """Say how the source differs from the recorded one (see Journal.read), if both are known and it does."""
         lines = self.environment.read(before)
-        if not lines or lines[-1]["source_digest"] == source_digest():
+        here = whole_digest(self.config)
+        if not lines or lines[-1]["source_digest"] == here:
             return None
-        old, new = lines[-1]["files"], _digests()
+        old, new = lines[-1]["files"], self._digests()
         changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
         listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
-        return f"source digest was {lines[-1]['source_digest'][:12]}, is {source_digest()[:12]}: {listed} changed"
+        return f"source digest was {lines[-1]['source_digest'][:12]}, is {here[:12]}: {listed} changed"
 
     def doubt(self, before: int | None) -> str | None:
         """Return why the final model may still differ: other versions, or no recorded environment."""
@@ -94,9 +97,10 @@ class Origin:
             return f"the versions were {old}, are {versions()}, so the final bytes may differ"
         return None
 
-
-def _digests() -> dict[str, str]:
-    return {name: hashlib.sha256(content).hexdigest() for name, content in read_source().items()}
+    def _digests(self) -> dict[str, str]:
+        """Return the SHA-256 of each file of flapp, by its path in it, and of the user's own code."""
+        own = read_code(self.config)
+        return {name: hashlib.sha256(content).hexdigest() for name, content in read_source().items()} | own
 
 
 class ClientLedger:

@@ -10,18 +10,21 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from flapp.architecture import choose_device, plan, split_place
 from flapp.config.schema import WRITER_PARTITIONS, Config, ConfigError
+from flapp.custom import enable, resolve
 from flapp.data.artifact import Artifact, check_samples, is_verified, open_artifact
 from flapp.data.partition import check_enough
 from flapp.data.shards.client import read_meta
 from flapp.data.shards.manifest import open_manifest
-from flapp.data.sources import ensure_artifacts
 from flapp.model.adapter_files import check_adapter
 from flapp.model.pretrained import check_pretrained
 from flapp.model.split.files import StorageManager
-from flapp.partitions import open_partition
+from flapp.partitions import open_partition, prepared
 from flapp.server.client_keys import ClientKeys
 from flapp.server.observer import check_tensorboard
 
@@ -37,6 +40,7 @@ def check_run(config: Config, clients_here: bool, quick: bool = False) -> None:
     checks that may take more than a second. Datasets that need no download are prepared, and a new partition is saved.
     """
     check_home(config)
+    enable(config)
     if config.results.tensorboard:
         check_tensorboard()
     check_files(config)
@@ -48,6 +52,7 @@ def check_run(config: Config, clients_here: bool, quick: bool = False) -> None:
     if is_divided or config.evaluate.central:
         check_dataset(config, is_divided)
     check_model(config)
+    check_own_code(config, clients_here)
     check_device(config, clients_here)
     if is_divided:
         check_partition(config, quick)
@@ -95,6 +100,35 @@ def check_partition(config: Config, quick: bool) -> None:
     if quick and (unread > QUICK_BYTES or config.clients * config.dataset.classes > QUICK_SHARES):
         return
     open_partition(config)
+
+
+def check_own_code(config: Config, clients_here: bool) -> None:
+    """Refuse code of the user's own that cannot be imported or, if the data are here, fails on the first samples."""
+    for setting, target in config.targets:
+        resolve(setting, target)
+    if not config.targets:
+        return
+    if (dataset := _find_samples(config, clients_here)) is None:
+        return
+    from flapp.data.loader import ClientLoader
+    from flapp.probe import SAMPLES, probe
+
+    rows = np.arange(min(SAMPLES, len(dataset)))
+    probe(config, next(iter(ClientLoader(dataset, rows, len(rows), image_size=config.model.image_size, prefetch=0))))
+
+
+def _find_samples(config: Config, clients_here: bool) -> Any:
+    """Return training samples that are on this machine, or None."""
+    from flapp.data.offline import OfflineDataset
+    from flapp.data.shards.client import DistributedShardLoader
+
+    normalization = config.dataset.normalization
+    if not config.distributed_data.enabled and (clients_here or config.evaluate.central):
+        return OfflineDataset(prepared(config) / "train", normalization=normalization)
+    folder = next(iter(sorted(config.shards_dir.glob("client_*"))), None) if clients_here else None
+    if folder is None:
+        return None
+    return DistributedShardLoader(folder, normalization=normalization).split("train")
 
 
 def check_device(config: Config, clients_here: bool) -> None:
@@ -153,7 +187,7 @@ def check_model(config: Config) -> None:
 
 
 def _open_splits(config: Config) -> tuple[Artifact, Artifact]:
-    folder = ensure_artifacts(config.data_dir, config.dataset.name)
+    folder = prepared(config)
     return open_artifact(folder / "train"), open_artifact(folder / "test")
 
 

@@ -61,7 +61,8 @@ class Roster:
     is wrong with a claim, or None; strict: refuse a client that it faults instead of warning; timeout: seconds for an
     answer to attest; base: the frozen tensors, sent to clients that lack them; keys: the pinned key of each client.
     With keys, a node is the client whose key it has; a node with any other key is refused, and is sent nothing.
-    ledger: compares and records the data of clients that join; any_node: whether any node can serve any client.
+    ledger: compares and records the data of clients that join; any_node: whether any node can serve any client;
+    code: the digest of the user's own code.
     `members` maps client id to Member, `refused` maps a client or a node to the reason, `warnings` maps clients that
     were let in to what is odd about them.
     """
@@ -77,6 +78,7 @@ class Roster:
     keys: ClientKeys | None = None
     ledger: ClientLedger | None = None
     any_node: bool = False
+    code: str = ""
     members: dict[str, Member] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)
@@ -163,7 +165,9 @@ class Roster:
 
     def order(self, server_round: int, **rest: Any) -> Instructions:
         """Return the instructions of a round, without the fields of a single client; rest: as in Instructions."""
-        return Instructions("", server_round, self.run_name, source_digest(), base=self.base_digest, **rest)
+        return Instructions(
+            "", server_round, self.run_name, source_digest(), base=self.base_digest, code=self.code, **rest
+        )
 
     def node_of(self, client_id: str, index: int) -> int:
         """Return the node that serves a member; in a simulation they take turns by the index of the message."""

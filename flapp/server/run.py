@@ -18,18 +18,19 @@ from torch import nn
 from flapp.architecture import adapt, build, choose_device, find_oversize, split_place
 from flapp.base import Base, keep_base
 from flapp.config.load import derive_seed
-from flapp.config.schema import Config
+from flapp.config.schema import Config, ConfigError
+from flapp.custom import enable, own, scores_of
 from flapp.data.loader import ClientLoader
 from flapp.data.offline import OfflineDataset
 from flapp.data.shards.manifest import Manifest, check_claim, open_manifest
-from flapp.data.sources import ensure_artifacts, is_prepared
+from flapp.data.sources import is_prepared
 from flapp.messages import Claim, pack, views
 from flapp.model.adapter_files import export_adapter, import_adapter
 from flapp.model.lora import adapted_layers, draw_lora_A, layout_of, mark_only_lora_as_trainable, merged_state_dict
 from flapp.model.pretrained import load_pretrained
 from flapp.model.split.factory import ModelFactory
 from flapp.model.split.files import StorageManager
-from flapp.partitions import open_partition
+from flapp.partitions import open_partition, prepared
 from flapp.privacy import UNPROTECTED, check_floating, describe_plan
 from flapp.server.client_keys import ClientKeys
 from flapp.server.grid import PolledGrid
@@ -149,17 +150,19 @@ class Run:
     def evaluate_centrally(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
         """Evaluate the global model on the whole test artifact, for information only: no decision uses it."""
         config = self.config
-        folder = ensure_artifacts(config.data_dir, config.dataset.name) / "test"
+        folder = prepared(config) / "test"
         dataset = OfflineDataset(folder, normalization=config.dataset.normalization)
         self.load_global(arrays.to_torch_state_dict())
         rows, size = np.arange(len(dataset)), config.evaluate.batch_size
         batches = ClientLoader(dataset, rows, size, image_size=config.model.image_size)
-        found = evaluate(self.model.to(choose_device(config.train.device)), batches)
+        loss, count = own(config, "train.loss"), own(config, "evaluate.metrics")
+        found = evaluate(self.model.to(choose_device(config.train.device)), batches, loss, count)
         self.model.cpu()
         values = {"loss": found.loss_sum / found.count}
         if config.dataset.classes:
             values["accuracy"] = found.correct / found.count
-        self.observer.append("central", server_round, **values)
+        scores = {"sums": found.sums, "scores": scores_of(config, found.sums)} if found.sums else {}
+        self.observer.append("central", server_round, **values, **scores)
         return MetricRecord(dict(values))
 
     def finish(self) -> dict[str, Any]:
@@ -242,7 +245,7 @@ def build_roster(config: Config, grid: PolledGrid, base: Base | None, ledger: Cl
         options = {"check_claim": check, "strict": config.distributed_data.strict_check}
     if config.deployment.client_keys:
         options["keys"] = ClientKeys(Path(config.deployment.client_keys))
-    options |= {"base": base, "ledger": ledger, "any_node": grid.any_node}
+    options |= {"base": base, "ledger": ledger, "any_node": grid.any_node, "code": enable(config)}
     return Roster(cast(Grid, grid), expected, config.run_name, config.dataset.classes, **options)
 
 
@@ -286,7 +289,19 @@ def build_strategy(
     optimizer = None
     if settings.server_optimizer is not None:
         optimizer = ServerOptimizer(settings.server_optimizer, settings.server_lr, settings.server_momentum)
+    strategy = strategy_class(config)
     if settings.aggregation is None:
-        return FedAvg(roster, observer, config, optimizer, releases)
+        return strategy(roster, observer, config, optimizer, releases)
     layers, fresh = list(adapted_layers(model)), partial(fresh_adapter, config, model)
-    return FedLoRA(roster, observer, config, optimizer, releases, layers=layers, private=private, fresh=fresh)
+    options = {"layers": layers, "private": private, "fresh": fresh}
+    return strategy(roster, observer, config, optimizer, releases, **options)
+
+
+def strategy_class(config: Config) -> type[FedAvg]:
+    """Return FedAvg, FedLoRA, or the user's own subclass of it; raises ConfigError for anything else."""
+    base = FedAvg if config.strategy.aggregation is None else FedLoRA
+    found: object = own(config, "strategy.target") or base
+    if not (isinstance(found, type) and issubclass(found, base)):
+        fix = f"derive it from flapp.strategy.{base.__name__.lower()}.{base.__name__}"
+        raise ConfigError(f"strategy.target={config.strategy.target} is not a subclass of {base.__name__}: {fix}")
+    return found

@@ -39,7 +39,7 @@ class RunDirectory:
     def __init__(self, path: Path, config: Config, run_id: int | None = None) -> None:
         self.path = path
         self.config = config
-        self.origin = Origin(path)
+        self.origin = Origin(path, config)
         self.observer = Observer(path, config, lock_run(path, config.run_name))
         name_holder(path, run_id)
         cut = config.checkpoint
@@ -55,7 +55,7 @@ class RunDirectory:
             _remove_unfinished(path.parent)
             made = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=path.parent))
             write_text(made / "config.yaml", to_yaml(config))
-            Origin(made).record(0)
+            Origin(made, config).record(0)
             made.chmod(0o755)
             put_in_place(made, path, config)  # so that a run's folder always has its config and origin
         except OSError as error:
@@ -237,7 +237,7 @@ def check_resumable(config: Config) -> Path:
 
 def check_source(config: Config) -> None:
     """Raise ConfigError when the run to be resumed began with other source, unless resume_anyway is set."""
-    change = Origin(config.runs_dir / config.run_name).source_change(config.resume_from)
+    change = Origin(config.runs_dir / config.run_name, config).source_change(config.resume_from)
     if change and not config.resume_anyway:
         raise ConfigError(
             f"run_name={config.run_name} began with other source ({change}): bring that source back, set "

@@ -17,6 +17,8 @@ Check = Callable[[Any], bool]
 LAST_ROUND = 1 << 31
 FIGURES = ("accuracy", "loss", "personal_accuracy")
 VALIDATION_FIGURES = tuple(f"val_{figure}" for figure in FIGURES)
+STARTS = ("", "personal_", "val_", "val_personal_")
+SCORES = tuple(f"{start}scores" for start in STARTS)  # of the user's own metrics, by name
 MOST_REFUSED = 20
 
 
@@ -72,6 +74,7 @@ LINE_CHECKS: dict[str, Check] = {
     **{"samples": _object_of(_object_of(is_number)), "label_hist": _object_of(_list_of(is_finite))},
     **{"capped": _object_of(is_finite), "client_ranks": _object_of(is_number), "update_norm": _or_none(is_number)},
     **{"changed": _list_of(is_text), "absent_count": is_round},
+    **{f"{start}{key}": _object_of(is_number) for start in STARTS for key in ("sums", "scores")},
     **{"client": is_text, "train": is_number, "val": is_number, "test": is_number, "labels": _list_of(is_finite)},
 }
 SUMMARY_CHECKS: dict[str, Check] = {
@@ -80,6 +83,7 @@ SUMMARY_CHECKS: dict[str, Check] = {
     **dict.fromkeys(("rounds", "best_round", "selected_round"), is_round),
     **dict.fromkeys(("accuracy", "loss", "personal_accuracy", "personal_loss", "objective"), is_number),
     **dict.fromkeys(("best_value", "aggregation_error"), is_number),
+    **dict.fromkeys(SCORES, _object_of(is_number)),
     **{"refused": _object_of(is_text), "refused_count": is_round, "resumed_anyway": _list_of(_is_change)},
 }
 
@@ -158,6 +162,11 @@ def in_words(figure: str) -> str:
     return figure.replace("val_", "validation ").replace("_", " ")
 
 
+def in_short(scores: Mapping[str, float]) -> dict[str, str]:
+    """Return the user's own scores as people read them."""
+    return {name.replace("_", " "): f"{value:.4f}" for name, value in scores.items()}
+
+
 class Summary:
     """Add up lines: `totals` goes into metrics.json, `best` is the best round by evaluate.objective."""
 
@@ -191,6 +200,7 @@ class Summary:
         self.watched.add(line["round"], line.get(self.watched.metric))
         if best or self.config.evaluate.select == "last" or self.best.round is None:
             self.totals |= {key: line.get(key) for key in self.figures}
+            self.totals |= {key: line[key] for key in SCORES if key in line}
 
     def selected_round(self) -> int:
         """Return the round whose model and figures the run ends with: the last, or the best by evaluate.select=best."""

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from flapp.messages import SUMS
+
 REMEMBERED = 2  # rounds: rolora trains another factor in every second one
 BLOCK = 1 << 14  # elements of each update in one step: ten float64 blocks stay in the cache
 CANCELLED = 1e-12  # a mean update this short, relative to the updates, is rounding noise without a direction
@@ -108,6 +110,9 @@ def totals(
     if each:
         result[f"{out}accuracy"] = total(f"{prefix}correct") / count
         result |= {f"{out}accuracy_spread": spread(each), f"{out}accuracy_by_client": each}
+    start = prefix + SUMS
+    if names := sorted({key for m in measured.values() for key in m if key.startswith(start)}):
+        result[f"{out}sums"] = {key.removeprefix(start): total(key) for key in names}
     return result
 
 

@@ -12,7 +12,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
 from flapp.checks import find_norm_fault, find_value_fault, floating_pairs
-from flapp.config.schema import Config
+from flapp.config.schema import Config, ConfigError
+from flapp.custom import scores_of
 from flapp.groups import Asked, Group, cut_rank, pack_group
 from flapp.listing import by_reason
 from flapp.messages import EVALUATE, REPLAYED, TRAIN, VAL, Instructions, pack_instructions, size_of, views
@@ -138,6 +139,7 @@ class FedAvg(FlowerFedAvg):
             weights, capped = self._cap(held)
             for prefix in (start, f"{start}personal-"):
                 result |= totals({name: phase.metrics[name] for name in held}, held, weights, prefix)
+                result |= self._score(result, prefix.replace("-", "_"))
             if capped:
                 result[f"{start}capped".replace("-", "_")] = capped
         self.observer.append(EVALUATE, phase.server_round, **result, **self._log_line())
@@ -183,6 +185,16 @@ class FedAvg(FlowerFedAvg):
         ]
         weights = alignment_weights(updates, [phase.norms[name] for name in trained])
         return self.combine(trained, cap_shares(weights, self.settings.max_weight_share))
+
+    def _score(self, result: Mapping[str, Any], start: str) -> dict[str, Any]:
+        """Return the scores of the user's own sums; if they cannot be computed, log why and return the reason."""
+        if f"{start}sums" not in result or self.config.evaluate.scores is None:
+            return {}
+        try:
+            return {f"{start}scores": scores_of(self.config, result[f"{start}sums"])}
+        except ConfigError as error:
+            log(WARNING, "round %d: %s", self.phase.server_round, error)
+            return {f"{start}scores_error": str(error)}
 
     def _cap(self, examples: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
         """Return the samples that each client counts for, and the shares of those that claim more; log the latter."""

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from flapp.config.load import CONF, compose, derive_seed, expand_home, from_dict, load, read_node_config, to_json
+from flapp.architecture import build
+from flapp.config.load import CONF, compose, derive_seed, expand_words, from_dict, load, read_node_config, to_json
 from flapp.config.schema import ConfigError, setting_types
-from flapp.model.build import build_model
+from flapp.custom import enable
 from tests.conftest import refusal_of
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
@@ -26,6 +27,7 @@ NEEDS = {
     ("experiment", "cifar10_fedlora"): ["model.pretrained=/models/vit_b_16.pth"],
     ("experiment", "cifar100_fedlora"): ["model.pretrained=/models/vit_b_16.pth"],
     ("split", "auto"): ["split.split_config=1-2"],
+    ("model", "custom"): ["model.target=torchvision.models:resnet18", "model.kwargs={num_classes:10}"],
     ("dataset", "custom"): ["dataset.name=mine", "dataset.shape=[32,32,3]", "dataset.classes=4"],
 }
 
@@ -33,8 +35,8 @@ NEEDS = {
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_in_conf_composes_and_builds_its_model(group: str, choice: str) -> None:
     composed = compose([f"{group}={choice}", *NEEDS.get((group, choice), [])])
-    data = composed.dataset
-    model = build_model(composed.model.name, data.shape, data.classes, composed.model.image_size)
+    enable(composed)
+    model = build(composed.model, composed.dataset)
     assert sum(p.numel() for p in model.parameters()) > 0
     assert from_dict(json.loads(to_json(composed))) == composed
 
@@ -46,7 +48,10 @@ def test_every_choice_in_conf_composes_and_builds_its_model(group: str, choice: 
         (["num_round=3"], "num_round is not a setting: did you mean num_rounds?"),
         (["train.learning_rate=3"], "train.learning_rate is not a setting"),
         (["+extra=1"], "extra is not a setting"),
-        (["model=vit_huge"], "model=vit_huge is not known: choose one of cnn, linear, vit_b_16, vit_s_16, vit_tiny"),
+        (
+            ["model=vit_huge"],
+            "model=vit_huge is not known: choose one of cnn, custom, linear, vit_b_16, vit_s_16, vit_tiny",
+        ),
         (["dataset=custom"], "dataset.name must be given: add dataset.name=VALUE"),
         (["num_rounds=0"], "num_rounds=0 is out of range: it must be at least 1"),
         (["train.lr=0"], "train.lr=0 is out of range: it must be more than 0"),
@@ -101,7 +106,7 @@ def test_a_home_folder_is_written_as_a_tilde_in_any_path(monkeypatch: pytest.Mon
     assert config.dataset.source == f"{tmp_path}/a b"
     assert config.model.pretrained == f"{tmp_path}/a b/.flapp/runs/mine-1/model.safetensors"
     others = ["run_name=a~b", "run_name='x=~/y'", "~model", "lora.targets=[~/x]", "home=~a/b", "--config-dir=~/x"]
-    assert expand_home(others) == others
+    assert expand_words(others) == others
 
 
 def test_front_doors_take_a_relative_home_from_where_they_stand(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_going_back_before_other_source_was_taken_compares_with_the_source_befor
     whole, _ = federate(*TOY)
     break_off(federate, 4, "aggregate_train", *settings[:-1])
     with monkeypatch.context() as patch:
-        patch.setattr(journals, "source_digest", lambda: "f" * 64)
+        patch.setattr(journals, "whole_digest", lambda config: "f" * 64)
         mixed, _ = federate(*settings, "resume_anyway=true")
         assert [note["round"] for note in mixed["resumed_anyway"]] == [3]
         with pytest.raises(ConfigError, match="began with other source"):

@@ -19,6 +19,7 @@ from flapp.messages import Claim
 from flapp.server import journals, run_dir
 from flapp.server.journals import ClientLedger
 from flapp.server.roster import FederationError
+from flapp.source import source_digest
 from tests.conftest import Federate, break_off, read_lines
 from tests.support.leaf_files import as_leaf, draw_samples, write_leaf
 from tools.run import final_line
@@ -41,7 +42,7 @@ def edited(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def edit() -> None:
         real = journals.read_source()
         monkeypatch.setattr(journals, "read_source", lambda: real | {"training.py": b"lr = 2 * lr", "new.py": b""})
-        monkeypatch.setattr(journals, "source_digest", lambda: "f" * 64)
+        monkeypatch.setattr(journals, "whole_digest", lambda config: "f" * 64)
 
     return edit
 
@@ -181,7 +182,7 @@ def test_edited_source_is_refused_by_both_digests_and_the_names_of_the_files(
     federate: Federate, edited: Callable[[], None]
 ) -> None:
     break_off(federate, 3, "aggregate_train", *TOY, "run_name=edited-source")
-    before = journals.source_digest()[:12]
+    before = source_digest()[:12]
     edited()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server_app, "Run", lambda *_: pytest.fail("the server asked the clients before it compared"))

@@ -10,7 +10,17 @@ import pytest
 from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord
 from safetensors.torch import load_file
 
-from flapp.messages import ARRAYS, CLAIM, CLAIMS, METRICS, NUM_EXAMPLES, Claim, pack_claims, unpack_claims
+from flapp.messages import (
+    ARRAYS,
+    CLAIM,
+    CLAIMS,
+    METRICS,
+    MOST_METRICS,
+    NUM_EXAMPLES,
+    Claim,
+    pack_claims,
+    unpack_claims,
+)
 from flapp.server.roster import FederationError
 from flapp.strategy.aggregation import NormBound
 from flapp.strategy.fedavg import FedAvg
@@ -216,7 +226,7 @@ TRAIN_FAULTS: dict[str, tuple[Change, str]] = {  # of clients 1 to 14: the chang
         lambda reply: reply.content.update({"\x1b[31mextra": MetricRecord({"a": 1})}),
         "sent 1 records that nobody asked for, such as \\x1b[31mextra",
     ),
-    "14": (lambda reply: reply.content.metric_records[METRICS].update({f"m{i}": 1.0 for i in range(100)}), "sent "),
+    "14": (lambda reply: reply.content.metric_records[METRICS].update({f"m{i}": 1.0 for i in range(5000)}), "sent "),
 }
 EVALUATE_FAULTS: dict[str, tuple[Change, str]] = {
     "1": (set_metric("loss-sum", -1.0), "sent loss-sum=-1.0, which is never below 0"),
@@ -249,7 +259,7 @@ def test_replies_that_cannot_be_are_left_out_by_name_and_change_nothing(federate
             assert reasons.keys() == faults.keys()
             assert [reasons[name] for name, (_, reason) in faults.items() if not reasons[name].startswith(reason)] == []
             assert line["replies"] == 17 - len(faults)
-    assert "metrics, at most 64 are read" in failures(path)["14"]
+    assert f"at most {MOST_METRICS} are read" in failures(path)["14"]
 
 
 def test_reasons_are_cut_to_one_printable_line(federate: Federate) -> None:

@@ -90,7 +90,7 @@ def check_start(config: Config, starts_again: bool) -> None:
     """Check a run whose files are here before it starts; raises ConfigError, or ValueError for its data or model."""
     if config.resume and not starts_again:
         check_source(config)
-        if doubt := Origin(config.runs_dir / config.run_name).doubt(config.resume_from):
+        if doubt := Origin(config.runs_dir / config.run_name, config).doubt(config.resume_from):
             print(f"warning: {doubt}", file=sys.stderr)
     check_run(config, clients_here=is_home_shared(config), quick=True)
     if starts_again:

@@ -47,7 +47,7 @@ class Federation(BaseModel, frozen=True, strict=True, extra="forbid"):
 
     address: of the SuperLink, host:port; clients: ids; shards: a folder per client, or None when they share `home`;
     homes: whether each site has a home of its own; threads: of a client's process; plain: whether the SuperNodes are
-    Flower's own instead of tools.supernode.
+    Flower's own instead of tools.supernode; allow_code: packages and folders whose code runs may name.
     """
 
     token: Annotated[str, Field(min_length=32)]
@@ -58,6 +58,7 @@ class Federation(BaseModel, frozen=True, strict=True, extra="forbid"):
     homes: bool
     threads: int
     plain: bool = False
+    allow_code: tuple[Printable, ...] = ()
 
 
 class Program(BaseModel, strict=True):
@@ -131,6 +132,8 @@ def supernode_command(folder: Path, federation: Federation, client_id: str) -> l
         settings["shard-path"] = str(Path(federation.shards) / site_name(client_id))
     if federation.homes:
         settings["home"] = str(site / "home")
+    if federation.allow_code:
+        settings["allow-code"] = " ".join(federation.allow_code)
     node_config = " ".join(f'{key}="{value}"' for key, value in settings.items())
     program = (*OWNER_ONLY, "supernode") if federation.plain else FAST_SUPERNODE
     command = [*program, "--superlink", federation.address, "--node-config", node_config]

@@ -62,6 +62,11 @@ def summary_of(run: Run) -> dict[str, object]:
     }
 
 
+def scores_of(run: Run) -> dict[str, object]:
+    """Return the user's own scores at the end of a run."""
+    return {name.replace("_", " "): digits(value) for name, value in (run.summary.get("scores") or {}).items()}
+
+
 def objectives(runs: Iterable[Run]) -> Html:
     said = ", ".join(sorted({in_words(run.objective) for run in runs}))
     return note(f"The objective, and what makes a round the best, is {said}.") if said else Html()

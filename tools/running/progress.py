@@ -3,8 +3,8 @@
 Every JSON line has `event` and `run_name` (null if the settings were refused), and:
 
     started    rounds, and what the run is about to do: see running/overview.py
-    round      round, rounds, train_loss; loss, accuracy, personal_accuracy (null unless evaluated); bytes_up,
-               bytes_down and seconds of this round; failures, the reason for each client that was left out
+    round      round, rounds, train_loss; loss, accuracy, personal_accuracy (null unless evaluated); scores by name;
+               bytes_up, bytes_down and seconds of this round; failures, the reason for each client that was left out
     finished   summary: what metrics.json says
     failed     error; summary, or null if the run wrote none
 """
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from flapp.config.schema import Config, ConfigError
 from flapp.data.artifact import Stamp, stamp
 from flapp.listing import by_reason
-from flapp.server.summary import read_line
+from flapp.server.summary import in_short, read_line
 from flapp.untrusted import printable
 from flapp.untrusted import read_json as parse_file
 
@@ -112,6 +112,7 @@ def figures(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "round": number,
         "train_loss": train.get("loss"),
         **{key: evaluated.get(key) for key in ("loss", "accuracy", "personal_accuracy")},
+        "scores": evaluated.get("scores", {}),
         **{key: train.get(key, 0) + evaluated.get(key, 0) for key in ("bytes_up", "bytes_down")},
         "seconds": kinds.get("round", {}).get("seconds"),
         "failures": {
@@ -121,9 +122,10 @@ def figures(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def latest(found: dict[str, Any]) -> dict[str, str]:
-    """Return the losses and the accuracy of a round, as people read them."""
+    """Return the losses, the accuracy and the user's own scores of a round, as people read them."""
     values = {"train loss": found["train_loss"], "test loss": found["loss"], "accuracy": found["accuracy"]}
-    return {key: f"{value:.4f}" for key, value in values.items() if value is not None}
+    shown = {key: f"{value:.4f}" for key, value in values.items() if value is not None}
+    return shown | in_short(found["scores"])
 
 
 class Progress:

@@ -1,0 +1,276 @@
+"""The user's own code: targets such as `task:build_model`, the files they lie in, and the digest of those files.
+
+A module is looked for in the folder of the command (the setting `code`), in the app's folder, and among the installed
+packages. Server and clients compare the digests of its source before anything of it runs for a round. A deployed client
+imports only what its node-config allows, or what came with the app itself.
+"""
+
+import ast
+import hashlib
+import importlib
+import math
+import re
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from flapp.config.load import app_folders
+from flapp.config.schema import Config, ConfigError, NodeConfig
+from flapp.source import source_digest
+
+INSTALLED = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib", "stdlib")}
+MOST_FILES = 500  # of a package whose source is compared; a larger one is known by its version
+NAME = re.compile(r"[A-Za-z0-9_]{1,60}")  # of a metric
+PACKAGE = Path(__file__).resolve().parent
+
+_imported: dict[str, str] = {}  # the digest of each module's source when it was imported
+_own_files: set[str] = set()  # whose lines are shown where an error comes from
+
+
+def enable(config: Config, node: NodeConfig | None = None) -> str:
+    """Make the run's own code importable, and return the digest of its source, empty if the run has none.
+
+    Raises ConfigError for a module that is not there, and at a deployed client for one that the site does not allow.
+    """
+    if not config.targets:
+        return ""
+    node = node or NodeConfig()
+    folders = _folders(config, node)
+    found = {_top(target): _find(setting, target, folders) for setting, target in config.targets}
+    if node.client_id is not None:
+        for name, spec in found.items():
+            _check_allowed(name, spec, node)
+    files = _read(found.values())
+    digest = _digest(files)
+    for folder in reversed(folders):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+            importlib.invalidate_caches()
+    for name, spec in found.items():
+        _drop_stale(name, spec, digest)
+    _own_files.update(str(path) for path in files.values() if path is not None)
+    return digest
+
+
+def read_code(config: Config) -> dict[str, str]:
+    """Return the SHA-256 of each file of the run's own code by its name; of a large package, its version."""
+    folders = _folders(config, NodeConfig())
+    found = {_top(target): _find(setting, target, folders) for setting, target in config.targets}
+    return {name: _sha256(name, path) for name, path in _read(found.values()).items()}
+
+
+def whole_digest(config: Config) -> str:
+    """Return the digest of all source that a run stands on: flapp's and, if it has any, its own."""
+    own = enable(config)
+    return hashlib.sha256(f"{source_digest()}{own}".encode()).hexdigest() if own else source_digest()
+
+
+def resolve(setting: str, target: str) -> Callable[..., Any]:
+    """Import what a setting names; raises ConfigError when it cannot be imported or called. `enable` comes first."""
+    place, _, name = target.partition(":")
+    try:
+        found: Any = importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name and (place == error.name or place.startswith(f"{error.name}.")):
+            raise ConfigError(f"{setting}={target}: there is no module {error.name}: correct the name") from error
+        raise ConfigError(f"{setting}={target} cannot be imported: {describe(error)}") from error
+    except Exception as error:  # user code may raise anything
+        raise ConfigError(f"{setting}={target} cannot be imported: {describe(error)}") from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            file = getattr(sys.modules[place], "__file__", place)
+            raise ConfigError(f"{setting}={target}: {file} has no {part}: correct the name, or define it there")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ConfigError(f"{setting}={target} is {type(found).__name__}, which cannot be called: name a function")
+    return found
+
+
+def own(config: Config, setting: str) -> Callable[..., Any] | None:
+    """Return what a setting names in the user's own code, or None where it names nothing of the kind."""
+    group, _, key = setting.partition(".")
+    value = getattr(getattr(config, group), key)
+    return resolve(setting, value) if isinstance(value, str) and ":" in value else None
+
+
+def describe(error: BaseException) -> str:
+    """Return an error in one line, with the file and line of the user's own code that it comes from."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}{place_of(error)}"
+
+
+def place_of(error: BaseException) -> str:
+    """Return ` (task.py, line 12: x = self.fc(x))` for an error that passed through the user's own code, or nothing."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({error.filename}, line {error.lineno})"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in _own_files]
+    return f" ({frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
+
+
+def place_of_code(function: object) -> str:
+    """Return ` (task.py, line 12)`, where a function or class is defined, or nothing for one that is not Python's."""
+    code = getattr(function, "__code__", None) or getattr(getattr(function, "__init__", None), "__code__", None)
+    return f" ({code.co_filename}, line {code.co_firstlineno})" if code else ""
+
+
+@contextmanager
+def blaming(text: str) -> Iterator[None]:
+    """Turn an error of the user's own code into ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{text}: {describe(error)}") from error
+
+
+def scores_of(config: Config, sums: Mapping[str, float]) -> dict[str, float]:
+    """Return the scores of evaluate.scores for sums over all clients; none without that setting.
+
+    Raises ConfigError for a function that fails or does not return finite numbers by name.
+    """
+    function = own(config, "evaluate.scores")
+    if function is None:
+        return {}
+    with blaming(f"evaluate.scores={config.evaluate.scores} fails on the sums {dict(sums)}"):
+        return numbers_of(f"evaluate.scores={config.evaluate.scores}", function, function(dict(sums)))
+
+
+def numbers_of(setting: str, function: object, found: Any) -> dict[str, float]:
+    """Return what a function of the user's own gives as plain numbers by name; raises ConfigError for anything else."""
+    place = place_of_code(function)
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{setting} returned {type(found).__name__}{place}: return a dict of numbers")
+    if odd := [name for name in found if not isinstance(name, str) or not NAME.fullmatch(name)]:
+        raise ConfigError(f"{setting} returned the name {odd[0]!r}{place}: use letters, digits and _")
+    numbers = {}
+    for name, value in found.items():
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"{setting} returned {name} as {type(value).__name__}{place}: return a number") from error
+        if not math.isfinite(numbers[name]):
+            raise ConfigError(f"{setting} returned {name}={numbers[name]}{place}: return a finite number")
+    return numbers
+
+
+def _folders(config: Config, node: NodeConfig) -> list[str]:
+    """Return the folders in which targets are looked for before the installed packages."""
+    if node.client_id is not None:  # `code` is a folder of the server's machine
+        return _folders_of(node)
+    return [config.code] if config.code is not None and Path(config.code).is_dir() else []
+
+
+def _folders_of(node: NodeConfig) -> list[str]:
+    return [*app_folders(), *(each for each in node.allow_code if Path(each).is_absolute())]
+
+
+def _top(target: str) -> str:
+    return target.partition(":")[0].partition(".")[0]
+
+
+def _find(setting: str, target: str, folders: list[str]) -> ModuleSpec:
+    """Return where the module of a target is, without importing it."""
+    name = _top(target)
+    spec = PathFinder.find_spec(name, folders) or PathFinder.find_spec(name)
+    if spec is None or not (spec.origin or spec.submodule_search_locations):
+        where = f"{folders[0]} has no {name}.py, and no package {name} is installed" if folders else "nothing has it"
+        raise ConfigError(
+            f"{setting}={target}: there is no module {name} ({where}): give the command in the folder of {name}.py, "
+            "set code=DIR to that folder, or install the package"
+        )
+    return spec
+
+
+def _check_allowed(name: str, spec: ModuleSpec, node: NodeConfig) -> None:
+    """Raise ConfigError unless a deployed site allows a module, or the module came with the app."""
+    allowed = [Path(each).resolve() for each in _folders_of(node)]
+    if name in node.allow_code or _home_of(spec).resolve() in allowed:
+        return
+    raise ConfigError(
+        f'this site does not allow code of {name}: add it to its node-config as allow-code="{name}", or the folder '
+        f"of {name}.py"
+    )
+
+
+def _home_of(spec: ModuleSpec) -> Path:
+    """Return the folder in which a top-level module or package lies."""
+    if spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations))).parent
+    return Path(str(spec.origin)).parent
+
+
+def _read(specs: Iterable[ModuleSpec]) -> dict[str, Path | None]:
+    """Return the files of modules and of what these import from their own folder; None for a package by its version."""
+    found: dict[str, Path | None] = {}
+    waiting = list(specs)
+    while waiting:
+        spec = waiting.pop()
+        home, name = _home_of(spec), spec.name
+        paths = sorted((home / name).rglob("*.py")) if spec.submodule_search_locations else [Path(str(spec.origin))]
+        if len(paths) > MOST_FILES or not paths[0].is_file():
+            found[f"{name}=={_version(name)}"] = None
+            continue
+        new = [path for path in paths if found.setdefault(str(path.relative_to(home)), path) is path]
+        if home.resolve() in INSTALLED:
+            continue  # other modules there are other packages
+        known = {Path(each).parts[0].removesuffix(".py") for each in found} | {PACKAGE.name}
+        tops = {top for path in new for top in _facts_of(path)[1]} - known
+        inner = (PathFinder.find_spec(top, [str(home)]) for top in sorted(tops))
+        waiting += [spec for spec in inner if spec is not None and spec.origin]
+    return found
+
+
+def _digest(files: dict[str, Path | None]) -> str:
+    lines = (f"{name}\0{_sha256(name, path)}\n" for name, path in sorted(files.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _sha256(name: str, path: Path | None) -> str:
+    return hashlib.sha256(name.encode()).hexdigest() if path is None else _facts_of(path)[0]
+
+
+def _facts_of(path: Path) -> tuple[str, frozenset[str]]:
+    """Return the SHA-256 of a file and what it imports; it is read again only when it has changed."""
+    facts = path.stat()
+    return _read_facts(path, facts.st_mtime_ns, facts.st_size, facts.st_ino)
+
+
+@lru_cache(maxsize=4096)
+def _read_facts(path: Path, *_: int) -> tuple[str, frozenset[str]]:
+    content = path.read_bytes()
+    try:
+        nodes = list(ast.walk(ast.parse(content)))
+    except (SyntaxError, ValueError):
+        nodes = []  # importing it gives the error with its line
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    return hashlib.sha256(content).hexdigest(), frozenset(name.partition(".")[0] for name in names)
+
+
+@lru_cache(maxsize=64)
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _drop_stale(name: str, spec: ModuleSpec, digest: str) -> None:
+    """Forget a module that was imported from another file, or before its source changed, so that it is read anew."""
+    module = sys.modules.get(name)
+    if module is not None and _home_of(spec).resolve() not in INSTALLED:
+        is_other = (module.__spec__.origin if module.__spec__ else None) != spec.origin
+        if is_other or _imported.get(name, digest) != digest:
+            for key, each in list(sys.modules.items()):
+                if key.partition(".")[0] == name or getattr(each, "__file__", None) in _own_files:
+                    del sys.modules[key]
+            importlib.invalidate_caches()
+    _imported[name] = digest
