@@ -47,7 +47,9 @@ def _build_own(function: Callable[..., Any], model: ModelConfig) -> "nn.Module":
     try:
         built = function(**model.kwargs)
     except Exception as error:
-        raise ConfigError(f"{given} cannot build the model with {dict(model.kwargs)}: {describe(error)}") from error
+        raise ConfigError(
+            f"{given} cannot build the model with {dict(model.kwargs)}: {describe(error, function)}"
+        ) from error
     if not isinstance(built, nn.Module):
         raise ConfigError(f"{given} returned {type(built).__name__}{place_of_code(function)}: return an nn.Module")
     if not any(True for _ in built.parameters()):

@@ -24,10 +24,12 @@ from typing import Any
 from flapp.config.load import app_folders
 from flapp.config.schema import Config, ConfigError, NodeConfig
 from flapp.source import source_digest
+from flapp.untrusted import printable
 
 INSTALLED = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib", "stdlib")}
 MOST_FILES = 500  # of a package whose source is compared; a larger one is known by its version
 NAME = re.compile(r"[A-Za-z0-9_]{1,60}")  # of a metric
+LONGEST_TEXT = 300  # characters of an error of the user's own code
 PACKAGE = Path(__file__).resolve().parent
 
 _imported: dict[str, str] = {}  # the digest of each module's source when it was imported
@@ -43,8 +45,9 @@ def enable(config: Config, node: NodeConfig | None = None) -> str:
         return ""
     node = node or NodeConfig()
     folders = _folders(config, node)
-    found = {_top(target): _find(setting, target, folders) for setting, target in config.targets}
-    if node.client_id is not None:
+    at_site = node.client_id is not None
+    found = {_top(target): _find(setting, target, folders, at_site) for setting, target in config.targets}
+    if at_site:
         for name, spec in found.items():
             _check_allowed(name, spec, node)
     files = _read(found.values())
@@ -100,10 +103,13 @@ def own(config: Config, setting: str) -> Callable[..., Any] | None:
     return resolve(setting, value) if isinstance(value, str) and ":" in value else None
 
 
-def describe(error: BaseException) -> str:
-    """Return an error in one line, with the file and line of the user's own code that it comes from."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}{place_of(error)}"
+def describe(error: BaseException, function: object = None) -> str:
+    """Return an error in one line, with the file and line of the user's own code that it comes from.
+
+    function: what was called, whose own place is given when the error did not pass through it.
+    """
+    text = printable(" ".join(str(error).split()), LONGEST_TEXT)
+    return f"{type(error).__name__}: {text}{place_of(error) or place_of_code(function)}"
 
 
 def place_of(error: BaseException) -> str:
@@ -121,14 +127,14 @@ def place_of_code(function: object) -> str:
 
 
 @contextmanager
-def blaming(text: str) -> Iterator[None]:
-    """Turn an error of the user's own code into ConfigError."""
+def blaming(text: str, function: object = None) -> Iterator[None]:
+    """Turn an error of the user's own code into ConfigError; function: see describe."""
     try:
         yield
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"{text}: {describe(error)}") from error
+        raise ConfigError(f"{text}: {describe(error, function)}") from error
 
 
 def scores_of(config: Config, sums: Mapping[str, float]) -> dict[str, float]:
@@ -176,16 +182,19 @@ def _top(target: str) -> str:
     return target.partition(":")[0].partition(".")[0]
 
 
-def _find(setting: str, target: str, folders: list[str]) -> ModuleSpec:
+def _find(setting: str, target: str, folders: list[str], at_site: bool = False) -> ModuleSpec:
     """Return where the module of a target is, without importing it."""
     name = _top(target)
     spec = PathFinder.find_spec(name, folders) or PathFinder.find_spec(name)
     if spec is None or not (spec.origin or spec.submodule_search_locations):
         where = f"{folders[0]} has no {name}.py, and no package {name} is installed" if folders else "nothing has it"
-        raise ConfigError(
-            f"{setting}={target}: there is no module {name} ({where}): give the command in the folder of {name}.py, "
-            "set code=DIR to that folder, or install the package"
-        )
+        fix = f"give the command in the folder of {name}.py, set code=DIR to that folder, or install the package"
+        if at_site:
+            where = "no package of that name is installed at this site"
+            fix = (
+                f'add allow-code="DIR" to its node-config, with the folder of {name}.py, or install it and allow {name}'
+            )
+        raise ConfigError(f"{setting}={target}: there is no module {name} ({where}): {fix}")
     return spec
 
 

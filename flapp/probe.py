@@ -64,7 +64,7 @@ def _try_step(config: Config, model: nn.Module, inputs: Tensor, targets: Tensor)
     """Take one training step."""
     model.train()
     setting = f"model.target={config.model.target}" if config.model.target else f"model={config.model.name}"
-    with blaming(f"{setting} fails on inputs {_kind(inputs)}"):
+    with blaming(f"{setting} fails on inputs {_kind(inputs)}", own(config, "model.target")):
         outputs = outputs_of(model, inputs)
     classes = config.dataset.classes
     is_scores = isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.shape[1] == classes

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 COMMANDS = {  # name: module, what it does
+    "new": ("new", "make a folder with a project of your own"),
     "run": ("run", "train one run or a sweep; see `flapp run --help`"),
     "runs": ("runs", "list, show, stop and remove runs"),
     "report": ("report", "write one HTML page about one run or several"),

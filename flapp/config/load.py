@@ -136,7 +136,14 @@ def expand_words(words: Sequence[str]) -> list[str]:
     """
     matches = [HOME.fullmatch(word) for word in words]
     found = [f"{m[1]}'{Path.home()}{m[2]}'" if m else word for m, word in zip(matches, words, strict=True)]
-    return [f"++{word}" if word.startswith(("model.kwargs=", "model.kwargs.")) else word for word in found]
+    return [each for word in found for each in _for_kwargs(word)]
+
+
+def _for_kwargs(word: str) -> list[str]:
+    """Return what Hydra takes for an override of model.kwargs, whole or of one key."""
+    if word.startswith("model.kwargs="):
+        return ["~model.kwargs", f"+{word}"]
+    return [f"++{word}" if word.startswith("model.kwargs.") else word]
 
 
 def name_override(words: Sequence[str]) -> list[str]:

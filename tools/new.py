@@ -1,0 +1,61 @@
+"""Make a folder with a project of your own: a network, its loss and metrics, and one experiment that runs as it is.
+
+    python -m tools.new mine                       images: a small network on the digits
+    python -m tools.new mine --template text       token ids: a GRU on made-up texts
+    python -m tools.new mine --template tabular    rows of a table: class weights, precision and recall
+
+Then `cd mine` and `flapp run`. Edit mine/task.py and mine/conf/experiment/mine.yaml. The folder is a Flower app too:
+`flwr run .` runs it.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from flapp.files import replacing_folder
+from tools.cli import as_called, new_parser
+
+TEMPLATES = Path(__file__).with_name("templates")
+CHOICES = ("vision", "text", "tabular")
+SHARED = ("README.md", "pyproject.toml")
+PLACEHOLDER = "NAME"
+FITTING = re.compile(r"[a-z][a-z0-9_]{0,60}")  # a name of a package, of an experiment and of a dataset
+RESERVED = ("flapp", "tools", "task", "conf")
+
+
+def main() -> int:
+    """Write the folder; returns 0, or 1 after one line on standard error."""
+    parser = new_parser(__doc__ or "")
+    parser.add_argument(
+        "folder", type=Path, metavar="NAME", help="the folder to make, whose name becomes the project's"
+    )
+    parser.add_argument("--template", choices=CHOICES, default=CHOICES[0], help="what it starts from; default: vision")
+    given = parser.parse_args()
+    try:
+        make(given.folder, given.template)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"made {given.folder}; try it with: cd {given.folder} && {as_called('python -m tools.run')}")
+    return 0
+
+
+def make(folder: Path, template: str) -> None:
+    """Write a project into a new folder, whole or not at all; raises ValueError for a name that does not fit."""
+    name = folder.name
+    if not FITTING.fullmatch(name) or name in RESERVED:
+        fix = "use small letters, digits and _, beginning with a letter"
+        raise ValueError(f"{name} cannot be the name of a project ({', '.join(RESERVED)} are taken): {fix}")
+    if folder.exists():
+        raise ValueError(f"{folder} exists: choose another name, or remove it")
+    sources = [*(TEMPLATES / each for each in SHARED), *sorted((TEMPLATES / template).rglob("*.*"))]
+    with replacing_folder(folder) as partial:
+        for source in sources:
+            base = TEMPLATES if source.parent == TEMPLATES else TEMPLATES / template
+            target = partial / str(source.relative_to(base)).replace(PLACEHOLDER, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(source.read_text().replace(PLACEHOLDER, name))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
