@@ -40,8 +40,8 @@ def cached_partition(config: Config, files: Stamp) -> Partition:
     }
     key = derive_seed(*settings.values(), *[artifact.digest for artifact in artifacts])
     path = folder / f"{config.partition.kind}-{key:016x}.safetensors"
-    settings |= {"train_labels": artifacts[0].labels, "test_labels": artifacts[1].labels}
-    partition = load_partition(path, has_classes=bool(config.dataset.classes), **settings)
+    labels = {"train_labels": artifacts[0].labels, "test_labels": artifacts[1].labels}
+    partition = load_partition(path, has_classes=bool(config.dataset.classes), **labels, **settings)
     if not config.held_out:
         return partition
     seed = derive_seed(config.partition.seed, "validation")

@@ -121,22 +121,23 @@ def test_a_resumed_run_ends_in_the_same_bytes(federate: Federate, optimizer: str
 
 
 def test_groups_single_messages_and_a_resume_in_groups_end_in_the_same_bytes(federate: Federate) -> None:
-    single, path = federate(*GROUPED)
+    words = (*GROUPED, "checkpoint=off")
+    single, path = federate(*words)
     assert {line["replies"] for line in read_lines(path, "train")} == {40}
     in_groups: dict[str, Any] = {"nodes": nodes(3), "any_node": True}
-    grouped, _ = federate(*GROUPED, **in_groups)
+    grouped, _ = federate(*words, **in_groups)
     assert grouped["model_sha256"] == single["model_sha256"]
 
     def in_three(*words: str) -> Any:
         return federate(*words, **in_groups)
 
-    break_off(in_three, 3, "aggregate_train", *GROUPED, "run_name=odd-groups")
-    assert in_three(*GROUPED, "run_name=odd-groups", "resume=true")[0]["model_sha256"] == single["model_sha256"]
+    break_off(in_three, 3, "aggregate_train", *words, "run_name=odd-groups")
+    assert in_three(*words, "run_name=odd-groups", "resume=true")[0]["model_sha256"] == single["model_sha256"]
 
 
 def test_the_sums_of_groups_are_float64_numpys(federate: Federate) -> None:
     seen: Sent = []
-    words = (*GROUPED, "num_rounds=1", "evaluate.every=1")
+    words = (*GROUPED, "num_rounds=1", "evaluate.every=1", "checkpoint=off")
     federate(*words, tamper=listen(seen))
     _, path = federate(*words, nodes=nodes(2), any_node=True)
     counts = {name: line["train"] for name, line in read_clients(path).items()}
@@ -148,7 +149,7 @@ def test_the_sums_of_groups_are_float64_numpys(federate: Federate) -> None:
 
 
 def test_workers_end_in_the_same_bytes(tmp_path: Path, data_home: Path, federate: Federate) -> None:
-    words = (*GROUPED, "num_rounds=2", "evaluate.every=2")
+    words = (*GROUPED, "num_rounds=2", "evaluate.every=2", "checkpoint=off")
     single, _ = federate(*words)
     start_forkserver(CLIENT_APP, *inline.LAZY)
     for workers in (0, 2):
