@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flapp.config.load import derive_seed
 from flapp.config.schema import WRITER_PARTITIONS, Config
-from flapp.data.artifact import Artifact, DataError, Stamp, check_samples, open_verified, refuse_rows, stamp
+from flapp.data.artifact import Artifact, DataError, Stamp, check_samples, kind_of, open_verified, refuse_rows, stamp
 from flapp.data.partition import Partition, hold_out, load_partition
 from flapp.data.sources import ensure_artifacts
 
@@ -60,10 +60,10 @@ def check_splits(config: Config, train: Artifact, test: Artifact) -> None:
     for artifact in (train, test):
         check_samples(artifact, settings.shape, settings.classes)
         refuse_rows(artifact, [fix for fix, is_given in fixes.items() if is_given])
-    kinds = [(split.images.dtype, split.labels.dtype, split.labels.shape[1:]) for split in (train, test)]
+    kinds = [(kind_of(a.images.dtype, a.images.shape), kind_of(a.labels.dtype, a.labels.shape)) for a in (train, test)]
     if kinds[0] != kinds[1]:
-        found = [f"{images} with labels {labels} {['N', *shape]}".replace("'", "") for images, labels, shape in kinds]
-        raise DataError(f"dataset {settings.name} trains on {found[0]} and tests on {found[1]}: write both alike")
+        found = " and tests on ".join(f"{samples} with labels {labels}" for samples, labels in kinds)
+        raise DataError(f"dataset {settings.name} trains on {found}: write both alike")
 
 
 def writer_partition(config: Config) -> str:

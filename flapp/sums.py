@@ -16,7 +16,6 @@ from flapp.messages import HeldArray, as_record, pack, view, views
 BLOCK = 1 << 17  # elements: two float64 blocks near the level-2 cache, in loops long enough for threads to pay
 THREADS = 2  # numpy frees the GIL in its loops; memory bandwidth is used up by two
 WORTH_THREADS = 1 << 20  # elements: fewer are added faster in one thread
-
 UNMOVED = 2.0**-44  # relative: float64 sums of equal integers that large end this close to them
 
 Weighted = tuple[Mapping[str, Array], float]

@@ -26,6 +26,7 @@ from flapp.data.artifact import (
     blocks_of,
     damaged_blocks,
     digest,
+    kind_of,
     open_array,
     open_artifact,
     read_meta,
@@ -261,10 +262,12 @@ def fits_train(path: Path, train: Path) -> str:
         raise DataError(f"{path.name} has other classes than train: prepare both together")
     if "@" not in path.name and this["images"]["shape"][1:] != other["images"]["shape"][1:]:
         raise DataError(f"{this['images']['shape'][1:]} is another shape than train's: prepare both together")
-    for name in ("images", "labels"):
-        kinds = [(meta[name]["dtype"], meta[name]["shape"][1:] * (name == "labels")) for meta in (this, other)]
-        if kinds[0] != kinds[1]:
-            raise DataError(f"its {name} are {kinds[0]}, train's are {kinds[1]}: prepare both together")
+    dtypes = [
+        (meta["images"]["dtype"], kind_of(meta["labels"]["dtype"], meta["labels"]["shape"])) for meta in (this, other)
+    ]
+    if dtypes[0] != dtypes[1]:
+        found = ", train's are ".join(f"{samples} with labels {labels}" for samples, labels in dtypes)
+        raise DataError(f"its samples are {found}: prepare both together")
     if digest(this) == digest(other):
         raise DataError(f"{path.name} is a copy of train: prepare it again")
     return "same classes and shape"

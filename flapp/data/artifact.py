@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError
 
 from flapp import __version__
@@ -24,6 +23,7 @@ from flapp.untrusted import open_npy, printable, read_json
 
 FORMAT_VERSION = 1
 LAYOUTS = ("NHWC", "NCHW")
+UINT8 = np.dtype(np.uint8)
 DTYPES = ("uint8", "int8", "int16", "int32", "int64", "bool", "float16", "float32", "float64")  # of samples
 FILES = ("meta.json", "images.npy", "labels.npy")
 BLOCK_BYTES = 16 << 20
@@ -81,7 +81,12 @@ class Artifact:
 
 def are_images(dtype: np.dtype, shape: Sequence[int]) -> bool:
     """Say whether an array of samples holds images: uint8 with four axes."""
-    return dtype == np.uint8 and len(shape) == 4
+    return dtype == UINT8 and len(shape) == 4
+
+
+def kind_of(dtype: np.dtype | str, shape: Sequence[int]) -> str:
+    """Return the dtype and shape of an array of any number of rows, such as `float32 [N, 10]`."""
+    return f"{dtype} [{', '.join(['N', *map(str, shape[1:])])}]"
 
 
 def resized_folder(folder: Path, size: int | None) -> Path:
@@ -149,14 +154,14 @@ def write_rows(
     source_sha256: str,
     layout: str = "NHWC",
     progress: Callable[[int], object] = lambda rows: None,
-    dtype: npt.DTypeLike = np.uint8,
+    dtype: np.dtype = UINT8,
 ) -> None:
     """Write one split as write_artifact does, block by block: read(start, stop) returns samples of all, of `shape`.
 
     progress(n) is called for every n samples written. Raises DataError for wrong arrays and when the disk is full or
     fails.
     """
-    shape, dtype = tuple(shape), np.dtype(dtype)
+    shape = tuple(shape)
     check_arrays(str(folder), dtype, shape, labels, len(classes), layout)
     check_space(folder, int(np.prod(shape)) * dtype.itemsize + labels.nbytes + 4096)
 

@@ -41,8 +41,8 @@ class OfflineDataset(Dataset[tuple[Tensor, Any]]):
         self.image_size = image_size
         self.hold(open_verified(Path(folder)))
         given = {"transform=None": transform, "image_size=None": image_size}
-        given["normalization='half'"] = normalization == "imagenet" or None
-        refuse_rows(self.artifact, [fix for fix, value in given.items() if value is not None])
+        given["normalization='half'"] = normalization == "imagenet"
+        refuse_rows(self.artifact, [fix for fix, is_given in given.items() if is_given])
         self.artifact_at(image_size)
 
     def hold(self, artifact: Artifact) -> None:

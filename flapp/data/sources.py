@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from flapp.data.artifact import DataError, check_arrays, locked, refusing, write_artifact
+from flapp.data.artifact import DataError, check_arrays, kind_of, locked, refusing, write_artifact
 from flapp.untrusted import printable, read_bytes
 
 Split = tuple[np.ndarray, np.ndarray]
@@ -118,7 +118,7 @@ def check_made(name: str, made: Any) -> tuple[dict[str, Split], list[str]]:
             if not isinstance(array, np.ndarray):
                 raise DataError(f"{where} has as {what} {_kind(array)}: make it a numpy array")
         check_arrays(where, arrays[0].dtype, arrays[0].shape, arrays[1], len(classes))
-    kinds = [[f"{a.dtype} {['N', *a.shape[1:]]}".replace("'", "") for a in splits[split]] for split in SPLITS]
+    kinds = [[kind_of(array.dtype, array.shape) for array in splits[split]] for split in SPLITS]
     for what, train, test in zip(("samples", "labels"), *kinds, strict=True):
         if train != test:
             raise DataError(f"dataset {name} has {what} {train} in train and {test} in test: make both alike")

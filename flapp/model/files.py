@@ -37,18 +37,14 @@ def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, **facts: Any) -> s
     """
     from safetensors.torch import save_file
 
-    written = set[int]()
-
-    def own(tensor: "Tensor") -> "Tensor":
-        tensor = tensor.detach().contiguous().cpu()
-        memory = tensor.untyped_storage().data_ptr()
-        shared = memory in written
-        written.add(memory)
-        return tensor.clone() if shared else tensor
-
+    own, end = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, 0
+    for key, tensor in sorted(own.items(), key=lambda item: item[1].data_ptr()):
+        if tensor.data_ptr() < end:
+            own[key] = tensor.clone()
+        end = max(end, tensor.data_ptr() + tensor.nbytes)
     header = json.dumps({"format_version": FORMAT_VERSION, **facts}, sort_keys=True)
     with replacing(path) as partial:
-        save_file({key: own(tensor) for key, tensor in tensors.items()}, partial, metadata={"flapp": header})
+        save_file(own, partial, metadata={"flapp": header})
     return sha256_of_file(path)
 
 

@@ -159,11 +159,13 @@ def test_splits_of_two_kinds_are_refused(tmp_path: Path) -> None:
     samples, labels = SAMPLES["vectors"], LABELS["several targets"]
     config = write(tmp_path, samples, labels, [])
     for other, found in (
-        ((samples.astype(np.float64), labels), r"tests on float64 with labels float32 \[N, 2\]"),
-        ((samples, labels[:, :1]), r"tests on float32 with labels float32 \[N, 1\]"),
+        ((samples.astype(np.float64), labels), r"tests on float64 \[N, 5\] with labels float32 \[N, 2\]"),
+        ((samples, labels[:, :1]), r"tests on float32 \[N, 5\] with labels float32 \[N, 1\]"),
     ):
         write_artifact(tmp_path / "data/own/test", other[0][60:], other[1][60:], [])
-        with pytest.raises(DataError, match=rf"trains on float32 with labels float32 \[N, 2\] and {found}: write both"):
+        with pytest.raises(
+            DataError, match=rf"trains on float32 \[N, 5\] with labels float32 \[N, 2\] and {found}: write both"
+        ):
             open_partition(config)
         failed = [check for check in verify(tmp_path / "data" / "own", None) if not check.ok]
         assert [check.name for check in failed] == ["fits train"]

@@ -74,7 +74,8 @@ def test_the_global_model_is_the_average_of_the_clients_and_the_final_one_has_th
     federate: Federate,
 ) -> None:
     seen: Sent = []
-    summary, path = federate(*SINGLE, "num_rounds=1", "evaluate.every=1", "clients=3", tamper=listen(seen))
+    words = (*SINGLE, "num_rounds=1", "evaluate.every=1", "clients=3")
+    summary, path = federate(*words, tamper=listen(seen))
     assert (summary["status"], len(seen)) == ("finished", 3)
     counts = {name: line["train"] for name, line in read_clients(path).items()}
     own, saved, final = OddModel().state_dict(), state_after(path, 1), load_file(path / "model.safetensors")
@@ -91,6 +92,10 @@ def test_the_global_model_is_the_average_of_the_clients_and_the_final_one_has_th
         else:
             np.testing.assert_array_equal(saved[key].numpy(), np.rint(average))
         assert torch.equal(final[key], saved[key].to(like.dtype))
+    start = {key: to_numpy(tensor) for key, tensor in run.initial_model(compose([*words])).state_dict().items()}
+    floating = [key for key, tensor in own.items() if tensor.is_floating_point()]
+    lengths = [sum(((arrays[k] - start[k].astype(float)) ** 2).sum() for k in floating) ** 0.5 for _, arrays in seen]
+    assert read_lines(path, "train")[0]["update_norm"] == pytest.approx(sorted(lengths)[1], rel=1e-5)
     changed = [key for key, start in seen[0][1].items() if not np.array_equal(start, seen[1][1][key])]
     assert {"narrow.weight", "scale", "shift", "gain", "norm.running_mean", "first.weight"} <= set(changed)
     assert torch.equal(final["first.weight"], final["second.weight"])
@@ -190,6 +195,16 @@ def test_a_tensor_of_any_kind_travels_exactly(tmp_path: Path, dtype: torch.dtype
         assert all(found[key].dtype == dtype for key in "abc")
         assert all(torch.equal(found[key].double(), tensor.double()) for key in "ab")
         assert torch.equal(found["c"].double(), turned.double())
+
+
+def test_tensors_over_one_memory_are_written_each_on_its_own(tmp_path: Path) -> None:
+    memory = torch.arange(24.0)
+    held = {"a": memory[2:6], "b": memory, "c": memory.view(4, 6), "d": memory.view(4, 6).T, "e": memory[20:]}
+    save_tensors(held, tmp_path / "x.safetensors")
+    found = load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(found[key], held[key]) for key in held)
+    save_tensors({key: tensor.clone() for key, tensor in held.items()}, tmp_path / "y.safetensors")
+    assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "y.safetensors").read_bytes()
 
 
 def test_a_base_of_bfloat16_and_tied_tensors_reaches_a_client_whole(tmp_path: Path) -> None:
