@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flapp.model.files import load_tensors, save_tensors
+from flapp.model.files import load_tensors, save_tensors, widen
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,8 @@ def digest_of(tensors: Mapping[str, "Tensor"]) -> str:
 
 
 def keep_base(models: Path, tensors: Mapping[str, "Tensor"]) -> Base:
-    """Store a base below `models` unless it is there already."""
+    """Store a base below `models` unless it is there already, its tensors as they travel."""
+    tensors = {key: widen(tensor) for key, tensor in tensors.items()}
     base = Base(digest_of(tensors), tensors)
     path = base_path(models, base.digest)
     if find_base(models, base.digest) != base.digest:

@@ -53,7 +53,7 @@ def find_value_fault(values: np.ndarray, largest: float = LARGEST) -> str | None
     """Return why one tensor's values cannot be trained from, or None."""
     if values.dtype.kind != "f" or values.size == 0:
         return None
-    highest, lowest = values.max(), values.min()  # both are NaN if any value is
+    highest, lowest = float(values.max()), float(values.min())  # both are NaN if any value is; float16 ends at 65504
     if max(highest, -lowest) <= largest:
         return None
     if bad := values.size - np.count_nonzero(np.isfinite(values)):

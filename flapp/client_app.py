@@ -39,6 +39,7 @@ from flapp.messages import (
     unpack_piece,
     views,
 )
+from flapp.model.files import to_numpy
 from flapp.model.lora import adapted_layers, tail_norm, truncate_state
 from flapp.privacy import find_sigma
 from flapp.probe import optimizer_of, probe
@@ -110,9 +111,9 @@ def train_round(message: Message, context: Context) -> Message:
         result, state = prune(model, config, learn)
     metrics = {NUM_EXAMPLES: claim.train, "train-loss": result.loss, "seconds": time.monotonic() - started}
     if instructions.private:
-        kept = {key: pack(state[key].cpu().numpy()) for key in instructions.private}
+        kept = {key: pack(to_numpy(state[key])) for key in instructions.private}
         context.state[private_key(task.client_id)] = as_record(kept)
-    trained = {key: HeldArray(state[key].cpu().numpy()) for key in instructions.returns or state}
+    trained = {key: HeldArray(to_numpy(state[key])) for key in instructions.returns or state}
     return pack_reply(message, claim, metrics, as_record(trained))
 
 

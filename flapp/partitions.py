@@ -2,11 +2,12 @@
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from flapp.config.load import derive_seed
 from flapp.config.schema import WRITER_PARTITIONS, Config
-from flapp.custom import own
-from flapp.data.artifact import DataError, Stamp, check_samples, open_verified, stamp
+from flapp.custom import blaming, own
+from flapp.data.artifact import Artifact, DataError, Stamp, check_samples, kind_of, open_verified, refuse_rows, stamp
 from flapp.data.partition import Partition, hold_out, load_partition
 from flapp.data.sources import ensure_artifacts
 
@@ -18,7 +19,13 @@ def open_partition(config: Config) -> Partition:
 
 def prepared(config: Config) -> Path:
     """Return the folder of the dataset; if it is missing, it is made when flapp or the user's own code can make it."""
-    return ensure_artifacts(config.data_dir, config.dataset.name, own(config, "dataset.target"))
+    function = own(config, "dataset.target")
+
+    def make() -> Any:
+        with blaming(f"dataset.target={config.dataset.target} fails", function):
+            return function() if function else None
+
+    return ensure_artifacts(config.data_dir, config.dataset.name, make if function else None)
 
 
 def stamp_of_shared_files(config: Config) -> Stamp:
@@ -32,8 +39,7 @@ def cached_partition(config: Config, files: Stamp) -> Partition:
     """Read the partition, which the first process that asks makes; its val is what is held out for validation."""
     dataset = config.data_dir / config.dataset.name
     artifacts = [open_verified(dataset / split) for split in ("train", "test")]
-    for artifact in artifacts:
-        check_samples(artifact, config.dataset.shape, config.dataset.classes)
+    check_splits(config, *artifacts)
     folder = dataset / "partitions"
     if config.partition.kind in WRITER_PARTITIONS:
         return read_writer_partition(config, folder / writer_partition(config))
@@ -47,11 +53,30 @@ def cached_partition(config: Config, files: Stamp) -> Partition:
     }
     key = derive_seed(*settings.values(), *[artifact.digest for artifact in artifacts])
     path = folder / f"{config.partition.kind}-{key:016x}.safetensors"
-    partition = load_partition(path, train_labels=artifacts[0].labels, test_labels=artifacts[1].labels, **settings)
+    labels = {"train_labels": artifacts[0].labels, "test_labels": artifacts[1].labels}
+    partition = load_partition(path, has_classes=bool(config.dataset.classes), **labels, **settings)
     if not config.held_out:
         return partition
     seed = derive_seed(config.partition.seed, "validation")
     return hold_out(partition, artifacts[0].labels, config.held_out, seed)
+
+
+def check_splits(config: Config, train: Artifact, test: Artifact) -> None:
+    """Raise DataError unless both splits hold what the settings say: samples of one kind, and images if they must."""
+    settings = config.dataset
+    fixes = {
+        "dataset.materialize=null": settings.materialize,
+        "dataset.augment=false": settings.augment,
+        "dataset.normalization=half": settings.normalization == "imagenet",
+        "model.image_size=null": config.model.image_size,
+    }
+    for artifact in (train, test):
+        check_samples(artifact, settings.shape, settings.classes)
+        refuse_rows(artifact, [fix for fix, is_given in fixes.items() if is_given])
+    kinds = [(kind_of(a.images.dtype, a.images.shape), kind_of(a.labels.dtype, a.labels.shape)) for a in (train, test)]
+    if kinds[0] != kinds[1]:
+        found = " and tests on ".join(f"{samples} with labels {labels}" for samples, labels in kinds)
+        raise DataError(f"dataset {settings.name} trains on {found}: write both alike")
 
 
 def writer_partition(config: Config) -> str:

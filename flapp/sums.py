@@ -16,6 +16,7 @@ from flapp.messages import HeldArray, as_record, pack, view, views
 BLOCK = 1 << 17  # elements: two float64 blocks near the level-2 cache, in loops long enough for threads to pay
 THREADS = 2  # numpy frees the GIL in its loops; memory bandwidth is used up by two
 WORTH_THREADS = 1 << 20  # elements: fewer are added faster in one thread
+UNMOVED = 2.0**-44  # relative: float64 sums of equal integers that large end this close to them
 
 Weighted = tuple[Mapping[str, Array], float]
 
@@ -56,17 +57,17 @@ class WeightedSum:
     def mean(self, weight: float, like: Mapping[str, Array]) -> ArrayRecord:
         """Return the sum divided by the total weight, in the dtypes of `like`, and free the sum.
 
-        Integers are rounded to the nearest; booleans become true where clients with more than half of the weight have
-        true.
+        Integers are rounded to the nearest, and stay as in `like` where no client has moved them; booleans become true
+        where clients with more than half of the weight have true.
         """
         found: dict[str, Array] = {}
 
         def divide(key: str) -> None:
-            dtype = view(like[key]).dtype
+            before = view(like[key]).reshape(-1)
             total = self._totals.pop(key).reshape(-1)
-            flat = np.empty(total.size, dtype)
+            flat = np.empty(total.size, before.dtype)
             for part in _blocks(total.size):
-                flat[part] = _divided(total[part], weight, dtype)
+                flat[part] = _divided(total[part], weight, before[part])
             found[key] = pack(flat.reshape(like[key].shape))
 
         keys = list(self._totals)
@@ -89,7 +90,7 @@ def weighted_average(records: Sequence[ArrayRecord], weights: Sequence[float]) -
         for part in _blocks(result.size):
             block = block_sum[: part.stop - part.start]
             _sum_group(flat, part, block, product[: part.stop - part.start])
-            result[part] = _divided(block, total, result.dtype)
+            result[part] = _divided(block, total, flat[0][0][part])
         found[key] = pack(result.reshape(records[0][key].shape))
 
     _for_each_key(list(records[0]), views(records[0]), average)
@@ -100,10 +101,16 @@ def _blocks(size: int) -> Iterator[slice]:
     return (slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK))
 
 
-def _divided(block: np.ndarray, weight: float, dtype: np.dtype) -> np.ndarray:
-    """Divide a block of a sum in place, and return it rounded as WeightedSum.mean says."""
+def _divided(block: np.ndarray, weight: float, before: np.ndarray) -> np.ndarray:
+    """Divide a block of a sum in place, and return it rounded as WeightedSum.mean says, to the dtype of `before`."""
     np.divide(block, weight, out=block)
-    return block > 0.5 if dtype == np.bool_ else np.rint(block) if dtype.kind in "iu" else block
+    if before.dtype == np.bool_:
+        return block > 0.5
+    if before.dtype.kind not in "iu":
+        return block
+    is_unmoved = np.abs(np.subtract(block, before, dtype=np.float64)) <= UNMOVED * np.abs(block)
+    with np.errstate(invalid="ignore"):  # the largest integers are beyond their dtype once they are float64
+        return np.where(is_unmoved, before, np.rint(block).astype(before.dtype))
 
 
 def _sum_group(

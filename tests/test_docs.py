@@ -323,7 +323,7 @@ def test_every_python_block_runs_by_itself(user: Path, number: int) -> None:
 
 
 def test_the_run_over_your_own_data_takes_what_the_python_block_wrote(user: Path) -> None:
-    (block,) = [block for block in blocks("python") if "write_artifact" in block]
+    (block,) = [block for block in blocks("python") if "data/pets" in block]
     (command,) = [command for command in pasted() if "dataset=custom" in command]
     exec(compile(block, "data.md", "exec"), {})
     run_in_process(f"home={user / '.flapp'}", *shlex.split(command)[3:], *SMALL, "num_rounds=1")

@@ -92,7 +92,8 @@ def write_native(folder: Path, load: Callable[[], Content], sha256: str, shape: 
             f"dataset.shape={list(shape)} and dataset.classes={classes}: set both to match the files"
         )
     with bar(folder, len(labels)) as progress:
-        write_rows(folder, lambda a, b: images[a:b], images.shape, labels, names, sha256, progress=progress)
+        rows, dtype = (lambda a, b: images[a:b]), images.dtype
+        write_rows(folder, rows, images.shape, labels, names, sha256, progress=progress, dtype=dtype)
 
 
 def write_resized(native: Path, size: int, count: int) -> None:

@@ -22,9 +22,11 @@ from tqdm import tqdm
 from flapp.data.artifact import (
     FILES,
     DataError,
+    are_images,
     blocks_of,
     damaged_blocks,
     digest,
+    kind_of,
     open_array,
     open_artifact,
     read_meta,
@@ -120,6 +122,11 @@ class Split:
     def images(self) -> np.ndarray:
         return open_array(self.folder / "images.npy", self.meta["images"])
 
+    @property
+    def samples(self) -> str:
+        """Say what the split holds: images or samples."""
+        return "images" if are_images(self.images.dtype, self.images.shape) else "samples"
+
     @cached_property
     def labels(self) -> np.ndarray:
         return open_array(self.folder / "labels.npy", self.meta["labels"])
@@ -145,7 +152,7 @@ class Split:
     def pairs(self) -> str:
         images, labels = len(self.images), len(self.labels)
         if images != labels or images == 0:
-            raise DataError(f"{images:,} images and {labels:,} labels: prepare the dataset again")
+            raise DataError(f"{images:,} {self.samples} and {labels:,} labels: prepare the dataset again")
         return f"{images:,} of each"
 
     def layout(self) -> str:
@@ -153,14 +160,14 @@ class Split:
         name, shape, size = self.meta.get("layout", "NHWC"), self.images.shape, self.folder.name.partition("@")[2]
         if size and (name, [str(side) for side in shape[2:]]) != ("NCHW", [size, size]):
             raise DataError(f"{name} {list(shape)} is not what {self.folder.name} must hold: NCHW at {size} pixels")
-        return f"{name} {list(shape[1:])}" if len(shape) == 4 else f"features {list(shape[1:])}"
+        return f"{name if self.samples == 'images' else 'samples'} {list(shape[1:])}"
 
     def label_range(self) -> str:
         labels, classes = self.labels, len(self.meta["classes"])
         if not len(labels):
             raise DataError("there are no labels: prepare the dataset again")
         if not classes and not np.isfinite(labels).all():
-            raise DataError(f"label {np.flatnonzero(~np.isfinite(labels))[0]} is NaN or infinite")
+            raise DataError(f"label {np.argwhere(~np.isfinite(labels))[0][0]} is NaN or infinite")
         if classes and not (labels.min() >= 0 and labels.max() < classes):
             raise DataError(f"labels from {labels.min()} to {labels.max()}, but {classes} classes")
         return f"{labels.min():g} to {labels.max():g}"
@@ -180,21 +187,23 @@ class Split:
         return found_intact("labels.npy", damaged_blocks(self.labels, self.meta["labels"]["blocks"]), "all")
 
     def images_hash(self) -> str:
-        return found_intact("images.npy", self.seen.damaged, f"{self.seen.where} of images")
+        return found_intact("images.npy", self.seen.damaged, f"{self.seen.where} of {self.samples}")
 
     def pixel_values(self) -> str:
         if self.seen.not_finite:
             first = self.seen.not_finite[0]
             raise DataError(f"{len(self.seen.not_finite)} samples hold NaN or infinity, the first is {first}")
         if self.seen.alike and len(self.images) > 1:
-            raise DataError("all images are the same")
-        if self.images.dtype == np.uint8 and self.seen.highest <= 1:
+            raise DataError(f"all {self.samples} are the same")
+        if self.samples == "images" and self.seen.highest <= 1:
             raise DataError("no pixel is above 1 of 255: floats from 0 to 1 were cast to uint8")
         return f"the highest is {self.seen.highest:g}"
 
     def no_empty_images(self) -> str:
+        if self.images.ndim == 1 or (self.images.dtype.kind != "f" and self.samples != "images"):
+            return "samples may be zero"  # numbers, flags and token ids
         if self.seen.zeros:
-            raise DataError(f"{len(self.seen.zeros):,} images are all zero, the first is {self.seen.zeros[0]}")
+            raise DataError(f"{len(self.seen.zeros):,} {self.samples} are all zero, the first is {self.seen.zeros[0]}")
         return f"in {self.seen.where}"
 
 
@@ -253,6 +262,12 @@ def fits_train(path: Path, train: Path) -> str:
         raise DataError(f"{path.name} has other classes than train: prepare both together")
     if "@" not in path.name and this["images"]["shape"][1:] != other["images"]["shape"][1:]:
         raise DataError(f"{this['images']['shape'][1:]} is another shape than train's: prepare both together")
+    dtypes = [
+        (meta["images"]["dtype"], kind_of(meta["labels"]["dtype"], meta["labels"]["shape"])) for meta in (this, other)
+    ]
+    if dtypes[0] != dtypes[1]:
+        found = ", train's are ".join(f"{samples} with labels {labels}" for samples, labels in dtypes)
+        raise DataError(f"its samples are {found}: prepare both together")
     if digest(this) == digest(other):
         raise DataError(f"{path.name} is a copy of train: prepare it again")
     return "same classes and shape"

@@ -16,6 +16,7 @@ from flapp.checkpoint.manager import ChunkManager
 from flapp.client.task import Task
 from flapp.config.load import config_digest
 from flapp.messages import as_record, pack, pack_reply, unpack_reply, views
+from flapp.model.files import to_numpy
 
 
 def private_key(client_id: str) -> str:
@@ -85,7 +86,7 @@ class ClientStore:
     def _put_back(self, store: ChunkManager, kept: Round) -> ArrayRecord:
         """Load a round, leave its private tensors in context.state, and return the others."""
         tensors = store.reconstruct_model_from_chunks(kept.round)
-        arrays = {key: pack(tensor.numpy()) for key, tensor in tensors.items()}
+        arrays = {key: pack(to_numpy(tensor)) for key, tensor in tensors.items()}
         private = {key: arrays.pop(key) for key in kept.metrics.get("private", [])}
         if private:
             self.context.state[private_key(self.task.client_id)] = as_record(private)

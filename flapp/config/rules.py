@@ -60,6 +60,8 @@ def _data_faults(config: Config) -> Iterator[str]:
         yield f"dataset.materialize={data.materialize} resizes images, dataset={data.name} has none: leave it out"
     if model.name not in ("linear", "custom") and not (images and data.classes):
         yield f"model={model.name} classifies images, dataset={data.name} has none: set model=linear or model=custom"
+    if model.image_size is not None and not images:
+        yield f"model.image_size={model.image_size} resizes images, dataset={data.name} has none: set it to null"
     if model.name == "linear" and (model.channels is not None or model.dropout > 0):
         yield "model=linear has neither channels nor dropout: leave model.channels and model.dropout out"
     if data.classes == 0 and kind != "iid":

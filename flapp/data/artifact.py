@@ -23,8 +23,11 @@ from flapp.untrusted import open_npy, printable, read_json
 
 FORMAT_VERSION = 1
 LAYOUTS = ("NHWC", "NCHW")
+UINT8 = np.dtype(np.uint8)
+DTYPES = ("uint8", "int8", "int16", "int32", "int64", "bool", "float16", "float32", "float64")  # of samples
 FILES = ("meta.json", "images.npy", "labels.npy")
 BLOCK_BYTES = 16 << 20
+DIGEST_OF_BLOCKS = ([("uint8", 4), ("int64", 1)], [("float32", 2), ("float32", 1)])  # dtypes and axes: see `digest`
 
 ReadRows = Callable[[int, int], np.ndarray]
 Stamp = tuple[tuple[str | int, ...], ...]
@@ -65,10 +68,25 @@ class Artifact:
     layout: str = "NHWC"
 
     @property
+    def has_images(self) -> bool:
+        """Say whether the samples are images; others are read as they are stored."""
+        return are_images(self.images.dtype, self.images.shape)
+
+    @property
     def size(self) -> tuple[int, int]:
         """Return the height and width of the images as stored."""
         height, width = self.images.shape[1:3] if self.layout == "NHWC" else self.images.shape[2:]
         return height, width
+
+
+def are_images(dtype: np.dtype, shape: Sequence[int]) -> bool:
+    """Say whether an array of samples holds images: uint8 with four axes."""
+    return dtype == UINT8 and len(shape) == 4
+
+
+def kind_of(dtype: np.dtype | str, shape: Sequence[int]) -> str:
+    """Return the dtype and shape of an array of any number of rows, such as `float32 [N, 10]`."""
+    return f"{dtype} [{', '.join(['N', *map(str, shape[1:])])}]"
 
 
 def resized_folder(folder: Path, size: int | None) -> Path:
@@ -109,13 +127,15 @@ def write_artifact(
 ) -> None:
     """Write one split into `folder`, whole or not at all, replacing what was there.
 
-    images: uint8 (N, H, W, C), (N, C, H, W) with layout="NCHW", or float32 (N, features); labels: int64 (N,) below
-    len(classes), or float32 (N,) with no classes. source_sha256: of the files that the split comes from, by default
-    of the arrays. Raises DataError for anything else.
+    images: the samples. uint8 (N, H, W, C), or (N, C, H, W) with layout="NCHW", are images. Arrays of any other shape
+    (N, ...) or of another of DTYPES are read as they are stored. labels: int64 (N,) below len(classes); without
+    classes, float32 or int64 (N, ...). source_sha256: of the files that the split comes from, by default of the arrays.
+    Raises DataError for anything else.
     """
-    _check(folder, images.dtype, images.shape, labels, len(classes), layout)
+    check_arrays(str(folder), images.dtype, images.shape, labels, len(classes), layout)
     source_sha256 = source_sha256 or arrays_sha256(images, labels)
-    write_rows(folder, lambda start, stop: images[start:stop], images.shape, labels, classes, source_sha256, layout)
+    read, dtype = (lambda start, stop: images[start:stop]), images.dtype
+    write_rows(folder, read, images.shape, labels, classes, source_sha256, layout, dtype=dtype)
 
 
 def arrays_sha256(images: np.ndarray, labels: np.ndarray) -> str:
@@ -134,14 +154,15 @@ def write_rows(
     source_sha256: str,
     layout: str = "NHWC",
     progress: Callable[[int], object] = lambda rows: None,
+    dtype: np.dtype = UINT8,
 ) -> None:
-    """Write one split as write_artifact does, block by block: read(start, stop) returns images of all, of `shape`.
+    """Write one split as write_artifact does, block by block: read(start, stop) returns samples of all, of `shape`.
 
-    progress(n) is called for every n images written. Raises DataError for wrong arrays and when the disk is full or
+    progress(n) is called for every n samples written. Raises DataError for wrong arrays and when the disk is full or
     fails.
     """
-    shape, dtype = tuple(shape), np.dtype(np.uint8 if classes else np.float32)
-    _check(folder, dtype, shape, labels, len(classes), layout)
+    shape = tuple(shape)
+    check_arrays(str(folder), dtype, shape, labels, len(classes), layout)
     check_space(folder, int(np.prod(shape)) * dtype.itemsize + labels.nbytes + 4096)
 
     def blocks() -> Iterator[np.ndarray]:
@@ -184,7 +205,7 @@ def open_artifact(folder: Path, verify: bool = False) -> Artifact:
     meta = read_meta(folder)
     images, labels = (open_array(folder / f"{name}.npy", meta[name]) for name in ("images", "labels"))
     layout = meta.get("layout", "NHWC")
-    _check(folder, images.dtype, images.shape, labels, len(meta["classes"]), layout)
+    check_arrays(str(folder), images.dtype, images.shape, labels, len(meta["classes"]), layout)
     for name, array in (("images", images), ("labels", labels)):
         if verify and (bad := damaged_blocks(array, meta[name]["blocks"])):
             raise DataError(
@@ -226,6 +247,27 @@ def stamp(folder: Path, files: Sequence[str] = FILES) -> Stamp:
     return tuple(_stamp(folder / name) for name in files)
 
 
+def check_arrays(
+    where: str, dtype: np.dtype, shape: Sequence[int], labels: np.ndarray, classes: int, layout: str = "NHWC"
+) -> None:
+    """Raise DataError, which names `where`, unless samples of this dtype and shape and their labels make a split."""
+    found = f"got samples {dtype} {list(shape)} and labels {labels.dtype} {list(labels.shape)}"
+    if layout not in LAYOUTS:
+        raise DataError(f"{where} has layout {layout!r}: it must be one of {', '.join(LAYOUTS)}")
+    if layout != "NHWC" and not are_images(dtype, shape):
+        raise DataError(f"{where} has layout {layout}, which is of images, uint8 with 4 axes; {found}: leave it out")
+    if str(dtype) not in DTYPES:
+        raise DataError(f"{where} needs samples of one of {', '.join(DTYPES)}, {found}: convert them with astype")
+    if classes and (str(labels.dtype), labels.ndim) != ("int64", 1):
+        raise DataError(f"{where} has {classes} classes, so it needs labels int64 [N], {found}: convert the labels")
+    if str(labels.dtype) not in ("float32", "int64"):
+        raise DataError(f"{where} needs labels float32 or int64, {found}: convert the labels with astype")
+    if not shape or not labels.ndim or shape[0] != len(labels) or 0 in (*shape, *labels.shape):
+        raise DataError(f"{where} needs samples [N, ...] and labels [N, ...], equally many and not empty, {found}")
+    if classes and not (labels.min() >= 0 and labels.max() < classes):
+        raise DataError(f"{where} has labels from {labels.min()} to {labels.max()}, but {classes} classes")
+
+
 def check_samples(artifact: Artifact, shape: Sequence[int], classes: int) -> None:
     """Raise DataError unless an artifact holds samples of `shape` in `classes` classes, as the settings say."""
     found, wanted = (list(artifact.images.shape[1:]), len(artifact.classes)), (list(shape), classes)
@@ -237,9 +279,24 @@ def check_samples(artifact: Artifact, shape: Sequence[int], classes: int) -> Non
         )
 
 
+def refuse_rows(artifact: Artifact, fixes: Sequence[str]) -> None:
+    """Raise DataError if an artifact holds no images; fixes: settings of images that were given, as they should be."""
+    if fixes and not artifact.has_images:
+        raise DataError(
+            f"{artifact.path} holds no images (uint8 with 4 axes) but {artifact.images.dtype} "
+            f"{list(artifact.images.shape)}, which is read as stored: set {' and '.join(fixes)}"
+        )
+
+
 def digest(meta: dict[str, Any]) -> str:
-    """Return the SHA-256 of the block hashes in `meta`, which names the content of an artifact."""
-    return hashlib.sha256("".join(meta["images"]["blocks"] + meta["labels"]["blocks"]).encode()).hexdigest()
+    """Return the SHA-256 that names the content of an artifact: of the block hashes, and of dtypes and shapes.
+
+    For images with class labels and for regression on vectors it is of the block hashes only, as it always was.
+    """
+    arrays = [meta[name] for name in ("images", "labels")]
+    kinds = [(array["dtype"], len(array["shape"])) for array in arrays]
+    facts = "" if kinds in DIGEST_OF_BLOCKS else json.dumps([[array["dtype"], array["shape"]] for array in arrays])
+    return hashlib.sha256("".join([*arrays[0]["blocks"], *arrays[1]["blocks"], facts]).encode()).hexdigest()
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -288,20 +345,6 @@ def _block_rows(row_bytes: int) -> int:
 
 def _sha256(block: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(block).data).hexdigest()
-
-
-def _check(folder: Path, dtype: np.dtype, shape: Sequence[int], labels: np.ndarray, classes: int, layout: str) -> None:
-    if layout not in LAYOUTS:
-        raise DataError(f"{folder} has layout {layout!r}: it must be one of {', '.join(LAYOUTS)}")
-    kind = (str(dtype), len(shape), str(labels.dtype), labels.ndim)
-    expected = ("uint8", 4, "int64", 1) if classes else ("float32", 2, "float32", 1)
-    if kind != expected or shape[0] != len(labels) or len(labels) == 0:
-        raise DataError(
-            f"{folder} needs images {expected[0]} with {expected[1]} axes and labels {expected[2]} with {expected[3]}, "
-            f"equally many, got {kind[0]} {shape} and {kind[2]} {labels.shape}"
-        )
-    if classes and not (labels.min() >= 0 and labels.max() < classes):
-        raise DataError(f"{folder} has labels from {labels.min()} to {labels.max()}, but {classes} classes")
 
 
 def _stamp(path: Path) -> tuple[str | int, ...]:

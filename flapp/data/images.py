@@ -91,7 +91,7 @@ def materialize(folder: Path, size: int, progress: Callable[[int], object] = lam
     Raises DataError when one of 64 images, spread over all, is not what PIL makes of the same image.
     """
     native = open_artifact(folder, verify=True)
-    if native.images.ndim != 4 or native.layout != "NHWC":
+    if not native.has_images or native.layout != "NHWC":
         raise DataError(f"{folder} does not hold images as they were prepared: resize the split itself")
 
     compared = _spread(len(native.images))

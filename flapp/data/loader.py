@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flapp.data.artifact import Artifact, DataError
+from flapp.data.artifact import Artifact, DataError, refuse_rows
 from flapp.data.images import augment, normalize, resize
 from flapp.data.offline import OfflineDataset, read_rows
 
@@ -55,7 +55,7 @@ class ClientLoader:
         uint8     (n, C, H, W) before normalisation, a quarter of the bytes to move to a GPU: see to_input
 
     augment mirrors every other image and shifts it by up to 1/8 of its size (4 of 32 pixels), drawn from `seed`, before
-    it is resized. Samples of regression are returned as stored.
+    it is resized. Samples that are no images are returned as stored, in their own dtype.
 
     With prefetch, a thread makes up to `prefetch` batches ahead in a ring of prefetch + 1 buffers: the inputs of a
     batch are valid until the next batch is requested, those of the last until the next epoch (clone() them to keep
@@ -78,8 +78,8 @@ class ClientLoader:
     ) -> None:
         if output not in OUTPUTS:
             raise DataError(f"output={output} is unknown: choose one of {', '.join(OUTPUTS)}")
-        if not dataset.has_images and (output != "float32" or augment):
-            raise DataError(f"{dataset.artifact.path} holds no images: set output=float32 and augment=False")
+        given = {"output=float32": output != "float32", "augment=False": augment, "image_size=None": image_size}
+        refuse_rows(dataset.artifact, [fix for fix, is_given in given.items() if is_given])
         if augment and seed is None:
             raise DataError("augmentation is drawn from a seed: set seed, or augment=False")
         if batch_size < 1 or prefetch < 0:

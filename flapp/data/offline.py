@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flapp.data.artifact import Artifact, DataError, open_verified, resized_folder
+from flapp.data.artifact import Artifact, DataError, open_verified, refuse_rows, resized_folder
 from flapp.data.images import check_normalization, normalize, resize
 from flapp.data.sources import EMBEDDED
 
 
 class OfflineDataset(Dataset[tuple[Tensor, Any]]):
-    """Read one split of an artifact as a map-style dataset of (float32 sample, label).
+    """Read one split of an artifact as a map-style dataset of (sample, label).
 
-    Images come as (C, H, W), resized to image_size (None: as stored) with PIL's bytes and normalised with
-    torchvision's bits. `transform` gets the resized PIL image; the normalisation always follows it. Only the folder
-    and the settings are pickled, so that worker processes share one memory map. Raises DataError for a missing or
-    damaged artifact and an unknown normalization.
+    Images come as float32 (C, H, W), resized to image_size (None: as stored) with PIL's bytes and normalised with
+    torchvision's bits. `transform` gets the resized PIL image; the normalisation always follows it. Other samples come
+    as they are stored, in their own dtype. A label with axes of its own is a tensor. Only the folder and the settings
+    are pickled, so that worker processes share one memory map. Raises DataError for a missing or damaged artifact, an
+    unknown normalization, and settings of images where there are none.
     """
 
     exact = True  # whether samples have torchvision's bits, or those of ClientLoader
@@ -39,6 +40,9 @@ class OfflineDataset(Dataset[tuple[Tensor, Any]]):
         self.normalization = normalization
         self.image_size = image_size
         self.hold(open_verified(Path(folder)))
+        given = {"transform=None": transform, "image_size=None": image_size}
+        given["normalization='half'"] = normalization == "imagenet"
+        refuse_rows(self.artifact, [fix for fix, is_given in given.items() if is_given])
         self.artifact_at(image_size)
 
     def hold(self, artifact: Artifact) -> None:
@@ -46,7 +50,7 @@ class OfflineDataset(Dataset[tuple[Tensor, Any]]):
         self.artifact = artifact
         self.images, self.labels = torch.from_numpy(artifact.images), torch.from_numpy(artifact.labels)
         self.classes = artifact.classes
-        self.has_images = artifact.images.dtype == np.uint8
+        self.has_images = artifact.has_images
         self._sources: dict[int | None, Artifact] = {None: artifact}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -72,7 +76,7 @@ class OfflineDataset(Dataset[tuple[Tensor, Any]]):
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Any]]:
         """Return the samples of a batch, read and resized together; raises IndexError like a list."""
         rows = torch.tensor([range(len(self))[operator.index(i)] for i in indices], dtype=torch.int64)
-        labels = self.labels[rows].tolist()
+        labels = self.labels[rows].tolist() if self.labels.ndim == 1 else list(self.labels[rows])
         if not self.has_images:
             return list(zip(self.images[rows], labels, strict=True))
         pixels = read_rows(self.artifact_at(self.image_size), rows)

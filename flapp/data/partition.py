@@ -41,19 +41,21 @@ def make_partition(
     alpha: float = 0.5,
     min_size: int = 1,
     classes_per_client: int = 2,
+    has_classes: bool = True,
 ) -> Partition:
     """Give every sample of both splits to exactly one of `clients`, with the same label mix in train and test.
 
     kind: `iid`; `dirichlet`, each class divided by Dir(alpha) (Hsu et al. 2019, arXiv:1909.06335);
     `pathological`, classes_per_client classes each (McMahan et al. 2017, arXiv:1602.05629). Raises DataError, with
-    the numbers, when not everyone gets min_size training samples.
+    the numbers, when not everyone gets min_size training samples. has_classes: whether integer labels are classes.
     """
     check_enough(kind, len(train_labels), clients, min_size)
     rng = np.random.default_rng(seed)
-    if kind != "iid" and train_labels.dtype.kind != "i":
+    has_classes = has_classes and train_labels.dtype.kind == "i"
+    if kind != "iid" and not has_classes:
         raise DataError(f"partition={kind} needs class labels, got {train_labels.dtype}: set partition=iid")
     if kind == "iid":
-        return _iid(train_labels, test_labels, clients, rng)
+        return _iid(train_labels, test_labels, clients, rng, has_classes)
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     counts = np.bincount(train_labels, minlength=classes)
     if kind == "pathological":
@@ -122,15 +124,15 @@ def _read_partition(path: Path, known: dict[str, int]) -> Partition:
 def hold_out(partition: Partition, train_labels: np.ndarray, fraction: float, seed: int) -> Partition:
     """Move a fraction of each client's training samples to its validation samples.
 
-    They are drawn from (seed, client) and spread evenly over the client's labels. A client with two samples or more
-    holds out at least one and keeps at least one.
+    They are drawn from (seed, client) and spread evenly over the client's labels, unless a label has axes of its own. A
+    client with two samples or more holds out at least one and keeps at least one.
     """
     train, val = [], []
     for client, rows in enumerate(partition.train):
         count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
         rng = np.random.default_rng((seed, client))
         order = rng.permutation(rows)
-        by_label = order[np.argsort(train_labels[order], kind="stable")]
+        by_label = order[np.argsort(train_labels[order], kind="stable")] if train_labels.ndim == 1 else order
         places = (np.arange(count) + rng.random()) * len(rows) / max(1, count)
         val.append(np.sort(by_label[places.astype(np.int64)]))
         train.append(np.setdiff1d(rows, val[-1], assume_unique=True))
@@ -138,7 +140,7 @@ def hold_out(partition: Partition, train_labels: np.ndarray, fraction: float, se
 
 
 def label_histogram(labels: np.ndarray, classes: int) -> list[int]:
-    """Count the samples of each class; [] for regression, which has no classes."""
+    """Count the samples of each class; [] without classes."""
     return np.bincount(labels, minlength=classes).tolist() if classes else []
 
 
@@ -155,12 +157,14 @@ def save_partition(path: Path, partition: Partition) -> None:
         save_file(arrays, partial)
 
 
-def _iid(train_labels: np.ndarray, test_labels: np.ndarray, clients: int, rng: np.random.Generator) -> Partition:
+def _iid(
+    train_labels: np.ndarray, test_labels: np.ndarray, clients: int, rng: np.random.Generator, has_classes: bool
+) -> Partition:
     train, test = (
         tuple(np.sort(part) for part in np.array_split(rng.permutation(len(labels)), clients))
         for labels in (train_labels, test_labels)
     )
-    counts = np.bincount(train_labels) if train_labels.dtype.kind == "i" else np.zeros(0)
+    counts = np.bincount(train_labels) if has_classes else np.zeros(0)
     return Partition(train, test, np.tile(counts / clients, (clients, 1)))
 
 

@@ -15,10 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from flapp.data.artifact import DataError, locked, refusing, write_artifact
+from flapp.data.artifact import DataError, check_arrays, kind_of, locked, refusing, write_artifact
 from flapp.untrusted import printable, read_bytes
 
 Split = tuple[np.ndarray, np.ndarray]
+Make = Callable[[], tuple[dict[str, Split], list[str]]]  # returns each split's samples and labels, and the class names
+
+SPLITS = ("train", "test")
 
 MOST_FILE = 256 << 20  # bytes; CIFAR's largest file has 155 MB
 MOST_OPCODES = 1_000_000  # CIFAR's largest file has 300,000
@@ -58,22 +61,25 @@ def _regression() -> tuple[dict[str, Split], list[str]]:
     return {"train": (x[:300], y[:300]), "test": (x[300:], y[300:])}, []
 
 
-EMBEDDED: dict[str, Callable[[], tuple[dict[str, Split], list[str]]]] = {
+EMBEDDED: dict[str, Make] = {
     "digits": _digits,
     "digits_turned": _turned_digits,
     "regression": _regression,
 }
 
 
-def ensure_artifacts(data: Path, name: str, make: Any = None) -> Path:
-    """Return `data/name`, preparing it first if it is embedded and missing; one process prepares, others wait.
+def ensure_artifacts(data: Path, name: str, make: Make | None = None) -> Path:
+    """Return `data/name`, preparing it first if it is missing; one process prepares, others wait.
 
-    Raises DataError when it is neither there nor embedded.
+    make: returns what to write, as the functions in EMBEDDED do, which it replaces. It is called only if the dataset is
+    missing, and nothing is written unless all of it is sound. Raises DataError when it is not, and when the dataset is
+    missing and nothing can make it.
     """
     folder = data / name
     if is_prepared(folder):
         return folder
-    if name not in EMBEDDED:
+    make = make or EMBEDDED.get(name)
+    if make is None:
         raise DataError(
             f"dataset {name} is not prepared: {folder} has no train and test artifacts; prepare it with "
             f"python -m tools.prepare_data dataset={name} dataset.source=DIR (your own with "
@@ -81,15 +87,48 @@ def ensure_artifacts(data: Path, name: str, make: Any = None) -> Path:
         )
     with locked(data / f"{name}.lock"):
         if not is_prepared(folder):
-            splits, classes = EMBEDDED[name]()
-            for split, (images, labels) in splits.items():
-                write_artifact(folder / split, images, labels, classes)
+            splits, classes = check_made(name, make())
+            for split, (samples, labels) in splits.items():
+                write_artifact(folder / split, samples, labels, classes)
     return folder
 
 
 def is_prepared(folder: Path) -> bool:
     """Say whether a dataset's folder has both its splits."""
-    return all((folder / split / "meta.json").exists() for split in ("train", "test"))
+    return all((folder / split / "meta.json").exists() for split in SPLITS)
+
+
+def check_made(name: str, made: Any) -> tuple[dict[str, Split], list[str]]:
+    """Return what a function has made as dataset `name`; raises DataError unless it is as a Make must return it."""
+    form = "the function must return ({'train': (samples, labels), 'test': (samples, labels)}, class names)"
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise DataError(f"dataset {name} was made as {_kind(made)}: {form}")
+    splits, classes = made
+    if not isinstance(splits, dict) or set(splits) != set(SPLITS):
+        found = f"splits {printable(list(splits))}" if isinstance(splits, dict) else _kind(splits)
+        raise DataError(f"dataset {name} was made with {found}, it needs train and test: {form}")
+    if not isinstance(classes, list | tuple) or not all(isinstance(word, str) for word in classes):
+        found = _kind(classes) if not isinstance(classes, list | tuple) else f"{printable(classes)}"
+        raise DataError(f"dataset {name} has as class names {found}: return a list of texts, or [] without classes")
+    for split, arrays in splits.items():
+        where = f"dataset {name}: {split}"
+        if not isinstance(arrays, tuple | list) or len(arrays) != 2:
+            raise DataError(f"{where} was made as {_kind(arrays)}, it needs (samples, labels): {form}")
+        for what, array in zip(("samples", "labels"), arrays, strict=True):
+            if not isinstance(array, np.ndarray):
+                raise DataError(f"{where} has as {what} {_kind(array)}: make it a numpy array")
+        check_arrays(where, arrays[0].dtype, arrays[0].shape, arrays[1], len(classes))
+    kinds = [[kind_of(array.dtype, array.shape) for array in splits[split]] for split in SPLITS]
+    for what, train, test in zip(("samples", "labels"), *kinds, strict=True):
+        if train != test:
+            raise DataError(f"dataset {name} has {what} {train} in train and {test} in test: make both alike")
+    return {split: (splits[split][0], splits[split][1]) for split in SPLITS}, list(classes)
+
+
+def _kind(value: Any) -> str:
+    """Return the type of a value, and the length of a tuple or list."""
+    length = f" of {len(value)}" if isinstance(value, tuple | list) else ""
+    return f"a {type(value).__name__}{length}"
 
 
 @dataclass(frozen=True)

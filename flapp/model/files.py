@@ -1,4 +1,4 @@
-"""Tensors on disk: safetensors, written whole or not at all."""
+"""Tensors on disk, as safetensors written whole or not at all, and tensors as numpy arrays for messages."""
 
 import json
 from collections.abc import Mapping
@@ -9,22 +9,42 @@ from flapp.files import replacing, sha256_of_file
 from flapp.untrusted import check_safetensors, parse_json, printable
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 FORMAT_VERSION = 1
+NUMPYS = ("torch.float16", "torch.float32", "torch.float64")  # the floats that numpy has
+
+
+def widen(tensor: "Tensor") -> "Tensor":
+    """Return a tensor in float32 if it is of floats that numpy lacks, such as bfloat16; float32 holds them exactly.
+
+    A model that loads it rounds it to its own dtype, and so gets the same numbers back.
+    """
+    return tensor.float() if tensor.is_floating_point() and str(tensor.dtype) not in NUMPYS else tensor
+
+
+def to_numpy(tensor: "Tensor") -> "np.ndarray":
+    """Return a tensor as it travels and is averaged: the same memory if it is on the CPU and not widened."""
+    return widen(tensor.detach()).cpu().numpy()
 
 
 def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, **facts: Any) -> str:
     """Write tensors and a header of facts to `path` in one step and return the file's SHA-256.
 
     The header is a single JSON entry with sorted keys, because safetensors writes several in any order and the
-    same model must always be the same bytes.
+    same model must always be the same bytes. Tensors that share memory, such as tied weights, are written separately.
     """
     from safetensors.torch import save_file
 
+    own, end = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, 0
+    for key, tensor in sorted(own.items(), key=lambda item: item[1].data_ptr()):
+        if tensor.data_ptr() < end:
+            own[key] = tensor.clone()
+        end = max(end, tensor.data_ptr() + tensor.nbytes)
     header = json.dumps({"format_version": FORMAT_VERSION, **facts}, sort_keys=True)
     with replacing(path) as partial:
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, metadata={"flapp": header})
+        save_file(own, partial, metadata={"flapp": header})
     return sha256_of_file(path)
 
 

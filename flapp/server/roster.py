@@ -34,6 +34,7 @@ from flapp.messages import (
     pack_piece,
     unpack_claims,
 )
+from flapp.model.files import to_numpy
 from flapp.server.client_keys import ClientKeys
 from flapp.server.journals import ClientLedger
 from flapp.source import source_digest
@@ -202,7 +203,7 @@ class Roster:
         log(INFO, "sending base %s to %d nodes", self.base_digest[:12], len(node_ids))
         pieces = list(cut_base(self.base.tensors))
         for index, piece in enumerate(pieces):
-            arrays = ArrayRecord({key: pack(tensor.numpy()) for key, tensor in piece.items()})
+            arrays = ArrayRecord({key: pack(to_numpy(tensor)) for key, tensor in piece.items()})
             sent = [pack_piece(node_id, self.order(0), index, len(pieces), arrays) for node_id in node_ids]
             for node_id, reply in self._answers(sent):
                 if reply.has_error():

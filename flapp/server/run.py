@@ -24,8 +24,9 @@ from flapp.data.loader import ClientLoader
 from flapp.data.offline import OfflineDataset
 from flapp.data.shards.manifest import Manifest, check_claim, open_manifest
 from flapp.data.sources import is_prepared
-from flapp.messages import Claim, pack, views
+from flapp.messages import Claim, as_record, pack, views
 from flapp.model.adapter_files import export_adapter, import_adapter
+from flapp.model.files import to_numpy
 from flapp.model.lora import adapted_layers, draw_lora_A, layout_of, mark_only_lora_as_trainable, merged_state_dict
 from flapp.model.pretrained import load_pretrained
 from flapp.model.split.factory import ModelFactory
@@ -66,11 +67,12 @@ class Run:
         self.base = keep_base(config.models_dir, frozen) if config.lora.enabled else None
         releases = None
         if config.privacy.enabled:
-            check_floating({key: state[key].numpy() for key in self.sent})
+            check_floating({key: to_numpy(state[key]) for key in self.sent})
             releases = count_releases(directory)
         self.grid = PolledGrid(grid)
         self.roster = build_roster(config, self.grid, self.base, ClientLedger(directory))
         self.strategy = build_strategy(config, self.roster, self.observer, self.model, private, releases)
+        self.restored: ArrayRecord | None = None  # the global model with which this start began, if it resumed the run
         self.last: ArrayRecord | None = None  # the global model after the last round of this start
 
     def run(self) -> dict[str, Any]:
@@ -86,8 +88,10 @@ class Run:
         done = self.directory.last_round()
         if done:
             saved, facts = self.directory.load_round(done)
-            self.load_global({key: saved.pop(key) for key in self.sent})
-            self.strategy.restore(done, facts, {key: tensor.numpy() for key, tensor in saved.items()})
+            found = {key: saved.pop(key) for key in self.sent}
+            self.load_global(found)  # raises if they do not fit; the model may round what is sent
+            self.restored = as_record({key: pack(to_numpy(tensor)) for key, tensor in found.items()})
+            self.strategy.restore(done, facts, {key: to_numpy(tensor) for key, tensor in saved.items()})
             log(INFO, "%s continues after round %d of %d", self.config.run_name, done, self.config.num_rounds)
         return done
 
@@ -110,11 +114,14 @@ class Run:
 
     def train(self, done: int) -> None:
         """Run the rounds after round `done`."""
-        state = self.model.state_dict()
+        arrays, self.restored = self.restored, None
+        if arrays is None:
+            state = self.model.state_dict()
+            arrays = as_record({key: pack(to_numpy(state[key])) for key in self.sent})
         with suppress(StoppedEarly):
             self.strategy.start(
                 cast(Grid, self.grid),
-                ArrayRecord({key: pack(state[key].numpy()) for key in self.sent}),
+                arrays,
                 num_rounds=self.config.num_rounds - done,
                 timeout=self.config.strategy.timeout,
                 evaluate_fn=self.end_round,
@@ -215,7 +222,7 @@ def fresh_adapter(config: Config, model: nn.Module, server_round: int) -> dict[s
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(config.seed, "adapter", server_round))
         layers = adapted_layers(model).items()
-        return {f"{name}.lora_A": draw_lora_A(layer.lora_A).numpy() for name, layer in layers}
+        return {f"{name}.lora_A": to_numpy(draw_lora_A(layer.lora_A)) for name, layer in layers}
 
 
 def save_split(config: Config, path: Path) -> None:

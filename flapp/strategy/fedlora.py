@@ -18,6 +18,7 @@ from flwr.common import log
 from flapp.architecture import pruned_rank
 from flapp.groups import cut_rank
 from flapp.messages import TRAIN, as_record, pack, view
+from flapp.model.files import to_numpy
 from flapp.server.roster import FederationError
 from flapp.strategy.fedavg import FedAvg
 from flapp.strategy.lora_rules import RULES, Aggregated, Factors, error_norms, refill
@@ -174,7 +175,7 @@ class FedLoRA(FedAvg):
             key = f"{layer}.{part}"
             held = record if key in record else self.current
             if key in held or key in fixed:
-                found[part] = view(held[key]) if key in held else fixed[key].numpy()
+                found[part] = view(held[key]) if key in held else to_numpy(fixed[key])
         return found[A], found.get(B)
 
     def _install(self, layer: str, found: Aggregated, fresh: Mapping[str, np.ndarray]) -> dict[str, Array]:

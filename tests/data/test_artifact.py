@@ -123,7 +123,14 @@ def test_a_disk_without_room_is_found_out_before_anything_is_written(
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"images": np.zeros((3, 4, 4, 1), np.float32)}, "needs images uint8 .*, got float32"),
+        ({"images": np.zeros((3, 4, 4, 1), np.complex64)}, r"needs samples of one of .*, got samples complex64 \[3, 4"),
+        ({"images": np.zeros((3, 4), ">i4")}, "got samples >i4 .* convert them with astype"),
+        ({"images": np.zeros((3, 0), np.float32)}, r"not empty, got samples float32 \[3, 0\]"),
+        ({"images": np.zeros(3, np.float32), "layout": "NCHW"}, "layout NCHW, which is of images"),
+        ({"images": np.float32(1)}, "needs samples .N, ....* equally many"),
+        ({"labels": np.zeros((3, 2), np.int64)}, r"1 classes, so it needs labels int64 \[N\], got .* int64 \[3, 2\]"),
+        ({"labels": np.zeros((3, 2)), "classes": []}, "needs labels float32 or int64, got .* float64"),
+        ({"labels": np.zeros((3, 0), np.int64), "classes": []}, "not empty"),
         ({"labels": np.zeros(2, np.int64)}, "equally many"),
         ({"labels": np.array([0, 1, 2])}, "labels from 0 to 2, but 1 classes"),
         ({"labels": np.zeros(3, np.float32)}, "labels int64"),

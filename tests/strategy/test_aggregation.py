@@ -8,7 +8,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
-from flapp.checks import find_fault, update_norm
+from flapp.checks import find_fault, find_value_fault, update_norm
 from flapp.messages import pack, view
 from flapp.strategy import aggregation
 from flapp.strategy.aggregation import NormBound, cap_shares, spread
@@ -38,6 +38,13 @@ def test_the_average_is_float64_numpys_rounded_once(count: int, dtype: str) -> N
         assert (found.shape, found.dtype) == (shape, dtype)
         np.testing.assert_array_equal(found, np.asarray(total / sum(weights)).astype(dtype))
     assert before == [{key: array.data for key, array in record.items()} for record in records]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_infinite_values_of_every_dtype_are_a_fault(dtype: str, value: float) -> None:
+    assert find_value_fault(np.array([1, value], dtype)) == "1 NaN or infinite values of 2"
+    assert find_value_fault(np.array([1, 65504], dtype)) is None
 
 
 def test_the_average_agrees_with_stock_flower() -> None:
