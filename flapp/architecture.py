@@ -54,6 +54,9 @@ def _build_own(function: Callable[..., Any], model: ModelConfig) -> "nn.Module":
         raise ConfigError(f"{given} returned {type(built).__name__}{place_of_code(function)}: return an nn.Module")
     if not any(True for _ in built.parameters()):
         raise ConfigError(f"{given} returned a model without parameters{place_of_code(function)}: add a layer")
+    if lazy := [name for name, parameter in built.named_parameters() if nn.parameter.is_lazy(parameter)]:
+        place = place_of_code(function)
+        raise ConfigError(f"{given} returned a model whose {lazy[0]} has no shape yet{place}: give its layer all sizes")
     return built
 
 

@@ -223,6 +223,8 @@ def _read(specs: Iterable[ModuleSpec]) -> dict[str, Path | None]:
     while waiting:
         spec = waiting.pop()
         home, name = _home_of(spec), spec.name
+        if home == PACKAGE.parent and name == PACKAGE.name:
+            continue  # source_digest stands for it
         paths = sorted((home / name).rglob("*.py")) if spec.submodule_search_locations else [Path(str(spec.origin))]
         if len(paths) > MOST_FILES or not paths[0].is_file():
             found[f"{name}=={_version(name)}"] = None

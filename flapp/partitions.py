@@ -66,7 +66,7 @@ def check_splits(config: Config, train: Artifact, test: Artifact) -> None:
     settings = config.dataset
     fixes = {
         "dataset.materialize=null": settings.materialize,
-        "dataset.augment=false": settings.augment,
+        "dataset.augment=false": settings.augment is True,
         "dataset.normalization=half": settings.normalization == "imagenet",
         "model.image_size=null": config.model.image_size,
     }

@@ -29,6 +29,7 @@ def probe(config: Config, batch: tuple[Tensor, Tensor]) -> None:
         torch.manual_seed(0)
         _try_augmentation(config, inputs)
         model = build(config.model, config.dataset)
+        _check_state(config, model)
         if config.lora.enabled:
             adapt(model, config.lora, config.lora.rank)
             mark_only_lora_as_trainable(model)
@@ -58,6 +59,15 @@ def _try_augmentation(config: Config, inputs: Tensor) -> None:
     if not isinstance(changed, Tensor) or (changed.shape, changed.dtype) != (inputs.shape, inputs.dtype):
         found = _kind(changed) if isinstance(changed, Tensor) else type(changed).__name__
         raise ConfigError(f"{setting} returned {found}{place_of_code(function)}: return inputs {_kind(inputs)}")
+
+
+def _check_state(config: Config, model: nn.Module) -> None:
+    """Refuse what cannot be averaged or stored: state that is no tensor, complex numbers, and sparse tensors."""
+    for key, value in model.state_dict().items():
+        is_plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex()
+        if not is_plain:
+            fix = "keep real, dense tensors only in parameters and buffers"
+            raise ConfigError(f"model.target={config.model.target}: the state has {key} as {_kind(value)}: {fix}")
 
 
 def _try_step(config: Config, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:

@@ -10,6 +10,7 @@ Then `cd mine` and `flapp run`. Edit mine/task.py and mine/conf/experiment/mine.
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from flapp.files import replacing_folder
@@ -23,14 +24,14 @@ FITTING = re.compile(r"[a-z][a-z0-9_]{0,60}")  # a name of a package, of an expe
 RESERVED = ("flapp", "tools", "task", "conf")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Write the folder; returns 0, or 1 after one line on standard error."""
     parser = new_parser(__doc__ or "")
     parser.add_argument(
         "folder", type=Path, metavar="NAME", help="the folder to make, whose name becomes the project's"
     )
     parser.add_argument("--template", choices=CHOICES, default=CHOICES[0], help="what it starts from; default: vision")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     try:
         make(given.folder, given.template)
     except (OSError, ValueError) as error:

@@ -17,14 +17,14 @@ import numpy as np
 from flapp.architecture import choose_device, plan, split_place
 from flapp.config.schema import WRITER_PARTITIONS, Config, ConfigError
 from flapp.custom import enable, resolve
-from flapp.data.artifact import Artifact, check_samples, is_verified, open_artifact
+from flapp.data.artifact import Artifact, is_verified, open_artifact
 from flapp.data.partition import check_enough
 from flapp.data.shards.client import read_meta
 from flapp.data.shards.manifest import open_manifest
 from flapp.model.adapter_files import check_adapter
 from flapp.model.pretrained import check_pretrained
 from flapp.model.split.files import StorageManager
-from flapp.partitions import open_partition, prepared
+from flapp.partitions import check_splits, open_partition, prepared
 from flapp.server.client_keys import ClientKeys
 from flapp.server.observer import check_tensorboard
 
@@ -80,8 +80,7 @@ def check_files(config: Config) -> None:
 def check_dataset(config: Config, is_divided: bool) -> None:
     """Refuse a dataset that is not prepared, has other samples than the settings say, or too few to divide them."""
     splits = _open_splits(config)
-    for artifact in splits:
-        check_samples(artifact, config.dataset.shape, config.dataset.classes)
+    check_splits(config, *splits)
     if is_divided and config.partition.kind not in WRITER_PARTITIONS:
         check_enough(config.partition.kind, len(splits[0].labels), config.clients, config.partition.min_size)
 
