@@ -69,8 +69,8 @@ def load_pretrained(model: "nn.Module", path: Path) -> Pretrained:
         positions: Any = {POSITIONS: state[POSITIONS]}
         state |= interpolate_embeddings(model.image_size, model.patch_size, positions)
     if not head_loaded:
-        head = head_of(model) + "."
-        state |= {name: tensor for name, tensor in own.items() if name.startswith(head)}
+        head = head_of(model)
+        state |= {name: tensor for name, tensor in own.items() if name.rpartition(".")[0] == head}
     model.load_state_dict(state)
     return Pretrained(sha256_of_file(path), head_loaded, interpolated)
 
@@ -92,7 +92,7 @@ def _fit(layout: Layout, found: Mapping[str, Shape], path: Path) -> tuple[bool, 
     resized = _can_be_resized(own.get(POSITIONS), state.get(POSITIONS))
     state |= {POSITIONS: own[POSITIONS]} if resized else {}
     head = {name: shape for name, shape in own.items() if name.rpartition(".")[0] == layout.head}
-    head_loaded = not all(_differs_in_rows(state.get(name, shape), shape) for name, shape in head.items())
+    head_loaded = not head or not all(_differs_in_rows(state.get(name, shape), shape) for name, shape in head.items())
     state |= {} if head_loaded else head
     if fault := mismatch(own, state):
         grey = "first conv_proj.weight (" in fault

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 from flapp.model.lora import (
-    LoRALinear,
     add_lora,
     head_of,
     load_lora_state_dict,
@@ -18,6 +17,7 @@ from flapp.model.lora import (
     mark_only_lora_as_trainable,
     merged_state_dict,
 )
+from flapp.model.lora_layers import LoRALinear
 from tests.support.adapters import (
     CASES,
     MODELS,
