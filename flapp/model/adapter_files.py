@@ -55,6 +55,8 @@ def find_export_fault(model: "nn.Module") -> str | None:
             return "it has no parameters or buffers outside modules"
         if any(other.startswith(f"{name}.") for other in layout.modules):
             return f"it has no parameters or buffers of a module with other modules in it, such as {name}"
+        if taken := [layer for layer in layers if any(part.endswith(name) for part in _names_above(layer))]:
+            return f"it takes {taken[0]} for {name}, because it compares the ends of names"
     return None
 
 
@@ -70,13 +72,12 @@ def export_adapter(model: "nn.Module", folder: Path, base_name: str) -> None:
     if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
         raise ValueError(f"{folder} cannot take the adapter (it is not an empty folder): name a new folder")
     layers, layout, state = adapted_layers(model), layout_of(model), model.state_dict()
-    first, modules = next(iter(layers.values())), layout.modules
-    shapes, in_full = _peft_shapes(layout), _modules_in_full(layout)
+    first, shapes = next(iter(layers.values())), _peft_shapes(layout)
     config = {
         **{"peft_type": "LORA", "base_model_name_or_path": base_name, "task_type": None, "inference_mode": True},
         **{"r": first.rank, "lora_alpha": first.alpha, "lora_dropout": first.dropout, "bias": "none"},
-        **{"use_rslora": False, "target_modules": _targets(layers, modules)},
-        "modules_to_save": [_name_to_save(name, modules) for name in in_full] or None,
+        **{"use_rslora": False, "target_modules": _targets(layers, layout.modules)},
+        "modules_to_save": _modules_in_full(layout) or None,
     }
     if any(layer.is_transposed for layer in layers.values()):
         config["fan_in_fan_out"] = True
@@ -95,9 +96,10 @@ def _targets(layers: Iterable[str], modules: Iterable[str]) -> list[str] | str:
     return "|".join(re.escape(name) for name in names)
 
 
-def _name_to_save(name: str, modules: Iterable[str]) -> str:
-    """Return an entry of modules_to_save: PEFT takes every module whose name has this end, dot or no dot."""
-    return PREFIX + name if any(other.endswith(name) for other in modules if other != name) else name
+def _names_above(layer: str) -> list[str]:
+    """Return the names of the modules that a layer is in, and its own."""
+    parts = layer.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def _modules_in_full(layout: Layout) -> list[str]:
