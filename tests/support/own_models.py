@@ -64,12 +64,12 @@ def mlp() -> nn.Module:
 class Mixed(nn.Module):
     """A layer of each kind that takes adapters; the weights of Linear and Conv1D are square."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 3, classes: int = 4) -> None:
         from transformers.pytorch_utils import Conv1D
 
         super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
-        self.turned, self.dense, self.head = Conv1D(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.conv, self.bn = nn.Conv2d(channels, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.turned, self.dense, self.head = Conv1D(6, 6), nn.Linear(6, 6), nn.Linear(6, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.dense(self.turned(self.bn(self.conv(x)).relu().mean((2, 3)))))
