@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flapp.config.load import compose
 from flapp.model.adapter_files import export_adapter, import_adapter
 from flapp.model.lora import (
     adapted_layers,
@@ -290,6 +291,11 @@ def test_a_target_is_a_name_a_shell_pattern_or_all_linear(name: str, target: str
         found = [f"{layer}.{'ffn' if end[3].isdigit() else 'attention'}.{end}" for layer in layers for end in found]
         found += ["bert.pre_classifier"] if target == "all-linear" else []
     assert names == found
+
+
+def test_patterns_are_settings_of_a_command_line() -> None:
+    words = ["home=/nowhere", "strategy=fedlora", "lora=default", 'lora.targets=[*.att?.*_lin,"[qv]_lin",all-linear]']
+    assert tuple(compose(words).lora.targets) == ("*.att?.*_lin", "[qv]_lin", "all-linear")
 
 
 def test_a_layer_that_is_called_twice_has_one_adapter() -> None:
