@@ -124,6 +124,16 @@ def test_a_broken_run_is_resumed_to_the_same_bytes(federate: Federate, rule: str
     assert (path / "adapter").exists() != RULES[rule].folds
 
 
+@pytest.mark.parametrize("rule", ["fedit", "fedex"])
+def test_groups_of_clients_end_in_the_same_bytes_as_single_messages(federate: Federate, rule: str) -> None:
+    words = (*SETTINGS, f"strategy.aggregation={rule}", "clients=33", "partition=iid", "checkpoint=off")
+    words = (*words, "train.steps=1", "evaluate.every=2", "strategy.fraction_evaluate=0.1")
+    nodes = [{"partition-id": i, "num-partitions": 3} for i in range(3)]
+    single, _ = federate(*words)
+    grouped, _ = federate(*words, nodes=nodes, any_node=True)
+    assert grouped["model_sha256"] == single["model_sha256"]
+
+
 def test_a_run_whose_adapter_peft_cannot_hold_ends_with_a_model_all_the_same(
     federate: Federate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -75,6 +75,13 @@ class Mixed(nn.Module):
         return self.head(self.dense(self.turned(self.bn(self.conv(x)).relu().mean((2, 3)))))
 
 
+def tied() -> nn.Module:
+    """Return an embedding whose weight is also that of the last linear layer."""
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "fc": nn.Linear(4, 4), "out": nn.Linear(4, 9, bias=False)})
+    model.get_submodule("out").weight = model.get_submodule("embed").weight
+    return model
+
+
 IMAGES, TOKENS, ROWS = "images", "tokens", "rows"
 # name -> how it is built, what it takes, the targets that are tried
 OWN: dict[str, tuple[Callable[[], nn.Module], str, tuple[str, ...]]] = {
