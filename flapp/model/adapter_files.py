@@ -3,7 +3,11 @@
     <folder>/adapter_config.json           what PEFT's LoraConfig takes: r, lora_alpha, target_modules, modules_to_save
              adapter_model.safetensors     base_model.model.<layer>.lora_A.weight   (rank, in)
                                            base_model.model.<layer>.lora_B.weight   (out, rank)
-                                           base_model.model.<module>.<parameter>    of every module trained in full
+                                           base_model.model.<module>.<tensor>       of every module trained in full
+
+For a Conv2d, PEFT has A as a kernel (rank, channels, height, width) and B as (out, rank, 1, 1). A module with buffers,
+such as BatchNorm, is one trained in full to PEFT; its parameters are in the file beside the buffers, though flapp does
+not train them.
 
 `peft.PeftModel.from_pretrained(model, folder)` over the same base gives the same logits. A merged model is one
 safetensors file in torchvision's names. check_adapter runs before a command imports PyTorch, so lora.py is imported
@@ -12,13 +16,13 @@ where it is used.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flapp.files import replacing_folder
 from flapp.model.files import mismatch, save_tensors
-from flapp.model.layout import Layout
+from flapp.model.layout import Layout, Shape
 from flapp.model.pretrained import read_shapes, read_state, to_torchvision
 from flapp.untrusted import printable, read_json
 
@@ -29,49 +33,106 @@ T = TypeVar("T")
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 # Settings of a LoraConfig that do not change what its tensors mean; any other must be off.
 HARMLESS = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "task_type"} | {
-    *("base_model_name_or_path", "revision", "inference_mode", "peft_version", "exclude_modules"),
+    *("base_model_name_or_path", "revision", "inference_mode", "peft_version", "exclude_modules", "fan_in_fan_out"),
     *("layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "auto_mapping", "runtime_config"),
 }
 OFF: tuple[object, ...] = (None, False, "none", [], {})
 PLAIN_STARTS = (True, False, "gaussian", None)  # other values of init_lora_weights change the base as well
 
 
+def find_export_fault(model: "nn.Module") -> str | None:
+    """Return why PEFT's format cannot hold the adapters of a model and what is trained beside them, or None."""
+    from flapp.model.lora import adapted_layers, layout_of
+
+    layers, layout = adapted_layers(model), layout_of(model)
+    if len({(layer.rank, layer.alpha, layer.dropout) for layer in layers.values()}) > 1:
+        return "it has one rank, alpha and dropout for all layers"
+    for name, layer in layers.items():
+        if getattr(layer, "padding_mode", "zeros") != "zeros" or set(getattr(layer, "dilation", ())) - {1}:
+            return f"it has no dilation and no padding but zeros, which {name} has"
+    for name in _modules_in_full(layout):
+        if not name:
+            return "it has no parameters or buffers outside modules"
+        if any(other.startswith(f"{name}.") for other in layout.modules):
+            return f"it has no parameters or buffers of a module with other modules in it, such as {name}"
+        if taken := [layer for layer in layers if any(part.endswith(name) for part in _names_above(layer))]:
+            return f"it takes {taken[0]} for {name}, because it compares the ends of names"
+    return None
+
+
 def export_adapter(model: "nn.Module", folder: Path, base_name: str) -> None:
     """Write the adapter and whatever is trained beside it to a new `folder`, whole or not at all, for PEFT to load.
 
-    Raises ValueError when the folder is not empty, or when PEFT's format cannot hold the model: layers of several
-    ranks or alphas, buffers, parameters that belong to no module.
+    Raises ValueError when the folder is not empty, and for a fault of find_export_fault.
     """
-    from flapp.model.lora import adapted_layers, lora_state_dict
+    from flapp.model.lora import adapted_layers, layout_of
 
-    layers, state = adapted_layers(model), lora_state_dict(model)
-    shapes = {(layer.rank, layer.alpha, layer.dropout) for layer in layers.values()}
-    in_full = {key.rpartition(".")[0] for key in state if not _is_adapter(key)}
-    if len(shapes) > 1 or "" in in_full or any(name in state for name, _ in model.named_buffers()):
-        raise ValueError("PEFT's format has one rank, alpha and dropout, no buffers and no parameters outside modules")
+    if fault := find_export_fault(model):
+        raise ValueError(f"PEFT's format cannot hold this {type(model).__name__}: {fault}")
     if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
         raise ValueError(f"{folder} cannot take the adapter (it is not an empty folder): name a new folder")
-    rank, alpha, dropout = shapes.pop()
+    layers, layout, state = adapted_layers(model), layout_of(model), model.state_dict()
+    first, shapes = next(iter(layers.values())), _peft_shapes(layout)
     config = {
         **{"peft_type": "LORA", "base_model_name_or_path": base_name, "task_type": None, "inference_mode": True},
-        **{"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none", "use_rslora": False},
-        **{"target_modules": sorted(layers), "modules_to_save": sorted(in_full) or None},
+        **{"r": first.rank, "lora_alpha": first.alpha, "lora_dropout": first.dropout, "bias": "none"},
+        **{"use_rslora": False, "target_modules": _targets(layers, layout.modules)},
+        "modules_to_save": _modules_in_full(layout) or None,
     }
+    if any(layer.is_transposed for layer in layers.values()):
+        config["fan_in_fan_out"] = True
     with replacing_folder(folder) as partial:
-        save_tensors({_to_peft(key): tensor for key, tensor in state.items()}, partial / WEIGHTS)
+        tensors = {_to_peft(key): state[key].reshape(shape) for key, shape in shapes.items()}
+        save_tensors(tensors, partial / WEIGHTS)
         (partial / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+
+
+def _targets(layers: Iterable[str], modules: Iterable[str]) -> list[str] | str:
+    """Return target_modules: the names of the layers or, where PEFT would find them at the end of others, a pattern."""
+    names = sorted(layers)
+    ends = {f".{name}" for name in names}
+    if not any(f".{other}".endswith(tuple(ends - {f".{other}"})) for other in modules):
+        return names
+    return "|".join(re.escape(name) for name in names)
+
+
+def _names_above(layer: str) -> list[str]:
+    """Return the names of the modules that a layer is in, and its own."""
+    parts = layer.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _modules_in_full(layout: Layout) -> list[str]:
+    """Return the modules that PEFT keeps whole beside the adapters, sorted: the head, and all that have buffers."""
+    return sorted({key.rpartition(".")[0] for key in layout.trained if not _is_adapter(key)})
+
+
+def _peft_shapes(layout: Layout) -> dict[str, Shape]:
+    """Return what an adapter of PEFT's for this model holds, under our names and in PEFT's shapes."""
+    in_full, shapes = _modules_in_full(layout), dict[str, Shape]()
+    for key, shape in layout.tensors.items():
+        layer = key.rpartition(".")[0]
+        if key in layout.trained or layer in in_full:
+            shapes[key] = shape
+        if _is_adapter(key) and layout.modules.get(layer) == "LoRAConv2d":
+            kernel = layout.tensors[f"{layer}.weight"][1:]
+            shapes[key] = (shape[0], *kernel) if key.endswith("A") else (*shape, 1, 1)
+    return shapes
 
 
 def import_adapter(model: "nn.Module", folder: Path) -> None:
     """Load an adapter of PEFT's into the adapters that `model` has, with whatever was trained beside it.
 
-    Raises ValueError when rank, alpha, layers or shapes differ from the model's, and naming the setting when the
-    files use something of PEFT's that is not plain LoRA, such as DoRA or trained biases.
+    A module with buffers that the files do not have stays as it is. Raises ValueError when rank, alpha, layers or
+    shapes differ from the model's, and naming the setting when the files use something of PEFT's that is not plain
+    LoRA, such as DoRA or trained biases.
     """
-    from flapp.model.lora import layout_of, load_lora_state_dict
+    from flapp.model.lora import layout_of
 
-    check_adapter(layout_of(model), folder)
-    load_lora_state_dict(model, _from_peft(read_state(folder / WEIGHTS)))
+    layout = layout_of(model)
+    check_adapter(layout, folder)
+    found = _from_peft(read_state(folder / WEIGHTS))
+    model.load_state_dict({key: tensor.reshape(layout.tensors[key]) for key, tensor in found.items()}, strict=False)
 
 
 def check_adapter(layout: Layout, folder: Path) -> None:
@@ -86,7 +147,10 @@ def check_adapter(layout: Layout, folder: Path) -> None:
                 f"{rank} and alpha {alpha:g}: set lora.rank and lora.alpha to the adapter's"
             )
     found = _from_peft(read_shapes(folder / WEIGHTS))
-    if fault := mismatch({key: layout.tensors[key] for key in layout.trained}, found):
+    held = {key.rpartition(".")[0] for key in found}
+    left = {name for name in (key.rpartition(".")[0] for key in layout.buffers) if name not in held}
+    expected = {key: shape for key, shape in _peft_shapes(layout).items() if key.rpartition(".")[0] not in left}
+    if fault := mismatch(expected, found):
         raise ValueError(f"{folder} does not fit this {layout.kind} with its lora.targets: {fault}")
 
 

@@ -6,6 +6,8 @@ PyTorch and torchvision take seconds to import; a command that only checks or de
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 
 Shape = tuple[int, ...]
 
@@ -17,40 +19,52 @@ SIZES = {
 }
 
 
+# The layers that can take an adapter, by class: PyTorch's Linear and Conv2d, transformers' Conv1D.
+ADAPTED = {"Linear": "LoRALinear", "Conv2d": "LoRAConv2d", "Conv1D": "LoRAConv1D"}
+LINEAR = ("Linear", "Conv1D")
+ALL_LINEAR = "all-linear"
+MOST_CHOICES = 12  # in an error
+
+
+def matrix_shape(weight: Shape, is_transposed: bool) -> tuple[int, int]:
+    """Return (out, in) of the matrix that a layer's weight is to its adapter."""
+    return (weight[1], weight[0]) if is_transposed else (weight[0], math.prod(weight[1:]))
+
+
 @dataclass(frozen=True)
 class Layout:
     """The layers and tensors of a model.
 
     kind: its class; modules: the class of every module in it, by dotted name and in order; tensors: the shapes of its
-    state dict, in order; head: its last linear layer; trained: the tensors that training may change; adapters: rank
-    and alpha of every adapted layer.
+    state dict, in order; head: its last linear layer, if it has one; trained: the tensors that training may change;
+    head_tensors: those of the head that are trained in full beside adapters; buffers: tensors that are no parameters,
+    such as the statistics of BatchNorm; unfit: what the layers are that look like those of ADAPTED but cannot take an
+    adapter, by name; adapters: rank and alpha of every adapted layer.
     """
 
     kind: str
     modules: Mapping[str, str]
     tensors: Mapping[str, Shape]
-    head: str
+    head: str | None
     trained: tuple[str, ...]
+    head_tensors: tuple[str, ...]
+    buffers: tuple[str, ...] = ()
+    unfit: Mapping[str, str] = field(default_factory=dict)
     adapters: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
     def matching(self, targets: Sequence[str], rank: int) -> list[str]:
         """Return the layers that `targets` name, in the model's order.
 
-        A target is the last part or parts of a dotted name: `proj`, `mlp.0`. Raises ValueError when a target matches
-        nothing or anything but a plain linear layer, or when a layer is too small for the rank.
+        A target is the last part or parts of a dotted name (`proj`, `mlp.0`), a shell pattern for them (`layer.?.q`,
+        `attention.*_lin`; `*` matches dots, too), or all-linear: every linear layer but the head. all-linear and
+        patterns pass over modules that are no layers of ADAPTED, and all-linear over layers that are unfit. Raises
+        ValueError when a target matches nothing or what cannot take an adapter, or when a layer is too small for the
+        rank.
         """
-        wanted: set[str] = set()
-        for target in targets:
-            found = {name: kind for name, kind in self.modules.items() if f".{name}".endswith(f".{target}")}
-            for name, kind in found.items() or [("", None)]:
-                if kind != "Linear":
-                    linear = {".".join(n.split(".")[-2:]) for n, k in self.modules.items() if k == "Linear"}
-                    what = f"{name}, which is {kind}" if kind else "no layer of the model"
-                    raise ValueError(f"lora.targets={target} matches {what}: choose among {', '.join(sorted(linear))}")
-            wanted |= found.keys()
+        wanted = {name for target in targets for name in self._named_by(target)}
         names = [name for name in self.modules if name in wanted]
         for name in names:
-            out_features, in_features = self.tensors[f"{name}.weight"]
+            out_features, in_features = self._matrix(name)
             if rank > min(out_features, in_features):
                 raise ValueError(
                     f"lora.rank={rank} is more than {name} ({in_features} -> {out_features}) can have: "
@@ -58,21 +72,52 @@ class Layout:
                 )
         return names
 
+    def _named_by(self, target: str) -> list[str]:
+        """Return the layers that one target names, which can all take an adapter."""
+        fit = [name for name, kind in self.modules.items() if kind in ADAPTED and name not in self.unfit]
+        if target == ALL_LINEAR:
+            found = [name for name in fit if self.modules[name] in LINEAR and name != self.head]
+        elif set(target) & set("*?["):
+            known = {*ADAPTED, *ADAPTED.values()}
+            layers = [name for name, kind in self.modules.items() if kind in known or name in self.unfit]
+            found = [name for name in layers if fnmatchcase(f".{name}", f"*.{target}")]
+        else:
+            found = [name for name in self.modules if f".{name}".endswith(f".{target}")]
+        odd = sorted({*found} - {*fit}, key=found.index)
+        if odd or not found:
+            kind = self.unfit.get(odd[0], self.modules[odd[0]]) if odd else ""
+            choices = sorted({".".join(name.split(".")[-2:]) for name in fit})
+            closest = ", ".join(sorted(get_close_matches(target, choices, MOST_CHOICES, 0)))
+            raise ValueError(
+                f"lora.targets={target} matches {f'{odd[0]}, which is {kind}' if odd else 'no layer of the model'}: "
+                f"choose among {closest or 'other models, this one has no layer that can take an adapter'}"
+            )
+        return found
+
+    def _matrix(self, layer: str) -> tuple[int, int]:
+        return matrix_shape(self.tensors[f"{layer}.weight"], self.modules[layer] == "Conv1D")
+
     def with_lora(self, targets: Sequence[str], rank: int, alpha: float) -> "Layout":
-        """Return the layout with adapters, of which adapters and head are trained; raises ValueError as matching."""
-        names = self.matching(targets, rank)
+        """Return the layout with adapters: they, head and buffers are trained. Raises ValueError as matching."""
+        names = set(self.matching(targets, rank))
+        adapters = {**self.adapters, **dict.fromkeys(names, (rank, alpha))}
         tensors: dict[str, Shape] = {}
         for key, shape in self.tensors.items():
             tensors[key] = shape
             layer, _, part = key.rpartition(".")
-            if layer in names and part == "bias":  # the last tensor of a linear layer
-                out_features, in_features = self.tensors[f"{layer}.weight"]
+            if layer in names and (part == "bias" or f"{layer}.bias" not in self.tensors):  # its last tensor
+                out_features, in_features = self._matrix(layer)
                 tensors |= {f"{layer}.lora_A": (rank, in_features), f"{layer}.lora_B": (out_features, rank)}
-        in_full = () if self.head in names else (f"{self.head}.weight", f"{self.head}.bias")
-        trained = tuple(key for key in tensors if key in in_full or key.endswith((".lora_A", ".lora_B")))
-        modules = {name: "LoRALinear" if name in names else kind for name, kind in self.modules.items()}
-        adapters = dict.fromkeys(names, (rank, alpha))
-        return replace(self, modules=modules, tensors=tensors, trained=trained, adapters=adapters)
+        in_full = () if self.head in names else self.head_tensors
+        trained = {*in_full, *self.buffers, *(f"{name}.lora_{ab}" for name in adapters for ab in "AB")}
+        return replace(
+            self,
+            modules={name: ADAPTED[kind] if name in names else kind for name, kind in self.modules.items()},
+            tensors=tensors,
+            trained=tuple(key for key in tensors if key in trained),
+            head_tensors=in_full,
+            adapters={name: adapters[name] for name in self.modules if name in adapters},
+        )
 
 
 def lay_out(
@@ -123,7 +168,9 @@ def _layout(kind: str, rows: list[Row], own: Mapping[str, Shape] | None = None) 
     """Make a layout from the modules of a model in order, the head last; own: tensors of the model itself."""
     tensors = {f"{name}.{key}": shape for name, _, held in rows for key, shape in held.items()}
     tensors = {**(own or {}), **tensors}
-    return Layout(kind, {name: module for name, module, _ in rows}, tensors, rows[-1][0], tuple(tensors))
+    head, _, held = rows[-1]
+    in_full = tuple(f"{head}.{key}" for key in held)
+    return Layout(kind, {name: module for name, module, _ in rows}, tensors, head, tuple(tensors), in_full)
 
 
 def _linear(name: str, in_features: int, out_features: int) -> Row:

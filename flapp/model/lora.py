@@ -1,67 +1,34 @@
-"""LoRA (Hu et al. 2021): a frozen linear layer plus a trained product of two thin matrices, with loralib's names.
+"""Put adapters on a model's layers, say what is trained then, and merge adapters; lora_layers.py has the layers."""
 
-An adapted layer keeps the names of the layer that it replaces, and adds two:
-
-    <layer>.weight, <layer>.bias     frozen
-    <layer>.lora_A  (rank, in)       Kaiming-uniform
-    <layer>.lora_B  (out, rank)      zero, so that a fresh adapter changes no output
-"""
-
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from flapp.model.files import mismatch, shapes_of
-from flapp.model.layout import Layout
+from flapp.model.layout import ADAPTED, Layout
+from flapp.model.lora_layers import LoRALayer, adapter_class, is_linear
 
 
-class LoRALinear(nn.Linear):
-    """Compute W x + b + alpha / rank * B A dropout(x), sharing the weight and bias of `base`, frozen."""
-
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0) -> None:
-        nn.Module.__init__(self)  # not nn.Linear's, which would draw a weight only to throw it away
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
-        self.requires_grad_(False)
-        self.rank, self.alpha, self.scaling, self.dropout = rank, alpha, alpha / rank, dropout
-        self.lora_A = nn.Parameter(draw_lora_A(base.weight.new_empty(rank, base.in_features)))
-        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
-        self.train(base.training)
-
-    def forward(self, input: Tensor) -> Tensor:
-        y = F.linear(input, self.weight, self.bias)
-        h = F.linear(F.dropout(input, self.dropout, self.training) if self.dropout else input, self.lora_A)
-        # One addmm scales, multiplies and adds while a block is in cache; `y + scaling * linear(h)` goes over y thrice.
-        flat = torch.addmm(
-            y.reshape(-1, self.out_features), h.reshape(-1, self.rank), self.lora_B.t(), alpha=self.scaling
-        )
-        return flat.view(y.shape)
-
-    @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """Return W + alpha / rank * B A, in the weight's own dtype even under autocast."""
-        with torch.autocast(self.weight.device.type, enabled=False):
-            return torch.addmm(self.weight, self.lora_B, self.lora_A, alpha=self.scaling)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"
+def head_of(model: nn.Module) -> str | None:
+    """Return the dotted name of a model's head, its last linear layer; None when it has no linear layer."""
+    names = [name for name, module in model.named_modules() if is_linear(module)]
+    return names[-1] if names else None
 
 
-def draw_lora_A(like: Tensor) -> Tensor:
-    """Draw a new A in the shape of another from torch's global generator: Kaiming-uniform, as in loralib."""
-    drawn = torch.empty_like(like, requires_grad=False)
-    return nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
+def head_tensors(model: nn.Module) -> tuple[str, ...]:
+    """Return the keys of the head's parameters, which are trained in full.
 
-
-def head_of(model: nn.Module) -> str:
-    """Return the dotted name of a model's head, its last linear layer; raises ValueError when it has none."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not names:
-        raise ValueError(f"{type(model).__name__} has no linear layer, and so no head")
-    return names[-1]
+    There are none if the head has an adapter, and if it shares a parameter with another layer, such as an embedding.
+    """
+    name = head_of(model)
+    head = None if name is None else model.get_submodule(name)
+    if head is None or isinstance(head, LoRALayer):
+        return ()
+    parameters, keys = dict(head.named_parameters(name or "", remove_duplicate=False)), _keys_of_parameters(model)
+    if any(len(keys[parameter]) > 1 for parameter in parameters.values()):
+        return ()
+    return tuple(key for key, parameter in parameters.items() if parameter.is_floating_point())
 
 
 def add_lora(
@@ -69,9 +36,9 @@ def add_lora(
 ) -> list[str]:
     """Put a fresh adapter on every layer that `targets` name, in place, and return the layers' dotted names.
 
-    A target is the last part or parts of a dotted name: `proj`, `mlp.0`. A is drawn from torch's global generator, in
-    the order of the model's layers. Raises ValueError, and leaves the model as it is, when a target matches nothing
-    or anything but a plain linear layer, or when rank, alpha or dropout is out of range.
+    Layout.matching says what a target is. A is drawn from torch's global generator, in the order of the model's layers.
+    Raises ValueError, and leaves the model as it is, where Layout.matching does and when rank, alpha or dropout is out
+    of range.
     """
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise ValueError(
@@ -81,14 +48,29 @@ def add_lora(
     names = layout_of(model).matching(targets, rank)
     for name in names:
         base = model.get_submodule(name)
-        assert isinstance(base, nn.Linear)
-        model.set_submodule(name, LoRALinear(base, rank, alpha, dropout))
+        kind = adapter_class(base)
+        assert kind is not None, name
+        model.set_submodule(name, kind(base, rank, alpha, dropout))
+    _leave_fast_paths(model)
     return names
 
 
-def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def _leave_fast_paths(model: nn.Module) -> None:
+    """Make PyTorch's transformer layers call their adapted layers.
+
+    In eval mode without gradients, their fast path takes the weights of linear1 and linear2 and skips the adapters.
+    """
+    for module in model.modules():
+        if any(isinstance(inner, LoRALayer) for inner in module.modules()):
+            if isinstance(module, nn.TransformerEncoderLayer):
+                module.activation_relu_or_gelu = 0  # "neither", the one condition of the fast path without other use
+            elif isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False  # only the fast path takes nested tensors
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """Return the adapted layers by dotted name; raises ValueError when there is none."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapters: call add_lora first (set lora=default)")
     return layers
@@ -96,24 +78,64 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 def layout_of(model: nn.Module) -> Layout:
     """Return the layout of a model as it is, adapters included; `model` may be on the meta device."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    layers = {name: module for name, module in modules.items() if isinstance(module, LoRALayer)}
+    state, parameters = model.state_dict(), {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return Layout(
         type(model).__name__,
-        {name: type(module).__name__ for name, module in model.named_modules() if name},
-        shapes_of(model.state_dict()),
+        {name: type(module).__name__ for name, module in modules.items()},
+        shapes_of(state),
         head_of(model),
-        tuple(lora_state_dict(model) if layers else model.state_dict()),
+        tuple(lora_state_dict(model) if layers else state),
+        head_tensors(model),
+        tuple(key for key in state if key not in parameters),
+        _unfit_layers(model, modules),
         {name: (layer.rank, layer.alpha) for name, layer in layers.items()},
     )
 
 
+def _unfit_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return what the layers are that cannot take an adapter, though they look like those that can, by name."""
+    keys, unfit = _keys_of_parameters(model), {}
+    for name, module in modules.items():
+        kind = type(module).__name__
+        if isinstance(module, LoRALayer) or not (kind in ADAPTED or is_linear(module) or isinstance(module, nn.Conv2d)):
+            continue
+        weight, groups = module._parameters.get("weight"), getattr(module, "groups", 1)
+        others = [key for key in keys.get(weight, ()) if key != f"{name}.weight"]
+        if adapter_class(module) is None:
+            unfit[name] = f"{kind}, a class of {type(module).__module__}"
+        elif groups != 1:
+            unfit[name] = f"{kind} with groups={groups}"
+        elif others:
+            unfit[name] = f"{kind} that shares its weight with {others[0]}"
+        elif weight is None or not weight.is_floating_point() or _has_more(module):
+            unfit[name] = f"{kind} with hooks or tensors that an adapter would lose"
+    return unfit
+
+
+def _has_more(layer: nn.Module) -> bool:
+    """Say whether a layer has anything that its adapted form would not take over."""
+    hooks = any(held for key, held in vars(layer).items() if key.endswith("_hooks"))
+    others = layer._parameters.keys() - {"weight", "bias"} or layer._buffers or layer._modules
+    return bool(hooks or others or "forward" in vars(layer))
+
+
+def _keys_of_parameters(model: nn.Module) -> dict[nn.Parameter | None, list[str]]:
+    """Return every name that each parameter has in the model."""
+    keys: dict[nn.Parameter | None, list[str]] = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        keys.setdefault(parameter, []).append(key)
+    return keys
+
+
 def mark_only_lora_as_trainable(model: nn.Module) -> None:
     """Freeze all but adapters and head; the weight and bias of an adapted layer stay frozen, even in the head."""
-    layers = adapted_layers(model)
+    layers, in_full = adapted_layers(model), head_tensors(model)
     model.requires_grad_(False)
-    model.get_submodule(head_of(model)).requires_grad_(True)
+    for key in in_full:
+        model.get_parameter(key).requires_grad_(True)
     for layer in layers.values():
-        layer.requires_grad_(False)
         layer.lora_A.requires_grad_(True)
         layer.lora_B.requires_grad_(True)
 

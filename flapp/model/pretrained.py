@@ -12,7 +12,7 @@ PyTorch only for a .pth; so PyTorch is imported where it is used.
 import pickle
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,8 @@ def load_pretrained(model: "nn.Module", path: Path) -> Pretrained:
     """
     from flapp.model.lora import head_of, layout_of
 
-    state, own = from_torchvision(read_state(path)), model.state_dict()
+    own = model.state_dict()
+    state = from_torchvision(read_state(path), own)
     head_loaded, interpolated = _fit(layout_of(model), shapes_of(state), path)
     if interpolated:
         from torchvision.models.vision_transformer import interpolate_embeddings
@@ -69,8 +70,8 @@ def load_pretrained(model: "nn.Module", path: Path) -> Pretrained:
         positions: Any = {POSITIONS: state[POSITIONS]}
         state |= interpolate_embeddings(model.image_size, model.patch_size, positions)
     if not head_loaded:
-        head = head_of(model) + "."
-        state |= {name: tensor for name, tensor in own.items() if name.startswith(head)}
+        head = head_of(model)
+        state |= {name: tensor for name, tensor in own.items() if name.rpartition(".")[0] == head}
     model.load_state_dict(state)
     return Pretrained(sha256_of_file(path), head_loaded, interpolated)
 
@@ -80,7 +81,7 @@ def check_pretrained(layout: Layout, path: Path) -> None:
 
     A .pth of at most CHECKED_BYTES is also read for damage.
     """
-    _fit(layout, from_torchvision(read_shapes(path)), path)
+    _fit(layout, from_torchvision(read_shapes(path), layout.tensors), path)
 
 
 def _fit(layout: Layout, found: Mapping[str, Shape], path: Path) -> tuple[bool, bool]:
@@ -92,7 +93,7 @@ def _fit(layout: Layout, found: Mapping[str, Shape], path: Path) -> tuple[bool, 
     resized = _can_be_resized(own.get(POSITIONS), state.get(POSITIONS))
     state |= {POSITIONS: own[POSITIONS]} if resized else {}
     head = {name: shape for name, shape in own.items() if name.rpartition(".")[0] == layout.head}
-    head_loaded = not all(_differs_in_rows(state.get(name, shape), shape) for name, shape in head.items())
+    head_loaded = not head or not all(_differs_in_rows(state.get(name, shape), shape) for name, shape in head.items())
     state |= {} if head_loaded else head
     if fault := mismatch(own, state):
         grey = "first conv_proj.weight (" in fault
@@ -194,9 +195,9 @@ def _repeats_memory(tensor: "Tensor") -> bool:
     return tensor.nbytes > tensor.untyped_storage().nbytes()
 
 
-def from_torchvision(state: Mapping[str, T]) -> dict[str, T]:
-    """Return `state` under our names; names that are ours already stay."""
-    return _renamed(state, OURS)
+def from_torchvision(state: Mapping[str, T], known: Container[str] = ()) -> dict[str, T]:
+    """Return `state` under our names; names that are ours already, and those in `known`, stay."""
+    return _renamed(state, OURS, known)
 
 
 def to_torchvision(state: Mapping[str, T]) -> dict[str, T]:
@@ -204,10 +205,10 @@ def to_torchvision(state: Mapping[str, T]) -> dict[str, T]:
     return _renamed(state, TORCHVISIONS)
 
 
-def _renamed(state: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
+def _renamed(state: Mapping[str, T], names: Mapping[str, str], known: Container[str] = ()) -> dict[str, T]:
     renamed = {}
     for name, tensor in state.items():
         for old, new in names.items():
-            name = name.replace(old, new)
+            name = name if name in known else name.replace(old, new)
         renamed[name] = tensor
     return renamed

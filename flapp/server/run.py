@@ -25,9 +25,10 @@ from flapp.data.offline import OfflineDataset
 from flapp.data.shards.manifest import Manifest, check_claim, open_manifest
 from flapp.data.sources import is_prepared
 from flapp.messages import Claim, as_record, pack, views
-from flapp.model.adapter_files import export_adapter, import_adapter
+from flapp.model.adapter_files import export_adapter, find_export_fault, import_adapter
 from flapp.model.files import to_numpy
-from flapp.model.lora import adapted_layers, draw_lora_A, layout_of, mark_only_lora_as_trainable, merged_state_dict
+from flapp.model.lora import adapted_layers, layout_of, mark_only_lora_as_trainable, merged_state_dict
+from flapp.model.lora_layers import draw_lora_A
 from flapp.model.pretrained import load_pretrained
 from flapp.model.split.factory import ModelFactory
 from flapp.model.split.files import StorageManager
@@ -185,7 +186,10 @@ class Run:
         rule = RULES.get(config.strategy.aggregation or "")
         if self.base is not None and rule is not None and not rule.folds and not rule.private_b:
             shutil.rmtree(path / "adapter", ignore_errors=True)  # from an earlier end of this run
-            export_adapter(self.model, path / "adapter", self.base.digest)
+            if fault := find_export_fault(self.model):
+                log(WARNING, "no adapter folder is written, because PEFT's format cannot hold this model: %s", fault)
+            else:
+                export_adapter(self.model, path / "adapter", self.base.digest)
         if config.split.auto_save_split_models:
             save_split(config, path)
         return self.directory.finish(digest)
@@ -299,7 +303,8 @@ def build_strategy(
     strategy = strategy_class(config)
     if settings.aggregation is None:
         return strategy(roster, observer, config, optimizer, releases)
-    layers, fresh = list(adapted_layers(model)), partial(fresh_adapter, config, model)
+    layers = {name: layer.is_transposed for name, layer in adapted_layers(model).items()}
+    fresh = partial(fresh_adapter, config, model)
     options = {"layers": layers, "private": private, "fresh": fresh}
     return strategy(roster, observer, config, optimizer, releases, **options)
 

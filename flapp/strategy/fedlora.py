@@ -49,14 +49,15 @@ def global_keys(state: Iterable[str], travels: Iterable[str], aggregation: str |
 class FedLoRA(FedAvg):
     """Federated LoRA by the rule strategy.aggregation. Its other arguments are FedAvg's, and these:
 
-    layers: names of the adapted layers; private: keys that each client keeps; fresh: draws a round's new lora_A of
-    every layer, of the global rank, from the seed. Factors that never travel are those of the roster's base.
+    layers: names of the adapted layers, each with whether its weight is (in, out), the transpose of B A; private: keys
+    that each client keeps; fresh: draws a round's new lora_A of every layer, of the global rank, from the seed. Factors
+    that never travel are those of the roster's base.
     """
 
     def __init__(
         self,
         *args: Any,
-        layers: Sequence[str],
+        layers: Mapping[str, bool],
         private: Sequence[str],
         fresh: Callable[[int], Mapping[str, np.ndarray]],
         **kwargs: Any,
@@ -64,7 +65,8 @@ class FedLoRA(FedAvg):
         super().__init__(*args, **kwargs)
         assert self.settings.aggregation is not None
         self.rule = RULES[self.settings.aggregation]
-        self.layers, self.private, self.fresh = list(layers), tuple(private), fresh
+        self.layers, self.is_transposed = list(layers), dict(layers)
+        self.private, self.fresh = tuple(private), fresh
         self.lora = self.config.lora
         self.scaling = self.lora.alpha / self.lora.rank
         dealt = self.lora.rank_by_client or ()
@@ -189,6 +191,7 @@ class FedLoRA(FedAvg):
         if found.folded is not None:
             weight = view(self.current[f"{layer}.{WEIGHT}"])
             product = reduce(np.matmul, [factor.astype(np.float64) for factor in found.folded])
+            product = product.T if self.is_transposed[layer] else product.reshape(weight.shape)
             new[f"{layer}.{WEIGHT}"] = (weight + self.scaling * product).astype(weight.dtype)
         return {key: pack(value) for key, value in new.items() if value is not None and key in self.current}
 
@@ -199,6 +202,7 @@ class FedLoRA(FedAvg):
         key = f"{layer}.{WEIGHT}"
         if key in installed:
             change = np.subtract(view(installed[key]), view(self.current[key]), dtype=np.float64)
+            change = change.T if self.is_transposed[layer] else change.reshape(len(change), -1)
             found = replace(found, folded=(change / self.scaling,))
         return error_norms(found, clients)
 

@@ -77,8 +77,9 @@ def test_what_pefts_format_cannot_hold_is_not_written(tmp_path: Path) -> None:
     mark_only_lora_as_trainable(mixed)
     buffers.register_buffer("seen", torch.zeros(1))
     bare.class_token.requires_grad_(True)  # type: ignore[union-attr, operator]
-    for model in (mixed, buffers, bare):
-        with pytest.raises(ValueError, match="PEFT's format has one rank, alpha and dropout"):
+    outside = "it has no parameters or buffers outside modules"
+    for model, fault in ((mixed, "it has one rank, alpha and dropout"), (buffers, outside), (bare, outside)):
+        with pytest.raises(ValueError, match=f"PEFT's format cannot hold this ViT: {fault}"):
             export_adapter(model, tmp_path / "adapter", "base")
     assert not list(tmp_path.iterdir())
 

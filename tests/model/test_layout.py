@@ -41,6 +41,8 @@ def built(config: Config) -> Layout:
         [*LORA],
         [*LORA, "lora.targets=[mlp.0,head,qkv]"],
         [*LORA, "model=cnn", "lora.targets=[fc1]"],
+        [*LORA, "model=cnn", "lora.targets=[conv?,all-linear]"],
+        [*LORA, "model=vit_tiny", "lora.targets=[conv_proj,*.encoder_layer_?.*.proj]"],
     ],
     ids=" ".join,
 )

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 from flapp.model.lora import (
-    LoRALinear,
     add_lora,
     head_of,
     load_lora_state_dict,
@@ -18,6 +17,7 @@ from flapp.model.lora import (
     mark_only_lora_as_trainable,
     merged_state_dict,
 )
+from flapp.model.lora_layers import LoRALayer, LoRALinear
 from tests.support.adapters import (
     CASES,
     MODELS,
@@ -37,7 +37,7 @@ from tests.support.adapters import (
 def test_adapters_give_pefts_logits_and_take_pefts_steps(name: str, targets: tuple[str, ...]) -> None:
     ours, theirs = adapted(name, targets), in_peft(name, targets)
     for layer in ours.modules():
-        if isinstance(layer, LoRALinear):
+        if isinstance(layer, LoRALayer):
             nn.init.normal_(layer.lora_B, std=0.1)
     copy_adapters(ours, theirs)
     torch.testing.assert_close(logits(ours, name), logits(theirs, name), atol=1e-5, rtol=1e-5)
@@ -47,7 +47,7 @@ def test_adapters_give_pefts_logits_and_take_pefts_steps(name: str, targets: tup
     for key, parameter in ours.named_parameters():
         if ".lora_" in key:
             reference = trained[f"base_model.model.{key}.default.weight"]
-            torch.testing.assert_close(parameter, reference, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(parameter, reference.view(parameter.shape), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits(ours, name), logits(theirs, name), atol=1e-5, rtol=1e-4)
 
 
@@ -72,7 +72,7 @@ def test_training_changes_every_tensor_that_travels_and_each_adapter_counts(
     trained, plain = logits(model, name), base(name)
     plain.load_state_dict(merged_state_dict(model))
     torch.testing.assert_close(logits(plain, name), trained, atol=1e-5, rtol=1e-5)
-    for layer in [m for m in model.modules() if isinstance(m, LoRALinear)]:
+    for layer in [m for m in model.modules() if isinstance(m, LoRALayer)]:
         b = layer.lora_B.detach().clone()
         nn.init.zeros_(layer.lora_B)
         assert not torch.allclose(logits(model, name), trained, atol=1e-7, rtol=0)
@@ -194,10 +194,14 @@ def test_an_adapter_loads_into_another_model_of_the_same_base_or_says_why_not() 
         (
             "vit_tiny",
             {"targets": ["query"]},
-            "lora.targets=query matches no layer of the model: choose among heads.head",
+            "lora.targets=query matches no layer of the model: choose among conv_proj, heads.head",
         ),
         ("vit_tiny", {"targets": ["qkv", "oj"]}, "lora.targets=oj matches no layer"),
-        ("cnn", {"targets": ["conv2"]}, "lora.targets=conv2 matches conv2, which is Conv2d: choose among fc1, fc2"),
+        (
+            "cnn",
+            {"targets": ["dropout"]},
+            "dropout, which is Dropout: choose among conv1, conv2, fc1, fc2",
+        ),
         ("vit_tiny", {"targets": ["mlp"]}, "encoder.layers.encoder_layer_0.mlp, which is MLPBlock"),
         ("vit_tiny", {"rank": 0}, "rank is at least 1"),
         ("vit_tiny", {"alpha": 0}, "alpha is above 0"),
@@ -209,11 +213,11 @@ def test_adapters_that_cannot_be_say_why_and_leave_the_model_alone(name: str, lo
     model = base(name)
     with pytest.raises(ValueError, match=message):
         add_lora(model, **{"rank": 2, "alpha": 4.0} | lora)
-    assert not any(isinstance(m, LoRALinear) for m in model.modules())
+    assert not any(isinstance(m, LoRALayer) for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_layer_takes_one_adapter_and_a_model_without_any_or_without_a_head_says_so() -> None:
+def test_a_layer_takes_one_adapter_and_a_model_without_any_says_so() -> None:
     with pytest.raises(ValueError, match="qkv, which is LoRALinear: choose among"):
         add_lora(adapted(), 2, 2.0)
     with pytest.raises(ValueError, match="out_proj, which is NonDynamicallyQuantizableLinear"):
@@ -222,8 +226,7 @@ def test_a_layer_takes_one_adapter_and_a_model_without_any_or_without_a_head_say
         with pytest.raises(ValueError, match="ViT has no adapters: call add_lora first"):
             verb(base())  # type: ignore[operator]
     assert [head_of(base(name)) for name in MODELS] == ["heads.head", "fc2", "fc"]
-    with pytest.raises(ValueError, match="ReLU has no linear layer"):
-        head_of(nn.ReLU())
+    assert head_of(nn.ReLU()) is None
 
 
 @pytest.mark.parametrize("remake", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])  # noqa: S301

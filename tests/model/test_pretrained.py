@@ -70,6 +70,30 @@ def test_the_names_of_a_real_vit_b_16_are_ours_and_go_back(tmp_path: Path) -> No
     assert all(back[key] is tensor for key, tensor in theirs.items())
 
 
+@pytest.mark.parametrize("name", ["self_attention.out_proj", "mlp.linear_1", "block.self_attention.qkv"])
+def test_names_of_torchvisions_that_are_the_models_own_stay(name: str, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        model, place, last = nn.Module(), "", name.split(".")[-1]
+        for part in name.split(".")[:-1]:
+            model.get_submodule(place).add_module(part, nn.Module())
+            place = f"{place}.{part}".lstrip(".")
+        model.get_submodule(place).add_module(last, nn.Conv2d(2, 3, 1))  # a model without a head
+        return model
+
+    saved, model = build(), build()
+    torch.save(saved.state_dict(), tmp_path / "own.pth")
+    load_pretrained(model, tmp_path / "own.pth")
+    assert all(torch.equal(tensor, saved.state_dict()[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_model_that_is_its_own_head_takes_weights_for_other_classes(tmp_path: Path) -> None:
+    torch.save(nn.Linear(4, 3).state_dict(), tmp_path / "own.pth")
+    model = nn.Linear(4, 5)
+    before = model.weight.detach().clone()
+    assert not load_pretrained(model, tmp_path / "own.pth").head_loaded
+    assert torch.equal(model.weight, before)
+
+
 def test_a_head_for_other_classes_stays_as_the_seed_made_it(tmp_path: Path) -> None:
     torch.save(torchvisions(classes=5).state_dict(), tmp_path / "vit.pth")
     model, fresh = ours(classes=7), ours(classes=7)

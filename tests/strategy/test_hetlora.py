@@ -16,7 +16,8 @@ from flapp.checkpoint.manager import ChunkManager
 from flapp.client.data import make_batches, open_client_data
 from flapp.config.load import compose, from_dict, read_yaml
 from flapp.config.schema import NodeConfig
-from flapp.model.lora import LoRALinear, adapted_layers, tail_norm, truncate_state
+from flapp.model.lora import adapted_layers, tail_norm, truncate_state
+from flapp.model.lora_layers import LoRALayer
 from flapp.server.run import initial_model
 from flapp.training import StepRules, TrainResult, build_optimizer, evaluate, train
 from tests.conftest import Tamper, break_off, read_lines
@@ -45,7 +46,7 @@ def numbers(tensor: Tensor) -> np.ndarray:
     return tensor.detach().double().numpy()
 
 
-def layers_of(model: torch.nn.Module) -> list[LoRALinear]:
+def layers_of(model: torch.nn.Module) -> list[LoRALayer]:
     return list(adapted_layers(model).values())
 
 

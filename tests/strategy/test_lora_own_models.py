@@ -1,0 +1,151 @@
+"""Every rule over a model with a convolution, a Conv1D of transformers and a linear layer, against float64 numpy."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flapp.checkpoint.manager import ChunkManager
+from flapp.config.load import compose
+from flapp.model import build as builders
+from flapp.model import layout as layouts
+from flapp.model.lora import layout_of
+from flapp.server.run import initial_model
+from flapp.strategy.lora_rules import RULES
+from tests.conftest import break_off, read_clients, read_lines
+from tests.support.own_models import OWN, Mixed
+from tests.support.replies import Federate, Sent, listen
+
+Arrays = dict[str, np.ndarray]
+LAYERS = OWN["mixed"][2]
+SCALING = 2.0
+SETTINGS = (
+    *("strategy=fedlora", "lora=default", "model.name=mixed", "lora.rank=4", "lora.alpha=8", "clients=3"),
+    *(
+        f"lora.targets=[{','.join(LAYERS)}]",
+        "num_rounds=2",
+        "train.steps=3",
+        "train.lr=0.05",
+        "train.schedule=constant",
+    ),
+)
+FEDSA = ("evaluate.objective=personal_accuracy",)
+
+
+@pytest.fixture(autouse=True)
+def mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make model.name=mixed a choice."""
+    monkeypatch.setitem(builders.BUILDERS, "mixed", lambda _name, _size, *given: Mixed(*given[:2]))
+    monkeypatch.setitem(layouts.LAYOUTS, "mixed", lambda _name, _size, *given: layout_of(Mixed(*given)))
+
+
+def in_shape_of(weight: np.ndarray, layer: str, product: np.ndarray) -> np.ndarray:
+    """Return what B A adds to the weight of a layer, written out by hand."""
+    if layer == "turned":
+        return np.einsum("oi->io", product)
+    return product.reshape(6, 1, 3, 3) if layer == "conv" else product
+
+
+def best_of_rank(matrix: np.ndarray, rank: int) -> np.ndarray:
+    u, s, vt = np.linalg.svd(matrix)
+    return (u[:, :rank] * s[:rank]) @ vt[:rank]
+
+
+def padded(factors: Arrays, layer: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return A and B of a client with as many ranks as the global adapter."""
+    a, b = factors[f"{layer}.lora_A"], factors[f"{layer}.lora_B"]
+    return np.pad(a, ((0, 4 - len(a)), (0, 0))), np.pad(b, ((0, 0), (0, 4 - b.shape[1])))
+
+
+def product_by_rule(rule: str, clients: list[tuple[float, Arrays]], layer: str) -> np.ndarray:
+    """Return the B A that a rule makes of the clients' factors, each with its share, folded parts included."""
+    pairs = [(share, *padded(factors, layer)) for share, factors in clients]
+    ideal = np.sum([share * b @ a for share, a, b in pairs], axis=0)
+    if rule in ("flora", "fedex"):
+        return ideal
+    if rule == "flexlora":
+        return best_of_rank(ideal, 4)
+    if rule == "hetlora":
+        norms = np.array([share * np.linalg.norm(b @ a) for share, a, b in pairs])
+        pairs = [(share, a, b) for share, (_, a, b) in zip(norms / norms.sum(), pairs, strict=True)]
+    mean_a, mean_b = (np.sum([pair[0] * pair[i] for pair in pairs], axis=0) for i in (1, 2))
+    return mean_b @ mean_a
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_adds_its_product_to_each_weight_in_the_weights_own_shape(federate: Federate, rule: str) -> None:
+    seen: Sent = []
+    own = {"fedsa": FEDSA, "hetlora": ("lora.rank_by_client=[2,3,4]",)}.get(rule, ())
+    settings = (*SETTINGS, f"strategy.aggregation={rule}", *own)
+    _, path = federate(*settings, tamper=listen(seen))
+    assert not any(line["failures"] for line in read_lines(path, "train"))
+    start = initial_model(compose([*settings, "home=/nowhere"])).state_dict()
+    with ChunkManager(path / "server_chunks.db", create=False) as store:
+        saved = [store.reconstruct_model_from_chunks(number) for number in (1, 2)]
+    first, second = ({key: t.double().numpy() for key, t in {**start, **each}.items()} for each in saved)
+    counts = {name: line["train"] for name, line in read_clients(path).items()}
+    clients = [
+        (counts[name] / sum(counts.values()), first | {key: value.astype(np.float64) for key, value in sent.items()})
+        for name, sent in seen[3:]
+    ]
+    final = {key: tensor.double().numpy() for key, tensor in load_file(path / "model.safetensors").items()}
+    for layer in LAYERS:
+        weight = f"{layer}.weight"
+        assert any(np.abs(sent[f"{layer}.lora_A"]).max() > 0 for _, sent in clients)
+        if rule == "fedsa":
+            wanted = np.sum([share * sent[f"{layer}.lora_A"] for share, sent in clients], axis=0)
+            np.testing.assert_allclose(second[f"{layer}.lora_A"], wanted, rtol=0, atol=1e-6)
+            continue
+        product = product_by_rule(rule, clients, layer)
+        assert np.linalg.norm(product) > 1e-3
+        exact = first[weight] + SCALING * in_shape_of(first[weight], layer, product)
+        np.testing.assert_allclose(final[weight], exact, rtol=0, atol=2e-6)
+        adapter = second[f"{layer}.lora_B"] @ second[f"{layer}.lora_A"]
+        now = second[weight] + SCALING * in_shape_of(second[weight], layer, adapter)
+        np.testing.assert_allclose(now, exact, rtol=0, atol=2e-6)
+        assert (weight in saved[0]) == RULES[rule].folds
+    for key in ("bn.running_mean", "bn.running_var", "head.weight"):
+        wanted = np.sum([share * sent[key] for share, sent in clients], axis=0)
+        np.testing.assert_allclose(final[key], wanted, rtol=0, atol=1e-6)
+    for key in ("bn.weight", "bn.bias", "turned.bias", "dense.bias"):
+        np.testing.assert_array_equal(final[key], start[key].double().numpy())
+    error = read_lines(path, "train")[1]["aggregation_error"]
+    assert error is None if rule == "fedsa" else (error < 1e-4) == (rule in ("ffa", "rolora", "flora", "fedex"))
+
+
+@pytest.mark.parametrize("rule", ["fedit", "flora", "fedex"])
+def test_a_broken_run_is_resumed_to_the_same_bytes(federate: Federate, rule: str) -> None:
+    settings = (*SETTINGS, f"strategy.aggregation={rule}", "num_rounds=3")
+    whole, path = federate(*settings, order=1)
+    name = f"run_name=own-{rule}"
+    break_off(federate, 3, "aggregate_train", *settings, name)
+    resumed, _ = federate(*settings, name, "resume=true")
+    assert resumed["model_sha256"] == whole["model_sha256"]
+    assert (path / "adapter").exists() != RULES[rule].folds
+
+
+@pytest.mark.parametrize("rule", ["fedit", "fedex"])
+def test_groups_of_clients_end_in_the_same_bytes_as_single_messages(federate: Federate, rule: str) -> None:
+    words = (*SETTINGS, f"strategy.aggregation={rule}", "clients=33", "partition=iid", "checkpoint=off")
+    words = (*words, "train.steps=1", "evaluate.every=2", "strategy.fraction_evaluate=0.1")
+    nodes = [{"partition-id": i, "num-partitions": 3} for i in range(3)]
+    single, _ = federate(*words)
+    grouped, _ = federate(*words, nodes=nodes, any_node=True)
+    assert grouped["model_sha256"] == single["model_sha256"]
+
+
+def test_a_run_whose_adapter_peft_cannot_hold_ends_with_a_model_all_the_same(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Dilated(Mixed):
+        def __init__(self, channels: int = 3, classes: int = 4) -> None:
+            super().__init__(channels, classes)
+            self.conv = torch.nn.Conv2d(channels, 6, 3, padding=2, dilation=2, bias=False)
+
+    monkeypatch.setitem(builders.BUILDERS, "dilated", lambda _name, _size, *given: Dilated(*given[:2]))
+    monkeypatch.setitem(layouts.LAYOUTS, "dilated", lambda _name, _size, *given: layout_of(Dilated(*given)))
+    with caplog.at_level("WARNING", "flwr"):
+        _, path = federate(*SETTINGS, "model.name=dilated", "strategy.aggregation=fedit", "num_rounds=1")
+    assert "no adapter folder is written" in caplog.text
+    assert (path / "model.safetensors").exists()
+    assert not (path / "adapter").exists()
