@@ -25,8 +25,8 @@ def start_tool(home: Path, module: str, *words: str, **settings: Any) -> "subpro
     if (home / "tmp").is_dir():
         env["TMPDIR"] = str((home / "tmp").resolve())
     command = [sys.executable, "-m", f"tools.{module}", *words]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=home, env=env, **pipes | settings)
+    usual: dict[str, Any] = {"cwd": home, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=env, **usual | settings)
 
 
 @contextmanager
