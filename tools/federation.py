@@ -129,11 +129,11 @@ def plan(given: argparse.Namespace) -> Federation:
 
 def as_allowed(word: str) -> str:
     """Return what a site may allow: a folder as an absolute path, or a package by its name; raises SuperLinkError."""
-    if not word.isidentifier():
-        word = str(Path(word).resolve())
-        if not Path(word).is_dir() or " " in word:
-            raise SuperLinkError(f"--allow-code {word} is neither a package nor a folder without spaces: correct it")
-    return word
+    is_folder = Path(word).is_dir()
+    found = str(Path(word).resolve()) if is_folder else word
+    if " " in found or not (is_folder or word.isidentifier()):
+        raise SuperLinkError(f"--allow-code {found} is neither a package nor a folder without spaces: correct it")
+    return found
 
 
 def check_shards(folder: Path) -> list[str]:

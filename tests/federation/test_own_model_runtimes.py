@@ -51,7 +51,7 @@ def make_data():
 '''
 CASES = {
     "edited": "model.target=task:build_other model.kwargs={} train.loss=task:focal dataset.augment=false",
-    "adapted": "model.target=task:build_other model.kwargs={} lora=default strategy=fedlora lora.targets=[4]",
+    "adapted": "model.target=task:build_other model.kwargs={} lora=default strategy=fedlora lora.targets=[all-linear]",
     "bert": "model.target=bert:build_model model.kwargs={} lora=default strategy=fedlora lora.targets=[q_lin,v_lin] "
     "dataset=custom dataset.name=greetings dataset.shape=[12] dataset.classes=2 dataset.target=bert:make_data "
     "dataset.augment=false train.loss=null evaluate.metrics=null evaluate.scores=null",
