@@ -103,8 +103,13 @@ def _names_above(layer: str) -> list[str]:
 
 
 def _modules_in_full(layout: Layout) -> list[str]:
-    """Return the modules that PEFT keeps whole beside the adapters, sorted: the head, and all that have buffers."""
-    return sorted({key.rpartition(".")[0] for key in layout.trained if not _is_adapter(key)})
+    """Return the modules that PEFT keeps whole beside the adapters, sorted: the head, and all that have buffers.
+
+    PEFT compares the ends of names: with `classifier` it also keeps `pre_classifier`, whose weights stay as they are.
+    """
+    trained = {key.rpartition(".")[0] for key in layout.trained if not _is_adapter(key)}
+    holding = {key.rpartition(".")[0] for key in layout.tensors}
+    return sorted(trained | {name for name in holding if any(each and name.endswith(each) for each in trained)})
 
 
 def _peft_shapes(layout: Layout) -> dict[str, Shape]:

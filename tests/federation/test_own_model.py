@@ -1,14 +1,18 @@
 """Models of a user's own: the same bytes in every way to run them, and mistakes named with the user's file and line."""
 
+import copy
 import json
+import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,12 +21,15 @@ from sklearn.metrics import balanced_accuracy_score
 from flapp.config.load import compose
 from flapp.config.schema import Config, ConfigError
 from flapp.custom import enable
+from flapp.data.offline import OfflineDataset
 from flapp.server.roster import FederationError
+from flapp.server.run import initial_model
 from flapp.strategy.fedavg import FedAvg
+from flapp.training import outputs_of
 from tests.conftest import Broken, LocalGrid, read_lines, run_app
-from tests.support.projects import new_project, settings_in, write_task
+from tests.support.projects import BERT, EDITED, new_project, settings_in, write_task
 from tools.checkpoints import main as checkpoints
-from tools.new import CHOICES
+from tools.new import CHOICES, TEMPLATES
 
 SMALL = ("num_rounds=2", "evaluate.personal_epochs=0")
 TASK = """
@@ -57,7 +64,8 @@ def imports() -> Iterator[None]:
     before = list(sys.path)
     yield
     sys.path[:] = before
-    sys.modules.pop("task", None)
+    for name in ("task", "network", "texts", "rows", "bert", "mods", "helper"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -137,6 +145,60 @@ def test_what_flapp_has_itself_gives_the_same_bytes_as_ones_own(
     assert models[0].keys() == models[1].keys()
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
     assert first["loss"] == pytest.approx(second["loss"], rel=1e-6)
+
+
+ADAPTED = {  # the module of each model, and the settings that adapt it
+    "cnn": "model.target=task:build_other model.kwargs={} train.loss=task:focal lora.targets=[all-linear]",
+    "gru": "model.target=texts:build_model dataset=custom dataset.name=texts dataset.shape=[16] dataset.classes=2 "
+    "dataset.target=texts:make_data lora.targets=[head] train.loss=null",
+    "bert": "model.target=bert:build_model model.kwargs={} dataset=custom dataset.name=greetings dataset.shape=[12] "
+    "dataset.classes=2 dataset.target=bert:make_data lora.targets=[q_lin,v_lin] train.loss=null",
+    "mlp": "model.target=rows:build_model dataset=custom dataset.name=rows dataset.shape=[8] dataset.classes=2 "
+    "dataset.target=rows:make_data train.loss=rows:loss lora.targets=[all-linear]",
+}
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """Return a project with the models of all templates in it, and a mod that fails for client 1 in round 2."""
+    folder = new_project(tmp_path / "mine", "vision")
+    for template, module in (("text", "texts"), ("tabular", "rows")):
+        shutil.copy(TEMPLATES / template / "task.py", folder / f"{module}.py")
+    (folder / "bert.py").write_text(BERT)
+    with (folder / "task.py").open("a") as file:
+        file.write(EDITED)
+    (folder / "mods.py").write_text(
+        "def mod(message, context, call_next):\n"
+        "    order = message.content['order']\n"
+        "    if order['server-round'] == 2 and order['client-id'] == '1':\n        raise OSError('no disk')\n"
+        "    return call_next(message, context)\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("case", ADAPTED)
+def test_adapters_on_each_model_end_in_the_same_bytes_and_peft_takes_them(
+    models: Path, tmp_path: Path, case: str
+) -> None:
+    shared = "partition=iid num_rounds=3 train.epochs=1 train.steps=2 evaluate.every=3 dataset.augment=false"
+    shared += " evaluate.metrics=null evaluate.scores=null train.mods=[mods:mod] lora=default lora.rank=2"
+    words = f"clients=33 strategy=fedlora {shared} {ADAPTED[case]}".split()
+    config = settings_in(models, tmp_path, "run_name=whole", *words)
+    whole, path = run(config)
+    (failure,) = read_lines(path, "train")[1]["failures"]
+    assert (failure["client"], "mods.py, line 4" in failure["reason"]) == ("1", True)
+    grouped, _ = run(settings_in(models, tmp_path, "run_name=grouped", *words), any_node=True, order=5)
+    break_off(settings_in(models, tmp_path, "run_name=broken", *words), 3)
+    resumed, _ = run(settings_in(models, tmp_path, "run_name=broken", "resume=true", *words))
+    assert whole["model_sha256"] == grouped["model_sha256"] == resumed["model_sha256"]
+    assert checkpoints(["verify", str(tmp_path / "checkpoints")]) == 0
+    merged = initial_model(replace(config, lora=replace(config.lora, enabled=False)))
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(merged), str(path / "adapter")).eval()
+    merged.load_state_dict(load_file(path / "model.safetensors"))
+    dataset = OfflineDataset(tmp_path / "data" / config.dataset.name / "test")
+    inputs = torch.stack([dataset[i][0] for i in range(8)])
+    with torch.no_grad():
+        assert torch.allclose(outputs_of(adapted, inputs), outputs_of(merged.eval(), inputs), atol=1e-5)
 
 
 def test_scores_of_sums_are_those_of_all_samples_at_once(tmp_path: Path) -> None:

@@ -10,48 +10,14 @@ import pytest
 
 from tests.conftest import read_lines
 from tests.support.commands import finish, start_tool, starting_runs
-from tests.support.projects import new_project
+from tests.support.projects import BERT, EDITED, new_project
 from tests.support.waiting import wait_for
 from tools.deployment.superlink import CONNECTION, PrivateSuperLink
 
 pytestmark = pytest.mark.slow
 
-FOCAL = '''
-
-def focal(outputs, targets):
-    """The focal loss (Lin et al. 2017) with gamma = 2."""
-    logs = F.log_softmax(outputs, 1).gather(1, targets[:, None])
-    return (-((1 - logs.exp()) ** 2) * logs).mean()
-
-
-def build_other():
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 32), nn.Linear(32, 10)
-    )
-'''
-BERT = '''
-import numpy as np
-from transformers import DistilBertConfig, DistilBertForSequenceClassification
-
-def build_model():
-    """Return a small DistilBERT for token ids."""
-    return DistilBertForSequenceClassification(
-        DistilBertConfig(vocab_size=50, dim=32, hidden_dim=64, n_layers=2, n_heads=2, max_position_embeddings=12)
-    )
-
-def make_data():
-    draw = np.random.default_rng(0)
-    splits = {}
-    for split, count in (("train", 64), ("test", 32)):
-        tokens = draw.integers(2, 50, (count, 12))
-        labels = draw.integers(0, 2, count)
-        tokens[labels == 1, 0] = 1
-        splits[split] = (tokens, labels)
-    return splits, ["other", "greeting"]
-'''
 CASES = {
     "edited": "model.target=task:build_other model.kwargs={} train.loss=task:focal dataset.augment=false",
-    "adapted": "model.target=task:build_other model.kwargs={} lora=default strategy=fedlora lora.targets=[all-linear]",
     "bert": "model.target=bert:build_model model.kwargs={} lora=default strategy=fedlora lora.targets=[q_lin,v_lin] "
     "dataset=custom dataset.name=greetings dataset.shape=[12] dataset.classes=2 dataset.target=bert:make_data "
     "dataset.augment=false train.loss=null evaluate.metrics=null evaluate.scores=null",
@@ -65,7 +31,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("own")
     project = new_project(home / "mine", "vision")
     with (project / "task.py").open("a") as file:
-        file.write(FOCAL)
+        file.write(EDITED)
     (project / "bert.py").write_text(BERT)
     return home
 

@@ -7,6 +7,40 @@ from flapp.config.load import compose, expand_words, project_words
 from flapp.config.schema import Config
 from tools.new import make
 
+EDITED = '''
+
+def focal(outputs, targets):
+    """The focal loss (Lin et al. 2017) with gamma = 2."""
+    logs = F.log_softmax(outputs, 1).gather(1, targets[:, None])
+    return (-((1 - logs.exp()) ** 2) * logs).mean()
+
+
+def build_other():
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 32), nn.Linear(32, 10)
+    )
+'''
+BERT = '''
+import numpy as np
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+def build_model():
+    """Return a small DistilBERT for token ids."""
+    return DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=50, dim=32, hidden_dim=64, n_layers=2, n_heads=2, max_position_embeddings=12)
+    )
+
+def make_data():
+    draw = np.random.default_rng(0)
+    splits = {}
+    for split, count in (("train", 64), ("test", 32)):
+        tokens = draw.integers(2, 50, (count, 12))
+        labels = draw.integers(0, 2, count)
+        tokens[labels == 1, 0] = 1
+        splits[split] = (tokens, labels)
+    return splits, ["other", "greeting"]
+'''
+
 
 def new_project(folder: Path, template: str) -> Path:
     """Make a project and return its folder."""
