@@ -64,7 +64,7 @@ class DatasetConfig:
     download: bool
     materialize: Count | None
     augment: bool | Target
-    target: Target | None
+    target: Target | None = None  # runs of an older flapp, which tools read, lack it
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -84,8 +84,8 @@ class ModelConfig:
     dropout: Dropout
     channels: Count | None
     pretrained: str | None
-    target: Target | None
-    kwargs: Annotated[dict[str, Any], AfterValidator(Kwargs)]
+    target: Target | None = None  # as above
+    kwargs: Annotated[dict[str, Any], AfterValidator(Kwargs)] = Field(default_factory=Kwargs)
 
 
 @dataclass(frozen=True, config=STRICT)

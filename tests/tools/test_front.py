@@ -307,7 +307,7 @@ def test_flapp_lists_its_commands_which_explain_themselves_and_refuses_others(fl
     assert re.fullmatch(r"flapp \d+\.\d+\.\d+\n", flapp("--version")[1])
     status, _, error = flapp("sweep")
     assert status == 2
-    assert error.startswith("error: sweep is not a command of flapp: choose one of run, runs, report")
+    assert error.startswith("error: sweep is not a command of flapp: choose one of new, run, runs, report")
     status, _, error = flapp("checkpoints", "list", str(tmp_path))
     assert status == 1
     assert "holds no *_chunks.db" in error
