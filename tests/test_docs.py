@@ -179,7 +179,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     r"for key in .*": registers,
     r"ray start .*": is_ray,
     r"pip install (-e (\.|[\"']\.\[[a-z,]+\][\"'])|torch torchvision --index-url \S+)": is_installed,
-    r"python -m pytest( -m \"not slow\"| -n 2 --dist loadfile)?|pre-commit install|\.ci/run|mypy": is_known,
+    r"python -m pytest( -m \"not slow\"| -n 3)?|pre-commit install|\.ci/run|mypy": is_known,
     r"ruff check \.|ruff format --check \.|mkdocs (serve|build --strict)|python -m tools\.configuration": is_known,
     r"cd mine|lint-imports|python3 -m venv \.venv|\. \.venv/bin/activate": is_known,
     r"DB=\S+|export RAY_AUTH_MODE=token (RAY_AUTH_TOKEN=\$\(cat \S+\)|RAY_AUTH_TOKEN_PATH=\S+)": is_known,
