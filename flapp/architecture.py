@@ -1,5 +1,6 @@
 """Build the model that the settings describe, on server and clients; its weights come from elsewhere."""
 
+import copy
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -45,7 +46,7 @@ def _build_own(function: Callable[..., Any], model: ModelConfig) -> "nn.Module":
 
     given = f"model.target={model.target}"
     try:
-        built = function(**model.kwargs)
+        built = function(**copy.deepcopy(dict(model.kwargs)))
     except Exception as error:
         raise ConfigError(
             f"{given} cannot build the model with {dict(model.kwargs)}: {describe(error, function)}"

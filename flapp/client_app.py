@@ -63,6 +63,10 @@ def attest(message: Message, context: Context) -> Message:
     except MessageError as error:
         return pack_claims(message, [Claim(name, fault=str(error)) for name in names])
     task = Task.of(instructions, config, node_config)
+    try:
+        check_code(task)
+    except ValueError as error:
+        return pack_claims(message, [Claim(name, fault=describe(error)) for name in names])
     return pack_claims(message, [make_claim(task.for_client(name)) for name in names])
 
 
@@ -70,7 +74,6 @@ def make_claim(task: Task) -> Claim:
     """Return one client's claim; whatever keeps the client from taking part becomes the claim's fault."""
     config, base = task.config, task.instructions.base
     try:
-        check_code(task)
         if config.privacy.enabled:
             find_sigma(config.privacy)  # fails without its package, before the first round
         data = task.data
@@ -173,7 +176,8 @@ def receive_model(task: Task, message: Message) -> torch.nn.Module:
     tensors = as_tensors(unpack_arrays(message.content))
     if not instructions.base:
         built_by = own(config, "model.target")
-        model = cached_model(config.model, config.dataset, config.train.device, config.train.compile, built_by)
+        place = (config.train.device, config.train.compile)
+        model = cached_model(config.model, config.dataset, config.seed, *place, built_by)
         model.load_state_dict(tensors)
         return model
     ranks = {len(tensor) for key, tensor in tensors.items() if key.endswith(".lora_A")} or {config.lora.rank}
@@ -253,10 +257,15 @@ def device_of(model: torch.nn.Module) -> torch.device:
 
 @lru_cache(maxsize=4)
 def cached_model(
-    model: ModelConfig, dataset: DatasetConfig, device: str, compiled: bool, built_by: object
+    model: ModelConfig, dataset: DatasetConfig, seed: int, device: str, compiled: bool, built_by: object
 ) -> torch.nn.Module:
-    """Build this process's model, whose weights every message replaces; built_by: what builds it, if it may change."""
-    return place(build(model, dataset), device, compiled)
+    """Build this process's model, whose weights every message replaces; built_by: what builds it, if it may change.
+
+    It is drawn as the server draws it, because a model of the user's own may hold more than its weights.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(seed, "model"))
+        return place(build(model, dataset), device, compiled)
 
 
 @lru_cache(maxsize=4)
@@ -264,8 +273,10 @@ def cached_adapted_model(
     config: Config, base_digest: str, rank: int, built_by: object
 ) -> tuple[torch.nn.Module, frozenset[str]]:
     """Build this process's model over a base, with adapters of `rank`; return it with the keys of the base."""
-    model = build(config.model, config.dataset)
-    adapt(model, config.lora, rank)
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(config.seed, "model"))
+        model = build(config.model, config.dataset)
+        adapt(model, config.lora, rank)
     base = load_base(config.models_dir, base_digest)
     if odd := model.load_state_dict(base, strict=False).unexpected_keys:
         raise MessageError(f"base {base_digest[:12]} has {odd[0]}, but model={config.model.name} does not")

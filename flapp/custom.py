@@ -1,13 +1,15 @@
 """The user's own code: targets such as `task:build_model`, the files they lie in, and the digest of those files.
 
-A module is looked for in the folder of the command (the setting `code`), in the app's folder, and among the installed
-packages. Server and clients compare the digests of its source before anything of it runs for a round. A deployed client
-imports only what its node-config allows, or what came with the app itself.
+A module is looked for in the folder of the command (the setting `code`), and then among the installed packages. Server
+and clients compare the digests of its source before any of it runs. A deployed client imports only what its node-config
+allows, and what lies in Flower's copy of the app.
 """
 
 import ast
 import hashlib
 import importlib
+import importlib.util
+import inspect
 import math
 import re
 import sys
@@ -17,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.machinery import ModuleSpec, PathFinder
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,13 @@ from flapp.untrusted import printable
 INSTALLED = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib", "stdlib")}
 MOST_FILES = 500  # of a package whose source is compared; a larger one is known by its version
 NAME = re.compile(r"[A-Za-z0-9_]{1,60}")  # of a metric
+RESERVED = ("flapp", "tools")  # come with the app, and hold more than targets
 LONGEST_TEXT = 300  # characters of an error of the user's own code
 PACKAGE = Path(__file__).resolve().parent
 
 _imported: dict[str, str] = {}  # the digest of each module's source when it was imported
-_own_files: set[str] = set()  # whose lines are shown where an error comes from
+_own_files: set[str] = set()  # that were compared, and whose lines are shown where an error comes from
+_restricted: set[str] = set()  # at a deployed site: the only modules that may define what a target names
 
 
 def enable(config: Config, node: NodeConfig | None = None) -> str:
@@ -41,38 +45,41 @@ def enable(config: Config, node: NodeConfig | None = None) -> str:
 
     Raises ConfigError for a module that is not there, and at a deployed client for one that the site does not allow.
     """
+    _own_files.clear()
+    _restricted.clear()
     if not config.targets:
         return ""
     node = node or NodeConfig()
-    folders = _folders(config, node)
-    at_site = node.client_id is not None
+    at_site = node.client_id is not None or (node.num_partitions > 0 and config.deployment.kind == "superlink")
+    folders = _folders_of(node) if at_site else _folders_of_command(config)
     found = {_top(target): _find(setting, target, folders, at_site) for setting, target in config.targets}
     if at_site:
         for name, spec in found.items():
             _check_allowed(name, spec, node)
-    files = _read(found.values())
+        _restricted.update(found, node.allow_code)
+    files = _read(found.values(), folders)
     digest = _digest(files)
     for folder in reversed(folders):
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
-            importlib.invalidate_caches()
+        if folder in sys.path:
+            sys.path.remove(folder)
+        sys.path.insert(0, folder)
+    _own_files.update(str(path) for path in files.values() if path is not None)
     for name, spec in found.items():
         _drop_stale(name, spec, digest)
-    _own_files.update(str(path) for path in files.values() if path is not None)
     return digest
 
 
 def read_code(config: Config) -> dict[str, str]:
     """Return the SHA-256 of each file of the run's own code by its name; of a large package, its version."""
-    folders = _folders(config, NodeConfig())
+    folders = _folders_of_command(config)
     found = {_top(target): _find(setting, target, folders) for setting, target in config.targets}
-    return {name: _sha256(name, path) for name, path in _read(found.values()).items()}
+    return {name: _sha256(name, path) for name, path in _read(found.values(), folders).items()}
 
 
 def whole_digest(config: Config) -> str:
     """Return the digest of all source that a run stands on: flapp's and, if it has any, its own."""
-    own = enable(config)
-    return hashlib.sha256(f"{source_digest()}{own}".encode()).hexdigest() if own else source_digest()
+    digest = enable(config)
+    return hashlib.sha256(f"{source_digest()}{digest}".encode()).hexdigest() if digest else source_digest()
 
 
 def resolve(setting: str, target: str) -> Callable[..., Any]:
@@ -84,15 +91,24 @@ def resolve(setting: str, target: str) -> Callable[..., Any]:
         if error.name and (place == error.name or place.startswith(f"{error.name}.")):
             raise ConfigError(f"{setting}={target}: there is no module {error.name}: correct the name") from error
         raise ConfigError(f"{setting}={target} cannot be imported: {describe(error)}") from error
-    except Exception as error:  # user code may raise anything
+    except (Exception, SystemExit) as error:  # user code may raise anything
         raise ConfigError(f"{setting}={target} cannot be imported: {describe(error)}") from error
+    file = getattr(found, "__file__", None) or place
+    if file.endswith(".py") and file not in _own_files and not _is_installed(Path(file)):
+        fix = "rename your module, or remove the other one from the import path"
+        raise ConfigError(f"{setting}={target}: Python imports {file} under that name, which is not compared: {fix}")
     for part in name.split("."):
         if not hasattr(found, part):
-            file = getattr(sys.modules[place], "__file__", place)
             raise ConfigError(f"{setting}={target}: {file} has no {part}: correct the name, or define it there")
         found = getattr(found, part)
     if not callable(found):
         raise ConfigError(f"{setting}={target} is {type(found).__name__}, which cannot be called: name a function")
+    home = str(getattr(found, "__module__", "")).partition(".")[0]
+    if _restricted and home not in _restricted:
+        raise ConfigError(
+            f"{setting}={target} is defined in {home or 'no module'}, whose code this site does not allow: name a "
+            f"function that {file} defines itself, or add {home} to allow-code in the site's node-config"
+        )
     return found
 
 
@@ -126,6 +142,14 @@ def place_of_code(function: object) -> str:
     return f" ({code.co_filename}, line {code.co_firstlineno})" if code else ""
 
 
+def source_of(function: Callable[..., Any]) -> str:
+    """Return the text of a function, or its name where it has none."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return repr(function)
+
+
 @contextmanager
 def blaming(text: str, function: object = None) -> Iterator[None]:
     """Turn an error of the user's own code into ConfigError; function: see describe."""
@@ -133,7 +157,7 @@ def blaming(text: str, function: object = None) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{text}: {describe(error, function)}") from error
 
 
@@ -145,7 +169,7 @@ def scores_of(config: Config, sums: Mapping[str, float]) -> dict[str, float]:
     function = own(config, "evaluate.scores")
     if function is None:
         return {}
-    with blaming(f"evaluate.scores={config.evaluate.scores} fails on the sums {dict(sums)}"):
+    with blaming(f"evaluate.scores={config.evaluate.scores} fails on the sums {printable(dict(sums), 200)}", function):
         return numbers_of(f"evaluate.scores={config.evaluate.scores}", function, function(dict(sums)))
 
 
@@ -167,14 +191,13 @@ def numbers_of(setting: str, function: object, found: Any) -> dict[str, float]:
     return numbers
 
 
-def _folders(config: Config, node: NodeConfig) -> list[str]:
-    """Return the folders in which targets are looked for before the installed packages."""
-    if node.client_id is not None:  # `code` is a folder of the server's machine
-        return _folders_of(node)
+def _folders_of_command(config: Config) -> list[str]:
+    """Return the folder of the command, in which targets are looked for before the installed packages."""
     return [config.code] if config.code is not None and Path(config.code).is_dir() else []
 
 
 def _folders_of(node: NodeConfig) -> list[str]:
+    """Return the folders at a site from which code may come: Flower's copy of the app, and those in allow-code."""
     return [*app_folders(), *(each for each in node.allow_code if Path(each).is_absolute())]
 
 
@@ -185,7 +208,7 @@ def _top(target: str) -> str:
 def _find(setting: str, target: str, folders: list[str], at_site: bool = False) -> ModuleSpec:
     """Return where the module of a target is, without importing it."""
     name = _top(target)
-    spec = PathFinder.find_spec(name, folders) or PathFinder.find_spec(name)
+    spec = PathFinder.find_spec(name, folders) or find_installed(name)
     if spec is None or not (spec.origin or spec.submodule_search_locations):
         where = f"{folders[0]} has no {name}.py, and no package {name} is installed" if folders else "nothing has it"
         fix = f"give the command in the folder of {name}.py, set code=DIR to that folder, or install the package"
@@ -198,10 +221,18 @@ def _find(setting: str, target: str, folders: list[str], at_site: bool = False) 
     return spec
 
 
+def find_installed(name: str) -> ModuleSpec | None:
+    """Return where Python would import a top-level module from."""
+    try:
+        return importlib.util.find_spec(name)
+    except ValueError:  # a module that was made by hand has no spec
+        return None
+
+
 def _check_allowed(name: str, spec: ModuleSpec, node: NodeConfig) -> None:
     """Raise ConfigError unless a deployed site allows a module, or the module came with the app."""
     allowed = [Path(each).resolve() for each in _folders_of(node)]
-    if name in node.allow_code or _home_of(spec).resolve() in allowed:
+    if name in node.allow_code or (_home_of(spec).resolve() in allowed and name not in RESERVED):
         return
     raise ConfigError(
         f'this site does not allow code of {name}: add it to its node-config as allow-code="{name}", or the folder '
@@ -216,8 +247,11 @@ def _home_of(spec: ModuleSpec) -> Path:
     return Path(str(spec.origin)).parent
 
 
-def _read(specs: Iterable[ModuleSpec]) -> dict[str, Path | None]:
-    """Return the files of modules and of what these import from their own folder; None for a package by its version."""
+def _read(specs: Iterable[ModuleSpec], folders: list[str]) -> dict[str, Path | None]:
+    """Return the files of modules and of what these import from their own folder or `folders`, by their names.
+
+    A large package that is installed, and a module that is no file, are known by their version: None.
+    """
     found: dict[str, Path | None] = {}
     waiting = list(specs)
     while waiting:
@@ -225,8 +259,9 @@ def _read(specs: Iterable[ModuleSpec]) -> dict[str, Path | None]:
         home, name = _home_of(spec), spec.name
         if home == PACKAGE.parent and name == PACKAGE.name:
             continue  # source_digest stands for it
-        paths = sorted((home / name).rglob("*.py")) if spec.submodule_search_locations else [Path(str(spec.origin))]
-        if len(paths) > MOST_FILES or not paths[0].is_file():
+        paths = _files_of(home / name) if spec.submodule_search_locations else [Path(str(spec.origin))]
+        is_large = len(paths) > MOST_FILES and home.resolve() in INSTALLED
+        if is_large or not paths or not paths[0].is_file():
             found[f"{name}=={_version(name)}"] = None
             continue
         new = [path for path in paths if found.setdefault(str(path.relative_to(home)), path) is path]
@@ -234,9 +269,19 @@ def _read(specs: Iterable[ModuleSpec]) -> dict[str, Path | None]:
             continue  # other modules there are other packages
         known = {Path(each).parts[0].removesuffix(".py") for each in found} | {PACKAGE.name}
         tops = {top for path in new for top in _facts_of(path)[1]} - known
-        inner = (PathFinder.find_spec(top, [str(home)]) for top in sorted(tops))
-        waiting += [spec for spec in inner if spec is not None and spec.origin]
+        inner = (PathFinder.find_spec(top, [str(home), *folders]) for top in sorted(tops))
+        waiting += [spec for spec in inner if spec is not None and (spec.origin or spec.submodule_search_locations)]
     return found
+
+
+def _files_of(package: Path) -> list[Path]:
+    """Return the Python files of a package, without those in hidden folders such as .venv."""
+    found = package.rglob("*.py")
+    return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(package).parts))
+
+
+def _is_installed(path: Path) -> bool:
+    return any(path.resolve().is_relative_to(folder) for folder in INSTALLED) or path.is_relative_to(PACKAGE)
 
 
 def _digest(files: dict[str, Path | None]) -> str:
@@ -269,7 +314,7 @@ def _read_facts(path: Path, *_: int) -> tuple[str, frozenset[str]]:
 @lru_cache(maxsize=64)
 def _version(name: str) -> str:
     try:
-        return version(name)
+        return version(packages_distributions().get(name, [name])[0])
     except PackageNotFoundError:
         return "unknown"
 
@@ -281,7 +326,10 @@ def _drop_stale(name: str, spec: ModuleSpec, digest: str) -> None:
         is_other = (module.__spec__.origin if module.__spec__ else None) != spec.origin
         if is_other or _imported.get(name, digest) != digest:
             for key, each in list(sys.modules.items()):
-                if key.partition(".")[0] == name or getattr(each, "__file__", None) in _own_files:
+                file = getattr(each, "__file__", None)
+                if key.partition(".")[0] == name or file in _own_files:
                     del sys.modules[key]
+                    if file in _own_files:  # an edit within a second that keeps the size leaves the old one valid
+                        Path(importlib.util.cache_from_source(file)).unlink(missing_ok=True)
             importlib.invalidate_caches()
     _imported[name] = digest

@@ -11,7 +11,8 @@ def by_reason(reasons: Mapping[str, str], most: int | None = None) -> str:
     if most is not None:
         groups = dict(sorted(groups.items(), key=lambda group: -len(group[1])))
     shown = [f"{name_clients(names)}: {reason}" for reason, names in groups.items()][:most]
-    more = [f"and {len(groups) - len(shown)} more reasons"] if len(groups) > len(shown) else []
+    left = len(groups) - len(shown)
+    more = [f"and {left} more reason{'s' * (left > 1)}"] if left else []
     return "; ".join(shown + more)
 
 

@@ -32,7 +32,7 @@ ARRAYS, INSTRUCTIONS, METRICS, CLAIM, CLAIMS, PIECE = "arrays", "order", "metric
 NUM_EXAMPLES, REPLAYED = "num-examples", "replayed"
 VAL = "val-"  # begins the names of metrics of validation samples
 SUMS = "sum-"  # begins the names of the sums of evaluate.metrics, after val- and personal-
-LONGEST_TEXT, MOST_METRICS, MOST_CLASSES, MOST_PIECES = 500, 4096, 1 << 16, 1 << 16  # in one message
+LONGEST_TEXT, MOST_METRICS, MOST_CLASSES, MOST_PIECES = 500, 1024, 1 << 16, 1 << 16  # in one message
 LOST = {  # the meaning of Flower's own error codes; other errors have a reason of their own
     ErrorCode.NODE_UNAVAILABLE: "its node stopped answering (killed, out of memory, or disconnected)",
     ErrorCode.MESSAGE_UNAVAILABLE: "its node left the federation, or did not answer before the message expired",

@@ -1,15 +1,16 @@
 """Who holds which sample of the artifact that clients share; needs no PyTorch."""
 
+import hashlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from flapp.config.load import derive_seed
 from flapp.config.schema import WRITER_PARTITIONS, Config
-from flapp.custom import blaming, own
+from flapp.custom import blaming, own, source_of
 from flapp.data.artifact import Artifact, DataError, Stamp, check_samples, kind_of, open_verified, refuse_rows, stamp
 from flapp.data.partition import Partition, hold_out, load_partition
-from flapp.data.sources import ensure_artifacts
+from flapp.data.sources import CIFAR, EMBEDDED, MADE_BY, ensure_artifacts
 
 
 def open_partition(config: Config) -> Partition:
@@ -19,13 +20,16 @@ def open_partition(config: Config) -> Partition:
 
 def prepared(config: Config) -> Path:
     """Return the folder of the dataset; if it is missing, it is made when flapp or the user's own code can make it."""
-    function = own(config, "dataset.target")
+    function, name = own(config, "dataset.target"), config.dataset.name
+    if function and name in {*EMBEDDED, *CIFAR, "femnist"}:
+        raise DataError(f"dataset.name={name} is a dataset of flapp's own, dataset.target makes yours: choose a name")
 
     def make() -> Any:
         with blaming(f"dataset.target={config.dataset.target} fails", function):
             return function() if function else None
 
-    return ensure_artifacts(config.data_dir, config.dataset.name, make if function else None)
+    source = f"{MADE_BY}{hashlib.sha256(source_of(function).encode()).hexdigest()}" if function else ""
+    return ensure_artifacts(config.data_dir, name, make if function else None, source)
 
 
 def stamp_of_shared_files(config: Config) -> Stamp:

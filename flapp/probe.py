@@ -23,7 +23,7 @@ def probe(config: Config, batch: tuple[Tensor, Tensor]) -> None:
     metrics that are not sums, outputs that do not fit the classes, and functions that return something else.
     """
     inputs, targets = (tensor[:SAMPLES].clone() for tensor in batch)
-    for target in config.train.mods:
+    for target in config.train.mods or ():
         resolve("train.mods", target)
     with torch.random.fork_rng(), torch.inference_mode(False):
         torch.manual_seed(0)
@@ -91,13 +91,27 @@ def _try_step(config: Config, model: nn.Module, inputs: Tensor, targets: Tensor)
     place = place_of_code(function) if function else ""
     if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
         found = _kind(loss) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ConfigError(f"{setting} returned {found}{place}: return the mean over the batch, one floating number")
+        raise ConfigError(f"{setting} returned {found}{place}: return the mean over the batch, a tensor of one number")
+    if not torch.isfinite(loss):
+        raise ConfigError(f"{setting} is {loss.item()} on the first samples{place}: check it, and the inputs for NaN")
+    if function and _is_sum(function, outputs, targets):
+        raise ConfigError(f"{setting} returned a sum over the batch{place}: return the mean, outputs of any batch size")
     if not loss.requires_grad:
         raise ConfigError(f"{setting} does not depend on trained parameters{place}: compute it from the outputs")
     with blaming(f"{setting} has no gradient"):
         loss.backward()
-    with blaming(f"train.optimizer={config.train.optimizer} fails"):
+    with blaming(
+        f"train.optimizer={config.train.optimizer} fails, called with (parameters, lr)", own(config, "train.optimizer")
+    ):
         optimizer_of(config, model, config.train.lr).step()
+
+
+def _is_sum(function: Callable[..., Any], outputs: Any, targets: Tensor) -> bool:
+    """Return whether a loss of twice the same samples is twice the loss."""
+    if not isinstance(outputs, Tensor):
+        return False
+    once, twice = (float(function(torch.cat([outputs] * n), torch.cat([targets] * n))) for n in (1, 2))
+    return abs(once) > 1e-6 and math.isclose(twice, 2 * once, rel_tol=1e-3)
 
 
 @torch.no_grad()
@@ -115,8 +129,9 @@ def _try_metrics(config: Config, model: nn.Module, inputs: Tensor, targets: Tens
         added = first.get(name, 0.0) + second.get(name, 0.0)
         if not math.isclose(whole.get(name, 0.0), added, rel_tol=1e-4, abs_tol=1e-6):
             raise ConfigError(
-                f"{setting} is not a sum: {name} is {whole.get(name, 0.0):g} of {len(inputs)} samples but {added:g} of "
-                f"their halves added up{place_of_code(function)}: return sums, and divide in evaluate.scores"
+                f"{setting} is not a sum: {name} is {whole.get(name, 0.0):g} for {len(inputs)} samples, but {added:g} "
+                f"when those of its two halves are added{place_of_code(function)}: return sums, and divide in "
+                "evaluate.scores"
             )
     scores_of(config, whole)
 

@@ -171,17 +171,18 @@ def evaluate(model: nn.Module, batches: Batches, loss: Loss | None = None, count
     correct, samples = torch.zeros((), dtype=torch.int64, device=device), 0
     sums: dict[str, float] = {}
     model.eval()
-    for inputs, targets in batches:
-        targets = targets.to(device)
-        outputs = outputs_of(model, inputs.to(device))
-        loss_sum += (
-            loss_of(outputs, targets, reduction="sum") if loss is None else loss(outputs, targets) * len(targets)
-        )
-        if targets.dtype == torch.int64 and targets.ndim == 1:
-            correct += (outputs.argmax(1) == targets).sum()
-        samples += len(targets)
-        for name, value in count(outputs, targets).items() if count else ():
-            sums[name] = sums.get(name, 0.0) + float(value)
+    with seeded(0, device):  # for code of the user's own that draws random numbers here
+        for inputs, targets in batches:
+            targets = targets.to(device)
+            outputs = outputs_of(model, inputs.to(device))
+            loss_sum += (
+                loss_of(outputs, targets, reduction="sum") if loss is None else loss(outputs, targets) * len(targets)
+            )
+            if targets.dtype == torch.int64 and targets.ndim == 1:
+                correct += (outputs.argmax(1) == targets).sum()
+            samples += len(targets)
+            for name, value in count(outputs, targets).items() if count else ():
+                sums[name] = sums.get(name, 0.0) + float(value)
     return Evaluation(loss_sum.item(), int(correct.item()), samples, sums)
 
 

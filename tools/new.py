@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flapp.config.load import CONF
 from flapp.files import replacing_folder
 from tools.cli import as_called, new_parser
 
@@ -49,7 +50,10 @@ def make(folder: Path, template: str) -> None:
         raise ValueError(f"{name} cannot be the name of a project ({', '.join(RESERVED)} are taken): {fix}")
     if folder.exists():
         raise ValueError(f"{folder} exists: choose another name, or remove it")
-    sources = [*(TEMPLATES / each for each in SHARED), *sorted((TEMPLATES / template).rglob("*.*"))]
+    if any((CONF / group / f"{name}.yaml").exists() for group in ("experiment", "dataset")):
+        raise ValueError(f"{name} is the name of an experiment or dataset of flapp's own: choose another")
+    sources = [TEMPLATES / each for each in SHARED]
+    sources += [path for kind in ("*.py", "*.yaml") for path in sorted((TEMPLATES / template).rglob(kind))]
     with replacing_folder(folder) as partial:
         for source in sources:
             base = TEMPLATES if source.parent == TEMPLATES else TEMPLATES / template

@@ -190,9 +190,11 @@ def run_jobs(outcomes: list[sweep.Outcome]) -> int:
     """Run what the command line asks for, fill in the outcome of every job, and return the exit status."""
     try:
         take_format(sys.argv)
-        given, here = expand_words(sys.argv[1:]), Path.cwd()
-        sys.argv[1:] = [*own_choices([here]), *project_words(here, given), *given]
-        sys.argv += name_override(sys.argv[1:])
+        flags = [word for word in sys.argv[1:] if word.startswith("-") or ("=" not in word and word[0] not in "~+")]
+        given = [word for word in sys.argv[1:] if word not in flags]
+        here = next((Path(word[5:].strip("'")) for word in given if word.startswith("code=")), Path.cwd())
+        words = expand_words([*project_words(here, given), *given])
+        sys.argv[1:] = [*flags, *own_choices([here]), *words, *name_override(words)]
         with sweep.gathered(outcomes):
             hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     except ConfigError as error:

@@ -2,7 +2,6 @@
 
 import traceback
 from collections.abc import Callable, Mapping
-from functools import partial
 from logging import DEBUG, ERROR, INFO, WARNING
 from typing import TypeVar
 
@@ -161,9 +160,13 @@ def privacy_mod(message: Message, context: Context, call_next: ClientAppCallable
 def own_mods_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Call the user's own mods, train.mods; they are inside privacy_mod, so noise is added to what they return."""
     if message.metadata.message_type in (TRAIN, EVALUATE):
-        for target in reversed(read_task(message, context).config.train.mods):
-            call_next = partial(resolve("train.mods", target), call_next=call_next)
+        for target in reversed(read_task(message, context).config.train.mods or ()):
+            call_next = _wrapped(resolve("train.mods", target), call_next)
     return call_next(message, context)
+
+
+def _wrapped(mod: Callable[..., Message], call_next: ClientAppCallable) -> ClientAppCallable:
+    return lambda message, context: mod(message, context, call_next)
 
 
 def tolerate(store: ClientStore, action: Callable[[], T]) -> T | None:

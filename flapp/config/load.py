@@ -105,19 +105,34 @@ def compose(overrides: Sequence[str], base: Path | None = None) -> Config:
 
 
 def own_choices(folders: Iterable[Path | str]) -> list[str]:
-    """Return an override that adds the conf/ in each of these folders to Hydra's search path, if there is any."""
-    found = [path for path in (Path(folder).absolute() / "conf" for folder in folders) if path.is_dir()]
-    urls = ",".join(f"'file://{path}'" for path in found if path.resolve() != CONF.resolve())
-    return [f"hydra.searchpath=[{urls}]"] if urls else []
+    """Return an override that adds the conf/ of a user's own in these folders to Hydra's search path, if there is any.
+
+    Raises ConfigError for a choice with the name of one of flapp's own, which Hydra would take instead.
+    """
+    urls = []
+    for conf in (Path(folder).absolute() / "conf" for folder in folders):
+        groups = [path.name for path in CONF.iterdir() if path.is_dir() and (conf / path.name).is_dir()]
+        if not groups or conf.resolve() == CONF.resolve() or (conf.parent / PACKAGE.name).is_dir():
+            continue  # none of ours, or flapp itself
+        for path in (path for group in groups for path in (conf / group).glob("*.yaml")):
+            if (CONF / path.parent.name / path.name).exists():
+                raise ConfigError(f"{path} has the name of a choice of flapp's own: rename it")
+        urls.append("'file://{}'".format(str(conf).replace("\\", "\\\\").replace("'", "\\'")))
+    return [f"hydra.searchpath=[{','.join(urls)}]"] if urls else []
 
 
 def project_words(folder: Path, given: Sequence[str]) -> list[str]:
-    """Return the overrides in the pyproject.toml of a Flower app that runs flapp, without keys that are given."""
+    """Return the overrides in the pyproject.toml of a Flower app that runs flapp, without keys that are given.
+
+    Raises ConfigError for a file that is not TOML.
+    """
     try:
         app = tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
         if app["components"]["serverapp"] != SERVER_APP:
             return []
         words = shlex.split(str(app["config"].get("overrides", "")))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{folder / 'pyproject.toml'} is not TOML ({error}): correct it") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return []  # another project's file, which is none of ours
     keys = {word.partition("=")[0].lstrip("+") for word in given}
@@ -125,8 +140,9 @@ def project_words(folder: Path, given: Sequence[str]) -> list[str]:
 
 
 def app_folders() -> list[str]:
-    """Return the folders on the import path that are Flower apps, where Flower has put them."""
-    return [each for each in sys.path if each and (Path(each) / "pyproject.toml").is_file()]
+    """Return the folders on the import path in which Flower keeps the apps that it runs."""
+    apps = (Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr") / "apps").resolve()
+    return [each for each in sys.path if each and Path(each).resolve().is_relative_to(apps)]
 
 
 def expand_words(words: Sequence[str]) -> list[str]:

@@ -139,7 +139,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"]
     threads: Count
     loss: Target | None
-    mods: tuple[Target, ...]
+    mods: tuple[Target, ...] | None
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from flapp.data.artifact import DataError, check_arrays, kind_of, locked, refusing, write_artifact
+from flapp.data.artifact import DataError, check_arrays, kind_of, locked, open_artifact, refusing, write_artifact
 from flapp.untrusted import printable, read_bytes
 
 Split = tuple[np.ndarray, np.ndarray]
@@ -26,6 +26,7 @@ SPLITS = ("train", "test")
 MOST_FILE = 256 << 20  # bytes; CIFAR's largest file has 155 MB
 MOST_OPCODES = 1_000_000  # CIFAR's largest file has 300,000
 MOST_TUPLES = 1000
+MADE_BY = "function "  # begins the source of a dataset that a function of the user's own has made
 _PICKLE_ERRORS = (  # what the unpickler raises for pickles that are damaged or hostile
     *(pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError),
     *(MemoryError, ImportError, RecursionError),
@@ -68,15 +69,17 @@ EMBEDDED: dict[str, Make] = {
 }
 
 
-def ensure_artifacts(data: Path, name: str, make: Make | None = None) -> Path:
+def ensure_artifacts(data: Path, name: str, make: Make | None = None, source: str = "") -> Path:
     """Return `data/name`, preparing it first if it is missing; one process prepares, others wait.
 
     make: returns what to write, as the functions in EMBEDDED do, which it replaces. It is called only if the dataset is
     missing, and nothing is written unless all of it is sound. Raises DataError when it is not, and when the dataset is
-    missing and nothing can make it.
+    missing and nothing can make it. source: names what makes it; a dataset that was made by something else is refused.
     """
     folder = data / name
     if is_prepared(folder):
+        if source:
+            _check_maker(folder, source)
         return folder
     make = make or EMBEDDED.get(name)
     if make is None:
@@ -89,8 +92,18 @@ def ensure_artifacts(data: Path, name: str, make: Make | None = None) -> Path:
         if not is_prepared(folder):
             splits, classes = check_made(name, make())
             for split, (samples, labels) in splits.items():
-                write_artifact(folder / split, samples, labels, classes)
+                write_artifact(folder / split, samples, labels, classes, source)
     return folder
+
+
+def _check_maker(folder: Path, source: str) -> None:
+    """Raise DataError when a function other than `source` has made a dataset; what no function made is accepted."""
+    made_by = open_artifact(folder / "train").source_sha256
+    if made_by.startswith(MADE_BY) and made_by != source:
+        raise DataError(
+            f"{folder} was made by another function, or before this one was edited: remove that folder to make the "
+            "dataset again, or choose another dataset.name"
+        )
 
 
 def is_prepared(folder: Path) -> bool:

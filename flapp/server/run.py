@@ -19,7 +19,7 @@ from flapp.architecture import adapt, build, choose_device, find_oversize, split
 from flapp.base import Base, keep_base
 from flapp.config.load import derive_seed
 from flapp.config.schema import Config, ConfigError
-from flapp.custom import enable, own, scores_of
+from flapp.custom import enable, own
 from flapp.data.loader import ClientLoader
 from flapp.data.offline import OfflineDataset
 from flapp.data.shards.manifest import Manifest, check_claim, open_manifest
@@ -169,8 +169,8 @@ class Run:
         values = {"loss": found.loss_sum / found.count}
         if config.dataset.classes:
             values["accuracy"] = found.correct / found.count
-        scores = {"sums": found.sums, "scores": scores_of(config, found.sums)} if found.sums else {}
-        self.observer.append("central", server_round, **values, **scores)
+        sums = {"sums": found.sums} if found.sums else {}
+        self.observer.append("central", server_round, **values, **sums, **self.strategy.score(sums, ""))
         return MetricRecord(dict(values))
 
     def finish(self) -> dict[str, Any]:

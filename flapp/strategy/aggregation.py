@@ -1,6 +1,7 @@
 """Compute the weights of clients and the totals of their metrics: pure maths in numpy."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
@@ -110,10 +111,23 @@ def totals(
     if each:
         result[f"{out}accuracy"] = total(f"{prefix}correct") / count
         result |= {f"{out}accuracy_spread": spread(each), f"{out}accuracy_by_client": each}
-    start = prefix + SUMS
-    if names := sorted({key for m in measured.values() for key in m if key.startswith(start)}):
-        result[f"{out}sums"] = {key.removeprefix(start): total(key) for key in names}
+    if sums := _add_sums(measured, held, weights, prefix + SUMS):
+        result[f"{out}sums"] = sums
     return result
+
+
+def _add_sums(
+    metrics: Mapping[str, Mapping[str, float]], held: Mapping[str, int], weights: Mapping[str, float], start: str
+) -> dict[str, float]:
+    """Add up the user's own sums by name, in the order of clients; a name counts if half of the clients sent it."""
+    found: dict[str, float] = {}
+    senders = Counter[str]()
+    for name, own in metrics.items():
+        for key, value in own.items():
+            if key.startswith(start):
+                senders[key] += 1
+                found[key] = found.get(key, 0.0) + value * (weights[name] / held[name])
+    return {key.removeprefix(start): found[key] for key in sorted(found) if 2 * senders[key] >= len(metrics)}
 
 
 def spread(values: Mapping[str, float]) -> dict[str, float]:

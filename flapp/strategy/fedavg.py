@@ -139,7 +139,7 @@ class FedAvg(FlowerFedAvg):
             weights, capped = self._cap(held)
             for prefix in (start, f"{start}personal-"):
                 result |= totals({name: phase.metrics[name] for name in held}, held, weights, prefix)
-                result |= self._score(result, prefix.replace("-", "_"))
+                result |= self.score(result, prefix.replace("-", "_"))
             if capped:
                 result[f"{start}capped".replace("-", "_")] = capped
         self.observer.append(EVALUATE, phase.server_round, **result, **self._log_line())
@@ -186,7 +186,7 @@ class FedAvg(FlowerFedAvg):
         weights = alignment_weights(updates, [phase.norms[name] for name in trained])
         return self.combine(trained, cap_shares(weights, self.settings.max_weight_share))
 
-    def _score(self, result: Mapping[str, Any], start: str) -> dict[str, Any]:
+    def score(self, result: Mapping[str, Any], start: str) -> dict[str, Any]:
         """Return the scores of the user's own sums; if they cannot be computed, log why and return the reason."""
         if f"{start}sums" not in result or self.config.evaluate.scores is None:
             return {}

@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file
 from sklearn.metrics import balanced_accuracy_score
 
+from flapp import client_app
 from flapp.config.load import compose
-from flapp.config.schema import Config, ConfigError
-from flapp.custom import enable
+from flapp.config.schema import Config, ConfigError, NodeConfig
+from flapp.custom import enable, read_code, resolve
 from flapp.data.offline import OfflineDataset
 from flapp.server.roster import FederationError
 from flapp.server.run import initial_model
@@ -277,6 +278,9 @@ MISTAKES = [
     ("train.loss", "def f(outputs, targets):\n    return outputs.mean(1)", "task.py, line 1", "mean over the batch"),
     ("train.loss", "def f(outputs, targets):\n    return 3.0", "task.py, line 1", "returned float"),
     ("train.loss", "def f(outputs, targets):\n    return outputs.detach().mean()", "task.py, line 1", "depend"),
+    ("train.loss", "def f(outputs, targets):\n    return outputs.abs().sum()", "task.py, line 1", "sum over the batch"),
+    ("train.loss", "def f(outputs, targets):\n    return outputs.mean() / 0", "task.py, line 1", "check it"),
+    ("train.loss", "def f(outputs, targets):\n    raise SystemExit(3)", "task.py, line 2", "SystemExit"),
     ("train.loss", "def f(outputs, targets):\n    return outputs.nope", "task.py, line 2", "nope"),
     ("evaluate.metrics", "def f(o, t):\n    return {'a': (o.argmax(1) == t).float().mean()}", "line 1", "not a sum"),
     ("evaluate.metrics", "def f(o, t):\n    return 5", "task.py, line 1", "dict"),
@@ -287,6 +291,7 @@ MISTAKES = [
     ("train.optimizer", "def f(parameters, lr):\n    pass", "task.py, line 1", "Optimizer"),
     ("train.mods", "f = [1]", "train.mods=task:f", "cannot be called"),
     ("dataset.name=made dataset.target", "def f():\n    return [1]", "made", "return ({"),
+    ("dataset.name=digits dataset.target", "def f():\n    pass", "dataset.name=digits", "choose a name"),
     ("dataset.name=made dataset.target", "def f():\n    return open('/no')", "task.py, line 2", "No such file"),
 ]
 
@@ -382,11 +387,108 @@ def test_a_site_tries_the_code_on_its_own_samples_before_the_first_round(tmp_pat
 
 
 def test_code_beside_packages_is_known_by_its_files_and_large_packages_by_version(tmp_path: Path) -> None:
-    from flapp.custom import read_code
-
     config = compose(
         ["model=custom", "model.target=torchvision.models:resnet18", "model.kwargs.num_classes=10"], tmp_path
     )
     assert any(name.startswith("torchvision/models/") for name in read_code(config))
     config = compose(["model=custom", "model.target=torch.nn:Linear"], tmp_path)
     assert read_code(config).keys() == {f"torch=={version('torch')}"}
+
+
+@pytest.mark.parametrize(
+    ("target", "allowed", "what"),
+    [
+        ("task:subprocess.check_output", True, "is defined in subprocess"),
+        ("task:run", True, "is defined in subprocess"),
+        ("flapp.config.load:os.system", False, "does not allow code of flapp"),
+        ("os:system", False, "does not allow code of os"),
+        ("task:build_model", False, "no module task"),
+    ],
+)
+def test_a_site_builds_nothing_but_what_its_own_modules_define(
+    tmp_path: Path, target: str, allowed: bool, what: str
+) -> None:
+    folder = write_task(
+        tmp_path / "mine", "import subprocess\nfrom subprocess import run\ndef build_model():\n    pass\n"
+    )
+    config = settings_in(folder, tmp_path, "model=custom", f"model.target={target}")
+    for site in ({"client_id": "3"}, {"partition_id": 0, "num_partitions": 2}):
+        kind = replace(config.deployment, kind="superlink" if "partition_id" in site else "inline")
+        node = NodeConfig(allow_code=(str(folder),) if allowed else (), **site)
+        with pytest.raises(ConfigError, match=what):
+            resolve("model.target", target if enable(replace(config, deployment=kind), node) else "")
+
+
+def test_what_is_imported_is_what_was_compared(tmp_path: Path) -> None:
+    """Helpers in folders without __init__.py count; edits show, also of the same length within a second."""
+    folder = write_task(tmp_path / "mine", "from parts.net import WIDTH\ndef build_model():\n    return WIDTH\n")
+    (folder / "parts").mkdir()
+    config = settings_in(folder, tmp_path, "model=custom", "model.target=task:build_model")
+    digests = set()
+    for width in (1, 2):
+        (folder / "parts" / "net.py").write_text(f"WIDTH = {width}\n")
+        digests.add(enable(config))
+        assert read_code(config).keys() == {"task.py", "parts/net.py"}
+        assert resolve("model.target", "task:build_model")() == width
+    other = write_task(tmp_path / "other", "def build_model():\n    return 'other'\n")
+    for code, expected in ((other, "other"), (folder, 2), (other, "other")):
+        digests.add(enable(settings_in(code, tmp_path, "model=custom", "model.target=task:build_model")))
+        assert resolve("model.target", "task:build_model")() == expected
+    assert len(digests) == 3
+    for name in ("parts", "parts.net"):
+        sys.modules.pop(name, None)
+
+
+def test_a_model_that_changes_its_arguments_and_draws_buffers_is_the_same_everywhere(tmp_path: Path) -> None:
+    code = """
+        import torch
+        from torch import nn
+
+        class Features(nn.Module):
+            def __init__(self, widths):
+                super().__init__()
+                self.register_buffer("random", torch.randn(1024, widths.pop()), persistent=False)
+                self.fc = nn.Linear(64, 10)
+
+            def forward(self, x):
+                return self.fc(torch.cos(x.flatten(1) @ self.random))
+    """
+    folder = write_task(tmp_path / "mine", code)
+    words = (*DIGITS, "model.target=task:Features", "model.kwargs={widths:[64]}", "evaluate.every=1")
+    config = settings_in(folder, tmp_path, *words, "run_name=one", "evaluate.central=true")
+    summary, path = run(config)
+    client_app.cached_model.cache_clear()
+    torch.manual_seed(99)
+    again, _ = run(settings_in(folder, tmp_path, *words, "run_name=two"))
+    assert summary["model_sha256"] == again["model_sha256"]
+    assert read_lines(path, "central")[-1]["accuracy"] == pytest.approx(summary["accuracy"])
+
+
+def test_a_dataset_is_not_taken_for_that_of_an_edited_function(tmp_path: Path) -> None:
+    folder = new_project(tmp_path / "mine", "tabular")
+    words = ("num_rounds=1", "train.steps=1")
+    run(settings_in(folder, tmp_path, *words, "run_name=first"))
+    task = folder / "task.py"
+    task.write_text(task.read_text().replace("WEIGHTS = (1.0, 4.0)", "WEIGHTS = (1.0, 3.0)"))
+    run(settings_in(folder, tmp_path, *words, "run_name=other_loss"))
+    task.write_text(task.read_text().replace("risk > 1.2", "risk > 1.0"))
+    text = refusal(settings_in(folder, tmp_path, *words, "run_name=other_data"))
+    assert str(tmp_path / "data" / "mine") in text
+    shutil.rmtree(tmp_path / "data" / "mine")
+    run(settings_in(folder, tmp_path, *words, "run_name=other_data"))
+
+
+def test_sums_of_hostile_clients_are_left_out_by_name_or_dropped(tmp_path: Path, folder: Path) -> None:
+    sent = {"0": {"sum-right": 1.7e308}, "1": {"sum-<b>": 1.0}, "2": {"sum-extra": 1.0}}
+
+    def tamper(name: str, reply: Any) -> Any:
+        if "loss-sum" in reply.content.metric_records.get("metrics", {}):
+            reply.content.metric_records["metrics"].update(sent.get(name, {}))
+        return reply
+
+    words = (*DIGITS, "clients=5", "evaluate.metrics=task:count", "evaluate.scores=task:score")
+    _, path = run(settings_in(folder, tmp_path, *words, "run_name=hostile"), tamper=tamper)
+    line = read_lines(path, "evaluate")[-1]
+    assert [failure["client"] for failure in line["failures"]] == ["0", "1"]
+    assert line["sums"].keys() == {"right", "all"}
+    assert 0 <= line["scores"]["share"] <= 1

@@ -226,7 +226,10 @@ TRAIN_FAULTS: dict[str, tuple[Change, str]] = {  # of clients 1 to 14: the chang
         lambda reply: reply.content.update({"\x1b[31mextra": MetricRecord({"a": 1})}),
         "sent 1 records that nobody asked for, such as \\x1b[31mextra",
     ),
-    "14": (lambda reply: reply.content.metric_records[METRICS].update({f"m{i}": 1.0 for i in range(5000)}), "sent "),
+    "14": (
+        lambda reply: reply.content.metric_records[METRICS].update({f"m{i}": 1.0 for i in range(MOST_METRICS)}),
+        "sent ",
+    ),
 }
 EVALUATE_FAULTS: dict[str, tuple[Change, str]] = {
     "1": (set_metric("loss-sum", -1.0), "sent loss-sum=-1.0, which is never below 0"),

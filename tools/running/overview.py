@@ -112,4 +112,4 @@ def _parts(facts: dict[str, Any]) -> tuple[str, str, str]:
     counted = f"{clients:,} client{'s' * (clients != 1)}" + (f", {drawn:,} a round" if drawn < clients else "")
     rule = f" ({facts['aggregation']})" if facts["aggregation"] else ""
     model = f"{facts['model']} ({parameters:,} parameters{part})"
-    return model, counted, f"{facts['strategy']}{rule}, {facts['rounds']} rounds"
+    return model, counted, f"{facts['strategy']}{rule}, {facts['rounds']} round{'s' * (facts['rounds'] != 1)}"
