@@ -181,7 +181,8 @@ CHECKS: dict[str, Callable[[str], None]] = {
     r"pip install (-e (\.|[\"']\.\[[a-z,]+\][\"'])|torch torchvision --index-url \S+)": is_installed,
     r"python -m pytest( -m \"not slow\"| -n 3)?|pre-commit install|\.ci/run|mypy": is_known,
     r"ruff check \.|ruff format --check \.|mkdocs (serve|build --strict)|python -m tools\.configuration": is_known,
-    r"cd mine|export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1|lint-imports|python3 -m venv \.venv|\. \.venv/bin/activate": is_known,
+    r"cd mine|export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1": is_known,
+    r"lint-imports|python3 -m venv \.venv|\. \.venv/bin/activate": is_known,
     r"DB=\S+|export RAY_AUTH_MODE=token (RAY_AUTH_TOKEN=\$\(cat \S+\)|RAY_AUTH_TOKEN_PATH=\S+)": is_known,
     r"openssl rand -hex 32 > \S+|chmod 600 \S+|nginx -c /etc/flapp/nginx\.conf|tensorboard --logdir \S+": is_known,
 }
