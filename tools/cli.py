@@ -49,7 +49,7 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
     return (
-        "flapp: federated training of image models with Flower.\n\n"
+        "flapp: federated training with Flower, of image models and of your own.\n\n"
         f"usage: flapp COMMAND ...\n\n{commands}\n\n"
         "`flapp COMMAND --help` explains a command, `flapp --version` prints the version.\n"
         "Start with `flapp run`: it trains a small vision transformer on ten clients in about two minutes."

@@ -21,7 +21,7 @@ from tools.page.reading import METRICS, STORE, flat, read_config, read_json
 
 RUN = "python -m tools.run"
 REPLACED = ("run_name=", "resume=", "resume_from=")
-BARE = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")  # needs no quotes in Hydra's grammar
+BARE = re.compile(r"[A-Za-z_/][A-Za-z0-9_./:-]*")  # needs no quotes in Hydra's grammar
 # Settings that are not shown as changed.
 OWN = ("home", "run_name", "experiment", "resume", "resume_from", "resume_anyway")
 
@@ -110,11 +110,14 @@ def changed_words(path: Path) -> list[str]:
     if notes:
         raise RunsError(f"{path}: {notes[0]}")
     home, words = f"home={word(settings.get('home', str(path)))}", [f"experiment={settings.get('experiment')}"]
+    code = settings.get("code")
     try:
-        defaults = compose([*words, home])
+        defaults = compose([*words, home], Path(code) if code else None)
     except ConfigError:  # the experiment has settings without defaults, or does not exist any more
         defaults = compose([home])
     plain = flat(json.loads(json.dumps(asdict(defaults))))
+    if code:
+        plain.pop("code", None)  # the command may be given in any folder
     changed = {key: value for key, value in settings.items() if key not in OWN and value != plain.get(key)}
     return words + [f"{key}={word(value)}" for key, value in changed.items()]
 
