@@ -2,7 +2,8 @@
 
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 from logging import DEBUG, INFO, WARNING
@@ -259,12 +260,8 @@ def device_of(model: torch.nn.Module) -> torch.device:
 def cached_model(
     model: ModelConfig, dataset: DatasetConfig, seed: int, device: str, compiled: bool, built_by: object
 ) -> torch.nn.Module:
-    """Build this process's model, whose weights every message replaces; built_by: what builds it, if it may change.
-
-    It is drawn as the server draws it, because a model of the user's own may hold more than its weights.
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(seed, "model"))
+    """Build this process's model, whose weights every message replaces; built_by: the user's own function, if any."""
+    with drawn_as_by_server(seed, built_by):
         return place(build(model, dataset), device, compiled)
 
 
@@ -273,14 +270,24 @@ def cached_adapted_model(
     config: Config, base_digest: str, rank: int, built_by: object
 ) -> tuple[torch.nn.Module, frozenset[str]]:
     """Build this process's model over a base, with adapters of `rank`; return it with the keys of the base."""
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(config.seed, "model"))
+    with drawn_as_by_server(config.seed, built_by):
         model = build(config.model, config.dataset)
         adapt(model, config.lora, rank)
     base = load_base(config.models_dir, base_digest)
     if odd := model.load_state_dict(base, strict=False).unexpected_keys:
         raise MessageError(f"base {base_digest[:12]} has {odd[0]}, but model={config.model.name} does not")
     return place(model, config.train.device, config.train.compile), frozenset(base)
+
+
+@contextmanager
+def drawn_as_by_server(seed: int, built_by: object) -> Iterator[None]:
+    """Draw a model of the user's own as the server does: it may hold random numbers that are not in its state."""
+    if built_by is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(seed, "model"))
+        yield
 
 
 def place(model: torch.nn.Module, device: str, compiled: bool) -> torch.nn.Module:

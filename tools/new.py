@@ -19,7 +19,10 @@ from tools.cli import as_called, new_parser
 
 TEMPLATES = Path(__file__).with_name("templates")
 CHOICES = ("vision", "text", "tabular")
-SHARED = ("README.md", "pyproject.toml")
+SHARED = {
+    "project.md": "README.md",
+    "pyproject.toml": "pyproject.toml",
+}  # README.md itself would go into flapp's bundle
 PLACEHOLDER = "NAME"
 FITTING = re.compile(r"[a-z][a-z0-9_]{0,60}")  # a name of a package, of an experiment and of a dataset
 RESERVED = ("flapp", "tools", "task", "conf")
@@ -56,8 +59,8 @@ def make(folder: Path, template: str) -> None:
     sources += [path for kind in ("*.py", "*.yaml") for path in sorted((TEMPLATES / template).rglob(kind))]
     with replacing_folder(folder) as partial:
         for source in sources:
-            base = TEMPLATES if source.parent == TEMPLATES else TEMPLATES / template
-            target = partial / str(source.relative_to(base)).replace(PLACEHOLDER, name)
+            place = SHARED.get(source.name) or str(source.relative_to(TEMPLATES / template))
+            target = partial / place.replace(PLACEHOLDER, name)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(source.read_text().replace(PLACEHOLDER, name))
 

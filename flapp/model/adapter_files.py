@@ -50,7 +50,7 @@ def find_export_fault(model: "nn.Module") -> str | None:
     for name, layer in layers.items():
         if getattr(layer, "padding_mode", "zeros") != "zeros" or set(getattr(layer, "dilation", ())) - {1}:
             return f"it has no dilation and no padding but zeros, which {name} has"
-    for name in _modules_in_full(layout):
+    for name in _trained_modules(layout):
         if not name:
             return "it has no parameters or buffers outside modules"
         if any(other.startswith(f"{name}.") for other in layout.modules):
@@ -103,13 +103,18 @@ def _names_above(layer: str) -> list[str]:
 
 
 def _modules_in_full(layout: Layout) -> list[str]:
-    """Return the modules that PEFT keeps whole beside the adapters, sorted: the head, and all that have buffers.
+    """Return the modules that PEFT keeps whole beside the adapters, sorted.
 
     PEFT compares the ends of names: with `classifier` it also keeps `pre_classifier`, whose weights stay as they are.
     """
-    trained = {key.rpartition(".")[0] for key in layout.trained if not _is_adapter(key)}
-    holding = {key.rpartition(".")[0] for key in layout.tensors}
-    return sorted(trained | {name for name in holding if any(each and name.endswith(each) for each in trained)})
+    trained = _trained_modules(layout)
+    holding = {key.rpartition(".")[0] for key in layout.tensors} - layout.adapters.keys()
+    return sorted({*trained} | {name for name in holding if any(each and name.endswith(each) for each in trained)})
+
+
+def _trained_modules(layout: Layout) -> list[str]:
+    """Return the modules that are trained beside the adapters, sorted: the head, and all that have buffers."""
+    return sorted({key.rpartition(".")[0] for key in layout.trained if not _is_adapter(key)})
 
 
 def _peft_shapes(layout: Layout) -> dict[str, Shape]:
