@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flapp.config.schema import Config, ConfigError, DatasetConfig, LoRAConfig, ModelConfig
-from flapp.custom import describe, place_of_code, resolve
+from flapp.custom import blaming, place_of_code, resolve
 from flapp.model.layout import Layout, lay_out
 from flapp.model.split.files import StorageManager, parse_points
 
@@ -44,19 +44,14 @@ def _build_own(function: Callable[..., Any], model: ModelConfig) -> "nn.Module":
     """Build a model of the user's own; raises ConfigError when that fails or gives no model."""
     from torch import nn
 
-    given = f"model.target={model.target}"
-    try:
+    given, place = f"model.target={model.target}", place_of_code(function)
+    with blaming(f"{given} cannot build the model with {dict(model.kwargs)}", function):
         built = function(**copy.deepcopy(dict(model.kwargs)))
-    except Exception as error:
-        raise ConfigError(
-            f"{given} cannot build the model with {dict(model.kwargs)}: {describe(error, function)}"
-        ) from error
     if not isinstance(built, nn.Module):
-        raise ConfigError(f"{given} returned {type(built).__name__}{place_of_code(function)}: return an nn.Module")
-    if not any(True for _ in built.parameters()):
-        raise ConfigError(f"{given} returned a model without parameters{place_of_code(function)}: add a layer")
+        raise ConfigError(f"{given} returned {type(built).__name__}{place}: return an nn.Module")
+    if next(built.parameters(), None) is None:
+        raise ConfigError(f"{given} returned a model without parameters{place}: add a layer")
     if lazy := [name for name, parameter in built.named_parameters() if nn.parameter.is_lazy(parameter)]:
-        place = place_of_code(function)
         raise ConfigError(f"{given} returned a model whose {lazy[0]} has no shape yet{place}: give its layer all sizes")
     return built
 

@@ -8,6 +8,7 @@ from math import isfinite
 import numpy as np
 from flwr.app import Array
 
+from flapp.custom import NAME
 from flapp.messages import NUM_EXAMPLES, SUMS, TRAIN, VAL, Answer, Claim, MessageError, one_line, view
 
 LARGEST = 1.8e19  # beyond it a square overflows float32, so that no optimiser can continue
@@ -15,7 +16,7 @@ BLOCK = 1 << 17  # elements: a float64 block near the level-2 cache
 SMALL = 1 << 10  # elements: so few that BLAS computes their product in one thread
 SMALL_BLOCK = 1 << 16  # float32 elements; two such blocks fit into the level-2 cache
 LOSS_SUMS = {f"{start}{kind}loss-sum" for start in ("", VAL) for kind in ("", "personal-")}
-METRIC = re.compile(r"(val-)?(personal-)?sum-[A-Za-z0-9_]{1,60}")  # of evaluate.metrics
+METRIC = re.compile(f"({VAL})?(personal-)?{SUMS}{NAME.pattern}")  # of evaluate.metrics
 NEVER_NEGATIVE = {"train-loss", "seconds", *LOSS_SUMS}
 LARGEST_LOSS = float(np.finfo(np.float32).max)  # of one sample
 
@@ -85,10 +86,10 @@ def find_metric_fault(kind: str, claim: Claim, metrics: Mapping[str, float], val
     counted = {key: value for key, value in metrics.items() if key.endswith("correct")}
     if odd := sorted(key for key, value in counted.items() if not 0 <= value <= held[key]):
         return f"sent {one_line(odd[0])}={metrics[odd[0]]}, more correct answers than its {held[odd[0]]} samples"
-    if odd := sorted(key for key in metrics if SUMS in key and not METRIC.fullmatch(key)):
-        return f"sent a sum named {one_line(odd[0])}, which is not of letters, digits and _"
-    bounded = NEVER_NEGATIVE & metrics.keys() | {key for key in metrics if SUMS in key}
-    most = {key: LARGEST_LOSS * (1 if train else max(1, held[key])) for key in bounded}
+    sums = {key for key in metrics if SUMS in key}
+    if odd := sorted(key for key in sums if not METRIC.fullmatch(key)):
+        return f"sent a sum with the name {one_line(odd[0])}, but names have only letters, digits and _"
+    most = {key: LARGEST_LOSS * (1 if train else max(1, held[key])) for key in NEVER_NEGATIVE & metrics.keys() | sums}
     if large := sorted(key for key in most if abs(metrics[key]) > most[key]):
         return f"sent {large[0]}={metrics[large[0]]:.3g}, more than {held[large[0]]} samples can have"
     return None

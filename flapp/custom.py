@@ -85,14 +85,13 @@ def whole_digest(config: Config) -> str:
 def resolve(setting: str, target: str) -> Callable[..., Any]:
     """Import what a setting names; raises ConfigError when it cannot be imported or called. `enable` comes first."""
     place, _, name = target.partition(":")
-    try:
-        found: Any = importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        if error.name and (place == error.name or place.startswith(f"{error.name}.")):
-            raise ConfigError(f"{setting}={target}: there is no module {error.name}: correct the name") from error
-        raise ConfigError(f"{setting}={target} cannot be imported: {describe(error)}") from error
-    except (Exception, SystemExit) as error:  # user code may raise anything
-        raise ConfigError(f"{setting}={target} cannot be imported: {describe(error)}") from error
+    with blaming(f"{setting}={target} cannot be imported"):
+        try:
+            found: Any = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            if error.name and (place == error.name or place.startswith(f"{error.name}.")):
+                raise ConfigError(f"{setting}={target}: there is no module {error.name}: correct the name") from error
+            raise
     file = getattr(found, "__file__", None) or place
     if file.endswith(".py") and file not in _own_files and not _is_installed(Path(file)):
         fix = "rename your module, or remove the other one from the import path"
@@ -250,7 +249,7 @@ def _home_of(spec: ModuleSpec) -> Path:
 def _read(specs: Iterable[ModuleSpec], folders: list[str]) -> dict[str, Path | None]:
     """Return the files of modules and of what these import from their own folder or `folders`, by their names.
 
-    A large package that is installed, and a module that is no file, are known by their version: None.
+    A large package that is installed, and a module without a file, are known by their version: None.
     """
     found: dict[str, Path | None] = {}
     waiting = list(specs)
@@ -258,7 +257,7 @@ def _read(specs: Iterable[ModuleSpec], folders: list[str]) -> dict[str, Path | N
         spec = waiting.pop()
         home, name = _home_of(spec), spec.name
         if home == PACKAGE.parent and name == PACKAGE.name:
-            continue  # source_digest stands for it
+            continue  # source_digest covers it
         paths = _files_of(home / name) if spec.submodule_search_locations else [Path(str(spec.origin))]
         is_large = len(paths) > MOST_FILES and home.resolve() in INSTALLED
         if is_large or not paths or not paths[0].is_file():

@@ -19,7 +19,7 @@ SAMPLES = 8
 def probe(config: Config, batch: tuple[Tensor, Tensor]) -> None:
     """Train and evaluate on the first samples of a batch with the user's own code.
 
-    Raises ConfigError, in one line with the user's file and line, for code that fails, a loss that is no mean,
+    Raises ConfigError, in one line with the user's file and line, for code that fails, a loss that is not a mean,
     metrics that are not sums, outputs that do not fit the classes, and functions that return something else.
     """
     inputs, targets = (tensor[:SAMPLES].clone() for tensor in batch)
@@ -57,12 +57,12 @@ def _try_augmentation(config: Config, inputs: Tensor) -> None:
     with blaming(f"{setting} fails on inputs {_kind(inputs)}"):
         changed = function(inputs.clone(), torch.Generator().manual_seed(0))
     if not isinstance(changed, Tensor) or (changed.shape, changed.dtype) != (inputs.shape, inputs.dtype):
-        found = _kind(changed) if isinstance(changed, Tensor) else type(changed).__name__
-        raise ConfigError(f"{setting} returned {found}{place_of_code(function)}: return inputs {_kind(inputs)}")
+        found, place = _kind(changed), place_of_code(function)
+        raise ConfigError(f"{setting} returned {found}{place}: return inputs {_kind(inputs)}")
 
 
 def _check_state(config: Config, model: nn.Module) -> None:
-    """Refuse what cannot be averaged or stored: state that is no tensor, complex numbers, and sparse tensors."""
+    """Refuse what cannot be averaged or stored: state that is not a tensor, complex numbers, and sparse tensors."""
     for key, value in model.state_dict().items():
         is_plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex()
         if not is_plain:
@@ -79,23 +79,23 @@ def _try_step(config: Config, model: nn.Module, inputs: Tensor, targets: Tensor)
     classes = config.dataset.classes
     is_scores = isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.shape[1] == classes
     if classes and targets.ndim == 1 and not is_scores:
-        found = _kind(outputs) if isinstance(outputs, Tensor) else type(outputs).__name__
+        found, place = _kind(outputs), place_of_code(type(model).forward)
         fix = f"return one score for each class, [{len(inputs)}, {classes}]"
-        raise ConfigError(
-            f"{setting} returned {found} for {classes} classes{place_of_code(type(model).forward)}: {fix}"
-        )
+        raise ConfigError(f"{setting} returned {found} for {classes} classes{place}: {fix}")
     function = own(config, "train.loss")
     setting = f"train.loss={config.train.loss}"
     with blaming(f"{setting} fails on outputs {_kind(outputs)} and targets {_kind(targets)}"):
         loss = (function or loss_of)(outputs, targets)
     place = place_of_code(function) if function else ""
     if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
-        found = _kind(loss) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ConfigError(f"{setting} returned {found}{place}: return the mean over the batch, a tensor of one number")
+        fix = "return the mean over the batch, a tensor of one number"
+        raise ConfigError(f"{setting} returned {_kind(loss)}{place}: {fix}")
     if not torch.isfinite(loss):
         raise ConfigError(f"{setting} is {loss.item()} on the first samples{place}: check it, and the inputs for NaN")
     if function and _is_sum(function, outputs, targets):
-        raise ConfigError(f"{setting} returned a sum over the batch{place}: return the mean, outputs of any batch size")
+        raise ConfigError(
+            f"{setting} returned a sum over the batch{place}: return the mean, which does not grow with the batch"
+        )
     if not loss.requires_grad:
         raise ConfigError(f"{setting} does not depend on trained parameters{place}: compute it from the outputs")
     with blaming(f"{setting} has no gradient"):
@@ -149,5 +149,5 @@ def _count(
 
 
 def _kind(value: object) -> str:
-    """Return the dtype and shape of a tensor in words."""
+    """Return the dtype and shape of a tensor, or the type of anything else."""
     return f"{str(value.dtype)[6:]} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -113,7 +113,7 @@ def own_choices(folders: Iterable[Path | str]) -> list[str]:
     for conf in (Path(folder).absolute() / "conf" for folder in folders):
         groups = [path.name for path in CONF.iterdir() if path.is_dir() and (conf / path.name).is_dir()]
         if not groups or conf.resolve() == CONF.resolve() or (conf.parent / PACKAGE.name).is_dir():
-            continue  # none of ours, or flapp itself
+            continue  # not made for flapp, or flapp itself
         for path in (path for group in groups for path in (conf / group).glob("*.yaml")):
             if (CONF / path.parent.name / path.name).exists():
                 raise ConfigError(f"{path} has the name of a choice of flapp's own: rename it")
@@ -134,7 +134,7 @@ def project_words(folder: Path, given: Sequence[str]) -> list[str]:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{folder / 'pyproject.toml'} is not TOML ({error}): correct it") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return []  # another project's file, which is none of ours
+        return []  # the file of another project
     keys = {word.partition("=")[0].lstrip("+") for word in given}
     return [word for word in words if word.partition("=")[0].lstrip("+") not in keys]
 

@@ -291,7 +291,7 @@ def refuse_rows(artifact: Artifact, fixes: Sequence[str]) -> None:
 def digest(meta: dict[str, Any]) -> str:
     """Return the SHA-256 that names the content of an artifact: of the block hashes, and of dtypes and shapes.
 
-    For images with class labels and for regression on vectors it is of the block hashes only, as it always was.
+    For images with class labels, and for regression on vectors, it covers the block hashes only, as it did before.
     """
     arrays = [meta[name] for name in ("images", "labels")]
     kinds = [(array["dtype"], len(array["shape"])) for array in arrays]

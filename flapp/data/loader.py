@@ -55,7 +55,7 @@ class ClientLoader:
         uint8     (n, C, H, W) before normalisation, a quarter of the bytes to move to a GPU: see to_input
 
     augment mirrors every other image and shifts it by up to 1/8 of its size (4 of 32 pixels), drawn from `seed`, before
-    it is resized. Samples that are no images are returned as stored, in their own dtype.
+    it is resized. Samples that are not images are returned as stored, in their own dtype.
 
     With prefetch, a thread makes up to `prefetch` batches ahead in a ring of prefetch + 1 buffers: the inputs of a
     batch are valid until the next batch is requested, those of the last until the next epoch (clone() them to keep

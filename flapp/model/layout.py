@@ -37,7 +37,7 @@ class Layout:
 
     kind: its class; modules: the class of every module in it, by dotted name and in order; tensors: the shapes of its
     state dict, in order; head: its last linear layer, if it has one; trained: the tensors that training may change;
-    head_tensors: those of the head that are trained in full beside adapters; buffers: tensors that are no parameters,
+    head_tensors: those of the head that are trained in full beside adapters; buffers: tensors that are not parameters,
     such as the statistics of BatchNorm; unfit: what the layers are that look like those of ADAPTED but cannot take an
     adapter, by name; adapters: rank and alpha of every adapted layer.
     """
@@ -57,7 +57,7 @@ class Layout:
 
         A target is the last part or parts of a dotted name (`proj`, `mlp.0`), a shell pattern for them (`layer.?.q`,
         `attention.*_lin`; `*` matches dots, too), or all-linear: every linear layer but the head. all-linear and
-        patterns pass over modules that are no layers of ADAPTED, and all-linear over layers that are unfit. Raises
+        patterns pass over modules that are not of a class in ADAPTED, and all-linear over layers that are unfit. Raises
         ValueError when a target matches nothing or what cannot take an adapter, or when a layer is too small for the
         rank.
         """

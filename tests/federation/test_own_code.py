@@ -16,7 +16,7 @@ from flapp.custom import enable, read_code, resolve
 from flapp.server.roster import FederationError
 from tests.conftest import read_lines
 from tests.support.own_runs import DIGITS, TASK, refusal, run
-from tests.support.projects import settings_in, write_task
+from tests.support.projects import add_to_task, settings_in, write_task
 
 MODEL_MISTAKES = [
     ("x = 1 +", "task.py, line 1", "SyntaxError"),
@@ -88,12 +88,13 @@ def test_scores_that_fail_are_refused_before_round_1_and_later_do_not_end_the_ru
 
 
 def test_a_client_whose_code_fails_is_left_out_with_the_users_own_line(folder: Path, tmp_path: Path) -> None:
-    with (folder / "task.py").open("a") as file:
-        file.write(
-            "\ndef mod(message, context, call_next):\n"
-            "    if context.node_config['partition-id'] == 1:\n        raise KeyError('nothing')\n"
-            "    return call_next(message, context)\n"
-        )
+    mod = """
+        def mod(message, context, call_next):
+            if context.node_config['partition-id'] == 1:
+                raise KeyError('nothing')
+            return call_next(message, context)
+    """
+    add_to_task(folder, mod)
     _, path = run(settings_in(folder, tmp_path, *DIGITS, "run_name=fails", "train.mods=[task:mod]"))
     for line in read_lines(path, "train"):
         (failure,) = line["failures"]

@@ -21,7 +21,7 @@ from flapp.server.run import initial_model
 from flapp.training import outputs_of
 from tests.conftest import read_lines
 from tests.support.own_runs import DIGITS, SMALL, break_off, refusal, run
-from tests.support.projects import BERT, EDITED, new_project, settings_in, write_task
+from tests.support.projects import BERT, EDITED, add_to_task, new_project, settings_in, write_task
 from tools.checkpoints import main as checkpoints
 from tools.new import CHOICES, TEMPLATES
 
@@ -86,8 +86,7 @@ def models(tmp_path: Path) -> Path:
     for template, module in (("text", "texts"), ("tabular", "rows")):
         shutil.copy(TEMPLATES / template / "task.py", folder / f"{module}.py")
     (folder / "bert.py").write_text(BERT)
-    with (folder / "task.py").open("a") as file:
-        file.write(EDITED)
+    add_to_task(folder, EDITED)
     (folder / "mods.py").write_text(
         "def mod(message, context, call_next):\n"
         "    order = message.content['order']\n"
@@ -152,14 +151,18 @@ def test_augmentation_depends_on_seed_and_client_only(folder: Path, tmp_path: Pa
 
 
 def test_mods_wrap_training_and_evaluation_of_each_client_in_order(folder: Path, tmp_path: Path) -> None:
-    with (folder / "task.py").open("a") as file:
-        file.write(
-            "\nCALLS = []\n"
-            "def outer(message, context, call_next):\n    CALLS.append('outer')\n"
-            "    return call_next(message, context)\n"
-            "def inner(message, context, call_next):\n    CALLS.append('inner')\n"
-            "    return call_next(message, context)\n"
-        )
+    mods = """
+        CALLS = []
+
+        def outer(message, context, call_next):
+            CALLS.append("outer")
+            return call_next(message, context)
+
+        def inner(message, context, call_next):
+            CALLS.append("inner")
+            return call_next(message, context)
+    """
+    add_to_task(folder, mods)
     config = settings_in(
         folder, tmp_path, *DIGITS, "run_name=mods", "num_rounds=1", "train.mods=[task:outer,task:inner]"
     )
@@ -168,12 +171,14 @@ def test_mods_wrap_training_and_evaluation_of_each_client_in_order(folder: Path,
 
 
 def test_a_strategy_of_ones_own_combines_the_models(folder: Path, tmp_path: Path) -> None:
-    with (folder / "task.py").open("a") as file:
-        file.write(
-            "\nfrom flapp.strategy.fedavg import FedAvg\n"
-            "class Stubborn(FedAvg):\n"
-            "    def combine_sum(self, total, weight):\n        return self.current, {}\n"
-        )
+    stubborn = """
+        from flapp.strategy.fedavg import FedAvg
+
+        class Stubborn(FedAvg):
+            def combine_sum(self, total, weight):
+                return self.current, {}
+    """
+    add_to_task(folder, stubborn)
     words = (*DIGITS, "strategy.target=task:Stubborn")
     _, one = run(settings_in(folder, tmp_path, *words, "num_rounds=1", "run_name=one"))
     _, two = run(settings_in(folder, tmp_path, *words, "num_rounds=2", "run_name=two"))

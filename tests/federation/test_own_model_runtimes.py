@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import read_lines
 from tests.support.commands import finish, start_tool, starting_runs
-from tests.support.projects import BERT, EDITED, new_project
+from tests.support.projects import BERT, EDITED, add_to_task, new_project
 from tests.support.waiting import wait_for
 from tools.deployment.superlink import CONNECTION, PrivateSuperLink
 
@@ -30,8 +30,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a home with a project in it, `mine`, that its user has edited."""
     home = tmp_path_factory.mktemp("own")
     project = new_project(home / "mine", "vision")
-    with (project / "task.py").open("a") as file:
-        file.write(EDITED)
+    add_to_task(project, EDITED)
     (project / "bert.py").write_text(BERT)
     return home
 

@@ -59,3 +59,9 @@ def write_task(folder: Path, text: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "task.py").write_text(dedent(text))
     return folder
+
+
+def add_to_task(folder: Path, text: str) -> None:
+    """Append to the task.py of a folder."""
+    with (folder / "task.py").open("a") as file:
+        file.write(f"\n{dedent(text)}")
