@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from flapp.config.derive import derive
 from flapp.config.rules import PATHS, check_together
 from flapp.config.schema import Config, ConfigError, NodeConfig, from_plain, hint, setting_types
 from flapp.untrusted import DEEPEST, parse_json, printable, read_bytes
@@ -30,7 +31,9 @@ CHANGEABLE_ON_RESUME = (  # a resumed run may change these: they do not affect t
     *("home", "code", "run_name", "resume", "resume_from", "resume_anyway", "deployment", "checkpoint", "split"),
     "results",
     *("strategy.wait_for_clients", "strategy.timeout"),
-    *("dataset.source", "dataset.download", "distributed_data.shard_path", "distributed_data.manifest"),
+    *("dataset.source", "dataset.download", "dataset.hub", "dataset.test_fraction", "dataset.skip_unreadable"),
+    *("dataset.image_column", "dataset.label_column", "dataset.client_column"),
+    *("distributed_data.shard_path", "distributed_data.manifest"),
     *("model.pretrained", "lora.adapter"),  # paths of the files to start from; a base is compared by its digest
 )
 MOST_YAML = 256 << 10  # bytes of a run's config.yaml, which has a few kB
@@ -191,6 +194,7 @@ def from_tree(tree: Any, base: Path | None = None) -> Config:
         if isinstance(node, dict) and node.get(key) is not None:
             given = Path(str(node[key])).expanduser()
             node[key] = str(given if base is None else base / given)
+    derive(values)
     config = from_dict(values)
     return replace(config, code=str(base)) if config.targets and config.code is None and base is not None else config
 

@@ -64,7 +64,13 @@ class DatasetConfig:
     download: bool
     materialize: Count | None
     augment: bool | Target
-    target: Target | None = None  # runs of an older flapp, which tools read, lack it
+    target: Target | None = None  # runs of an older flapp, which tools read, lack this and what follows
+    hub: str | None = None
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    skip_unreadable: bool = False
+    image_column: str | None = None
+    label_column: str | None = None
+    client_column: str | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -86,6 +92,9 @@ class ModelConfig:
     pretrained: str | None
     target: Target | None = None  # as above
     kwargs: Annotated[dict[str, Any], AfterValidator(Kwargs)] = Field(default_factory=Kwargs)
+    layer_norm_eps: Positive | None = None
+    activation: Literal["gelu", "quick_gelu"] | None = None
+    pooling: Literal["token", "mean"] | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -327,6 +336,7 @@ PROBLEMS = {  # what to say for pydantic's types of errors, with their context f
     "tuple_type": "must be a list",
     "greater_than": "is out of range: it must be more than {gt:g}",
     "greater_than_equal": "is out of range: it must be at least {ge:g}",
+    "less_than": "is out of range: it must be less than {lt:g}",
     "less_than_equal": "is out of range: it must be at most {le:g}",
     "literal_error": "is not known: choose one of {expected}",
     "string_pattern_mismatch": "is not a target: write module:function, such as task:build_model",
