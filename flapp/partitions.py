@@ -8,7 +8,17 @@ from typing import Any
 from flapp.config.load import derive_seed
 from flapp.config.schema import WRITER_PARTITIONS, Config
 from flapp.custom import blaming, own, source_of
-from flapp.data.artifact import Artifact, DataError, Stamp, check_samples, kind_of, open_verified, refuse_rows, stamp
+from flapp.data.artifact import (
+    Artifact,
+    DataError,
+    Stamp,
+    check_samples,
+    kind_of,
+    open_verified,
+    read_meta,
+    refuse_rows,
+    stamp,
+)
 from flapp.data.partition import Partition, hold_out, load_partition
 from flapp.data.sources import CIFAR, EMBEDDED, MADE_BY, ensure_artifacts
 
@@ -30,6 +40,12 @@ def prepared(config: Config) -> Path:
 
     source = f"{MADE_BY}{hashlib.sha256(source_of(function).encode()).hexdigest()}" if function else ""
     return ensure_artifacts(config.data_dir, name, make if function else None, source)
+
+
+def class_names(config: Config) -> list[str]:
+    """Return the names of the dataset's classes, or nothing when its shared artifact is not on this machine."""
+    folder = config.data_dir / config.dataset.name / "train"
+    return list(read_meta(folder)["classes"]) if (folder / "meta.json").exists() else []
 
 
 def stamp_of_shared_files(config: Config) -> Stamp:

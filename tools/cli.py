@@ -20,6 +20,8 @@ COMMANDS = {  # name: module, what it does
     "verify": ("verify_data", "check prepared data and shards against their digests"),
     "heatmap": ("partition_heatmap", "draw how many samples of each class each client has"),
     "checkpoints": ("checkpoints", "inspect the models that server and clients saved"),
+    "predict": ("predict", "classify images with the model of a run"),
+    "export": ("export", "write the model of a run for torchvision, transformers, timm, PEFT or ONNX"),
     "split": ("split_model", "cut the model of a run into bottom, trunk and top"),
     "federation": ("federation", "a SuperLink and SuperNodes on this machine: up, status, down"),
     "certificates": ("certificates", "make keys and certificates for a deployment"),

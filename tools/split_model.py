@@ -10,23 +10,19 @@ standard error.
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from flapp.architecture import build
-from flapp.config.load import read_yaml
 from flapp.config.schema import DatasetConfig, ModelConfig, from_plain
-from flapp.files import sha256_of_file
 from flapp.model.files import read_tensors
 from flapp.model.split.component import SplitModel
 from flapp.model.split.factory import ModelFactory
 from flapp.model.split.files import COMPONENTS, StorageManager
-from flapp.untrusted import check_safetensors, printable, read_json
+from flapp.untrusted import printable
 from tools.cli import as_called, new_parser
-
-MODEL = "model.safetensors"
+from tools.running.finished import MODEL, read_finished
 
 
 def split_run(run: Path, points: Sequence[int], out: Path, check: bool, overwrite: bool) -> Iterator[str]:
@@ -45,25 +41,6 @@ def split_run(run: Path, points: Sequence[int], out: Path, check: bool, overwrit
         whole = build(model, from_plain(DatasetConfig, config["dataset"], "dataset."))
         whole.load_state_dict(read_tensors(run / MODEL)[0])
         yield compare(whole.eval(), ModelFactory.load_split_models(out, name, p1, p2))
-
-
-def read_finished(run: Path) -> dict[str, Any]:
-    """Return the settings of a finished run after checking its model's SHA-256 against its summary."""
-    try:
-        config, summary = read_yaml(run / "config.yaml"), read_json(run / "metrics.json")
-        check_safetensors(run / MODEL)
-        digest = sha256_of_file(run / MODEL)
-        if not isinstance(summary, dict) or not {"run_name", "model", "dataset"} <= config.keys():
-            raise ValueError("its config.yaml or metrics.json is damaged")
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{run} is not the directory of a finished run ({reason})") from error
-    status, said = (printable(summary.get(key)) for key in ("status", "model_sha256"))
-    if status != "finished":
-        raise ValueError(f"{run} is of a run that {status}: resume it first, with resume=true")
-    if said != digest:
-        raise ValueError(f"{run / MODEL} has SHA-256 {digest[:12]}, metrics.json says {said}")
-    return config
 
 
 def compare(whole: nn.Module, models: Sequence[SplitModel]) -> str:

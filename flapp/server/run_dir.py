@@ -21,9 +21,20 @@ from flapp.config.load import config_digest, differences, read_yaml, to_yaml
 from flapp.config.schema import Config, ConfigError
 from flapp.files import finite, write_json, write_text
 from flapp.model.files import save_tensors
+from flapp.partitions import class_names
 from flapp.server.journals import LOGGER, Origin
 from flapp.server.observer import Observer
-from flapp.server.run_names import RUNNING, STORE, check_new, is_run, lock_run, name_holder, put_in_place, restarts
+from flapp.server.run_names import (
+    CLASSES,
+    RUNNING,
+    STORE,
+    check_new,
+    is_run,
+    lock_run,
+    name_holder,
+    put_in_place,
+    restarts,
+)
 from flapp.server.summary import read_whole_line
 
 if TYPE_CHECKING:
@@ -56,6 +67,8 @@ class RunDirectory:
             made = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=path.parent))
             write_text(made / "config.yaml", to_yaml(config))
             Origin(made, config).record(0)
+            if names := class_names(config):
+                write_json(made / CLASSES, names)
             made.chmod(0o755)
             put_in_place(made, path, config)  # so that a run's folder always has its config and origin
         except OSError as error:

@@ -23,7 +23,7 @@ from flapp.files import write_json
 from flapp.server.summary import read_whole_line, sound_summary
 from flapp.untrusted import read_json
 
-METRICS, RUNNING, STORE = "metrics.jsonl", "running.json", "server_chunks.db"
+METRICS, RUNNING, STORE, CLASSES = "metrics.jsonl", "running.json", "server_chunks.db", "classes.json"
 PROBE_SECONDS = 0.5  # other processes hold the lock for a moment to see whether the run is still running
 
 

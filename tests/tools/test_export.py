@@ -1,0 +1,235 @@
+"""tools.export: each library loads what was written and gives the logits of the run's final model."""
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import peft
+import pytest
+import timm
+import torch
+import torchvision
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from flapp.architecture import build
+from tests.conftest import Federate
+from tests.support.own_runs import run as run_own
+from tests.support.projects import add_to_task, new_project, settings_in
+from tools import export
+from tools.exporting.onnx_file import take_samples
+from tools.running.finished import open_run
+
+SHORT = ("clients=2", "num_rounds=1", "train.steps=1", "evaluate.personal_epochs=0")
+LORA = ("strategy=fedlora", "lora=default", "lora.rank=2", "lora.targets=[qkv,proj,mlp.0,mlp.3,conv_proj]")
+RGB = "model.channels=3"
+FEDSA = ("strategy.aggregation=fedsa", "evaluate.objective=personal_accuracy")
+
+
+@pytest.fixture(scope="module")
+def grey(federate: Federate) -> Path:
+    return federate(*SHORT)[1]
+
+
+@pytest.fixture(scope="module")
+def adapted(federate: Federate) -> Path:
+    return federate(*SHORT, *LORA, RGB)[1]
+
+
+def written(run: Path, library: str, folder: Path) -> Path:
+    """Export a run and return the folder."""
+    out = folder / library
+    assert export.main([str(run), "--to", library, "--out", str(out)]) == 0
+    return out
+
+
+def refusal(run: Path, library: str, out: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    assert export.main([str(run), "--to", library, "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def draw_images(channels: int, size: int = 32) -> Tensor:
+    return torch.randn(4, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def assert_same_logits(run: Path, theirs: Any, channels: int, expand: int = 0) -> None:
+    images = draw_images(channels)
+    found = theirs.eval()(images.expand(-1, expand, -1, -1) if expand else images)
+    found = getattr(found, "logits", found)
+    torch.testing.assert_close(found, open_run(run).model()(images), rtol=0, atol=1e-5)
+
+
+def open_torchvision(out: Path) -> nn.Module:
+    norm = partial(nn.LayerNorm, eps=1e-6)
+    model = torchvision.models.VisionTransformer(32, 4, 3, 4, 64, 128, num_classes=10, norm_layer=norm)
+    model.load_state_dict(torch.load(out / "model.pth", weights_only=True))
+    return model
+
+
+def test_torchvision_loads_a_vit_with_adapters_merged(adapted: Path, tmp_path: Path) -> None:
+    assert_same_logits(adapted, open_torchvision(written(adapted, "torchvision", tmp_path)), 3)
+
+
+def test_torchvision_takes_the_grey_images_of_a_grey_model_as_three_equal_channels(grey: Path, tmp_path: Path) -> None:
+    assert_same_logits(grey, open_torchvision(written(grey, "torchvision", tmp_path)), 1, expand=3)
+
+
+@pytest.mark.parametrize(("kind", "channels"), [("grey", 1), ("adapted", 3)])
+def test_transformers_loads_a_vit_with_its_classes_and_normalization(
+    kind: str, channels: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    run: Path = request.getfixturevalue(kind)
+    out = written(run, "transformers", tmp_path)
+    model, facts = transformers.ViTForImageClassification.from_pretrained(out, output_loading_info=True)
+    assert not any(facts.values())
+    assert_same_logits(run, model, channels)
+    assert model.config.id2label == dict(enumerate("0123456789"))
+    processor = transformers.AutoImageProcessor.from_pretrained(out)
+    assert list(processor.image_mean) == list(processor.image_std) == [0.5] * channels
+
+
+@pytest.mark.parametrize(("kind", "channels"), [("grey", 1), ("adapted", 3)])
+def test_timm_loads_a_vit_with_its_normalization(
+    kind: str, channels: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    run: Path = request.getfixturevalue(kind)
+    model = timm.create_model(f"local-dir:{written(run, 'timm', tmp_path)}", pretrained=True)
+    assert_same_logits(run, model, channels)
+    config = timm.data.resolve_data_config(model.pretrained_cfg)
+    assert config["mean"] == config["std"] == (0.5,) * channels
+    assert config["input_size"] == (channels, 32, 32)
+
+
+def test_peft_puts_the_adapter_on_the_base_in_transformers(adapted: Path, tmp_path: Path) -> None:
+    out = written(adapted, "peft", tmp_path)
+    base = transformers.ViTForImageClassification.from_pretrained(out / "base")
+    model = peft.PeftModel.from_pretrained(base, out)
+    assert_same_logits(adapted, model, 3)
+    with model.disable_adapter(), torch.no_grad():
+        without = model(draw_images(3)).logits
+    assert not torch.allclose(without, open_run(adapted).model()(draw_images(3)), atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [(), (*LORA, RGB), ("model=cnn",)])
+def test_onnxruntime_gives_the_logits_of_a_batch_of_any_size(
+    settings: tuple[str, ...], federate: Federate, tmp_path: Path
+) -> None:
+    run = federate(*SHORT, *settings)[1]
+    session = onnxruntime.InferenceSession(written(run, "onnx", tmp_path) / "model.onnx")
+    for count in (1, 7):
+        images = draw_images(1)[:1].repeat(count, 1, 1, 1)
+        (found,) = session.run(None, {"samples": images.numpy()})
+        with torch.no_grad():
+            expected = open_run(run).model()(images).numpy()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    facts = session.get_modelmeta().custom_metadata_map
+    assert json.loads(facts["classes"]) == list("0123456789")
+    assert json.loads(facts["mean"]) == [0.5]
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
+    """Return a function that makes a project and trains it; it returns the project's folder and the run."""
+
+    def train(template: str, *words: str) -> tuple[Path, Path]:
+        folder = new_project(tmp_path / "mine", template)
+        return folder, run_own(settings_in(folder, tmp_path / "home", "clients=2", *SHORT, *words))[1]
+
+    return train
+
+
+def test_a_network_of_ones_own_over_token_ids_becomes_onnx(own: Any, tmp_path: Path) -> None:
+    run = own("text")[1]
+    session = onnxruntime.InferenceSession(written(run, "onnx", tmp_path) / "model.onnx")
+    opened = open_run(run)
+    tokens = take_samples(opened, 3)
+    assert not tokens.is_floating_point()
+    (found,) = session.run(None, {"samples": tokens.numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(found, opened.model()(tokens).numpy(), rtol=0, atol=1e-5)
+
+
+def test_peft_puts_an_adapter_on_a_network_of_ones_own(own: Any, tmp_path: Path) -> None:
+    run = own("vision", "strategy=fedlora", "lora=default", "lora.rank=2", "lora.targets=[conv1,conv2]")[1]
+    out = written(run, "peft", tmp_path)
+    opened = open_run(run)
+    base = build(opened.config.model, opened.config.dataset)
+    base.load_state_dict(load_file(out / "base" / "model.safetensors"))
+    model, samples = peft.PeftModel.from_pretrained(base, out).eval(), take_samples(opened, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(model(samples), opened.model()(samples), rtol=0, atol=1e-5)
+
+
+def test_a_run_whose_own_code_has_changed_is_refused_with_the_file(own: Any, tmp_path: Path, capsys: Any) -> None:
+    folder, run = own("vision")
+    add_to_task(folder, "x = 1")
+    error = refusal(run, "onnx", tmp_path / "out", capsys)
+    assert "task.py" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "library", "named"),
+    [
+        (("model=cnn",), "timm", "model=cnn"),
+        ((), "peft", "no adapters"),
+        ((*LORA, RGB, "strategy.aggregation=flora"), "peft", "strategy.aggregation=flora"),
+        ((*LORA, RGB, *FEDSA), "timm", "fedsa"),
+        (("model.pooling=mean",), "transformers", "pooling=mean"),
+        (("model.pooling=mean",), "torchvision", "pooling=mean"),
+        (("model.activation=quick_gelu",), "timm", "quick_gelu"),
+        (("model.activation=quick_gelu",), "torchvision", "quick_gelu"),
+    ],
+)
+def test_what_a_library_cannot_hold_is_refused_by_name(
+    settings: tuple[str, ...], library: str, named: str, federate: Federate, tmp_path: Path, capsys: Any
+) -> None:
+    run = federate(*SHORT, *settings)[1]
+    assert named in refusal(run, library, tmp_path / "out", capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_settings_of_a_vit_travel(federate: Federate, tmp_path: Path) -> None:
+    mean = federate(*SHORT, "model.pooling=mean")[1]
+    assert_same_logits(mean, timm.create_model(f"local-dir:{written(mean, 'timm', tmp_path)}", pretrained=True), 1)
+    quick = federate(*SHORT, "model.activation=quick_gelu", "model.layer_norm_eps=0.001")[1]
+    out = written(quick, "transformers", tmp_path)
+    assert_same_logits(quick, transformers.ViTForImageClassification.from_pretrained(out), 1)
+
+
+def test_a_folder_with_files_stays_as_it_is(grey: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    assert str(tmp_path) in refusal(grey, "timm", tmp_path, capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_base_that_is_gone_is_named(federate: Federate, tmp_path: Path, capsys: Any) -> None:
+    run = federate(*SHORT, *LORA, RGB, "seed=77")[1]
+    digest = json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    shutil.rmtree(open_run(run).config.models_dir / digest)
+    assert "frozen weights" in refusal(run, "peft", tmp_path / "out", capsys)
+
+
+def test_an_unfinished_run_is_refused(grey: Path, tmp_path: Path, capsys: Any) -> None:
+    copy = Path(shutil.copytree(grey, tmp_path / "copy"))
+    summary = json.loads((copy / "metrics.json").read_text())
+    (copy / "metrics.json").write_text(json.dumps(summary | {"status": "failed"}))
+    assert "resume=true" in refusal(copy, "timm", tmp_path / "out", capsys)
+    assert "not the directory of a finished run" in refusal(tmp_path, "timm", tmp_path / "out", capsys)
+
+
+@pytest.mark.parametrize("names", ["[1, 2]", '["one"]', "{", '{"a": 1}'])
+def test_a_damaged_list_of_classes_is_named_with_the_fix(names: str, grey: Path, tmp_path: Path, capsys: Any) -> None:
+    copy = Path(shutil.copytree(grey, tmp_path / "copy"))
+    (copy / "classes.json").write_text(names)
+    assert "remove it" in refusal(copy, "timm", tmp_path / "out", capsys)

@@ -1,0 +1,63 @@
+"""Write the final model of a finished run as another library loads it.
+
+    python -m tools.export RUN_DIR --to torchvision --out DIR      a ViT: model.pth, a state dict of torchvision's
+    python -m tools.export RUN_DIR --to transformers --out DIR     a ViT: a folder of save_pretrained's
+    python -m tools.export RUN_DIR --to timm --out DIR             a ViT: a folder that timm loads as local-dir:DIR
+    python -m tools.export RUN_DIR --to peft --out DIR             the adapter, and in base/ the model for it
+    python -m tools.export RUN_DIR --to onnx --out DIR             any model: model.onnx, compared with onnxruntime
+
+In the first three, adapters are merged into the model. DIR must be new or empty. Prints how to load what was written.
+Exits 0, or 1 with one line on standard error.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flapp.files import replacing_folder
+from flapp.untrusted import printable
+from tools.cli import as_called, new_parser
+from tools.running.finished import FinishedRun, open_run
+
+LIBRARIES = ("torchvision", "transformers", "timm", "peft", "onnx")
+
+
+def export(run: FinishedRun, library: str, out: Path) -> str:
+    """Write the model for a library into `out`, whole or not at all, and return how to load it; raises ValueError."""
+    if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
+        raise ValueError(f"{out} is not an empty folder: name a new one with --out")
+    from tools.exporting import adapters, onnx_file, vits
+
+    writers = {
+        "torchvision": vits.write_torchvision,
+        "transformers": vits.write_transformers,
+        "timm": vits.write_timm,
+        "peft": adapters.write_peft,
+        "onnx": onnx_file.write_onnx,
+    }
+    with replacing_folder(out) as partial:
+        usage = writers[library](run, partial)
+        (partial / "classes.json").write_text(json.dumps(list(run.classes), indent=1) + "\n")
+    return usage.format(out=out)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return the exit status."""
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("run_dir", type=Path)
+    add("--to", choices=LIBRARIES, required=True, help="the library that should load the model")
+    add("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    given = parser.parse_args(arguments)
+    try:
+        usage = export(open_run(given.run_dir), given.to, given.out)
+    except (ValueError, OSError) as error:
+        print(as_called(f"error: {printable(' '.join(str(error).split()), 2000)}"), file=sys.stderr)
+        return 1
+    print(f"wrote {given.out}\n{usage}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What `tools.export` is made of: the files of each library."""

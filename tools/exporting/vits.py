@@ -1,0 +1,126 @@
+"""A ViT as torchvision, transformers and timm load it, with the same logits for the same normalised images."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flapp.config.schema import ModelConfig
+from flapp.data.images import NORMALIZATIONS
+from flapp.model.files import save_tensors
+from flapp.model.layout import SIZES, input_of
+from flapp.model.names import to_timm, to_torchvision, to_transformers
+from tools.running.finished import FinishedRun
+
+EPS = 1e-6  # torchvision's and timm's epsilon of layer norms
+BILINEAR = 2  # PIL's number, which transformers writes
+
+
+def input_size(run: FinishedRun) -> tuple[int, int]:
+    """Return the side in pixels and the channels of the images that the ViT of a run takes; raises ValueError."""
+    model, data = run.config.model, run.config.dataset
+    if model.name not in SIZES:
+        raise ValueError(f"{run.path} trained model={model.name}, which is not a ViT: use --to onnx")
+    return input_of(model.name, data.shape, data.classes, model.image_size, model.channels)
+
+
+def write_torchvision(run: FinishedRun, folder: Path) -> str:
+    """Write model.pth, a state dict of torchvision's VisionTransformer; raises ValueError for what that cannot be.
+
+    torchvision takes RGB only. The kernel of a grey model is shared out among three equal channels.
+    """
+    (size, channels), model = input_size(run), run.config.model
+    if channels not in (1, 3):
+        raise ValueError(f"torchvision's ViT takes images of 3 channels, the model takes {channels}: use --to timm")
+    for setting, value, only in (("activation", model.activation, "gelu"), ("pooling", model.pooling, "token")):
+        if value not in (None, only):
+            other = "transformers" if setting == "activation" else "timm"
+            raise ValueError(f"torchvision's ViT has {setting}={only} only, the model has {setting}={value}: use --to {other}")
+    state = to_torchvision(run.model().state_dict())
+    if channels == 1:
+        state["conv_proj.weight"] = state["conv_proj.weight"].expand(-1, 3, -1, -1).contiguous() / 3
+    torch.save(state, folder / "model.pth")
+    patch, layers, heads, width, mlp = SIZES[model.name]
+    sizes = f"{size}, {patch}, {layers}, {heads}, {width}, {mlp}, num_classes={len(run.classes)}"
+    norm = f", norm_layer=partial(nn.LayerNorm, eps={model.layer_norm_eps or EPS:g})"
+    grey = "\n# it takes a grey image as three equal channels: x.expand(-1, 3, -1, -1)" if channels == 1 else ""
+    return (
+        f"model = torchvision.models.VisionTransformer({sizes}{norm})\n"
+        f"model.load_state_dict(torch.load('{{out}}/model.pth')){grey}"
+    )
+
+
+def write_transformers(run: FinishedRun, folder: Path) -> str:
+    """Write what ViTForImageClassification.from_pretrained and AutoImageProcessor load; raises ValueError."""
+    refuse_pooling(run.config.model, "transformers' ViTForImageClassification")
+    state = to_transformers(run.model().state_dict())
+    write_transformers_folder(run, state, folder)
+    return "model = transformers.ViTForImageClassification.from_pretrained('{out}')"
+
+
+def refuse_pooling(model: ModelConfig, library: str) -> None:
+    """Raise ValueError for a model whose head sees the mean of the tokens."""
+    if model.pooling == "mean":
+        raise ValueError(f"{library} has pooling=token only, the model has pooling=mean: use --to timm or onnx")
+
+
+def write_transformers_folder(run: FinishedRun, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write config.json, preprocessor_config.json and the tensors of a ViTForImageClassification."""
+    (size, channels), model = input_size(run), run.config.model
+    patch, layers, heads, width, mlp = SIZES[model.name]
+    names = dict(enumerate(run.classes))
+    config = {
+        **{"architectures": ["ViTForImageClassification"], "model_type": "vit", "torch_dtype": "float32"},
+        **{"image_size": size, "patch_size": patch, "num_channels": channels, "qkv_bias": True},
+        **{"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": width, "intermediate_size": mlp},
+        **{"hidden_act": model.activation or "gelu", "layer_norm_eps": model.layer_norm_eps or EPS},
+        **{"hidden_dropout_prob": model.dropout, "attention_probs_dropout_prob": 0.0},
+        **{"id2label": names, "label2id": {name: number for number, name in names.items()}},
+    }
+    mean, std = statistics(run, channels)
+    preprocessor = {
+        **{"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": size, "width": size}},
+        **{"resample": BILINEAR, "do_rescale": True, "rescale_factor": 1 / 255},
+        **{"do_normalize": True, "image_mean": mean, "image_std": std},
+    }
+    write_config(folder / "config.json", config)
+    write_config(folder / "preprocessor_config.json", preprocessor)
+    save_tensors(state, folder / "model.safetensors", format="pt")
+
+
+def write_timm(run: FinishedRun, folder: Path) -> str:
+    """Write what timm.create_model('local-dir:...', pretrained=True) loads; raises ValueError."""
+    (size, channels), model = input_size(run), run.config.model
+    if model.layer_norm_eps not in (None, EPS) or model.activation not in (None, "gelu"):
+        found = f"layer_norm_eps={model.layer_norm_eps or EPS:g} and activation={model.activation or 'gelu'}"
+        raise ValueError(f"timm's ViTs are loaded with epsilon 1e-6 and gelu, the model has {found}: use --to onnx")
+    patch, layers, heads, width, mlp = SIZES[model.name]
+    mean, std = statistics(run, channels)
+    pool, count = ("avg" if model.pooling == "mean" else "token"), len(run.classes)
+    arguments = {
+        **{"img_size": size, "patch_size": patch, "in_chans": channels, "num_classes": count, "global_pool": pool},
+        **{"embed_dim": width, "depth": layers, "num_heads": heads, "mlp_ratio": mlp / width},
+    }
+    preprocessing = {
+        **{"input_size": [channels, size, size], "fixed_input_size": True, "interpolation": "bilinear"},
+        **{"crop_pct": 1.0, "crop_mode": "center", "mean": mean, "std": std, "num_classes": count},
+        **{"first_conv": "patch_embed.proj", "classifier": "head", "pool_size": None},
+    }
+    names = {"num_classes": count, "num_features": width, "global_pool": pool, "label_names": list(run.classes)}
+    architecture = {"architecture": "vit_small_patch16_224", **names, "model_args": arguments}
+    write_config(folder / "config.json", architecture | {"pretrained_cfg": preprocessing})
+    save_tensors(to_timm(run.model().state_dict(), model.pooling or "token"), folder / "model.safetensors")
+    return "model = timm.create_model('local-dir:{out}', pretrained=True)"
+
+
+def statistics(run: FinishedRun, channels: int) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of pixels in [0, 1], one number a channel."""
+    means, stds = (list(values) for values in NORMALIZATIONS[run.config.dataset.normalization])
+    return (means * channels)[:channels], (stds * channels)[:channels]
+
+
+def write_config(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1) + "\n")
