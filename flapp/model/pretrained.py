@@ -1,10 +1,5 @@
 """Pretrained weights from a local file: torchvision's checkpoints (.pth) or safetensors, in its names or in ours.
 
-torchvision                                       flapp
-...self_attention.in_proj_weight, in_proj_bias    ...self_attention.qkv.weight, qkv.bias
-...self_attention.out_proj.weight, out_proj.bias  ...self_attention.proj.weight, proj.bias
-...mlp.linear_1.*, mlp.linear_2.*                 ...mlp.0.*, mlp.3.*   (its files from before 2022; read only)
-
 A file that does not fit the model is refused whole. check_pretrained finds out from names and shapes alone, and needs
 PyTorch only for a .pth; so PyTorch is imported where it is used.
 """
@@ -12,36 +7,28 @@ PyTorch only for a .pth; so PyTorch is imported where it is used.
 import pickle
 import zipfile
 import zlib
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from flapp.files import sha256_of_file
 from flapp.model.files import mismatch, shapes_of
 from flapp.model.layout import Layout, Shape
+from flapp.model.names import POSITIONS, from_torchvision
 from flapp.untrusted import check_regular, check_safetensors, printable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-T = TypeVar("T")
 CHECKED_BYTES = 64 << 20  # a larger .pth is not read whole before a run starts
 MOST_PICKLE = 16 << 20  # bytes of the names and shapes in a .pth
-POSITIONS = "encoder.pos_embedding"
-OURS = {
-    "self_attention.in_proj_": "self_attention.qkv.",
-    "self_attention.out_proj.": "self_attention.proj.",
-    "mlp.linear_1.": "mlp.0.",
-    "mlp.linear_2.": "mlp.3.",
-}
 # What zipfile and torch's unpickler raise for damaged bytes, besides OSError.
 DAMAGE = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, LookupError),
     *(TypeError, AttributeError, AssertionError, MemoryError, OverflowError),
 )
-TORCHVISIONS = {ours: theirs for theirs, ours in OURS.items() if theirs.startswith("self_attention")}
 
 
 @dataclass(frozen=True)
@@ -193,22 +180,3 @@ def _repeats_memory(tensor: "Tensor") -> bool:
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         return True
     return tensor.nbytes > tensor.untyped_storage().nbytes()
-
-
-def from_torchvision(state: Mapping[str, T], known: Container[str] = ()) -> dict[str, T]:
-    """Return `state` under our names; names that are ours already, and those in `known`, stay."""
-    return _renamed(state, OURS, known)
-
-
-def to_torchvision(state: Mapping[str, T]) -> dict[str, T]:
-    """Return `state`, in our names and without adapters, under torchvision's."""
-    return _renamed(state, TORCHVISIONS)
-
-
-def _renamed(state: Mapping[str, T], names: Mapping[str, str], known: Container[str] = ()) -> dict[str, T]:
-    renamed = {}
-    for name, tensor in state.items():
-        for old, new in names.items():
-            name = name if name in known else name.replace(old, new)
-        renamed[name] = tensor
-    return renamed

@@ -15,7 +15,8 @@ from torchvision.models.vision_transformer import VisionTransformer
 from flapp.files import sha256_of_file
 from flapp.model.build import build_model
 from flapp.model.files import save_tensors
-from flapp.model.pretrained import from_torchvision, load_pretrained, to_torchvision
+from flapp.model.names import from_torchvision, to_torchvision
+from flapp.model.pretrained import load_pretrained
 
 
 def torchvisions(size: int = 8, classes: int = 5) -> VisionTransformer:

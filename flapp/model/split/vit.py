@@ -12,11 +12,10 @@ from torchvision.models.vision_transformer import EncoderBlock
 
 from flapp.files import sha256_of_file
 from flapp.model.layout import SIZES
-from flapp.model.pretrained import POSITIONS, from_torchvision, read_state
+from flapp.model.names import LAYER, POSITIONS, from_torchvision
+from flapp.model.pretrained import read_state
 from flapp.model.split.component import ModelType, SplitModel, Whole
 from flapp.model.vit import SelfAttention
-
-LAYER = "encoder.layers.encoder_layer_"
 
 
 class ViTTrunk(SplitModel):

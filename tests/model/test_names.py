@@ -1,0 +1,129 @@
+"""The names of a ViT's tensors, against those that torchvision, timm and transformers give them."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.models import VisionTransformer
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
+
+from flapp.model.build import build_model
+from flapp.model.names import from_any, to_timm, to_torchvision, to_transformers
+
+
+def torchvisions() -> nn.Module:
+    return VisionTransformer(8, 4, 3, 4, 64, 128, num_classes=5)
+
+
+def timms(**kwargs: Any) -> nn.Module:
+    sizes = {"img_size": 8, "patch_size": 4, "depth": 3, "num_heads": 4, "embed_dim": 64, "mlp_ratio": 2}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=5, **sizes, **kwargs)
+
+
+def config() -> ViTConfig:
+    return ViTConfig(
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=128,
+        image_size=8,
+        patch_size=4,
+        num_labels=5,
+        layer_norm_eps=1e-6,
+    )
+
+
+def transformerses() -> nn.Module:
+    return ViTForImageClassification(config())
+
+
+def ours() -> nn.Module:
+    torch.manual_seed(2)
+    return build_model("vit_tiny", (8, 8, 3), 5).eval()
+
+
+def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+BOTH: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Any]]]] = {
+    "torchvision": (torchvisions, to_torchvision),
+    "timm": (timms, to_timm),
+    "transformers": (transformerses, to_transformers),
+}
+
+
+@pytest.mark.parametrize("library", BOTH)
+def test_a_library_loads_our_weights_under_its_names_and_gives_our_logits(library: str, tmp_path: Path) -> None:
+    build, there = BOTH[library]
+    model, theirs = ours(), build().eval()
+    state = there(model.state_dict())
+    if library == "transformers":
+        theirs.save_pretrained(tmp_path)  # type: ignore[operator]
+        assert list(load_file(tmp_path / "model.safetensors")) == sorted(state)  # as save_pretrained writes them
+        theirs = ViTForImageClassification.from_pretrained(None, config=config(), state_dict=state).eval()
+    else:
+        theirs.load_state_dict(state)
+    images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        found = theirs(images)
+        torch.testing.assert_close(getattr(found, "logits", found), model(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("library", BOTH)
+def test_our_names_come_back_from_each_library_with_and_without_tensors(library: str) -> None:
+    state, there = ours().state_dict(), BOTH[library][1]
+    found, back = from_any(there(state))
+    assert found == library
+    assert list(back) == list(state)
+    assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+    assert from_any(there(shapes(state))) == (library, shapes(state))
+
+
+def test_names_in_memory_of_transformers_5_and_those_of_a_vit_model_are_read(tmp_path: Path) -> None:
+    model = transformerses()
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    written, memory = load_file(tmp_path / "model.safetensors"), model.state_dict()
+    assert written.keys() != memory.keys()
+    expected, found = from_any(written)[1], from_any(memory)[1]
+    assert found.keys() == ours().state_dict().keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    backbone = ViTModel(config())
+    backbone.save_pretrained(tmp_path)
+    names = {name for name in found if not name.startswith("heads.")} | {
+        "vit.pooler.dense.weight",
+        "vit.pooler.dense.bias",
+    }
+    for state in (load_file(tmp_path / "model.safetensors"), backbone.state_dict()):
+        library, found = from_any(state)
+        assert library == "transformers"
+        assert found.keys() == names
+
+
+def test_timms_norm_behind_the_mean_of_the_tokens_is_our_last_norm() -> None:
+    theirs = timms(global_pool="avg")
+    state = to_timm(ours().state_dict(), "mean")
+    theirs.load_state_dict(state)
+    assert from_any(state)[1].keys() == ours().state_dict().keys()
+
+
+def test_q_k_and_v_that_are_not_alike_are_not_joined() -> None:
+    state = to_transformers(shapes(ours().state_dict()))
+    key = "vit.encoder.layer.1.attention.attention.key.weight"
+    for odd in ((63, 64), ()):
+        found = from_any(state | {key: odd})[1]
+        assert "encoder.layers.encoder_layer_1.self_attention.qkv.weight" not in found
+        assert odd in found.values()
+    del state[key]
+    assert "encoder.layers.encoder_layer_1.self_attention.qkv.weight" not in from_any(state)[1]
+
+
+def test_what_is_no_vit_keeps_its_names() -> None:
+    state = build_model("cnn", (8, 8, 1), 5).state_dict()
+    assert from_any(state) == (None, state)
+    assert from_any({}) == (None, {})
