@@ -35,8 +35,11 @@ OTHERS = [path for path in sorted((ROOT / "docs").glob("*.md")) if path not in R
 PAGES = {path: path.read_text() for path in (*READ_FIRST, *OTHERS, ROOT / "CONTRIBUTING.md")}
 PROGRAMS = r"flapp|python3?|pip|flwr|flower-\w+|ray|nginx|tensorboard|pre-commit|mkdocs|ruff"
 PLACEHOLDERS = {"DIR", "RUN_DIR", "PATH", "FILE", "DB", "PARTITION", "DATASET"}  # allowed in tables and prose only
-READS_RUNS = re.compile(r"python -m tools\.(report|checkpoints|split_model|verify_data) (?!.*(--benchmark|runs/lrs))")
+READS_RUNS = re.compile(
+    r"python -m tools\.(report|checkpoints|split_model|verify_data|predict|export) (?!.*(--benchmark|runs/lrs))"
+)
 SMALL = ("clients=2", "train.steps=1", "train.batch_size=2", "evaluate.personal_epochs=0")
+ADAPTED = ("strategy=fedlora", "lora=default", "model.channels=3")
 
 
 def blocks(language: str) -> list[str]:
@@ -170,7 +173,7 @@ def is_known(command: str) -> None:
 
 CHECKS: dict[str, Callable[[str], None]] = {
     r"python -m tools\.(run|prepare_data)\b.*": composes,
-    r"python -m tools\.(federation|certificates|proxy|benchmark|report|checkpoints|split_model|runs|new) .*": is_parsed,
+    r"python -m tools\.(federation|certificates|proxy|benchmark|report|checkpoints|split_model|runs|new|predict|export) .*": is_parsed,
     r"python -m tools\.(verify_data|partition_heatmap) .*": is_parsed,
     r"flapp .*": is_flapp,
     r"python -m tools\.supernode .*": is_supernode,
@@ -280,7 +283,7 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Return the folder of a user with two runs; HOME is there, and the working folder too.
+    """Return the folder of a user with three runs and an image of a digit; HOME is there, and the working folder too.
 
     The models are those of the default, so that everything said about them holds. Training is shortened.
     """
@@ -288,10 +291,13 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     runs = folder / ".flapp" / "runs"
     run_in_process(f"home={folder / '.flapp'}", "run_name=mine", "evaluate.every=20", *SMALL)
     shutil.copytree(runs / "mine", runs / "other")
+    run_in_process(f"home={folder / '.flapp'}", "run_name=adapted", *ADAPTED, *SMALL, "num_rounds=1")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(folder))
         patch.setenv("DB", str(folder / ".flapp/checkpoints/mine/client_0/client_0_chunks.db"))
         patch.chdir(folder)
+        (digit,) = [block for block in blocks("python") if "digit.png" in block]
+        exec(compile(digit, "export.md", "exec"), {})
         yield folder
 
 

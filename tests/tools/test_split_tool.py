@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flapp.files import sha256_of_file
 from flapp.model.split.factory import ModelFactory
 from flapp.model.split.files import COMPONENTS, StorageManager, read_metadata
 from flapp.server.roster import Roster
@@ -30,7 +31,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return what the tool reads of a finished run."""
     path = tmp_path_factory.mktemp("runs") / "mine"
     write_vit(path / "model.safetensors", dropout=0.1)
-    facts = {"status": "finished", "model_sha256": split_model.sha256_of_file(path / "model.safetensors")}
+    facts = {"status": "finished", "model_sha256": sha256_of_file(path / "model.safetensors")}
     (path / "metrics.json").write_text(json.dumps(facts))
     model = {"name": "vit_tiny", "image_size": None, "dropout": 0.1, "channels": None, "pretrained": None}
     dataset = {"name": "mine", "shape": [32, 32, 1], "classes": 10, "normalization": "half", "source": None}

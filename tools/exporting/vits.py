@@ -38,7 +38,8 @@ def write_torchvision(run: FinishedRun, folder: Path) -> str:
     for setting, value, only in (("activation", model.activation, "gelu"), ("pooling", model.pooling, "token")):
         if value not in (None, only):
             other = "transformers" if setting == "activation" else "timm"
-            raise ValueError(f"torchvision's ViT has {setting}={only} only, the model has {setting}={value}: use --to {other}")
+            found = f"has {setting}={only} only, the model has {setting}={value}"
+            raise ValueError(f"torchvision's ViT {found}: use --to {other}")
     state = to_torchvision(run.model().state_dict())
     if channels == 1:
         state["conv_proj.weight"] = state["conv_proj.weight"].expand(-1, 3, -1, -1).contiguous() / 3

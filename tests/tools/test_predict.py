@@ -1,0 +1,89 @@
+"""tools.predict: the probabilities are those of the final model for images as the run reads them."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from tests.conftest import Federate
+from tools import predict
+from tools.running.finished import open_run
+
+SHORT = ("clients=2", "num_rounds=1", "train.steps=20", "evaluate.personal_epochs=0")
+
+
+@pytest.fixture(scope="module")
+def run(federate: Federate) -> Path:
+    """Return a run whose model resizes the digits of 32 pixels to 48."""
+    return federate(*SHORT, "model.image_size=48")[1]
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """Write a colour image that is wider than high, and return its path."""
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 80, 3), dtype=np.uint8)
+    path = tmp_path / "photo.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def lines_of(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[str]]:
+    captured = capsys.readouterr()
+    return captured.out.splitlines(), captured.err.splitlines()
+
+
+def test_probabilities_are_those_of_torchvisions_eval_transform(run: Path, photo: Path, capsys: Any) -> None:
+    assert predict.main([str(run), str(photo), "--json"]) == 0
+    (line,), _ = lines_of(capsys)
+    steps = (transforms.Grayscale(), transforms.Resize(32), transforms.CenterCrop(32), transforms.Resize(48))
+    inputs = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])(Image.open(photo))
+    with torch.no_grad():
+        expected = open_run(run).model()(inputs[None]).softmax(1)[0]
+    found = json.loads(line)["classes"]
+    assert [found[str(digit)] for digit in range(10)] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert list(found) == [str(digit) for digit in expected.argsort(descending=True).tolist()]
+
+
+def test_the_most_probable_classes_come_first_under_their_names(run: Path, photo: Path, capsys: Any) -> None:
+    (run / "classes.json").write_text(json.dumps([f"digit {n}" for n in range(10)]))
+    assert predict.main([str(run), str(photo), "--top", "2"]) == 0
+    (line,), _ = lines_of(capsys)
+    path, _, shown = line.partition(": ")
+    (first, more), (second, less) = (part.rsplit(" ", 1) for part in shown.split(", "))
+    assert path == str(photo)
+    assert first.startswith("digit ")
+    assert second.startswith("digit ")
+    assert first != second
+    assert float(more) >= float(less)
+
+
+def test_images_that_cannot_be_read_are_named_and_the_others_classified(run: Path, photo: Path, capsys: Any) -> None:
+    text, pipe, cut = (photo.with_name(name) for name in ("text.png", "pipe.png", "cut.png"))
+    text.write_text("no image")
+    cut.write_bytes(photo.read_bytes()[:400])
+    os.mkfifo(pipe)
+    bad = [text, pipe, cut, photo.with_name("missing.png"), photo.parent]
+    assert predict.main([str(run), *map(str, bad), str(photo)]) == 1
+    shown, errors = lines_of(capsys)
+    assert len(shown) == 1
+    assert shown[0].startswith(f"{photo}: ")
+    assert all(str(path) in error for path, error in zip(bad, errors, strict=True))
+
+
+def test_a_run_without_classes_of_images_is_refused(federate: Federate, photo: Path, capsys: Any) -> None:
+    assert predict.main([str(federate("experiment=toy_regression", "num_rounds=1")[1]), str(photo)]) == 1
+    _, (error,) = lines_of(capsys)
+    assert "images with classes" in error
+
+
+def test_classes_are_numbers_where_the_run_did_not_know_their_names(run: Path, photo: Path, capsys: Any) -> None:
+    (run / "classes.json").unlink(missing_ok=True)
+    assert predict.main([str(run), str(photo), "--json"]) == 0
+    (line,), _ = lines_of(capsys)
+    assert set(json.loads(line)["classes"]) == set("0123456789")
