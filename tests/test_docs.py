@@ -173,8 +173,8 @@ def is_known(command: str) -> None:
 
 CHECKS: dict[str, Callable[[str], None]] = {
     r"python -m tools\.(run|prepare_data)\b.*": composes,
-    r"python -m tools\.(federation|certificates|proxy|benchmark|report|checkpoints|split_model|runs|new|predict|export) .*": is_parsed,
-    r"python -m tools\.(verify_data|partition_heatmap) .*": is_parsed,
+    r"python -m tools\.(federation|certificates|proxy|benchmark|report|checkpoints|split_model|runs|new) .*": is_parsed,
+    r"python -m tools\.(verify_data|partition_heatmap|predict|export) .*": is_parsed,
     r"flapp .*": is_flapp,
     r"python -m tools\.supernode .*": is_supernode,
     r"flower-superlink .*": is_superlink,
