@@ -96,6 +96,12 @@ def refusal_of(overrides: list[str]) -> str:
     return str(caught.value)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that have slow tests, so that with -n no process is left alone with one of them."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def keep_log_handlers() -> Iterator[None]:
     """Keep Hydra from closing every log handler of this process: closing absl's would also close pytest's output."""

@@ -14,7 +14,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from safetensors.torch import load_file
 
 from tests.support.waiting import wait_for
-from tools.bench import bare, simulation, stock
+from tools.bench import bare, simulation, stock, usage
 from tools.bench.simulation import NO_EVALUATION, Workload, cnn, linear
 from tools.bench.usage import CommandError, ProcessTree, Usage, count_lines, watch
 
@@ -107,7 +107,10 @@ def test_a_watched_command_is_measured_between_its_first_round_and_the_last_but_
         ("import time; time.sleep(60)", "it had 0 rounds when its time was over: raise LIMIT_SECONDS"),
     ],
 )
-def test_a_command_without_its_rounds_is_an_error_that_says_why(command: str, error: str, tmp_path: Path) -> None:
+def test_a_command_without_its_rounds_is_an_error_that_says_why(
+    command: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(usage, "KILL_SECONDS", 1)  # what a shell starts in the background ignores interrupts
     with pytest.raises(CommandError, match=f"^{error}$"):
         watch([sys.executable, "-c", command], tmp_path / "ends", b"end", 4, 2)
 
