@@ -184,7 +184,7 @@ def name_override(words: Sequence[str]) -> list[str]:
 
 
 def from_tree(tree: Any, base: Path | None = None) -> Config:
-    """Check a composed DictConfig and turn it into a Config with absolute paths."""
+    """Check a composed DictConfig and turn it into a Config with absolute paths; an app has no `base`, see derive."""
     from omegaconf import OmegaConf
 
     values = typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
@@ -194,7 +194,7 @@ def from_tree(tree: Any, base: Path | None = None) -> Config:
         if isinstance(node, dict) and node.get(key) is not None:
             given = Path(str(node[key])).expanduser()
             node[key] = str(given if base is None else base / given)
-    derive(values)
+    derive(values, reads_weights=base is not None)
     config = from_dict(values)
     return replace(config, code=str(base)) if config.targets and config.code is None and base is not None else config
 
