@@ -27,7 +27,8 @@ def plan(model: ModelConfig, dataset: DatasetConfig, lora: LoRAConfig | None = N
     if model.name == "custom":
         layout = _layout_of_own(resolve("model.target", str(model.target)), model)
     else:
-        layout = lay_out(model.name, dataset.shape, dataset.classes, model.image_size, model.channels)
+        sizes = (dataset.shape, dataset.classes, model.image_size, model.channels)
+        layout = lay_out(model.name, *sizes, model.variant)
     return layout.with_lora(lora.targets, lora.rank, lora.alpha) if lora is not None and lora.enabled else layout
 
 
@@ -37,7 +38,8 @@ def build(model: ModelConfig, dataset: DatasetConfig) -> "nn.Module":
         return _build_own(resolve("model.target", str(model.target)), model)
     from flapp.model.build import build_model
 
-    return build_model(model.name, dataset.shape, dataset.classes, model.image_size, model.dropout, model.channels)
+    sizes = (dataset.shape, dataset.classes, model.image_size)
+    return build_model(model.name, *sizes, model.dropout, model.channels, model.variant)
 
 
 def _build_own(function: Callable[..., Any], model: ModelConfig) -> "nn.Module":

@@ -97,7 +97,7 @@ MISTAKES = (  # words, and what is said; only the last needs PyTorch
     (f"{LORA} lora.targets=[nope]", "lora.targets=nope matches no layer of the model: choose among"),
     (f"{LORA} lora.rank=65", "lower lora.rank or leave it out"),
     ("model.pretrained={home}/shapes.safetensors", "1 misshapen, first encoder.ln.weight"),
-    ("model.pretrained={home}/names.safetensors", "44 missing, first class_token"),
+    ("model.pretrained={home}/names.safetensors", "has tensors of another network, first net.class_token"),
     (LORA + " lora.adapter={home}/rank", "set lora.rank and lora.alpha to the adapter's"),
     (LORA + " lora.adapter={home}/classes", "2 misshapen, first heads.head.weight"),
     ("clients=100 partition.alpha=0.1", "raise partition.alpha, lower partition.min_size"),

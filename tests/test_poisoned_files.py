@@ -30,8 +30,8 @@ from flapp.files import sha256_of_file
 from flapp.messages import view
 from flapp.model.adapter_files import import_adapter
 from flapp.model.files import load_tensors
-from flapp.model.pretrained import read_state
 from flapp.model.split.factory import ModelFactory
+from flapp.model.weight_files import read_state
 from flapp.server.run_dir import RunDirectory, check_resumable
 from flapp.server.summary import read_line, sound_summary
 from flapp.untrusted import parse_json, printable, read_json

@@ -189,7 +189,10 @@ def name_override(words: Sequence[str]) -> list[str]:
 
 
 def from_tree(tree: Any, base: Path | None = None, preparing: bool = False) -> Config:
-    """Check a composed DictConfig and turn it into a Config with absolute paths; preparing: see compose."""
+    """Check a composed DictConfig and turn it into a Config with absolute paths; an app has no `base`, see derive.
+
+    preparing: see compose.
+    """
     from omegaconf import OmegaConf
 
     values = typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
@@ -201,7 +204,7 @@ def from_tree(tree: Any, base: Path | None = None, preparing: bool = False) -> C
             node[key] = str(given if base is None else base / given)
     is_open = preparing and leave_open(values)
     if not preparing:
-        derive(values)
+        derive(values, reads_weights=base is not None)
     config = from_plain(Config, values) if is_open else from_dict(values)
     return replace(config, code=str(base)) if config.targets and config.code is None and base is not None else config
 

@@ -64,6 +64,9 @@ def _data_faults(config: Config) -> Iterator[str]:
         yield f"model.image_size={model.image_size} resizes images, dataset={data.name} has none: set it to null"
     if model.name == "linear" and (model.channels is not None or model.dropout > 0):
         yield "model=linear has neither channels nor dropout: leave model.channels and model.dropout out"
+    if model.name not in SIZES and (given := model.variant.given()):
+        key, value = next(iter(given.items()))
+        yield f"model.{key}={value} is for a ViT, got model={model.name}: leave it out"
     if data.classes == 0 and kind != "iid":
         yield f"partition={kind} needs classes, dataset={data.name} has none: set partition=iid"
     for needing, setting in (("dirichlet", "alpha"), ("pathological", "classes_per_client")):

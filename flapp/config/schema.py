@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from flapp.model.layout import Variant
 from flapp.untrusted import printable
 
 T = TypeVar("T")
@@ -92,9 +93,14 @@ class ModelConfig:
     pretrained: str | None
     target: Target | None = None  # as above
     kwargs: Annotated[dict[str, Any], AfterValidator(Kwargs)] = Field(default_factory=Kwargs)
-    layer_norm_eps: Positive | None = None
+    layer_norm_eps: Annotated[float, Field(gt=0, lt=1)] | None = None
     activation: Literal["gelu", "quick_gelu"] | None = None
     pooling: Literal["token", "mean"] | None = None
+
+    @property
+    def variant(self) -> Variant:
+        """Return what a ViT's tensors do not show."""
+        return Variant(self.layer_norm_eps, self.activation, self.pooling)
 
 
 @dataclass(frozen=True, config=STRICT)

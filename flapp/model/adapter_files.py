@@ -24,7 +24,7 @@ from flapp.files import replacing_folder
 from flapp.model.files import mismatch, save_tensors
 from flapp.model.layout import Layout, Shape
 from flapp.model.names import to_torchvision
-from flapp.model.pretrained import read_shapes, read_state
+from flapp.model.weight_files import read_shapes, read_state
 from flapp.untrusted import printable, read_json
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from flapp.model.layout import SIZES, input_of
+from flapp.model.layout import SIZES, Variant, check_variant, input_of
 from flapp.model.networks import LeafCNN, Linear
 
 
@@ -29,14 +29,23 @@ def build_model(
     image_size: int | None = None,
     dropout: float = 0.0,
     channels: int | None = None,
+    variant: Variant = Variant(),  # noqa: B008 - it is frozen
 ) -> nn.Module:
     """Build the model `name` for samples of `shape`, drawing its weights from torch's global generator.
 
     shape is (H, W, C) for images or (features,) for `linear`; classes is 0 for regression (one output).
     image_size overrides H and W where images are resized. channels=3 makes a ViT that takes grey images as RGB, as
-    pretrained weights need. Raises ValueError for an unknown name or a shape that the model cannot take.
+    pretrained weights need; variant is that of a ViT. Raises ValueError for an unknown name or a shape that the model
+    cannot take.
     """
+    check_variant(name, variant)
     if name == "linear":
         return Linear(shape, max(classes, 1))
     size, channels = input_of(name, shape, classes, image_size, channels)
-    return BUILDERS[name](name, size, channels, classes, dropout)
+    model = BUILDERS[name](name, size, channels, classes, dropout)
+    if variant.given():
+        from flapp.model.vit import ViT
+
+        assert isinstance(model, ViT)
+        model.set_variant(variant)
+    return model

@@ -8,12 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 Shape = tuple[int, ...]
 
-# patch, layers, heads, width, mlp width. vit_s_16 is DeiT's "small", vit_b_16 is torchvision's.
+# patch, layers, heads, width, mlp width. vit_ti_16 and vit_s_16 are DeiT's "tiny" and "small", vit_b_16 is
+# torchvision's.
 SIZES = {
     "vit_tiny": (4, 3, 4, 64, 128),
+    "vit_ti_16": (16, 12, 3, 192, 768),
     "vit_s_16": (16, 12, 6, 384, 1536),
     "vit_b_16": (16, 12, 12, 768, 3072),
 }
@@ -31,6 +34,46 @@ def matrix_shape(weight: Shape, is_transposed: bool) -> tuple[int, int]:
     return (weight[1], weight[0]) if is_transposed else (weight[0], math.prod(weight[1:]))
 
 
+ACTIVATIONS = {"gelu": "GELU", "quick_gelu": "QuickGELU"}  # of a ViT, and the classes of their modules
+POOLINGS = ("token", "mean")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What ViTs of one size differ in without a trace in their tensors; None is as in torchvision, see PLAIN.
+
+    layer_norm_eps: the epsilon of all layer norms; activation: gelu or quick_gelu; pooling: what the head sees, `token`
+    (the class token behind the last norm) or `mean` (the last norm of the mean of all other tokens).
+    """
+
+    layer_norm_eps: float | None = None
+    activation: str | None = None
+    pooling: str | None = None
+
+    def __post_init__(self) -> None:
+        eps = self.layer_norm_eps
+        if eps is not None and not (isinstance(eps, float) and 0 < eps < 1):
+            raise ValueError(f"layer_norm_eps={eps!r} is no epsilon: it must be a number between 0 and 1")
+        for name, value, known in (
+            ("activation", self.activation, [*ACTIVATIONS]),
+            ("pooling", self.pooling, POOLINGS),
+        ):
+            if value is not None and value not in known:
+                raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(known)}")
+
+    def given(self) -> dict[str, Any]:
+        """Return the values that are not None, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def filled(self) -> "Variant":
+        """Return the variant with torchvision's values in place of None."""
+        return replace(PLAIN, **self.given())
+
+
+EPSILON = 1e-6
+PLAIN = Variant(EPSILON, "gelu", "token")
+
+
 @dataclass(frozen=True)
 class Layout:
     """The layers and tensors of a model.
@@ -39,7 +82,7 @@ class Layout:
     state dict, in order; head: its last linear layer, if it has one; trained: the tensors that training may change;
     head_tensors: those of the head that are trained in full beside adapters; buffers: tensors that are not parameters,
     such as the statistics of BatchNorm; unfit: what the layers are that look like those of ADAPTED but cannot take an
-    adapter, by name; adapters: rank and alpha of every adapted layer.
+    adapter, by name; adapters: rank and alpha of every adapted layer; variant: that of a ViT.
     """
 
     kind: str
@@ -51,6 +94,7 @@ class Layout:
     buffers: tuple[str, ...] = ()
     unfit: Mapping[str, str] = field(default_factory=dict)
     adapters: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    variant: Variant = Variant()
 
     def matching(self, targets: Sequence[str], rank: int) -> list[str]:
         """Return the layers that `targets` name, in the model's order.
@@ -121,13 +165,29 @@ class Layout:
 
 
 def lay_out(
-    name: str, shape: Sequence[int], classes: int, image_size: int | None = None, channels: int | None = None
+    name: str,
+    shape: Sequence[int],
+    classes: int,
+    image_size: int | None = None,
+    channels: int | None = None,
+    variant: Variant = Variant(),
 ) -> Layout:
     """Return the layout of what build_model builds from the same arguments; raises ValueError where it does."""
+    check_variant(name, variant)
     if name == "linear":
         return _layout("Linear", [_linear("fc", math.prod(shape), max(classes, 1))])
     size, channels = input_of(name, shape, classes, image_size, channels)
-    return LAYOUTS[name](name, size, channels, classes)
+    layout = LAYOUTS[name](name, size, channels, classes)
+    kinds = {"GELU": ACTIVATIONS[variant.activation]} if variant.activation else {}
+    modules = {module: kinds.get(kind, kind) for module, kind in layout.modules.items()}
+    return replace(layout, modules=modules, variant=variant)
+
+
+def check_variant(name: str, variant: Variant) -> None:
+    """Raise ValueError for a variant of a model that is no ViT of SIZES."""
+    if name not in SIZES and (given := variant.given()):
+        key, value = next(iter(given.items()))
+        raise ValueError(f"model.{key}={value} is for a ViT, got model={name}: leave it out")
 
 
 def input_of(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flapp.model.files import mismatch, shapes_of
-from flapp.model.layout import ADAPTED, Layout
+from flapp.model.layout import ADAPTED, Layout, Variant
 from flapp.model.lora_layers import LoRALayer, adapter_class, is_linear
 
 
@@ -91,6 +91,7 @@ def layout_of(model: nn.Module) -> Layout:
         tuple(key for key in state if key not in parameters),
         _unfit_layers(model, modules),
         {name: (layer.rank, layer.alpha) for name, layer in layers.items()},
+        variant if isinstance(variant := getattr(model, "variant", None), Variant) else Variant(),
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
-from flapp.model.layout import SIZES
+from flapp.model.layout import EPSILON, SIZES, Variant
 
 
 class SelfAttention(nn.Module):
@@ -35,11 +35,54 @@ class SelfAttention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(n, tokens, width)), None
 
 
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), the approximation of GELU (Hendrycks and Gimpel 2016) that CLIP made common."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
 class ViT(VisionTransformer):
     """torchvision's VisionTransformer, which here also takes grey images (N, 1, H, W) as images of equal channels."""
 
+    variant = Variant()
+
+    def set_variant(self, variant: Variant) -> None:
+        """Change what the tensors do not show; draws nothing and leaves the tensors as they are."""
+        self.variant = variant
+        for block in self.encoder.layers:
+            assert isinstance(block, EncoderBlock)
+            vary_block(block, variant)
+        vary_norm(self.encoder.ln, variant)
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.expand(-1, self.conv_proj.in_channels, -1, -1))
+        x = x.expand(-1, self.conv_proj.in_channels, -1, -1)
+        if self.variant.pooling != "mean":
+            return super().forward(x)
+        tokens = torch.cat([self.class_token.expand(len(x), -1, -1), self._process_input(x)], dim=1)
+        tokens = self.encoder.layers(self.encoder.dropout(tokens + self.encoder.pos_embedding))
+        return self.heads(pool(tokens, self.encoder.ln, self.variant))
+
+
+def pool(tokens: Tensor, norm: nn.Module, variant: Variant) -> Tensor:
+    """Return what the head sees, (N, width), of the last layer's tokens (N, tokens, width), the class token first.
+
+    The mean is taken as in timm's VisionTransformer with global_pool="avg": without the class token, before the norm.
+    """
+    return norm(tokens[:, 1:].mean(dim=1)) if variant.pooling == "mean" else norm(tokens)[:, 0]
+
+
+def vary_block(block: EncoderBlock, variant: Variant) -> None:
+    """Give a layer the epsilon and the activation of a variant."""
+    vary_norm(block.ln_1, variant)
+    vary_norm(block.ln_2, variant)
+    block.mlp[1] = QuickGELU() if variant.activation == "quick_gelu" else nn.GELU()
+
+
+def vary_norm(norm: nn.Module, variant: Variant) -> None:
+    """Give a layer norm the epsilon of a variant."""
+    assert isinstance(norm, nn.LayerNorm)
+    norm.eps = variant.layer_norm_eps or EPSILON
 
 
 def build_vit(name: str, image_size: int, channels: int, classes: int, dropout: float = 0.0) -> ViT:

@@ -24,12 +24,15 @@ from flapp.data.shards.manifest import open_manifest
 from flapp.model.adapter_files import check_adapter
 from flapp.model.pretrained import check_pretrained
 from flapp.model.split.files import StorageManager
+from flapp.model.vit_weights import check_normalization_of
+from flapp.model.weight_files import find_weights
 from flapp.partitions import check_splits, open_partition, prepared
 from flapp.server.client_keys import ClientKeys
 from flapp.server.observer import check_tensorboard
 
 QUICK_BYTES = 1 << 30  # of images that are hashed for the first time
 QUICK_SHARES = 15_000  # clients x classes: a thousand Dirichlet draws of so many shares take a second
+RUN_WEIGHTS = "model.safetensors"
 DIGITS_BASE = "digits_base"  # the run that conf/experiment/digits_fedlora.yaml starts from
 
 
@@ -71,10 +74,23 @@ def check_home(config: Config) -> None:
 def check_files(config: Config) -> None:
     """Refuse missing files of weights and adapters to start from."""
     weights, adapter = config.model.pretrained, config.lora.adapter
-    if weights is not None and not Path(weights).is_file():
-        raise ConfigError(f"model.pretrained={weights} is not a file: {_origin_of(Path(weights), config)}")
+    if weights is not None:
+        _check_weights(Path(weights), config)
     if adapter is not None and not Path(adapter).is_dir():
         raise ConfigError(f"lora.adapter={adapter} is not a folder: {_origin_of(Path(adapter), config)}")
+
+
+def _check_weights(path: Path, config: Config) -> None:
+    """Refuse weights to start from that are neither a file nor a folder that has one; a run may not have written it."""
+    is_run = path.parent == config.runs_dir or (path.is_dir() and path.is_relative_to(config.runs_dir))
+    if path.is_dir() and not is_run:
+        find_weights(path)
+    elif not (path / RUN_WEIGHTS if is_run else path).is_file():
+        raise ConfigError(
+            f"model.pretrained={path} has no {RUN_WEIGHTS}: {_origin_of(path / RUN_WEIGHTS, config)}"
+            if is_run
+            else f"model.pretrained={path} is not a file: {_origin_of(path, config)}"
+        )
 
 
 def check_dataset(config: Config, is_divided: bool) -> None:
@@ -179,7 +195,9 @@ def check_model(config: Config) -> None:
         left = config.resume and (config.runs_dir / config.run_name / "model.safetensors").exists()
         StorageManager.check(*split_place(config), overwrite=left)
     if config.model.pretrained is not None:
-        check_pretrained(plan(config.model, config.dataset), Path(config.model.pretrained))
+        weights = check_pretrained(plan(config.model, config.dataset), Path(config.model.pretrained))
+        if weights is not None:
+            check_normalization_of(weights, config.dataset.normalization, config.dataset.shape[-1])
     layout = plan(config.model, config.dataset, config.lora)
     if config.lora.adapter is not None:
         check_adapter(layout, Path(config.lora.adapter))

@@ -132,8 +132,9 @@ class RunDirectory:
 
     def save_model(self, state: "Mapping[str, Tensor]") -> str:
         """Write model.safetensors and return its SHA-256; the same model always gives the same bytes."""
-        facts = {"model": self.config.model.name, "shape": self.config.dataset.shape}
-        return save_tensors(state, self.path / "model.safetensors", **facts, classes=self.config.dataset.classes)
+        facts: dict[str, Any] = {"model": self.config.model.name, "shape": self.config.dataset.shape}
+        facts |= {"classes": self.config.dataset.classes, **self.config.model.variant.given()}
+        return save_tensors(state, self.path / "model.safetensors", **facts)
 
     def finish(self, model_sha256: str) -> dict[str, Any]:
         """Write metrics.json of a finished run, and return it."""

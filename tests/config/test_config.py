@@ -15,6 +15,8 @@ from flapp.architecture import build
 from flapp.config.load import CONF, compose, derive_seed, expand_words, from_dict, load, read_node_config, to_json
 from flapp.config.schema import ConfigError, setting_types
 from flapp.custom import enable
+from flapp.model.build import build_model
+from flapp.model.files import save_tensors
 from tests.conftest import refusal_of
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
@@ -27,14 +29,17 @@ NEEDS = {
     ("experiment", "cifar10_fedlora"): ["model.pretrained=/models/vit_b_16.pth"],
     ("experiment", "cifar100_fedlora"): ["model.pretrained=/models/vit_b_16.pth"],
     ("split", "auto"): ["split.split_config=1-2"],
+    ("model", "pretrained"): ["model.pretrained={folder}/model.safetensors"],
     ("model", "custom"): ["model.target=torchvision.models:resnet18", "model.kwargs={num_classes:10}"],
     ("dataset", "custom"): ["dataset.name=mine", "dataset.shape=[32,32,3]", "dataset.classes=4"],
 }
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
-def test_every_choice_in_conf_composes_and_builds_its_model(group: str, choice: str) -> None:
-    composed = compose([f"{group}={choice}", *NEEDS.get((group, choice), [])])
+def test_every_choice_in_conf_composes_and_builds_its_model(group: str, choice: str, tmp_path: Path) -> None:
+    save_tensors(build_model("vit_tiny", (8, 8, 3), 5).state_dict(), tmp_path / "model.safetensors")
+    words = [word.replace("{folder}", str(tmp_path)) for word in NEEDS.get((group, choice), [])]
+    composed = compose([f"{group}={choice}", *words], tmp_path)
     enable(composed)
     model = build(composed.model, composed.dataset)
     assert sum(p.numel() for p in model.parameters()) > 0
@@ -50,7 +55,8 @@ def test_every_choice_in_conf_composes_and_builds_its_model(group: str, choice: 
         (["+extra=1"], "extra is not a setting"),
         (
             ["model=vit_huge"],
-            "model=vit_huge is not known: choose one of cnn, custom, linear, vit_b_16, vit_s_16, vit_tiny",
+            "model=vit_huge is not known: choose one of cnn, custom, linear, pretrained, vit_b_16, vit_s_16, "
+            "vit_ti_16, vit_tiny",
         ),
         (["dataset=custom"], "dataset.name must be given: add dataset.name=VALUE"),
         (["num_rounds=0"], "num_rounds=0 is out of range: it must be at least 1"),

@@ -218,5 +218,5 @@ def test_a_missing_cut_or_foreign_file_is_one_line(suffix: str, tmp_path: Path) 
         assert "\n" not in str(caught.value)
     path.unlink()
     path.mkdir()
-    with pytest.raises(ValueError, match=f"{path} cannot be read"):
+    with pytest.raises(ValueError, match=f"{path} has neither model.safetensors nor pytorch_model.bin: give a file"):
         load_pretrained(ours(), path)

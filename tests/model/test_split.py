@@ -202,7 +202,7 @@ def test_what_cannot_be_split_is_refused_in_one_line(tmp_path: Path) -> None:
     for kind, source, message in (
         ("t5", "vit.safetensors", "model_type=t5 is not known: choose one of gpt2, vit"),
         ("vit", "none.safetensors", "none.safetensors is missing: give a file of a ViT's weights"),
-        ("vit", "cnn.safetensors", "is not one of the ViTs that can be split"),
+        ("vit", "cnn.safetensors", "has tensors of another network, first fc.weight"),
         ("vit", "more.safetensors", "1 tensors that belong to no component, first more"),
         ("vit", "part.safetensors", "does not fit ViTTop: 1 missing, first encoder.ln.bias"),
         ("gpt2", "torn", "lacks 2 of the model's tensors, first transformer.h.3.ln_1.bias"),

@@ -17,7 +17,7 @@ from flapp.config.schema import Config, ConfigError
 from flapp.data.shards.manifest import Manifest
 from flapp.listing import by_reason, list_names
 from flapp.messages import MessageError
-from flapp.model import pretrained
+from flapp.model import weight_files
 from flapp.model.build import build_model
 from flapp.model.files import save_tensors
 from flapp.partitions import open_partition
@@ -138,7 +138,7 @@ def test_of_large_weights_only_names_and_shapes_are_read(
     words = ("model=linear", f"model.pretrained={path}")
     with pytest.raises(ValueError, match="is damaged"):
         check(data_home, *words)
-    monkeypatch.setattr(pretrained, "CHECKED_BYTES", 0)
+    monkeypatch.setattr(weight_files, "CHECKED_BYTES", 0)
     check(data_home, *words)
     save_tensors({"fc.weight": torch.zeros(10, 4), "fc.bias": torch.zeros(10)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"misshapen, first fc.weight \(10, 4\) where the model has \(10, 1024\)"):

@@ -1,6 +1,9 @@
-"""The components of our ViT; config is {image_size, patch, heads, width, mlp, channels, classes, dropout}."""
+"""The components of our ViT.
 
-import math
+config is {image_size, patch, heads, width, mlp, channels, classes, dropout} and, where they are not torchvision's, the
+values of its Variant.
+"""
+
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +14,13 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock
 
 from flapp.files import sha256_of_file
-from flapp.model.layout import SIZES
-from flapp.model.names import LAYER, POSITIONS, from_torchvision
-from flapp.model.pretrained import read_state
+from flapp.model.files import shapes_of
+from flapp.model.layout import PLAIN, SIZES, Variant
+from flapp.model.names import from_any
 from flapp.model.split.component import ModelType, SplitModel, Whole
-from flapp.model.vit import SelfAttention
+from flapp.model.vit import SelfAttention, pool, vary_block, vary_norm
+from flapp.model.vit_weights import describe_shapes
+from flapp.model.weight_files import find_weights, read_state
 
 
 class ViTTrunk(SplitModel):
@@ -51,50 +56,53 @@ class ViTBottom(ViTTrunk):
 
 
 class ViTTop(ViTTrunk):
-    """The last layers, norm and head: tokens to logits (N, classes), read at the class token."""
+    """The last layers, norm and head: tokens to logits (N, classes)."""
 
     def __init__(self, config: Mapping[str, Any], start: int, end: int) -> None:
         super().__init__(config, start, end)
-        self.encoder.ln = nn.LayerNorm(config["width"], eps=1e-6)
+        self.variant = _variant(config)
+        self.encoder.ln = nn.LayerNorm(config["width"])
+        vary_norm(self.encoder.ln, self.variant)
         self.heads = nn.Sequential(OrderedDict(head=nn.Linear(config["width"], config["classes"])))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.heads(self.encoder.get_submodule("ln")(super().forward(tokens))[:, 0])
+        return self.heads(pool(super().forward(tokens), self.encoder.get_submodule("ln"), self.variant))
 
 
 def _block(config: Mapping[str, Any]) -> EncoderBlock:
     block = EncoderBlock(config["heads"], config["width"], config["mlp"], config["dropout"], 0.0)
     block.self_attention = SelfAttention(config["width"], config["heads"])
+    vary_block(block, _variant(config))
     return block
 
 
+def _variant(config: Mapping[str, Any]) -> Variant:
+    return Variant(**{key: config[key] for key in vars(Variant()) if key in config})
+
+
 def read_vit(source: str | Path, dropout: float = 0.0) -> Whole:
-    """Read a ViT from a file of weights, torchvision's or ours, or from the folder of a finished run.
+    """Read a ViT from weights that load_pretrained takes, or from the folder of a finished run.
 
     Its shapes say its size, which must be one of SIZES. Raises ValueError for anything else.
     """
-    path = Path(source)
-    path = path / "model.safetensors" if path.is_dir() else path
+    path = find_weights(Path(source))
     if not path.is_file():
         raise ValueError(f"{path} is missing: give a file of a ViT's weights, or the folder of a finished run")
-    state = from_torchvision(read_state(path))
-    layers = len({name.split(".")[2] for name in state if name.startswith(LAYER)})
-    try:
-        width, channels, patch, _ = state["conv_proj.weight"].shape
-        mlp = state[f"{LAYER}0.mlp.0.weight"].shape[0]
-        side = math.isqrt(state[POSITIONS].shape[1] - 1)
-        classes = state["heads.head.weight"].shape[0]
-        (heads,) = (s[2] for s in SIZES.values() if (s[0], s[1], s[3], s[4]) == (patch, layers, width, mlp))
-    except (KeyError, ValueError, IndexError) as error:
-        raise ValueError(f"{path} is not one of the ViTs that can be split ({', '.join(SIZES)})") from error
+    found = read_state(path)
+    weights = describe_shapes(path, shapes_of(found))
+    state = {name: tensor for name, tensor in from_any(found)[1].items() if name not in weights.left_out}
+    patch, _, heads, width, mlp = SIZES[weights.size]
+    if weights.image_size is None or "heads.head.weight" not in state:
+        raise ValueError(f"{path} cannot be split: it has no head, or no position embeddings of a square of patches")
     config = {
-        **{"image_size": side * patch, "patch": patch, "heads": heads, "width": width, "mlp": mlp},
-        **{"channels": channels, "classes": classes, "dropout": dropout},
+        **{"image_size": weights.image_size, "patch": patch, "heads": heads, "width": width, "mlp": mlp},
+        **{"channels": weights.channels, "classes": len(state["heads.head.weight"]), "dropout": dropout},
+        **{key: value for key, value in weights.variant.given().items() if value != vars(PLAIN)[key]},
     }
     # Copies, because a mapped file has tensors at any address, where some kernels round differently.
     tensors = {name: tensor.clone() for name, tensor in state.items()}
     name = path.resolve().parent.name if path.name == "model.safetensors" else path.stem
-    return Whole(name, config, layers, tensors, sha256_of_file(path))
+    return Whole(name, config, SIZES[weights.size][1], tensors, sha256_of_file(path))
 
 
 VIT = ModelType(read_vit, {"bottom": ViTBottom, "trunk": ViTTrunk, "top": ViTTop})

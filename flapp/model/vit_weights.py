@@ -1,0 +1,275 @@
+"""What the weights of a ViT say of their model: whose they are, its size, and what its tensors do not show.
+
+    torchvision   the tensors; nothing else is written
+    transformers  the tensors, config.json and preprocessor_config.json
+    timm          the tensors and, in a folder of save_for_hf, config.json
+    flapp         the tensors and the header of the file
+
+Tensors are looked at by name and shape only. What a ViT of flapp's cannot be is refused by name.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flapp.model.foreign import choices, network_of, oddity_of
+from flapp.model.layout import ACTIVATIONS, SIZES, Layout, Shape, Variant
+from flapp.model.names import LAYER, POSITIONS, QKV, TIMM, TRANSFORMERS, from_any, library_of
+from flapp.model.weight_files import WEIGHTS, find_weights, read_header, read_shapes
+from flapp.untrusted import printable, read_json
+
+Size = tuple[int, int, int, int]  # patch, layers, width, mlp width
+POOLER = "vit.pooler."
+NORMALIZATIONS = {  # of dataset.normalization, by mean and deviation of each channel
+    ((0.0,), (1.0,)): "none",
+    ((0.5,), (0.5,)): "half",
+    ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)): "imagenet",
+}
+TIMMS = re.compile(r"(vit|deit)_(tiny|small|base)_patch16_\d+(_in21k|_dino|_sam)?(\.\w+)?")
+HARMLESS = {  # arguments of timm's that shapes show, or that do not change what a trained model computes
+    *(
+        "img_size",
+        "num_classes",
+        "in_chans",
+        "global_pool",
+        "patch_size",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "mlp_ratio",
+    ),
+    *("weight_init", "fix_init", "dynamic_img_size", "dynamic_img_pad", "strict_img_size", "fc_norm"),
+    *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
+}
+USUAL = {"class_token": True, "qkv_bias": True, "proj_bias": True, "final_norm": True, "pos_embed": "learn"}
+
+
+@dataclass(frozen=True)
+class ViTWeights:
+    """What a file of weights says of its ViT.
+
+    path: the file; library: whose names it has; left_out: its tensors that flapp has no use for; size: one of SIZES;
+    image_size: None where the position embeddings are of no square of patches; variant and normalization: None is not
+    said.
+    """
+
+    path: Path
+    library: str
+    left_out: tuple[str, ...]
+    size: str
+    image_size: int | None
+    channels: int
+    variant: Variant
+    normalization: str | None = None
+
+
+def describe(path: Path) -> ViTWeights:
+    """Read what a file or folder of weights says; raises ValueError for one that no ViT of flapp's can take."""
+    file = find_weights(path)
+    return describe_shapes(file, read_shapes(file))
+
+
+def describe_shapes(file: Path, shapes: Mapping[str, Shape]) -> ViTWeights:
+    """Return what a file says whose tensors have these shapes under their own names; raises as describe."""
+    library, config = library_of(shapes), _config_beside(file, library_of(shapes))
+    kind = config.get("model_type")
+    if kind not in (None, "vit"):
+        said = f"model_type {kind}, architectures {config.get('architectures')}"
+        raise ValueError(f"{file} is of another network: config.json beside it says {_said(said)}; {_fix()}")
+    if library is None:
+        network = network_of(shapes)
+        seen = f"looks like {network}" if network else f"has tensors of another network, first {_said(min(shapes))}"
+        raise ValueError(f"{file} {seen}, which is no ViT that flapp has; {_fix()}")
+    _, found = from_any(shapes)
+    positions = found.get(POSITIONS, ())
+    if oddity := oddity_of(library, found, shapes, positions[1] if len(positions) == 3 else 2):
+        raise ValueError(f"{file} is a ViT that {oddity}, which flapp's have not; {_fix()}")
+    size = size_of(found)
+    name = name_of(size)
+    if name is None:
+        raise ValueError(f"{file} looks like {in_words(size)}, which flapp does not have; {_fix()}")
+    side = math.isqrt(max(positions[1] - 1, 0)) if len(positions) == 3 else 0
+    image_size = side * size[0] if side and side**2 + 1 == positions[1] else None
+    left_out = tuple(each for each in found if library == TRANSFORMERS and each.startswith(POOLER))
+    about = (file, library, left_out, name, image_size, found["conv_proj.weight"][1])
+    has_head = "heads.head.weight" in found
+    if library == TRANSFORMERS:
+        return ViTWeights(*about, *_from_transformers(file, config, SIZES[name][2], has_head))
+    if library == TIMM:
+        return ViTWeights(*about, *_from_timm(file, config, SIZES[name][2], has_head, "norm.weight" not in shapes))
+    header = read_header(file)
+    given = {key: header.get(key) for key in vars(Variant())}
+    try:
+        variant = Variant(**given)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} has a damaged header ({_said(error)})") from error
+    if has_head and variant.pooling is None:
+        variant = Variant(variant.layer_norm_eps, variant.activation, "token")
+    return ViTWeights(*about, variant)
+
+
+def is_vit(tensors: Mapping[str, Any]) -> bool:
+    """Say whether a model with these tensors is one of flapp's ViTs."""
+    return f"{LAYER}0.{QKV}.weight" in tensors and {"class_token", POSITIONS, "conv_proj.weight"} <= tensors.keys()
+
+
+def size_of(tensors: Mapping[str, Shape]) -> Size:
+    """Return the size of a ViT from the shapes of its tensors, under our names."""
+    patches, mlp = tensors["conv_proj.weight"], tensors.get(f"{LAYER}0.mlp.0.weight", ())
+    layers = len({name.removeprefix(LAYER).partition(".")[0] for name in tensors if name.startswith(LAYER)})
+    width, patch = (patches[0], patches[2]) if len(patches) == 4 else (0, 0)
+    return patch, layers, width, mlp[0] if mlp else 0
+
+
+def name_of(size: Size) -> str | None:
+    """Return the name of a size, None if flapp does not have it."""
+    patch, layers, width, mlp = size
+    found = (name for name, (p, n, _, w, m) in SIZES.items() if (p, n, w, m) == (patch, layers, width, mlp))
+    return next(found, None)
+
+
+def in_words(size: Size) -> str:
+    """Return a size in words."""
+    patch, layers, width, mlp = size
+    return f"a ViT of patch {patch}, {layers} layers, width {width} and mlp width {mlp}"
+
+
+def check_variant_of(layout: Layout, weights: ViTWeights, head_loaded: bool) -> None:
+    """Raise ValueError where a model differs from what its weights say, with the setting that fixes it.
+
+    Another pooling is let through where it is given and the head is new.
+    """
+    has = vars(layout.variant.filled())
+    for key, value in weights.variant.given().items():
+        is_chosen = key == "pooling" and layout.variant.pooling is not None and not head_loaded
+        if has[key] != value and not is_chosen:
+            said, found = (f"{each:g}" if isinstance(each, float) else each for each in (value, has[key]))
+            raise ValueError(
+                f"{weights.path} is of a ViT with {key}={said}, this one has {found}: set model.{key}={said}"
+            )
+
+
+def check_normalization_of(weights: ViTWeights, given: str, channels: int) -> None:
+    """Raise ValueError for images scaled in another way than those that the weights were made with.
+
+    channels: those of the images. Grey images cannot be scaled by ImageNet's three means; half is the nearest.
+    """
+    said = weights.normalization
+    if said in (None, given) or (said == "imagenet" and channels != 3):
+        return
+    raise ValueError(
+        f"{weights.path} was made with dataset.normalization={said}, got {given}: set dataset.normalization={said}"
+    )
+
+
+def _fix() -> str:
+    return f"give weights of one of {choices()}, or build that network with model=custom"
+
+
+def _said(value: object) -> str:
+    return printable(value, 120)
+
+
+def _config_beside(file: Path, library: str | None) -> Mapping[str, Any]:
+    """Return config.json beside the weights, where it belongs to them; nothing if there is none."""
+    path = file.with_name("config.json")
+    belongs = library == TRANSFORMERS or (library in (TIMM, None) and file.name in WEIGHTS)
+    if not belongs or not path.exists():
+        if library == TRANSFORMERS:
+            raise ValueError(
+                f"{file} has transformers' names, and config.json is missing beside it, which says how many heads the "
+                "ViT has and the epsilon of its norms: give the whole folder of save_pretrained"
+            )
+        return {}
+    return _read_object(path)
+
+
+def _read_object(path: Path) -> Mapping[str, Any]:
+    try:
+        values = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({_said(error)}): give the folder as the library wrote it") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, not settings: give the folder as the library wrote it")
+    return values
+
+
+def _from_transformers(file: Path, config: Mapping[str, Any], heads: int, has_head: bool) -> tuple[Variant, str | None]:
+    """Return the variant and the normalization that a folder of save_pretrained says; raises ValueError."""
+    path = file.with_name("config.json")
+    if config.get("model_type") != "vit":
+        raise ValueError(f"{path} does not say model_type vit: give the folder as save_pretrained wrote it")
+    _check_heads(path, config.get("num_attention_heads", 12), heads)
+    eps, activation = config.get("layer_norm_eps", 1e-12), config.get("hidden_act", "gelu")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise ValueError(f"{path} says hidden_act={_said(activation)}: flapp's ViTs have {' or '.join(ACTIVATIONS)}")
+    try:
+        variant = Variant(float(eps) if type(eps) is int else eps, activation, "token" if has_head else None)
+    except ValueError as error:
+        raise ValueError(f"{path} says {_said(error)}") from error
+    prepares = file.with_name("preprocessor_config.json")
+    if not prepares.exists():
+        return variant, None
+    values = _read_object(prepares)
+    if values.get("do_rescale", True) is not True or values.get("rescale_factor", 1 / 255) != 1 / 255:
+        raise ValueError(f"{prepares} does not scale pixels by 1/255, as flapp does: give other weights")
+    if values.get("do_normalize", True) is not True:
+        return variant, "none"
+    mean, std = values.get("image_mean"), values.get("image_std")
+    return variant, None if mean is None and std is None else _normalization(prepares, mean, std)
+
+
+def _from_timm(
+    file: Path, config: Mapping[str, Any], heads: int, has_head: bool, is_mean: bool
+) -> tuple[Variant, str | None]:
+    """Return the variant and the normalization that timm's tensors and config.json say; raises ValueError.
+
+    is_mean: whether the last norm is fc_norm, which timm has where the head sees the mean, and no norm.
+    """
+    path, pooling = file.with_name("config.json"), "mean" if is_mean else "token" if has_head else None
+    if not config:
+        return Variant(pooling=pooling), None
+    name, arguments = config.get("architecture"), config.get("model_args") or {}
+    if not isinstance(name, str) or not TIMMS.fullmatch(name) or not isinstance(arguments, dict):
+        raise ValueError(f"{path} says architecture={_said(name)}, which is no ViT that flapp has; {_fix()}")
+    _check_heads(path, arguments.get("num_heads", heads), heads)
+    for key, value in arguments.items():
+        if key not in HARMLESS and value not in (None, False, USUAL.get(key)):
+            raise ValueError(
+                f"{path} says {_said(key)}={_said(value)}, which flapp's ViTs cannot be: give other weights"
+            )
+    pools = arguments.get("global_pool") or config.get("global_pool") or pooling or "token"
+    if pools not in (("avg", "token") if is_mean else ("token",)):
+        raise ValueError(
+            f"{path} says global_pool={_said(pools)}: flapp's heads see the class token, or the mean of the others "
+            "before the last norm (fc_norm)"
+        )
+    pooling = "token" if pools == "token" and pooling else pooling
+    cfg = config.get("pretrained_cfg") or config
+    if not isinstance(cfg, dict):
+        raise ValueError(f"{path} has a damaged pretrained_cfg: give the folder as save_for_hf wrote it")
+    said = _normalization(path, cfg.get("mean"), cfg.get("std")) if cfg.get("mean") is not None else None
+    return Variant(pooling=pooling), said
+
+
+def _check_heads(path: Path, found: Any, heads: int) -> None:
+    if found != heads:
+        raise ValueError(f"{path} says that the ViT has {_said(found)} heads: flapp's of this width have {heads}")
+
+
+def _normalization(path: Path, mean: Any, std: Any) -> str:
+    """Return the value of dataset.normalization that a mean and a deviation are."""
+    try:
+        found = tuple(tuple(round(float(x), 6) for x in values) for values in (mean, std))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path} has a damaged mean or deviation of pixels ({_said(error)})") from error
+    plain = tuple(values[:1] if len(set(values)) == 1 else values for values in found)
+    if plain not in NORMALIZATIONS:
+        raise ValueError(
+            f"{path} says that images have the mean {_said(mean)} and the deviation {_said(std)}: flapp scales them by "
+            f"{', '.join(NORMALIZATIONS.values())} only; give other weights, or take the two out of the file"
+        )
+    return NORMALIZATIONS[plain]
