@@ -37,7 +37,8 @@ PAGES = {path: path.read_text() for path in (*READ_FIRST, *OTHERS, ROOT / "CONTR
 PROGRAMS = r"flapp|python3?|pip|flwr|flower-\w+|ray|nginx|tensorboard|pre-commit|mkdocs|ruff"
 PLACEHOLDERS = {"DIR", "RUN_DIR", "PATH", "FILE", "DB", "PARTITION", "DATASET"}  # allowed in tables and prose only
 READS_RUNS = re.compile(
-    r"python -m tools\.(report|checkpoints|split_model|verify_data|predict|export) (?!.*(--benchmark|runs/lrs|data/pets))"
+    r"python -m tools\.(report|checkpoints|split_model|verify_data|predict|export) "
+    r"(?!.*(--benchmark|runs/lrs|data/pets))"
 )
 SMALL = ("clients=2", "train.steps=1", "train.batch_size=2", "evaluate.personal_epochs=0")
 ADAPTED = ("strategy=fedlora", "lora=default", "model.channels=3")

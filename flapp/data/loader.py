@@ -2,6 +2,7 @@
 
 import math
 import mmap
+import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -150,6 +151,7 @@ class ClientLoader:
 
     def _make_ahead(self, jobs: list[Job]) -> Iterator[Batch]:
         """Make batches in a thread, which ends with the iteration, however that ends; its errors are raised here."""
+        is_exiting = sys.is_finalizing  # looked up now: at exit Python clears modules
         scratch, *slots = self._idle.pop() if self._idle else [Buffers() for _ in range(self.prefetch + 2)]
         ahead: deque[Future[Batch]] = deque()
         maker = ThreadPoolExecutor(1, "flapp-loader")
@@ -161,9 +163,10 @@ class ClientLoader:
             while ahead:
                 yield ahead.popleft().result()
         finally:
-            with suppress(RuntimeError):  # the thread itself may collect a dropped iterator, and cannot wait for itself
-                maker.shutdown(cancel_futures=True)
-                self._idle.append([scratch, *slots])
+            if not is_exiting():  # then the thread has ended
+                with suppress(RuntimeError):  # it may itself collect a dropped iterator, and cannot wait for itself
+                    maker.shutdown(cancel_futures=True)
+                    self._idle.append([scratch, *slots])
 
     def _make(self, job: Job, slot: Buffers, scratch: Buffers) -> Batch:
         """Make one batch, its inputs in `slot`; intermediate results are in `scratch`."""

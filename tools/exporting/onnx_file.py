@@ -6,17 +6,20 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from flapp.data.images import NORMALIZATIONS
 from flapp.data.loader import ClientLoader
 from flapp.data.offline import OfflineDataset
+from flapp.training import outputs_of
 from tools.running.finished import FinishedRun
 
 TOLERANCE = 1e-4  # relative to the largest output: onnxruntime's kernels round differently
-SAMPLES = 2, 5  # the batch with which the model is traced, and the one with which it is compared
+COMPARED = 5  # samples
 
 
 def write_onnx(run: FinishedRun, folder: Path) -> str:
@@ -27,40 +30,42 @@ def write_onnx(run: FinishedRun, folder: Path) -> str:
     """
     try:
         import onnx
-        import onnxruntime
         import onnxscript  # noqa: F401 - torch.onnx needs it
+        from onnxruntime import InferenceSession
     except ImportError as error:
         raise ValueError(f"--to onnx needs {error.name}: pip install -e '.[onnx]'") from error
 
-    model, path = run.model(), folder / "model.onnx"
-    traced, compared = (take_samples(run, count) for count in SAMPLES)
-    with _quiet():
-        program = torch.onnx.export(
-            model,
-            (traced,),
-            dynamo=True,
-            input_names=["samples"],
-            output_names=["outputs"],
-            dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
-            verbose=False,
-        )
-    assert program is not None
-    program.save(str(path))
+    model, samples, path = run.model(), take_samples(run, COMPARED), folder / "model.onnx"
+    _trace(model, samples[:2], path)
     file = onnx.load(path)
+    is_fixed = bool(file.graph.input[0].type.tensor_type.shape.dim[0].dim_value)
+    if is_fixed:  # torch.onnx fixes the number of samples of some networks, such as a GRU
+        _trace(model, samples[:1], path)
+        file = onnx.load(path)
     dataset = run.config.dataset
     mean, std = NORMALIZATIONS[dataset.normalization]
     facts = {"classes": run.classes, "shape": dataset.shape, "mean": mean, "std": std, "model": run.config.model.name}
     onnx.helper.set_model_props(file, {key: json.dumps(value) for key, value in facts.items()})
     onnx.save(file, path)
+    session = InferenceSession(path, providers=["CPUExecutionProvider"])
+    batches = samples.split(1 if is_fixed else COMPARED)
+    found = np.concatenate([session.run(None, {"samples": batch.numpy()})[0] for batch in batches])
     with torch.no_grad():
-        expected = model(compared).numpy()
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"samples": compared.numpy()})
+        expected = outputs_of(model, samples).numpy()
     if (worst := float(np.abs(found - expected).max())) > TOLERANCE * max(1.0, float(np.abs(expected).max())):
-        raise ValueError(
-            f"onnxruntime gives outputs that differ from PyTorch's by up to {worst:g}: use another one with --to"
-        )
-    return "session = onnxruntime.InferenceSession('{out}/model.onnx')"
+        raise ValueError(f"onnxruntime's outputs differ from PyTorch's by up to {worst:g}: use another --to")
+    note = "  # it takes one sample at a time" if is_fixed else ""
+    return f"session = onnxruntime.InferenceSession('{{out}}/model.onnx'){note}"
+
+
+def _trace(model: nn.Module, samples: torch.Tensor, path: Path) -> None:
+    """Write a network as ONNX, for any number of samples unless there is one."""
+    shapes = ({0: torch.export.Dim("n", min=1)},) if len(samples) > 1 else None
+    names: Any = {"input_names": ["samples"], "output_names": ["outputs"]}
+    with _quiet():
+        program = torch.onnx.export(model, (samples,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
+    assert program is not None
+    program.save(str(path))
 
 
 def take_samples(run: FinishedRun, count: int) -> torch.Tensor:
