@@ -13,6 +13,7 @@ from torch import nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from flapp.data.images import NORMALIZATIONS as OURS
+from flapp.model.adapter_files import export_merged
 from flapp.model.build import build_model
 from flapp.model.files import save_tensors
 from flapp.model.foreign import NETWORKS
@@ -381,3 +382,11 @@ def test_a_variant_changes_neither_what_is_drawn_nor_the_tensors() -> None:
 
 def test_normalizations_are_those_of_the_data() -> None:
     assert {name: values for values, name in NORMALIZATIONS.items()} == OURS
+
+
+def test_a_merged_model_keeps_its_epsilon_and_torchvision_has_no_other_variant(tmp_path: Path) -> None:
+    export_merged(ours(variant=Variant(1e-12)), tmp_path / "vit.safetensors")
+    found = describe(tmp_path / "vit.safetensors")
+    assert (found.library, found.variant) == ("torchvision", Variant(1e-12, pooling="token"))
+    with pytest.raises(ValueError, match="torchvision's ViT has no pooling=mean"):
+        export_merged(ours(variant=Variant(pooling="mean")), tmp_path / "vit.safetensors")
