@@ -18,7 +18,7 @@ from flapp.model.build import build_model
 from flapp.model.files import save_tensors
 from flapp.model.foreign import NETWORKS
 from flapp.model.layout import Variant
-from flapp.model.lora import layout_of
+from flapp.model.lora import add_lora, layout_of
 from flapp.model.names import from_any
 from flapp.model.pretrained import check_pretrained, load_pretrained
 from flapp.model.vit_weights import NORMALIZATIONS, describe, describe_shapes
@@ -385,8 +385,10 @@ def test_normalizations_are_those_of_the_data() -> None:
 
 
 def test_a_merged_model_keeps_its_epsilon_and_torchvision_has_no_other_variant(tmp_path: Path) -> None:
-    export_merged(ours(variant=Variant(1e-12)), tmp_path / "vit.safetensors")
+    model, mean = ours(variant=Variant(1e-12)), ours(variant=Variant(pooling="mean"))
+    add_lora(model, 2, 4.0)
+    export_merged(model, tmp_path / "vit.safetensors")
     found = describe(tmp_path / "vit.safetensors")
     assert (found.library, found.variant) == ("torchvision", Variant(1e-12, pooling="token"))
     with pytest.raises(ValueError, match="torchvision's ViT has no pooling=mean"):
-        export_merged(ours(variant=Variant(pooling="mean")), tmp_path / "vit.safetensors")
+        export_merged(mean, tmp_path / "vit.safetensors")
