@@ -4,6 +4,7 @@ A command that no line of CHECKS knows fails: whoever adds one says here how it 
 """
 
 import argparse
+import atexit
 import configparser
 import importlib
 import importlib.util
@@ -15,8 +16,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from flapp.config.load import ConfigError, compose, read_node_config
 from flapp.config.schema import setting_types
+from flapp.server.preflight import check_model
 from tests.conftest import LocalGrid, run_app
+from tests.support.vits import timms, transformerses
 from tools import cli, configuration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +39,7 @@ READ_FIRST = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("i
 OTHERS = [path for path in sorted((ROOT / "docs").glob("*.md")) if path not in READ_FIRST]
 OWN_DATA = ROOT / "docs" / "own_data.md"
 PAGES = {path: path.read_text() for path in (*READ_FIRST, *OTHERS, ROOT / "CONTRIBUTING.md")}
-PROGRAMS = r"flapp|python3?|pip|flwr|flower-\w+|ray|nginx|tensorboard|pre-commit|mkdocs|ruff"
+PROGRAMS = r"flapp|hf|python3?|pip|flwr|flower-\w+|ray|nginx|tensorboard|pre-commit|mkdocs|ruff"
 PLACEHOLDERS = {"DIR", "RUN_DIR", "PATH", "FILE", "DB", "PARTITION", "DATASET"}  # allowed in tables and prose only
 READS_RUNS = re.compile(
     r"python -m tools\.(report|checkpoints|split_model|verify_data|predict|export) "
@@ -88,7 +93,38 @@ def composes(command: str) -> None:
         elif not key.startswith("hydra"):
             jobs.append([override.input_line or ""])
     for job in itertools.product(*jobs):
-        compose(list(job), Path("/nowhere"), preparing="tools.prepare_data" in command)
+        if "model=pretrained" in job or "model.pretrained=" in command:
+            check_model(compose(list(job), pretrained_folder()))
+        else:
+            compose(list(job), Path("/nowhere"), preparing="tools.prepare_data" in command)
+
+
+@cache
+def pretrained_folder() -> Path:
+    """Return a folder with what the commands of docs/pretrained.md download: transformers' and timm's ViTs."""
+    folder = Path(tempfile.mkdtemp())
+    base = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
+    transformerses(folder / "vit_base", size=224, **base)
+    timms(folder / "vit_small", size=224, name="vit_small_patch16_224")
+    timms(folder / "deit_tiny", size=224, name="deit_tiny_patch16_224")
+    atexit.register(shutil.rmtree, folder)
+    return folder
+
+
+def is_hf(command: str) -> None:
+    from huggingface_hub.cli.hf import app
+
+    reads(app, words_of(command))
+
+
+def is_torchvisions(command: str) -> None:
+    """Run torchvision's download without a network."""
+    asked: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torchvision.models._api.load_state_dict_from_url", lambda url, *_, **__: asked.append(url))
+        exec(words_of(command)[2], {})
+    assert [url.rpartition("/")[2] for url in asked] == ["vit_b_16-c867db91.pth"]
+    assert "`~/.cache/torch/hub/checkpoints/vit_b_16-c867db91.pth`" in PAGES[ROOT / "docs" / "pretrained.md"]
 
 
 class Parsed(Exception):
@@ -181,6 +217,8 @@ CHECKS: dict[str, Callable[[str], None]] = {
     r"python -m tools\.(federation|certificates|proxy|benchmark|report|checkpoints|split_model|runs|new) .*": is_parsed,
     r"python -m tools\.(verify_data|partition_heatmap|predict|export) .*": is_parsed,
     r"flapp .*": is_flapp,
+    r"hf download .*": is_hf,
+    r"python -c \"from torchvision.models import .*\"": is_torchvisions,
     r"python -m tools\.supernode .*": is_supernode,
     r"flower-superlink .*": is_superlink,
     r"flwr .*": is_flwr,

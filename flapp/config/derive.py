@@ -83,6 +83,8 @@ def _fill_model(model: dict[str, Any], reads_weights: bool) -> None:
     path, name = model.get("pretrained"), model.get("name")
     if name == "pretrained" and not reads_weights:
         raise ConfigError("model=pretrained is for commands, which read the weights: name the model, such as vit_b_16")
+    if name == "pretrained" and path is None:
+        raise ConfigError("model=pretrained takes its size from a file of weights: set model.pretrained=PATH")
     if not isinstance(path, str) or not reads_weights or name not in ("pretrained", *SIZES):
         return
     if name != "pretrained" and not Path(path).exists():

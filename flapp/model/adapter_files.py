@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from flapp.files import replacing_folder
 from flapp.model.files import mismatch, save_tensors
-from flapp.model.layout import Layout, Shape
+from flapp.model.layout import PLAIN, Layout, Shape
 from flapp.model.names import to_torchvision
 from flapp.model.weight_files import read_shapes, read_state
 from flapp.untrusted import printable, read_json
@@ -168,11 +168,16 @@ def check_adapter(layout: Layout, folder: Path) -> None:
 def export_merged(model: "nn.Module", path: Path, /, **facts: Any) -> str:
     """Write `model` with its adapters merged in, under torchvision's names, and return the file's SHA-256.
 
-    torchvision's VisionTransformer of the same size loads a ViT of three channels and gives the same logits.
+    torchvision's VisionTransformer of the same size, and with the same epsilon, loads a ViT of three channels and gives
+    the same logits. Raises ValueError for an activation and a pooling that it does not have.
     """
-    from flapp.model.lora import merged_state_dict
+    from flapp.model.lora import layout_of, merged_state_dict
 
-    return save_tensors(to_torchvision(merged_state_dict(model)), path, **facts)
+    variant = layout_of(model).variant
+    for key, value in variant.given().items():
+        if key != "layer_norm_eps" and value != vars(PLAIN)[key]:
+            raise ValueError(f"torchvision's ViT has no {key}={value}: export the model for timm or transformers")
+    return save_tensors(to_torchvision(merged_state_dict(model)), path, **facts, **variant.given())
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:

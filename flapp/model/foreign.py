@@ -8,7 +8,7 @@ from flapp.model.names import POSITIONS, QKV, TIMM
 
 NETWORKS = {  # what names like these are of; the first that fits is said
     r"(^|\.)(dist_token|distillation_token)$": "DeiT with a distillation token",
-    r"^beit\.|(^|\.)blocks\.\d+\.attn\.(relative_position_bias_table|q_bias)$": "BEiT or EVA",
+    r"^beit\.|^blocks\.\d+\.attn\.(relative_position_bias_table|q_bias)$": "BEiT or EVA",
     r"relative_position_bias_table$": "Swin",
     r"encoder\.layer\.\d+\.layer_scale1\.lambda1$|^dinov2": "DINOv2",
     r"(^|\.)layer\.\d+\.layer_scale1\.lambda1$": "DINOv3",
@@ -23,7 +23,7 @@ NETWORKS = {  # what names like these are of; the first that fits is said
     r"^conv_proj\.conv_bn_relu_": "a ViT with convolutions in front (conv stem)",
     r"^timm_model\.": "timm's model inside transformers",
 }
-PARTS = {  # of a ViT, by what names like these are of; {fix} says what else to give
+PARTS = {  # of ViTs, and what has names like these
     r"^head_dist\.|(^|\.)(dist_token|distillation_token)$": "a distillation token",
     r"(^|\.)(reg_token|register_tokens)$": "register tokens",
     r"\.[qk]_norm\.": "norms of queries and keys (qk_norm)",

@@ -79,8 +79,8 @@ def describe_shapes(file: Path, shapes: Mapping[str, Shape]) -> ViTWeights:
     if kind not in (None, "vit"):
         said = f"model_type {kind}, architectures {config.get('architectures')}"
         raise ValueError(f"{file} is of another network: config.json beside it says {_said(said)}; {_fix()}")
-    if library is None:
-        network = network_of(shapes)
+    network = network_of(shapes)
+    if network or library is None:
         seen = f"looks like {network}" if network else f"has tensors of another network, first {_said(min(shapes))}"
         raise ValueError(f"{file} {seen}, which is no ViT that flapp has; {_fix()}")
     _, found = from_any(shapes)

@@ -59,7 +59,9 @@ def read_header(path: Path) -> Mapping[str, Any]:
 def read_shapes(path: Path) -> dict[str, Shape]:
     """Return the shapes of a file's tensors by name; raises ValueError for a file that read_state refuses."""
     if path.suffix != ".safetensors":
-        return shapes_of(read_state(path, is_checked=path.stat().st_size <= CHECKED_BYTES))
+        with _reading(path):
+            size = check_regular(path)
+        return shapes_of(read_state(path, is_checked=size <= CHECKED_BYTES))
     from safetensors import safe_open
 
     with _reading(path):
