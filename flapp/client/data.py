@@ -24,6 +24,7 @@ from flapp.data.offline import OfflineDataset
 from flapp.data.partition import label_histogram
 from flapp.data.shards.client import SHARD_FILES, DistributedShardLoader
 from flapp.data.shards.dataset import ShardStream
+from flapp.data.shards.source import check_kind
 from flapp.messages import Claim
 from flapp.partitions import cached_partition, stamp_of_shared_files
 from flapp.source import source_digest, versions
@@ -91,6 +92,7 @@ def open_own_shard(config: Config, path: Path, client_id: str) -> ClientData:
     shard = DistributedShardLoader(
         path, settings.strict_check, settings.streaming, client_id, config.dataset.normalization
     )
+    check_kind(str(path), shard.kind, config.dataset.shape, config.dataset.classes)
     splits = {split: (shard.split(split), np.arange(count)) for split, count in shard.num_samples.items()}
     return _with_claim(client_id, splits, path, shard.label_hist, shard.digest, shard.last_modified)
 
@@ -128,7 +130,7 @@ def make_batches(config: Config, data: ClientData, split: str, device: torch.dev
     dataset, rows = data.splits[split]
     size = config.train.batch_size if split == "train" else config.evaluate.batch_size
     if isinstance(dataset, ShardStream):
-        return ShardStream(dataset.path, dataset.normalization, size, seed)
+        return ShardStream(dataset.path, dataset.normalization, size, seed, kind=dataset.kind)
     if split == "train" and seed is not None and (function := own(config, "dataset.augment")):
         return Augmented(ClientLoader(dataset, rows, size, seed, config.model.image_size), function)
     augment = config.dataset.augment is True and split == "train"

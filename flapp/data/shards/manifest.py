@@ -13,6 +13,7 @@ from typing import Any
 
 from flapp.data.artifact import DataError, Stamp, refusing, stamp
 from flapp.data.shards.client import REMEDY, SPLITS, digest_of
+from flapp.data.shards.source import Kind, check_kind, read_kind
 from flapp.untrusted import parse_json, printable, read_bytes, read_json
 
 FORMAT_VERSION = 2  # 1 had an index, clients.idx
@@ -34,13 +35,14 @@ class ShardRecord:
 
 
 class Manifest(dict[str, ShardRecord]):
-    """Records by client id, in counting order; facts: the content of manifest.json."""
+    """Records by client id, in counting order; facts: the content of manifest.json; kind: what the samples are."""
 
-    def __init__(self, path: Path, facts: dict[str, Any], records: dict[str, ShardRecord]) -> None:
+    def __init__(self, path: Path, facts: dict[str, Any], kind: Kind, records: dict[str, ShardRecord]) -> None:
         super().__init__(records)
         self.path = path
         self.folder = path.parent
         self.facts = facts
+        self.kind = kind
 
     def shard_path(self, client_id: str) -> Path:
         """Return the absolute folder of a client's shard; raises DataError when it lies outside the manifest's."""
@@ -60,16 +62,20 @@ def load_manifest(path: str | Path) -> Manifest:
 
 @lru_cache(maxsize=4)
 def _load(path: Path, files: Stamp) -> Manifest:
-    facts = _read_facts(path)
+    facts, kind = _read_facts(path)
     records = _read_records(path.with_name("clients.jsonl"), facts)
     if (totals := totals_of(records.values())) != facts["totals"]:
         raise DataError(f"{path} says {printable(facts['totals'])}, its clients add up to {totals}: {AGAIN}")
-    return Manifest(path, facts, records)
+    return Manifest(path, facts, kind, records)
 
 
-def open_manifest(path: str | Path, clients: int, strategy: str) -> Manifest:
-    """Open a manifest of the shards of `clients` clients, cut by `strategy`; raises DataError for another one."""
+def open_manifest(path: str | Path, clients: int, strategy: str, shape: Sequence[int], classes: int) -> Manifest:
+    """Open the manifest of the shards of so many clients, cut by `strategy`; raises DataError for any other.
+
+    shape, classes: of the samples, as the settings say.
+    """
     manifest = load_manifest(path)
+    check_kind(str(manifest.path), manifest.kind, shape, classes)
     if len(manifest) != clients:
         raise DataError(f"{manifest.path} lists {len(manifest)} clients: set clients={len(manifest)}")
     if manifest.facts["strategy"] != strategy:
@@ -124,7 +130,7 @@ def check_claim(
     return None
 
 
-def _read_facts(path: Path) -> dict[str, Any]:
+def _read_facts(path: Path) -> tuple[dict[str, Any], Kind]:
     with refusing(path, AGAIN, f"no manifest at {path}: {AGAIN}"):
         facts = read_json(path)
     version = facts.get("format_version") if isinstance(facts, dict) else type(facts).__name__
@@ -134,7 +140,8 @@ def _read_facts(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} lacks totals, strategy or digests: {AGAIN}")
     if facts.get("digest") != digest_of(facts):
         raise DataError(f"{path} was changed: it does not have the digest it states; {AGAIN}")
-    return facts
+    with refusing(path, AGAIN):
+        return facts, read_kind(facts)
 
 
 def _read_records(path: Path, facts: dict[str, Any]) -> dict[str, ShardRecord]:
