@@ -1,0 +1,305 @@
+"""From encoded images (JPEG, PNG and others) to uint8 pixels of one shape, in parallel and in bounded memory.
+
+A source of images, such as a folder or parquet files, says what it holds as a RawSplit. `decode_splits` decodes all of
+it into temporary files without names, from which artifacts and shards are written.
+"""
+
+import io
+import os
+import struct
+import tempfile
+import warnings
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import IO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from flapp.data.artifact import DataError, check_space
+from flapp.untrusted import printable
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+MOST_PIXELS = 89_478_485  # of an image, before and after it is resized; PIL warns of more, and refuses twice as many
+LARGE_PIXELS = 1 << 24  # of images with more, only one is decoded at a time
+BLOCK_BYTES = 4 << 20  # encoded and decoded, that one job takes
+MOST_BLOCK = 256  # images that one job takes
+ORIENTATION = 0x0112  # the tag of EXIF
+_PIL_ERRORS = (  # what PIL raises for files that are damaged, hostile or no images
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError),
+    *(
+        struct.error,
+        zlib.error,
+        MemoryError,
+        RuntimeError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ),
+)
+
+Encoded = bytes | str  # an encoded image, or a text that says why there is none
+Pixels = np.ndarray | str  # uint8 (H, W, C), or a text that says why an image cannot be read
+
+_large = Lock()
+
+
+@dataclass(frozen=True)
+class RawSplit:
+    """The images of one split of a source, before they are decoded.
+
+    names: what a message calls each image: its path, or a parquet file and row. labels: int64 (N,). read(start, stop)
+    returns the encoded images of a range; it is called in one thread, for ranges that follow one another. sha256: names
+    the source of the split. clients: whose each sample is, empty if the source does not say.
+    """
+
+    names: Sequence[str]
+    labels: np.ndarray
+    read: Callable[[int, int], Sequence[Encoded]]
+    sha256: str
+    clients: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A decoded split: memory-mapped pixels uint8 (N, H, W, C), with labels and clients of the same N samples.
+
+    The pixels are in a temporary file, which is gone when the array is.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    clients: Sequence[str]
+    sha256: str
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return height, width and channels."""
+        height, width, channels = self.images.shape[1:]
+        return height, width, channels
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        """Return the pixels of a range of samples; `images` takes any index."""
+        return self.images[start:stop]
+
+
+class UnreadableError(DataError):
+    """Some images cannot be read; `lines` says of each which and why."""
+
+    def __init__(self, lines: Sequence[str], total: int) -> None:
+        fix = "repair or remove them, or add dataset.skip_unreadable=true"
+        super().__init__(f"{len(lines):,} of {total:,} images cannot be read, the first is {lines[0]}: {fix}")
+        self.lines = lines
+
+
+def decode_splits(
+    raw: Mapping[str, RawSplit],
+    shape: Sequence[int] | None,
+    skip_unreadable: bool,
+    scratch: Path,
+    progress: Callable[[int], object] = lambda images: None,
+    workers: int | None = None,
+) -> tuple[dict[str, Decoded], list[str]]:
+    """Decode all splits of a source into temporary files in the folder `scratch`.
+
+    shape: (H, W, C) that images are scaled, cropped and converted to. None takes images as they are, if all have one
+    size; then C is 1 if all are grey, and otherwise 3. Returns the splits, without images that cannot be read, and a
+    line on each of those. The result does not depend on the number of workers. Raises UnreadableError if there are such
+    images and not skip_unreadable, and DataError for a split without images, for images of several sizes if shape is
+    None, and for a full disk. progress(n) is called for every n images.
+    """
+    if shape is not None and (len(shape) != 3 or shape[2] not in (1, 3)):
+        raise DataError(f"dataset.shape={list(shape)} is not of images: give [height,width,1] or [height,width,3]")
+    total = sum(len(split.labels) for split in raw.values())
+    if shape is not None:
+        check_space(scratch / "images", total * int(np.prod(shape)))
+    scratch.mkdir(parents=True, exist_ok=True)
+    found, bad, kept = _Found(), list[str](), {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's, about metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for name, split in raw.items():
+            images = _decode_all(split, shape, workers or count_cores(), progress)
+            kept[name] = _store(split, images, shape is None, found, bad, scratch)
+    if bad and not skip_unreadable:
+        raise UnreadableError(bad, total)
+    if empty := [name for name, (_, rows) in kept.items() if not rows]:
+        raise DataError(f"{empty[0]} has no image that can be read, of {len(raw[empty[0]].labels):,}: give it others")
+    size = tuple(shape) if shape is not None else (*found.size, 3)
+    channels = size[2] if shape is not None or not found.all_grey else 1
+    return {name: _map(raw[name], *kept[name], size, channels) for name in raw}, bad
+
+
+def decode(encoded: Encoded, shape: Sequence[int] | None) -> Pixels:
+    """Decode one image, turned as its EXIF says, to uint8 (H, W, C), or say why it cannot be read.
+
+    shape: (H, W, C), by `to_shape`. None keeps the size, and C is 1 for a grey image and 3 for others.
+    """
+    if isinstance(encoded, str):
+        return encoded
+    if not encoded:
+        return "it is empty"
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            large = _check_pixels(*image.size) > LARGE_PIXELS
+            with _large if large else nullcontext():
+                turned = image.getexif().get(ORIENTATION, 1) != 1
+                upright = ImageOps.exif_transpose(image) if turned else image
+                return to_shape(upright, shape)
+    except UnidentifiedImageError:
+        return f"it is not an image of a known format ({', '.join(FORMATS)})"
+    except _PIL_ERRORS as error:
+        return printable(" ".join(str(error).split()) or type(error).__name__, 120)
+
+
+def to_shape(image: Image.Image, shape: Sequence[int] | None) -> np.ndarray:
+    """Return the pixels of an image as uint8 (H, W, C).
+
+    Scales the image by antialiased bilinear interpolation so that it just covers H x W, and crops the center: the bytes
+    of torchvision's Resize(H) and CenterCrop(H) where H = W. Conversion comes first. It is that of PIL's convert: alpha
+    is dropped, so that the colours beneath show, and grey is 0.299 R + 0.587 G + 0.114 B (ITU-R 601). 16 bits become 8
+    by value / 257, rounded. Raises ValueError for pixels of other depths.
+    """
+    grey = is_grey(image) if shape is None else shape[2] == 1
+    image = _convert(image, "L" if grey else "RGB")
+    if shape is not None:
+        height, width = shape[:2]
+        w, h = image.size
+        # As torchvision computes the longer side, which differs from rounding.
+        size = (width, int(width * h / w)) if width * h >= height * w else (int(height * w / h), height)
+        if size != image.size:
+            _check_pixels(*size)
+            image = image.resize(size, Image.Resampling.BILINEAR)
+        top, left = round((size[1] - height) / 2), round((size[0] - width) / 2)
+        image = image.crop((left, top, left + width, top + height))
+    pixels = np.asarray(image)
+    return pixels[..., None] if grey else pixels
+
+
+def is_grey(image: Image.Image) -> bool:
+    """Say whether an image is stored without colours."""
+    return image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;")
+
+
+def count_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass
+class _Found:
+    """What the images have in common, if no shape is given."""
+
+    size: tuple[int, int] = (0, 0)  # height and width
+    first: str = ""  # the name of the image with that size
+    all_grey: bool = True
+
+    def add(self, name: str, pixels: np.ndarray) -> None:
+        """Take note of an image; raises DataError if it has another size than those before."""
+        height, width, channels = pixels.shape
+        if not self.first:
+            self.size, self.first = (height, width), name
+        if self.size != (height, width):
+            raise DataError(
+                f"{self.first} has {self.size[0]}x{self.size[1]} pixels (height x width) and {name} has "
+                f"{height}x{width}: add the shape that all shall have, such as dataset.shape=[224,224,3]"
+            )
+        self.all_grey &= channels == 1
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    """Return an image of mode L or RGB."""
+    if image.mode in ("I", "F"):
+        raise ValueError(f"it has 32 bits a pixel (mode {image.mode}), whose range is unknown: save it with 8 or 16")
+    if image.mode.startswith("I;"):
+        values = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")  # PIL refuses some palettes with transparency without this step
+    return image.convert(mode)
+
+
+def _check_pixels(width: int, height: int) -> int:
+    """Return the number of pixels; raises ValueError if they are too many."""
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"{width}x{height} pixels are too many, at most {MOST_PIXELS:,} are allowed")
+    return width * height
+
+
+def _decode_all(
+    split: RawSplit, shape: Sequence[int] | None, workers: int, progress: Callable[[int], object]
+) -> Iterator[Pixels]:
+    """Decode the images of a split in threads and yield them in their order; PIL decodes without the GIL.
+
+    A job takes so many images that they have about BLOCK_BYTES, encoded and decoded, and two jobs for each worker are
+    under way: that bounds the memory.
+    """
+    pending: deque[Future[list[Pixels]]] = deque()
+    total, start, count, decoded = len(split.labels), 0, 1, int(np.prod(shape)) if shape else 0
+    pool = ThreadPoolExecutor(workers)
+    try:
+        while start < total or pending:
+            if start < total and len(pending) < 2 * workers:
+                stop = min(start + count, total)
+                encoded = split.read(start, stop)
+                pending.append(pool.submit(_decode_block, encoded, shape))
+                each = sum(map(len, encoded)) // len(encoded) + decoded
+                start, count = stop, min(2 * count, MOST_BLOCK, max(1, BLOCK_BYTES // max(1, each)))
+                continue
+            block = pending.popleft().result()
+            decoded = max([decoded, *(pixels.nbytes for pixels in block if isinstance(pixels, np.ndarray))])
+            yield from block
+            progress(len(block))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _decode_block(encoded: Sequence[Encoded], shape: Sequence[int] | None) -> list[Pixels]:
+    return [decode(each, shape) for each in encoded]
+
+
+def _store(
+    split: RawSplit, images: Iterator[Pixels], any_size: bool, found: _Found, bad: list[str], scratch: Path
+) -> tuple[IO[bytes], list[int]]:
+    """Write the images that could be read to a file without a name, and return it with their rows in the split.
+
+    With any_size they must have one size, and are stored with three channels. A line on each other image is added to
+    `bad`.
+    """
+    rows = []
+    with _explaining(scratch):
+        file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 (it is open as long as its pixels are)
+    for row, pixels in enumerate(images):
+        if isinstance(pixels, str):
+            bad.append(f"{printable(split.names[row])} ({pixels})")
+            continue
+        if any_size:
+            found.add(split.names[row], pixels)
+            pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+        rows.append(row)
+        with _explaining(scratch):
+            file.write(np.ascontiguousarray(pixels).data)
+    with _explaining(scratch):
+        file.flush()
+    return file, rows
+
+
+@contextmanager
+def _explaining(scratch: Path) -> Iterator[None]:
+    """Turn an error of the temporary file into DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{scratch} cannot hold the decoded images ({error.strerror}): make room there") from error
+
+
+def _map(split: RawSplit, file: IO[bytes], rows: list[int], size: Sequence[int], channels: int) -> Decoded:
+    """Return the split of which `rows` are in a file, in images of (H, W, 1 or 3) of which `channels` are wanted."""
+    images = np.memmap(file, np.uint8, "r", shape=(len(rows), *size))[..., :channels]
+    clients = [split.clients[row] for row in rows] if split.clients else ()
+    return Decoded(images, split.labels[rows], clients, split.sha256)
