@@ -75,7 +75,7 @@ def check_splits(config: Config, train: Artifact, test: Artifact) -> None:
         "model.image_size=null": config.model.image_size,
     }
     for artifact in (train, test):
-        check_samples(artifact, settings.shape, settings.classes)
+        check_samples(artifact, settings.shape, settings.classes, settings.normalization)
         refuse_rows(artifact, [fix for fix, is_given in fixes.items() if is_given])
     kinds = [(kind_of(a.images.dtype, a.images.shape), kind_of(a.labels.dtype, a.labels.shape)) for a in (train, test)]
     if kinds[0] != kinds[1]:

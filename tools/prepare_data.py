@@ -1,6 +1,9 @@
 """Prepare a dataset once: convert its raw files into the format that all runs read.
 
     python -m tools.prepare_data dataset=digits                              embedded, needs no files
+    python -m tools.prepare_data dataset=custom dataset.name=mine dataset.source=DIR   your images, in folders by class
+    python -m tools.prepare_data dataset=custom dataset.name=mine dataset.source=DIR 'dataset.shape=[224,224,3]'
+        scaled and cropped, if they have different sizes
     python -m tools.prepare_data dataset=cifar10 dataset.source=DIR          from torchvision's files in DIR
     python -m tools.prepare_data dataset=cifar100 dataset.download=true      downloaded by torchvision
     python -m tools.prepare_data dataset=cifar10 dataset.source=DIR dataset.materialize=224   also resized, 7.5 GB
@@ -12,10 +15,12 @@ Settings are written as for a run; overwrite=true replaces what is there. After 
 again. Exits 0 when everything is prepared, 1 with one line that says what is wrong.
 """
 
+import hashlib
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -23,13 +28,25 @@ import numpy as np
 from tqdm import tqdm
 
 from flapp.config.load import compose
-from flapp.config.schema import Config, ConfigError
-from flapp.data.artifact import DataError, arrays_sha256, locked, open_artifact, resized_folder, write_rows
+from flapp.config.schema import WRITER_PARTITIONS, Config, ConfigError
+from flapp.data.artifact import (
+    DataError,
+    arrays_sha256,
+    locked,
+    open_artifact,
+    remove_leftovers,
+    resized_folder,
+    write_rows,
+)
+from flapp.data.decode import Decoded, RawSplit, UnreadableError, decode_splits
+from flapp.data.folder import open_folder
 from flapp.data.shards.build import export_artifacts, write_shards
 from flapp.data.sources import CIFAR, EMBEDDED, cifar_files, cifar_sha256, download_cifar, is_prepared, read_cifar
+from flapp.files import replacing_folder
 from tools.cli import as_called
 
 SPLITS = ("train", "test")
+MOST_LINES = 20  # about images that cannot be read
 Content = tuple[np.ndarray, np.ndarray, Sequence[str]]  # images, labels, classes
 Source = tuple[str, Callable[[], Content]]  # the SHA-256 of what a split is made from, and a function that reads it
 
@@ -40,15 +57,87 @@ def prepare(settings: Config, overwrite: bool) -> Iterator[str]:
     if dataset.name == "femnist":
         yield from prepare_shards(settings, overwrite)
         return
+    if Path(dataset.name).name != dataset.name or not dataset.name.isprintable():
+        raise ConfigError(f"dataset.name={dataset.name!r} must be the name of a folder in {settings.data_dir}")
     with locked(settings.data_dir / f"{dataset.name}.lock"):
+        if dataset.name not in EMBEDDED and dataset.name not in CIFAR:
+            yield from prepare_own(settings, overwrite)
+            return
         for split, (sha256, load) in find_sources(settings, overwrite).items():
-            native = folder / split
-            write = partial(write_native, native, load, sha256, dataset.shape, dataset.classes)
-            yield ensure(native, sha256, overwrite, write)
-            if size := dataset.materialize:
-                artifact = open_artifact(native)
-                write = partial(write_resized, native, size, len(artifact.labels))
-                yield ensure(resized_folder(native, size), artifact.digest, overwrite, write)
+            if is_new := not is_made(folder / split, sha256, overwrite):
+                write_native(folder / split, load, sha256, dataset.shape, dataset.classes)
+            yield describe(folder / split, is_new)
+            yield from prepare_resized(folder / split, dataset.materialize, overwrite)
+
+
+def prepare_resized(native: Path, size: int | None, overwrite: bool) -> Iterator[str]:
+    """Write a split resized to `size`, if that is set."""
+    if size is None:
+        return
+    artifact, folder = open_artifact(native), resized_folder(native, size)
+    if is_new := not is_made(folder, artifact.digest, overwrite):
+        write_resized(native, size, len(artifact.labels))
+    yield describe(folder, is_new)
+
+
+def prepare_own(settings: Config, overwrite: bool) -> Iterator[str]:
+    """Decode the images of the user's own dataset and write both splits of it, or none."""
+    dataset, folder = settings.dataset, settings.data_dir / settings.dataset.name
+    raw, classes = open_raw(settings)
+    if dataset.classes not in (0, len(classes)):
+        raise DataError(
+            f"{dataset.source} has {len(classes)} classes, not {dataset.classes}: leave dataset.classes out"
+        )
+    settled = [list(dataset.shape), dataset.normalization, dataset.skip_unreadable]  # they decide the artifact too
+    sources = {
+        split: hashlib.sha256(json.dumps([found.sha256, *settled]).encode()).hexdigest() for split, found in raw.items()
+    }
+    made = [is_made(folder / split, sha256, overwrite, "files or settings") for split, sha256 in sources.items()]
+    if not all(made):
+        with bar("decoding", sum(len(found.labels) for found in raw.values())) as progress:
+            shape = dataset.shape or None
+            decoded, bad = decode_splits(raw, shape, dataset.skip_unreadable, settings.data_dir, progress)
+        yield from listed(bad)
+        yield from [f"{len(bad):,} images cannot be read and are left out"] if bad else []
+        write_own(folder, decoded, classes, sources, dataset.normalization)
+    for split in raw:
+        yield describe(folder / split, not all(made))
+        yield from prepare_resized(folder / split, dataset.materialize, overwrite)
+
+
+def open_raw(settings: Config) -> tuple[dict[str, RawSplit], list[str]]:
+    """Return the encoded images of each split of the user's own dataset, and the names of its classes."""
+    dataset = settings.dataset
+    if dataset.target:
+        raise ConfigError(f"dataset.target={dataset.target} makes dataset={dataset.name} on first use: start a run")
+    if dataset.source is None or dataset.download:
+        raise ConfigError(
+            f"dataset={dataset.name} needs its files: add dataset.source=DIR, a folder with a folder of images for "
+            "each class, without dataset.download; or write the dataset with flapp.data.write_artifact"
+        )
+    with bar("hashing", None) as progress:
+        return open_folder(Path(dataset.source), dataset.test_fraction, settings.seed, progress)
+
+
+def write_own(
+    folder: Path, decoded: dict[str, Decoded], classes: Sequence[str], sources: dict[str, str], normalization: str
+) -> None:
+    """Write the artifacts of all splits, or none; partitions by writer of what they replace are removed."""
+    channels = decoded["train"].shape[2]
+    if normalization == "imagenet" and channels != 3:
+        raise DataError(f"dataset.normalization=imagenet needs 3 channels, the images have {channels}: leave it out")
+    if missing := set(range(len(classes))) - set(decoded["train"].labels.tolist()):
+        raise DataError(f"class {classes[min(missing)]} has no training image that can be read: repair one")
+    with ExitStack() as stack:
+        for split, images in decoded.items():
+            target = folder / split
+            remove_leftovers(target)
+            into = stack.enter_context(replacing_folder(target))
+            write = partial(write_rows, target, images.read_rows, images.images.shape, images.labels, classes)
+            with bar(split, len(images.labels)) as progress:
+                write(sources[split], progress=progress, normalization=normalization, into=into)
+    for kind in WRITER_PARTITIONS:
+        (folder / "partitions" / f"{kind}.safetensors").unlink(missing_ok=True)
 
 
 def find_sources(settings: Config, overwrite: bool) -> dict[str, Source]:
@@ -60,11 +149,6 @@ def find_sources(settings: Config, overwrite: bool) -> dict[str, Source]:
         splits, classes = EMBEDDED[name]()
         contents = {split: (*arrays, classes) for split, arrays in splits.items()}
         return {split: (arrays_sha256(*splits[split]), partial(contents.__getitem__, split)) for split in SPLITS}
-    if name not in CIFAR:
-        known = ", ".join((*EMBEDDED, *CIFAR, "femnist"))
-        raise ConfigError(
-            f"dataset={name} cannot be prepared: choose one of {known}, or write it with flapp.data.write_artifact"
-        )
     if not (dataset.source or dataset.download):
         raise ConfigError(f"dataset={name} needs its files: add dataset.source=DIR, or dataset.download=true")
     raw, folder = Path(dataset.source or Path(settings.home) / "raw"), settings.data_dir / name
@@ -91,7 +175,7 @@ def write_native(folder: Path, load: Callable[[], Content], sha256: str, shape: 
             f"{folder.parent.name} has images of shape {found} in {len(names)} classes, not "
             f"dataset.shape={list(shape)} and dataset.classes={classes}: set both to match the files"
         )
-    with bar(folder, len(labels)) as progress:
+    with bar(folder.name, len(labels)) as progress:
         rows, dtype = (lambda a, b: images[a:b]), images.dtype
         write_rows(folder, rows, images.shape, labels, names, sha256, progress=progress, dtype=dtype)
 
@@ -100,20 +184,32 @@ def write_resized(native: Path, size: int, count: int) -> None:
     """Write the artifact `<native>@<size>`."""
     from flapp.data.images import materialize  # imports PyTorch
 
-    with bar(resized_folder(native, size), count) as progress:
+    with bar(resized_folder(native, size).name, count) as progress:
         materialize(native, size, progress)
 
 
-def ensure(folder: Path, source_sha256: str, overwrite: bool, write: Callable[[], None]) -> str:
-    """Write an artifact unless it exists, and return a line on it; raises DataError if it has another source."""
-    if not overwrite and (folder / "meta.json").exists():
-        if open_artifact(folder).source_sha256 != source_sha256:
-            raise DataError(f"{folder} was made from other files: add overwrite=true to replace it")
+def is_made(folder: Path, source_sha256: str, overwrite: bool, source: str = "files") -> bool:
+    """Say whether an artifact is there and need not be written; raises DataError if it has another source."""
+    if overwrite or not (folder / "meta.json").exists():
+        return False
+    if open_artifact(folder).source_sha256 != source_sha256:
+        raise DataError(f"{folder} was made from other {source}: add overwrite=true to replace it")
+    return True
+
+
+def describe(folder: Path, is_new: bool) -> str:
+    """Return a line on an artifact."""
+    if not is_new:
         return f"{folder}: already prepared, nothing to do (overwrite=true replaces it)"
-    write()
     artifact = open_artifact(folder)
     shape = "x".join(map(str, artifact.images.shape[1:]))
     return f"{folder}: {len(artifact.labels):,} samples of {shape}, {artifact.images.nbytes / 1e6:,.1f} MB"
+
+
+def listed(lines: Sequence[str]) -> list[str]:
+    """Return at most MOST_LINES lines, and how many more there are."""
+    more = len(lines) - MOST_LINES
+    return [f"  {line}" for line in lines[:MOST_LINES]] + ([f"  and {more:,} more"] if more > 0 else [])
 
 
 def prepare_shards(settings: Config, overwrite: bool) -> Iterator[str]:
@@ -143,9 +239,9 @@ def prepare_shards(settings: Config, overwrite: bool) -> Iterator[str]:
 
 
 @contextmanager
-def bar(folder: Path, total: int) -> Iterator[Callable[[int], object]]:
-    """Show a progress bar for the images of one folder."""
-    with tqdm(total=total, unit="image", desc=folder.name, disable=None, file=sys.stderr) as shown:
+def bar(name: str, total: int | None) -> Iterator[Callable[[int], object]]:
+    """Show a progress bar for images; total: how many, if that is known."""
+    with tqdm(total=total, unit="image", desc=name, disable=None, file=sys.stderr) as shown:
         yield shown.update
 
 
@@ -160,10 +256,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = [word for word in words if word.startswith("overwrite=")]  # it is not a setting of runs
         if wrong := [word for word in given if word not in ("overwrite=true", "overwrite=false")]:
             raise ConfigError(f"{wrong[0]} must be true or false")
-        settings = compose([word for word in words if word not in given], Path.cwd())
+        settings = compose([word for word in words if word not in given], Path.cwd(), preparing=True)
         for line in prepare(settings, given[-1:] == ["overwrite=true"]):
             print(line)
     except (ConfigError, DataError) as error:
+        for line in listed(error.lines) if isinstance(error, UnreadableError) else ():
+            print(line, file=sys.stderr)
         print(as_called(f"error: {error}"), file=sys.stderr)
         return 1
     except OSError as error:

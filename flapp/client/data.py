@@ -168,5 +168,5 @@ class Augmented:
 def cached_dataset(folder: Path, settings: DatasetConfig, files: Stamp) -> OfflineDataset:
     """Open a split and keep it open while `files` stay as they are; raises DataError when it is not as configured."""
     dataset = OfflineDataset(folder, normalization=settings.normalization)
-    check_samples(dataset.artifact, settings.shape, settings.classes)
+    check_samples(dataset.artifact, settings.shape, settings.classes, settings.normalization)
     return dataset

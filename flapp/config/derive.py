@@ -1,6 +1,23 @@
 """Fill in settings that are left to files: the prepared dataset says its shape, pretrained weights say their model."""
 
+from pathlib import Path
 from typing import Any
+
+from flapp.config.schema import ConfigError
+
+OF_DATASET = ("shape", "classes", "normalization")
+NORMALIZATION = "half"  # where neither the settings nor the prepared dataset say one
+
+
+def leave_open(values: dict[str, Any]) -> bool:
+    """Give settings of a dataset that is about to be prepared, where they are null, values that say nothing.
+
+    These are shape [] and 0 classes. Returns whether there are any: they cannot be checked together with others.
+    """
+    unset, nothing = _unset(values), {"shape": [], "classes": 0, "normalization": NORMALIZATION}
+    for key in unset:
+        values["dataset"][key] = nothing[key]
+    return bool(unset)
 
 
 def derive(values: dict[str, Any]) -> None:
@@ -12,7 +29,42 @@ def derive(values: dict[str, Any]) -> None:
 
 
 def _fill_dataset(values: dict[str, Any]) -> None:
-    """Fill in shape, classes and normalization of dataset=custom from its prepared artifact or shards."""
+    """Fill in shape, classes and normalization, where they are null, from the prepared artifact or shards."""
+    dataset, unset = values["dataset"], _unset(values)
+    if not unset or not isinstance(dataset.get("name"), str) or not isinstance(values.get("home"), str):
+        return  # there is nothing to do, or the check of types says what is wrong
+    target = dataset.get("target")
+    found = {"normalization": NORMALIZATION} | ({} if target else _read_facts(values))
+    if set(unset) <= found.keys():
+        dataset |= {key: found[key] for key in unset}
+    elif target:
+        raise ConfigError(f"dataset.target={target} makes the data on first use: set dataset.shape and dataset.classes")
+    else:
+        folder, name = Path(values["home"]) / "data" / dataset["name"], dataset["name"]
+        raise ConfigError(
+            f"dataset {name} is not prepared in {folder}: prepare it with python -m tools.prepare_data dataset=custom "
+            f"dataset.name={name} dataset.source=DIR, or set dataset.shape and dataset.classes if the data lie elsewhere"
+        )
+
+
+def _unset(values: dict[str, Any]) -> list[str]:
+    dataset = values.get("dataset")
+    return [key for key in OF_DATASET if key in dataset and dataset[key] is None] if isinstance(dataset, dict) else []
+
+
+def _read_facts(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what the prepared dataset says of itself, nothing if it is not on this machine."""
+    from flapp.data.artifact import DataError, read_meta  # not needed for most settings
+
+    folder = Path(values["home"]) / "data" / values["dataset"]["name"] / "train"
+    try:
+        if not (folder / "meta.json").exists():
+            return {}
+        meta = read_meta(folder)
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+    facts = {"shape": meta["images"]["shape"][1:], "classes": len(meta["classes"])}
+    return facts | ({"normalization": meta["normalization"]} if "normalization" in meta else {})
 
 
 def _fill_model(values: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from flapp.config.derive import derive
+from flapp.config.derive import derive, leave_open
 from flapp.config.rules import PATHS, check_together
 from flapp.config.schema import Config, ConfigError, NodeConfig, from_plain, hint, setting_types
 from flapp.untrusted import DEEPEST, parse_json, printable, read_bytes
@@ -51,16 +51,19 @@ def load(run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> tuple
     run_config holds `config-json`, which wins, or `overrides`, words of Hydra's grammar separated by spaces.
     """
     text, overrides = (str(run_config.get(key, "")) for key in ("config-json", "overrides"))
-    config = _config_of(text, overrides, os.environ.get("FLAPP_HOME", ""))
     site = read_node_config(node_config)
+    config = _config_of(text, overrides, os.environ.get("FLAPP_HOME", ""), site.home or "")
     return (replace(config, home=site.home) if site.home else config), site
 
 
 @lru_cache(maxsize=8)
-def _config_of(text: str, overrides: str, home: str) -> Config:
-    """Return the config of a run; home is part of the key, because conf/ reads it from the environment."""
+def _config_of(text: str, overrides: str, home: str, own_home: str) -> Config:
+    """Return the config of a run; home is part of the key, because conf/ reads it from the environment.
+
+    own_home: the node's own, whose data decide what the overrides leave open.
+    """
     if not text:
-        return compose(shlex.split(overrides))
+        return compose(shlex.split(overrides), home=own_home)
     try:
         return from_dict(json.loads(text))
     except json.JSONDecodeError as error:
@@ -84,11 +87,12 @@ def _split_words(text: object) -> tuple[str, ...]:
     return tuple(str(text).split())
 
 
-def compose(overrides: Sequence[str], base: Path | None = None) -> Config:
+def compose(overrides: Sequence[str], base: Path | None = None, home: str = "", preparing: bool = False) -> Config:
     """Compose conf/ with Hydra overrides and check it.
 
     Relative paths are taken from `base`, or refused without it. The folder base/conf, or without base the conf/ of an
-    app that Flower has put on the import path, adds to the choices of each group.
+    app that Flower has put on the import path, adds to the choices of each group. home: replaces that of the settings.
+    preparing: the dataset is about to be prepared, see `leave_open`.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -102,7 +106,8 @@ def compose(overrides: Sequence[str], base: Path | None = None) -> Config:
             with initialize_config_dir(str(CONF), version_base="1.3"):
                 words = [*own_choices([base] if base else app_folders()), *expand_words(overrides)]
                 tree = hydra_compose("config", overrides=[*words, *name_override(words)])
-            return from_tree(tree, base)
+                tree.home = home or tree.home
+            return from_tree(tree, base, preparing)
         except (HydraException, OmegaConfBaseException) as error:
             raise explain(error) from error
 
@@ -183,8 +188,8 @@ def name_override(words: Sequence[str]) -> list[str]:
     return [f"run_name='{'_'.join(parts) or 'sweep'}-${{now:%Y%m%d-%H%M%S}}'"]
 
 
-def from_tree(tree: Any, base: Path | None = None) -> Config:
-    """Check a composed DictConfig and turn it into a Config with absolute paths."""
+def from_tree(tree: Any, base: Path | None = None, preparing: bool = False) -> Config:
+    """Check a composed DictConfig and turn it into a Config with absolute paths; preparing: see compose."""
     from omegaconf import OmegaConf
 
     values = typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
@@ -194,8 +199,10 @@ def from_tree(tree: Any, base: Path | None = None) -> Config:
         if isinstance(node, dict) and node.get(key) is not None:
             given = Path(str(node[key])).expanduser()
             node[key] = str(given if base is None else base / given)
-    derive(values)
-    config = from_dict(values)
+    is_open = preparing and leave_open(values)
+    if not preparing:
+        derive(values)
+    config = from_plain(Config, values) if is_open else from_dict(values)
     return replace(config, code=str(base)) if config.targets and config.code is None and base is not None else config
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
@@ -25,6 +25,7 @@ FORMAT_VERSION = 1
 LAYOUTS = ("NHWC", "NCHW")
 UINT8 = np.dtype(np.uint8)
 DTYPES = ("uint8", "int8", "int16", "int32", "int64", "bool", "float16", "float32", "float64")  # of samples
+NORMALIZATION_NAMES = ("none", "half", "imagenet")  # images.py has their numbers
 FILES = ("meta.json", "images.npy", "labels.npy")
 BLOCK_BYTES = 16 << 20
 DIGEST_OF_BLOCKS = ([("uint8", 4), ("int64", 1)], [("float32", 2), ("float32", 1)])  # dtypes and axes: see `digest`
@@ -66,6 +67,7 @@ class Artifact:
     digest: str
     source_sha256: str
     layout: str = "NHWC"
+    normalization: str | None = None  # what the settings said when it was prepared
 
     @property
     def has_images(self) -> bool:
@@ -155,11 +157,13 @@ def write_rows(
     layout: str = "NHWC",
     progress: Callable[[int], object] = lambda rows: None,
     dtype: np.dtype = UINT8,
+    normalization: str | None = None,
+    into: Path | None = None,
 ) -> None:
     """Write one split as write_artifact does, block by block: read(start, stop) returns samples of all, of `shape`.
 
-    progress(n) is called for every n samples written. Raises DataError for wrong arrays and when the disk is full or
-    fails.
+    progress(n) is called for every n samples written. normalization: the one that runs shall use. into: an empty folder
+    to write to, which the caller makes `folder`. Raises DataError for wrong arrays and when the disk is full or fails.
     """
     shape = tuple(shape)
     check_arrays(str(folder), dtype, shape, labels, len(classes), layout)
@@ -177,9 +181,11 @@ def write_rows(
 
     meta: dict[str, Any] = {"format_version": FORMAT_VERSION, "writer": f"flapp {__version__}"}
     meta |= {"layout": layout} if layout != "NHWC" else {}
+    meta |= {"normalization": normalization} if normalization else {}
     try:
-        remove_leftovers(folder)
-        with replacing_folder(folder) as partial:
+        if into is None:
+            remove_leftovers(folder)
+        with replacing_folder(folder) if into is None else nullcontext(into) as partial:
             meta["images"] = _write_npy(partial / "images.npy", shape, dtype, blocks())
             meta["labels"] = _write_npy(partial / "labels.npy", labels.shape, labels.dtype, blocks_of(labels))
             meta |= {"classes": list(classes), "source_sha256": source_sha256, "complete": True}
@@ -212,7 +218,8 @@ def open_artifact(folder: Path, verify: bool = False) -> Artifact:
                 f"{folder / name}.npy was changed or damaged (block {bad[0]} has another SHA-256 than its meta.json "
                 f"says): delete {folder} and prepare it again"
             )
-    return Artifact(folder, images, labels, tuple(meta["classes"]), digest(meta), meta.get("source_sha256", ""), layout)
+    source, normalization = meta.get("source_sha256", ""), meta.get("normalization")
+    return Artifact(folder, images, labels, tuple(meta["classes"]), digest(meta), source, layout, normalization)
 
 
 def open_verified(folder: Path) -> Artifact:
@@ -268,14 +275,22 @@ def check_arrays(
         raise DataError(f"{where} has labels from {labels.min()} to {labels.max()}, but {classes} classes")
 
 
-def check_samples(artifact: Artifact, shape: Sequence[int], classes: int) -> None:
-    """Raise DataError unless an artifact holds samples of `shape` in `classes` classes, as the settings say."""
+def check_samples(artifact: Artifact, shape: Sequence[int], classes: int, normalization: str) -> None:
+    """Raise DataError unless an artifact holds samples of `shape` in `classes` classes, as the settings say.
+
+    An artifact that was prepared for one normalization must be used with it.
+    """
+    dataset, prepared = artifact.path.parent.name, artifact.normalization
+    if prepared not in (None, normalization):
+        raise DataError(
+            f"dataset {dataset} was prepared with dataset.normalization={prepared}, the settings say {normalization}: "
+            "leave dataset.normalization out, or prepare it again with overwrite=true"
+        )
     found, wanted = (list(artifact.images.shape[1:]), len(artifact.classes)), (list(shape), classes)
     if found != wanted:
         raise DataError(
-            f"dataset {artifact.path.parent.name} has samples of shape {found[0]} in {found[1]} classes, the settings "
-            f"say {wanted[0]} in {wanted[1]}: set dataset.shape={str(found[0]).replace(' ', '')} "
-            f"dataset.classes={found[1]}"
+            f"dataset {dataset} has samples of shape {found[0]} in {found[1]} classes, the settings say {wanted[0]} in "
+            f"{wanted[1]}: set dataset.shape={str(found[0]).replace(' ', '')} dataset.classes={found[1]}"
         )
 
 
@@ -310,6 +325,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         sound = sound and all(type(array["shape"]) is list for array in arrays)
         sound = sound and all(type(n) is int and n >= 0 for array in arrays for n in array["shape"])
         sound = sound and type(meta.get("source_sha256", "")) is str
+        sound = sound and meta.get("normalization", "half") in NORMALIZATION_NAMES
         found = printable(f"format {meta['format_version']}, complete={meta['complete']}, sound={sound}")
         if not sound or meta["complete"] is not True or meta["format_version"] != FORMAT_VERSION:
             raise DataError(f"{path} is not a complete artifact of format {FORMAT_VERSION} ({found}): {again}")

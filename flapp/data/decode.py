@@ -148,6 +148,7 @@ def decode(encoded: Encoded, shape: Sequence[int] | None) -> Pixels:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             large = _check_pixels(*image.size) > LARGE_PIXELS
             with _large if large else nullcontext():
+                image.load()  # some formats have their EXIF behind the pixels
                 turned = image.getexif().get(ORIENTATION, 1) != 1
                 upright = ImageOps.exif_transpose(image) if turned else image
                 return to_shape(upright, shape)
@@ -173,7 +174,7 @@ def to_shape(image: Image.Image, shape: Sequence[int] | None) -> np.ndarray:
         # As torchvision computes the longer side, which differs from rounding.
         size = (width, int(width * h / w)) if width * h >= height * w else (int(height * w / h), height)
         if size != image.size:
-            _check_pixels(*size)
+            _check_pixels(*size, f" of {w}x{h} scaled to cover {width}x{height}")
             image = image.resize(size, Image.Resampling.BILINEAR)
         top, left = round((size[1] - height) / 2), round((size[0] - width) / 2)
         image = image.crop((left, top, left + width, top + height))
@@ -183,7 +184,7 @@ def to_shape(image: Image.Image, shape: Sequence[int] | None) -> np.ndarray:
 
 def is_grey(image: Image.Image) -> bool:
     """Say whether an image is stored without colours."""
-    return image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;")
+    return image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;")
 
 
 def count_cores() -> int:
@@ -224,10 +225,10 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def _check_pixels(width: int, height: int) -> int:
+def _check_pixels(width: int, height: int, what: str = "") -> int:
     """Return the number of pixels; raises ValueError if they are too many."""
     if width * height > MOST_PIXELS:
-        raise ValueError(f"{width}x{height} pixels are too many, at most {MOST_PIXELS:,} are allowed")
+        raise ValueError(f"{width}x{height} pixels{what} are too many, at most {MOST_PIXELS:,} are allowed")
     return width * height
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from flapp.data.artifact import Artifact, DataError, open_verified, refuse_rows, resized_folder
 from flapp.data.images import check_normalization, normalize, resize
-from flapp.data.sources import EMBEDDED
+from flapp.data.sources import EMBEDDED, named
 
 
 class OfflineDataset(Dataset[tuple[Tensor, Any]]):
@@ -102,7 +102,7 @@ class OfflineDataset(Dataset[tuple[Tensor, Any]]):
             source = "" if dataset in EMBEDDED else " dataset.source=DIR"
             raise DataError(
                 f"{folder} does not hold the images of {self.artifact.path} at {image_size} pixels: delete it, or make "
-                f"it again with python -m tools.prepare_data dataset={dataset}{source} "
+                f"it again with python -m tools.prepare_data {named(dataset)}{source} "
                 f"dataset.materialize={image_size} overwrite=true"
             )
         return resized

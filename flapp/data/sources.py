@@ -85,8 +85,8 @@ def ensure_artifacts(data: Path, name: str, make: Make | None = None, source: st
     if make is None:
         raise DataError(
             f"dataset {name} is not prepared: {folder} has no train and test artifacts; prepare it with "
-            f"python -m tools.prepare_data dataset={name} dataset.source=DIR (your own with "
-            "flapp.data.write_artifact), or choose dataset=digits, which needs no files"
+            f"python -m tools.prepare_data {named(name)} dataset.source=DIR, or choose dataset=digits, which needs no "
+            "files"
         )
     with locked(data / f"{name}.lock"):
         if not is_prepared(folder):
@@ -94,6 +94,11 @@ def ensure_artifacts(data: Path, name: str, make: Make | None = None, source: st
             for split, (samples, labels) in splits.items():
                 write_artifact(folder / split, samples, labels, classes, source)
     return folder
+
+
+def named(name: str) -> str:
+    """Return the words of the command line that choose a dataset."""
+    return f"dataset={name}" if name in {*EMBEDDED, *CIFAR, "femnist"} else f"dataset=custom dataset.name={name}"
 
 
 def _check_maker(folder: Path, source: str) -> None:

@@ -210,7 +210,7 @@ REFUSED = {
     "dataset=digits dataset.download=true": "digits is embedded: leave out dataset.source",
     "dataset=digits dataset.shape=[8,8,1]": "shape [32, 32, 1] in 10 classes, not dataset.shape=[8, 8, 1]",
     "dataset=digits dataset.materialize=0": "dataset.materialize=0 is out of range",
-    "dataset=custom dataset.name=birds dataset.shape=[8,8,3] dataset.classes=2": "dataset=birds cannot be prepared",
+    "dataset=custom dataset.name=birds dataset.shape=[8,8,3] dataset.classes=2": "dataset=birds needs its files: add",
     "experiment=toy_regression dataset.materialize=24": "dataset.materialize=24 resizes images, dataset=regression has",
     "dataset=digit": "dataset=digit is not known: choose one of",
     "dataset=digits overwrite=yes": "overwrite=yes must be true or false",
