@@ -18,13 +18,12 @@ from torch import Tensor
 
 from flapp.config.schema import Config, ConfigError, DatasetConfig, NodeConfig
 from flapp.custom import own
-from flapp.data.artifact import Stamp, check_samples, stamp
+from flapp.data.artifact import Stamp, check_samples, check_settings, stamp
 from flapp.data.loader import ClientLoader
 from flapp.data.offline import OfflineDataset
 from flapp.data.partition import label_histogram
 from flapp.data.shards.client import SHARD_FILES, DistributedShardLoader
 from flapp.data.shards.dataset import ShardStream
-from flapp.data.shards.source import check_kind
 from flapp.messages import Claim
 from flapp.partitions import cached_partition, stamp_of_shared_files
 from flapp.source import source_digest, versions
@@ -92,7 +91,7 @@ def open_own_shard(config: Config, path: Path, client_id: str) -> ClientData:
     shard = DistributedShardLoader(
         path, settings.strict_check, settings.streaming, client_id, config.dataset.normalization
     )
-    check_kind(str(path), shard.kind, config.dataset.shape, config.dataset.classes)
+    check_settings(str(path), shard.kind.settings, config.dataset.samples)
     splits = {split: (shard.split(split), np.arange(count)) for split, count in shard.num_samples.items()}
     return _with_claim(client_id, splits, path, shard.label_hist, shard.digest, shard.last_modified)
 

@@ -132,7 +132,8 @@ def _join(folder: Path, kind: Kind, files: list[Path], counts: list[int]) -> Non
         for images, _ in read_blocks(path, count, kind):
             source_sha256.update(images.data)
     source_sha256.update(labels.data)
-    write_rows(folder, read, (len(labels), *kind.shape), labels, kind.classes, source_sha256.hexdigest())
+    sha256, shape = source_sha256.hexdigest(), (len(labels), *kind.shape)
+    write_rows(folder, read, shape, labels, kind.classes, sha256, normalization=kind.normalization)
 
 
 def open_shard(manifest: Manifest, client_id: str) -> DistributedShardLoader:

@@ -11,9 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from flapp.data.artifact import DataError, Stamp, refusing, stamp
+from flapp.data.artifact import DataError, Stamp, check_settings, refusing, stamp
 from flapp.data.shards.client import REMEDY, SPLITS, digest_of
-from flapp.data.shards.source import Kind, check_kind, read_kind
+from flapp.data.shards.source import Kind, read_kind
 from flapp.untrusted import parse_json, printable, read_bytes, read_json
 
 FORMAT_VERSION = 2  # 1 had an index, clients.idx
@@ -62,20 +62,20 @@ def load_manifest(path: str | Path) -> Manifest:
 
 @lru_cache(maxsize=4)
 def _load(path: Path, files: Stamp) -> Manifest:
-    facts, kind = _read_facts(path)
+    facts, kind = read_facts(path)
     records = _read_records(path.with_name("clients.jsonl"), facts)
     if (totals := totals_of(records.values())) != facts["totals"]:
         raise DataError(f"{path} says {printable(facts['totals'])}, its clients add up to {totals}: {AGAIN}")
     return Manifest(path, facts, kind, records)
 
 
-def open_manifest(path: str | Path, clients: int, strategy: str, shape: Sequence[int], classes: int) -> Manifest:
+def open_manifest(path: str | Path, clients: int, strategy: str, settings: tuple[Sequence[int], int, str]) -> Manifest:
     """Open the manifest of the shards of so many clients, cut by `strategy`; raises DataError for any other.
 
-    shape, classes: of the samples, as the settings say.
+    settings: shape, number of classes and normalization.
     """
     manifest = load_manifest(path)
-    check_kind(str(manifest.path), manifest.kind, shape, classes)
+    check_settings(str(manifest.path), manifest.kind.settings, settings)
     if len(manifest) != clients:
         raise DataError(f"{manifest.path} lists {len(manifest)} clients: set clients={len(manifest)}")
     if manifest.facts["strategy"] != strategy:
@@ -130,7 +130,8 @@ def check_claim(
     return None
 
 
-def _read_facts(path: Path) -> tuple[dict[str, Any], Kind]:
+def read_facts(path: Path) -> tuple[dict[str, Any], Kind]:
+    """Read manifest.json alone; raises DataError if it is missing, foreign or damaged."""
     with refusing(path, AGAIN, f"no manifest at {path}: {AGAIN}"):
         facts = read_json(path)
     version = facts.get("format_version") if isinstance(facts, dict) else type(facts).__name__

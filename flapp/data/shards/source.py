@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from flapp.data.artifact import DataError
+from flapp.data.artifact import NORMALIZATION_NAMES
 
 MOST_CLASSES = 1 << 16  # as in a message
 LONGEST_SIDE = 1 << 16
@@ -22,13 +22,13 @@ ALL = slice(None)
 class Kind:
     """What all samples of a dataset are: images, uint8 (H, W, C), in classes with names.
 
-    normalization: the one that these images are meant for.
+    normalization: the one that runs shall use, None if that is open.
     """
 
     dataset: str
     shape: tuple[int, ...]
     classes: tuple[str, ...]
-    normalization: str = "half"
+    normalization: str | None = None
 
     @property
     def stored(self) -> tuple[int, ...]:
@@ -39,6 +39,11 @@ class Kind:
     def pixels(self) -> int:
         """Return the number of bytes of an image."""
         return int(np.prod(self.shape))
+
+    @property
+    def settings(self) -> tuple[Sequence[int], int, str | None]:
+        """Return what the settings of a run must say: shape, number of classes, normalization."""
+        return self.shape, len(self.classes), self.normalization
 
     def facts(self) -> dict[str, Any]:
         """Return what meta.json and manifest.json say; those of FEMNIST, which came first, only name it."""
@@ -59,23 +64,15 @@ def read_kind(facts: Mapping[str, Any]) -> Kind:
     shape, classes = facts.get("shape"), facts.get("classes")
     if not isinstance(shape, list) or not isinstance(classes, list):
         raise ValueError("it does not say the shape and the classes of its samples")
-    if not all(isinstance(text, str) and text.isprintable() for text in (dataset, normalization, *classes)):
-        raise ValueError("its dataset, normalization and classes are not text without control characters")
+    if not all(isinstance(text, str) and text.isprintable() for text in (dataset, *classes)):
+        raise ValueError("its dataset and classes are not text without control characters")
+    if normalization not in (None, *NORMALIZATION_NAMES):
+        raise ValueError("its normalization is unknown")
     if len(shape) != 3 or not all(type(side) is int and 0 < side <= LONGEST_SIDE for side in shape):
         raise ValueError(f"its shape {shape} is not [height, width, channels]")
     if not 0 < len(classes) <= MOST_CLASSES:
         raise ValueError(f"it has {len(classes)} classes")
-    return Kind(str(dataset), tuple(shape), tuple(classes), str(normalization))
-
-
-def check_kind(where: str, kind: Kind, shape: Sequence[int], classes: int) -> None:
-    """Raise DataError, which names `where`, unless shards hold what the settings say."""
-    found, wanted = (list(kind.shape), len(kind.classes)), (list(shape), classes)
-    if found != wanted:
-        raise DataError(
-            f"{where} has samples of shape {found[0]} in {found[1]} classes, the settings say {wanted[0]} in "
-            f"{wanted[1]}: set dataset.shape={str(found[0]).replace(' ', '')} dataset.classes={found[1]}"
-        )
+    return Kind(str(dataset), tuple(shape), tuple(classes), normalization)
 
 
 @dataclass(frozen=True)
