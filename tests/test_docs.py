@@ -32,10 +32,13 @@ from tools import cli, configuration
 ROOT = Path(__file__).resolve().parents[1]
 READ_FIRST = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("index", "running"))]
 OTHERS = [path for path in sorted((ROOT / "docs").glob("*.md")) if path not in READ_FIRST]
+OWN_DATA = ROOT / "docs" / "own_data.md"
 PAGES = {path: path.read_text() for path in (*READ_FIRST, *OTHERS, ROOT / "CONTRIBUTING.md")}
 PROGRAMS = r"flapp|python3?|pip|flwr|flower-\w+|ray|nginx|tensorboard|pre-commit|mkdocs|ruff"
 PLACEHOLDERS = {"DIR", "RUN_DIR", "PATH", "FILE", "DB", "PARTITION", "DATASET"}  # allowed in tables and prose only
-READS_RUNS = re.compile(r"python -m tools\.(report|checkpoints|split_model|verify_data) (?!.*(--benchmark|runs/lrs))")
+READS_RUNS = re.compile(
+    r"python -m tools\.(report|checkpoints|split_model|verify_data) (?!.*(--benchmark|runs/lrs|data/pets))"
+)
 SMALL = ("clients=2", "train.steps=1", "train.batch_size=2", "evaluate.personal_epochs=0")
 
 
@@ -68,9 +71,12 @@ def words_of(command: str) -> list[str]:
 
 
 def composes(command: str) -> None:
-    """Compose every job of a command of Hydra's words, as far as they are settings of flapp."""
+    """Compose every job of a command of Hydra's words, as far as they are settings of flapp.
+
+    Of one's own data, shape and classes are given: they are not prepared here.
+    """
     words = shlex.split(re.sub(r"^python -m tools\.\w+|--cfg job|--format json", "", command))
-    jobs = []
+    jobs = [["dataset.shape=[32,32,3]"], ["dataset.classes=2"]] if "dataset=custom" in words else []
     for override in OverridesParser.create().parse_overrides([word for word in words if word != "-m"]):
         key = override.get_key_element()
         if override.is_sweep_override():
@@ -80,7 +86,7 @@ def composes(command: str) -> None:
         elif not key.startswith("hydra"):
             jobs.append([override.input_line or ""])
     for job in itertools.product(*jobs):
-        compose(list(job), Path("/nowhere"))
+        compose(list(job), Path("/nowhere"), preparing="tools.prepare_data" in command)
 
 
 class Parsed(Exception):
@@ -323,11 +329,20 @@ def test_every_python_block_runs_by_itself(user: Path, number: int) -> None:
     exec(compile(block, f"Python block {number + 1}", "exec"), {"__name__": "__main__"})
 
 
-def test_the_run_over_your_own_data_takes_what_the_python_block_wrote(user: Path) -> None:
-    (block,) = [block for block in blocks("python") if "data/pets" in block]
-    (command,) = [command for command in pasted() if "dataset=custom" in command]
-    exec(compile(block, "data.md", "exec"), {})
-    run_in_process(f"home={user / '.flapp'}", *shlex.split(command)[3:], *SMALL, "num_rounds=1")
+def test_the_page_of_your_own_data_works_from_top_to_bottom(user: Path) -> None:
+    done = []
+    for language, block in re.findall(r"^```(python|bash)\n(.*?)^```", PAGES[OWN_DATA], re.DOTALL | re.MULTILINE):
+        if language == "python":
+            exec(compile(block, OWN_DATA.name, "exec"), {})
+        for command in block.splitlines() if language == "bash" else ():
+            _, _, module, *words = words_of(command)
+            if module == "tools.run":
+                run_in_process(f"home={user / '.flapp'}", *words, *SMALL, "num_rounds=1")
+            else:
+                home = [f"home={user / '.flapp'}"] if module == "tools.prepare_data" else []
+                assert importlib.import_module(module).main([*words, *home]) == 0
+            done.append(module)
+    assert {"tools.prepare_data", "tools.run", "tools.verify_data"} <= set(done)
 
 
 @pytest.mark.slow

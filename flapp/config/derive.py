@@ -43,7 +43,7 @@ def _fill_dataset(values: dict[str, Any]) -> None:
         folder, name = Path(values["home"]) / "data" / dataset["name"], dataset["name"]
         raise ConfigError(
             f"dataset {name} is not prepared in {folder}: prepare it with python -m tools.prepare_data dataset=custom "
-            f"dataset.name={name} dataset.source=DIR, or set dataset.shape and dataset.classes if it is elsewhere"
+            f"dataset.name={name} dataset.source=DIR, or set dataset.shape and dataset.classes if it lies elsewhere"
         )
 
 
