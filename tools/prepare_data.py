@@ -69,7 +69,7 @@ def prepare(settings: Config, overwrite: bool) -> Iterator[str]:
     if dataset.name == FEMNIST.dataset:
         yield from prepare_shards(settings, overwrite)
         return
-    if Path(dataset.name).name != dataset.name or not dataset.name.isprintable():
+    if Path(dataset.name).name != dataset.name or dataset.name.startswith(".") or not dataset.name.isprintable():
         raise ConfigError(f"dataset.name={dataset.name!r} must be the name of a folder in {settings.data_dir}")
     with locked(settings.data_dir / f"{dataset.name}.lock"):
         if dataset.name not in EMBEDDED and dataset.name not in CIFAR:

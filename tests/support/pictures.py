@@ -28,7 +28,7 @@ def encode(image: Image.Image | np.ndarray, kind: str = "PNG", **options: Any) -
 
 
 def write_pictures(folder: Path, classes: Sequence[str], count: int, side: int | None = None) -> Path:
-    """Write `count` JPEGs of each class, whose colours differ, of different sizes (or of side x side), and return it."""
+    """Write JPEGs of classes whose colours differ, of many sizes or of side x side, and return the folder."""
     for label, name in enumerate(classes):
         (folder / name).mkdir(parents=True)
         for number in range(count):

@@ -1,0 +1,209 @@
+"""Your own images: prepared by one command, whole or not at all, and known by name to every later command."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision import transforms
+
+from flapp.config.load import compose
+from flapp.data import decode as decoding
+from flapp.data.artifact import DataError, open_artifact, read_meta
+from flapp.data.folder import open_folder
+from tests.support import commands
+from tests.support.pictures import draw, encode, write_pictures
+from tests.tools.test_prepare import refused, tree
+from tools import partition_heatmap, prepare_data, verify_data
+
+CLASSES = ["ant", "bee", "cat", "dog", "eel"]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_pictures(tmp_path / "pictures", CLASSES, 10)
+
+
+def words(tmp_path: Path, *more: str) -> list[str]:
+    """Return the command line that prepares those pictures."""
+    home = [f"home={tmp_path / 'home'}", f"dataset.source={tmp_path / 'pictures'}"]
+    return ["dataset=custom", "dataset.name=mine", *home, "dataset.shape=[16,16,3]", *more]
+
+
+def prepared(tmp_path: Path, *more: str) -> dict[str, bytes]:
+    """Prepare the pictures and return the files of both artifacts."""
+    assert prepare_data.main(words(tmp_path, *more)) == 0
+    return tree(tmp_path / "home" / "data" / "mine")
+
+
+def test_a_folder_of_images_is_prepared_and_trained_on_by_name_alone(tmp_path: Path) -> None:
+    source, home = write_pictures(tmp_path / "pictures", CLASSES, 60), tmp_path / "home"
+    home.mkdir()
+    given = ["dataset=custom", "dataset.name=mine"]
+    process = commands.start_tool(
+        home, "prepare_data", *given, f"dataset.source={source}", "dataset.shape=[32,32,3]", "dataset.materialize=16"
+    )
+    status, out, err = commands.finish(process)
+    assert status == 0, err
+    folder = home / "data" / "mine"
+    assert out.splitlines()[:2] == [
+        f"{folder}/train: 240 samples of 32x32x3, 0.7 MB",
+        f"{folder}/train@16: 240 samples of 3x16x16, 0.2 MB",
+    ]
+    usual = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(32)])
+    for split, found in open_folder(source, 0.2, 0)[0].items():
+        artifact = open_artifact(folder / split, verify=True)
+        assert artifact.classes == tuple(CLASSES)
+        assert np.array_equal(artifact.labels, found.labels)
+        assert np.bincount(artifact.labels).tolist() == [48 if split == "train" else 12] * 5
+        for pixels, path in zip(artifact.images, found.names, strict=True):
+            assert np.array_equal(pixels, np.asarray(usual(Image.open(path))))
+    few = ["clients=2", "num_rounds=2", "model=cnn", "evaluate.personal_epochs=0", "run_name=own"]
+    done = commands.run(home, *given, *few)
+    assert done.returncode == 0, done.stderr
+    settings = json.loads((home / "runs/own/metrics.json").read_text())
+    assert settings["accuracy"] > 0.5
+    assert "shape:\n  - 32\n  - 32\n  - 3\n" in (home / "runs/own/config.yaml").read_text()
+    (partition,) = (folder / "partitions").glob("*.safetensors")
+    assert verify_data.main([str(folder), "--full"]) == 0
+    assert partition_heatmap.main([str(partition), str(folder), str(tmp_path / "out.png")]) == 0
+
+
+def test_splits_of_the_source_are_kept(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "pictures" / "train", CLASSES, 3)
+    write_pictures(tmp_path / "pictures" / "val", CLASSES[:2], 2)
+    prepared(tmp_path)
+    train, test = (open_artifact(tmp_path / "home/data/mine" / split) for split in ("train", "test"))
+    assert (len(train.labels), test.labels.tolist(), test.classes) == (15, [0, 0, 1, 1], tuple(CLASSES))
+
+
+def test_the_same_command_again_does_nothing_and_other_files_or_settings_are_refused(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared(tmp_path)
+    folder = tmp_path / "home/data/mine"
+    inodes = {path: path.stat().st_ino for path in folder.rglob("*")}
+    capsys.readouterr()
+    before = prepared(tmp_path)
+    assert capsys.readouterr().out.count("already prepared, nothing to do") == 2
+    assert {path: path.stat().st_ino for path in folder.rglob("*")} == inodes
+    other = ("dataset.shape=[16,16,1]", "dataset.test_fraction=0.3", "seed=1", "dataset.skip_unreadable=true")
+    for word in (*other, "dataset.normalization=none"):
+        assert f"{folder / 'train'} was made from other files or settings: add overwrite=true" in refused(
+            capsys, words(tmp_path, word)
+        )
+    (source / "ant" / "000.jpg").write_bytes(encode(draw(20, 20), "JPEG"))
+    assert "was made from other files or settings" in refused(capsys, words(tmp_path))
+    assert tree(folder) == before
+    assert prepared(tmp_path, "overwrite=true") != before
+    shutil.rmtree(folder / "test")
+    assert prepared(tmp_path) == prepared(tmp_path, "overwrite=true")
+
+
+def test_unreadable_images_end_the_command_or_are_left_out(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = prepared(tmp_path)
+    for number in range(30):
+        (source / "bee" / f"{number:03d}.png").write_text("no image")
+    assert refused(capsys, words(tmp_path, "overwrite=true")).startswith("error: 30 of 80 images cannot be read")
+    assert prepare_data.main(words(tmp_path, "overwrite=true")) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  ")]
+    assert len(lines) == 21
+    assert all("it is not an image of a known format" in line for line in lines[:20])
+    assert lines[20] == "  and 10 more"
+    assert tree(tmp_path / "home/data/mine") == before
+    prepared(tmp_path, "overwrite=true", "dataset.skip_unreadable=true")
+    assert "30 images cannot be read and are left out" in capsys.readouterr().out
+    labels = [open_artifact(tmp_path / "home/data/mine" / split).labels for split in ("train", "test")]
+    assert sum(map(len, labels)) == 50
+
+
+def test_nothing_is_written_unless_both_splits_are(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, real = prepared(tmp_path), prepare_data.write_rows
+
+    def fail_at_the_second(folder: Path, *given: Any, **more: Any) -> None:
+        if folder.name == "test":
+            raise DataError("the disk is full")
+        real(folder, *given, **more)
+
+    monkeypatch.setattr(prepare_data, "write_rows", fail_at_the_second)
+    assert refused(capsys, words(tmp_path, "overwrite=true", "seed=1")) == "error: the disk is full"
+    assert tree(tmp_path / "home/data/mine") == before
+    shutil.rmtree(tmp_path / "home/data/mine")
+    assert refused(capsys, words(tmp_path)) == "error: the disk is full"
+    assert list((tmp_path / "home/data/mine").iterdir()) == []
+    assert [path.name for path in (tmp_path / "home/data").iterdir() if path.is_file()] == ["mine.lock"]
+
+
+def test_partitions_by_writer_of_what_is_replaced_are_removed(tmp_path: Path, source: Path) -> None:
+    prepared(tmp_path)
+    stale = tmp_path / "home/data/mine/partitions/natural.safetensors"
+    stale.parent.mkdir()
+    stale.write_bytes(b"of other samples")
+    prepared(tmp_path)
+    assert stale.exists()
+    prepared(tmp_path, "overwrite=true")
+    assert not stale.exists()
+
+
+def test_one_worker_and_several_write_the_same_bytes(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for workers in (1, 2, 5):
+        monkeypatch.setattr(decoding, "count_cores", lambda workers=workers: workers)
+        found.append(prepared(tmp_path, "overwrite=true"))
+    assert found[0] == found[1] == found[2]
+
+
+REFUSED = {
+    "dataset.name=other dataset.source=null": "dataset=other needs its files: add dataset.source=DIR",
+    "dataset.classes=4": "has 5 classes, not 4: leave dataset.classes out",
+    "dataset.shape=null": "add the shape that all shall have, such as dataset.shape=[224,224,3]",
+    "dataset.shape=[16,16]": "dataset.shape=[16, 16] is not of images: give [height,width,1] or [height,width,3]",
+    "dataset.shape=[16,16,1] dataset.normalization=imagenet": "imagenet needs 3 channels, the images have 1: leave it",
+    "dataset.source=nowhere": "nowhere cannot be read (No such file or directory)",
+    "dataset.name=../mine": "dataset.name='../mine' must be the name of a folder in",
+    "dataset.name=..": "dataset.name='..' must be the name of a folder in",
+    "dataset.test_fraction=1": "dataset.test_fraction=1 is out of range: it must be less than 1",
+    "dataset.target=task:make": "dataset.target=task:make makes dataset=mine on first use: start a run",
+}
+
+
+@pytest.mark.parametrize("given", REFUSED)
+def test_what_cannot_be_prepared_is_refused_in_one_line(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], given: str
+) -> None:
+    assert REFUSED[given] in refused(capsys, words(tmp_path, *given.split()))
+    assert not list(tmp_path.rglob("meta.json"))
+
+
+def test_a_class_of_which_no_training_image_can_be_read_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pictures(tmp_path / "pictures/train", CLASSES, 1)
+    write_pictures(tmp_path / "pictures/test", CLASSES, 1)
+    (tmp_path / "pictures/train/cat/000.jpg").write_bytes(b"")
+    said = refused(capsys, words(tmp_path, "dataset.skip_unreadable=true"))
+    assert "class cat has no training image that can be read" in said
+
+
+def test_normalization_is_kept_with_the_data_and_a_run_must_use_it(tmp_path: Path, source: Path) -> None:
+    prepared(tmp_path, "dataset.normalization=imagenet")
+    train = tmp_path / "home/data/mine/train"
+    assert (read_meta(train)["normalization"], open_artifact(train).normalization) == ("imagenet", "imagenet")
+    config = compose(["dataset=custom", "dataset.name=mine", f"home={tmp_path / 'home'}"])
+    assert config.dataset.normalization == "imagenet"
+    meta = json.loads((train / "meta.json").read_text())
+    digest = open_artifact(train).digest
+    (train / "meta.json").write_text(json.dumps({key: meta[key] for key in meta if key != "normalization"}))
+    assert (open_artifact(train).digest, open_artifact(train).normalization) == (digest, None)
+    (train / "meta.json").write_text(json.dumps(meta | {"normalization": "other"}))
+    with pytest.raises(DataError, match="is not a complete artifact"):
+        open_artifact(train)
