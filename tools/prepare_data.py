@@ -95,6 +95,9 @@ def prepare_resized(native: Path, size: int | None, overwrite: bool) -> Iterator
 def prepare_own(settings: Config, overwrite: bool) -> Iterator[str]:
     """Decode the images of the user's own dataset and write both splits of it, or none."""
     dataset, folder = settings.dataset, settings.data_dir / settings.dataset.name
+    if (kind := settings.partition.kind) in WRITER_PARTITIONS:
+        fix = "add dataset.client_column=COLUMN, or leave partition out"
+        raise ConfigError(f"partition={kind} goes by clients, and nothing says whose each sample is: {fix}")
     raw, classes = open_raw(settings, overwrite)
     settled = [list(dataset.shape), dataset.normalization, dataset.skip_unreadable]  # they decide the artifact too
     sources = {

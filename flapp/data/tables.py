@@ -136,10 +136,13 @@ def _check_alike(tables: Sequence[Table], columns: Columns) -> None:
     """Raise DataError unless all files have these columns with the same types and class names."""
     for table in tables:
         for name in filter(None, (columns.image, columns.label, columns.client)):
-            kinds = [each.types.get(name, "no column") for each in (tables[0], table)]
-            if kinds[0] != kinds[1]:
-                found = f"{table.path} has {printable(kinds[1], 80)} for column {name}"
-                raise DataError(f"{found}, {tables[0].path} has {printable(kinds[0], 80)}: write all files alike")
+            first = tables[0]
+            if name not in table.types:
+                raise DataError(f"{table.path} has no column {name}, {first.path} has it: write all files alike")
+            if table.types[name] != first.types[name]:
+                found, other = (printable(each.types[name], 80) for each in (table, first))
+                found = f"{table.path} has {found} for column {name}, {first.path} has {other}"
+                raise DataError(f"{found}: write all files alike")
         if table.class_names(columns.label or "") != tables[0].class_names(columns.label or ""):
             found = f"{table.path} and {tables[0].path} have different class names for column {columns.label}"
             raise DataError(f"{found}: write all files alike")
