@@ -91,8 +91,8 @@ def compose(overrides: Sequence[str], base: Path | None = None, home: str = "", 
     """Compose conf/ with Hydra overrides and check it.
 
     Relative paths are taken from `base`, or refused without it. The folder base/conf, or without base the conf/ of an
-    app that Flower has put on the import path, adds to the choices of each group. home: replaces that of the settings.
-    preparing: the dataset is about to be prepared, see `leave_open`.
+    app that Flower has put on the import path, adds to the choices of each group. home: where the data are that decide
+    what the settings leave open, if it is not their own. preparing: the dataset is yet to be prepared, see leave_open.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -106,8 +106,7 @@ def compose(overrides: Sequence[str], base: Path | None = None, home: str = "", 
             with initialize_config_dir(str(CONF), version_base="1.3"):
                 words = [*own_choices([base] if base else app_folders()), *expand_words(overrides)]
                 tree = hydra_compose("config", overrides=[*words, *name_override(words)])
-                tree.home = home or tree.home
-            return from_tree(tree, base, preparing)
+            return from_tree(tree, base, home, preparing)
         except (HydraException, OmegaConfBaseException) as error:
             raise explain(error) from error
 
@@ -188,8 +187,8 @@ def name_override(words: Sequence[str]) -> list[str]:
     return [f"run_name='{'_'.join(parts) or 'sweep'}-${{now:%Y%m%d-%H%M%S}}'"]
 
 
-def from_tree(tree: Any, base: Path | None = None, preparing: bool = False) -> Config:
-    """Check a composed DictConfig and turn it into a Config with absolute paths; preparing: see compose."""
+def from_tree(tree: Any, base: Path | None = None, home: str = "", preparing: bool = False) -> Config:
+    """Check a composed DictConfig and turn it into a Config with absolute paths; home, preparing: see compose."""
     from omegaconf import OmegaConf
 
     values = typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
@@ -201,7 +200,7 @@ def from_tree(tree: Any, base: Path | None = None, preparing: bool = False) -> C
             node[key] = str(given if base is None else base / given)
     is_open = preparing and leave_open(values)
     if not preparing:
-        derive(values)
+        derive(values | {"home": home or values.get("home")})  # it fills in the groups of settings, which both share
     config = from_plain(Config, values) if is_open else from_dict(values)
     return replace(config, code=str(base)) if config.targets and config.code is None and base is not None else config
 
