@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -40,12 +41,23 @@ from flapp.data.artifact import (
 )
 from flapp.data.decode import Decoded, RawSplit, UnreadableError, decode_splits
 from flapp.data.folder import open_folder
+from flapp.data.hub import download_dataset
 from flapp.data.shards.build import export_artifacts, write_shards
+from flapp.data.shards.decoded import DecodedSource
+from flapp.data.shards.source import FEMNIST, Kind
+from flapp.data.shards.source import Source as ShardSource
 from flapp.data.sources import CIFAR, EMBEDDED, cifar_files, cifar_sha256, download_cifar, is_prepared, read_cifar
+from flapp.data.table_files import find_tables
+from flapp.data.tables import Columns, open_tables
 from flapp.files import replacing_folder
 from tools.cli import as_called
 
 SPLITS = ("train", "test")
+HUB = {FEMNIST.dataset: "flwrlabs/femnist"}
+NO_FILES = (
+    ", a folder with a folder of images for each class or with parquet files; or write the dataset with "
+    "flapp.data.write_artifact"
+)
 MOST_LINES = 20  # about images that cannot be read
 Content = tuple[np.ndarray, np.ndarray, Sequence[str]]  # images, labels, classes
 Source = tuple[str, Callable[[], Content]]  # the SHA-256 of what a split is made from, and a function that reads it
@@ -54,14 +66,14 @@ Source = tuple[str, Callable[[], Content]]  # the SHA-256 of what a split is mad
 def prepare(settings: Config, overwrite: bool) -> Iterator[str]:
     """Prepare the dataset of `settings` and yield a line about each result; raises DataError, ConfigError."""
     dataset, folder = settings.dataset, settings.data_dir / settings.dataset.name
-    if dataset.name == "femnist":
+    if dataset.name == FEMNIST.dataset:
         yield from prepare_shards(settings, overwrite)
         return
     if Path(dataset.name).name != dataset.name or dataset.name.startswith(".") or not dataset.name.isprintable():
         raise ConfigError(f"dataset.name={dataset.name!r} must be the name of a folder in {settings.data_dir}")
     with locked(settings.data_dir / f"{dataset.name}.lock"):
         if dataset.name not in EMBEDDED and dataset.name not in CIFAR:
-            yield from prepare_own(settings, overwrite)
+            yield from (prepare_shards if dataset.client_column else prepare_own)(settings, overwrite)
             return
         for split, (sha256, load) in find_sources(settings, overwrite).items():
             if is_new := not is_made(folder / split, sha256, overwrite):
@@ -83,40 +95,75 @@ def prepare_resized(native: Path, size: int | None, overwrite: bool) -> Iterator
 def prepare_own(settings: Config, overwrite: bool) -> Iterator[str]:
     """Decode the images of the user's own dataset and write both splits of it, or none."""
     dataset, folder = settings.dataset, settings.data_dir / settings.dataset.name
-    raw, classes = open_raw(settings)
-    if dataset.classes not in (0, len(classes)):
-        raise DataError(
-            f"{dataset.source} has {len(classes)} classes, not {dataset.classes}: leave dataset.classes out"
-        )
+    if (kind := settings.partition.kind) in WRITER_PARTITIONS:
+        fix = "add dataset.client_column=COLUMN, or leave partition out"
+        raise ConfigError(f"partition={kind} goes by clients, and nothing says whose each sample is: {fix}")
+    raw, classes = open_raw(settings, overwrite)
     settled = [list(dataset.shape), dataset.normalization, dataset.skip_unreadable]  # they decide the artifact too
     sources = {
         split: hashlib.sha256(json.dumps([found.sha256, *settled]).encode()).hexdigest() for split, found in raw.items()
     }
     made = [is_made(folder / split, sha256, overwrite, "files or settings") for split, sha256 in sources.items()]
     if not all(made):
-        with bar("decoding", sum(len(found.labels) for found in raw.values())) as progress:
-            shape = dataset.shape or None
-            decoded, bad = decode_splits(raw, shape, dataset.skip_unreadable, settings.data_dir, progress)
-        yield from listed(bad)
-        yield from [f"{len(bad):,} images cannot be read and are left out"] if bad else []
+        decoded, lines = decode_all(settings, raw)
+        yield from lines
         write_own(folder, decoded, classes, sources, dataset.normalization)
     for split in raw:
         yield describe(folder / split, not all(made))
         yield from prepare_resized(folder / split, dataset.materialize, overwrite)
 
 
-def open_raw(settings: Config) -> tuple[dict[str, RawSplit], list[str]]:
-    """Return the encoded images of each split of the user's own dataset, and the names of its classes."""
+def decode_all(settings: Config, raw: dict[str, RawSplit]) -> tuple[dict[str, Decoded], list[str]]:
+    """Decode the images of all splits, and return lines on those that are left out."""
     dataset = settings.dataset
+    with bar("decoding", sum(len(found.labels) for found in raw.values())) as progress:
+        shape = FEMNIST.shape if dataset.name == FEMNIST.dataset else dataset.shape or None
+        decoded, bad = decode_splits(raw, shape, dataset.skip_unreadable, settings.data_dir, progress)
+    return decoded, [*listed(bad), f"{len(bad):,} images cannot be read and are left out"] if bad else []
+
+
+def open_raw(settings: Config, overwrite: bool) -> tuple[dict[str, RawSplit], list[str]]:
+    """Return the encoded images of each split of a dataset in files, and the names of its classes.
+
+    The samples of clients are not divided into splits: shards do this for each client.
+    """
+    dataset, is_femnist = settings.dataset, settings.dataset.name == FEMNIST.dataset
+    source = find_files(settings, overwrite)
+    columns = Columns(dataset.image_column, dataset.label_column, dataset.client_column)
+    if find_tables(source):
+        columns = replace(columns, client=columns.client or "writer_id") if is_femnist else columns
+        fraction = None if columns.client else dataset.test_fraction
+        raw, classes = open_tables(source, columns, fraction, settings.seed, FEMNIST.classes if is_femnist else ())
+    elif columns == Columns():
+        with bar("hashing", None) as progress:
+            raw, classes = open_folder(source, dataset.test_fraction, settings.seed, progress)
+    else:
+        raise ConfigError(f"{source} has no parquet files, and only they have columns: leave dataset.*_column out")
+    if dataset.classes not in (0, len(classes)):
+        raise DataError(f"{source} has {len(classes)} classes, not {dataset.classes}: leave dataset.classes out")
+    return raw, classes
+
+
+def find_files(settings: Config, overwrite: bool) -> Path:
+    """Return the folder or file of the raw files, downloading them first if the settings say so."""
+    dataset, name = settings.dataset, settings.dataset.name
     if dataset.target:
-        raise ConfigError(f"dataset.target={dataset.target} makes dataset={dataset.name} on first use: start a run")
-    if dataset.source is None or dataset.download:
+        raise ConfigError(f"dataset.target={dataset.target} makes dataset={name} on first use: start a run")
+    if dataset.download and dataset.source:
+        raise ConfigError("dataset.source and dataset.download=true are two sources: leave one of them out")
+    if dataset.hub and not dataset.download:
+        raise ConfigError(f"dataset.hub={dataset.hub} is a download: add dataset.download=true")
+    hub = dataset.hub or HUB.get(name)
+    if dataset.download and hub:
+        return download_dataset(hub, Path(settings.home) / "raw", overwrite)
+    if dataset.download:
+        raise ConfigError(f"dataset={name} is downloaded from the Hugging Face hub: add dataset.hub=OWNER/NAME")
+    if dataset.source is None:
         raise ConfigError(
-            f"dataset={dataset.name} needs its files: add dataset.source=DIR, a folder with a folder of images for "
-            "each class, without dataset.download; or write the dataset with flapp.data.write_artifact"
+            f"dataset={name} needs its files: add dataset.source=DIR"
+            + (", or dataset.download=true" if hub else NO_FILES)
         )
-    with bar("hashing", None) as progress:
-        return open_folder(Path(dataset.source), dataset.test_fraction, settings.seed, progress)
+    return Path(dataset.source)
 
 
 def write_own(
@@ -214,19 +261,26 @@ def listed(lines: Sequence[str]) -> list[str]:
 
 def prepare_shards(settings: Config, overwrite: bool) -> Iterator[str]:
     """Write one shard per client and, unless distributed_data is enabled, a shared artifact too."""
-    name = settings.dataset.name
-    if settings.dataset.source is None:
-        raise ConfigError(f"dataset={name} needs its files: add dataset.source=DIR")
-    if settings.dataset.download or settings.dataset.materialize:
-        raise ConfigError(f"dataset={name} cannot be downloaded or resized: leave out dataset.download and materialize")
-    partition = settings.partition
+    dataset, partition = settings.dataset, settings.partition
+    if dataset.materialize is not None:
+        fix = "leave dataset.materialize out"
+        raise ConfigError(f"dataset={dataset.name} becomes shards, which are not resized: {fix}")
+    is_femnist, files = dataset.name == FEMNIST.dataset, find_files(settings, overwrite)
+    source: Path | ShardSource = files
+    if not is_femnist or find_tables(files):
+        raw, classes = open_raw(settings, overwrite=False)
+        decoded, lines = decode_all(settings, raw)
+        yield from lines
+        own = Kind(dataset.name, decoded["train"].shape, tuple(classes), dataset.normalization)
+        source = DecodedSource(FEMNIST if is_femnist else own, decoded, progress=True)
     manifest = write_shards(
-        Path(settings.dataset.source),
+        source,
         settings.shards_dir,
         partition.kind,
         settings.clients,
         partition.seed,
         Path(partition.mapping) if partition.mapping else None,
+        **({} if is_femnist else {"test_fraction": dataset.test_fraction}),
         overwrite=overwrite,
         progress=True,
     )
@@ -234,7 +288,7 @@ def prepare_shards(settings: Config, overwrite: bool) -> Iterator[str]:
     counts = ", ".join(f"{totals[split]:,} {split}" for split in ("train", "val", "test"))
     yield f"{manifest.folder}: shards of {len(manifest):,} clients, {totals['writers']:,} writers, {counts} samples"
     if not settings.distributed_data.enabled:
-        saved = export_artifacts(manifest.path, settings.data_dir / name)
+        saved = export_artifacts(manifest.path, settings.data_dir / dataset.name)
         yield f"{saved.parents[1]}: the same samples as one shared artifact, partitioned by {saved.name}"
 
 

@@ -324,7 +324,7 @@ def shard_pixels(shard: DistributedShardLoader) -> str:
     """Check the images of a shard for faults that hashes cannot show."""
     for split, count in shard.num_samples.items():
         highest = 0
-        for images, _ in read_blocks(shard.path / f"{split}.safetensors", count):
+        for images, _ in read_blocks(shard.path / f"{split}.safetensors", count, shard.kind):
             if not images.reshape(len(images), -1).any(axis=1).all():
                 raise DataError(f"{split} of {shard.path} has an image that is all zero: check the source")
             highest = max(highest, int(images.max(initial=0)))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flapp.config.schema import Config, ConfigError, DatasetConfig, NodeConfig
 from flapp.custom import own
-from flapp.data.artifact import Stamp, check_samples, stamp
+from flapp.data.artifact import Stamp, check_samples, check_settings, stamp
 from flapp.data.loader import ClientLoader
 from flapp.data.offline import OfflineDataset
 from flapp.data.partition import label_histogram
@@ -91,6 +91,7 @@ def open_own_shard(config: Config, path: Path, client_id: str) -> ClientData:
     shard = DistributedShardLoader(
         path, settings.strict_check, settings.streaming, client_id, config.dataset.normalization
     )
+    check_settings(str(path), shard.kind.settings, config.dataset.samples)
     splits = {split: (shard.split(split), np.arange(count)) for split, count in shard.num_samples.items()}
     return _with_claim(client_id, splits, path, shard.label_hist, shard.digest, shard.last_modified)
 
@@ -128,7 +129,7 @@ def make_batches(config: Config, data: ClientData, split: str, device: torch.dev
     dataset, rows = data.splits[split]
     size = config.train.batch_size if split == "train" else config.evaluate.batch_size
     if isinstance(dataset, ShardStream):
-        return ShardStream(dataset.path, dataset.normalization, size, seed)
+        return ShardStream(dataset.path, dataset.normalization, size, seed, kind=dataset.kind)
     if split == "train" and seed is not None and (function := own(config, "dataset.augment")):
         return Augmented(ClientLoader(dataset, rows, size, seed, config.model.image_size), function)
     augment = config.dataset.augment is True and split == "train"

@@ -62,16 +62,23 @@ def _unset(values: dict[str, Any]) -> list[str]:
 def _read_facts(values: dict[str, Any]) -> dict[str, Any]:
     """Return what the prepared dataset says of itself, nothing if it is not on this machine."""
     from flapp.data.artifact import DataError, read_meta  # not needed for most settings
+    from flapp.data.shards.manifest import read_facts
 
-    folder = Path(values["home"]) / "data" / values["dataset"]["name"] / "train"
+    folder, settings = Path(values["home"]) / "data" / values["dataset"]["name"], values.get("distributed_data")
+    shards = settings if isinstance(settings, dict) else {}
+    manifest = Path(str(shards.get("manifest") or shards.get("shard_path") or folder / "shards"))
+    manifest = manifest / "manifest.json" if manifest.is_dir() else manifest
     try:
-        if not (folder / "meta.json").exists():
+        if manifest.exists() and (shards.get("enabled") is True or not (folder / "train" / "meta.json").exists()):
+            shape, classes, normalization = read_facts(manifest)[1].settings
+        elif (folder / "train" / "meta.json").exists():
+            meta = read_meta(folder / "train")
+            shape, classes, normalization = meta["images"]["shape"][1:], len(meta["classes"]), meta.get("normalization")
+        else:
             return {}
-        meta = read_meta(folder)
     except DataError as error:
         raise ConfigError(str(error)) from error
-    facts = {"shape": meta["images"]["shape"][1:], "classes": len(meta["classes"])}
-    return facts | ({"normalization": meta["normalization"]} if "normalization" in meta else {})
+    return {"shape": list(shape), "classes": classes} | ({"normalization": normalization} if normalization else {})
 
 
 def _fill_model(model: dict[str, Any], reads_weights: bool) -> None:

@@ -73,6 +73,11 @@ class DatasetConfig:
     label_column: str | None = None
     client_column: str | None = None
 
+    @property
+    def samples(self) -> tuple[tuple[int, ...], int, str]:
+        """Return what all samples are: shape, number of classes, normalization."""
+        return self.shape, self.classes, self.normalization
+
 
 @dataclass(frozen=True, config=STRICT)
 class PartitionConfig:

@@ -280,17 +280,27 @@ def check_samples(artifact: Artifact, shape: Sequence[int], classes: int, normal
 
     An artifact that was prepared for one normalization must be used with it.
     """
-    dataset, prepared = artifact.path.parent.name, artifact.normalization
-    if prepared not in (None, normalization):
+    found = (artifact.images.shape[1:], len(artifact.classes), artifact.normalization)
+    check_settings(f"dataset {artifact.path.parent.name}", found, (shape, classes, normalization))
+
+
+def check_settings(
+    where: str, found: tuple[Sequence[int], int, str | None], settings: tuple[Sequence[int], int, str]
+) -> None:
+    """Raise DataError, which names `where`, unless found shape, classes and normalization are those of the settings.
+
+    A normalization of None goes with any.
+    """
+    if found[2] not in (None, settings[2]):
         raise DataError(
-            f"dataset {dataset} was prepared with dataset.normalization={prepared}, the settings say {normalization}: "
+            f"{where} was prepared with dataset.normalization={found[2]}, the settings say {settings[2]}: "
             "leave dataset.normalization out, or prepare it again with overwrite=true"
         )
-    found, wanted = (list(artifact.images.shape[1:]), len(artifact.classes)), (list(shape), classes)
-    if found != wanted:
+    if (list(found[0]), found[1]) != (list(settings[0]), settings[1]):
         raise DataError(
-            f"dataset {dataset} has samples of shape {found[0]} in {found[1]} classes, the settings say {wanted[0]} in "
-            f"{wanted[1]}: set dataset.shape={str(found[0]).replace(' ', '')} dataset.classes={found[1]}"
+            f"{where} has samples of shape {list(found[0])} in {found[1]} classes, the settings say "
+            f"{list(settings[0])} in {settings[1]}: set dataset.shape={str(list(found[0])).replace(' ', '')} "
+            f"dataset.classes={found[1]}"
         )
 
 

@@ -176,8 +176,9 @@ def to_shape(image: Image.Image, shape: Sequence[int] | None) -> np.ndarray:
         if size != image.size:
             _check_pixels(*size, f" of {w}x{h} scaled to cover {width}x{height}")
             image = image.resize(size, Image.Resampling.BILINEAR)
-        top, left = round((size[1] - height) / 2), round((size[0] - width) / 2)
-        image = image.crop((left, top, left + width, top + height))
+        if size != (width, height):
+            top, left = round((size[1] - height) / 2), round((size[0] - width) / 2)
+            image = image.crop((left, top, left + width, top + height))
     pixels = np.asarray(image)
     return pixels[..., None] if grey else pixels
 
@@ -200,14 +201,14 @@ class _Found:
     first: str = ""  # the name of the image with that size
     all_grey: bool = True
 
-    def add(self, name: str, pixels: np.ndarray) -> None:
+    def add(self, split: RawSplit, row: int, pixels: np.ndarray) -> None:
         """Take note of an image; raises DataError if it has another size than those before."""
         height, width, channels = pixels.shape
         if not self.first:
-            self.size, self.first = (height, width), name
+            self.size, self.first = (height, width), split.names[row]
         if self.size != (height, width):
             raise DataError(
-                f"{self.first} has {self.size[0]}x{self.size[1]} pixels (height x width) and {name} has "
+                f"{self.first} has {self.size[0]}x{self.size[1]} pixels (height x width) and {split.names[row]} has "
                 f"{height}x{width}: add the shape that all shall have, such as dataset.shape=[224,224,3]"
             )
         self.all_grey &= channels == 1
@@ -222,7 +223,7 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")  # PIL refuses some palettes with transparency without this step
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _check_pixels(width: int, height: int, what: str = "") -> int:
@@ -274,14 +275,15 @@ def _store(
     """
     rows = []
     with _explaining(scratch):
-        file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 (it is open as long as its pixels are)
+        # It is open as long as its pixels are. Each write would wait for the threads that decode.
+        file = tempfile.TemporaryFile(dir=scratch, buffering=BLOCK_BYTES)  # noqa: SIM115
     for row, pixels in enumerate(images):
         if isinstance(pixels, str):
             bad.append(f"{printable(split.names[row])} ({pixels})")
             continue
         if any_size:
-            found.add(split.names[row], pixels)
-            pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+            found.add(split, row, pixels)
+            pixels = pixels.repeat(3, axis=2) if pixels.shape[2] == 1 else pixels
         rows.append(row)
         with _explaining(scratch):
             file.write(np.ascontiguousarray(pixels).data)

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -28,6 +29,7 @@ MOST_BYTES = 256 << 20  # of an encoded image
 HASHED = 512  # files at a time
 
 Class = list[Path]  # the images of one class, in their order
+T = TypeVar("T")
 
 
 def open_folder(
@@ -53,13 +55,13 @@ def open_folder(
     return {split: _open_split(folder, of, classes, progress) for split, of in found.items()}, classes
 
 
-def divide(found: dict[str, Class], test_fraction: float, seed: int) -> dict[str, dict[str, Class]]:
+def divide(found: dict[str, list[T]], test_fraction: float, seed: int) -> dict[str, dict[str, list[T]]]:
     """Divide the images of each class into training and test images, drawn from the seed and the class's name.
 
     Of n images, floor(n test_fraction + 1/2) are test images, but at most n - 1. Both parts keep their order. Raises
     DataError if no class has a test image.
     """
-    splits: dict[str, dict[str, Class]] = {"train": {}, "test": {}}
+    splits: dict[str, dict[str, list[T]]] = {"train": {}, "test": {}}
     for name, paths in found.items():
         count = min(int(len(paths) * test_fraction + 0.5), len(paths) - 1)
         drawn = set(np.random.default_rng([seed, *os.fsencode(name)]).permutation(len(paths))[:count].tolist())

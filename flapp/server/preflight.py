@@ -103,7 +103,8 @@ def check_dataset(config: Config, is_divided: bool) -> None:
 
 def check_shards(config: Config, clients_here: bool) -> None:
     """Refuse a manifest of other clients, and a run without any shard; a client without its shard is refused later."""
-    manifest = open_manifest(config.manifest_path, config.clients, config.partition.kind)
+    data = config.dataset.samples
+    manifest = open_manifest(config.manifest_path, config.clients, config.partition.kind, data)
     folders = [config.shards_dir / f"client_{client}" for client in manifest]
     if clients_here and not any((folder / "meta.json").exists() for folder in folders):
         read_meta(folders[0])

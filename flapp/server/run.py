@@ -251,7 +251,8 @@ def build_roster(config: Config, grid: PolledGrid, base: Base | None, ledger: Cl
     expected = [str(i) for i in range(config.clients)]
     options: dict[str, Any] = {"check_claim": partial(check_against_partition, cache(partial(count_samples, config)))}
     if config.distributed_data.enabled:
-        manifest = open_manifest(config.manifest_path, config.clients, config.partition.kind)
+        data = config.dataset.samples
+        manifest = open_manifest(config.manifest_path, config.clients, config.partition.kind, data)
         expected, check = list(manifest), partial(check_against_manifest, manifest)
         options = {"check_claim": check, "strict": config.distributed_data.strict_check}
     if config.deployment.client_keys:

@@ -20,7 +20,7 @@ def test_pixels_of_either_scale_become_the_same_grey_levels(tmp_path: Path, scal
     source = open_source(write_leaf(tmp_path, as_leaf(samples, scale)))
     assert sorted(source.writers) == sorted(samples)
     for name, (images, labels) in samples.items():
-        read_images, read_labels = source.read(name)
+        read_images, read_labels = source.images(name), source.labels(name)
         assert (read_images.dtype, read_labels.dtype) == (np.uint8, np.int64)
         assert np.array_equal(read_images.reshape(-1, 784), images)
         assert np.array_equal(read_labels, labels)
@@ -33,13 +33,13 @@ def test_floats_are_rounded_and_only_zeros_and_ones_are_black_and_white(
 ) -> None:
     data = {"x": [pixels + [1.0] * 781], "y": [3]}
     content = {"users": ["a"], "num_samples": [1], "user_data": {"a": data}}
-    images, _ = open_source(write_leaf(tmp_path, content)).read("a")
+    images = open_source(write_leaf(tmp_path, content)).images("a")
     assert images.ravel().tolist() == expected + [255] * 781
 
 
 def test_the_scale_is_found_over_all_writers_not_by_the_first(tmp_path: Path) -> None:
     samples = {"a_black": (np.ones((2, 784), np.uint8), np.array([1, 2]))} | draw_samples(2, 2)
-    images, _ = open_source(write_leaf(tmp_path, as_leaf(samples, scale=1))).read("a_black")
+    images = open_source(write_leaf(tmp_path, as_leaf(samples, scale=1))).images("a_black")
     assert images.max() == 1
 
 
@@ -50,7 +50,7 @@ def test_layout_key_order_and_odd_names_do_not_matter(tmp_path: Path) -> None:
     (tmp_path / "all_data_0.json").write_text(json.dumps(dict(reversed(content.items())), indent=2))
     source = open_source(tmp_path)
     assert sorted(source.writers) == sorted(renamed)
-    assert np.array_equal(source.read("Zoë")[0].reshape(-1, 784), samples["f0001_01"][0])
+    assert np.array_equal(source.images("Zoë").reshape(-1, 784), samples["f0001_01"][0])
 
 
 def first(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], object]:

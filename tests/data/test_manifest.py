@@ -65,7 +65,7 @@ def test_a_shard_outside_the_manifests_folder_is_refused(tmp_path: Path, shard: 
 @pytest.mark.parametrize(("clients", "strategy", "fix"), [(3, "natural", "clients=300"), (300, "random", "natural")])
 def test_a_manifest_of_other_settings_is_refused(written: Manifest, clients: int, strategy: str, fix: str) -> None:
     with pytest.raises(DataError, match=f"set .*{fix}"):
-        open_manifest(written.path, clients, strategy)
+        open_manifest(written.path, clients, strategy, ((28, 28, 1), 62, "half"))
 
 
 def edit(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:

@@ -30,7 +30,7 @@ def restate(folder: Path, **values: Any) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing folder": (lambda f: f.rename(f.with_name("gone")), "no shard at .*dataset=femnist dataset.source=DIR"),
+    "missing folder": (lambda f: f.rename(f.with_name("gone")), "no shard at .*dataset=DATASET dataset.source=DIR"),
     "missing meta": (lambda f: (f / "meta.json").unlink(), r"meta\.json is missing"),
     "missing split": (lambda f: (f / "val.safetensors").unlink(), r"val\.safetensors cannot be read \(No such file"),
     "meta cut": (

@@ -18,6 +18,7 @@ from flapp.data.shards import dataset as shard_dataset
 from flapp.data.shards.build import write_shards
 from flapp.data.shards.client import DistributedShardLoader
 from flapp.data.shards.manifest import Manifest
+from flapp.data.shards.source import Kind
 from tests.support.leaf_files import SPLITS
 
 
@@ -66,9 +67,12 @@ def test_a_split_pickles_as_its_file_and_streams_the_same_samples_in_the_same_or
 def test_streaming_holds_one_block_at_a_time(shards: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     original = shard_dataset.read_rows
-    monkeypatch.setattr(
-        shard_dataset, "read_rows", lambda path, start, end: read.append(end - start) or original(path, start, end)
-    )
+
+    def counted(path: Path, start: int, end: int, kind: Kind) -> tuple[np.ndarray, np.ndarray]:
+        read.append(end - start)
+        return original(path, start, end, kind)
+
+    monkeypatch.setattr(shard_dataset, "read_rows", counted)
     path = shards.shard_path("0") / "train.safetensors"
     stream = iter(shard_dataset.ShardStream(path, block=8, batch_size=4))
     assert next(stream)[0].shape == (4, 1, 28, 28)

@@ -21,8 +21,8 @@ from flapp.data.offline import OfflineDataset
 from flapp.data.partition import load_partition
 from flapp.data.shards.build import export_artifacts, write_shards
 from flapp.data.shards.client import DistributedShardLoader
-from flapp.data.shards.leaf import CLASS_NAMES
 from flapp.data.shards.manifest import Manifest
+from flapp.data.shards.source import FEMNIST
 from tests.support.leaf_files import (
     SPLITS,
     Samples,
@@ -179,7 +179,7 @@ def test_the_exported_artifacts_hold_the_samples_of_the_shards(shards: Manifest,
     partition = load_partition(path)
     for split, artifact in (("train", "train"), ("val", "train"), ("test", "test")):
         shared = OfflineDataset(tmp_path / "femnist" / artifact)
-        assert shared.classes == CLASS_NAMES
+        assert shared.classes == FEMNIST.classes
         for client in shards:
             own = DistributedShardLoader(shards.shard_path(client)).split(split)
             indices = getattr(partition, split)[int(client)]

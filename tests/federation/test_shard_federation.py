@@ -197,7 +197,7 @@ SHARED = "distributed_data.enabled=false"
     ("settings", "message"),
     [
         (("clients=3",), "lists 4 clients: set clients=4"),
-        (("distributed_data.manifest=/none/manifest.json",), r"no manifest at .*tools.prepare_data dataset=femnist"),
+        (("distributed_data.manifest=/none/manifest.json",), r"no manifest at .*tools.prepare_data dataset=DATASET"),
         (("partition=random",), "is of shards cut by partition=natural: set partition=natural"),
         ((SHARED, "partition=random"), "partition=random has no .*random.safetensors: make it with python -m tools.pr"),
         ((SHARED, "clients=3"), "natural.safetensors is of 4 clients: set clients=4"),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from flapp.data.artifact import DataError, refusing
-from flapp.data.shards.leaf import Writer
+from flapp.data.shards.source import Writer
 from flapp.untrusted import read_json
 
 STRATEGIES = ("round_robin", "random", "natural", "manual")

@@ -14,12 +14,21 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from flapp.data.artifact import DataError, check_space, locked, remove_leftovers, write_artifact
+from flapp.data.artifact import DataError, check_space, locked, remove_leftovers, write_rows
 from flapp.data.partition import Partition, save_partition
 from flapp.data.shards.assign import STRATEGIES, assign_writers, split_samples
-from flapp.data.shards.client import SAMPLE_BYTES, SPLITS, DistributedShardLoader, read_blocks, write_shard
-from flapp.data.shards.leaf import CLASS_NAMES, SIDE, Source, open_source
+from flapp.data.shards.client import (
+    SPLITS,
+    DistributedShardLoader,
+    Part,
+    read_blocks,
+    read_labels,
+    read_rows,
+    write_shard,
+)
+from flapp.data.shards.leaf import open_source
 from flapp.data.shards.manifest import Manifest, ShardRecord, load_manifest, write_manifest
+from flapp.data.shards.source import Kind, Source
 from flapp.files import replacing_folder
 
 _FOLDER_BYTES = 64 << 10
@@ -28,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 def write_shards(
-    source: Path,
+    source: Path | Source,
     out: Path,
     strategy: str,
     clients: int | None = None,
@@ -41,21 +50,21 @@ def write_shards(
 ) -> Manifest:
     """Write the shards of all clients into `out`, whole or not at all, and return the manifest.
 
-    source: a folder as leaf.py describes; strategy, clients, mapping: see assign_writers; the fractions are of each
-    writer's samples. Shards that are in `out` already are kept if they are whole and come from the same samples and
-    settings; others are refused, or replaced with overwrite. Raises DataError for a source and settings that do not
-    fit, and for a full disk.
+    source: opened, or FEMNIST's folder as leaf.py describes it; strategy, clients, mapping: see assign_writers; the
+    fractions are of each writer's samples. Shards that are in `out` already are kept if they are whole and come from
+    the same samples and settings; others are refused, or replaced with overwrite. Raises DataError for a source and
+    settings that do not fit, and for a full disk.
     """
     if not (0 <= val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
         raise DataError(
             f"val_fraction={val_fraction} and test_fraction={test_fraction} leave no training samples: "
             "each must be at least 0 and their sum below 1"
         )
-    source, out = Path(source), Path(out)
+    out = Path(out)
     with locked(out.with_name(f"{out.name}.lock")):
         remove_leftovers(out)
         _check_folder(out)
-        found = open_source(source, progress, out.parent)
+        found = source if isinstance(source, Source) else open_source(Path(source), progress, out.parent)
         plan = assign_writers(found.writers, strategy, clients, seed, mapping)
         _check_training(found, plan)
         settings = {"seed": seed, "val_fraction": val_fraction, "test_fraction": test_fraction}
@@ -63,12 +72,13 @@ def write_shards(
         left = len(found.writers) - sum(map(len, plan.values()))
         if left:
             log.warning("%d of %d writers go to no client: clients=%s", left, len(found.writers), clients)
-        facts = settings | {"dataset": "femnist", "strategy": strategy, "source_test": found.has_test, "left_out": left}
+        facts = settings | found.kind.facts()
+        facts |= {"strategy": strategy, "source_test": found.has_test, "left_out": left}
         facts |= {"recipes_sha256": hashlib.sha256(json.dumps(recipes, sort_keys=True).encode()).hexdigest()}
         if not overwrite and (manifest := _whole_shards(out, facts)) is not None:
             return manifest
         samples = sum(found.writers[name].count for writers in plan.values() for name in writers)
-        check_space(out, samples * SAMPLE_BYTES + len(plan) * _FOLDER_BYTES)
+        check_space(out, samples * (found.kind.pixels + 8) + len(plan) * _FOLDER_BYTES)
         with replacing_folder(out) as partial:
             records = [
                 _write_client(found, partial, recipe)
@@ -81,9 +91,9 @@ def write_shards(
 def export_artifacts(manifest: Path, folder: Path) -> Path:
     """Write the samples of all shards as shared artifacts, and return the saved partition over them.
 
-    Client k of the partition holds the samples of shard k in the same order. Images are uint8 (N, 28, 28, 1); the train
-    artifact has the training samples of all clients first, then their validation samples. Raises DataError unless the
-    client ids are 0 to clients - 1, as a partition counts them.
+    Client k of the partition holds the samples of shard k in the same order. The train artifact has the training
+    samples of all clients first, then their validation samples. Raises DataError unless the client ids are 0 to
+    clients - 1, as a partition counts them.
     """
     records = load_manifest(manifest)
     ids = list(records)
@@ -92,23 +102,38 @@ def export_artifacts(manifest: Path, folder: Path) -> Path:
     for strategy in STRATEGIES:  # a partition of the samples that are replaced here must not stay
         (folder / "partitions" / f"{strategy}.safetensors").unlink(missing_ok=True)
     parts: dict[str, tuple[np.ndarray, ...]] = {}
+    paths = {client: open_shard(records, client).path for client in ids}
     for artifact, splits in (("train", ("train", "val")), ("test", ("test",))):
-        total = sum(records.facts["totals"][split] for split in splits)
-        images, labels = np.empty((total, SIDE, SIDE, 1), np.uint8), np.empty(total, np.int64)
-        at = 0
-        for split in splits:
-            for client in ids:
-                path = open_shard(records, client).path / f"{split}.safetensors"
-                start = at
-                for some, names in read_blocks(path, records[client].num_samples[split]):
-                    images[at : at + len(names), ..., 0], labels[at : at + len(names)] = some, names
-                    at += len(names)
-                parts[split] = (*parts.get(split, ()), np.arange(start, at))
-        write_artifact(folder / artifact, images, labels, CLASS_NAMES)
+        counts = [records[client].num_samples[split] for split in splits for client in ids]
+        rows = np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])
+        parts |= {split: tuple(rows[i * len(ids) : (i + 1) * len(ids)]) for i, split in enumerate(splits)}
+        files = [paths[client] / f"{split}.safetensors" for split in splits for client in ids]
+        _join(folder / artifact, records.kind, files, counts)
     requested = np.array([records[client].label_hist for client in ids], dtype=np.float64)
     path = folder / "partitions" / f"{records.facts['strategy']}.safetensors"
     save_partition(path, Partition(**parts, requested=requested))
     return path
+
+
+def _join(folder: Path, kind: Kind, files: list[Path], counts: list[int]) -> None:
+    """Write an artifact of the samples in `files`, `counts` in each, one file after the other."""
+    starts = np.cumsum([0, *counts])
+
+    def read(start: int, stop: int) -> np.ndarray:
+        found = []
+        for at in range(int(np.searchsorted(starts, start, "right")) - 1, int(np.searchsorted(starts, stop))):
+            first, last = max(start, starts[at]) - starts[at], min(stop, starts[at + 1]) - starts[at]
+            found.append(read_rows(files[at], first, last, kind)[0])
+        return np.concatenate(found).reshape(-1, *kind.shape)
+
+    labels = np.concatenate([read_labels(path) for path in files])
+    source_sha256 = hashlib.sha256()
+    for path, count in zip(files, counts, strict=True):
+        for images, _ in read_blocks(path, count, kind):
+            source_sha256.update(images.data)
+    source_sha256.update(labels.data)
+    sha256, shape = source_sha256.hexdigest(), (len(labels), *kind.shape)
+    write_rows(folder, read, shape, labels, kind.classes, sha256, normalization=kind.normalization)
 
 
 def open_shard(manifest: Manifest, client_id: str) -> DistributedShardLoader:
@@ -179,12 +204,12 @@ def _write_client(source: Source, out: Path, recipe: dict[str, Any]) -> ShardRec
         cuts[name] = split_samples(name, source.writers[name], source.has_test, recipe["seed"], *fractions)
     counts = {split: sum(len(cut[split]) for cut in cuts.values()) for split in SPLITS}
 
-    def parts() -> Iterator[dict[str, tuple[np.ndarray, np.ndarray]]]:
+    def parts() -> Iterator[Part]:
         for name, cut in cuts.items():
-            images, labels = source.read(name)
-            yield {split: (images[chosen], labels[chosen]) for split, chosen in cut.items()}
+            for split, chosen in cut.items():
+                yield from ((split, *block) for block in source.blocks(name, chosen))
 
     client = recipe["client_id"]
-    meta = write_shard(out / f"client_{client}", recipe, counts, parts())
+    meta = write_shard(out / f"client_{client}", source.kind, recipe, counts, parts())
     hist, writers = tuple(meta["label_hist"]), len(meta["writers"])
     return ShardRecord(client, f"client_{client}", meta["num_samples"], hist, writers, meta["digest"])

@@ -2,7 +2,7 @@
 
 Equal samples, seed and fractions give equal bytes: JSON keys are sorted, no file contains a date, and the safetensors
 files have a header of our own without metadata. They are written as the samples come and read block by block, so that
-memory is bounded by the samples of one writer, not by those of the client.
+memory is bounded.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import safe_open
 
 from flapp.data.artifact import DataError, refusing
-from flapp.data.shards.leaf import CLASSES, PIXELS, SIDE
+from flapp.data.shards.source import Kind, block_rows, read_kind
 from flapp.files import replacing_folder, sha256_of_file
 from flapp.untrusted import check_safetensors, printable, read_json
 
@@ -28,10 +28,8 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
 SHARD_FILES = ("meta.json", *(f"{split}.safetensors" for split in SPLITS))
-SAMPLE_BYTES = PIXELS + 8
-REMEDY = "python -m tools.prepare_data dataset=femnist dataset.source=DIR clients=N partition=natural"
+REMEDY = "python -m tools.prepare_data dataset=DATASET dataset.source=DIR clients=N partition=natural"
 MOST_HEADER = 64 << 10  # bytes; ours has about 150
-_BLOCK = 4096
 _META_TYPES: dict[str, Any] = {
     "client_id": str,
     "num_samples": dict,
@@ -42,6 +40,8 @@ _META_TYPES: dict[str, Any] = {
     "digest": str,
 }
 
+Part = tuple[str, np.ndarray, np.ndarray]  # split, images, labels
+
 log = logging.getLogger(__name__)
 
 
@@ -49,9 +49,9 @@ class DistributedShardLoader:
     """Check and read the shard of one client, and nothing outside its folder.
 
     A shard whose meta.json does not fit its tensors or expected_client_id is refused; with strict_check=False this is
-    a warning and the tensors count. streaming reads block by block. num_samples: by split; label_hist: training samples
-    of each of the 62 classes; last_modified: seconds since the epoch; digest: the SHA-256 that names client and
-    content. Raises DataError for a shard that is missing or cannot be read at all.
+    a warning and the tensors count. streaming reads block by block. kind: the shape of the images, and the classes;
+    num_samples: by split; label_hist: training samples of each class; last_modified: seconds since the epoch; digest:
+    the SHA-256 that names client and content. Raises DataError for a shard that is missing or cannot be read at all.
     """
 
     def __init__(
@@ -67,7 +67,8 @@ class DistributedShardLoader:
         self.streaming = streaming
         self.normalization = normalization
         meta = read_meta(self.path)
-        found = {split: inspect_split(self.path / f"{split}.safetensors") for split in SPLITS}
+        self.kind = kind_of(self.path, meta)
+        found = {split: inspect_split(self.path / f"{split}.safetensors", self.kind) for split in SPLITS}
         self.client_id: str = meta["client_id"]
         if expected_client_id not in (None, self.client_id):
             fault = f"is the shard of client {self.client_id}, not of client {expected_client_id}"
@@ -96,8 +97,8 @@ class DistributedShardLoader:
             raise DataError(f"{self.path} has no split {name}: choose one of {', '.join(SPLITS)}")
         path = self.path / f"{name}.safetensors"
         if self.streaming:
-            return ShardStream(path, self.normalization)
-        return ShardSplit(path, self.normalization, self.sha256[path.name])
+            return ShardStream(path, self.normalization, kind=self.kind)
+        return ShardSplit(path, self.normalization, self.sha256[path.name], self.kind)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -118,13 +119,19 @@ def read_meta(folder: Path) -> dict[str, Any]:
     raise DataError(f"{path} is not of a shard of format {FORMAT_VERSION} ({printable(fault)}): make it with {REMEDY}")
 
 
-def write_shard(
-    folder: Path, recipe: Mapping[str, Any], counts: Mapping[str, int], parts: Iterable[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Write one client's shard whole or not at all, a writer at a time, and return its meta.
+def kind_of(folder: Path, meta: Mapping[str, Any]) -> Kind:
+    """Return the kind of samples that the meta.json of a shard states; raises DataError if it states none."""
+    with refusing(folder / "meta.json", f"make it again with {REMEDY}"):
+        return read_kind(meta)
 
-    recipe: client_id, writers, and what else decides the content; counts: samples per split; parts: for each writer
-    the (images, labels) of every split.
+
+def write_shard(
+    folder: Path, kind: Kind, recipe: Mapping[str, Any], counts: Mapping[str, int], parts: Iterable[Part]
+) -> dict[str, Any]:
+    """Write one client's shard whole or not at all, as its samples come, and return its meta.
+
+    recipe: client_id, writers, and what else decides the content; counts: samples per split; parts: each has the split,
+    images and labels of some samples.
     """
     with replacing_folder(folder) as partial:
         paths = {split: partial / f"{split}.safetensors" for split in counts}
@@ -132,28 +139,28 @@ def write_shard(
         with ExitStack() as stack:
             files = {split: stack.enter_context(path.open("wb")) for split, path in paths.items()}
             for split, file in files.items():
-                file.write(_header(counts[split]))
-            for part in parts:
-                for split, (images, names) in part.items():
-                    files[split].write(images.tobytes())
-                    labels[split].append(names)
+                file.write(_header(kind, counts[split]))
+            for split, images, names in parts:
+                files[split].write(images.tobytes())
+                labels[split].append(names)
             for split, file in files.items():
-                file.write(np.concatenate(labels[split]).astype("<i8").tobytes())
-        found = {split: inspect_split(path) for split, path in paths.items()}
+                file.write(b"".join(names.astype("<i8").tobytes() for names in labels[split]))
+        found = {split: inspect_split(path, kind) for split, path in paths.items()}
         if faults := [facts.fault for facts in found.values() if facts.fault]:
             raise DataError(f"{folder} cannot be used: {faults[0]}; remove such images from the source")
         rest = {key: value for key, value in recipe.items() if key not in ("client_id", "writers")}
-        meta = {"format_version": FORMAT_VERSION, "dataset": "femnist", "client_id": recipe["client_id"]}
+        meta = {"format_version": FORMAT_VERSION, "client_id": recipe["client_id"]} | kind.facts()
         meta |= {"writers": recipe["writers"], "recipe": rest} | _facts_of(found)
         meta["digest"] = digest_of(meta)
         (partial / "meta.json").write_text(json.dumps(meta, indent=1, sort_keys=True) + "\n")
     return meta
 
 
-def _header(count: int) -> bytes:
+def _header(kind: Kind, count: int) -> bytes:
     """Return the first bytes of a safetensors file that holds images and, behind them, labels."""
-    images = {"dtype": "U8", "shape": [count, SIDE, SIDE], "data_offsets": [0, count * PIXELS]}
-    labels = {"dtype": "I64", "shape": [count], "data_offsets": [count * PIXELS, count * SAMPLE_BYTES]}
+    end = count * kind.pixels
+    images = {"dtype": "U8", "shape": [count, *kind.stored], "data_offsets": [0, end]}
+    labels = {"dtype": "I64", "shape": [count], "data_offsets": [end, end + count * 8]}
     header = json.dumps({"images": images, "labels": labels}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
@@ -169,7 +176,7 @@ class SplitFacts:
     fault: str | None
 
 
-def inspect_split(path: Path) -> SplitFacts:
+def inspect_split(path: Path, kind: Kind) -> SplitFacts:
     """Read and hash a split's file, a block at a time; raises DataError when it is not such a file at all."""
     again = f"make it again with {REMEDY}"
     with refusing(path, again):
@@ -179,18 +186,19 @@ def inspect_split(path: Path) -> SplitFacts:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
             kinds = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
             count = kinds.get("labels", ("", [-1]))[1][:1]
-            if kinds != {"images": ("U8", [*count, SIDE, SIDE]), "labels": ("I64", count)}:
+            if kinds != {"images": ("U8", [*count, *kind.stored]), "labels": ("I64", count)}:
                 found = ", ".join(f"{name} {dtype} {shape}" for name, (dtype, shape) in sorted(kinds.items()))
-                wanted = "images U8 [n, 28, 28] and labels I64 [n]"
+                wanted = f"images U8 [n, {', '.join(map(str, kind.stored))}] and labels I64 [n]"
                 raise DataError(f"{path} holds {printable(found or 'nothing')} instead of {wanted}: {again}")
             labels = tensors.get_tensor("labels")
-    known = (labels >= 0) & (labels < CLASSES)
+    classes = len(kind.classes)
+    known = (labels >= 0) & (labels < classes)
     fault = None
     if not known.all():
-        fault = f"{path.name} has label {labels[~known][0]}, FEMNIST has 0 to {CLASSES - 1}"
-    elif len(labels) and not any(images.any() for images, _ in read_blocks(path, len(labels))):
+        fault = f"{path.name} has label {labels[~known][0]}, {kind.dataset} has 0 to {classes - 1}"
+    elif len(labels) and not any(images.any() for images, _ in read_blocks(path, len(labels), kind)):
         fault = f"every image of {path.name} is all zero"
-    return SplitFacts(len(labels), np.bincount(labels[known], minlength=CLASSES).tolist(), sha256, fault)
+    return SplitFacts(len(labels), np.bincount(labels[known], minlength=classes).tolist(), sha256, fault)
 
 
 def count_rows(path: Path) -> int:
@@ -199,17 +207,24 @@ def count_rows(path: Path) -> int:
         return tensors.get_slice("labels").get_shape()[0]
 
 
-def read_blocks(path: Path, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def read_blocks(path: Path, count: int, kind: Kind) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield images and labels in blocks; the file is mapped anew for each, so that pages do not pile up."""
-    return (read_rows(path, start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK))
+    size = block_rows(kind)
+    return (read_rows(path, start, min(start + size, count), kind) for start in range(0, count, size))
 
 
-def read_rows(path: Path, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return images, uint8 (n, 28, 28), and labels, int64 (n,), of the samples from start to before end."""
+def read_rows(path: Path, start: int, end: int, kind: Kind) -> tuple[np.ndarray, np.ndarray]:
+    """Return images, uint8 (n, *kind.stored), and labels, int64 (n,), of the samples from start to before end."""
     if start == end:  # safetensors refuses to slice an empty tensor
-        return np.empty((0, SIDE, SIDE), np.uint8), np.empty(0, np.int64)
+        return np.empty((0, *kind.stored), np.uint8), np.empty(0, np.int64)
     with safe_open(path, framework="numpy") as tensors:
         return tensors.get_slice("images")[start:end], tensors.get_slice("labels")[start:end]
+
+
+def read_labels(path: Path) -> np.ndarray:
+    """Return the labels in a split's file, int64 (n,)."""
+    with safe_open(path, framework="numpy") as tensors:
+        return tensors.get_tensor("labels")
 
 
 def digest_of(facts: Mapping[str, Any]) -> str:
@@ -228,7 +243,7 @@ def _facts_of(found: Mapping[str, SplitFacts]) -> dict[str, Any]:
 
 
 def _faults(meta: Mapping[str, Any], found: Mapping[str, SplitFacts]) -> list[str]:
-    """Say where meta.json and the tensors differ, and which values cannot be FEMNIST's."""
+    """Say where meta.json and the tensors differ, and which values cannot be."""
     faults = []
     for split, facts in found.items():
         name = f"{split}.safetensors"

@@ -9,7 +9,6 @@ show which. Both become uint8, v -> round(255 v) and v -> v, so the same images 
 JSON is parsed once, one writer at a time, into a temporary file of pixels: memory holds one writer.
 """
 
-import hashlib
 import re
 import tempfile
 from dataclasses import dataclass
@@ -21,45 +20,16 @@ import numpy as np
 from tqdm import tqdm
 
 from flapp.data.artifact import DataError, refusing
+from flapp.data.shards.source import ALL, FEMNIST, Rows, Source
 from flapp.untrusted import check_regular, open_npy, printable
 
-CLASS_NAMES = tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
-CLASSES = len(CLASS_NAMES)
-SIDE = 28
-PIXELS = SIDE * SIDE
+CLASSES = len(FEMNIST.classes)
+SIDE = FEMNIST.shape[0]
+PIXELS = FEMNIST.pixels
 
 DEEPEST = 20  # lists and objects inside one another; LEAF has four
 _MARK = re.compile(rb'\\.?|["\[\]{}]', re.DOTALL)
 _UNMARKED = bytes(set(range(256)) - set(b'"[]{}'))
-
-
-@dataclass(frozen=True)
-class Writer:
-    """What a source holds of one writer: `count` samples, the last `held_out` of them its own test samples."""
-
-    count: int
-    held_out: int
-    sha256: str
-
-
-class Source:
-    """Samples by writer; has_test: the source itself keeps some for testing."""
-
-    has_test = False
-    writers: dict[str, Writer]
-
-    def describe_writers(self, held_out: dict[str, int], progress: bool) -> None:
-        """Count and hash the samples of all writers; held_out: how many are test samples of each."""
-        self.writers = {}
-        for name in tqdm(sorted(held_out), "hashing", unit="writer", disable=None if progress else True):
-            images, labels = self.read(name)
-            digest = hashlib.sha256(np.ascontiguousarray(images).data)
-            digest.update(labels.astype("<i8").data)
-            self.writers[name] = Writer(len(labels), held_out[name], digest.hexdigest())
-
-    def read(self, writer: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return a writer's images, uint8 (n, 28, 28), and labels, int64 (n,), in the order of the files."""
-        raise NotImplementedError
 
 
 def open_source(folder: Path, progress: bool = False, scratch: Path | None = None) -> Source:
@@ -113,9 +83,11 @@ class LeafSource(Source):
         tests = {name: [p for p in parts if p.of_test] for name, parts in self._parts.items()}
         self.describe_writers({name: sum(len(p.labels) for p in parts) for name, parts in tests.items()}, progress)
 
-    def read(self, writer: str) -> tuple[np.ndarray, np.ndarray]:
-        parts = self._parts[writer]
-        return np.concatenate([self._images(part) for part in parts]), np.concatenate([part.labels for part in parts])
+    def labels(self, writer: str) -> np.ndarray:
+        return np.concatenate([part.labels for part in self._parts[writer]])
+
+    def images(self, writer: str, rows: Rows = ALL) -> np.ndarray:
+        return np.concatenate([self._images(part) for part in self._parts[writer]])[rows]
 
     def _images(self, part: _Part) -> np.ndarray:
         self._pixels.seek(part.first * PIXELS)
@@ -264,15 +236,17 @@ class ArraySource(Source):
         self._samples = dict(zip(map(str, names), np.split(order, starts[1:]), strict=True))
         self.describe_writers(dict.fromkeys(self._samples, 0), progress)
 
-    def read(self, writer: str) -> tuple[np.ndarray, np.ndarray]:
-        samples = self._samples[writer]
-        labels = self._open("labels")[samples]
+    def labels(self, writer: str) -> np.ndarray:
+        labels = self._open("labels")[self._samples[writer]]
         if not (labels.min() >= 0 and labels.max() < CLASSES):
             value = labels[(labels < 0) | (labels >= CLASSES)][0]
             raise DataError(
                 f"{self.folder}/labels.npy: writer {writer} has label {value}, FEMNIST has 0 to {CLASSES - 1}"
             )
-        return self._open("images")[samples], labels
+        return labels
+
+    def images(self, writer: str, rows: Rows = ALL) -> np.ndarray:
+        return self._open("images")[self._samples[writer][rows]]
 
     def _open(self, name: str) -> np.ndarray:
         path = self.folder / f"{name}.npy"

@@ -11,8 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from flapp.data.artifact import DataError, Stamp, refusing, stamp
+from flapp.data.artifact import DataError, Stamp, check_settings, refusing, stamp
 from flapp.data.shards.client import REMEDY, SPLITS, digest_of
+from flapp.data.shards.source import Kind, read_kind
 from flapp.untrusted import parse_json, printable, read_bytes, read_json
 
 FORMAT_VERSION = 2  # 1 had an index, clients.idx
@@ -34,13 +35,14 @@ class ShardRecord:
 
 
 class Manifest(dict[str, ShardRecord]):
-    """Records by client id, in counting order; facts: the content of manifest.json."""
+    """Records by client id, in counting order; facts: the content of manifest.json; kind: what the samples are."""
 
-    def __init__(self, path: Path, facts: dict[str, Any], records: dict[str, ShardRecord]) -> None:
+    def __init__(self, path: Path, facts: dict[str, Any], kind: Kind, records: dict[str, ShardRecord]) -> None:
         super().__init__(records)
         self.path = path
         self.folder = path.parent
         self.facts = facts
+        self.kind = kind
 
     def shard_path(self, client_id: str) -> Path:
         """Return the absolute folder of a client's shard; raises DataError when it lies outside the manifest's."""
@@ -60,16 +62,20 @@ def load_manifest(path: str | Path) -> Manifest:
 
 @lru_cache(maxsize=4)
 def _load(path: Path, files: Stamp) -> Manifest:
-    facts = _read_facts(path)
+    facts, kind = read_facts(path)
     records = _read_records(path.with_name("clients.jsonl"), facts)
     if (totals := totals_of(records.values())) != facts["totals"]:
         raise DataError(f"{path} says {printable(facts['totals'])}, its clients add up to {totals}: {AGAIN}")
-    return Manifest(path, facts, records)
+    return Manifest(path, facts, kind, records)
 
 
-def open_manifest(path: str | Path, clients: int, strategy: str) -> Manifest:
-    """Open a manifest of the shards of `clients` clients, cut by `strategy`; raises DataError for another one."""
+def open_manifest(path: str | Path, clients: int, strategy: str, settings: tuple[Sequence[int], int, str]) -> Manifest:
+    """Open the manifest of the shards of so many clients, cut by `strategy`; raises DataError for any other.
+
+    settings: shape, number of classes and normalization.
+    """
     manifest = load_manifest(path)
+    check_settings(str(manifest.path), manifest.kind.settings, settings)
     if len(manifest) != clients:
         raise DataError(f"{manifest.path} lists {len(manifest)} clients: set clients={len(manifest)}")
     if manifest.facts["strategy"] != strategy:
@@ -124,7 +130,8 @@ def check_claim(
     return None
 
 
-def _read_facts(path: Path) -> dict[str, Any]:
+def read_facts(path: Path) -> tuple[dict[str, Any], Kind]:
+    """Read manifest.json alone; raises DataError if it is missing, foreign or damaged."""
     with refusing(path, AGAIN, f"no manifest at {path}: {AGAIN}"):
         facts = read_json(path)
     version = facts.get("format_version") if isinstance(facts, dict) else type(facts).__name__
@@ -134,7 +141,8 @@ def _read_facts(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} lacks totals, strategy or digests: {AGAIN}")
     if facts.get("digest") != digest_of(facts):
         raise DataError(f"{path} was changed: it does not have the digest it states; {AGAIN}")
-    return facts
+    with refusing(path, AGAIN):
+        return facts, read_kind(facts)
 
 
 def _read_records(path: Path, facts: dict[str, Any]) -> dict[str, ShardRecord]:

@@ -1,0 +1,122 @@
+"""What shards are made of: images of one shape in named classes, read by writer, some rows at a time."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from flapp.data.artifact import NORMALIZATION_NAMES
+
+MOST_CLASSES = 1 << 16  # as in a message
+LONGEST_SIDE = 1 << 16
+BLOCK_BYTES = 16 << 20
+
+Rows = slice | np.ndarray
+ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What all samples of a dataset are: images, uint8 (H, W, C), in classes with names.
+
+    normalization: the one that runs shall use, None if that is open.
+    """
+
+    dataset: str
+    shape: tuple[int, ...]
+    classes: tuple[str, ...]
+    normalization: str | None = None
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Return the shape of an image in a shard: grey ones are (H, W)."""
+        return self.shape[:2] if self.shape[2] == 1 else self.shape
+
+    @property
+    def pixels(self) -> int:
+        """Return the number of bytes of an image."""
+        return int(np.prod(self.shape))
+
+    @property
+    def settings(self) -> tuple[Sequence[int], int, str | None]:
+        """Return what the settings of a run must say: shape, number of classes, normalization."""
+        return self.shape, len(self.classes), self.normalization
+
+    def facts(self) -> dict[str, Any]:
+        """Return what meta.json and manifest.json say; those of FEMNIST, which came first, only name it."""
+        if self.dataset == FEMNIST.dataset:
+            return {"dataset": self.dataset}
+        shape, classes = list(self.shape), list(self.classes)
+        return {"dataset": self.dataset, "shape": shape, "classes": classes, "normalization": self.normalization}
+
+
+FEMNIST = Kind("femnist", (28, 28, 1), tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"))
+
+
+def read_kind(facts: Mapping[str, Any]) -> Kind:
+    """Return the kind that meta.json or manifest.json states; raises ValueError if it states none."""
+    dataset, normalization = facts.get("dataset", FEMNIST.dataset), facts.get("normalization")
+    if dataset == FEMNIST.dataset:
+        return FEMNIST
+    shape, classes = facts.get("shape"), facts.get("classes")
+    if not isinstance(shape, list) or not isinstance(classes, list):
+        raise ValueError("it does not say the shape and the classes of its samples")
+    if not all(isinstance(text, str) and text.isprintable() for text in (dataset, *classes)):
+        raise ValueError("its dataset and classes are not text without control characters")
+    if normalization not in (None, *NORMALIZATION_NAMES):
+        raise ValueError("its normalization is unknown")
+    if len(shape) != 3 or not all(type(side) is int and 0 < side <= LONGEST_SIDE for side in shape):
+        raise ValueError(f"its shape {shape} is not [height, width, channels]")
+    if not 0 < len(classes) <= MOST_CLASSES:
+        raise ValueError(f"it has {len(classes)} classes")
+    return Kind(str(dataset), tuple(shape), tuple(classes), normalization)
+
+
+@dataclass(frozen=True)
+class Writer:
+    """What a source holds of one writer: `count` samples, the last `held_out` of them its own test samples."""
+
+    count: int
+    held_out: int
+    sha256: str
+
+
+class Source:
+    """Samples by writer; has_test: the source itself keeps some for testing."""
+
+    kind = FEMNIST
+    has_test = False
+    writers: dict[str, Writer]
+
+    def describe_writers(self, held_out: dict[str, int], progress: bool) -> None:
+        """Count and hash the samples of all writers; held_out: how many are test samples of each."""
+        self.writers = {}
+        for name in tqdm(sorted(held_out), "hashing", unit="writer", disable=None if progress else True):
+            digest, labels = hashlib.sha256(), self.labels(name)
+            for images, _ in self.blocks(name, np.arange(len(labels))):
+                digest.update(np.ascontiguousarray(images).data)
+            digest.update(labels.astype("<i8").data)
+            self.writers[name] = Writer(len(labels), held_out[name], digest.hexdigest())
+
+    def blocks(self, writer: str, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield images and labels of a writer's rows, in this order, some at a time."""
+        labels, size = self.labels(writer), block_rows(self.kind)
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            yield self.images(writer, part), labels[part]
+
+    def labels(self, writer: str) -> np.ndarray:
+        """Return a writer's labels, int64 (n,), in the order of the files."""
+        raise NotImplementedError
+
+    def images(self, writer: str, rows: Rows = ALL) -> np.ndarray:
+        """Return rows of a writer's images, uint8 (n, *kind.stored)."""
+        raise NotImplementedError
+
+
+def block_rows(kind: Kind, most: int = 4096) -> int:
+    """Return how many images are read at a time: `most`, fewer if they are large."""
+    return max(1, min(most, BLOCK_BYTES // kind.pixels))

@@ -1,0 +1,248 @@
+"""tools.prepare_data from tables: artifacts, and shards of the clients that a column names."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+
+from flapp.config.load import compose
+from flapp.data.artifact import open_artifact
+from flapp.data.shards.client import DistributedShardLoader
+from flapp.data.shards.manifest import load_manifest
+from tests.conftest import LocalGrid, run_app
+from tests.support.leaf_files import as_leaf, content_of, draw_samples, write_leaf
+from tests.support.tables import NAMES, as_dataset, draw_images, png, write_femnist, write_parquet
+from tools import prepare_data, verify_data
+
+ROOT = Path(__file__).resolve().parents[2]
+MINE = ("dataset=custom", "dataset.name=mine")
+WRITERS = (*MINE, "dataset.client_column=who", "partition=natural", "clients=3")
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a parquet file of 90 images in three classes, of three writers."""
+    labels = np.arange(90) % 3
+    images = draw_images(90) // 2 + (labels * 60).astype(np.uint8)[:, None, None, None]
+    who = [f"site {number % 5 % 3}" for number in range(90)]
+    path = tmp_path_factory.mktemp("tables") / "all.parquet"
+    as_dataset(images, labels.tolist(), who=who).to_parquet(path)
+    return path
+
+
+def prepare(home: Path, *words: str) -> int:
+    return prepare_data.main([f"home={home}", *words])
+
+
+def refused(capsys: pytest.CaptureFixture[str], home: Path, *words: str) -> str:
+    capsys.readouterr()
+    assert prepare(home, *words) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert not list(home.rglob("meta.json"))
+    return errors[0]
+
+
+def run(home: Path, name: str, *words: str) -> dict[str, Any]:
+    """Run a federation over prepared data and return its metrics.json."""
+    settings = compose([f"home={home}", f"run_name={name}", "model=linear", "num_rounds=2", *words])
+    nodes = [{"partition-id": i, "num-partitions": settings.clients} for i in range(settings.clients)]
+    return run_app(settings, LocalGrid({}, nodes))[0]
+
+
+def test_a_table_becomes_an_artifact_and_later_commands_need_only_its_name(table: Path, tmp_path: Path) -> None:
+    assert prepare(tmp_path, *MINE, f"dataset.source={table}") == 0
+    train, test = (open_artifact(tmp_path / "data/mine" / split, verify=True) for split in ("train", "test"))
+    assert (train.classes, len(train.labels), len(test.labels)) == (tuple(NAMES), 72, 18)
+    assert prepare(tmp_path, *MINE, f"dataset.source={table}") == 0
+    settings = compose([f"home={tmp_path}", *MINE]).dataset
+    assert (settings.shape, settings.classes, settings.normalization) == ((8, 8, 3), 3, "half")
+
+
+def test_femnist_from_parquet_gives_the_bytes_of_the_same_samples_from_leaf(tmp_path: Path) -> None:
+    samples = draw_samples(20, 12, 30, 11, 10, 2, 25)
+    sources = {
+        "leaf": write_leaf(tmp_path / "leaf", as_leaf(samples)),
+        "parquet": write_femnist(tmp_path / "parquet/data/train-00000-of-00001.parquet", samples).parents[1],
+    }
+    for kind, clients in (("natural", 7), ("round_robin", 3), ("random", 2)):
+        for name, source in sources.items():
+            words = (f"partition={kind}", f"clients={clients}", f"dataset.source={source}", "overwrite=true")
+            assert prepare(tmp_path / name / "home", "dataset=femnist", *words) == 0
+        assert content_of(tmp_path / "leaf/home") == content_of(tmp_path / "parquet/home")
+
+
+def test_femnist_with_a_character_that_it_does_not_have_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = {"image": [png(image) for image in draw_images(2, size=28)], "writer_id": ["a", "b"]}
+    for values, said in (
+        (["A", "ä"], "all.parquet has the unknown class ä in column character"),
+        ([1, 62], "all.parquet row 1 has label 62 in column character, and labels are 0 to 61"),
+    ):
+        path = write_parquet(tmp_path / "all.parquet", **columns, character=values)
+        words = ("dataset=femnist", "partition=natural", "clients=2", f"dataset.source={path}")
+        assert said in refused(capsys, tmp_path / "home", *words)
+
+
+def test_a_client_column_gives_shards_and_a_shared_artifact_that_end_in_the_same_model(
+    table: Path, tmp_path: Path
+) -> None:
+    assert prepare(tmp_path, *WRITERS, f"dataset.source={table}") == 0
+    manifest = load_manifest(tmp_path / "data/mine/shards")
+    facts = {key: manifest.facts[key] for key in ("dataset", "shape", "classes", "normalization")}
+    assert facts == {"dataset": "mine", "shape": [8, 8, 3], "classes": NAMES, "normalization": "half"}
+    assert sum(record.num_samples["test"] for record in manifest.values()) == 18
+    assert verify_data.main([str(tmp_path / "data/mine"), "--full"]) == 0
+    words = (*MINE, "partition=natural", "clients=3")
+    shared = run(tmp_path, "shared", *words)["model_sha256"]
+    assert run(tmp_path, "own", *words, "distributed_data.enabled=true")["model_sha256"] == shared
+    streamed = run(tmp_path, "streamed", *words, "distributed_data.enabled=true", "distributed_data.streaming=true")
+    assert streamed["status"] == "finished"
+
+
+@pytest.mark.parametrize("kind", ["natural", "round_robin", "random", "manual"])
+def test_every_partition_by_writer_works_on_shards_alone(table: Path, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "who.json").write_text('{"0": ["site 2"], "1": ["site 0", "site 1"]}')
+    words = (f"partition={kind}", "clients=2", "distributed_data.enabled=true")
+    words += (f"partition.mapping={tmp_path / 'who.json'}",) if kind == "manual" else ()
+    given = ("dataset.client_column=who", f"dataset.source={table}", "dataset.normalization=imagenet")
+    assert prepare(tmp_path, *MINE, *words, *given) == 0
+    assert not (tmp_path / "data/mine/train").exists()
+    assert compose([f"home={tmp_path}", *MINE, *words]).dataset.normalization == "imagenet"
+    assert run(tmp_path, "one", *MINE, *words)["status"] == "finished"
+
+
+def test_a_test_split_of_the_source_stays_the_test_split_of_its_clients(tmp_path: Path) -> None:
+    images, who = draw_images(40), [f"w{number % 4}" for number in range(40)]
+    for split, rows in (("train", range(30)), ("test", range(30, 40))):
+        columns = {"image": [png(images[row]) for row in rows], "label": [row % 3 for row in rows]}
+        write_parquet(tmp_path / f"raw/{split}.parquet", **columns, who=[who[row] for row in rows])
+    words = (*MINE, "dataset.client_column=who", "partition=natural", "clients=4")
+    assert prepare(tmp_path, *words, f"dataset.source={tmp_path / 'raw'}") == 0
+    for client in range(4):
+        shard = DistributedShardLoader(tmp_path / f"data/mine/shards/client_{client}")
+        found = shard.split("test").artifact.images
+        assert np.array_equal(found, images[[row for row in range(30, 40) if row % 4 == client]])
+        assert sum(shard.num_samples[split] for split in ("train", "val")) == len(range(client, 30, 4))
+
+
+def test_a_run_with_other_settings_than_the_shards_is_refused_by_name(table: Path, tmp_path: Path) -> None:
+    words = (*WRITERS, "distributed_data.enabled=true")
+    assert prepare(tmp_path, *words, f"dataset.source={table}") == 0
+    for given, said in (
+        ("dataset.shape=[8,8,1]", r"manifest\.json has samples of shape \[8, 8, 3\] in 3 classes, .*\[8, 8, 1\] in 3"),
+        ("dataset.classes=4", r"set dataset\.shape=\[8,8,3\] dataset\.classes=3"),
+        ("dataset.normalization=none", r"prepared with dataset\.normalization=half, the settings say none"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(tmp_path, f"other-{given[8]}", *words, given)
+
+
+def test_a_site_refuses_a_shard_of_another_shape(table: Path, tmp_path: Path) -> None:
+    words = (*WRITERS, "distributed_data.enabled=true")
+    assert prepare(tmp_path / "large", *words, f"dataset.source={table}", "dataset.shape=[16,16,3]") == 0
+    assert prepare(tmp_path, *words, f"dataset.source={table}") == 0
+    target = tmp_path / "data/mine/shards/client_1"
+    shutil.rmtree(target)
+    shutil.copytree(tmp_path / "large/data/mine/shards/client_1", target)
+    refused = run(tmp_path, "mixed", *words)["refused"]
+    assert refused.keys() == {"1"}
+    assert "client_1 has samples of shape [16, 16, 3] in 3 classes, the settings say [8, 8, 3] in 3" in refused["1"]
+
+
+REFUSED = {
+    "dataset.client_column=who partition=iid clients=2": "partition=iid does not make shards: choose one of",
+    "dataset.client_column=whose partition=natural clients=2": "and not whose: set dataset.client_column to one of",
+    "partition=natural clients=2": "add dataset.client_column=COLUMN, or leave partition out",
+    "dataset.client_column=who partition=natural clients=9": "clients=9 cannot share 3 writers",
+    "dataset.client_column=who partition=natural clients=3 dataset.materialize=16": "leave dataset.materialize out",
+    "dataset.classes=7": "has 3 classes, not 7: leave dataset.classes out",
+    "dataset.label_column=who dataset.image_column=label": "column label of type int64, which is no encoded image",
+    "dataset.download=true": "two sources: leave one of them out",
+    "dataset.hub=a/b": "is a download: add dataset.download=true",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_settings_that_do_not_fit_a_table_are_refused_in_one_line(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    said = refused(capsys, tmp_path, *MINE, f"dataset.source={table}", *words.split())
+    assert REFUSED[words] in said
+
+
+def test_columns_of_a_folder_of_images_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "ab":
+        (tmp_path / "raw" / name).mkdir(parents=True)
+        (tmp_path / "raw" / name / "0.png").write_bytes(png(draw_images(1)[0]))
+    words = (*MINE, f"dataset.source={tmp_path / 'raw'}", "dataset.label_column=label")
+    assert "has no parquet files, and only they have columns" in refused(capsys, tmp_path / "home", *words)
+
+
+def test_a_dataset_of_the_hub_is_downloaded_once_and_read_from_home(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub = tmp_path / "hub/owner/name"
+    hub.mkdir(parents=True)
+    shutil.copy(table, hub / "train-00000-of-00001.parquet")
+    monkeypatch.chdir(tmp_path / "hub")  # load_dataset takes a local folder of this name first
+    home, words = tmp_path / "home", (*MINE, "dataset.hub=owner/name", "dataset.download=true")
+    assert prepare(home, *words) == 0
+    assert sorted(path.name for path in (home / "raw/owner--name").iterdir()) == ["dataset_dict.json", "train"]
+    monkeypatch.delattr(datasets, "load_dataset")
+    assert prepare(home, *words) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    whole = tmp_path / "whole"
+    assert prepare(whole, *MINE, f"dataset.source={table}") == 0
+    for split in ("train", "test"):
+        one, other = (open_artifact(path / "data/mine" / split) for path in (home, whole))
+        assert one.digest == other.digest
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_with_the_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(name: str, cache_dir: str) -> None:
+        raise ConnectionError(f"Couldn't reach '{name}'\non the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    said = refused(capsys, tmp_path, "dataset=femnist", "dataset.download=true", "partition=natural", "clients=3")
+    assert "flwrlabs/femnist cannot be downloaded (Couldn't reach 'flwrlabs/femnist' on the Hub)" in said
+    assert "check the name and the network, or download the files elsewhere and set dataset.source" in said
+    assert not list((tmp_path / "raw").glob("flwrlabs--femnist"))
+    said = refused(capsys, tmp_path, *MINE, "dataset.download=true", "dataset.hub=../x")
+    assert "dataset.hub=../x is not a name on the hub: give owner/name" in said
+    assert "add dataset.hub=OWNER/NAME" in refused(capsys, tmp_path, *MINE, "dataset.download=true")
+
+
+def test_without_pyarrow_one_line_says_what_to_install(table: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['pyarrow'] = sys.modules['datasets'] = None\n"
+        "from tools import prepare_data; sys.exit(prepare_data.main(sys.argv[1:]))"
+    )
+    words = [f"home={tmp_path}", *MINE]
+    for more, said in (
+        ([f"dataset.source={table}"], f"{table} is a table, and pyarrow, which reads tables, is missing"),
+        (["dataset.hub=a/b", "dataset.download=true"], "a/b is downloaded by the datasets library, which is missing"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words, *more], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert 'pip install -e ".[data]"' in done.stderr
+        assert done.stderr.count("\n") == 1
