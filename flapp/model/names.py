@@ -81,7 +81,7 @@ def from_any(state: Mapping[str, T]) -> tuple[str | None, dict[str, T]]:
     The library is None, and the state is unchanged, if it is not one of a ViT.
     """
     library = library_of(state)
-    if library == TORCHVISION:
+    if library in (FLAPP, TORCHVISION):
         return library, from_torchvision(state)
     if library == TIMM:
         theirs = {there: here for here, there in TIMMS.items()}

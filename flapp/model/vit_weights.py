@@ -146,9 +146,8 @@ def check_variant_of(layout: Layout, weights: ViTWeights, head_loaded: bool) -> 
     for key, value in weights.variant.given().items():
         is_chosen = key == "pooling" and layout.variant.pooling is not None and not head_loaded
         if has[key] != value and not is_chosen:
-            said, found = (f"{each:g}" if isinstance(each, float) else each for each in (value, has[key]))
             raise ValueError(
-                f"{weights.path} is of a ViT with {key}={said}, this one has {found}: set model.{key}={said}"
+                f"{weights.path} is of a ViT with {key}={value}, this one has {has[key]}: set model.{key}={value}"
             )
 
 
@@ -237,7 +236,7 @@ def _from_timm(
         raise ValueError(f"{path} says architecture={_said(name)}, which is no ViT that flapp has; {_fix()}")
     _check_heads(path, arguments.get("num_heads", heads), heads)
     for key, value in arguments.items():
-        if key not in HARMLESS and value not in (None, False, USUAL.get(key)):
+        if key not in HARMLESS and value not in (None, USUAL.get(key, False)):
             raise ValueError(
                 f"{path} says {_said(key)}={_said(value)}, which flapp's ViTs cannot be: give other weights"
             )

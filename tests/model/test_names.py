@@ -14,6 +14,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from flapp.model.build import build_model
 from flapp.model.names import from_any, to_timm, to_torchvision, to_transformers
+from tests.support.vits import draw
 
 
 def torchvisions() -> nn.Module:
@@ -44,7 +45,7 @@ def transformerses() -> nn.Module:
 
 def ours() -> nn.Module:
     torch.manual_seed(2)
-    return build_model("vit_tiny", (8, 8, 3), 5).eval()
+    return draw(build_model("vit_tiny", (8, 8, 3), 5))
 
 
 def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
