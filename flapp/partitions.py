@@ -106,8 +106,10 @@ def writer_partition(config: Config) -> str:
 
 def read_writer_partition(config: Config, path: Path) -> Partition:
     """Read the partition by writer that was exported with the shards; raises DataError if it has other clients."""
+    name = config.dataset.name
+    data = name if name == "femnist" else f"custom dataset.name={name} dataset.client_column=COLUMN"
     fix = (
-        f"make it with python -m tools.prepare_data dataset={config.dataset.name} dataset.source=DIR "
+        f"make it with python -m tools.prepare_data dataset={data} dataset.source=DIR "
         f"partition={config.partition.kind} clients={config.clients} distributed_data.enabled=false"
     )
     if not path.exists():

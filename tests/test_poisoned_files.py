@@ -21,11 +21,13 @@ from flwr.app import Array
 from flapp.config.load import compose, read_yaml, to_yaml
 from flapp.config.schema import ConfigError
 from flapp.data.artifact import DataError, open_array
+from flapp.data.decode import decode_splits
 from flapp.data.partition import load_partition
 from flapp.data.shards.client import digest_of
 from flapp.data.shards.leaf import open_source
 from flapp.data.shards.manifest import load_manifest
 from flapp.data.sources import cifar_files, read_cifar
+from flapp.data.tables import Columns, open_tables
 from flapp.files import sha256_of_file
 from flapp.messages import view
 from flapp.model.adapter_files import import_adapter
@@ -288,6 +290,14 @@ def read_partition(folder: Path) -> None:
     ask(partition_heatmap.main, folder / "part.safetensors", folder, folder / "o.png")
 
 
+def read_table(folder: Path) -> None:
+    def read() -> None:
+        raw, _ = open_tables(folder, Columns(), 0.2, 0)
+        decode_splits(raw, (6, 7, 3), True, folder)
+
+    refuses(DataError, read)
+
+
 # by kind: the files that are poisoned, what reads them, and how many variants are tried
 FUZZED: dict[str, tuple[str, Callable[[Path], object], int]] = {
     "run": (
@@ -311,6 +321,13 @@ FUZZED: dict[str, tuple[str, Callable[[Path], object], int]] = {
         read_shards,
         60,
     ),
+    "own_shards": (
+        "manifest.json clients.jsonl client_0/meta.json client_0/train.safetensors client_1/test.safetensors",
+        read_shards,
+        60,
+    ),
+    "tables": ("train.parquet", read_table, 60),
+    "saved": ("data-00000-of-00001.arrow state.json", read_table, 60),
     "leaf": ("all_data_0.json", lambda folder: refuses(DataError, open_source, folder), 30),
     "cifar": ("cifar-10-batches-py/test_batch cifar-10-batches-py/batches.meta", read_cifar_batch, 60),
     "adapter": (

@@ -4,6 +4,9 @@
     python -m tools.prepare_data dataset=custom dataset.name=mine dataset.source=DIR   your images, in folders by class
     python -m tools.prepare_data dataset=custom dataset.name=mine dataset.source=DIR 'dataset.shape=[224,224,3]'
         scaled and cropped, if they have different sizes
+    python -m tools.prepare_data dataset=custom dataset.name=mine dataset.source=DIR dataset.client_column=writer_id
+        clients=100 partition=natural      from parquet files: shards, and the same samples as one artifact
+    python -m tools.prepare_data dataset=custom dataset.name=mine dataset.hub=OWNER/NAME dataset.download=true
     python -m tools.prepare_data dataset=cifar10 dataset.source=DIR          from torchvision's files in DIR
     python -m tools.prepare_data dataset=cifar100 dataset.download=true      downloaded by torchvision
     python -m tools.prepare_data dataset=cifar10 dataset.source=DIR dataset.materialize=224   also resized, 7.5 GB

@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 
 from flapp.data.artifact import write_artifact
+from flapp.data.decode import Decoded
 from flapp.data.partition import make_partition, save_partition
 from flapp.data.shards.build import write_shards
+from flapp.data.shards.decoded import DecodedSource
+from flapp.data.shards.source import Kind
 from flapp.files import sha256_of_file
 from flapp.model.adapter_files import export_adapter
 from flapp.model.split.factory import ModelFactory
@@ -24,6 +27,7 @@ from tests.support.html_page import write_sweep
 from tests.support.leaf_files import as_leaf, draw_samples, write_leaf
 from tests.support.run_files import write_run
 from tests.support.split_models import write_vit
+from tests.support.tables import as_dataset, png, write_parquet
 
 DEEP = "[" * 5000 + "]" * 5000
 RAW = {  # JSON texts that json.dumps would not write, by placeholder
@@ -190,6 +194,11 @@ def write_real_files(folder: Path) -> None:
     save_partition(folder / "set" / "part.safetensors", make_partition("iid", labels, labels, 3, 0))
     leaf = write_leaf(folder / "leaf", as_leaf(draw_samples(20, 12, 30)))
     write_shards(leaf, folder / "shards", "round_robin", clients=2, seed=1)
+    pixels, of = rng.integers(1, 255, (40, 6, 7, 3)).astype(np.uint8), [f"w{label}" for label in labels]
+    own = DecodedSource(Kind("own", (6, 7, 3), tuple("abcd"), "half"), {"train": Decoded(pixels, labels, of, "")})
+    write_shards(own, folder / "own_shards", "round_robin", clients=2, seed=1)
+    write_parquet(folder / "tables" / "train.parquet", image=[png(image) for image in pixels], label=labels)
+    as_dataset(pixels, labels % 3).save_to_disk(folder / "saved")
     write_cifar(folder / "cifar", images=4)
     export_adapter(adapted(), folder / "adapter" / "a", "base")
     mine = folder / "whole" / "mine"
