@@ -20,6 +20,7 @@ from flapp.data.artifact import (
     stamp,
 )
 from flapp.data.partition import Partition, hold_out, load_partition
+from flapp.data.shards.manifest import load_manifest
 from flapp.data.sources import CIFAR, EMBEDDED, MADE_BY, ensure_artifacts
 
 
@@ -43,7 +44,9 @@ def prepared(config: Config) -> Path:
 
 
 def class_names(config: Config) -> list[str]:
-    """Return the names of the dataset's classes, or nothing when its shared artifact is not on this machine."""
+    """Return the names of the dataset's classes, or nothing when neither data nor manifest are on this machine."""
+    if config.distributed_data.enabled:
+        return list(load_manifest(config.manifest_path).kind.classes)
     folder = config.data_dir / config.dataset.name / "train"
     return list(read_meta(folder)["classes"]) if (folder / "meta.json").exists() else []
 

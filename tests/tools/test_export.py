@@ -19,9 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flapp.architecture import build
+from flapp.config.load import compose
+from flapp.server.run import initial_model
 from tests.conftest import Federate
 from tests.support.own_runs import run as run_own
 from tests.support.projects import add_to_task, new_project, settings_in
+from tests.support.vits import timms, torchvisions, transformerses
 from tools import export
 from tools.exporting.onnx_file import take_samples
 from tools.running.finished import open_run
@@ -233,3 +236,39 @@ def test_a_damaged_list_of_classes_is_named_with_the_fix(names: str, grey: Path,
     copy = Path(shutil.copytree(grey, tmp_path / "copy"))
     (copy / "classes.json").write_text(names)
     assert "remove it" in refusal(copy, "timm", tmp_path / "out", capsys)
+
+
+def open_timm(out: Path) -> nn.Module:
+    return timm.create_model(f"local-dir:{out}", pretrained=True)
+
+
+def open_tiny_of_torchvision(out: Path) -> nn.Module:
+    norm = partial(nn.LayerNorm, eps=1e-6)
+    model = torchvision.models.VisionTransformer(32, 16, 12, 3, 192, 768, num_classes=10, norm_layer=norm)
+    model.load_state_dict(torch.load(out / "model.pth", weights_only=True))
+    return model
+
+
+LIBRARIES: dict[str, tuple[str, Callable[..., Callable[[Tensor], Tensor]], Callable[[Path], nn.Module]]] = {
+    "torchvision": ("weights.pth", torchvisions, open_tiny_of_torchvision),
+    "transformers": ("weights", transformerses, transformers.ViTForImageClassification.from_pretrained),
+    "timm": ("weights", timms, open_timm),
+}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_weights_of_a_library_are_trained_for_a_round_and_taken_back(
+    library: str, data_home: Path, tmp_path: Path
+) -> None:
+    name, write, load = LIBRARIES[library]
+    theirs = write(tmp_path / name, classes=10)
+    words = ("model=pretrained", f"model.pretrained={name}", f"home={data_home}", f"run_name=from-{library}")
+    images = draw_images(3)
+    config = compose([*words, *SHORT, "train.lr=0.001"], tmp_path)
+    start = initial_model(config).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(start(images), theirs(images), rtol=0, atol=1e-5)
+    run = run_own(config)[1]
+    assert_same_logits(run, load(written(run, library, tmp_path)), 3)
+    with torch.no_grad():
+        assert not torch.allclose(open_run(run).model()(images), start(images), atol=1e-3)
