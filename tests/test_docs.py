@@ -380,7 +380,7 @@ def test_the_page_of_your_own_data_works_from_top_to_bottom(user: Path) -> None:
         for command in block.splitlines() if language == "bash" else ():
             _, _, module, *words = words_of(command)
             if module == "tools.run":
-                run_in_process(f"home={user / '.flapp'}", *words, *SMALL, "num_rounds=1")
+                run_in_process(f"home={user / '.flapp'}", *words, *SMALL, "num_rounds=1", f"run_name=page-{len(done)}")
             else:
                 home = [f"home={user / '.flapp'}"] if module == "tools.prepare_data" else []
                 assert importlib.import_module(module).main([*words, *home]) == 0

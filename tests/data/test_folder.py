@@ -113,7 +113,7 @@ def test_the_digest_covers_names_contents_and_the_split(tmp_path: Path) -> None:
     assert digests() == before
     (root / "a/1.jpg").rename(root / "a/10.jpg")
     assert digests() != before
-    moved = root.rename(tmp_path.with_name("moved"))
+    moved = root.rename(tmp_path.with_name(f"{tmp_path.name} moved"))
     moved.joinpath("a/10.jpg").rename(moved / "a/1.jpg")
     raw, _ = open_folder(moved, 0.2, 0)
     assert (raw["train"].sha256, raw["test"].sha256) == before
