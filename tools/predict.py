@@ -3,7 +3,7 @@
     python -m tools.predict RUN_DIR IMAGE...            the classes of each image, the most probable first
     python -m tools.predict RUN_DIR IMAGE... --top 3 --json
 
-Images are read, resized and normalised as the run's own. For an image that cannot be read, the reason is printed on
+Images are read, resized and normalized as the run's own. For an image that cannot be read, the reason is printed on
 standard error; the others are classified. Exits 0, or 1 if there was such an image or the run cannot be used.
 """
 

@@ -124,7 +124,7 @@ def _with_claim(
 def make_batches(config: Config, data: ClientData, split: str, device: torch.device, seed: int | None) -> Batches:
     """Return the batches of a split, in an order drawn from seed (None: as stored), for a model on `device`.
 
-    On a CUDA device images travel as uint8 and are normalised there.
+    On a CUDA device images travel as uint8 and are normalized there.
     """
     dataset, rows = data.splits[split]
     size = config.train.batch_size if split == "train" else config.evaluate.batch_size
@@ -141,7 +141,7 @@ def make_batches(config: Config, data: ClientData, split: str, device: torch.dev
 
 @dataclass(frozen=True)
 class OnDevice:
-    """Iterate over a uint8 loader, normalising each batch on the device."""
+    """Iterate over a uint8 loader, normalizing each batch on the device."""
 
     loader: ClientLoader
     device: torch.device

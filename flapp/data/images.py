@@ -1,4 +1,4 @@
-"""From stored uint8 pixels to model input: resize as PIL does, scale and normalise as torchvision does, augment.
+"""From stored uint8 pixels to model input: resize as PIL does, scale and normalize as torchvision does, augment.
 
 `materialize` stores resized images, which takes disk space but saves the time to resize them at every step.
 """
@@ -54,7 +54,7 @@ def resize(pixels: Tensor, size: int) -> Tensor:
 
 
 def normalize(pixels: Tensor, normalization: str, out: Tensor | None = None, exact: bool = True) -> Tensor:
-    """Scale uint8 (..., C, H, W) to [0, 1] and normalise, into float32 `out` (contiguous and new if None).
+    """Scale uint8 (..., C, H, W) to [0, 1] and normalize, into float32 `out` (contiguous and new if None).
 
     exact gives the bits of torchvision's ToTensor and Normalize; otherwise one multiplication and one addition per
     value give the same to within 1e-6, in two thirds of the time.

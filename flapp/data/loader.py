@@ -19,7 +19,7 @@ from flapp.data.images import augment, normalize, resize
 from flapp.data.offline import OfflineDataset, read_rows
 
 OUTPUTS = ("float32", "uint8")
-CACHED_VALUES = 3 * 224 * 224  # normalised at a time, and four times as many read and resized, to stay in the cache
+CACHED_VALUES = 3 * 224 * 224  # normalized at a time, and four times as many read and resized, to stay in the cache
 AUGMENT_SEED = 0x5EED  # makes the random numbers of the augmentation independent of those of the order
 
 Batch = tuple[Tensor, Tensor]
@@ -52,8 +52,8 @@ class ClientLoader:
     Each iteration is one epoch with an order of its own; seed=None keeps the order of `indices`. Images are resized to
     image_size (None: as stored) with PIL's bytes, or read from a materialized artifact if there is one. `output`:
 
-        float32   normalised (n, C, H, W); exact=True gives torchvision's bits, False is faster and within 1e-6 of them
-        uint8     (n, C, H, W) before normalisation, a quarter of the bytes to move to a GPU: see to_input
+        float32   normalized (n, C, H, W); exact=True gives torchvision's bits, False is faster and within 1e-6 of them
+        uint8     (n, C, H, W) before normalization, a quarter of the bytes to move to a GPU: see to_input
 
     augment mirrors every other image and shifts it by up to 1/8 of its size (4 of 32 pixels), drawn from `seed`, before
     it is resized. Samples that are not images are returned as stored, in their own dtype.
@@ -98,7 +98,7 @@ class ClientLoader:
         self.shape = self._sample_shape()
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.augment_generator = None if seed is None else torch.Generator().manual_seed(seed ^ AUGMENT_SEED)
-        # Large planes of the right size are normalised straight from the memory map, which saves a copy.
+        # Large planes of the right size are normalized straight from the memory map, which saves a copy.
         self._is_as_wanted = (
             dataset.has_images
             and self.source.layout == "NCHW"
@@ -122,7 +122,7 @@ class ClientLoader:
         self._is_cold = False
 
     def to_input(self, pixels: Tensor) -> Tensor:
-        """Turn a batch of output uint8, on any device, into the normalised float32 that the model takes."""
+        """Turn a batch of output uint8, on any device, into the normalized float32 that the model takes."""
         return normalize(pixels, self.dataset.normalization)
 
     def _sample_shape(self) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ WORDS = ["dataset=custom", "dataset.name=mine"]
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """Return a home with a dataset of 8x6 pixels in three classes, to be normalised as ImageNet is."""
+    """Return a home with a dataset of 8x6 pixels in three classes, to be normalized as ImageNet is."""
     for split, images in (("train", np.zeros((9, 8, 6, 3), np.uint8)), ("test", np.zeros((3, 8, 6, 3), np.uint8))):
         folder, labels = tmp_path / "data" / "mine" / split, np.arange(len(images)) % 3
         given = (images.shape, labels, ["a", "b", "c"], "source")
@@ -30,7 +30,7 @@ def test_the_prepared_data_say_shape_classes_and_normalization(home: Path) -> No
     assert (found.shape, found.classes, found.normalization) == ((8, 6, 3), 3, "imagenet")
 
 
-def test_data_written_as_arrays_are_normalised_as_by_default(home: Path) -> None:
+def test_data_written_as_arrays_are_normalized_as_by_default(home: Path) -> None:
     write_artifact(home / "data/mine/train", np.zeros((4, 5), np.float32), np.zeros(4, np.float32), [])
     words = [f"home={home}", *WORDS, "model=linear", "partition=iid", "evaluate.objective=loss"]
     found = compose(words).dataset

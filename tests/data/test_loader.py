@@ -61,7 +61,7 @@ def test_exact_batches_equal_the_bits_of_torchvision(dataset: OfflineDataset, si
 
 
 @pytest.mark.parametrize("normalization", ["none", "half", "imagenet"])
-def test_the_fast_normalisation_stays_within_a_millionth(folder: Path, normalization: str) -> None:
+def test_the_fast_normalization_stays_within_a_millionth(folder: Path, normalization: str) -> None:
     dataset = OfflineDataset(folder, normalization=normalization)
     fast, exact = (epoch(ClientLoader(dataset, np.arange(COUNT), 8, exact=exact))[0] for exact in (False, True))
     assert (fast - exact).abs().max() <= 1e-6
@@ -154,7 +154,7 @@ def test_augmentation_depends_on_the_seed_and_comes_before_any_resize(folder: Pa
         write_resized(folder, 64, photographs())  # which is not what augmented images are read from
 
 
-def test_uint8_batches_become_the_same_input_wherever_they_are_normalised(dataset: OfflineDataset) -> None:
+def test_uint8_batches_become_the_same_input_wherever_they_are_normalized(dataset: OfflineDataset) -> None:
     expected = torchvision_batch(photographs(), 64)
     resized = ClientLoader(dataset, np.arange(COUNT), 8, image_size=64, output="uint8")
     assert torch.equal(torch.cat([resized.to_input(pixels) for pixels, _ in resized]), expected)

@@ -31,7 +31,7 @@ def test_samples_of_the_dataset_equal_the_bits_of_torchvision(
         OfflineDataset(folder, normalization="imagnet")
 
 
-def test_a_transform_gets_a_pil_image_of_the_asked_size_before_the_normalisation(folder: Path) -> None:
+def test_a_transform_gets_a_pil_image_of_the_asked_size_before_the_normalization(folder: Path) -> None:
     seen = []
 
     def mirror(image: Image.Image) -> Image.Image:

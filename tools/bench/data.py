@@ -44,7 +44,7 @@ class LocalCIFAR10(CIFAR10):
 
 
 class Float32Memmap(Dataset[tuple[Tensor, int]]):
-    """Raw memmaps: normalised float32 (N, 3, 224, 224) without a header, 36 GB for the whole of CIFAR-10."""
+    """Raw memmaps: normalized float32 (N, 3, 224, 224) without a header, 36 GB for the whole of CIFAR-10."""
 
     def __init__(self, path: Path) -> None:
         self.images = np.memmap(path, np.float32, "r", shape=(MEASURED, 3, SIZE, SIZE))
@@ -118,7 +118,7 @@ def speed(folder: Path) -> list[Row]:
         "torchvision CIFAR10 + PIL Resize + ToTensor + Normalize",
         "a raw float32 memmap, 4 times the bytes",
     )
-    what, exact = "float32 normalised batch from resized-ahead uint8", f"{ratio['exact']:.1f}x with exact=True"
+    what, exact = "float32 normalized batch from resized-ahead uint8", f"{ratio['exact']:.1f}x with exact=True"
     return [
         Row("uint8 batch from resized-ahead images", against, ratio["uint8"], 50),
         Row(what, against, ratio["float32"], 10, note=exact),

@@ -23,7 +23,7 @@ COMPARED = 5  # samples
 
 
 def write_onnx(run: FinishedRun, folder: Path) -> str:
-    """Write model.onnx, which takes normalised samples (N, ...) and gives what the model gives.
+    """Write model.onnx, which takes normalized samples (N, ...) and gives what the model gives.
 
     Class names and normalization are in its metadata. Raises ValueError when packages are missing, and when onnxruntime
     gives other outputs than PyTorch.

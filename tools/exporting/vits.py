@@ -1,4 +1,4 @@
-"""A ViT as torchvision, transformers and timm load it, with the same logits for the same normalised images."""
+"""A ViT as torchvision, transformers and timm load it, with the same logits for the same normalized images."""
 
 import json
 from collections.abc import Mapping
