@@ -12,11 +12,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from flapp.untrusted import printable, read_bytes
+from flapp.untrusted import printable
 from tools.cli import as_called, new_parser
 from tools.running.finished import FinishedRun, open_run
 
-MOST_FILE = 256 << 20  # bytes of an image's file
 Scores = list[tuple[str, float]]  # classes and their probabilities, the most probable first
 
 
@@ -30,18 +29,13 @@ def predict(run: FinishedRun, paths: Sequence[Path]) -> Iterator[tuple[Path, Sco
         raise ValueError(f"{run.path} was not trained on images with classes, which this command is for")
     import torch
 
-    from flapp.data.decode import decode
+    from flapp.data.decode import decode, read_image
     from flapp.data.images import normalize, resize
     from flapp.training import outputs_of
 
     model, size = run.model(), config.model.image_size
     for path in paths:
-        try:
-            pixels = decode(read_bytes(path, MOST_FILE), config.dataset.shape)
-        except OSError as error:
-            pixels = error.strerror or repr(error)
-        except ValueError as error:
-            pixels = str(error)
+        pixels = decode(read_image(path), config.dataset.shape)
         if isinstance(pixels, str):
             yield path, pixels
             continue

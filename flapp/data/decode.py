@@ -23,9 +23,10 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flapp.data.artifact import DataError, check_space
-from flapp.untrusted import printable
+from flapp.untrusted import printable, read_bytes
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+MOST_BYTES = 256 << 20  # of an encoded image
 MOST_PIXELS = 89_478_485  # of an image, before and after it is resized; PIL warns of more, and refuses twice as many
 LARGE_PIXELS = 1 << 24  # of images with more, only one is decoded at a time
 BLOCK_BYTES = 4 << 20  # encoded and decoded, that one job takes
@@ -33,14 +34,8 @@ MOST_BLOCK = 256  # images that one job takes
 ORIENTATION = 0x0112  # the tag of EXIF
 _PIL_ERRORS = (  # what PIL raises for files that are damaged, hostile or no images
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError),
-    *(
-        struct.error,
-        zlib.error,
-        MemoryError,
-        RuntimeError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ),
+    *(struct.error, zlib.error, MemoryError, RuntimeError),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
 )
 
 Encoded = bytes | str  # an encoded image, or a text that says why there is none
@@ -75,7 +70,6 @@ class Decoded:
     images: np.ndarray
     labels: np.ndarray
     clients: Sequence[str]
-    sha256: str
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -133,6 +127,14 @@ def decode_splits(
     size = tuple(shape) if shape is not None else (*found.size, 3)
     channels = size[2] if shape is not None or not found.all_grey else 1
     return {name: _map(raw[name], *kept[name], size, channels) for name in raw}, bad
+
+
+def read_image(path: Path) -> Encoded:
+    """Return the content of an image's file, or why it cannot be read."""
+    try:
+        return read_bytes(path, MOST_BYTES)
+    except (OSError, ValueError) as error:
+        return str(getattr(error, "strerror", None) or error)
 
 
 def decode(encoded: Encoded, shape: Sequence[int] | None) -> Pixels:
@@ -305,4 +307,4 @@ def _map(split: RawSplit, file: IO[bytes], rows: list[int], size: Sequence[int],
     """Return the split of which `rows` are in a file, in images of (H, W, 1 or 3) of which `channels` are wanted."""
     images = np.memmap(file, np.uint8, "r", shape=(len(rows), *size))[..., :channels]
     clients = [split.clients[row] for row in rows] if split.clients else ()
-    return Decoded(images, split.labels[rows], clients, split.sha256)
+    return Decoded(images, split.labels[rows], clients)

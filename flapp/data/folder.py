@@ -17,15 +17,15 @@ from typing import TypeVar
 import numpy as np
 
 from flapp.data.artifact import DataError
-from flapp.data.decode import Encoded, RawSplit, count_cores
+from flapp.data.decode import Encoded, RawSplit, count_cores, read_image
 from flapp.files import sha256_of_file
-from flapp.untrusted import check_regular, printable, read_bytes
+from flapp.untrusted import check_regular, printable
 
 TRAIN = ("train", "training")
-TEST = ("test", "testing", "val", "valid", "validation")
+TEST = ("test", "testing")
+VALIDATION = ("val", "valid", "validation")  # the test split of a folder
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LEFT_BY_SYSTEMS = ("thumbs.db", "desktop.ini", "__macosx")
-MOST_BYTES = 256 << 20  # of an encoded image
 HASHED = 512  # files at a time
 
 Class = list[Path]  # the images of one class, in their order
@@ -77,7 +77,7 @@ def divide(found: dict[str, list[T]], test_fraction: float, seed: int) -> dict[s
 def _find_splits(folder: Path, root: Path) -> tuple[Path, Path | None]:
     """Return the folders of the training and the test split; None for the second if `folder` itself has the classes."""
     folders = [folder / entry.name for entry in _scan(folder, root) if _is_folder(entry)]
-    train, test = ([path for path in folders if path.name.lower() in names] for names in (TRAIN, TEST))
+    train, test = ([path for path in folders if path.name.lower() in names] for names in (TRAIN, TEST + VALIDATION))
     others = [path for path in folders if path not in train + test]
     if not train and not test:
         return folder, None
@@ -180,7 +180,7 @@ def _open_split(
             progress(len(some))
 
     def read(start: int, stop: int) -> list[Encoded]:
-        return [_read(path) for path in paths[start:stop]]
+        return [read_image(path) for path in paths[start:stop]]
 
     return RawSplit([str(path) for path in paths], labels, read, digest.hexdigest())
 
@@ -192,14 +192,6 @@ def _sha256(path: Path) -> str:
         return sha256_of_file(path)
     except OSError as error:
         return str(error.strerror)
-
-
-def _read(path: Path) -> Encoded:
-    """Return the content of a file, or why it cannot be read."""
-    try:
-        return read_bytes(path, MOST_BYTES)
-    except (OSError, ValueError) as error:
-        return str(getattr(error, "strerror", None) or error)
 
 
 def _shown(path: Path) -> str:

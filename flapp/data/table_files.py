@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flapp.data.artifact import DataError, refusing
+from flapp.data.folder import TEST, TRAIN, VALIDATION
 from flapp.files import sha256_of_file
 from flapp.untrusted import check_regular, parse_json, printable, read_json
 
@@ -20,9 +21,9 @@ BYTES = ("binary", "large_binary", "binary_view")
 TEXTS = ("string", "large_string", "string_view")
 AGAIN = "copy or download it again"
 SPLITS = {  # names of files and folders, and the split that they mean
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("test", "testing"), "test"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+    **dict.fromkeys(TRAIN, "train"),
+    **dict.fromkeys(TEST, "test"),
+    **dict.fromkeys((*VALIDATION, "dev"), "validation"),
 }
 
 

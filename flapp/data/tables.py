@@ -12,6 +12,7 @@ Only these columns are read, some rows at a time.
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,15 @@ from typing import Any, cast
 import numpy as np
 
 from flapp.data.artifact import DataError
-from flapp.data.decode import Encoded, RawSplit
-from flapp.data.folder import MOST_BYTES, divide
+from flapp.data.decode import Encoded, RawSplit, read_image
+from flapp.data.folder import divide
+from flapp.data.shards.source import MOST_CLASSES
 from flapp.data.table_files import TEXTS, Table, find_tables
-from flapp.untrusted import printable, read_bytes
+from flapp.untrusted import printable
 
 IMAGE_NAMES = ("image", "img", "images", "picture", "photo")
 LABEL_NAMES = ("label", "labels", "target", "class", "category", "fine_label", "character")
 WHOLE = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-MOST_CLASSES = 1 << 16
 
 log = logging.getLogger(__name__)
 
@@ -166,21 +167,25 @@ def _read_labels(tables: dict[str, list[Table]], columns: Columns, by_text: bool
             raise DataError(f"{files[0].path} has no rows: give the split {split} samples")
         values[split] = np.concatenate([found for found, _ in read])
         clients[split] = [client for _, whose in read for client in whose]
-    names = sorted(numbers) if is_text else table.class_names(label) or list(classes)
-    for split, files in tables.items():
-        _check_range(files, label, values[split], len(names))
-    place = np.argsort([numbers[name] for name in names]) if is_text else np.arange(len(names))
-    if not names:  # each different number is a class, which it names
-        place = np.unique(np.concatenate(list(values.values())))
-        names = [str(number) for number in place]
-        values = {split: np.searchsorted(place, found) for split, found in values.items()}
+    if is_text:
+        names = sorted(numbers)
+        place = np.argsort([numbers[name] for name in names])
+    else:
+        names = table.class_names(label) or list(classes)
+        for split, files in tables.items():
+            _check_range(files, label, values[split], len(names))
+        if not names:  # each different number is a class, which it names
+            known = np.unique(np.concatenate(list(values.values())))
+            names = [str(number) for number in known]
+            values = {split: np.searchsorted(known, found) for split, found in values.items()}
         place = np.arange(len(names))
     if len(names) > MOST_CLASSES:
         found = f"{table.path} has {len(names):,} different values in column {label}, at most {MOST_CLASSES:,} can be"
         raise DataError(f"{found} classes: set dataset.label_column to another column")
     if classes:
         if strange := sorted(set(names) - set(classes)):
-            raise DataError(f"{table.path} has the unknown class {printable(strange[0], 80)} in column {label}")
+            found = f"{table.path} has the unknown class {printable(strange[0], 80)} in column {label}"
+            raise DataError(f"{found}: set dataset.label_column to another column, or correct it")
         place = np.array([classes.index(name) for name in names])[place]
     return {split: place[found] for split, found in values.items()}, clients, list(classes or names)
 
@@ -290,11 +295,12 @@ class _Images:
             return value
         if path is None:
             return "the table has no image there"
+        said = f"the table has only the path {printable(path, 80)}"
         try:
-            file = (self.root / path).resolve()
-            if not file.is_relative_to(self.root):
-                return f"the table has only the path {printable(path, 80)}, which is outside {self.root}"
-            return read_bytes(file, MOST_BYTES)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            return f"the table has only the path {printable(path, 80)}, which cannot be read: {reason}"
+            file = Path(os.path.realpath(self.root / path))
+        except ValueError as error:  # it has a zero byte
+            return f"{said}, which cannot be read: {error}"
+        if not file.is_relative_to(self.root):
+            return f"{said}, which is outside {self.root}"
+        read = read_image(file)
+        return f"{said}, which cannot be read: {read}" if isinstance(read, str) else read

@@ -10,6 +10,7 @@ import pytest
 
 from flapp.data import folder as folders
 from flapp.data.artifact import DataError
+from flapp.data.decode import MOST_BYTES
 from flapp.data.folder import open_folder
 
 
@@ -137,7 +138,7 @@ def test_a_file_that_cannot_be_read_is_said_where_its_image_would_be(tmp_path: P
     root = write(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "test/a/1.jpg")
     os.mkfifo(root / "train/a/pipe.jpg")
     with (root / "train/b/large.jpg").open("wb") as file:
-        file.truncate(folders.MOST_BYTES + 1)
+        file.truncate(MOST_BYTES + 1)
     raw, _ = open_folder(root, 0.2, 0)
     assert raw["train"].read(0, 4) == [
         b"train/a/1.jpg",

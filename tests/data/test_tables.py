@@ -145,17 +145,19 @@ def test_numbers_without_names_are_classes_named_by_the_numbers(tmp_path: Path) 
 
 def test_an_image_that_is_only_a_path_is_read_in_the_folder_and_nowhere_else(tmp_path: Path) -> None:
     folder = tmp_path / "source"
-    write_parquet(
-        folder / "train.parquet", image=[{"path": "a/0.png"}, {"path": "../1.png"}, {"path": "2.png"}], label=[0, 1, 1]
-    )
+    paths = ["a/0.png", "../1.png", "2.png", "circle.png", "\0.png"]
+    write_parquet(folder / "train.parquet", image=[{"path": path} for path in paths], label=[0, 1, 1, 0, 1])
     (folder / "a").mkdir()
+    (folder / "circle.png").symlink_to("circle.png")
     (folder / "a/0.png").write_bytes(BYTES[0])
     (tmp_path / "1.png").write_bytes(BYTES[1])
     raw, _ = open_tables(folder, Columns(), None, 0)
-    first, outside, missing = raw["train"].read(0, 3)
+    first, outside, missing, circle, zero = raw["train"].read(0, 5)
     assert first == BYTES[0]
     assert "outside" in str(outside)
     assert "No such file" in str(missing)
+    assert "symbolic links" in str(circle)
+    assert "null byte" in str(zero)
 
 
 def test_null_and_damaged_images_are_listed_by_row_and_left_out_on_request(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def write_real_files(folder: Path) -> None:
     leaf = write_leaf(folder / "leaf", as_leaf(draw_samples(20, 12, 30)))
     write_shards(leaf, folder / "shards", "round_robin", clients=2, seed=1)
     pixels, of = rng.integers(1, 255, (40, 6, 7, 3)).astype(np.uint8), [f"w{label}" for label in labels]
-    own = DecodedSource(Kind("own", (6, 7, 3), tuple("abcd"), "half"), {"train": Decoded(pixels, labels, of, "")})
+    own = DecodedSource(Kind("own", (6, 7, 3), tuple("abcd"), "half"), {"train": Decoded(pixels, labels, of)})
     write_shards(own, folder / "own_shards", "round_robin", clients=2, seed=1)
     write_parquet(folder / "tables" / "train.parquet", image=[png(image) for image in pixels], label=labels)
     as_dataset(pixels, labels % 3).save_to_disk(folder / "saved")
