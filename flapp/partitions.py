@@ -21,7 +21,7 @@ from flapp.data.artifact import (
 )
 from flapp.data.partition import Partition, hold_out, load_partition
 from flapp.data.shards.manifest import load_manifest
-from flapp.data.sources import CIFAR, EMBEDDED, MADE_BY, ensure_artifacts
+from flapp.data.sources import CIFAR, EMBEDDED, MADE_BY, ensure_artifacts, named
 
 
 def open_partition(config: Config) -> Partition:
@@ -110,9 +110,9 @@ def writer_partition(config: Config) -> str:
 def read_writer_partition(config: Config, path: Path) -> Partition:
     """Read the partition by writer that was exported with the shards; raises DataError if it has other clients."""
     name = config.dataset.name
-    data = name if name == "femnist" else f"custom dataset.name={name} dataset.client_column=COLUMN"
+    column = "" if name == "femnist" else " dataset.client_column=COLUMN"
     fix = (
-        f"make it with python -m tools.prepare_data dataset={data} dataset.source=DIR "
+        f"make it with python -m tools.prepare_data {named(name)} dataset.source=DIR{column} "
         f"partition={config.partition.kind} clients={config.clients} distributed_data.enabled=false"
     )
     if not path.exists():

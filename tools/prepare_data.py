@@ -101,7 +101,7 @@ def prepare_own(settings: Config, overwrite: bool) -> Iterator[str]:
     if (kind := settings.partition.kind) in WRITER_PARTITIONS:
         fix = "add dataset.client_column=COLUMN, or leave partition out"
         raise ConfigError(f"partition={kind} goes by clients, and nothing says whose each sample is: {fix}")
-    raw, classes = open_raw(settings, overwrite)
+    raw, classes = open_raw(settings, find_files(settings, overwrite))
     settled = [list(dataset.shape), dataset.normalization, dataset.skip_unreadable]  # they decide the artifact too
     sources = {
         split: hashlib.sha256(json.dumps([found.sha256, *settled]).encode()).hexdigest() for split, found in raw.items()
@@ -125,26 +125,32 @@ def decode_all(settings: Config, raw: dict[str, RawSplit]) -> tuple[dict[str, De
     return decoded, [*listed(bad), f"{len(bad):,} images cannot be read and are left out"] if bad else []
 
 
-def open_raw(settings: Config, overwrite: bool) -> tuple[dict[str, RawSplit], list[str]]:
+def open_raw(settings: Config, source: Path) -> tuple[dict[str, RawSplit], list[str]]:
     """Return the encoded images of each split of a dataset in files, and the names of its classes.
 
     The samples of clients are not divided into splits: shards do this for each client.
     """
     dataset, is_femnist = settings.dataset, settings.dataset.name == FEMNIST.dataset
-    source = find_files(settings, overwrite)
-    columns = Columns(dataset.image_column, dataset.label_column, dataset.client_column)
-    if find_tables(source):
+    if columns := read_columns(settings, source):
         columns = replace(columns, client=columns.client or "writer_id") if is_femnist else columns
         fraction = None if columns.client else dataset.test_fraction
         raw, classes = open_tables(source, columns, fraction, settings.seed, FEMNIST.classes if is_femnist else ())
-    elif columns == Columns():
+    else:
         with bar("hashing", None) as progress:
             raw, classes = open_folder(source, dataset.test_fraction, settings.seed, progress)
-    else:
-        raise ConfigError(f"{source} has no parquet files, and only they have columns: leave dataset.*_column out")
     if dataset.classes not in (0, len(classes)):
         raise DataError(f"{source} has {len(classes)} classes, not {dataset.classes}: leave dataset.classes out")
     return raw, classes
+
+
+def read_columns(settings: Config, source: Path) -> Columns | None:
+    """Return the columns of a source of tables, None for any other; raises ConfigError for columns that it lacks."""
+    columns = Columns(settings.dataset.image_column, settings.dataset.label_column, settings.dataset.client_column)
+    if find_tables(source):
+        return columns
+    if columns != Columns():
+        raise ConfigError(f"{source} has no parquet files, and only they have columns: leave dataset.*_column out")
+    return None
 
 
 def find_files(settings: Config, overwrite: bool) -> Path:
@@ -193,6 +199,9 @@ def write_own(
 def find_sources(settings: Config, overwrite: bool) -> dict[str, Source]:
     """Return the source of each split, downloading it first if the settings say so."""
     dataset, name = settings.dataset, settings.dataset.name
+    for key in ("hub", "image_column", "label_column", "client_column"):
+        if getattr(dataset, key) is not None:
+            raise ConfigError(f"dataset={name} has its own files, without dataset.{key}: leave it out")
     if name in EMBEDDED:
         if dataset.source or dataset.download:
             raise ConfigError(f"dataset={name} is embedded: leave out dataset.source and dataset.download")
@@ -270,8 +279,8 @@ def prepare_shards(settings: Config, overwrite: bool) -> Iterator[str]:
         raise ConfigError(f"dataset={dataset.name} becomes shards, which are not resized: {fix}")
     is_femnist, files = dataset.name == FEMNIST.dataset, find_files(settings, overwrite)
     source: Path | ShardSource = files
-    if not is_femnist or find_tables(files):
-        raw, classes = open_raw(settings, overwrite=False)
+    if not is_femnist or read_columns(settings, files):
+        raw, classes = open_raw(settings, files)
         decoded, lines = decode_all(settings, raw)
         yield from lines
         own = Kind(dataset.name, decoded["train"].shape, tuple(classes), dataset.normalization)
@@ -283,7 +292,7 @@ def prepare_shards(settings: Config, overwrite: bool) -> Iterator[str]:
         settings.clients,
         partition.seed,
         Path(partition.mapping) if partition.mapping else None,
-        **({} if is_femnist else {"test_fraction": dataset.test_fraction}),
+        test_fraction=dataset.test_fraction,
         overwrite=overwrite,
         progress=True,
     )

@@ -208,6 +208,8 @@ REFUSED = {
     "dataset=cifar10": "dataset=cifar10 needs its files: add dataset.source=DIR",
     "dataset=cifar10 dataset.source=/nowhere": "/nowhere/data_batch_1 is missing",
     "dataset=digits dataset.download=true": "digits is embedded: leave out dataset.source",
+    "dataset=digits dataset.client_column=who": "dataset=digits has its own files, without dataset.client_column",
+    "dataset=cifar10 dataset.hub=a/b dataset.download=true": "dataset=cifar10 has its own files, without dataset.hub",
     "dataset=digits dataset.shape=[8,8,1]": "shape [32, 32, 1] in 10 classes, not dataset.shape=[8, 8, 1]",
     "dataset=digits dataset.materialize=0": "dataset.materialize=0 is out of range",
     "dataset=custom dataset.name=birds dataset.shape=[8,8,3] dataset.classes=2": "dataset=birds needs its files: add",

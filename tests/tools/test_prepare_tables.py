@@ -85,6 +85,17 @@ def test_femnist_from_parquet_gives_the_bytes_of_the_same_samples_from_leaf(tmp_
         assert content_of(tmp_path / "leaf/home") == content_of(tmp_path / "parquet/home")
 
 
+def test_settings_of_femnist_count_for_leaf_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    leaf = write_leaf(tmp_path / "leaf", as_leaf(draw_samples(20, 30)))
+    words = ("dataset=femnist", "partition=natural", "clients=2", f"dataset.source={leaf}")
+    for fraction, given in ((0.1, ()), (0.3, ("dataset.test_fraction=0.3", "overwrite=true"))):
+        assert prepare(tmp_path, *words, *given) == 0
+        facts = load_manifest(tmp_path / "data/femnist/shards").facts
+        assert (facts["test_fraction"], facts["totals"]["test"]) == (fraction, 50 * fraction)
+    said = refused(capsys, tmp_path / "home", *words, "dataset.label_column=y")
+    assert "has no parquet files, and only they have columns: leave dataset.*_column out" in said
+
+
 def test_femnist_with_a_character_that_it_does_not_have_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
