@@ -5,7 +5,7 @@ from functools import reduce
 from pathlib import Path
 
 from flapp.config.schema import RANKS_MAY_DIFFER, VALIDATION_FRACTION, WRITER_PARTITIONS, Config, ConfigError
-from flapp.model.layout import SIZES
+from flapp.model.layout import SIZES, variant_fault
 from flapp.model.split.files import check_points, parse_points
 
 PATHS = (  # settings that are paths; the apps run in another folder, so relative ones are refused
@@ -64,9 +64,8 @@ def _data_faults(config: Config) -> Iterator[str]:
         yield f"model.image_size={model.image_size} resizes images, dataset={data.name} has none: set it to null"
     if model.name == "linear" and (model.channels is not None or model.dropout > 0):
         yield "model=linear has neither channels nor dropout: leave model.channels and model.dropout out"
-    if model.name not in SIZES and (given := model.variant.given()):
-        key, value = next(iter(given.items()))
-        yield f"model.{key}={value} is for a ViT, got model={model.name}: leave it out"
+    if fault := variant_fault(model.name, model.variant):
+        yield fault
     if data.classes == 0 and kind != "iid":
         yield f"partition={kind} needs classes, dataset={data.name} has none: set partition=iid"
     for needing, setting in (("dirichlet", "alpha"), ("pathological", "classes_per_client")):

@@ -185,9 +185,16 @@ def lay_out(
 
 def check_variant(name: str, variant: Variant) -> None:
     """Raise ValueError for a variant of a model that is no ViT of SIZES."""
-    if name not in SIZES and (given := variant.given()):
-        key, value = next(iter(given.items()))
-        raise ValueError(f"model.{key}={value} is for a ViT, got model={name}: leave it out")
+    if fault := variant_fault(name, variant):
+        raise ValueError(fault)
+
+
+def variant_fault(name: str, variant: Variant) -> str | None:
+    """Say what is wrong with a variant of a model that is no ViT of SIZES."""
+    if name in SIZES or not (given := variant.given()):
+        return None
+    key, value = next(iter(given.items()))
+    return f"model.{key}={value} is for a ViT, got model={name}: leave it out"
 
 
 def input_of(

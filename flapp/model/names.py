@@ -127,6 +127,13 @@ def to_transformers(state: Mapping[str, T]) -> dict[str, T]:
     return found
 
 
+def modules_in_transformers(layer: str) -> list[str]:
+    """Return the modules of transformers 5 that one of our layers is: three for queries, keys and values."""
+    names = {written: here for here, written in IN_MEMORY.items()}
+    written = to_transformers({f"{layer}.weight": (3, 1)})
+    return [_renamed(name, TRANSFORMERS_BLOCK, "vit.layers.", names).removesuffix(".weight") for name in written]
+
+
 def _from_transformers(state: Mapping[str, T]) -> dict[str, T]:
     """Return a state of ViTForImageClassification or ViTModel under our names, whose q, k and v are one tensor."""
     state = {name if name.startswith(("vit.", "classifier.")) else f"vit.{name}": t for name, t in state.items()}

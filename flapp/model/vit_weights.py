@@ -28,19 +28,10 @@ NORMALIZATIONS = {  # of dataset.normalization, by mean and deviation of each ch
     ((0.5,), (0.5,)): "half",
     ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)): "imagenet",
 }
-TIMMS = re.compile(r"(vit|deit)_(tiny|small|base)_patch16_\d+(_in21k|_dino|_sam)?(\.\w+)?")
+TIMMS_VITS = re.compile(r"(vit|deit)_(tiny|small|base)_patch16_\d+(_in21k|_dino|_sam)?(\.\w+)?")
 HARMLESS = {  # arguments of timm's that shapes show, or that do not change what a trained model computes
-    *(
-        "img_size",
-        "num_classes",
-        "in_chans",
-        "global_pool",
-        "patch_size",
-        "embed_dim",
-        "depth",
-        "num_heads",
-        "mlp_ratio",
-    ),
+    *("img_size", "num_classes", "in_chans", "global_pool"),
+    *("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"),
     *("weight_init", "fix_init", "dynamic_img_size", "dynamic_img_pad", "strict_img_size", "fc_norm"),
     *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
 }
@@ -105,7 +96,7 @@ def describe_shapes(file: Path, shapes: Mapping[str, Shape]) -> ViTWeights:
     try:
         variant = Variant(**given)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} has a damaged header ({_said(error)})") from error
+        raise ValueError(f"{file} has a damaged header ({_said(error)}): copy it again") from error
     if has_head and variant.pooling is None:
         variant = Variant(variant.layer_norm_eps, variant.activation, "token")
     return ViTWeights(*about, variant)
@@ -232,7 +223,7 @@ def _from_timm(
     if not config:
         return Variant(pooling=pooling), None
     name, arguments = config.get("architecture"), config.get("model_args") or {}
-    if not isinstance(name, str) or not TIMMS.fullmatch(name) or not isinstance(arguments, dict):
+    if not isinstance(name, str) or not TIMMS_VITS.fullmatch(name) or not isinstance(arguments, dict):
         raise ValueError(f"{path} says architecture={_said(name)}, which is no ViT that flapp has; {_fix()}")
     _check_heads(path, arguments.get("num_heads", heads), heads)
     for key, value in arguments.items():

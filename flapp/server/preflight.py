@@ -82,15 +82,14 @@ def check_files(config: Config) -> None:
 
 def _check_weights(path: Path, config: Config) -> None:
     """Refuse weights to start from that are neither a file nor a folder that has one; a run may not have written it."""
-    is_run = path.parent == config.runs_dir or (path.is_dir() and path.is_relative_to(config.runs_dir))
-    if path.is_dir() and not is_run:
+    if path.parent == config.runs_dir or (path.is_dir() and path.is_relative_to(config.runs_dir)):
+        if not (path / RUN_WEIGHTS).is_file():
+            fix = _origin_of(path / RUN_WEIGHTS, config)
+            raise ConfigError(f"model.pretrained={path} has no {RUN_WEIGHTS}: {fix}")
+    elif path.is_dir():
         find_weights(path)
-    elif not (path / RUN_WEIGHTS if is_run else path).is_file():
-        raise ConfigError(
-            f"model.pretrained={path} has no {RUN_WEIGHTS}: {_origin_of(path / RUN_WEIGHTS, config)}"
-            if is_run
-            else f"model.pretrained={path} is not a file: {_origin_of(path, config)}"
-        )
+    elif not path.is_file():
+        raise ConfigError(f"model.pretrained={path} is not a file: {_origin_of(path, config)}")
 
 
 def check_dataset(config: Config, is_divided: bool) -> None:

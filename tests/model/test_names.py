@@ -13,7 +13,7 @@ from torchvision.models import VisionTransformer
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from flapp.model.build import build_model
-from flapp.model.names import from_any, to_timm, to_torchvision, to_transformers
+from flapp.model.names import from_any, modules_in_transformers, to_timm, to_torchvision, to_transformers
 from tests.support.vits import draw
 
 
@@ -104,6 +104,15 @@ def test_names_in_memory_of_transformers_5_and_those_of_a_vit_model_are_read(tmp
         library, found = from_any(state)
         assert library == "transformers"
         assert found.keys() == names
+
+
+def test_our_layers_are_all_modules_of_transformers() -> None:
+    kinds = (nn.Linear, nn.Conv2d, nn.LayerNorm)
+    layers, theirs = (
+        [name for name, module in model.named_modules() if isinstance(module, kinds)]
+        for model in (ours(), transformerses())
+    )
+    assert sorted(name for layer in layers for name in modules_in_transformers(layer)) == sorted(theirs)
 
 
 def test_timms_norm_behind_the_mean_of_the_tokens_is_our_last_norm() -> None:

@@ -12,12 +12,10 @@ from flapp.model.files import save_tensors
 from flapp.model.layout import SIZES
 from flapp.model.lora import adapted_layers, mark_only_lora_as_trainable
 from flapp.model.lora_layers import LoRALayer
-from flapp.model.names import to_transformers
+from flapp.model.names import modules_in_transformers, to_transformers
 from flapp.untrusted import read_json
 from tools.exporting.vits import refuse_pooling, write_config, write_transformers_folder
 from tools.running.finished import FinishedRun
-
-QKV = ("q_proj", "k_proj", "v_proj")  # transformers has three layers for one of ours
 
 
 def write_peft(run: FinishedRun, folder: Path) -> str:
@@ -42,7 +40,7 @@ def write_peft(run: FinishedRun, folder: Path) -> str:
             "base.load_state_dict(safetensors.torch.load_file('{out}/base/model.safetensors'))\n"
             "model = peft.PeftModel.from_pretrained(base, '{out}')"
         )
-    refuse_pooling(run.config.model, "transformers' ViTForImageClassification")
+    refuse_pooling(run.config.model)
     (folder / "base").mkdir()
     write_transformers_folder(run, to_transformers(base), folder / "base")
     _write_for_transformers(run, folder)
@@ -85,15 +83,8 @@ def _write_for_transformers(run: FinishedRun, folder: Path) -> None:
 
 def _layers_of(name: str, layer: LoRALayer) -> list[tuple[str, Tensor]]:
     """Return the modules of transformers that one of our layers is, each with its rows of B."""
-    if name in ("conv_proj", "heads.head"):
-        other = {"conv_proj": "vit.embeddings.patch_embeddings.projection", "heads.head": "classifier"}[name]
-        return [(other, layer.lora_B)]
-    block, _, rest = name.removeprefix("encoder.layers.encoder_layer_").partition(".")
-    if rest == "self_attention.qkv":
-        parts = zip(QKV, layer.lora_B.chunk(3), strict=True)
-        return [(f"vit.layers.{block}.attention.{each}", part) for each, part in parts]
-    other = {"self_attention.proj": "attention.o_proj", "mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2"}[rest]
-    return [(f"vit.layers.{block}.{other}", layer.lora_B)]
+    modules = modules_in_transformers(name)
+    return list(zip(modules, layer.lora_B.chunk(len(modules)), strict=True))
 
 
 def _as_weight(layer: LoRALayer, factor: Tensor, is_a: bool) -> Tensor:

@@ -11,11 +11,10 @@ from torch import Tensor
 from flapp.config.schema import ModelConfig
 from flapp.data.images import NORMALIZATIONS
 from flapp.model.files import save_tensors
-from flapp.model.layout import SIZES, input_of
+from flapp.model.layout import PLAIN, SIZES, input_of
 from flapp.model.names import to_timm, to_torchvision, to_transformers
 from tools.running.finished import FinishedRun
 
-EPS = 1e-6  # torchvision's and timm's epsilon of layer norms
 BILINEAR = 2  # PIL's number, which transformers writes
 
 
@@ -32,21 +31,21 @@ def write_torchvision(run: FinishedRun, folder: Path) -> str:
 
     torchvision takes RGB only. The kernel of a grey model is shared out among three equal channels.
     """
-    (size, channels), model = input_size(run), run.config.model
+    (size, channels), variant = input_size(run), run.config.model.variant.filled()
     if channels not in (1, 3):
         raise ValueError(f"torchvision's ViT takes images of 3 channels, the model takes {channels}: use --to timm")
-    for setting, value, only in (("activation", model.activation, "gelu"), ("pooling", model.pooling, "token")):
-        if value not in (None, only):
-            other = "transformers" if setting == "activation" else "timm"
+    for setting, other in (("activation", "transformers"), ("pooling", "timm")):
+        value, only = vars(variant)[setting], vars(PLAIN)[setting]
+        if value != only:
             found = f"has {setting}={only} only, the model has {setting}={value}"
             raise ValueError(f"torchvision's ViT {found}: use --to {other}")
     state = to_torchvision(run.model().state_dict())
     if channels == 1:
         state["conv_proj.weight"] = state["conv_proj.weight"].expand(-1, 3, -1, -1).contiguous() / 3
     torch.save(state, folder / "model.pth")
-    patch, layers, heads, width, mlp = SIZES[model.name]
+    patch, layers, heads, width, mlp = SIZES[run.config.model.name]
     sizes = f"{size}, {patch}, {layers}, {heads}, {width}, {mlp}, num_classes={len(run.classes)}"
-    norm = f", norm_layer=partial(nn.LayerNorm, eps={model.layer_norm_eps or EPS:g})"
+    norm = f", norm_layer=partial(nn.LayerNorm, eps={variant.layer_norm_eps:g})"
     grey = "\n# it takes a grey image as three equal channels: x.expand(-1, 3, -1, -1)" if channels == 1 else ""
     return (
         f"model = torchvision.models.VisionTransformer({sizes}{norm})\n"
@@ -56,28 +55,32 @@ def write_torchvision(run: FinishedRun, folder: Path) -> str:
 
 def write_transformers(run: FinishedRun, folder: Path) -> str:
     """Write what ViTForImageClassification.from_pretrained and AutoImageProcessor load; raises ValueError."""
-    refuse_pooling(run.config.model, "transformers' ViTForImageClassification")
+    refuse_pooling(run.config.model)
     state = to_transformers(run.model().state_dict())
     write_transformers_folder(run, state, folder)
     return "model = transformers.ViTForImageClassification.from_pretrained('{out}')"
 
 
-def refuse_pooling(model: ModelConfig, library: str) -> None:
-    """Raise ValueError for a model whose head sees the mean of the tokens."""
+def refuse_pooling(model: ModelConfig) -> None:
+    """Raise ValueError for a model that transformers lacks: one whose head sees the mean of the tokens."""
     if model.pooling == "mean":
-        raise ValueError(f"{library} has pooling=token only, the model has pooling=mean: use --to timm or onnx")
+        raise ValueError(
+            "transformers' ViTForImageClassification has pooling=token only, the model has pooling=mean: use --to timm "
+            "or onnx"
+        )
 
 
 def write_transformers_folder(run: FinishedRun, state: Mapping[str, Tensor], folder: Path) -> None:
     """Write config.json, preprocessor_config.json and the tensors of a ViTForImageClassification."""
     (size, channels), model = input_size(run), run.config.model
     patch, layers, heads, width, mlp = SIZES[model.name]
+    variant = model.variant.filled()
     names = dict(enumerate(run.classes))
     config = {
         **{"architectures": ["ViTForImageClassification"], "model_type": "vit", "torch_dtype": "float32"},
         **{"image_size": size, "patch_size": patch, "num_channels": channels, "qkv_bias": True},
         **{"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": width, "intermediate_size": mlp},
-        **{"hidden_act": model.activation or "gelu", "layer_norm_eps": model.layer_norm_eps or EPS},
+        **{"hidden_act": variant.activation, "layer_norm_eps": variant.layer_norm_eps},
         **{"hidden_dropout_prob": model.dropout, "attention_probs_dropout_prob": 0.0},
         **{"id2label": names, "label2id": {name: number for number, name in names.items()}},
     }
@@ -94,13 +97,13 @@ def write_transformers_folder(run: FinishedRun, state: Mapping[str, Tensor], fol
 
 def write_timm(run: FinishedRun, folder: Path) -> str:
     """Write what timm.create_model('local-dir:...', pretrained=True) loads; raises ValueError."""
-    (size, channels), model = input_size(run), run.config.model
-    if model.layer_norm_eps not in (None, EPS) or model.activation not in (None, "gelu"):
-        found = f"layer_norm_eps={model.layer_norm_eps or EPS:g} and activation={model.activation or 'gelu'}"
+    (size, channels), variant = input_size(run), run.config.model.variant.filled()
+    if (variant.layer_norm_eps, variant.activation) != (PLAIN.layer_norm_eps, PLAIN.activation):
+        found = f"layer_norm_eps={variant.layer_norm_eps:g} and activation={variant.activation}"
         raise ValueError(f"timm's ViTs are loaded with epsilon 1e-6 and gelu, the model has {found}: use --to onnx")
-    patch, layers, heads, width, mlp = SIZES[model.name]
+    patch, layers, heads, width, mlp = SIZES[run.config.model.name]
     mean, std = statistics(run, channels)
-    pool, count = ("avg" if model.pooling == "mean" else "token"), len(run.classes)
+    pool, count = ("avg" if variant.pooling == "mean" else "token"), len(run.classes)
     arguments = {
         **{"img_size": size, "patch_size": patch, "in_chans": channels, "num_classes": count, "global_pool": pool},
         **{"embed_dim": width, "depth": layers, "num_heads": heads, "mlp_ratio": mlp / width},
@@ -113,7 +116,7 @@ def write_timm(run: FinishedRun, folder: Path) -> str:
     names = {"num_classes": count, "num_features": width, "global_pool": pool, "label_names": list(run.classes)}
     architecture = {"architecture": "vit_small_patch16_224", **names, "model_args": arguments}
     write_config(folder / "config.json", architecture | {"pretrained_cfg": preprocessing})
-    save_tensors(to_timm(run.model().state_dict(), model.pooling or "token"), folder / "model.safetensors")
+    save_tensors(to_timm(run.model().state_dict(), str(variant.pooling)), folder / "model.safetensors")
     return "model = timm.create_model('local-dir:{out}', pretrained=True)"
 
 
