@@ -106,8 +106,7 @@ def clip_update(trained: Mapping[str, Array], sent: Mapping[str, Array], factor:
     for key, array in trained.items():
         after, before = view(array), view(sent[key])
         if after.dtype.kind == "f":
-            change = np.subtract(after, before, dtype=np.float64)
-            after = np.add(before, np.multiply(change, factor, out=change), out=change).astype(after.dtype)
+            after = (before + factor * np.subtract(after, before, dtype=np.float64)).astype(after.dtype)
         found[key] = pack(after)
     return as_record(found)
 
