@@ -217,8 +217,9 @@ def test_too_few_replies_for_krum_end_the_run_in_a_line_that_says_so(federate: F
 def test_updates_beyond_norm_limit_are_still_refused_and_do_not_count_for_the_median(
     federate: Federate, project: Path
 ) -> None:
-    words = (*FAST, f"code={project}", "train.mods=[attack:scale]", "strategy.norm_limit=10", "num_rounds=1")
-    without, _ = federate(*FAST, "num_rounds=1", "strategy.robust=norm_bound", tamper=changing("0", "1", change=drop))
-    attacked, path = federate(*words, "strategy.robust=norm_bound")
+    words = (*FAST, "num_rounds=1", "strategy.robust=norm_bound", "strategy.clip_multiple=0.9")
+    without, _ = federate(*words, tamper=changing("0", "1", change=drop))
+    attacked, path = federate(*words, f"code={project}", "train.mods=[attack:scale]", "strategy.norm_limit=10")
     assert failures(path).keys() == {"0", "1"}
+    assert {"0", "1"}.isdisjoint(read_lines(path, "train")[0]["clipped"])
     assert attacked["model_sha256"] == without["model_sha256"]
