@@ -28,7 +28,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from flapp.config.load import ConfigError, compose, read_node_config
-from flapp.config.schema import setting_types
+from flapp.config.plain import setting_types
 from flapp.server.preflight import check_model
 from tests.conftest import LocalGrid, run_app
 from tests.support.vits import timms, transformerses

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from flapp.architecture import build
-from flapp.config.schema import DatasetConfig, ModelConfig, from_plain
+from flapp.config.plain import from_plain
+from flapp.config.schema import DatasetConfig, ModelConfig
 from flapp.model.files import read_tensors
 from flapp.model.split.component import SplitModel
 from flapp.model.split.factory import ModelFactory

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from flapp.config.derive import derive, leave_open
+from flapp.config.plain import from_plain, hint, setting_types
 from flapp.config.rules import PATHS, check_together
-from flapp.config.schema import Config, ConfigError, NodeConfig, from_plain, hint, setting_types
+from flapp.config.schema import Config, ConfigError, NodeConfig
 from flapp.untrusted import DEEPEST, parse_json, printable, read_bytes
 
 PACKAGE = Path(__file__).resolve().parents[1]

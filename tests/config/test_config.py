@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from flapp.architecture import build
 from flapp.config.load import CONF, compose, derive_seed, expand_words, from_dict, load, read_node_config, to_json
-from flapp.config.schema import ConfigError, setting_types
+from flapp.config.plain import setting_types
+from flapp.config.schema import ConfigError
 from flapp.custom import enable
 from flapp.model.build import build_model
 from flapp.model.files import save_tensors
