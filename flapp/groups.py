@@ -58,11 +58,15 @@ ANSWER_KEYS = {"client_id": "client-id", "failure": "failure", "shard_digest": "
 
 @dataclass(frozen=True)
 class Group:
-    """The clients of one message. Updates longer than norm_limit are left out. With is_summed the reply is one sum."""
+    """The clients of one message. Updates longer than norm_limit are left out. With is_summed the reply is one sum.
+
+    Updates in a sum that are longer than `clip` are clipped to this length.
+    """
 
     asked: tuple[Asked, ...]
     norm_limit: float
     is_summed: bool
+    clip: float = math.inf
 
 
 def cut(names: Sequence[str]) -> list[tuple[str, ...]]:
@@ -75,7 +79,10 @@ def pack_group(node_id: int, kind: str, shared: Instructions, group: Group, arra
     """Build the message that asks a node for all clients of a group; the instructions' client_id is empty."""
     message = pack_instructions(node_id, kind, shared, arrays)
     columns: dict[str, Any] = {key: [getattr(asked, name) for asked in group.asked] for name, key in ASKED_KEYS.items()}
-    message.content[GROUP] = ConfigRecord(columns | {"norm-limit": group.norm_limit, "is-summed": group.is_summed})
+    columns |= {"norm-limit": group.norm_limit, "is-summed": group.is_summed}
+    if math.isfinite(group.clip):
+        columns["clip"] = group.clip
+    message.content[GROUP] = ConfigRecord(columns)
     return message
 
 
@@ -85,7 +92,7 @@ def unpack_group(message: Message) -> Group:
     try:
         columns = [record[key] for key in ASKED_KEYS.values()]
         asked = tuple(Asked(*row) for row in zip(*columns, strict=True))
-        return Group(asked, record["norm-limit"], record["is-summed"])
+        return Group(asked, record["norm-limit"], record["is-summed"], record.get("clip", math.inf))
     except (KeyError, TypeError, ValueError) as error:
         raise MessageError(f"the message's group cannot be read ({one_line(repr(error))})") from error
 

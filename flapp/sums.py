@@ -97,6 +97,20 @@ def weighted_average(records: Sequence[ArrayRecord], weights: Sequence[float]) -
     return as_record({key: found[key] for key in records[0]})
 
 
+def clip_update(trained: Mapping[str, Array], sent: Mapping[str, Array], factor: float) -> ArrayRecord:
+    """Return the tensors of `sent` plus `factor` times the update to `trained`, in the dtypes of `trained`.
+
+    Only floating tensors are clipped. The sums are taken in float64 and rounded once.
+    """
+    found = {}
+    for key, array in trained.items():
+        after, before = view(array), view(sent[key])
+        if after.dtype.kind == "f":
+            after = (before + factor * np.subtract(after, before, dtype=np.float64)).astype(after.dtype)
+        found[key] = pack(after)
+    return as_record(found)
+
+
 def _blocks(size: int) -> Iterator[slice]:
     return (slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK))
 

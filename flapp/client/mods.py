@@ -36,7 +36,7 @@ from flapp.messages import (
     views,
 )
 from flapp.privacy import find_sigma, perturb
-from flapp.sums import WeightedSum
+from flapp.sums import WeightedSum, clip_update
 
 T = TypeVar("T")
 
@@ -66,7 +66,10 @@ def serve_group(message: Message, context: Context, call_next: ClientAppCallable
             expected = {key: received[key] for key in task.instructions.returns or received}
             answer = examine(reply, message.metadata.message_type, group, asked, expected)
             if group.is_summed and answer.arrays is not None:
-                total.add([(answer.arrays, asked.weight)])
+                norm = answer.metrics[UPDATE_NORM]
+                is_long = norm > group.clip
+                counted = clip_update(answer.arrays, expected, group.clip / norm) if is_long else answer.arrays
+                total.add([(counted, asked.weight)])
                 answer.arrays = None
             else:
                 settle(reply)

@@ -4,7 +4,15 @@ from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 
-from flapp.config.schema import RANKS_MAY_DIFFER, VALIDATION_FRACTION, WRITER_PARTITIONS, Config, ConfigError
+from flapp.config.schema import (
+    RANKS_MAY_DIFFER,
+    ROBUST_RULES,
+    VALIDATION_FRACTION,
+    WRITER_PARTITIONS,
+    Config,
+    ConfigError,
+    StrategyConfig,
+)
 from flapp.model.layout import SIZES, variant_fault
 from flapp.model.split.files import check_points, parse_points
 
@@ -21,6 +29,7 @@ PATHS = (  # settings that are paths; the apps run in another folder, so relativ
     *("distributed_data.shard_path", "distributed_data.manifest"),
     *("deployment.federation", "deployment.root_certificates", "deployment.client_keys"),
 )
+NEEDS_MALICIOUS = ("trimmed_mean", "krum", "multi_krum")  # values of strategy.robust
 GROUPS = 16  # the clients of a round are cut into about this many groups
 NAME_BYTES = 255  # the longest name that file systems take
 
@@ -28,7 +37,7 @@ NAME_BYTES = 255  # the longest name that file systems take
 def check_together(config: Config) -> None:
     """Raise ConfigError for the first setting that does not go with the others."""
     parts = (_run_faults, _code_faults, _data_faults, _evaluation_faults, _lora_faults, _rank_faults, _strategy_faults)
-    for part in (*parts, _runtime_faults, _split_faults):
+    for part in (*parts, _robust_faults, _runtime_faults, _split_faults):
         if fault := next(part(config), None):
             raise ConfigError(fault)
 
@@ -203,6 +212,33 @@ def _strategy_faults(config: Config) -> Iterator[str]:
         yield f"{given} are two ways to cut: set one of them to null"
 
 
+def _robust_faults(config: Config) -> Iterator[str]:
+    """Yield faults of an average that survives bad clients."""
+    strategy, rule, given = config.strategy, config.strategy.aggregation, f"strategy.robust={config.strategy.robust}"
+    if strategy.selected is not None and strategy.robust != "multi_krum":
+        yield f"strategy.selected={strategy.selected} is for strategy.robust=multi_krum, got {given}: set it to null"
+    if strategy.robust == "none":
+        return
+    if strategy.robust in NEEDS_MALICIOUS and strategy.malicious is None:
+        yield f"{given} needs strategy.malicious: set it to the number of bad clients that a round may have"
+    if rule is not None and rule not in ROBUST_RULES:
+        found = f"averages A and B, which strategy.aggregation={rule} does not do with them alone"
+        yield f"{given} {found}: use {', '.join(ROBUST_RULES)} or fedavg"
+    if strategy.weighting == "alignment":
+        yield f"strategy.weighting=alignment is a defence of its own, it does not go with {given}: use num-examples"
+    if config.privacy.enabled:
+        yield f"{given} looks for updates that differ, privacy.enabled=true hides them in noise: set one of them off"
+    if strategy.target is not None:
+        found = f"strategy.target={strategy.target} decides itself how replies are combined"
+        yield f"{found}: set strategy.robust=none or leave strategy.target out"
+    sampled, needed = sample_size(strategy.fraction_train, config.clients), fewest_replies(strategy)
+    if sampled < needed:
+        used = {"malicious": strategy.robust in NEEDS_MALICIOUS, "selected": strategy.selected is not None}
+        lower = "".join(f"lower strategy.{name}={getattr(strategy, name)}, or " for name in used if used[name])
+        found = f"{given} needs {needed} clients in a round, and a round has {sampled}"
+        yield f"{found}: {lower}raise clients or strategy.fraction_train"
+
+
 def _runtime_faults(config: Config) -> Iterator[str]:
     """Yield settings that only another runtime has."""
     deployment, inline = config.deployment, config.deployment.kind == "inline"
@@ -237,6 +273,17 @@ def _split_faults(config: Config) -> Iterator[str]:
 def sample_size(fraction: float, clients: int) -> int:
     """Return how many of `clients` a fraction means: rounded, and at least one."""
     return max(1, round(fraction * clients))
+
+
+def fewest_replies(strategy: StrategyConfig) -> int:
+    """Return the least valid replies that a round of training needs.
+
+    A trimmed mean needs one value that is not trimmed, Krum 2 f + 3 clients of which f are bad (Blanchard et al. 2017).
+    """
+    bad, selected = strategy.malicious or 0, strategy.selected or 1
+    least = {"none": 1, "norm_bound": 3, "median": 3, "trimmed_mean": 2 * bad + 1, "krum": 2 * bad + 3}
+    least["multi_krum"] = max(2 * bad + 3, selected + bad + 2)
+    return max(strategy.min_replies, least[strategy.robust])
 
 
 def group_size(clients: int) -> int:

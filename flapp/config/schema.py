@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from flapp.model.layout import Variant
 
+ROBUST_RULES = ("fedit", "ffa", "rolora")  # rules of aggregation that a robust average goes with
 RANKS_MAY_DIFFER = ("flora", "flexlora", "hetlora")  # rules of aggregation
 VALIDATION_FRACTION = 0.2  # of the training samples, where something chooses and nothing else is said
 WRITER_PARTITIONS = ("natural", "round_robin", "random", "manual")  # made with the shards, of whole writers
@@ -133,6 +134,11 @@ class StrategyConfig:
     wait_for_clients: Positive
     timeout: Positive
     target: Target | None
+    # runs of an older flapp, which tools read, lack what follows
+    robust: Literal["none", "norm_bound", "trimmed_mean", "median", "krum", "multi_krum"] = "none"
+    clip_multiple: Positive = 2.0
+    malicious: Count | None = None
+    selected: Count | None = None
 
 
 @dataclass(frozen=True, config=STRICT)

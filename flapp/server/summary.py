@@ -73,7 +73,8 @@ LINE_CHECKS: dict[str, Check] = {
     **{"aggregation_error": _or_none(is_number), "absent": _list_of(is_text), "failures": _list_of(_is_failure)},
     **{"samples": _object_of(_object_of(is_number)), "label_hist": _object_of(_list_of(is_finite))},
     **{"capped": _object_of(is_finite), "client_ranks": _object_of(is_number), "update_norm": _or_none(is_number)},
-    **{"changed": _list_of(is_text), "absent_count": is_round},
+    **{"changed": _list_of(is_text), "absent_count": is_round, "clipped": _object_of(is_finite)},
+    **{"left_out": _list_of(is_text)},
     **{f"{start}{key}": _object_of(_or_none(is_number)) for start in STARTS for key in ("sums", "scores")},
     **{"client": is_text, "train": is_number, "val": is_number, "test": is_number, "labels": _list_of(is_finite)},
 }

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from logging import INFO, WARNING
+from statistics import median_low
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,18 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
 from flapp.checks import find_norm_fault, find_value_fault, floating_pairs
+from flapp.config.rules import fewest_replies
 from flapp.config.schema import Config, ConfigError
 from flapp.custom import scores_of
 from flapp.groups import Asked, Group, cut_rank, pack_group
 from flapp.listing import by_reason
-from flapp.messages import EVALUATE, REPLAYED, TRAIN, VAL, Instructions, pack_instructions, size_of, views
+from flapp.messages import EVALUATE, REPLAYED, TRAIN, VAL, Instructions, as_record, pack_instructions, size_of, views
 from flapp.server.journals import ReleaseLedger
 from flapp.server.observer import Observer
 from flapp.server.roster import FederationError, Roster
 from flapp.strategy.aggregation import NormBound, alignment_weights, cap_shares, totals
 from flapp.strategy.phase import Phase
+from flapp.strategy.robust import PER_CLIENT, robust_average
 from flapp.strategy.server_optimizer import ServerOptimizer
 from flapp.sums import WeightedSum, weighted_average
 
@@ -42,6 +45,7 @@ class FedAvg(FlowerFedAvg):
         releases: ReleaseLedger | None = None,
     ) -> None:
         self.settings = config.strategy
+        self.robust = config.strategy.robust
         super().__init__(self.settings.fraction_train, self.settings.fraction_evaluate)
         self.roster = roster
         self.observer = observer
@@ -61,6 +65,8 @@ class FedAvg(FlowerFedAvg):
         """Log the strategy's settings, in place of Flower's own summary."""
         drawn = f"{100 * self.fraction_train:g} % of the clients train, {100 * self.fraction_evaluate:g} % evaluate"
         weighting, least = self.settings.weighting, self.settings.min_replies
+        if self.robust != "none":
+            log(INFO, "\t├──> averaged by %s", self.robust)
         log(INFO, "\t└──> %s; weighted by %s; min_replies %d", drawn, weighting, least)
 
     def facts(self) -> dict[str, Any]:
@@ -119,6 +125,7 @@ class FedAvg(FlowerFedAvg):
             arrays = self.server_optimizer.step(self.current, arrays, phase.server_round)
         self._check_aggregate(arrays)
         self.bound.accept(phase.norms)
+        found |= self._note_clipped()
         capped = {name: share for name, share in phase.capped.items() if name in phase.metrics}
         found |= {"update_norm": self.bound.medians[-1]} | ({"capped": capped} if capped else {})
         busy = {n: round(m["seconds"], 3) for n, m in sorted(phase.metrics.items()) if "seconds" in m}
@@ -165,7 +172,7 @@ class FedAvg(FlowerFedAvg):
 
     def is_summed(self, phase: Phase) -> bool:
         """Return whether a round's average is made of sums; otherwise it needs every client's tensors at once."""
-        return self.settings.weighting != "alignment"
+        return self.settings.weighting != "alignment" and self.robust not in PER_CLIENT
 
     def combine_sum(self, total: WeightedSum, weight: float) -> tuple[ArrayRecord, dict[str, Any]]:
         """Return the new global model from the weighted sum of all clients, and facts for the round's line."""
@@ -176,7 +183,12 @@ class FedAvg(FlowerFedAvg):
         return weighted_average(list(trained.values()), weights), {}
 
     def _combine_each(self, phase: Phase) -> tuple[ArrayRecord, dict[str, Any]]:
-        trained = {name: phase.trained.pop(name) for name in sorted(phase.trained)}
+        trained = {name: phase.pop_trained(name) for name in sorted(phase.trained)}
+        if self.robust in PER_CLIENT:
+            sent = self.expected(*next(iter(trained.items())))
+            found, left_out = robust_average(self.settings, trained, sent, phase.weights)
+            arrays = as_record(dict(self.current.items()) | dict(found.items()))
+            return arrays, {"left_out": left_out} if left_out else {}
         if self.settings.weighting != "alignment":
             return self.combine(trained, [phase.weights[name] for name in trained])
         updates = [
@@ -185,6 +197,14 @@ class FedAvg(FlowerFedAvg):
         ]
         weights = alignment_weights(updates, [phase.norms[name] for name in trained])
         return self.combine(trained, cap_shares(weights, self.settings.max_weight_share))
+
+    def _note_clipped(self) -> dict[str, Any]:
+        """Return what the round's line says of clients whose updates norm_bound has clipped; log it."""
+        clipped = {name: float(f"{factor:.4g}") for name, factor in self.phase.clipped().items()}
+        for name, factor in clipped.items():
+            text = "round %d: the update of client %s is clipped to %g of its length, %g times the median length"
+            log(WARNING, text, self.phase.server_round, name, factor, self.settings.clip_multiple)
+        return {"clipped": clipped} if clipped else {}
 
     def score(self, result: Mapping[str, Any], start: str) -> dict[str, Any]:
         """Return the scores of the user's own sums; if they cannot be computed, log why and return the reason."""
@@ -230,7 +250,8 @@ class FedAvg(FlowerFedAvg):
             phase.is_summed = self.is_summed(phase)
             if self.releases:
                 self.releases.ask(server_round, chosen)
-        phase.norm_limit, phase.may_fold = self.bound.limit({}), phase.is_summed and self.bound.is_known
+        phase.norm_limit, is_known = self.bound.limit({}), self.bound.is_known and self.robust == "none"
+        phase.may_fold = phase.is_summed and is_known
         down = size_of(self.current)
         phase.bytes_down = {name: size_of(self.outgoing(name)) if self.rank_sent(name) else down for name in chosen}
         messages = [m for index, names in enumerate(phase.groups) for m in self._messages(index, names)]
@@ -241,7 +262,7 @@ class FedAvg(FlowerFedAvg):
         """Return what asks the clients of a group: one message if a node can serve all of them, or else one each."""
         phase = self.phase
         if len(names) > 1 and self.roster.any_node:
-            group = Group(tuple(map(self._entry, names)), phase.norm_limit, phase.is_summed)
+            group = Group(tuple(map(self._entry, names)), phase.norm_limit, phase.is_summed, phase.clip)
             node_id = self.roster.node_of(names[0], index)
             found = [(names, pack_group(node_id, phase.kind, self.shared, group, self.current))]
         else:
@@ -262,7 +283,7 @@ class FedAvg(FlowerFedAvg):
         self.phase.take(replies)
         phase = self.phase
         if phase.kind == TRAIN:
-            self._apply_first_limit()
+            self._bound_updates()
             if self.releases:
                 self.releases.replay(phase.server_round, [n for n, m in phase.metrics.items() if m.get(REPLAYED)])
         phase.end()
@@ -270,26 +291,33 @@ class FedAvg(FlowerFedAvg):
             log(WARNING, "round %d: client %s %s", phase.server_round, name, reason)
         # Training always needs min_replies. An evaluation may ask fewer clients, and then needs all of their replies.
         least = self.settings.min_replies
-        needed = least if phase.kind == TRAIN else min(least, max(1, len(phase.names)))
+        needed = fewest_replies(self.settings) if phase.kind == TRAIN else min(least, max(1, len(phase.names)))
         if len(phase.metrics) < needed:
+            wanted = f"strategy.min_replies={least}"
+            if needed > least:
+                wanted = f"strategy.robust={self.robust} needs {needed}"
             self.observer.append(phase.kind, phase.server_round, **self._log_line())
             raise FederationError(
                 f"round {phase.server_round}: {by_reason(phase.failures, 3) or 'no client is present'} "
-                f"({len(phase.metrics)} of {len(phase.names)} clients gave a valid {phase.kind} reply, "
-                f"strategy.min_replies={least})"
+                f"({len(phase.metrics)} of {len(phase.names)} clients gave a valid {phase.kind} reply, {wanted})"
             )
         return phase
 
-    def _apply_first_limit(self) -> None:
-        """Leave out updates that exceed the limit of a run's first round, which the nodes could not know.
+    def _bound_updates(self) -> None:
+        """Leave out updates that exceed the limit of a run's first round, and find those that norm_bound clips.
 
-        A sum with such an update in it is asked for again without that client.
+        The nodes could not know either. A sum with such an update in it is asked for again, without the clients that
+        are left out. They answer from their stores, or train again.
         """
         phase = self.phase
         phase.norm_limit = self.bound.limit(phase.norms)
         messages: list[Message] = []
         found = {name: find_norm_fault(norm, phase.norm_limit, phase.multiple) for name, norm in phase.norms.items()}
-        for index, rest in phase.leave_out({name: fault for name, fault in found.items() if fault}):
+        faults = {name: fault for name, fault in found.items() if fault}
+        if self.robust == "norm_bound":
+            norms = [norm for name, norm in phase.norms.items() if name not in faults]
+            phase.clip = self.settings.clip_multiple * median_low(norms or [0.0])
+        for index, rest in phase.leave_out(faults):
             messages += self._messages(index, rest)
             if self.releases:
                 self.releases.ask(phase.server_round, rest)

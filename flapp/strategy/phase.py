@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flapp.checks import check_update, find_answer_fault, find_metric_fault, find_sum_fault
 from flapp.groups import UPDATE_NORM, cut, unpack_answers
 from flapp.messages import Answer, Claim, MessageError, describe_error, size_of, unpack_reply
-from flapp.sums import Weighted, WeightedSum
+from flapp.sums import Weighted, WeightedSum, clip_update
 
 Clients = tuple[int, tuple[str, ...]]  # the index of their group, and their ids
 MOST_NAMED = 20  # of absent clients, in a line
@@ -23,7 +23,8 @@ class Phase:
     """The clients that were asked, the replies that count, and the clients that failed.
 
     claims: of the sampled clients, sorted by id; weights: of each client in an average; expected: gives the tensors
-    that a client's reply must fit; norm_limit: the longest update that counts, `multiple` times the median; is_summed:
+    that a client's reply must fit; norm_limit: the longest update that counts, `multiple` times the median; clip: the
+    length to which longer updates are clipped before they are combined, of which sums from nodes must be; is_summed:
     whether the average is made of sums; may_fold: whether they are added up as they come, which needs a known limit;
     validates: whether evaluations need figures for validation samples; groups: how the clients are cut; sent: messages
     that may not have an id yet; waiting: the clients of each message without an answer; trained and sums: tensors of
@@ -39,6 +40,7 @@ class Phase:
     expected: Callable[[str, ArrayRecord], Mapping[str, Array]] = lambda name, trained: {}
     norm_limit: float = math.inf
     multiple: float | None = None
+    clip: float = math.inf
     is_summed: bool = False
     may_fold: bool = False
     validates: bool = False
@@ -95,10 +97,13 @@ class Phase:
             found.pop(name, None)
 
     def leave_out(self, faults: Mapping[str, str]) -> list[tuple[int, tuple[str, ...]]]:
-        """Leave clients out for these reasons; return the index and the other clients of each sum that had one."""
-        again = []
+        """Leave clients out for these reasons, and drop each sum that has one of them or an update to clip.
+
+        Return the index and the other clients of each of these sums.
+        """
+        again, odd = [], faults.keys() | {name for name, norm in self.norms.items() if norm > self.clip}
         for index, names in enumerate(self.groups):
-            if index in self.sums and faults.keys() & set(names):
+            if index in self.sums and odd & set(names):
                 del self.sums[index]
                 rest = tuple(name for name in names if name in self.metrics and name not in faults)
                 for name in rest:
@@ -127,6 +132,17 @@ class Phase:
         if self._ready and (is_over or len(self._ready) >= FOLDED_AT_ONCE):
             self.total.add(*self._ready)
             self._ready.clear()
+
+    def pop_trained(self, name: str) -> ArrayRecord:
+        """Return what a client's tensors count as, clipped where its update is too long, and drop them."""
+        trained = self.trained.pop(name)
+        if (norm := self.norms[name]) <= self.clip:
+            return trained
+        return clip_update(trained, self.expected(name, trained), self.clip / norm)
+
+    def clipped(self) -> dict[str, float]:
+        """Return the factors of the clients whose updates were clipped."""
+        return {name: self.clip / norm for name, norm in sorted(self.norms.items()) if norm > self.clip}
 
     def weight(self) -> float:
         """Return the sum of the weights of all good clients, added up in their order."""
@@ -181,7 +197,7 @@ class Phase:
             raise MessageError("its group's sum has an update longer than the limit")
         expected = self.expected(added[0], total)
         weight = sum(self.weights[name] for name in added)
-        most = sum(self.weights[name] * norm for name, norm in norms.items())
+        most = sum(self.weights[name] * min(norm, self.clip) for name, norm in norms.items())
         if fault := find_sum_fault(total, expected, weight, most):
             raise MessageError(f"its group's sum does not count: {fault}")
         self.sums[index] = total
@@ -192,4 +208,4 @@ class Phase:
         if index in self.sums:
             return [(self.sums.pop(index), 1.0)]
         names = [name for name in self.groups[index] if name in self.trained]
-        return [(self.trained.pop(name), self.weights[name]) for name in names]
+        return [(self.pop_trained(name), self.weights[name]) for name in names]

@@ -166,6 +166,25 @@ def test_clients_that_a_round_leaves_out_are_named_with_the_reason_until_others_
     assert told == ["round 2 left out client 1: sent no reply in time", "round 5 left out clients 0, 2: NaN"]
 
 
+def test_clients_that_a_robust_average_clips_or_does_not_take_are_named_until_others_are(
+    capsys: pytest.CaptureFixture[str], settings: Config, folder: Path
+) -> None:
+    found = [{}, {"clipped": {"1": 0.1}}, {"clipped": {"1": 0.3}}, {}, {"left_out": ["0", "1", "2"]}]
+    with (folder / "metrics.jsonl").open("w") as file:
+        for number, told in enumerate(found, 1):
+            for line in ({"kind": "train", "loss": 0.5, **told}, {"kind": "round", "seconds": 0.5}):
+                file.write(json.dumps(line | {"round": number}) + "\n")
+    krum = replace(settings, strategy=replace(settings.strategy, robust="krum"))
+    with Progress(krum, settings.runs_dir / "none") as progress:
+        progress.reader.path = folder / "metrics.jsonl"
+        progress.look()
+    said = capsys.readouterr().err
+    assert re.findall(r".* clipped .*|.*not take.*", said) == [
+        "round 2 clipped client 1",
+        "round 5: krum did not take clients 0 to 2",
+    ]
+
+
 @pytest.mark.parametrize(
     ("rounds", "told"), [(20, [*range(1, 21)]), (21, [*range(2, 21, 2), 21]), (1000, [*range(50, 1001, 50)])]
 )

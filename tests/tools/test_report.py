@@ -248,6 +248,25 @@ def test_refused_and_capped_clients_and_ignored_changes_are_shown(tmp_path: Path
     assert "accuracy personal rank training s failures" in said
 
 
+@pytest.mark.parametrize("name", ["norm_bound", "multi_krum"])
+def test_clients_that_a_robust_average_clipped_or_did_not_take_are_shown(tmp_path: Path, name: str) -> None:
+    run = write_run(tmp_path / "runs" / "r", rounds=3, clients=3, strategy={"name": "fedavg", "robust": name})
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "train" and name == "norm_bound":
+            line["clipped"] = {"1": 0.5 / line["round"]} | ({"2": 0.25} if line["round"] == 3 else {})
+        elif line["kind"] == "train":
+            line["left_out"] = ["0", "2"] if line["round"] == 2 else ["2"]
+    write_lines(run, lines)
+    said = " ".join(report_on(tmp_path / "r.html", run).said.split())
+    left_out = said.partition("Left out")[2].partition("Digests")[0]
+    if name == "norm_bound":
+        assert "clipped times smallest factor rounds 1 3 0.167 1-3 2 1 0.25 3" in left_out
+    else:
+        assert "not taken by multi_krum times rounds 2 3 1-3 0 1 2" in left_out
+    assert "No client failed" not in left_out
+
+
 def test_a_run_without_lines_has_refusals_and_changes_of_its_summary(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs" / "r", rounds=1)
     (run / "metrics.jsonl").unlink()

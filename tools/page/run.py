@@ -28,6 +28,8 @@ class Clients:
     failures: dict[tuple[str, str], list[tuple[int, str]]] = field(default_factory=dict)  # kind, reason: round, client
     absent: Counter[str] = field(default_factory=Counter)
     capped: dict[str, list[tuple[float, int]]] = field(default_factory=dict)  # client: claimed share, round
+    clipped: dict[str, list[tuple[float, int]]] = field(default_factory=dict)  # client: factor, round
+    not_taken: dict[str, list[int]] = field(default_factory=dict)  # by krum or multi_krum; client: rounds
 
     def fold(self, line: dict[str, Any]) -> dict[str, Any]:
         """Take what a line says about single clients and return the rest of it."""
@@ -40,6 +42,10 @@ class Clients:
             self.failures.setdefault((line["kind"], failure["reason"]), []).append((line["round"], failure["client"]))
         for name, share in (line.pop("capped", None) or {}).items():
             self.capped.setdefault(name, []).append((share, line["round"]))
+        for name, factor in (line.pop("clipped", None) or {}).items():
+            self.clipped.setdefault(name, []).append((factor, line["round"]))
+        for name in line.pop("left_out", None) or ():
+            self.not_taken.setdefault(name, []).append(line["round"])
         return line
 
 

@@ -30,6 +30,7 @@ def setup_of(run: Run) -> dict[str, object]:
     if found("lora.enabled"):
         model.append(f"with adapters of rank {found('lora.rank', NONE)}")
     strategy += [found(key) for key in ("strategy.aggregation", "strategy.server_optimizer") if found(key)]
+    strategy += [found("strategy.robust")] if found("strategy.robust", "none") != "none" else []
     clients, share = str(found("clients", NONE)), found("strategy.fraction_train")
     if isinstance(share, int | float) and share < 1:
         clients += f", {share:.3g} of them in a round" if share < 0.01 else f", {share:.0%} in a round"
@@ -224,7 +225,7 @@ def _store_column(found: Stores) -> dict[str, str]:
 
 
 def left_out(run: Run) -> Html:
-    """List the clients that failed or were refused, warned, absent or capped, and why."""
+    """List the clients that failed or were refused, warned, absent, capped or clipped, and why."""
     failures = sorted(run.clients.failures.items(), key=lambda item: -len(item[1]))
     rows = []
     for (kind, reason), who in failures[:MOST_REASONS]:
@@ -250,7 +251,24 @@ def left_out(run: Run) -> Html:
         limit = run.config.get("strategy.max_weight_share", NONE)
         more_capped = f" {len(capped):,} clients were capped." if len(capped) > MOST_REASONS else ""
         parts.append(note(f"A client counts for at most strategy.max_weight_share={limit} of a round.{more_capped}"))
+    parts += by_robust_average(run)
     return join(parts) or note("No client failed, was refused, absent or capped.")
+
+
+def by_robust_average(run: Run) -> list[Html]:
+    """List whom strategy.robust clipped or did not take, most often first."""
+    clipped, not_taken = run.clients.clipped, run.clients.not_taken
+    often = sorted(clipped.items(), key=lambda item: (-len(item[1]), by_number(item[0])))
+    rows = [[n, f"{len(found):,}", brief(min(found)[0]), ranges(at for _, at in found)] for n, found in often]
+    parts = [table(["clipped", "times", "smallest factor", "rounds"], rows[:MOST_REASONS], (1, 2))]
+    rarely = sorted(not_taken.items(), key=lambda item: (-len(item[1]), by_number(item[0])))
+    name = run.config.get("strategy.robust", NONE)
+    rows = [[each, f"{len(found):,}", ranges(found)] for each, found in rarely]
+    parts.append(table([f"not taken by {name}", "times", "rounds"], rows[:MOST_REASONS], (1,)))
+    for word, found in (("clipped", clipped), ("not taken", not_taken)):
+        if len(found) > MOST_REASONS:
+            parts.append(note(f"{len(found):,} clients were {word} at times; those with the most rounds are shown."))
+    return parts
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -4,7 +4,8 @@ Every JSON line has `event` and `run_name` (null if the settings were refused), 
 
     started    rounds, and what the run is about to do: see running/overview.py
     round      round, rounds, train_loss; loss, accuracy, personal_accuracy (null unless evaluated); scores by name;
-               bytes_up, bytes_down and seconds of this round; failures, the reason for each client that was left out
+               bytes_up, bytes_down and seconds of this round; failures, the reason for each client that was left out;
+               with strategy.robust, clipped (factors by client) and left_out (clients that Krum did not take)
     finished   summary: what metrics.json says
     failed     error; summary, or null if the run wrote none
 """
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from flapp.config.schema import Config, ConfigError
 from flapp.data.artifact import Stamp, stamp
-from flapp.listing import by_reason
+from flapp.listing import by_reason, name_clients
 from flapp.server.summary import in_short, read_line
 from flapp.untrusted import printable
 from flapp.untrusted import read_json as parse_file
@@ -118,6 +119,7 @@ def figures(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "failures": {
             each["client"]: each["reason"] for phase in (train, evaluated) for each in phase.get("failures", ())
         },
+        **{key: train[key] for key in ("clipped", "left_out") if key in train},
     }
 
 
@@ -142,6 +144,7 @@ class Progress:
         self.bytes = sum(found["bytes_up"] + found["bytes_down"] for found in earlier)
         self.shown: dict[str, str] = {}
         self.failures: dict[str, str] = {}  # of the last round
+        self.bounded: list[str] = []  # the clients that its robust average clipped or left out
         off = True if plain or is_json() else None
         done = earlier[-1]["round"] if earlier else 0
         common: dict[str, Any] = {"disable": off, "file": sys.stderr, "dynamic_ncols": True}
@@ -169,6 +172,7 @@ class Progress:
                 values = [f"{key} {value}" for key, value in latest(found).items()] + [f"{found['seconds']:.1f} s"]
                 print(f"round {number} of {rounds}: {', '.join(values)}", file=sys.stderr)
             self._show_failures(found)
+            self._show_bounded(found)
         if self.reader.current:
             self._show_figures(figures(self.reader.current))
         if not self.rounds.disable:
@@ -179,6 +183,14 @@ class Progress:
         before, self.failures = self.failures, found["failures"]
         if self.failures and self.failures != before and not is_json():
             text = f"round {found['round']} left out {by_reason(self.failures, MOST_REASONS)}"
+            tqdm.write(printable(text), file=sys.stderr)
+
+    def _show_bounded(self, found: dict[str, Any]) -> None:
+        """Print whom a robust average clipped or left out, unless the round before had the same clients."""
+        before, self.bounded = self.bounded, sorted(found.get("clipped") or found.get("left_out") or ())
+        if self.bounded and self.bounded != before and not is_json():
+            did = " clipped" if found.get("clipped") else f": {self.config.strategy.robust} did not take"
+            text = f"round {found['round']}{did} {name_clients(self.bounded)}"
             tqdm.write(printable(text), file=sys.stderr)
 
     def _show_figures(self, found: dict[str, Any], refresh: bool = True) -> None:
