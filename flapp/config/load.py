@@ -208,7 +208,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 def _renamed(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return values with privacy.kind in place of privacy.enabled, which older runs have."""
-    privacy = values.get("privacy")
+    privacy = values.get("privacy") if isinstance(values, Mapping) else None
     if not isinstance(privacy, Mapping) or type(privacy.get("enabled")) is not bool or "kind" in privacy:
         return values
     rest = {key: value for key, value in privacy.items() if key != "enabled"}

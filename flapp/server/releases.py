@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flapp.central import Plan, affordable, epsilon_of
-from flapp.checkpoint.tensors import digest_of
 from flapp.config.schema import ConfigError
 from flapp.model.files import load_tensors, save_tensors, to_numpy
 from flapp.server.journals import Journal
@@ -74,7 +73,7 @@ class CentralLedger:
             tensors, facts = load_tensors(self.path)
             average = {key: to_numpy(tensor.clone()) for key, tensor in tensors.items()}
             release = Release(average, json.loads(facts["line"]), float(facts["next_clip"]))
-            is_meant = facts["round"] == server_round and facts["sent"] == digest_of(sent)
+            is_meant = facts["round"] == server_round and facts["sent"] == _digest(sent)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{self.path} is damaged ({error}): bring it back from a copy, or remove it, and the round may "
@@ -89,7 +88,7 @@ class CentralLedger:
         """Keep and count a release that is about to be made known; `sent` is the model that the clients trained."""
         from torch import from_numpy  # slow
 
-        facts = {"line": json.dumps(release.line), "next_clip": release.next_clip, "sent": digest_of(sent)}
+        facts = {"line": json.dumps(release.line), "next_clip": release.next_clip, "sent": _digest(sent)}
         tensors = {key: from_numpy(np.ascontiguousarray(values)) for key, values in release.average.items()}
         save_tensors(tensors, self.path, round=server_round, **facts)
         self._count(server_round, release.average)
@@ -110,8 +109,14 @@ class CentralLedger:
         return max(0, affordable(self.settings, self.plan, done + most) - done)
 
     def _count(self, server_round: int, average: Mapping[str, np.ndarray]) -> None:
-        entry = server_round, digest_of(average)
+        entry = server_round, _digest(average)
         if entry not in self.known:
             self.journal.append([{"round": server_round, "released": entry[1]}])
             self.known.add(entry)
         self.totals |= self.spent()
+
+
+def _digest(tensors: Mapping[str, np.ndarray]) -> str:
+    from flapp.checkpoint.tensors import digest_of  # imports PyTorch, which commands do without
+
+    return digest_of(tensors)
