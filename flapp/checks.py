@@ -9,7 +9,7 @@ import numpy as np
 from flwr.app import Array
 
 from flapp.custom import NAME
-from flapp.messages import NUM_EXAMPLES, SUMS, TRAIN, VAL, Answer, Claim, MessageError, one_line, view
+from flapp.messages import NUM_EXAMPLES, SUMS, TRAIN, VAL, WITHIN_CLIP, Answer, Claim, MessageError, one_line, view
 
 LARGEST = 1.8e19  # beyond it a square overflows float32, so that no optimiser can continue
 BLOCK = 1 << 17  # elements: a float64 block near the level-2 cache
@@ -18,6 +18,7 @@ SMALL_BLOCK = 1 << 16  # float32 elements; two such blocks fit into the level-2 
 LOSS_SUMS = {f"{start}{kind}loss-sum" for start in ("", VAL) for kind in ("", "personal-")}
 METRIC = re.compile(f"({VAL})?(personal-)?{SUMS}{NAME.pattern}")  # of evaluate.metrics
 NEVER_NEGATIVE = {"train-loss", "seconds", *LOSS_SUMS}
+RAISE_LIMIT = "if its data explain this, raise strategy.norm_limit"
 LARGEST_LOSS = float(np.finfo(np.float32).max)  # of one sample
 
 
@@ -86,6 +87,8 @@ def find_metric_fault(kind: str, claim: Claim, metrics: Mapping[str, float], val
     counted = {key: value for key, value in metrics.items() if key.endswith("correct")}
     if odd := sorted(key for key, value in counted.items() if not 0 <= value <= held[key]):
         return f"sent {one_line(odd[0])}={metrics[odd[0]]}, more correct answers than its {held[odd[0]]} samples"
+    if metrics.get(WITHIN_CLIP, 0) not in (0, 1):
+        return f"sent {WITHIN_CLIP}={metrics[WITHIN_CLIP]}, which is 0 or 1"
     sums = {key for key in metrics if SUMS in key}
     if odd := sorted(key for key in sums if not METRIC.fullmatch(key)):
         return f"sent a sum with the name {one_line(odd[0])}, but names have only letters, digits and _"
@@ -112,7 +115,11 @@ def floating_pairs(trained: Mapping[str, Array], sent: Mapping[str, Array]) -> I
 
 
 def check_update(
-    trained: Mapping[str, Array], expected: Mapping[str, Array], limit: float, multiple: float | None = None
+    trained: Mapping[str, Array],
+    expected: Mapping[str, Array],
+    limit: float,
+    multiple: float | None = None,
+    fix: str = RAISE_LIMIT,
 ) -> float:
     """Return the Euclidean length of an update, within 1e-5 of it.
 
@@ -125,7 +132,7 @@ def check_update(
         if fault := find_fault(trained, expected):
             raise MessageError(fault)
         norm = update_norm(floating_pairs(trained, expected))
-    if fault := find_norm_fault(norm, limit, multiple):
+    if fault := find_norm_fault(norm, limit, multiple, fix):
         raise MessageError(fault)
     return norm
 
@@ -182,12 +189,12 @@ def update_norm(tensors: Iterable[tuple[np.ndarray, np.ndarray]], weight: float 
     return squares**0.5
 
 
-def find_norm_fault(norm: float, limit: float, multiple: float | None) -> str | None:
-    """Return why an update of this length is left out, or None; multiple: of the median, for the text."""
+def find_norm_fault(norm: float, limit: float, multiple: float | None, fix: str = RAISE_LIMIT) -> str | None:
+    """Return why an update of this length is left out, or None; multiple, of the median, and fix are for the text."""
     if norm <= limit:
         return None
     most = f"the limit is {limit:.3g} ({multiple:g} times the median)" if multiple else f"the limit is {limit:.3g}"
-    return f"sent an update of length {norm:.3g}, {most}: if its data explain this, raise strategy.norm_limit"
+    return f"sent an update of length {norm:.3g}, {most}: {fix}"
 
 
 def find_sum_fault(total: Mapping[str, Array], sent: Mapping[str, Array], weight: float, most: float) -> str | None:

@@ -75,7 +75,7 @@ def make_claim(task: Task) -> Claim:
     """Return one client's claim; whatever keeps the client from taking part becomes the claim's fault."""
     config, base = task.config, task.instructions.base
     try:
-        if config.privacy.enabled:
+        if config.privacy.kind == "local":
             find_sigma(config.privacy)  # fails without its package, before the first round
         data = task.data
         if config.targets and task.node_config.client_id is not None:  # otherwise the server has tried it

@@ -31,6 +31,8 @@ ATTEST, BASE, TRAIN, EVALUATE = "query.attest", "query.base", "train", "evaluate
 ARRAYS, INSTRUCTIONS, METRICS, CLAIM, CLAIMS, PIECE = "arrays", "order", "metrics", "claim", "claims", "piece"
 NUM_EXAMPLES, REPLAYED = "num-examples", "replayed"
 VAL = "val-"  # begins the names of metrics of validation samples
+WITHIN_CLIP = "within-clip"  # whether an update was at most as long as the clipping norm, 1 or 0
+CLIPPING_NORM = "clipping_norm"
 SUMS = "sum-"  # begins the names of the sums of evaluate.metrics, after val- and personal-
 LONGEST_TEXT, MOST_METRICS, MOST_CLASSES, MOST_PIECES = 500, 1024, 1 << 16, 1 << 16  # in one message
 LOST = {  # the meaning of Flower's own error codes; other errors have a reason of their own
@@ -55,7 +57,8 @@ class Instructions:
     accepted_round is the last round in which the server accepted this client's trained model, 0 for none; the client
     continues from the private state that it had then. With adapters, base is the digest of the frozen tensors that the
     client must hold, returns names the tensors that it trains and sends back, and private those that it trains and
-    keeps. Without adapters the whole model travels. code is the digest of the user's own code.
+    keeps. Without adapters the whole model travels. code is the digest of the user's own code. clipping_norm is the
+    length to which updates are clipped in this round; only messages of runs with central privacy have it.
     """
 
     client_id: str
@@ -67,6 +70,7 @@ class Instructions:
     returns: tuple[str, ...] = ()
     private: tuple[str, ...] = ()
     code: str = ""
+    clipping_norm: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,8 @@ ANSWER_FIELDS = {"client_id": str, "shard_digest": str}
 
 def pack_instructions(node_id: int, kind: str, asked: Instructions, arrays: ArrayRecord | None = None) -> Message:
     """Build the message of `kind` that gives a node these instructions."""
-    content = RecordDict({INSTRUCTIONS: _config_record(vars(asked))})
+    fields = {name: value for name, value in vars(asked).items() if value or name != CLIPPING_NORM}
+    content = RecordDict({INSTRUCTIONS: _config_record(fields)})
     if arrays is not None:
         content[ARRAYS] = arrays
     return Message(content, dst_node_id=node_id, message_type=kind, group_id=str(asked.server_round))
@@ -118,7 +123,9 @@ def pack_instructions(node_id: int, kind: str, asked: Instructions, arrays: Arra
 
 def unpack_instructions(message: Message) -> Instructions:
     """Read the instructions in a message; raises MessageError for a server that runs other source code."""
-    instructions = Instructions(**_fields(message.content, INSTRUCTIONS, INSTRUCTION_FIELDS))
+    is_clipped = CLIPPING_NORM.replace("_", "-") in message.content.config_records.get(INSTRUCTIONS, ())
+    expected = {name: kind for name, kind in INSTRUCTION_FIELDS.items() if is_clipped or name != CLIPPING_NORM}
+    instructions = Instructions(**_fields(message.content, INSTRUCTIONS, expected))
     if instructions.source_digest != source_digest():
         raise MessageError(
             f"flapp here has source {source_digest()[:12]}, the server's has {instructions.source_digest[:12]}: "

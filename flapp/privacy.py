@@ -80,7 +80,7 @@ def check_floating(tensors: Mapping[str, np.ndarray]) -> None:
     """Raise ValueError when a tensor is not of floating point, so that noise cannot be added."""
     if odd := [key for key, values in tensors.items() if values.dtype.kind != "f"]:
         raise ValueError(
-            f"privacy.enabled=true cannot add noise to {odd[0]}, which is of {tensors[odd[0]].dtype}: "
+            f"privacy cannot add noise to {odd[0]}, which is of {tensors[odd[0]].dtype}: "
             "choose a model whose tensors are all of floating point"
         )
 
@@ -100,7 +100,6 @@ def _gaussian() -> ModuleType:
         from dp_accounting import gaussian_mechanism  # imports SciPy, which is slow
     except ImportError as error:
         raise ConfigError(
-            f"privacy.enabled=true needs the package dp-accounting ({error}): "
-            'pip install -e ".[privacy]", or set privacy.enabled=false'
+            f'privacy=local needs the package dp-accounting ({error}): pip install -e ".[privacy]", or set privacy=none'
         ) from error
     return gaussian_mechanism

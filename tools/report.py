@@ -26,7 +26,7 @@ from tools.page.drawing import STYLE, Picture
 from tools.page.markup import Html, document, join, section, tag, tiles
 from tools.page.reading import ReportError, read_all
 from tools.page.run import Job, Run
-from tools.page.sections import alerts, benchmarks, objectives, scores_of, sections_of, setup_of, summary_of
+from tools.page.sections import alerts, benchmarks, epsilon_of, objectives, scores_of, sections_of, setup_of, summary_of
 from tools.page.several import page_of_several
 
 Pictures = dict[str, Picture]  # by the name of the file
@@ -41,7 +41,10 @@ def page_of(runs: list[Run], jobs: list[Job], title: str, *more: Html) -> tuple[
             body, pictures = page_of_several(runs, jobs)
         else:
             drawn = pictures_of(runs[0])
-            facts = tiles((setup_of(runs[0]) | summary_of(runs[0]) | scores_of(runs[0])).items())
+            known = setup_of(runs[0]) | summary_of(runs[0]) | scores_of(runs[0])
+            if epsilon_of(runs[0]) is None:
+                del known["epsilon"]
+            facts = tiles(known.items())
             summary = section("Summary", facts, objectives(runs))
             body, pictures = join([alerts(runs[0]), summary, sections_of(runs[0], drawn)]), by_name(drawn)
         return document(title, head, body, *more), pictures

@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from flapp.central import describe_central
 from flapp.config.load import CONF, expand_words, explain, from_tree, name_override, own_choices, project_words
 from flapp.config.schema import Config, ConfigError
 from flapp.privacy import describe_plan
@@ -97,7 +98,8 @@ def start(config: Config, hydra_config: HydraConf, outcome: sweep.Outcome) -> No
     facts = overview(config, is_here(config))
     announce("started", config.run_name, **facts)
     lines = start_lines(config.run_name, facts)
-    plan = [describe_plan(config.privacy, config.num_rounds)] if config.privacy.enabled else []
+    plan = [describe_plan(config.privacy, config.num_rounds)] if config.privacy.kind == "local" else []
+    plan += [describe_central(config)] if config.privacy.kind == "central" else []
     end = ["starting the server and the clients"]
     if sweep.is_sweep(hydra_config):
         lines, end = [sweep.mark_of(hydra_config) + job_line(list(hydra_config.overrides.task), facts)], []
@@ -130,8 +132,8 @@ def final_line(summary: dict[str, Any], took: float | None = None, hint: bool = 
     for note in summary.get("resumed_anyway", []):
         lines.append(f"resumed anyway after round {note['round']}: {some(note['changed'])}")
     if "epsilon" in summary:
-        spent = "epsilon {epsilon:.4g} (delta {delta:g}) for the client that released the most updates"
-        lines.append(spent.format(**summary))
+        whose = " for the client that released the most updates" if summary.get("privacy") != "central" else ""
+        lines.append("epsilon {epsilon:.4g} (delta {delta:g})".format(**summary) + whose)
     lines.append(f"model {Path(folder) / 'model.safetensors'} (of {chosen}, sha256 {summary['model_sha256']})")
     lines.append(f"results in {folder}")
     if hint:

@@ -5,16 +5,18 @@ from collections.abc import Callable, Mapping
 from logging import DEBUG, ERROR, INFO, WARNING
 from typing import TypeVar
 
+import numpy as np
 from flwr.app import Array, Context, Error, Message
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common import log
 from flwr.common.constant import ErrorCode
 
+from flapp.central import clip
 from flapp.checkpoint.chunks import CheckpointError
 from flapp.checkpoint.tensors import digest_of
 from flapp.checks import check_update, find_answer_fault, find_metric_fault
 from flapp.client.store import ClientStore, private_key
-from flapp.client.task import message_for_one, read_task
+from flapp.client.task import Task, message_for_one, read_task
 from flapp.custom import place_of, resolve
 from flapp.groups import GROUP, UPDATE_NORM, Asked, Group, cut_rank, pack_answers, unpack_group
 from flapp.messages import (
@@ -23,8 +25,10 @@ from flapp.messages import (
     METRICS,
     REPLAYED,
     TRAIN,
+    WITHIN_CLIP,
     Answer,
     Claim,
+    HeldArray,
     MessageError,
     as_record,
     describe_error,
@@ -35,7 +39,7 @@ from flapp.messages import (
     unpack_reply,
     views,
 )
-from flapp.privacy import find_sigma, perturb
+from flapp.privacy import check_floating, find_sigma, perturb
 from flapp.sums import WeightedSum, clip_update
 
 T = TypeVar("T")
@@ -115,7 +119,7 @@ def checkpoint_mod(message: Message, context: Context, call_next: ClientAppCalla
     """Save what a client trains, before the reply leaves; the reply stays as it is.
 
     First, the private state is restored from the round that the server names. A client that is asked again for a round
-    which it has trained from the same model, data and settings answers from its store. With privacy.enabled it says so,
+    which it has trained from the same model, data and settings answers from its store. With privacy=local it says so,
     because sending the same bytes again releases nothing. A store that cannot be used is a warning, or with
     checkpoint.on_error=fail the client's failure.
     """
@@ -133,7 +137,7 @@ def checkpoint_mod(message: Message, context: Context, call_next: ClientAppCalla
     received = digest_of(views(unpack_arrays(message.content)))
     if config.checkpoint.replay and (kept := tolerate(store, lambda: store.find_trained(message, received))):
         log(INFO, "client %s answers round %d from its store", task.client_id, task.instructions.server_round)
-        if config.privacy.enabled:
+        if config.privacy.kind == "local":
             kept.content.metric_records[METRICS][REPLAYED] = 1
         return kept
     reply = call_next(message, context)
@@ -143,21 +147,43 @@ def checkpoint_mod(message: Message, context: Context, call_next: ClientAppCalla
 
 
 def privacy_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Clip a client's update and add noise to it, if the config says so.
+    """Clip a client's update if the config says so; with privacy=local, also add noise to it.
 
-    This mod is inside checkpoint_mod. So a client's store holds the noisy update only, and sends the same one again.
+    This mod is inside checkpoint_mod. So a client's store holds only what leaves the client, and sends the same again.
     Flower's LocalDpMod is not used. Its sigma is right only for an epsilon below 1. It fails for an update of zero, and
     it returns updates with a NaN and tensors without dimensions unchanged.
     """
-    if message.metadata.message_type != TRAIN or not (privacy := read_task(message, context).config.privacy).enabled:
+    if message.metadata.message_type != TRAIN or (task := read_task(message, context)).config.privacy.kind == "none":
         return call_next(message, context)
-    sigma = find_sigma(privacy)  # before the work, which would be in vain without the package
+    privacy = task.config.privacy
+    sigma = find_sigma(privacy) if privacy.kind == "local" else 0.0  # before the work, in vain without the package
     sent = views(unpack_arrays(message.content))
     reply = call_next(message, context)
-    if not reply.has_error():
-        released = perturb(sent, views(unpack_arrays(reply.content)), privacy.clipping_norm, sigma)
-        reply.content[ARRAYS] = as_record({key: pack(values) for key, values in released.items()})
+    if reply.has_error():
+        return reply
+    trained = views(unpack_arrays(reply.content))
+    if privacy.kind == "central":
+        clip_reply(reply, sent, trained, task)
+        return reply
+    released = perturb(sent, trained, privacy.clipping_norm, sigma)
+    reply.content[ARRAYS] = as_record({key: pack(values) for key, values in released.items()})
     return reply
+
+
+def clip_reply(reply: Message, sent: Mapping[str, np.ndarray], trained: Mapping[str, np.ndarray], task: Task) -> None:
+    """Clip the update in a reply to the length that the server names; with adaptive clipping, say whether it was short.
+
+    Raises MessageError when the server names no length, and what `clip` raises.
+    """
+    norm = task.instructions.clipping_norm
+    if not norm > 0:
+        raise MessageError("privacy=central clips updates, but the message names no clipping norm")
+    check_floating(trained)
+    clipped = clip(sent, trained, norm)
+    if task.config.privacy.clipping == "adaptive":
+        reply.content.metric_records[METRICS][WITHIN_CLIP] = int(clipped is None)
+    if clipped is not None:
+        reply.content[ARRAYS] = as_record({key: HeldArray(values) for key, values in clipped.items()})
 
 
 def own_mods_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:

@@ -98,4 +98,5 @@ class ClientStore:
         facts: list[str | int] = [received, instructions.base, instructions.accepted_round, instructions.source_digest]
         facts += [claim.shard_digest, claim.train, claim.versions]
         facts += [instructions.code] if instructions.code else []
+        facts += [str(instructions.clipping_norm)] if instructions.clipping_norm else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

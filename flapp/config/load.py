@@ -212,9 +212,18 @@ def from_tree(tree: Any, base: Path | None = None, home: str = "", preparing: bo
 
 def from_dict(values: Mapping[str, Any]) -> Config:
     """Check plain nested values and return them as a Config; raises ConfigError."""
-    config = from_plain(Config, values)
+    config = from_plain(Config, _renamed(values))
     check_together(config)
     return config
+
+
+def _renamed(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return values with privacy.kind in place of privacy.enabled, which older runs have."""
+    privacy = values.get("privacy") if isinstance(values, Mapping) else None
+    if not isinstance(privacy, Mapping) or type(privacy.get("enabled")) is not bool or "kind" in privacy:
+        return values
+    rest = {key: value for key, value in privacy.items() if key != "enabled"}
+    return {**values, "privacy": {"kind": "local" if privacy["enabled"] else "none", **rest}}
 
 
 def to_json(config: Config) -> str:
@@ -293,6 +302,8 @@ def explain(error: Exception) -> ConfigError:
     first = text.splitlines()[0]
     if first.startswith("Could not override '"):
         key = first.split("'")[1]
+        if key == "privacy.enabled":
+            return ConfigError("privacy.enabled is now a choice: set privacy=local in place of privacy.enabled=true")
         return ConfigError(f"{key} is not a setting{hint(key, setting_types())}")
     if first.startswith(("Ambiguous value for argument '", "Sweep parameters '")):
         word = first.split("'", 1)[1].rpartition("'")[0]

@@ -30,6 +30,7 @@ PATHS = (  # settings that are paths; the apps run in another folder, so relativ
     *("deployment.federation", "deployment.root_certificates", "deployment.client_keys"),
 )
 NEEDS_MALICIOUS = ("trimmed_mean", "krum", "multi_krum")  # values of strategy.robust
+PRIVATE_RULES = ("fedit", "ffa", "rolora")  # of strategy.aggregation, for privacy=central
 GROUPS = 16  # the clients of a round are cut into about this many groups
 NAME_BYTES = 255  # the longest name that file systems take
 
@@ -37,7 +38,7 @@ NAME_BYTES = 255  # the longest name that file systems take
 def check_together(config: Config) -> None:
     """Raise ConfigError for the first setting that does not go with the others."""
     parts = (_run_faults, _code_faults, _data_faults, _evaluation_faults, _lora_faults, _rank_faults, _strategy_faults)
-    for part in (*parts, _robust_faults, _runtime_faults, _split_faults):
+    for part in (*parts, _robust_faults, _privacy_faults, _central_faults, _runtime_faults, _split_faults):
         if fault := next(part(config), None):
             raise ConfigError(fault)
 
@@ -186,8 +187,8 @@ def _rank_faults(config: Config) -> Iterator[str]:
 
 
 def _strategy_faults(config: Config) -> Iterator[str]:
-    """Yield faults of local training, the server's rule, privacy and stores."""
-    train, strategy, privacy, checkpoint = config.train, config.strategy, config.privacy, config.checkpoint
+    """Yield faults of local training, the server's rule and stores."""
+    train, strategy, checkpoint = config.train, config.strategy, config.checkpoint
     rule, sampled = strategy.aggregation, sample_size(strategy.fraction_train, config.clients)
     if train.optimizer == "adamw" and train.momentum > 0:
         yield f"train.momentum={train.momentum} has no meaning for adamw: set train.optimizer=sgd or train.momentum=0"
@@ -201,12 +202,6 @@ def _strategy_faults(config: Config) -> Iterator[str]:
         yield f"{found}: lower it, or raise clients or strategy.fraction_train"
     if (strategy.min_clients or 0) > config.clients:
         yield f"strategy.min_clients={strategy.min_clients} is more than clients={config.clients}: lower it"
-    if privacy.enabled and rule not in (None, "fedit"):
-        found = f"perturbs all that was sent, strategy.aggregation={rule} has only a part sent back"
-        yield f"privacy.enabled=true {found}: use fedit or fedavg"
-    if privacy.enabled and privacy.delta * config.clients >= 1:
-        found = f"privacy.delta={privacy.delta} lets the whole update of one in {config.clients} clients leak"
-        yield f"{found}: set it far below 1/clients, such as {0.01 / config.clients:.0e}"
     if checkpoint.chunk_bytes is not None and checkpoint.chunk_num is not None:
         given = f"checkpoint.chunk_bytes={checkpoint.chunk_bytes} and checkpoint.chunk_num={checkpoint.chunk_num}"
         yield f"{given} are two ways to cut: set one of them to null"
@@ -226,8 +221,8 @@ def _robust_faults(config: Config) -> Iterator[str]:
         yield f"{given} {found}: use {', '.join(ROBUST_RULES)} or fedavg"
     if strategy.weighting == "alignment":
         yield f"strategy.weighting=alignment is a defence of its own, it does not go with {given}: use num-examples"
-    if config.privacy.enabled:
-        yield f"{given} looks for updates that differ, privacy.enabled=true hides them in noise: set one of them off"
+    if (kind := config.privacy.kind) != "none":
+        yield f"{given} looks for updates that differ, privacy={kind} hides them in noise: set one of them off"
     if strategy.target is not None:
         found = f"strategy.target={strategy.target} decides itself how replies are combined"
         yield f"{found}: set strategy.robust=none or leave strategy.target out"
@@ -237,6 +232,50 @@ def _robust_faults(config: Config) -> Iterator[str]:
         lower = "".join(f"lower strategy.{name}={getattr(strategy, name)}, or " for name in used if used[name])
         found = f"{given} needs {needed} clients in a round, and a round has {sampled}"
         yield f"{found}: {lower}raise clients or strategy.fraction_train"
+
+
+def _privacy_faults(config: Config) -> Iterator[str]:
+    """Yield faults of differential privacy of any kind."""
+    privacy, rule = config.privacy, config.strategy.aggregation
+    if privacy.kind == "local" and rule not in (None, "fedit"):
+        found = f"perturbs all that was sent, strategy.aggregation={rule} has only a part sent back"
+        yield f"privacy=local {found}: use fedit or fedavg, or privacy=central"
+    if privacy.kind != "none" and privacy.delta * config.clients >= 1:
+        found = f"privacy.delta={privacy.delta} lets the whole update of one in {config.clients} clients leak"
+        yield f"{found}: set it far below 1/clients, such as {0.01 / config.clients:.0e}"
+    only_central = {"noise_multiplier": None, "count_noise": None, "noise": None, "clipping": "fixed"}
+    for setting, off in only_central.items():
+        if privacy.kind != "central" and (value := getattr(privacy, setting)) != off:
+            yield f"privacy.{setting}={value} has no effect with privacy={privacy.kind}: set privacy=central"
+    if privacy.count_noise is not None and privacy.clipping == "fixed":
+        yield f"privacy.count_noise={privacy.count_noise} has no effect: set privacy.clipping=adaptive"
+
+
+def _central_faults(config: Config) -> Iterator[str]:
+    """Yield what central privacy does not go with: other averages than a plain one, and choices by evaluations."""
+    strategy = config.strategy
+    if config.privacy.kind != "central":
+        return
+    if (rule := strategy.aggregation) not in (None, *PRIVATE_RULES):
+        found = f"strategy.aggregation={rule} does more than average"
+        yield f"privacy=central adds noise to an average, {found}: use {', '.join(PRIVATE_RULES)} or fedavg"
+    if strategy.target is not None:
+        found = f"strategy.target={strategy.target} averages in a way of its own"
+        yield f"privacy=central adds noise to a plain average, {found}: leave it out"
+    if strategy.weighting != "uniform":
+        found = f"strategy.weighting={strategy.weighting}"
+        yield f"privacy=central bounds what each client adds, {found} does not: set strategy.weighting=uniform"
+    if strategy.norm_limit is not None:
+        found = f"strategy.norm_limit={strategy.norm_limit} would leave some out by the data of others"
+        yield f"privacy=central clips updates, {found}: set strategy.norm_limit=null"
+    if strategy.min_replies > 1:
+        found = f"strategy.min_replies={strategy.min_replies} could end the run by it"
+        yield f"privacy=central draws a random number of clients, {found}: set strategy.min_replies=1"
+    chosen = "chooses by evaluations, which privacy=central does not protect"
+    if config.evaluate.select == "best":
+        yield f"evaluate.select=best {chosen}: set evaluate.select=last"
+    if config.stopping.metric is not None:
+        yield f"stopping.metric={config.stopping.metric} {chosen}: set stopping.metric=null"
 
 
 def _runtime_faults(config: Config) -> Iterator[str]:

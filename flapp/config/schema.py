@@ -34,13 +34,9 @@ Target = Annotated[str, Field(pattern=f"^{TARGET}$")]  # something in the user's
 
 
 TARGET_SETTINGS = (
-    "dataset.target",
-    "dataset.augment",
-    "model.target",
-    "train.loss",
-    "train.optimizer",
-    "train.mods",
-) + (*("evaluate.metrics", "evaluate.scores", "strategy.target"),)
+    *("dataset.target", "dataset.augment", "model.target", "train.loss", "train.optimizer", "train.mods"),
+    *("evaluate.metrics", "evaluate.scores", "strategy.target"),
+)
 
 
 class Kwargs(dict[str, Any]):
@@ -200,10 +196,17 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class PrivacyConfig:
-    enabled: bool
+    kind: Literal["none", "local", "central"]
     clipping_norm: Positive
     epsilon: Positive
     delta: Annotated[float, Field(gt=0, le=1)]
+    noise_multiplier: Positive | None = None  # as above
+    clipping: Literal["fixed", "adaptive"] = "fixed"
+    quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    clipping_lr: Positive = 0.2
+    count_noise: Positive | None = None
+    noise: Literal["seeded", "secure"] | None = None
+    accountant: Literal["rdp", "pld"] = "rdp"
 
 
 @dataclass(frozen=True, config=STRICT)

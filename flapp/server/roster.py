@@ -164,6 +164,11 @@ class Roster:
         count = min(sample_size(fraction, len(self.expected)), len(self._present))
         return sorted(random.Random(derive_seed(*seed)).sample(self._present, count))
 
+    def draw(self, probability: float, generator: random.Random) -> list[str]:
+        """Draw every expected client with this probability, independently, and return those present, sorted by id."""
+        drawn = {name for name in self.expected if generator.random() < probability}
+        return [name for name in self._present if name in drawn]
+
     def order(self, server_round: int, **rest: Any) -> Instructions:
         """Return the instructions of a round, without the fields of a single client; rest: as in Instructions."""
         return Instructions(

@@ -17,6 +17,7 @@ from torch import nn
 
 from flapp.architecture import adapt, build, choose_device, find_oversize, split_place
 from flapp.base import Base, keep_base
+from flapp.central import describe_central, is_secure, plan_of
 from flapp.config.load import derive_seed
 from flapp.config.schema import Config, ConfigError
 from flapp.custom import enable, own
@@ -38,9 +39,11 @@ from flapp.server.client_keys import ClientKeys
 from flapp.server.grid import PolledGrid
 from flapp.server.journals import ClientLedger, ReleaseLedger
 from flapp.server.observer import Observer
+from flapp.server.releases import CentralLedger
 from flapp.server.roster import FederationError, Roster
 from flapp.server.run_dir import RunDirectory
 from flapp.server.summary import StoppedEarly
+from flapp.strategy.central import Central
 from flapp.strategy.fedavg import FedAvg
 from flapp.strategy.fedlora import FedLoRA, global_keys
 from flapp.strategy.lora_rules import RULES
@@ -67,18 +70,24 @@ class Run:
         frozen = {key: tensor for key, tensor in state.items() if key not in {*self.sent, *private}}
         self.base = keep_base(config.models_dir, frozen) if config.lora.enabled else None
         releases = None
-        if config.privacy.enabled:
+        if config.privacy.kind != "none":
             check_floating({key: to_numpy(state[key]) for key in self.sent})
+        if config.privacy.kind == "local":
             releases = count_releases(directory)
         self.grid = PolledGrid(grid)
         self.roster = build_roster(config, self.grid, self.base, ClientLedger(directory))
         self.strategy = build_strategy(config, self.roster, self.observer, self.model, private, releases)
+        if config.privacy.kind == "central":
+            check_trained(self.model, self.sent)
+            self.strategy.protect(Central(config, count_central(directory)))
         self.restored: ArrayRecord | None = None  # the global model with which this start began, if it resumed the run
         self.last: ArrayRecord | None = None  # the global model after the last round of this start
 
     def run(self) -> dict[str, Any]:
         """Run all rounds that are left and return the summary."""
         done = self.restore()
+        if self.strategy.central and not self.observer.summary.totals["stopped_early"]:
+            self.plan_budget(done)
         if done < self.config.num_rounds and not self.observer.summary.totals["stopped_early"]:
             self.gather(done)
             self.train(done)
@@ -95,6 +104,28 @@ class Run:
             self.strategy.restore(done, facts, {key: to_numpy(tensor) for key, tensor in saved.items()})
             log(INFO, "%s continues after round %d of %d", self.config.run_name, done, self.config.num_rounds)
         return done
+
+    def plan_budget(self, done: int) -> None:
+        """Find the last round within the budget; raises ConfigError when not even one is, or stops a resumed run."""
+        central = self.strategy.central
+        assert central is not None
+        central.begin(done, self.restored or self.initial())
+        if central.last_round > done or done == self.config.num_rounds:
+            return
+        if done == 0:
+            raise ConfigError(
+                f"privacy.epsilon={self.config.privacy.epsilon:g} is the budget, epsilon so far is "
+                f"{central.ledger.epsilon():.4g}, and after one more round {central.ledger.epsilon(1):.4g}: "
+                "start a new run with a larger budget or privacy.noise_multiplier"
+            )
+        self.stop_by_budget(done)
+
+    def stop_by_budget(self, server_round: int) -> None:
+        """Note that the next round would exceed the budget."""
+        central = self.strategy.central
+        assert central is not None
+        budget, spent = self.config.privacy.epsilon, central.ledger.epsilon()
+        self.observer.append("stop", server_round, metric="epsilon", value=spent, budget=budget)
 
     def gather(self, done: int) -> None:
         """Wait for the clients; raises FederationError when too few come or their data do not suffice."""
@@ -117,8 +148,7 @@ class Run:
         """Run the rounds after round `done`."""
         arrays, self.restored = self.restored, None
         if arrays is None:
-            state = self.model.state_dict()
-            arrays = as_record({key: pack(to_numpy(state[key])) for key in self.sent})
+            arrays = self.initial()
         with suppress(StoppedEarly):
             self.strategy.start(
                 cast(Grid, self.grid),
@@ -127,6 +157,11 @@ class Run:
                 timeout=self.config.strategy.timeout,
                 evaluate_fn=self.end_round,
             )
+
+    def initial(self) -> ArrayRecord:
+        """Return the global model before round 1."""
+        state = self.model.state_dict()
+        return as_record({key: pack(to_numpy(state[key])) for key in self.sent})
 
     def take_replies(self, new: Sequence[Message], done: int, asked: int) -> None:
         """Hand replies to the strategy as they come, and show how many clients, or nodes that join, have replied."""
@@ -150,6 +185,9 @@ class Run:
             self.observer.clock.start()
             return found
         self.last = arrays
+        central = self.strategy.central
+        if central and server_round == central.last_round < self.config.num_rounds:
+            self.stop_by_budget(server_round)
         self.directory.save_round(server_round, views(arrays) | self.strategy.state(arrays), self.strategy.facts())
         if self.observer.summary.totals["stopped_early"]:
             raise StoppedEarly
@@ -240,10 +278,30 @@ def save_split(config: Config, path: Path) -> None:
 def count_releases(directory: RunDirectory) -> ReleaseLedger:
     """Log what local differential privacy protects and what it does not; return the count of releases."""
     log(WARNING, "%s", describe_plan(directory.config.privacy, directory.config.num_rounds))
-    log(
-        WARNING, "privacy.enabled=true protects trained tensors only; these leave a client as they are: %s", UNPROTECTED
-    )
+    log(WARNING, "privacy=local protects trained tensors only; these leave a client as they are: %s", UNPROTECTED)
     return ReleaseLedger(directory)
+
+
+def count_central(directory: RunDirectory) -> CentralLedger:
+    """Log what central differential privacy protects and what it does not; return the count of releases."""
+    config = directory.config
+    log(WARNING, "%s", describe_central(config))
+    log(WARNING, "privacy=central protects the model only; the server and the run directory get: %s", UNPROTECTED)
+    if not is_secure(config):
+        text = "privacy.noise=seeded is for experiments, because every client knows the seed and so the noise: set %s"
+        log(WARNING, text, "privacy.noise=secure")
+    return CentralLedger(directory, plan_of(config))
+
+
+def check_trained(model: nn.Module, sent: Sequence[str]) -> None:
+    """Raise ConfigError for a tensor that travels but is not trained, such as a buffer: noise would only spoil it."""
+    trained = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    if odd := [key for key in sent if key not in trained]:
+        raise ConfigError(
+            f"privacy=central adds noise to every tensor that travels, and {odd[0]} is not trained ({len(odd)} such "
+            "tensors): use a model without buffers and frozen tensors, such as GroupNorm in place of BatchNorm, or "
+            "train adapters"
+        )
 
 
 def build_roster(config: Config, grid: PolledGrid, base: Base | None, ledger: ClientLedger) -> Roster:

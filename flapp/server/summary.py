@@ -75,6 +75,7 @@ LINE_CHECKS: dict[str, Check] = {
     **{"capped": _object_of(is_finite), "client_ranks": _object_of(is_number), "update_norm": _or_none(is_number)},
     **{"changed": _list_of(is_text), "absent_count": is_round, "clipped": _object_of(is_finite)},
     **{"left_out": _list_of(is_text)},
+    **dict.fromkeys(("epsilon", "clipping_norm", "within_clip", "budget", "value"), _or_none(is_number)),
     **{f"{start}{key}": _object_of(_or_none(is_number)) for start in STARTS for key in ("sums", "scores")},
     **{"client": is_text, "train": is_number, "val": is_number, "test": is_number, "labels": _list_of(is_finite)},
 }
@@ -83,7 +84,7 @@ SUMMARY_CHECKS: dict[str, Check] = {
     **dict.fromkeys(("bytes_up", "bytes_down", "seconds"), is_finite),
     **dict.fromkeys(("rounds", "best_round", "selected_round"), is_round),
     **dict.fromkeys(("accuracy", "loss", "personal_accuracy", "personal_loss", "objective"), is_number),
-    **dict.fromkeys(("best_value", "aggregation_error"), is_number),
+    **dict.fromkeys(("best_value", "aggregation_error", "epsilon", "delta"), is_number),
     **dict.fromkeys(SCORES, _object_of(_or_none(is_number))),
     **{"refused": _object_of(is_text), "refused_count": is_round, "resumed_anyway": _list_of(_is_change)},
 }

@@ -12,17 +12,30 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
-from flapp.checks import find_norm_fault, find_value_fault, floating_pairs
+from flapp.checks import RAISE_LIMIT, find_norm_fault, find_value_fault, floating_pairs
 from flapp.config.rules import fewest_replies
 from flapp.config.schema import Config, ConfigError
 from flapp.custom import scores_of
 from flapp.groups import Asked, Group, cut_rank, pack_group
 from flapp.listing import by_reason
-from flapp.messages import EVALUATE, REPLAYED, TRAIN, VAL, Instructions, as_record, pack_instructions, size_of, views
+from flapp.messages import (
+    CLIPPING_NORM,
+    EVALUATE,
+    REPLAYED,
+    TRAIN,
+    VAL,
+    Instructions,
+    as_record,
+    pack,
+    pack_instructions,
+    size_of,
+    views,
+)
 from flapp.server.journals import ReleaseLedger
 from flapp.server.observer import Observer
 from flapp.server.roster import FederationError, Roster
 from flapp.strategy.aggregation import NormBound, alignment_weights, cap_shares, totals
+from flapp.strategy.central import TOO_LONG, Central, ClipBound
 from flapp.strategy.phase import Phase
 from flapp.strategy.robust import PER_CLIENT, robust_average
 from flapp.strategy.server_optimizer import ServerOptimizer
@@ -32,7 +45,7 @@ from flapp.sums import WeightedSum, weighted_average
 class FedAvg(FlowerFedAvg):
     """Federated averaging (McMahan et al. 2017) whose result does not depend on the order of replies.
 
-    roster: who may take part; observer: is told what happens; releases: counts releases where privacy.enabled is set.
+    roster: who may take part; observer: is told what happens; releases: counts releases with privacy=local.
     Flower counts rounds from 1 at every start; `done` is the number of rounds of earlier starts.
     """
 
@@ -51,8 +64,9 @@ class FedAvg(FlowerFedAvg):
         self.observer = observer
         self.config = config
         self.server_optimizer = server_optimizer
-        self.bound = NormBound(self.settings.norm_limit)
+        self.bound: NormBound | ClipBound = NormBound(self.settings.norm_limit)
         self.releases = releases
+        self.central: Central | None = None
         self.done = 0
         self.current = ArrayRecord()
         self.accepted: dict[str, int] = {}
@@ -69,8 +83,14 @@ class FedAvg(FlowerFedAvg):
             log(INFO, "\t├──> averaged by %s", self.robust)
         log(INFO, "\t└──> %s; weighted by %s; min_replies %d", drawn, weighting, least)
 
+    def protect(self, central: Central) -> None:
+        """Clip updates and add noise to their sum from now on."""
+        self.central, self.bound = central, ClipBound(central)
+
     def facts(self) -> dict[str, Any]:
         """Return what a later start needs besides tensors: the clients' last accepted rounds and recent lengths."""
+        if self.central:
+            return {"accepted": self.accepted, "clipping_norm": self.central.clip}
         return {"accepted": self.accepted, "update_norms": self.bound.medians}
 
     def state(self, arrays: ArrayRecord) -> dict[str, np.ndarray]:
@@ -81,13 +101,17 @@ class FedAvg(FlowerFedAvg):
         """Continue after the first `done` rounds, with the facts and tensors of that moment."""
         self.done = done
         self.accepted = dict(facts["accepted"])
-        self.bound.medians = list(facts.get("update_norms", []))
+        if isinstance(self.bound, NormBound):
+            self.bound.medians = list(facts.get("update_norms", []))
+        if self.central:
+            self.central.clip = facts["clipping_norm"]
         if self.server_optimizer:
             self.server_optimizer.restore(state)
 
     def is_evaluated(self, server_round: int) -> bool:
         """Return whether this round ends with an evaluation."""
-        return server_round % self.config.evaluate.every == 0 or server_round == self.config.num_rounds
+        last = self.central.last_round if self.central else self.config.num_rounds
+        return server_round % self.config.evaluate.every == 0 or server_round == last
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -113,9 +137,10 @@ class FedAvg(FlowerFedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Average the valid replies' models; raises FederationError when there are fewer than min_replies."""
         self.observer.enter("aggregate")
+        if self.central:
+            return self._release(self.central, replies)
         phase = self._receive(replies)
-        counts = {name: self.examples[name] for name in sorted(phase.metrics)}
-        loss = sum(phase.metrics[n]["train-loss"] * count for n, count in counts.items()) / sum(counts.values())
+        loss = self._mean_loss(phase)
         if phase.is_summed:
             phase.fold(is_over=True)
             arrays, found = self.combine_sum(phase.total, phase.weight())
@@ -124,15 +149,41 @@ class FedAvg(FlowerFedAvg):
         if self.server_optimizer:
             arrays = self.server_optimizer.step(self.current, arrays, phase.server_round)
         self._check_aggregate(arrays)
+        assert isinstance(self.bound, NormBound)
         self.bound.accept(phase.norms)
         found |= self._note_clipped()
         capped = {name: share for name, share in phase.capped.items() if name in phase.metrics}
         found |= {"update_norm": self.bound.medians[-1]} | ({"capped": capped} if capped else {})
-        busy = {n: round(m["seconds"], 3) for n, m in sorted(phase.metrics.items()) if "seconds" in m}
-        self.observer.append(TRAIN, phase.server_round, loss=loss, **found, client_seconds=busy, **self._log_line())
+        self.observer.append(
+            TRAIN, phase.server_round, loss=loss, **found, client_seconds=_busy(phase), **self._log_line()
+        )
         if self.remembers:
-            self.accepted |= dict.fromkeys(counts, phase.server_round)
+            self.accepted |= dict.fromkeys(sorted(phase.metrics), phase.server_round)
         return arrays, MetricRecord({"train-loss": loss})
+
+    def _release(self, central: Central, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
+        """Return the new global model by the noisy average of a round, which an earlier start may have made."""
+        server_round, release = self.phase.server_round, central.release
+        if release is None:
+            phase = self._receive(replies)
+            phase.fold(is_over=True)
+            loss = self._mean_loss(phase) if phase.metrics else None
+            line = {"loss": loss, "client_seconds": _busy(phase), **self._log_line()}
+            keys = self.shared.returns or tuple(self.current)
+            release = central.make_release(server_round, self.current, keys, phase.total, phase.metrics, line)
+        central.clip = release.next_clip
+        average = {key: pack(values) for key, values in release.average.items()}
+        arrays = as_record(dict(self.current.items()) | average)
+        if self.server_optimizer:
+            arrays = self.server_optimizer.step(self.current, arrays, server_round)
+        self._check_aggregate(arrays)
+        self.observer.append(TRAIN, server_round, **release.line, epsilon=central.ledger.epsilon())
+        return arrays, MetricRecord()
+
+    def _mean_loss(self, phase: Phase) -> float:
+        """Return the training loss, a mean over the samples of all clients that count."""
+        counts = {name: self.examples[name] for name in sorted(phase.metrics)}
+        return sum(phase.metrics[n]["train-loss"] * count for n, count in counts.items()) / sum(counts.values())
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Add up correct answers and losses over clients: exact, not a mean of means; log the spread over clients."""
@@ -239,11 +290,17 @@ class FedAvg(FlowerFedAvg):
         self.roster.refresh()
         if self.roster.refusals_changed():
             self.observer.append("refused", server_round, refused=self.roster.refused)
-        chosen = self.roster.sample(fraction, self.config.seed, server_round, kind)
-        self.shared = self.roster.order(server_round, **self.instructions(kind, server_round))
+        rest = self.instructions(kind, server_round)
+        if kind == TRAIN and self.central:
+            chosen = self.central.draw(self.roster, server_round)
+            rest |= {CLIPPING_NORM: self.central.clip}
+        else:
+            chosen = self.roster.sample(fraction, self.config.seed, server_round, kind)
+        self.shared = self.roster.order(server_round, **rest)
         claims = {name: self.roster.members[name].claim for name in chosen}
         self.phase = phase = Phase(kind, server_round, claims, absent=self.roster.missing(), expected=self.expected)
         phase.validates, phase.multiple = self.config.validates, self.bound.multiple
+        phase.norm_fix = TOO_LONG if self.central else RAISE_LIMIT
         if kind == TRAIN:
             self.examples, phase.capped = self._cap({name: claim.train for name, claim in claims.items()})
             phase.weights = dict.fromkeys(chosen, 1.0) if self.settings.weighting == "uniform" else self.examples
@@ -292,6 +349,8 @@ class FedAvg(FlowerFedAvg):
         # Training always needs min_replies. An evaluation may ask fewer clients, and then needs all of their replies.
         least = self.settings.min_replies
         needed = fewest_replies(self.settings) if phase.kind == TRAIN else min(least, max(1, len(phase.names)))
+        if self.central and not phase.names:
+            needed = 0  # by chance nobody was drawn: the round is noise only
         if len(phase.metrics) < needed:
             wanted = f"strategy.min_replies={least}"
             if needed > least:
@@ -312,7 +371,8 @@ class FedAvg(FlowerFedAvg):
         phase = self.phase
         phase.norm_limit = self.bound.limit(phase.norms)
         messages: list[Message] = []
-        found = {name: find_norm_fault(norm, phase.norm_limit, phase.multiple) for name, norm in phase.norms.items()}
+        limit = (phase.norm_limit, phase.multiple, phase.norm_fix)
+        found = {name: find_norm_fault(norm, *limit) for name, norm in phase.norms.items()}
         faults = {name: fault for name, fault in found.items() if fault}
         if self.robust == "norm_bound":
             norms = [norm for name, norm in phase.norms.items() if name not in faults]
@@ -330,3 +390,8 @@ class FedAvg(FlowerFedAvg):
         if self.releases and self.phase.kind == TRAIN:
             line["epsilon"] = self.releases.spent()["epsilon"]
         return line
+
+
+def _busy(phase: Phase) -> dict[str, float]:
+    """Return the seconds that each client trained."""
+    return {name: round(found["seconds"], 3) for name, found in sorted(phase.metrics.items()) if "seconds" in found}

@@ -118,6 +118,8 @@ class FedLoRA(FedAvg):
 
     def is_summed(self, phase: Phase) -> bool:
         """Return whether the round is made of sums: for rules that average, if groups have more than one client."""
+        if self.central:
+            return True  # noise is added to the sum
         return super().is_summed(phase) and self.rule.averages and any(len(group) > 1 for group in phase.groups)
 
     def combine_sum(self, total: WeightedSum, weight: float) -> tuple[ArrayRecord, dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
-from flapp.checks import check_update, find_answer_fault, find_metric_fault, find_sum_fault
+from flapp.checks import RAISE_LIMIT, check_update, find_answer_fault, find_metric_fault, find_sum_fault
 from flapp.groups import UPDATE_NORM, cut, unpack_answers
 from flapp.messages import Answer, Claim, MessageError, describe_error, size_of, unpack_reply
 from flapp.sums import Weighted, WeightedSum, clip_update
@@ -23,12 +23,12 @@ class Phase:
     """The clients that were asked, the replies that count, and the clients that failed.
 
     claims: of the sampled clients, sorted by id; weights: of each client in an average; expected: gives the tensors
-    that a client's reply must fit; norm_limit: the longest update that counts, `multiple` times the median; clip: the
-    length to which longer updates are clipped before they are combined, of which sums from nodes must be; is_summed:
-    whether the average is made of sums; may_fold: whether they are added up as they come, which needs a known limit;
-    validates: whether evaluations need figures for validation samples; groups: how the clients are cut; sent: messages
-    that may not have an id yet; waiting: the clients of each message without an answer; trained and sums: tensors of
-    single clients and of whole groups, until they are added to `total`.
+    that a client's reply must fit; norm_limit: the longest update that counts, `multiple` times the median; norm_fix:
+    what to do about longer ones; clip: the length to which longer updates are clipped before they are combined, of
+    which sums from nodes must be; is_summed: whether the average is made of sums; may_fold: whether they are added up
+    as they come, which needs a known limit; validates: whether evaluations need figures for validation samples; groups:
+    how the clients are cut; sent: messages that may not have an id yet; waiting: the clients of each message without an
+    answer; trained and sums: tensors of single clients and of whole groups, until they are added to `total`.
     """
 
     kind: str
@@ -40,6 +40,7 @@ class Phase:
     expected: Callable[[str, ArrayRecord], Mapping[str, Array]] = lambda name, trained: {}
     norm_limit: float = math.inf
     multiple: float | None = None
+    norm_fix: str = RAISE_LIMIT
     clip: float = math.inf
     is_summed: bool = False
     may_fold: bool = False
@@ -183,7 +184,8 @@ class Phase:
         if fault := fault or find_metric_fault(self.kind, claim, answer.metrics, self.validates):
             raise MessageError(fault)
         if (trained := answer.arrays) is not None:
-            self.norms[name] = check_update(trained, self.expected(name, trained), self.norm_limit, self.multiple)
+            expected = self.expected(name, trained)
+            self.norms[name] = check_update(trained, expected, self.norm_limit, self.multiple, self.norm_fix)
             self.trained[name] = trained
             self.bytes_up[name] = size_of(trained)
         self.metrics[name] = answer.metrics

@@ -25,8 +25,8 @@ from tools.run import final_line
 pytest.importorskip("dp_accounting", reason='needs pip install -e ".[privacy]"')
 
 Tensors = dict[str, np.ndarray]
-DIGITS = ("model=linear", "clients=2", "num_rounds=1", "evaluate.personal_epochs=0", "privacy.enabled=true")
-TOY = ("experiment=toy_regression", "num_rounds=4", "privacy.enabled=true", "privacy.clipping_norm=0.01")
+DIGITS = ("model=linear", "clients=2", "num_rounds=1", "evaluate.personal_epochs=0", "privacy=local")
+TOY = ("experiment=toy_regression", "num_rounds=4", "privacy=local", "privacy.clipping_norm=0.01")
 GRID = [(e, d, t) for e in (0.1, 1.0, 10.0) for d in (1e-9, 1e-5, 1e-2) for t in (1, 20, 300)]
 DRAWS = 20_000
 
@@ -38,7 +38,7 @@ def delta_of(epsilon: float, multiplier: float) -> float:
 
 
 def settings_of(epsilon: float, delta: float, clipping_norm: float = 1.0) -> PrivacyConfig:
-    return PrivacyConfig(enabled=True, clipping_norm=clipping_norm, epsilon=epsilon, delta=delta)
+    return PrivacyConfig(kind="local", clipping_norm=clipping_norm, epsilon=epsilon, delta=delta)
 
 
 def spent(releases: int) -> float:
@@ -245,7 +245,7 @@ def test_a_client_that_lies_about_replays_is_counted_all_the_same(federate: Fede
 def test_without_its_package_server_and_client_refuse_before_the_first_round(
     federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fix = r'needs the package dp-accounting \(.*\): pip install -e "\.\[privacy\]", or set privacy.enabled=false'
+    fix = r'needs the package dp-accounting \(.*\): pip install -e "\.\[privacy\]", or set privacy=none'
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "dp_accounting", None)
         privacy.total_epsilon.cache_clear()
@@ -278,7 +278,7 @@ def test_without_its_package_server_and_client_refuse_before_the_first_round(
 )
 def test_what_cannot_be_private_is_refused_with_the_fix(words: list[str], refusal: str) -> None:
     with pytest.raises(ConfigError, match=refusal):
-        compose(["privacy.enabled=true", *words])
+        compose(["privacy=local", *words])
 
 
 def test_the_server_says_before_the_first_round_what_is_protected_and_what_is_not(

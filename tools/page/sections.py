@@ -54,6 +54,7 @@ def summary_of(run: Run) -> dict[str, object]:
         "personal": digits(run.final("personal_accuracy")),
         "loss": digits(run.final("loss")),
         "objective": digits(run.final(run.objective)),
+        "epsilon": brief(epsilon_of(run)),
         "best round": NONE if best_round is None else f"{best_round} ({digits(best_value)})",
         "up": in_bytes(run.total("bytes_up")),
         "down": in_bytes(run.total("bytes_down")),
@@ -61,6 +62,12 @@ def summary_of(run: Run) -> dict[str, object]:
         "seconds": NONE if (seconds := number(run.summary, "seconds")) is None else f"{seconds:,.1f}",
         "SHA-256": tag("code", digest[:12] if digest else NONE),
     }
+
+
+def epsilon_of(run: Run) -> float | None:
+    """Return the epsilon that a run with differential privacy has spent so far."""
+    values = run.series("train", "epsilon")[1]
+    return float(values[-1]) if len(values) else None
 
 
 def scores_of(run: Run) -> dict[str, object]:
@@ -93,6 +100,8 @@ def alerts(run: Run, name: str = "") -> Html:
     for line in run.lines.get("stop", ())[-1:]:
         best, patience = line.get("best_round"), line.get("patience")
         why = f"{in_words(str(line.get('metric')))} was best in round {best}, patience is {patience}"
+        if line.get("metric") == "epsilon":
+            why = f"epsilon is {brief(line.get('value'))}, one more round would exceed {brief(line.get('budget'))}"
         said.append(note(f"{name}Stopped early after round {line['round']}: {why}."))
     return join(said)
 

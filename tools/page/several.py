@@ -9,7 +9,18 @@ from tools.page.charts import best_of, by_name, colour_of, compare, pictures_of,
 from tools.page.drawing import MOST_LINES, Picture, themed
 from tools.page.markup import Html, figures, folded, join, note, section, table, tag, tiles
 from tools.page.run import Job, Run, differing
-from tools.page.sections import NONE, alerts, badge, brief, digits, objectives, sections_of, setup_of, summary_of
+from tools.page.sections import (
+    NONE,
+    alerts,
+    badge,
+    brief,
+    digits,
+    epsilon_of,
+    objectives,
+    sections_of,
+    setup_of,
+    summary_of,
+)
 
 MOST_DRAWN = 8  # runs with figures of their own
 SHOWN = ("accuracy", "personal_accuracy", "loss")  # objectives that have a column anyway
@@ -59,6 +70,7 @@ def columns_of(runs: list[Run]) -> list[str]:
 def overview(runs: list[Run]) -> Html:
     own, rows = columns_of(runs), []
     hidden = {"objective"} if all(run.objective in SHOWN for run in runs) else set()
+    hidden |= {"epsilon"} if all(epsilon_of(run) is None for run in runs) else set()
     for i, run in enumerate(runs):
         told = [run.differs, run.name, *(setup_of(run)[key] for key in own)]
         found = {key: value for key, value in summary_of(run).items() if key not in hidden}

@@ -6,6 +6,7 @@ Every JSON line has `event` and `run_name` (null if the settings were refused), 
     round      round, rounds, train_loss; loss, accuracy, personal_accuracy (null unless evaluated); scores by name;
                bytes_up, bytes_down and seconds of this round; failures, the reason for each client that was left out;
                with strategy.robust, clipped (factors by client) and left_out (clients that Krum did not take)
+               with privacy, epsilon so far
     finished   summary: what metrics.json says
     failed     error; summary, or null if the run wrote none
 """
@@ -112,6 +113,7 @@ def figures(lines: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "round": number,
         "train_loss": train.get("loss"),
+        **({"epsilon": train["epsilon"]} if "epsilon" in train else {}),
         **{key: evaluated.get(key) for key in ("loss", "accuracy", "personal_accuracy")},
         "scores": evaluated.get("scores", {}),
         **{key: train.get(key, 0) + evaluated.get(key, 0) for key in ("bytes_up", "bytes_down")},
@@ -127,7 +129,8 @@ def latest(found: dict[str, Any]) -> dict[str, str]:
     """Return the losses, the accuracy and the user's own scores of a round, as people read them."""
     values = {"train loss": found["train_loss"], "test loss": found["loss"], "accuracy": found["accuracy"]}
     shown = {key: f"{value:.4f}" for key, value in values.items() if value is not None}
-    return shown | in_short(found["scores"])
+    spent = {"epsilon": f"{found['epsilon']:.4g}"} if found.get("epsilon") is not None else {}
+    return shown | spent | in_short(found["scores"])
 
 
 class Progress:

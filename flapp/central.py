@@ -1,0 +1,247 @@
+"""Central differential privacy: clipped updates, Gaussian noise on their sum, and how much privacy a run has spent.
+
+Two neighbours are two federations that differ in one client, which is there or not (add or remove one). In a round,
+every client takes part with probability q = strategy.fraction_train, independently of the others (Poisson sampling).
+A client adds a vector of length C or less to the sum of the updates, or nothing, so the l2 sensitivity is C. The server
+adds noise of standard deviation z C to the sum. It divides by q times the number of clients, a number that does not
+depend on who takes part. dp-accounting composes the rounds: PoissonSampledDpEvent(q, GaussianDpEvent(z)).
+
+With adaptive clipping (Andrew et al. 2021, arXiv:1905.03871, algorithm 1), each client also says whether its update was
+at most C long. The count of these bits, each less 1/2, has a sensitivity of 1/2 and gets noise of standard deviation
+s. So that both together cost no more than z, the noise on the updates is raised to z_delta C, with
+z_delta = (z^-2 - (2 s)^-2)^(-1/2).
+
+z is rounded up to four digits after the point. Gaussian numbers of 53 random bits end at 8.57 standard deviations,
+which adds less than 1e-16 per tensor element to delta.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from flapp.config.load import derive_seed
+from flapp.config.schema import Config, ConfigError, PrivacyConfig
+
+STEPS = 10_000  # z is a multiple of 1 / STEPS
+LEAST_COUNT_NOISE = 1 / 20  # of the expected number of clients, as Andrew et al. recommend
+LONGEST_RUN = 1 << 20  # rounds
+Draw = Callable[[tuple[int, ...]], np.ndarray]  # shape: independent standard normal numbers, float64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The noise of every round of a run.
+
+    multiplier: z, of all that a round releases; update_multiplier: of the sum of updates alone; count_noise: standard
+    deviation of the noise on the count, 0 without one; sampling: q; expected: the clients of a round on average.
+    """
+
+    multiplier: float
+    update_multiplier: float
+    count_noise: float
+    sampling: float
+    expected: float
+
+
+def plan_of(config: Config) -> Plan:
+    """Return the noise that the settings ask for; raises ConfigError where they cannot be met, or without a package."""
+    privacy, sampling = config.privacy, config.strategy.fraction_train
+    expected = sampling * config.clients
+    z = privacy.noise_multiplier
+    if z is None:
+        z = _least_multiplier(privacy.epsilon, privacy.delta, privacy.accountant, sampling, config.num_rounds)
+    if privacy.clipping == "fixed":
+        return Plan(z, z, 0.0, sampling, expected)
+    count_noise = privacy.count_noise or max(LEAST_COUNT_NOISE * expected, z)
+    if 2 * count_noise <= z:
+        raise ConfigError(
+            f"privacy.count_noise={count_noise:g} alone spends more than the noise multiplier {z:g} allows: raise it "
+            f"above {z / 2:g}, or set it to null"
+        )
+    return Plan(z, (z**-2 - (2 * count_noise) ** -2) ** -0.5, count_noise, sampling, expected)
+
+
+@lru_cache(maxsize=4096)
+def epsilon_of(z: float, sampling: float, rounds: int, delta: float, accountant: str) -> float:
+    """Return the epsilon, at delta, of so many rounds; raises ConfigError without dp-accounting."""
+    if rounds == 0:
+        return 0.0
+    with _quiet():
+        return float(_accountant(accountant)().compose(_event(z, sampling), rounds).get_epsilon(delta))
+
+
+def affordable(settings: PrivacyConfig, plan: Plan, most: int = LONGEST_RUN) -> int:
+    """Return how many rounds the budget privacy.epsilon is enough for, at most `most`."""
+
+    def spent(rounds: int) -> float:
+        return epsilon_of(plan.multiplier, plan.sampling, rounds, settings.delta, settings.accountant)
+
+    if spent(most) <= settings.epsilon:
+        return most
+    enough, too_many = 0, most
+    while too_many - enough > 1:
+        middle = (enough + too_many) // 2
+        enough, too_many = (middle, too_many) if spent(middle) <= settings.epsilon else (enough, middle)
+    return enough
+
+
+def describe_central(config: Config) -> str:
+    """Return in one line what the settings promise; raises ConfigError as plan_of does."""
+    privacy, plan = config.privacy, plan_of(config)
+    rounds = affordable(privacy, plan, config.num_rounds)
+    if rounds == 0:
+        one = epsilon_of(plan.multiplier, plan.sampling, 1, privacy.delta, privacy.accountant)
+        raise ConfigError(
+            f"privacy.noise_multiplier={plan.multiplier:g} spends epsilon {one:.4g} in one round, "
+            f"privacy.epsilon={privacy.epsilon:g} is the budget: raise either"
+        )
+    total = epsilon_of(plan.multiplier, plan.sampling, rounds, privacy.delta, privacy.accountant)
+    drawn = f"each client takes part with probability {plan.sampling:g}" if plan.sampling < 1 else "all clients train"
+    early = f" (the budget ends before num_rounds={config.num_rounds})" if rounds < config.num_rounds else ""
+    return (
+        f"central differential privacy: updates are clipped to length {privacy.clipping_norm:g}, noise on their sum "
+        f"has {plan.update_multiplier:.4g} times that as standard deviation, {drawn}; epsilon is {total:.4g} after "
+        f"{rounds} rounds{early} (delta {privacy.delta:g}, {privacy.accountant})"
+    )
+
+
+def clip(
+    sent: Mapping[str, np.ndarray], trained: Mapping[str, np.ndarray], norm: float
+) -> Mapping[str, np.ndarray] | None:
+    """Return `sent` plus the update to `trained`, clipped to length `norm` over all tensors; None where it is shorter.
+
+    Rounding to the tensors' dtypes never makes an update longer: it is rounded towards what was sent. Raises ValueError
+    when the tensors do not match, and FloatingPointError when the update is not finite.
+    """
+    if not trained.keys() <= sent.keys():
+        raise ValueError(f"trained {min(trained.keys() - sent.keys())}, which was not sent")
+    length = update_length(sent, trained)
+    if length <= norm:
+        return None
+    found = {}
+    for key, after in trained.items():
+        before = sent[key]
+        step = np.subtract(after, before, dtype=np.float64) * (norm / length)
+        moved = np.asarray(before + step).astype(after.dtype)
+        is_longer = np.abs(np.subtract(moved, before, dtype=np.float64)) > np.abs(step)
+        found[key] = np.where(is_longer, np.nextafter(moved, before), moved)
+    return found
+
+
+def update_length(sent: Mapping[str, np.ndarray], trained: Mapping[str, np.ndarray]) -> float:
+    """Return the Euclidean length of an update over all tensors; raises FloatingPointError when it is not finite."""
+    norms = [np.linalg.norm(np.subtract(after, sent[key], dtype=np.float64).ravel()) for key, after in trained.items()]
+    length = math.hypot(*map(float, norms))
+    if not math.isfinite(length):
+        raise FloatingPointError("the update is not finite, so it cannot be clipped: lower train.lr")
+    return length
+
+
+def next_clip(clip: float, settings: PrivacyConfig, within: float) -> float:
+    """Return the clipping norm after a round in which (with noise) the share `within` of the updates was shorter."""
+    return clip * math.exp(-settings.clipping_lr * (within - settings.quantile))
+
+
+def is_secure(config: Config) -> bool:
+    """Return whether noise, and the clients of a round, are drawn from the system's secure generator."""
+    return (config.privacy.noise or ("secure" if config.deployment.kind == "superlink" else "seeded")) == "secure"
+
+
+def drawer(config: Config, server_round: int, key: str) -> Draw:
+    """Return where the standard normal numbers for one tensor of a round come from, as privacy.noise says."""
+    if is_secure(config):
+        return secure_normals
+    return np.random.default_rng(derive_seed(config.seed, "noise", server_round, key)).standard_normal
+
+
+def secure_normals(shape: tuple[int, ...]) -> np.ndarray:
+    """Draw independent standard normal numbers by the method of Box and Muller from the system's secure generator."""
+    count = math.prod(shape)
+    pairs = (count + 1) // 2
+    bits = np.frombuffer(os.urandom(16 * pairs), np.uint64) >> np.uint64(11)
+    uniform = bits * 2.0**-53  # 0 is possible, 1 is not
+    radius, angle = np.sqrt(-2.0 * np.log1p(-uniform[:pairs])), 2 * np.pi * uniform[pairs:]
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count].reshape(shape)
+
+
+@lru_cache(maxsize=64)
+def _least_multiplier(epsilon: float, delta: float, accountant: str, sampling: float, rounds: int) -> float:
+    """Return the least z, a multiple of 1 / STEPS, with which so many rounds stay within the budget."""
+    package = _package()
+
+    def search(kind: str, low: float, high: float) -> float:
+        bracket = package.LowerEndpointAndGuess(low, high)
+        return float(
+            package.calibrate_dp_mechanism(
+                _accountant(kind),
+                lambda z: package.SelfComposedDpEvent(_event(z, sampling), rounds),
+                epsilon,
+                delta,
+                bracket_interval=bracket,
+                tol=0.5 / STEPS,
+            )
+        )
+
+    try:
+        with _quiet():
+            z = search("rdp", 0.1, 1.0)
+            z = search("pld", z / 2, z) if accountant == "pld" else z
+    except package.NoBracketIntervalFoundError as error:
+        raise ConfigError(
+            f"privacy.epsilon={epsilon:g} needs a noise multiplier below 0.1 or above 1e8: choose another, or set "
+            "privacy.noise_multiplier"
+        ) from error
+    return math.ceil(z * STEPS) / STEPS
+
+
+def _event(z: float, sampling: float) -> Any:
+    package = _package()
+    event = package.GaussianDpEvent(z)
+    return package.PoissonSampledDpEvent(sampling, event) if sampling < 1 else event
+
+
+def _accountant(kind: str) -> Callable[[], Any]:
+    """Return the class of an accountant; both take neighbours to differ by one client that is there or not."""
+    if kind == "pld":
+        from dp_accounting.pld import PLDAccountant
+
+        return PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
+
+    return RdpAccountant
+
+
+def _package() -> ModuleType:
+    try:
+        import dp_accounting  # imports SciPy, which is slow
+    except ImportError as error:
+        raise ConfigError(
+            f"privacy=central needs the package dp-accounting on the server ({error}): "
+            'pip install -e ".[privacy]", or set privacy=none'
+        ) from error
+    return dp_accounting
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep dp-accounting from warning of orders that it leaves out: epsilon is an upper bound without them, too.
+
+    With a warning, absl would also let every logger print to stderr, where the root logger has no handler.
+    """
+    logger, handler = logging.getLogger("absl"), logging.NullHandler()
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    logging.root.addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.root.removeHandler(handler)
+        logger.setLevel(before)

@@ -1,0 +1,91 @@
+"""Central differential privacy on the server: who is drawn, the noise on a sum, and what is made known of it."""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flwr.app import Array
+
+from flapp.central import drawer, is_secure, next_clip, plan_of
+from flapp.config.load import derive_seed
+from flapp.config.schema import Config
+from flapp.messages import WITHIN_CLIP, view, views
+from flapp.server.releases import CentralLedger, Release
+from flapp.server.roster import Roster
+from flapp.sums import WeightedSum
+
+SLACK = 2e-5  # relative: what the length of an update may be measured too long
+TOO_LONG = "its node does not clip as privacy.clipping_norm says"
+
+
+class ClipBound:
+    """The longest update that counts, in place of a NormBound: clients clip, so only rounding may be beyond."""
+
+    multiple, is_known, medians = None, True, ()
+
+    def __init__(self, central: "Central") -> None:
+        self.central = central
+
+    def limit(self, norms: Mapping[str, float]) -> float:
+        """Return the limit of this round."""
+        return self.central.clip * (1 + SLACK)
+
+
+class Central:
+    """Draw clients, and make noisy averages; `clip` is the clipping norm of the next round."""
+
+    def __init__(self, config: Config, ledger: CentralLedger) -> None:
+        self.config, self.ledger = config, ledger
+        self.plan = plan_of(config)
+        self.clip = config.privacy.clipping_norm
+        self.last_round = config.num_rounds
+        self.release: Release | None = None  # of this round, if an earlier start has made it
+        self.pending: Release | None = None  # the same, of the first round of this start
+
+    def begin(self, done: int, current: Mapping[str, Array]) -> None:
+        """Plan the rounds after the first `done`, which ended with the model `current`."""
+        self.pending = self.ledger.kept(done + 1, views(current))
+        first = done + (self.pending is not None)  # it has been counted
+        self.last_round = first + self.ledger.rounds_left(self.config.num_rounds - first)
+
+    def draw(self, roster: Roster, server_round: int) -> list[str]:
+        """Return the clients of a round: none if an earlier start has made its release."""
+        self.release, self.pending = self.pending, None
+        if self.release is not None:
+            return []
+        seed = derive_seed(self.config.seed, server_round, "poisson")
+        generator = random.SystemRandom() if is_secure(self.config) else random.Random(seed)
+        return roster.draw(self.plan.sampling, generator)
+
+    def make_release(
+        self,
+        server_round: int,
+        current: Mapping[str, Array],
+        keys: Sequence[str],
+        total: WeightedSum,
+        metrics: Mapping[str, Mapping[str, float]],
+        line: Mapping[str, Any],
+    ) -> Release:
+        """Return the noisy average of a round after it has been kept.
+
+        current: the model that was sent; keys: the tensors that clients send back; total: the sum of the trained models
+        of all clients that count, whose numbers are `metrics`; line: values for the round's line.
+        """
+        plan, sigma, count = self.plan, self.plan.update_multiplier * self.clip, len(metrics)
+        average = {}
+        for key in keys:
+            before = view(current[key])
+            noise = np.multiply(drawer(self.config, server_round, key)(before.shape), sigma)
+            if count:
+                noise += total.unrounded_mean(1.0, [key])[key] - np.multiply(before, float(count), dtype=np.float64)
+            average[key] = np.asarray(before + noise / plan.expected).astype(before.dtype)
+        line, clip = {**line, "clipping_norm": self.clip}, self.clip
+        if plan.count_noise:
+            short = sum(each.get(WITHIN_CLIP, 0) - 0.5 for each in metrics.values())
+            noisy = short + plan.count_noise * float(drawer(self.config, server_round, WITHIN_CLIP)((1,))[0])
+            line["within_clip"] = noisy / plan.expected + 0.5
+            clip = next_clip(clip, self.config.privacy, line["within_clip"])
+        release = Release(average, line, clip)
+        self.ledger.keep(server_round, views(current), release)
+        return release

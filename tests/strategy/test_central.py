@@ -1,0 +1,416 @@
+"""Central differential privacy: the clip bounds every client, the noise is as stated, and rounds are counted once."""
+
+import itertools
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, Message
+
+from flapp import central
+from flapp.config.load import compose
+from flapp.config.schema import Config, ConfigError
+from flapp.messages import ARRAYS, METRICS, WITHIN_CLIP, pack
+from flapp.server.releases import CentralLedger, Release
+from flapp.server.run import initial_model
+from flapp.strategy.central import Central
+from flapp.strategy.fedavg import FedAvg
+from flapp.sums import WeightedSum
+from tests.conftest import Broken, break_off, read_lines, refusal_of
+from tests.support.replies import Federate, Sent, changing, drop, failures, listen
+
+pytest.importorskip("dp_accounting", reason='needs pip install -e ".[privacy]"')
+
+TOY = ("experiment=toy_regression", "num_rounds=3", "privacy=central")
+LORA = ("model=vit_tiny", "lora=default", "strategy=fedlora", "num_rounds=2", "clients=2", "train.steps=2")
+LORA_TOY = (*LORA, "train.batch_size=2", "evaluate.personal_epochs=0", "privacy=central", "evaluate.every=2")
+MODEL = {"a": np.full(3, 2.0, np.float32), "b": np.zeros((2, 2), np.float32), "c": np.array(1.0, np.float32)}
+DRAWS = 20_000
+ACCOUNTS = [(1.0, 0.01, 1000, 1e-6), (2.0, 1.0, 20, 1e-5), (0.8, 0.1, 200, 1e-5)]  # noise, sampling, rounds, delta
+
+
+def length(tensors: Sequence[np.ndarray]) -> float:
+    return float(np.sqrt(sum((np.asarray(each, np.float64) ** 2).sum() for each in tensors)))
+
+
+def noisy(*words: str) -> Central:
+    """Return the server's part of a toy run, with a ledger that keeps nothing."""
+    ledger: Any = SimpleNamespace(keep=lambda *_: None, kept=lambda *_: None)
+    return Central(compose([*TOY, *words]), ledger)
+
+
+def released(
+    server: Central, updates: Sequence[Mapping[str, np.ndarray]], server_round: int = 1, short: Sequence[int] = ()
+) -> Release:
+    """Return the release of a round in which clients trained MODEL to MODEL plus these updates."""
+    total, current = WeightedSum(), ArrayRecord({key: Array(values) for key, values in MODEL.items()})
+    if updates:
+        trained = [{key: pack((MODEL[key] + each[key]).astype(np.float32)) for key in MODEL} for each in updates]
+        total.add([(each, 1.0) for each in trained])
+    bits = short or [1] * len(updates)
+    metrics = {str(i): {WITHIN_CLIP: bit} for i, bit in enumerate(bits)}
+    return server.make_release(server_round, current, list(MODEL), total, metrics, {"loss": None})
+
+
+@pytest.mark.parametrize(("z", "sampling", "rounds", "delta"), ACCOUNTS)
+@pytest.mark.parametrize("kind", ["rdp", "pld"])
+def test_epsilon_is_that_of_dp_accounting(z: float, sampling: float, rounds: int, delta: float, kind: str) -> None:
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+    from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
+
+    event = SelfComposedDpEvent(PoissonSampledDpEvent(sampling, GaussianDpEvent(z)), rounds)
+    theirs = {"rdp": RdpAccountant, "pld": PLDAccountant}[kind]().compose(event).get_epsilon(delta)
+    assert central.epsilon_of(z, sampling, rounds, delta, kind) == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.parametrize("rounds", [1, 20])
+def test_without_sampling_epsilon_is_that_of_the_analytic_gaussian_mechanism(rounds: int) -> None:
+    from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
+
+    exact = get_epsilon_gaussian(2.0 / math.sqrt(rounds), 1e-5)
+    assert central.epsilon_of(2.0, 1.0, rounds, 1e-5, "pld") == pytest.approx(exact, rel=2e-3)
+    assert exact <= central.epsilon_of(2.0, 1.0, rounds, 1e-5, "rdp") <= 1.15 * exact
+
+
+def test_the_noise_for_a_budget_at_the_scale_of_pfl_research_is_that_of_dp_accounting() -> None:
+    """benchmarks/image_classification of pfl-research: 1,000 of 10^6 clients, 1,500 rounds, epsilon 2, delta 10^-6."""
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent, calibrate_dp_mechanism
+    from dp_accounting.rdp import RdpAccountant
+
+    def poisson(z: float) -> Any:
+        return PoissonSampledDpEvent(0.001, GaussianDpEvent(z))
+
+    sizes = ("clients=1000000", "strategy.fraction_train=0.001", "num_rounds=1500")
+    config = compose([*TOY, *sizes, "privacy.epsilon=2", "privacy.delta=1e-7"])
+    plan = central.plan_of(config)
+    assert RdpAccountant().compose(poisson(plan.multiplier), 1500).get_epsilon(1e-7) == pytest.approx(2.0, rel=0.01)
+    theirs = calibrate_dp_mechanism(RdpAccountant, lambda z: SelfComposedDpEvent(poisson(z), 1500), 2.0, 1e-7)
+    assert plan.multiplier == pytest.approx(theirs, rel=0.01)
+
+
+def test_the_least_noise_spends_the_budget_in_the_planned_rounds_and_less_would_exceed_it() -> None:
+    for accountant in ("rdp", "pld"):
+        config = compose([*TOY, "privacy.epsilon=3", f"privacy.accountant={accountant}"])
+        z = central.plan_of(config).multiplier
+        assert central.epsilon_of(z, 1.0, 3, 1e-5, accountant) <= 3.0
+        assert central.epsilon_of(z - 4e-4, 1.0, 3, 1e-5, accountant) > 3.0
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.0, 10.0, 100.0, 1e30])
+@pytest.mark.parametrize("start", [0.0, 3.0, 1e6])
+def test_an_update_moves_the_sum_by_the_clip_at_most_over_all_tensors_together(factor: float, start: float) -> None:
+    random = np.random.default_rng(1)
+    sent = {"a": np.full(500, start, np.float32), "b": np.full((20, 3), -start, np.float32)}
+    step = {key: random.normal(size=values.shape) for key, values in sent.items()}
+    unit = length(list(step.values()))
+    trained = {key: (sent[key] + factor * step[key] / unit).astype(np.float32) for key in sent}
+    clipped = central.clip(sent, trained, 1.0) or trained
+    moved = {key: np.subtract(clipped[key], sent[key], dtype=np.float64) for key in sent}
+    assert length(list(moved.values())) <= 1.0 + 1e-9
+    assert all(values.dtype == np.float32 for values in clipped.values())
+    if start < 10 and factor >= 1:
+        expected = np.concatenate([values.ravel() / unit for values in step.values()])
+        assert np.concatenate([values.ravel() for values in moved.values()]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_update_that_is_short_enough_stays_as_it_is_and_one_that_is_not_finite_is_refused() -> None:
+    assert central.clip(MODEL, {key: values + np.float32(0.1) for key, values in MODEL.items()}, 1.0) is None
+    with pytest.raises(FloatingPointError, match="not finite, so it cannot be clipped: lower train.lr"):
+        central.clip(MODEL, MODEL | {"c": np.array(np.nan, np.float32)}, 1.0)
+
+
+@pytest.mark.parametrize("source", ["seeded", "secure"])
+def test_noise_has_the_stated_variance_on_every_tensor(source: str) -> None:
+    server = noisy("privacy.noise_multiplier=1.5", "privacy.clipping_norm=0.4", f"privacy.noise={source}")
+    draws = [released(server, [], number).average for number in range(DRAWS)]
+    sigma = 1.5 * 0.4 / 3
+    for key, start in MODEL.items():
+        noise = np.stack([drawn[key] for drawn in draws]).astype(np.float64) - start
+        # Of a variance from n draws, the standard deviation is sqrt(2 / n) = 1 % here: 5 of them.
+        assert noise.var(axis=0) == pytest.approx(np.full(start.shape, sigma**2), rel=0.05)
+        assert noise.mean(axis=0) == pytest.approx(np.zeros(start.shape), abs=5 * sigma / math.sqrt(DRAWS))
+        assert ((noise / sigma) ** 4).mean() == pytest.approx(3.0, rel=0.1)
+    flat = np.stack([np.concatenate([drawn[key].ravel() for key in MODEL]) for drawn in draws])
+    assert np.abs(np.corrcoef(flat.T) - np.eye(8)).max() < 0.04  # no number has another's noise
+
+
+def test_secure_noise_is_never_the_same_and_seeded_noise_depends_on_round_and_tensor() -> None:
+    secure, seeded = (noisy("privacy.noise_multiplier=1", f"privacy.noise={source}") for source in ("secure", "seeded"))
+    assert not np.array_equal(released(secure, []).average["a"], released(secure, []).average["a"])
+    assert np.array_equal(released(seeded, []).average["a"], released(seeded, []).average["a"])
+    drawn = [central.drawer(seeded.config, *where)((4,)).tobytes() for where in ((1, "a"), (1, "b"), (2, "a"))]
+    assert len(set(drawn)) == 3
+
+
+def test_the_sum_is_divided_by_the_expected_number_of_clients_whoever_takes_part() -> None:
+    server = noisy("privacy.noise_multiplier=1e-9", "clients=8", "strategy.fraction_train=0.5", "privacy.epsilon=1e9")
+    update = {key: np.full(values.shape, 0.25) for key, values in MODEL.items()}
+    for count in (1, 4, 6):
+        average = released(server, [update] * count).average
+        for key, start in MODEL.items():
+            assert average[key] == pytest.approx(start + count * 0.25 / 4, abs=1e-6)
+
+
+def test_adaptive_clipping_follows_the_quantile_and_its_noise_is_paid_for() -> None:
+    words = ("privacy.clipping=adaptive", "privacy.noise_multiplier=1", "privacy.count_noise=2", "clients=40")
+    server = noisy(*words, "privacy.quantile=0.8", "privacy.clipping_lr=0.3", "privacy.clipping_norm=2")
+    assert server.plan.update_multiplier == pytest.approx((1 - 4.0**-2) ** -0.5)  # z_delta of algorithm 1
+    update = {key: np.zeros(values.shape) for key, values in MODEL.items()}
+    release = released(server, [update] * 4, short=[1, 0, 1, 1])
+    noise = 2 * np.random.default_rng(central.derive_seed(0, "noise", 1, WITHIN_CLIP)).standard_normal((1,))[0]
+    within = ((0.5 - 0.5 + 0.5 + 0.5) + noise) / 40 + 0.5
+    assert release.line["within_clip"] == pytest.approx(within)
+    assert release.line["clipping_norm"] == 2
+    assert release.next_clip == pytest.approx(2 * math.exp(-0.3 * (within - 0.8)))
+    with pytest.raises(ConfigError, match=r"count_noise=0.5 alone spends more .* raise it above 0.5, or set"):
+        noisy("privacy.clipping=adaptive", "privacy.noise_multiplier=1", "privacy.count_noise=0.5")
+    assert noisy("privacy.clipping=adaptive", "privacy.noise_multiplier=3").plan.count_noise == 3
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "fedit", "ffa", "rolora"])
+def test_what_clients_send_is_clipped_over_all_tensors_by_every_rule(federate: Federate, rule: str) -> None:
+    words = LORA_TOY if rule != "fedavg" else (*TOY, "evaluate.every=3")
+    words = (*words, f"strategy.aggregation={rule}") if rule != "fedavg" else words
+    seen: Sent = []
+    done, path = federate(*words, "privacy.clipping_norm=0.003", "train.lr=0.1", "num_rounds=1", tamper=listen(seen))
+    assert done["status"] == "finished"
+    assert not any(line["failures"] for line in read_lines(path, "train"))
+    start = initial_model(compose([*words])).state_dict()
+    for _, trained in seen:
+        moved = [np.subtract(values, start[key].numpy(), dtype=np.float64) for key, values in trained.items()]
+        assert length(moved) == pytest.approx(0.003, rel=1e-3)
+        assert length(moved) <= 0.003 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("factor", [10.0, 100.0, 1e15])
+def test_a_client_that_does_not_clip_adds_nothing_and_the_rest_count(federate: Federate, factor: float) -> None:
+    def stretch(reply: Message) -> None:
+        arrays = reply.content.array_records[ARRAYS]
+        reply.content[ARRAYS] = ArrayRecord({k: Array(a.numpy() + np.float32(factor)) for k, a in arrays.items()})
+
+    _, path = federate(*TOY, "evaluate.every=3", tamper=changing("1", change=stretch))
+    assert failures(path).keys() == {"1"}
+    assert "the limit is 1: its node does not clip as privacy.clipping_norm says" in failures(path)["1"]
+    _, without = federate(*TOY, "evaluate.every=3", tamper=changing("1", change=drop))
+    models = [(folder / "model.safetensors").read_bytes() for folder in (path, without)]
+    assert models[0] == models[1]
+
+
+def test_a_client_that_lies_about_the_clip_is_left_out(federate: Federate) -> None:
+    def lie(reply: Message) -> None:
+        reply.content.metric_records[METRICS][WITHIN_CLIP] = 1000
+
+    _, path = federate(*TOY, "privacy.clipping=adaptive", tamper=changing("2", change=lie))
+    assert failures(path) == {"2": "sent within-clip=1000, which is 0 or 1"}
+
+
+@pytest.mark.parametrize("words", [("clients=40",), ("clients=40", "privacy.clipping=adaptive")])
+def test_groups_on_any_node_and_nodes_of_their_own_give_the_same_bytes(
+    federate: Federate, words: Sequence[str]
+) -> None:
+    runs = [
+        federate(*TOY, *words, "strategy.fraction_train=0.9", "strategy.server_optimizer=fedavgm", **options)
+        for options in ({"any_node": True}, {"any_node": False, "order": 7})
+    ]
+    assert runs[0][0]["model_sha256"] == runs[1][0]["model_sha256"]
+    lines = [[line["clipping_norm"] for line in read_lines(path, "train")] for _, path in runs]
+    assert lines[0] == lines[1]
+    assert (len(set(lines[0])) == 3) == ("privacy.clipping=adaptive" in words)
+
+
+def test_clients_are_drawn_independently_and_a_round_without_any_is_noise_only(federate: Federate) -> None:
+    done, path = federate(*TOY, "strategy.fraction_train=0.2", "num_rounds=12", "evaluate.every=12")
+    counts = [line["asked"] for line in read_lines(path, "train")]
+    assert {0, 1} <= set(counts)
+    assert done["status"] == "finished"
+    empty = next(line for line in read_lines(path, "train") if not line["asked"])
+    assert empty["loss"] is None
+
+
+def test_every_round_and_the_summary_say_the_epsilon_so_far(federate: Federate) -> None:
+    done, path = federate(*TOY, "privacy.noise_multiplier=2")
+    expected = [central.epsilon_of(2.0, 1.0, rounds, 1e-5, "rdp") for rounds in (1, 2, 3)]
+    assert [line["epsilon"] for line in read_lines(path, "train")] == expected
+    assert (done["epsilon"], done["delta"]) == (expected[-1], 1e-5)
+
+
+def test_a_run_stops_before_its_budget_is_exceeded_and_evaluates_its_last_round(federate: Federate) -> None:
+    words = ("privacy.noise_multiplier=2", "privacy.epsilon=3", "num_rounds=5", "evaluate.every=5", "run_name=spent")
+    done, path = federate(*TOY, *words)
+    assert done["epsilon"] == central.epsilon_of(2.0, 1.0, done["rounds"], 1e-5, "rdp") <= 3
+    assert central.epsilon_of(2.0, 1.0, done["rounds"] + 1, 1e-5, "rdp") > 3
+    assert (done["stopped_early"], [line["round"] for line in read_lines(path, "evaluate")]) == (True, [done["rounds"]])
+    assert read_lines(path, "stop")[0]["metric"] == "epsilon"
+    again, _ = federate(*TOY, *words, "resume=true")
+    assert (again["rounds"], again["model_sha256"]) == (done["rounds"], done["model_sha256"])
+    with pytest.raises(ConfigError, match=r"spends epsilon .* in one round, privacy.epsilon=0.1 is the budget: raise"):
+        federate(*TOY, "privacy.noise_multiplier=2", "privacy.epsilon=0.1")
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, after: bool) -> None:
+    """Break off in round 2, before or after the call of a method or function."""
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        is_due = next(calls) == 2
+        if is_due and not after:
+            raise Broken("the power is gone")
+        found = real(*args, **kwargs)
+        if is_due:
+            raise Broken("the power is gone")
+        return found
+
+    monkeypatch.setattr(owner, name, stand_in)
+
+
+PLACES = [  # whose call is broken off, and whether before or after it has done its work
+    (Central, "draw", True),  # drawn, nobody asked
+    (FedAvg, "configure_train", True),
+    (FedAvg, "_receive", False),  # asked, not summed
+    (Central, "make_release", False),  # asked, not summed with noise
+    (CentralLedger, "keep", False),  # noise is added, nothing kept
+    (CentralLedger, "_count", False),  # kept, not counted
+    (CentralLedger, "_count", True),  # counted, not made known
+    (FedAvg, "aggregate_train", True),
+    (FedAvg, "aggregate_evaluate", False),  # clients have the new model
+    (FedAvg, "aggregate_evaluate", True),
+    (FedAvg, "facts", False),  # before the round is saved
+    (FedAvg, "facts", True),
+]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place[1]}-{'after' if place[2] else 'before'}")
+@pytest.mark.parametrize("source", ["seeded", "secure"])
+def test_a_resumed_run_releases_every_round_once_wherever_it_was_broken_off(
+    federate: Federate, data_home: Path, place: tuple[Any, str, bool], source: str
+) -> None:
+    name = f"broken-{source}-{place[1]}-{place[2]}"
+    words = (*TOY, "privacy.clipping=adaptive", f"privacy.noise={source}", f"run_name={name}")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, *place)
+        with pytest.raises(Broken):
+            federate(*words)
+    folder = data_home / "runs" / name
+    before = released_in(folder)
+    done, path = federate(*words, "resume=true")
+    after = released_in(path)
+    assert [line["round"] for line in after] == [1, 2, 3]
+    assert after[: len(before)] == before
+    assert done["epsilon"] == central.epsilon_of(done_multiplier(words), 1.0, 3, 1e-5, "rdp")
+    assert [line["round"] for line in read_lines(path, "train")] == [1, 2, 3]
+    if source == "seeded":
+        whole, whole_path = federate(*words[:-1])
+        assert done["model_sha256"] == whole["model_sha256"]
+        told = [[(x["epsilon"], x["clipping_norm"]) for x in read_lines(p, "train")] for p in (path, whole_path)]
+        assert told[0] == told[1]
+
+
+def released_in(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in (path / "releases.jsonl").read_text().splitlines()]
+
+
+def done_multiplier(words: Sequence[str]) -> float:
+    return central.plan_of(compose(list(words))).multiplier
+
+
+def test_rounds_that_resume_from_drops_stay_released_and_the_budget_counts_them(federate: Federate) -> None:
+    words = (*TOY, "privacy.noise=secure", "run_name=back", "checkpoint=all")
+    first, _ = federate(*words)
+    back, path = federate(*words, "resume=true", "resume_from=1")
+    assert back["rounds"] == 1  # the budget was for three releases
+    assert read_lines(path, "stop")[-1]["metric"] == "epsilon"
+    assert back["epsilon"] == first["epsilon"]
+    (path / "releases.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"releases.jsonl lacks round 1.*bring it back from a copy, or start a new"):
+        federate(*words, "resume=true")
+
+
+def test_a_release_that_was_damaged_is_not_made_again_unasked(federate: Federate, data_home: Path) -> None:
+    words = (*TOY, "run_name=damaged")
+    break_off(federate, 2, "aggregate_evaluate", *words)
+    (data_home / "runs" / "damaged" / "release.safetensors").write_bytes(b"gone")
+    with pytest.raises(ConfigError, match=r"release.safetensors is damaged .* bring it back from a copy, or remove it"):
+        federate(*words, "resume=true")
+
+
+def test_a_tensor_that_is_not_trained_is_refused_by_name(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch import nn, zeros
+
+    def with_buffer(config: Config) -> nn.Module:
+        model = initial_model(config)
+        model.register_buffer("centre", zeros(2))
+        return model
+
+    monkeypatch.setattr("flapp.server.run.initial_model", with_buffer)
+    with pytest.raises(ConfigError, match=r"and centre is not trained .* such as GroupNorm in place of BatchNorm"):
+        federate(*TOY)
+    monkeypatch.setattr("flapp.server.run.initial_model", lambda config: nn.Sequential(nn.BatchNorm1d(2)))
+    with pytest.raises(ValueError, match="num_batches_tracked, which is of int64: choose a model whose tensors are"):
+        federate(*TOY)
+
+
+def test_without_its_package_the_server_refuses_before_the_first_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    central._least_multiplier.cache_clear()
+    with pytest.raises(ConfigError, match=r"privacy=central needs the package dp-accounting on the server .*set"):
+        central.describe_central(compose([*TOY, "privacy.epsilon=2.5"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "refusal"),
+    [
+        (["strategy.aggregation=flora"], "strategy.aggregation=flora does more than average: use fedit, ffa, rolora"),
+        (
+            ["strategy.aggregation=fedsa", "evaluate.objective=personal_accuracy"],
+            "strategy.aggregation=fedsa does more than average: use fedit, ffa, rolora",
+        ),
+        (["strategy.weighting=num-examples"], "num-examples does not: set strategy.weighting=uniform"),
+        (["strategy.norm_limit=5"], "leave some out by the data of others: set strategy.norm_limit=null"),
+        (["strategy.min_replies=2"], "could end the run by it: set strategy.min_replies=1"),
+        (["strategy.target=mine:Mine"], "strategy.target=mine:Mine averages in a way of its own: leave it out"),
+        (["evaluate.select=best"], "chooses by evaluations, which privacy=central does not protect: set evaluate"),
+        (["stopping.metric=loss", "stopping.patience=1", "evaluate.every=1"], "not protect: set stopping.metric=null"),
+        (["privacy.delta=0.1"], "lets the whole update of one in 10 clients leak"),
+        (["privacy.count_noise=1"], "privacy.count_noise=1.0 has no effect: set privacy.clipping=adaptive"),
+        (["privacy=none", "privacy.noise=secure"], "privacy.noise=secure has no effect with privacy=none: set privacy"),
+        (
+            ["privacy=local", "strategy.aggregation=fedit", "privacy.noise_multiplier=1"],
+            "has no effect with privacy=lo",
+        ),
+        (
+            ["privacy.enabled=true"],
+            "privacy.enabled is now a choice: set privacy=local in place of privacy.enabled=true",
+        ),
+        (["privacy=full"], "privacy=full is not known: choose one of central, local, none"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_the_fix(words: list[str], refusal: str) -> None:
+    adapters = ["strategy=fedlora", "lora=default"] if any("aggregation" in word for word in words) else []
+    chosen = [] if any(word.startswith("privacy=") for word in words) else ["privacy=central"]
+    assert refusal in refusal_of([*adapters, *chosen, *words])
+
+
+def test_settings_of_older_runs_are_read() -> None:
+    from dataclasses import asdict
+
+    from flapp.config.load import from_dict
+
+    values = asdict(compose(["privacy=local"]))
+    old = {key: values["privacy"][key] for key in ("clipping_norm", "epsilon", "delta")}
+    for enabled, kind in ((True, "local"), (False, "none")):
+        assert from_dict(values | {"privacy": {"enabled": enabled, **old}}).privacy.kind == kind
+
+
+def test_noise_is_secure_in_a_deployment_and_seeded_otherwise() -> None:
+    found = {
+        kind: central.is_secure(compose([*TOY, f"deployment={kind}"])) for kind in ("inline", "simulation", "local")
+    }
+    assert found == {"inline": False, "simulation": False, "local": True}
+    assert central.is_secure(compose([*TOY, "privacy.noise=secure"]))
