@@ -253,7 +253,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"layer_norm_eps": 0}, "says layer_norm_eps=0.0"),
         ({"image_size": [16, 64]}, r"says images of \[16, 64\] pixels: flapp's ViTs take square images only"),
         ({"image_size": 64}, "says images of 64 pixels, and the position embeddings are for 32"),
-        ({"image_size": []}, r"says images of \[\] pixels, and the position"),
         ({"image_size": "32"}, "says images of 32 pixels, and the position"),
         ({"model_type": None}, "does not say model_type vit"),
         ({"model_type": {"a": "\n"}}, "config.json beside it says model_type"),
