@@ -91,13 +91,14 @@ def describe_shapes(file: Path, shapes: Mapping[str, Shape]) -> ViTWeights:
     about = (file, library, left_out, name, image_size, found["conv_proj.weight"][1])
     has_head = "heads.head.weight" in found
     if library == TRANSFORMERS:
-        said = _from_transformers(file, config, SIZES[name][2], has_head)
+        variant, normalization = _from_transformers(file, config, SIZES[name][2], has_head)
         _check_image_size(file, config.get("image_size"), image_size, size[0])
-        return ViTWeights(*about, *said)
+        return ViTWeights(*about, variant, normalization)
     if library == TIMM:
-        said = _from_timm(file, config, SIZES[name][2], has_head, "norm.weight" not in shapes)
+        is_mean = "norm.weight" not in shapes
+        variant, normalization = _from_timm(file, config, SIZES[name][2], has_head, is_mean)
         _check_image_size(file, _image_size_of_timm(config), image_size, size[0])
-        return ViTWeights(*about, *said, is_alone=not config)
+        return ViTWeights(*about, variant, normalization, is_alone=not config)
     header = read_header(file)
     given = {key: header.get(key) for key in vars(Variant())}
     try:
