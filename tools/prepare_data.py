@@ -49,7 +49,16 @@ from flapp.data.shards.build import export_artifacts, write_shards
 from flapp.data.shards.decoded import DecodedSource
 from flapp.data.shards.source import FEMNIST, Kind
 from flapp.data.shards.source import Source as ShardSource
-from flapp.data.sources import CIFAR, EMBEDDED, cifar_files, cifar_sha256, download_cifar, is_prepared, read_cifar
+from flapp.data.sources import (
+    CIFAR,
+    EMBEDDED,
+    check_preparation,
+    cifar_files,
+    cifar_sha256,
+    download_cifar,
+    is_prepared,
+    read_cifar,
+)
 from flapp.data.table_files import find_tables
 from flapp.data.tables import Columns, open_tables
 from flapp.files import replacing_folder
@@ -107,7 +116,9 @@ def prepare_own(settings: Config, overwrite: bool) -> Iterator[str]:
         split: hashlib.sha256(json.dumps([found.sha256, *settled]).encode()).hexdigest() for split, found in raw.items()
     }
     made = [is_made(folder / split, sha256, overwrite, "files or settings") for split, sha256 in sources.items()]
-    if not all(made):
+    if all(made):
+        check_preparation(folder, *(open_artifact(folder / split).preparation for split in SPLITS))
+    else:
         decoded, lines = decode_all(settings, raw)
         yield from lines
         write_own(folder, decoded, classes, sources, dataset.normalization)
@@ -184,14 +195,16 @@ def write_own(
         raise DataError(f"dataset.normalization=imagenet needs 3 channels, the images have {channels}: leave it out")
     if missing := set(range(len(classes))) - set(decoded["train"].labels.tolist()):
         raise DataError(f"class {classes[min(missing)]} has no training image that can be read: repair one")
+    preparation = hashlib.sha256("".join(sources[split] for split in SPLITS).encode()).hexdigest()
     with ExitStack() as stack:
         for split, images in decoded.items():
             target = folder / split
             remove_leftovers(target)
             into = stack.enter_context(replacing_folder(target))
             write = partial(write_rows, target, images.read_rows, images.images.shape, images.labels, classes)
+            more = {"normalization": normalization, "into": into, "preparation": preparation}
             with bar(split, len(images.labels)) as progress:
-                write(sources[split], progress=progress, normalization=normalization, into=into)
+                write(sources[split], progress=progress, **more)
     for kind in WRITER_PARTITIONS:
         (folder / "partitions" / f"{kind}.safetensors").unlink(missing_ok=True)
 

@@ -116,6 +116,15 @@ def is_prepared(folder: Path) -> bool:
     return all((folder / split / "meta.json").exists() for split in SPLITS)
 
 
+def check_preparation(folder: Path, train: str, test: str) -> None:
+    """Raise DataError unless both splits in `folder` have the same mark of the preparation that wrote them."""
+    if train != test:
+        raise DataError(
+            f"{folder / 'train'} and {folder / 'test'} are of two preparations, so one was interrupted: prepare both "
+            "again with the same prepare_data command and overwrite=true"
+        )
+
+
 def check_made(name: str, made: Any) -> tuple[dict[str, Split], list[str]]:
     """Return what a function has made as dataset `name`; raises DataError unless it is as a Make must return it."""
     form = "the function must return ({'train': (samples, labels), 'test': (samples, labels)}, class names)"

@@ -117,6 +117,8 @@ def test_a_client_column_gives_shards_and_a_shared_artifact_that_end_in_the_same
     facts = {key: manifest.facts[key] for key in ("dataset", "shape", "classes", "normalization")}
     assert facts == {"dataset": "mine", "shape": [8, 8, 3], "classes": NAMES, "normalization": "half"}
     assert sum(record.num_samples["test"] for record in manifest.values()) == 18
+    train, test = (open_artifact(tmp_path / "data/mine" / split).preparation for split in ("train", "test"))
+    assert train == test != ""
     assert verify_data.main([str(tmp_path / "data/mine"), "--full"]) == 0
     words = (*MINE, "partition=natural", "clients=3")
     shared = run(tmp_path, "shared", *words)["model_sha256"]
