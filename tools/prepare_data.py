@@ -81,7 +81,8 @@ def prepare(settings: Config, overwrite: bool) -> Iterator[str]:
     if dataset.name == FEMNIST.dataset:
         yield from prepare_shards(settings, overwrite)
         return
-    if Path(dataset.name).name != dataset.name or dataset.name.startswith(".") or not dataset.name.isprintable():
+    name = dataset.name
+    if not name or Path(name).name != name or name.startswith(".") or not name.isprintable():
         raise ConfigError(f"dataset.name={dataset.name!r} must be the name of a folder in {settings.data_dir}")
     with locked(settings.data_dir / f"{dataset.name}.lock"):
         if dataset.name not in EMBEDDED and dataset.name not in CIFAR:
@@ -155,9 +156,17 @@ def open_raw(settings: Config, source: Path) -> tuple[dict[str, RawSplit], list[
 
 
 def read_columns(settings: Config, source: Path) -> Columns | None:
-    """Return the columns of a source of tables, None for any other; raises ConfigError for columns that it lacks."""
+    """Return the columns of a source of tables, None for any other.
+
+    Raises ConfigError for columns that it lacks, and DataError for a source that may not be read.
+    """
     columns = Columns(settings.dataset.image_column, settings.dataset.label_column, settings.dataset.client_column)
-    if find_tables(source):
+    try:
+        tables = find_tables(source)
+    except PermissionError as error:
+        fix = "allow it with chmod, or choose another dataset.source"
+        raise DataError(f"{source} may not be read ({error.strerror}): {fix}") from error
+    if tables:
         return columns
     if columns != Columns():
         raise ConfigError(f"{source} has no parquet files, and only they have columns: leave dataset.*_column out")

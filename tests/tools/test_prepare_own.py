@@ -13,6 +13,7 @@ from PIL import Image
 from torchvision import transforms
 
 from flapp.config.load import compose
+from flapp.config.schema import ConfigError
 from flapp.data import decode as decoding
 from flapp.data.artifact import DataError, open_artifact, read_meta
 from flapp.data.folder import open_folder
@@ -174,6 +175,11 @@ REFUSED = {
     "dataset.shape=[16,16,1] dataset.normalization=imagenet": "imagenet needs 3 channels, the images have 1: leave it",
     "dataset.source=nowhere": "nowhere cannot be read (No such file or directory)",
     "dataset.name=../mine": "dataset.name='../mine' must be the name of a folder in",
+    "dataset.name=''": "dataset.name='' must be the name of a folder in",
+    **{
+        f"dataset.name={name}": f"dataset.name={name} is a dataset of flapp's own: choose another dataset.name"
+        for name in ("digits", "digits_turned", "regression", "cifar10", "cifar100", "femnist")
+    },
     "dataset.name=..": "dataset.name='..' must be the name of a folder in",
     "dataset.test_fraction=1": "dataset.test_fraction=1 is out of range: it must be less than 1",
     "dataset.target=task:make": "dataset.target=task:make makes dataset=mine on first use: start a run",
@@ -265,3 +271,25 @@ def test_splits_without_a_mark_are_accepted_and_the_mark_is_not_in_the_digest(tm
         assert open_artifact(path).digest == digest
     assert verify_data.main([str(tmp_path / "home/data/mine")]) == 0
     prepared(tmp_path)
+
+
+def test_a_run_with_own_data_named_as_a_dataset_of_flapps_own_is_refused(tmp_path: Path) -> None:
+    for name in ("digits", "femnist"):
+        with pytest.raises(ConfigError, match=f"dataset.name={name} is a dataset of flapp's own: choose another"):
+            compose(["dataset=custom", f"dataset.name={name}", f"home={tmp_path}"])
+
+
+def test_a_source_that_may_not_be_read_is_named(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.exists
+
+    def exists(path: Path) -> bool:
+        if path.parent == source:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "exists", exists)
+    said = refused(capsys, words(tmp_path))
+    assert said.startswith(f"error: {source} may not be read (Permission denied): allow it")
+    assert "dataset_dict.json" not in said
