@@ -49,7 +49,16 @@ from flapp.data.shards.build import export_artifacts, write_shards
 from flapp.data.shards.decoded import DecodedSource
 from flapp.data.shards.source import FEMNIST, Kind
 from flapp.data.shards.source import Source as ShardSource
-from flapp.data.sources import CIFAR, EMBEDDED, cifar_files, cifar_sha256, download_cifar, is_prepared, read_cifar
+from flapp.data.sources import (
+    CIFAR,
+    EMBEDDED,
+    check_preparation,
+    cifar_files,
+    cifar_sha256,
+    download_cifar,
+    is_prepared,
+    read_cifar,
+)
 from flapp.data.table_files import find_tables
 from flapp.data.tables import Columns, open_tables
 from flapp.files import replacing_folder
@@ -72,7 +81,8 @@ def prepare(settings: Config, overwrite: bool) -> Iterator[str]:
     if dataset.name == FEMNIST.dataset:
         yield from prepare_shards(settings, overwrite)
         return
-    if Path(dataset.name).name != dataset.name or dataset.name.startswith(".") or not dataset.name.isprintable():
+    name = dataset.name
+    if not name or Path(name).name != name or name.startswith(".") or not name.isprintable():
         raise ConfigError(f"dataset.name={dataset.name!r} must be the name of a folder in {settings.data_dir}")
     with locked(settings.data_dir / f"{dataset.name}.lock"):
         if dataset.name not in EMBEDDED and dataset.name not in CIFAR:
@@ -107,7 +117,9 @@ def prepare_own(settings: Config, overwrite: bool) -> Iterator[str]:
         split: hashlib.sha256(json.dumps([found.sha256, *settled]).encode()).hexdigest() for split, found in raw.items()
     }
     made = [is_made(folder / split, sha256, overwrite, "files or settings") for split, sha256 in sources.items()]
-    if not all(made):
+    if all(made):
+        check_preparation(folder, *(open_artifact(folder / split).preparation for split in SPLITS))
+    else:
         decoded, lines = decode_all(settings, raw)
         yield from lines
         write_own(folder, decoded, classes, sources, dataset.normalization)
@@ -144,9 +156,17 @@ def open_raw(settings: Config, source: Path) -> tuple[dict[str, RawSplit], list[
 
 
 def read_columns(settings: Config, source: Path) -> Columns | None:
-    """Return the columns of a source of tables, None for any other; raises ConfigError for columns that it lacks."""
+    """Return the columns of a source of tables, None for any other.
+
+    Raises ConfigError for columns that it lacks, and DataError for a source that may not be read.
+    """
     columns = Columns(settings.dataset.image_column, settings.dataset.label_column, settings.dataset.client_column)
-    if find_tables(source):
+    try:
+        tables = find_tables(source)
+    except PermissionError as error:
+        fix = "allow it with chmod, or choose another dataset.source"
+        raise DataError(f"{source} may not be read ({error.strerror}): {fix}") from error
+    if tables:
         return columns
     if columns != Columns():
         raise ConfigError(f"{source} has no parquet files, and only they have columns: leave dataset.*_column out")
@@ -184,14 +204,16 @@ def write_own(
         raise DataError(f"dataset.normalization=imagenet needs 3 channels, the images have {channels}: leave it out")
     if missing := set(range(len(classes))) - set(decoded["train"].labels.tolist()):
         raise DataError(f"class {classes[min(missing)]} has no training image that can be read: repair one")
+    preparation = hashlib.sha256("".join(sources[split] for split in SPLITS).encode()).hexdigest()
     with ExitStack() as stack:
         for split, images in decoded.items():
             target = folder / split
             remove_leftovers(target)
             into = stack.enter_context(replacing_folder(target))
             write = partial(write_rows, target, images.read_rows, images.images.shape, images.labels, classes)
+            more = {"normalization": normalization, "into": into, "preparation": preparation}
             with bar(split, len(images.labels)) as progress:
-                write(sources[split], progress=progress, normalization=normalization, into=into)
+                write(sources[split], progress=progress, **more)
     for kind in WRITER_PARTITIONS:
         (folder / "partitions" / f"{kind}.safetensors").unlink(missing_ok=True)
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from flapp.config.load import compose
-from flapp.data.artifact import open_artifact
+from flapp.data.artifact import DataError, open_artifact
 from flapp.data.shards.client import DistributedShardLoader
 from flapp.data.shards.manifest import load_manifest
+from flapp.partitions import prepared
 from tests.conftest import LocalGrid, run_app
 from tests.support.leaf_files import as_leaf, content_of, draw_samples, write_leaf
 from tests.support.tables import NAMES, as_dataset, draw_images, png, write_femnist, write_parquet
@@ -117,6 +118,8 @@ def test_a_client_column_gives_shards_and_a_shared_artifact_that_end_in_the_same
     facts = {key: manifest.facts[key] for key in ("dataset", "shape", "classes", "normalization")}
     assert facts == {"dataset": "mine", "shape": [8, 8, 3], "classes": NAMES, "normalization": "half"}
     assert sum(record.num_samples["test"] for record in manifest.values()) == 18
+    train, test = (open_artifact(tmp_path / "data/mine" / split).preparation for split in ("train", "test"))
+    assert train == test != ""
     assert verify_data.main([str(tmp_path / "data/mine"), "--full"]) == 0
     words = (*MINE, "partition=natural", "clients=3")
     shared = run(tmp_path, "shared", *words)["model_sha256"]
@@ -135,6 +138,9 @@ def test_every_partition_by_writer_works_on_shards_alone(table: Path, tmp_path: 
     assert not (tmp_path / "data/mine/train").exists()
     assert compose([f"home={tmp_path}", *MINE, *words]).dataset.normalization == "imagenet"
     assert run(tmp_path, "one", *MINE, *words)["status"] == "finished"
+    settings = compose([f"home={tmp_path}", *MINE, *(word for word in words if "enabled" not in word)])
+    with pytest.raises(DataError, match=r"mine is prepared as shards only, in .*: add distributed_data.enabled=true"):
+        prepared(settings)
 
 
 def test_a_test_split_of_the_source_stays_the_test_split_of_its_clients(tmp_path: Path) -> None:
