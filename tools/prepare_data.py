@@ -23,7 +23,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -84,7 +84,8 @@ def prepare(settings: Config, overwrite: bool) -> Iterator[str]:
     name = dataset.name
     if not name or Path(name).name != name or name.startswith(".") or not name.isprintable():
         raise ConfigError(f"dataset.name={dataset.name!r} must be the name of a folder in {settings.data_dir}")
-    with locked(settings.data_dir / f"{dataset.name}.lock"):
+    with locked(settings.data_dir / f"{dataset.name}.lock"), ExitStack() as stack:
+        stack.callback(remove_if_empty, folder)
         if dataset.name not in EMBEDDED and dataset.name not in CIFAR:
             yield from (prepare_shards if dataset.client_column else prepare_own)(settings, overwrite)
             return
@@ -93,6 +94,12 @@ def prepare(settings: Config, overwrite: bool) -> Iterator[str]:
                 write_native(folder / split, load, sha256, dataset.shape, dataset.classes)
             yield describe(folder / split, is_new)
             yield from prepare_resized(folder / split, dataset.materialize, overwrite)
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove the folder of a dataset that was refused before anything was written to it."""
+    with suppress(OSError):  # it is not there, or not empty
+        folder.rmdir()
 
 
 def prepare_resized(native: Path, size: int | None, overwrite: bool) -> Iterator[str]:
@@ -134,7 +141,12 @@ def decode_all(settings: Config, raw: dict[str, RawSplit]) -> tuple[dict[str, De
     with bar("decoding", sum(len(found.labels) for found in raw.values())) as progress:
         shape = FEMNIST.shape if dataset.name == FEMNIST.dataset else dataset.shape or None
         decoded, bad = decode_splits(raw, shape, dataset.skip_unreadable, settings.data_dir, progress)
-    return decoded, [*listed(bad), f"{len(bad):,} images cannot be read and are left out"] if bad else []
+    left_out = (
+        "1 image cannot be read and is left out"
+        if len(bad) == 1
+        else f"{len(bad):,} images cannot be read and are left out"
+    )
+    return decoded, [*listed(bad), left_out] if bad else []
 
 
 def open_raw(settings: Config, source: Path) -> tuple[dict[str, RawSplit], list[str]]:
@@ -211,9 +223,9 @@ def write_own(
             remove_leftovers(target)
             into = stack.enter_context(replacing_folder(target))
             write = partial(write_rows, target, images.read_rows, images.images.shape, images.labels, classes)
-            more = {"normalization": normalization, "into": into, "preparation": preparation}
+            write = partial(write, normalization=normalization, into=into, preparation=preparation)
             with bar(split, len(images.labels)) as progress:
-                write(sources[split], progress=progress, **more)
+                write(sources[split], progress=progress)
     for kind in WRITER_PARTITIONS:
         (folder / "partitions" / f"{kind}.safetensors").unlink(missing_ok=True)
 

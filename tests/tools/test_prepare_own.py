@@ -125,6 +125,11 @@ def test_unreadable_images_end_the_command_or_are_left_out(
     assert "30 images cannot be read and are left out" in capsys.readouterr().out
     labels = [open_artifact(tmp_path / "home/data/mine" / split).labels for split in ("train", "test")]
     assert sum(map(len, labels)) == 50
+    for number in range(1, 30):
+        (source / "bee" / f"{number:03d}.png").unlink()
+    capsys.readouterr()
+    prepared(tmp_path, "overwrite=true", "dataset.skip_unreadable=true")
+    assert "\n1 image cannot be read and is left out" in capsys.readouterr().out
 
 
 def test_nothing_is_written_unless_both_splits_are(
@@ -142,7 +147,7 @@ def test_nothing_is_written_unless_both_splits_are(
     assert tree(tmp_path / "home/data/mine") == before
     shutil.rmtree(tmp_path / "home/data/mine")
     assert refused(capsys, words(tmp_path)) == "error: the disk is full"
-    assert list((tmp_path / "home/data/mine").iterdir()) == []
+    assert not (tmp_path / "home/data/mine").exists()
     assert [path.name for path in (tmp_path / "home/data").iterdir() if path.is_file()] == ["mine.lock"]
 
 

@@ -1,5 +1,6 @@
 """tools.prepare_data from tables: artifacts, and shards of the clients that a column names."""
 
+import logging
 import shutil
 import subprocess
 import sys
@@ -241,6 +242,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line_with_the_fix(
     assert "flwrlabs/femnist cannot be downloaded (Couldn't reach 'flwrlabs/femnist' on the Hub)" in said
     assert "check the name and the network, or download the files elsewhere and set dataset.source" in said
     assert not list((tmp_path / "raw").glob("flwrlabs--femnist"))
+    assert logging.getLogger("huggingface_hub").level == logging.ERROR
     said = refused(capsys, tmp_path, *MINE, "dataset.download=true", "dataset.hub=../x")
     assert "dataset.hub=../x is not a name on the hub: give owner/name" in said
     assert "add dataset.hub=OWNER/NAME" in refused(capsys, tmp_path, *MINE, "dataset.download=true")

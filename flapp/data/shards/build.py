@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,8 @@ def _join(folder: Path, kind: Kind, files: list[Path], counts: list[int], prepar
             source_sha256.update(images.data)
     source_sha256.update(labels.data)
     sha256, shape = source_sha256.hexdigest(), (len(labels), *kind.shape)
-    more = {"normalization": kind.normalization, "preparation": preparation}
-    write_rows(folder, read, shape, labels, kind.classes, sha256, **more)
+    write = partial(write_rows, normalization=kind.normalization, preparation=preparation)
+    write(folder, read, shape, labels, kind.classes, sha256)
 
 
 def open_shard(manifest: Manifest, client_id: str) -> DistributedShardLoader:
