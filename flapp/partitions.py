@@ -21,7 +21,7 @@ from flapp.data.artifact import (
 )
 from flapp.data.partition import Partition, hold_out, load_partition
 from flapp.data.shards.manifest import load_manifest
-from flapp.data.sources import MADE_BY, OWN, check_preparation, ensure_artifacts, named
+from flapp.data.sources import MADE_BY, check_preparation, ensure_artifacts, is_own, named
 
 
 def open_partition(config: Config) -> Partition:
@@ -32,7 +32,7 @@ def open_partition(config: Config) -> Partition:
 def prepared(config: Config) -> Path:
     """Return the folder of the dataset; if it is missing, it is made when flapp or the user's own code can make it."""
     function, name = own(config, "dataset.target"), config.dataset.name
-    if function and name in OWN:
+    if function and is_own(name):
         raise DataError(f"dataset.name={name} is a dataset of flapp's own, dataset.target makes yours: choose a name")
 
     def make() -> Any:

@@ -50,12 +50,12 @@ from flapp.data.shards.decoded import DecodedSource
 from flapp.data.shards.source import FEMNIST, Kind
 from flapp.data.shards.source import Source as ShardSource
 from flapp.data.sources import (
-    CIFAR,
     EMBEDDED,
     check_preparation,
     cifar_files,
     cifar_sha256,
     download_cifar,
+    is_own,
     is_prepared,
     read_cifar,
 )
@@ -77,16 +77,16 @@ Source = tuple[str, Callable[[], Content]]  # the SHA-256 of what a split is mad
 
 def prepare(settings: Config, overwrite: bool) -> Iterator[str]:
     """Prepare the dataset of `settings` and yield a line about each result; raises DataError, ConfigError."""
-    dataset, folder = settings.dataset, settings.data_dir / settings.dataset.name
-    if dataset.name == FEMNIST.dataset:
+    dataset, name = settings.dataset, settings.dataset.name
+    if name == FEMNIST.dataset:
         yield from prepare_shards(settings, overwrite)
         return
-    name = dataset.name
     if not name or Path(name).name != name or name.startswith(".") or not name.isprintable():
-        raise ConfigError(f"dataset.name={dataset.name!r} must be the name of a folder in {settings.data_dir}")
-    with locked(settings.data_dir / f"{dataset.name}.lock"), ExitStack() as stack:
+        raise ConfigError(f"dataset.name={name!r} must be the name of a folder in {settings.data_dir}")
+    folder = settings.data_dir / name
+    with locked(settings.data_dir / f"{name}.lock"), ExitStack() as stack:
         stack.callback(remove_if_empty, folder)
-        if dataset.name not in EMBEDDED and dataset.name not in CIFAR:
+        if not is_own(name):
             yield from (prepare_shards if dataset.client_column else prepare_own)(settings, overwrite)
             return
         for split, (sha256, load) in find_sources(settings, overwrite).items():
@@ -141,12 +141,8 @@ def decode_all(settings: Config, raw: dict[str, RawSplit]) -> tuple[dict[str, De
     with bar("decoding", sum(len(found.labels) for found in raw.values())) as progress:
         shape = FEMNIST.shape if dataset.name == FEMNIST.dataset else dataset.shape or None
         decoded, bad = decode_splits(raw, shape, dataset.skip_unreadable, settings.data_dir, progress)
-    left_out = (
-        "1 image cannot be read and is left out"
-        if len(bad) == 1
-        else f"{len(bad):,} images cannot be read and are left out"
-    )
-    return decoded, [*listed(bad), left_out] if bad else []
+    count = "1 image cannot be read and is" if len(bad) == 1 else f"{len(bad):,} images cannot be read and are"
+    return decoded, [*listed(bad), f"{count} left out"] if bad else []
 
 
 def open_raw(settings: Config, source: Path) -> tuple[dict[str, RawSplit], list[str]]:

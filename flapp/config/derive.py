@@ -59,10 +59,10 @@ def _fill_dataset(values: dict[str, Any]) -> None:
 
 def _refuse_own(values: dict[str, Any]) -> None:
     """Raise ConfigError for a name of flapp's own without the settings that its own file in conf/dataset has."""
-    from flapp.data.sources import OWN  # not needed for most settings
+    from flapp.data.sources import is_own  # not needed for most settings
 
     name = values["dataset"].get("name") if _unset(values) else None
-    if name in OWN:
+    if name is not None and is_own(name):
         raise ConfigError(
             f"dataset.name={name} is a dataset of flapp's own: choose another dataset.name, or use dataset={name}"
         )

@@ -164,9 +164,9 @@ def write_rows(
 ) -> None:
     """Write one split as write_artifact does, block by block: read(start, stop) returns samples of all, of `shape`.
 
-    progress(n) is called for every n samples written. normalization: the one that runs shall use. into: an empty folder
-    to write to, which the caller makes `folder`. preparation: marks the splits that are written together. Raises
-    DataError for wrong arrays and when the disk is full or fails.
+    progress(n) is called for every n samples written. normalization: the one that runs must use. into: an empty folder
+    to write to, which the caller then renames to `folder`. preparation: marks the splits that are written together.
+    Raises DataError for wrong arrays and when the disk is full or fails.
     """
     shape = tuple(shape)
     check_arrays(str(folder), dtype, shape, labels, len(classes), layout)

@@ -69,7 +69,9 @@ EMBEDDED: dict[str, Make] = {
 }
 
 
-OWN = (*EMBEDDED, "cifar10", "cifar100", "femnist")  # names of datasets of flapp's own
+def is_own(name: str) -> bool:
+    """Say whether a name is that of a dataset of flapp's own."""
+    return name in EMBEDDED or name in CIFAR or name == "femnist"
 
 
 def ensure_artifacts(data: Path, name: str, make: Make | None = None, source: str = "") -> Path:
@@ -106,7 +108,7 @@ def ensure_artifacts(data: Path, name: str, make: Make | None = None, source: st
 
 def named(name: str) -> str:
     """Return the words of the command line that choose a dataset."""
-    return f"dataset={name}" if name in OWN else f"dataset=custom dataset.name={name}"
+    return f"dataset={name}" if is_own(name) else f"dataset=custom dataset.name={name}"
 
 
 def _check_maker(folder: Path, source: str) -> None:

@@ -49,7 +49,7 @@ def prefix_of(names: Collection[str]) -> str | None:
 
 
 def oddity_of(library: str, found: Container[str], names: Collection[str], positions: int) -> str | None:
-    """Return what sets a ViT of a library apart from flapp's, in words that follow "which", or None.
+    """Return what sets a ViT of a library apart from flapp's, in words that follow "a ViT that", or None.
 
     found: the names of its tensors, in ours; names: in the library's; positions: how many position embeddings it has.
     """

@@ -17,7 +17,7 @@ from typing import Any
 
 from flapp.model.foreign import choices, network_of, oddity_of, prefix_of
 from flapp.model.layout import ACTIVATIONS, SIZES, Layout, Shape, Variant
-from flapp.model.names import LAYER, POSITIONS, QKV, TIMM, TRANSFORMERS, from_any, library_of
+from flapp.model.names import LAYER, POSITIONS, QKV, TIMM, TRANSFORMERS, from_any
 from flapp.model.weight_files import WEIGHTS, find_weights, read_header, read_shapes
 from flapp.untrusted import printable, read_json
 
@@ -43,8 +43,9 @@ class ViTWeights:
     """What a file of weights says of its ViT.
 
     path: the file; library: whose names it has; left_out: its tensors that flapp has no use for; size: one of SIZES;
-    image_size: None where the position embeddings are of no square of patches; variant and normalization: None is not
-    said. is_alone: whether the file is all there is, so that heads, activation and pooling are assumed.
+    image_size: None where the position embeddings are not those of a square grid of patches; variant and normalization:
+    None where they are not said; is_alone: whether no other file says them, so that heads, activation and pooling are
+    assumed.
     """
 
     path: Path
@@ -66,7 +67,8 @@ def describe(path: Path) -> ViTWeights:
 
 def describe_shapes(file: Path, shapes: Mapping[str, Shape]) -> ViTWeights:
     """Return what a file says whose tensors have these shapes under their own names; raises as describe."""
-    library, config = library_of(shapes), _config_beside(file, library_of(shapes))
+    library, found = from_any(shapes)
+    config = _config_beside(file, library)
     kind = config.get("model_type")
     if kind not in (None, "vit"):
         said = f"model_type {kind}, architectures {config.get('architectures')}"
@@ -77,10 +79,9 @@ def describe_shapes(file: Path, shapes: Mapping[str, Shape]) -> ViTWeights:
     if network or library is None:
         seen = f"looks like {network}" if network else f"has tensors of another network, first {_said(min(shapes))}"
         raise ValueError(f"{file} {seen}, which is no ViT that flapp has; {_fix()}")
-    _, found = from_any(shapes)
     positions = found.get(POSITIONS, ())
     if oddity := oddity_of(library, found, shapes, positions[1] if len(positions) == 3 else 2):
-        raise ValueError(f"{file} is a ViT that {oddity}, which flapp's have not; {_fix()}")
+        raise ValueError(f"{file} is a ViT that {oddity}, unlike flapp's; {_fix()}")
     size = size_of(found)
     name = name_of(size)
     if name is None:

@@ -20,6 +20,7 @@ from flapp.partitions import prepared
 from tests.conftest import LocalGrid, run_app
 from tests.support.leaf_files import as_leaf, content_of, draw_samples, write_leaf
 from tests.support.tables import NAMES, as_dataset, draw_images, png, write_femnist, write_parquet
+from tests.tools import test_prepare
 from tools import prepare_data, verify_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,12 +51,10 @@ def prepare(home: Path, *words: str) -> int:
 
 
 def refused(capsys: pytest.CaptureFixture[str], home: Path, *words: str) -> str:
-    capsys.readouterr()
-    assert prepare(home, *words) == 1
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
+    """Run the tool, which must refuse with one line and write nothing, and return that line."""
+    error = test_prepare.refused(capsys, [f"home={home}", *words])
     assert not list(home.rglob("meta.json"))
-    return errors[0]
+    return error
 
 
 def run(home: Path, name: str, *words: str) -> dict[str, Any]:
