@@ -35,10 +35,11 @@ def replacing(path: Path, mode: int | None = None) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
+def replacing_folder(folder: Path, is_new: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder beside `folder`, and rename it to `folder` when the block ends.
 
-    A folder that is there already is replaced. Where the block raises, it stays as it was.
+    A folder that is there already is replaced. Where the block raises, it stays as it was. is_new: a folder that has
+    content by then, which another process may have written, stays; raises OSError for it.
     """
     partial = _beside(folder)
     old = folder.with_name(f"{partial.name}.old")
@@ -47,7 +48,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         yield partial
         for path in (*partial.iterdir(), partial):
             sync(path)
-        if folder.exists():
+        if folder.exists() and not is_new:
             os.replace(folder, old)  # a folder cannot be renamed onto one that has content
         os.replace(partial, folder)
         sync(folder.parent)

@@ -21,7 +21,7 @@ from flapp.data.artifact import (
 )
 from flapp.data.partition import Partition, hold_out, load_partition
 from flapp.data.shards.manifest import load_manifest
-from flapp.data.sources import CIFAR, EMBEDDED, MADE_BY, ensure_artifacts, named
+from flapp.data.sources import MADE_BY, check_preparation, ensure_artifacts, is_own, named
 
 
 def open_partition(config: Config) -> Partition:
@@ -32,7 +32,7 @@ def open_partition(config: Config) -> Partition:
 def prepared(config: Config) -> Path:
     """Return the folder of the dataset; if it is missing, it is made when flapp or the user's own code can make it."""
     function, name = own(config, "dataset.target"), config.dataset.name
-    if function and name in {*EMBEDDED, *CIFAR, "femnist"}:
+    if function and is_own(name):
         raise DataError(f"dataset.name={name} is a dataset of flapp's own, dataset.target makes yours: choose a name")
 
     def make() -> Any:
@@ -85,7 +85,10 @@ def cached_partition(config: Config, files: Stamp) -> Partition:
 
 
 def check_splits(config: Config, train: Artifact, test: Artifact) -> None:
-    """Raise DataError unless both splits hold what the settings say: samples of one kind, and images if they must."""
+    """Raise DataError unless both splits are of one preparation and hold what the settings say.
+
+    That is samples of one kind, and images if they must be.
+    """
     settings = config.dataset
     fixes = {
         "dataset.materialize=null": settings.materialize,
@@ -93,6 +96,7 @@ def check_splits(config: Config, train: Artifact, test: Artifact) -> None:
         "dataset.normalization=half": settings.normalization == "imagenet",
         "model.image_size=null": config.model.image_size,
     }
+    check_preparation(train.path.parent, train.preparation, test.preparation)
     for artifact in (train, test):
         check_samples(artifact, settings.shape, settings.classes, settings.normalization)
         refuse_rows(artifact, [fix for fix, is_given in fixes.items() if is_given])

@@ -78,7 +78,7 @@ def main() -> int:
     if words[0] not in COMMANDS:
         print(f"error: {words[0]} is not a command of flapp: choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    if words[0] in ("runs", "checkpoints", "verify"):
+    if words[0] in ("runs", "checkpoints", "verify", "predict"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends them quietly
     sys.argv = [f"flapp {words[0]}", *words[1:]]
     try:

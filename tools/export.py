@@ -11,8 +11,10 @@ Exits 0, or 1 with one line on standard error.
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from flapp.files import replacing_folder
@@ -25,8 +27,7 @@ LIBRARIES = ("torchvision", "transformers", "timm", "peft", "onnx")
 
 def export(run: FinishedRun, library: str, out: Path) -> str:
     """Write the model for a library into `out`, whole or not at all, and return how to load it; raises ValueError."""
-    if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
-        raise ValueError(f"{out} is not an empty folder: name a new one with --out")
+    _check_out(out)
     from tools.exporting import adapters, onnx_file, vits
 
     writers = {
@@ -36,10 +37,41 @@ def export(run: FinishedRun, library: str, out: Path) -> str:
         "peft": adapters.write_peft,
         "onnx": onnx_file.write_onnx,
     }
-    with replacing_folder(out) as partial:
-        usage = writers[library](run, partial)
-        (partial / "classes.json").write_text(json.dumps(list(run.classes), indent=1) + "\n")
-    return usage.format(out=out)
+    missing = [folder for folder in out.parents if not folder.exists()]
+    try:
+        with replacing_folder(out, is_new=True) as partial:
+            usage = writers[library](run, partial)
+            (partial / "classes.json").write_text(json.dumps(list(run.classes), indent=1) + "\n")
+    except BaseException as error:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise ValueError(f"--out {out} cannot be written ({error.strerror or error}): name a new folder") from error
+        raise
+    # repr of a text with a double quote in it is in single quotes, as the lines are.
+    return usage.format(out=repr(f'"{out}')[2:-1])
+
+
+def _check_out(out: Path) -> None:
+    """Raise ValueError for a path that cannot become a new folder; nothing is made."""
+    folder = Path(os.path.abspath(out))
+    fault = ""
+    try:
+        if folder.is_symlink():
+            fault = "is a link"
+        elif folder in (Path.cwd(), *Path.cwd().parents):
+            fault = "is the folder that you are in, or has it inside"
+        elif folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+            fault = "is not an empty folder"
+        else:
+            above = next(each for each in folder.parents if os.path.lexists(each))
+            if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+                fault = f"cannot be made, because {above} is not a folder that you can write to"
+    except OSError as error:
+        fault = f"cannot be made ({error.strerror})"
+    if fault:
+        raise ValueError(f"--out {out} {fault}: name a new folder with --out")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

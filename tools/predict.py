@@ -8,6 +8,7 @@ standard error; the others are classified. Exits 0, or 1 if there was such an im
 """
 
 import json
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("images", type=Path, nargs="+", metavar="IMAGE")
     add("--top", type=int, default=5, help="how many classes to print for each image (default 5)")
     add("--json", action="store_true", help="print one JSON object a line, with all classes")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)  # options may stand between images
     is_whole = True
     try:
         for path, found in predict(open_run(given.run_dir), given.images):
@@ -77,4 +78,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     sys.exit(main())

@@ -23,7 +23,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,16 @@ from flapp.data.shards.build import export_artifacts, write_shards
 from flapp.data.shards.decoded import DecodedSource
 from flapp.data.shards.source import FEMNIST, Kind
 from flapp.data.shards.source import Source as ShardSource
-from flapp.data.sources import CIFAR, EMBEDDED, cifar_files, cifar_sha256, download_cifar, is_prepared, read_cifar
+from flapp.data.sources import (
+    EMBEDDED,
+    check_preparation,
+    cifar_files,
+    cifar_sha256,
+    download_cifar,
+    is_own,
+    is_prepared,
+    read_cifar,
+)
 from flapp.data.table_files import find_tables
 from flapp.data.tables import Columns, open_tables
 from flapp.files import replacing_folder
@@ -68,14 +77,16 @@ Source = tuple[str, Callable[[], Content]]  # the SHA-256 of what a split is mad
 
 def prepare(settings: Config, overwrite: bool) -> Iterator[str]:
     """Prepare the dataset of `settings` and yield a line about each result; raises DataError, ConfigError."""
-    dataset, folder = settings.dataset, settings.data_dir / settings.dataset.name
-    if dataset.name == FEMNIST.dataset:
+    dataset, name = settings.dataset, settings.dataset.name
+    if name == FEMNIST.dataset:
         yield from prepare_shards(settings, overwrite)
         return
-    if Path(dataset.name).name != dataset.name or dataset.name.startswith(".") or not dataset.name.isprintable():
-        raise ConfigError(f"dataset.name={dataset.name!r} must be the name of a folder in {settings.data_dir}")
-    with locked(settings.data_dir / f"{dataset.name}.lock"):
-        if dataset.name not in EMBEDDED and dataset.name not in CIFAR:
+    if not name or Path(name).name != name or name.startswith(".") or not name.isprintable():
+        raise ConfigError(f"dataset.name={name!r} must be the name of a folder in {settings.data_dir}")
+    folder = settings.data_dir / name
+    with locked(settings.data_dir / f"{name}.lock"), ExitStack() as stack:
+        stack.callback(remove_if_empty, folder)
+        if not is_own(name):
             yield from (prepare_shards if dataset.client_column else prepare_own)(settings, overwrite)
             return
         for split, (sha256, load) in find_sources(settings, overwrite).items():
@@ -83,6 +94,12 @@ def prepare(settings: Config, overwrite: bool) -> Iterator[str]:
                 write_native(folder / split, load, sha256, dataset.shape, dataset.classes)
             yield describe(folder / split, is_new)
             yield from prepare_resized(folder / split, dataset.materialize, overwrite)
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove the folder of a dataset that was refused before anything was written to it."""
+    with suppress(OSError):  # it is not there, or not empty
+        folder.rmdir()
 
 
 def prepare_resized(native: Path, size: int | None, overwrite: bool) -> Iterator[str]:
@@ -107,7 +124,9 @@ def prepare_own(settings: Config, overwrite: bool) -> Iterator[str]:
         split: hashlib.sha256(json.dumps([found.sha256, *settled]).encode()).hexdigest() for split, found in raw.items()
     }
     made = [is_made(folder / split, sha256, overwrite, "files or settings") for split, sha256 in sources.items()]
-    if not all(made):
+    if all(made):
+        check_preparation(folder, *(open_artifact(folder / split).preparation for split in SPLITS))
+    else:
         decoded, lines = decode_all(settings, raw)
         yield from lines
         write_own(folder, decoded, classes, sources, dataset.normalization)
@@ -122,7 +141,8 @@ def decode_all(settings: Config, raw: dict[str, RawSplit]) -> tuple[dict[str, De
     with bar("decoding", sum(len(found.labels) for found in raw.values())) as progress:
         shape = FEMNIST.shape if dataset.name == FEMNIST.dataset else dataset.shape or None
         decoded, bad = decode_splits(raw, shape, dataset.skip_unreadable, settings.data_dir, progress)
-    return decoded, [*listed(bad), f"{len(bad):,} images cannot be read and are left out"] if bad else []
+    count = "1 image cannot be read and is" if len(bad) == 1 else f"{len(bad):,} images cannot be read and are"
+    return decoded, [*listed(bad), f"{count} left out"] if bad else []
 
 
 def open_raw(settings: Config, source: Path) -> tuple[dict[str, RawSplit], list[str]]:
@@ -144,9 +164,17 @@ def open_raw(settings: Config, source: Path) -> tuple[dict[str, RawSplit], list[
 
 
 def read_columns(settings: Config, source: Path) -> Columns | None:
-    """Return the columns of a source of tables, None for any other; raises ConfigError for columns that it lacks."""
+    """Return the columns of a source of tables, None for any other.
+
+    Raises ConfigError for columns that it lacks, and DataError for a source that may not be read.
+    """
     columns = Columns(settings.dataset.image_column, settings.dataset.label_column, settings.dataset.client_column)
-    if find_tables(source):
+    try:
+        tables = find_tables(source)
+    except PermissionError as error:
+        fix = "allow it with chmod, or choose another dataset.source"
+        raise DataError(f"{source} may not be read ({error.strerror}): {fix}") from error
+    if tables:
         return columns
     if columns != Columns():
         raise ConfigError(f"{source} has no parquet files, and only they have columns: leave dataset.*_column out")
@@ -184,14 +212,16 @@ def write_own(
         raise DataError(f"dataset.normalization=imagenet needs 3 channels, the images have {channels}: leave it out")
     if missing := set(range(len(classes))) - set(decoded["train"].labels.tolist()):
         raise DataError(f"class {classes[min(missing)]} has no training image that can be read: repair one")
+    preparation = hashlib.sha256("".join(sources[split] for split in SPLITS).encode()).hexdigest()
     with ExitStack() as stack:
         for split, images in decoded.items():
             target = folder / split
             remove_leftovers(target)
             into = stack.enter_context(replacing_folder(target))
             write = partial(write_rows, target, images.read_rows, images.images.shape, images.labels, classes)
+            write = partial(write, normalization=normalization, into=into, preparation=preparation)
             with bar(split, len(images.labels)) as progress:
-                write(sources[split], progress=progress, normalization=normalization, into=into)
+                write(sources[split], progress=progress)
     for kind in WRITER_PARTITIONS:
         (folder / "partitions" / f"{kind}.safetensors").unlink(missing_ok=True)
 

@@ -35,6 +35,7 @@ from flapp.data.shards.build import open_shard
 from flapp.data.shards.client import DistributedShardLoader, read_blocks
 from flapp.data.shards.client import read_meta as read_shard_meta
 from flapp.data.shards.manifest import Manifest, load_manifest
+from flapp.data.sources import check_preparation
 from flapp.untrusted import printable
 from tools.cli import new_parser
 
@@ -256,8 +257,10 @@ class Pixels:
 
 
 def fits_train(path: Path, train: Path) -> str:
-    """Compare the classes, shape and content of a split with those of the training split."""
+    """Compare the preparation, classes, shape and content of a split with those of the training split."""
     this, other = read_meta(path), read_meta(train)
+    if path.name == "test":
+        check_preparation(path.parent, other.get("preparation", ""), this.get("preparation", ""))
     if this["classes"] != other["classes"]:
         raise DataError(f"{path.name} has other classes than train: prepare both together")
     if "@" not in path.name and this["images"]["shape"][1:] != other["images"]["shape"][1:]:

@@ -17,7 +17,9 @@ def leave_open(values: dict[str, Any]) -> bool:
 
     These are shape [] and 0 classes. Returns whether there are any: they cannot be checked together with others.
     """
-    unset, nothing = _unset(values), {"shape": [], "classes": 0, "normalization": NORMALIZATION}
+    unset = _unset(values)
+    _refuse_own(values)
+    nothing = {"shape": [], "classes": 0, "normalization": NORMALIZATION}
     for key in unset:
         values["dataset"][key] = nothing[key]
     return bool(unset)
@@ -40,6 +42,7 @@ def _fill_dataset(values: dict[str, Any]) -> None:
     dataset, unset = values["dataset"], _unset(values)
     if not unset or not isinstance(dataset.get("name"), str) or not isinstance(values.get("home"), str):
         return  # there is nothing to do, or the check of types says what is wrong
+    _refuse_own(values)
     target = dataset.get("target")
     found = {"normalization": NORMALIZATION} | ({} if target else _read_facts(values))
     if set(unset) <= found.keys():
@@ -51,6 +54,17 @@ def _fill_dataset(values: dict[str, Any]) -> None:
         raise ConfigError(
             f"dataset {name} is not prepared in {folder}: prepare it with python -m tools.prepare_data dataset=custom "
             f"dataset.name={name} dataset.source=DIR, or set dataset.shape and dataset.classes if it lies elsewhere"
+        )
+
+
+def _refuse_own(values: dict[str, Any]) -> None:
+    """Raise ConfigError for a name of flapp's own without the settings that its own file in conf/dataset has."""
+    from flapp.data.sources import is_own  # not needed for most settings
+
+    name = values["dataset"].get("name") if _unset(values) else None
+    if name is not None and is_own(name):
+        raise ConfigError(
+            f"dataset.name={name} is a dataset of flapp's own: choose another dataset.name, or use dataset={name}"
         )
 
 

@@ -68,6 +68,7 @@ class Artifact:
     source_sha256: str
     layout: str = "NHWC"
     normalization: str | None = None  # what the settings said when it was prepared
+    preparation: str = ""  # the same in all splits that were written together
 
     @property
     def has_images(self) -> bool:
@@ -159,11 +160,13 @@ def write_rows(
     dtype: np.dtype = UINT8,
     normalization: str | None = None,
     into: Path | None = None,
+    preparation: str = "",
 ) -> None:
     """Write one split as write_artifact does, block by block: read(start, stop) returns samples of all, of `shape`.
 
-    progress(n) is called for every n samples written. normalization: the one that runs shall use. into: an empty folder
-    to write to, which the caller makes `folder`. Raises DataError for wrong arrays and when the disk is full or fails.
+    progress(n) is called for every n samples written. normalization: the one that runs must use. into: an empty folder
+    to write to, which the caller then renames to `folder`. preparation: marks the splits that are written together.
+    Raises DataError for wrong arrays and when the disk is full or fails.
     """
     shape = tuple(shape)
     check_arrays(str(folder), dtype, shape, labels, len(classes), layout)
@@ -182,6 +185,7 @@ def write_rows(
     meta: dict[str, Any] = {"format_version": FORMAT_VERSION, "writer": f"flapp {__version__}"}
     meta |= {"layout": layout} if layout != "NHWC" else {}
     meta |= {"normalization": normalization} if normalization else {}
+    meta |= {"preparation": preparation} if preparation else {}
     try:
         if into is None:
             remove_leftovers(folder)
@@ -218,8 +222,8 @@ def open_artifact(folder: Path, verify: bool = False) -> Artifact:
                 f"{folder / name}.npy was changed or damaged (block {bad[0]} has another SHA-256 than its meta.json "
                 f"says): delete {folder} and prepare it again"
             )
-    source, normalization = meta.get("source_sha256", ""), meta.get("normalization")
-    return Artifact(folder, images, labels, tuple(meta["classes"]), digest(meta), source, layout, normalization)
+    more = (meta.get("source_sha256", ""), layout, meta.get("normalization"), meta.get("preparation", ""))
+    return Artifact(folder, images, labels, tuple(meta["classes"]), digest(meta), *more)
 
 
 def open_verified(folder: Path) -> Artifact:
@@ -334,7 +338,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         sound = all(type(words) is list and all(type(word) is str for word in words) for words in lists)
         sound = sound and all(type(array["shape"]) is list for array in arrays)
         sound = sound and all(type(n) is int and n >= 0 for array in arrays for n in array["shape"])
-        sound = sound and type(meta.get("source_sha256", "")) is str
+        sound = sound and all(type(meta.get(key, "")) is str for key in ("source_sha256", "preparation"))
         sound = sound and meta.get("normalization", "half") in NORMALIZATION_NAMES
         found = printable(f"format {meta['format_version']}, complete={meta['complete']}, sound={sound}")
         if not sound or meta["complete"] is not True or meta["format_version"] != FORMAT_VERSION:

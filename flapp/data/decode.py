@@ -224,7 +224,7 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
         values = np.asarray(image).astype(np.uint32)
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if image.mode in ("P", "PA"):
-        image = image.convert("RGBA")  # PIL refuses some palettes with transparency without this step
+        image = image.convert("RGBA")  # PIL warns of some palettes with transparency without this step
     return image if image.mode == mode else image.convert(mode)
 
 

@@ -27,6 +27,9 @@ VALIDATION = ("val", "valid", "validation")  # the test split of a folder
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LEFT_BY_SYSTEMS = ("thumbs.db", "desktop.ini", "__macosx")
 HASHED = 512  # files at a time
+EXPECTED = (
+    "and dataset.source must be a folder of images, a .parquet file or a folder of parquet files: point it at one"
+)
 
 Class = list[Path]  # the images of one class, in their order
 T = TypeVar("T")
@@ -41,6 +44,10 @@ def open_folder(
     and progress(n) is called for every n of them. Raises DataError naming the path that is wrong, and the fix.
     """
     root = folder.resolve()
+    if folder.is_file():
+        raise DataError(f"{_shown(folder)} is a file, {EXPECTED}")
+    if not _scan(folder, root):
+        raise DataError(f"{_shown(folder)} is empty, {EXPECTED}")
     train, test = _find_splits(folder, root)
     found = {split: _read_classes(path, root) for split, path in (("train", train), ("test", test)) if path}
     classes = sorted(found["train"], key=os.fsencode)
@@ -145,6 +152,8 @@ def _scan(folder: Path, root: Path) -> list[os.DirEntry[str]]:
 def _check_link(path: Path, root: Path) -> None:
     """Raise DataError for a link that leaves the source, or to a folder, which could hold itself."""
     target = Path(os.path.realpath(path))
+    if not os.path.exists(path):
+        raise DataError(f"{_shown(path)} is a link that leads to nothing: remove it, or put the file in its place")
     if not target.is_relative_to(root):
         raise DataError(f"{_shown(path)} is a link out of {_shown(root)}: replace it by what it leads to")
     if not target.is_file():

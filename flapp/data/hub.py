@@ -32,10 +32,12 @@ def _save(name: str, folder: Path) -> None:
     try:
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
+        from huggingface_hub import logging as hub_logging
         from pyarrow import ArrowException
     except ImportError:
         fix = 'install what it needs with pip install -e ".[data]", or download the files and set dataset.source'
         raise DataError(f"{name} is downloaded by the datasets library, which is missing: {fix}") from None
+    hub_logging.set_verbosity_error()  # each retry would be two lines; the error below says what failed
     try:
         load_dataset(name, cache_dir=str(folder / "cache")).save_to_disk(str(folder))
     except (OSError, ValueError, RuntimeError, DatasetsError, ArrowException) as error:

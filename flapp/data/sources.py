@@ -69,6 +69,11 @@ EMBEDDED: dict[str, Make] = {
 }
 
 
+def is_own(name: str) -> bool:
+    """Say whether a name is that of a dataset of flapp's own."""
+    return name in EMBEDDED or name in CIFAR or name == "femnist"
+
+
 def ensure_artifacts(data: Path, name: str, make: Make | None = None, source: str = "") -> Path:
     """Return `data/name`, preparing it first if it is missing; one process prepares, others wait.
 
@@ -82,6 +87,11 @@ def ensure_artifacts(data: Path, name: str, make: Make | None = None, source: st
             _check_maker(folder, source)
         return folder
     make = make or EMBEDDED.get(name)
+    if make is None and (folder / "shards" / "manifest.json").exists():
+        raise DataError(
+            f"dataset {name} is prepared as shards only, in {folder / 'shards'}: add distributed_data.enabled=true, or "
+            "prepare it without that"
+        )
     if make is None:
         raise DataError(
             f"dataset {name} is not prepared: {folder} has no train and test artifacts; prepare it with "
@@ -98,7 +108,7 @@ def ensure_artifacts(data: Path, name: str, make: Make | None = None, source: st
 
 def named(name: str) -> str:
     """Return the words of the command line that choose a dataset."""
-    return f"dataset={name}" if name in {*EMBEDDED, *CIFAR, "femnist"} else f"dataset=custom dataset.name={name}"
+    return f"dataset={name}" if is_own(name) else f"dataset=custom dataset.name={name}"
 
 
 def _check_maker(folder: Path, source: str) -> None:
@@ -114,6 +124,15 @@ def _check_maker(folder: Path, source: str) -> None:
 def is_prepared(folder: Path) -> bool:
     """Say whether a dataset's folder has both its splits."""
     return all((folder / split / "meta.json").exists() for split in SPLITS)
+
+
+def check_preparation(folder: Path, train: str, test: str) -> None:
+    """Raise DataError unless both splits in `folder` have the same mark of the preparation that wrote them."""
+    if train != test:
+        raise DataError(
+            f"{folder / 'train'} and {folder / 'test'} are of two preparations, so one was interrupted: prepare both "
+            "again with the same prepare_data command and overwrite=true"
+        )
 
 
 def check_made(name: str, made: Any) -> tuple[dict[str, Split], list[str]]:

@@ -181,7 +181,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         from pyarrow import ArrowException
     except ImportError:
-        fix = 'install what they need with pip install -e ".[data]"'
+        fix = 'install it with pip install -e ".[data]"'
         raise DataError(f"{path} is a table, and pyarrow, which reads tables, is missing: {fix}") from None
     with refusing(path, AGAIN):
         try:

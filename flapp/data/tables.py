@@ -109,11 +109,17 @@ def _find_columns(table: Table, given: Columns) -> Columns:
     named = [name for name in could if table.class_names(name)]
     label = given.label or ("label" if "label" in could else None) or _only(named, LABEL_NAMES)
     label = label or _only([name for name in could if name in LABEL_NAMES], ())
+    odd = next((name for name in LABEL_NAMES if name in types and name not in (*could, image, given.client)), None)
+    if label is None and odd is not None:
+        found = (
+            f"{table.path} has column {odd} of type {printable(types[odd], 80)}, and labels are whole numbers or texts"
+        )
+        raise DataError(f"{found}: convert the column, or set dataset.label_column to another one")
     if label is None:
         raise DataError(f"{_listed(table)}: say which has the labels, dataset.label_column=NAME")
     for setting, name in (("label", label), ("client", given.client)):
         if name is not None and _plain_type(types[name]) not in WHOLE + TEXTS:
-            fix = f"set dataset.{setting}_column to a column of whole numbers or texts"
+            fix = f"convert it, or set dataset.{setting}_column to a column of whole numbers or texts"
             raise DataError(f"{table.path} has column {name} of type {printable(types[name], 80)}: {fix}")
     return Columns(image, label, given.client)
 
@@ -179,6 +185,9 @@ def _read_labels(tables: dict[str, list[Table]], columns: Columns, by_text: bool
             names = [str(number) for number in known]
             values = {split: np.searchsorted(known, found) for split, found in values.items()}
         place = np.arange(len(names))
+    if len(classes or names) < 2:
+        found = f"{table.path} has one class, {printable(names[0], 80)}, in column {label}"
+        raise DataError(f"{found}: there must be two or more, or set dataset.label_column to another column")
     if len(names) > MOST_CLASSES:
         found = f"{table.path} has {len(names):,} different values in column {label}, at most {MOST_CLASSES:,} can be"
         raise DataError(f"{found} classes: set dataset.label_column to another column")

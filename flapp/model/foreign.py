@@ -23,6 +23,7 @@ NETWORKS = {  # what names like these are of; the first that fits is said
     r"^conv_proj\.conv_bn_relu_": "a ViT with convolutions in front (conv stem)",
     r"^timm_model\.": "timm's model inside transformers",
 }
+PREFIXES = ("module.", "_orig_mod.", "backbone.")  # of DistributedDataParallel, torch.compile and Lightning
 PARTS = {  # of ViTs, and what has names like these
     r"^head_dist\.|(^|\.)(dist_token|distillation_token)$": "a distillation token",
     r"(^|\.)(reg_token|register_tokens)$": "register tokens",
@@ -42,8 +43,13 @@ def network_of(names: Collection[str]) -> str | None:
     return next((what for pattern, what in NETWORKS.items() if _any(pattern, names)), None)
 
 
+def prefix_of(names: Collection[str]) -> str | None:
+    """Return what a wrapper of training code has put in front of names."""
+    return next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in names)), None)
+
+
 def oddity_of(library: str, found: Container[str], names: Collection[str], positions: int) -> str | None:
-    """Return what sets a ViT of a library apart from flapp's, in words that follow "which", or None.
+    """Return what sets a ViT of a library apart from flapp's, in words that follow "a ViT that", or None.
 
     found: the names of its tensors, in ours; names: in the library's; positions: how many position embeddings it has.
     """

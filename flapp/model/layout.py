@@ -184,13 +184,13 @@ def lay_out(
 
 
 def check_variant(name: str, variant: Variant) -> None:
-    """Raise ValueError for a variant of a model that is no ViT of SIZES."""
+    """Raise ValueError for a variant of a model that is not a ViT of SIZES."""
     if fault := variant_fault(name, variant):
         raise ValueError(fault)
 
 
 def variant_fault(name: str, variant: Variant) -> str | None:
-    """Say what is wrong with a variant of a model that is no ViT of SIZES."""
+    """Say what is wrong with a variant of a model that is not a ViT of SIZES."""
     if name in SIZES or not (given := variant.given()):
         return None
     key, value = next(iter(given.items()))

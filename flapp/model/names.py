@@ -12,11 +12,12 @@ vit.encoder.layer.0.attention.attention.query; since its version 5 this is vit.l
 Both are read, and the first is written. A ViTModel's names lack the `vit.`. timm has fc_norm in place of norm where the
 head sees the mean of the tokens.
 
-A state maps names to tensors or, so that a file can be checked without PyTorch, to their shapes.
+A state maps names to tensors or, so that a file can be checked without PyTorch, to their shapes. Where a file has one
+tensor under two spellings, one keeps the name that it has there, so that whoever compares names finds one too many.
 """
 
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -86,7 +87,7 @@ def from_any(state: Mapping[str, T]) -> tuple[str | None, dict[str, T]]:
     if library == TIMM:
         theirs = {there: here for here, there in TIMMS.items()}
         theirs |= {} if "norm.weight" in state else {"fc_norm": "encoder.ln"}
-        return library, {_renamed(name, TIMMS_BLOCK, LAYER, theirs): tensor for name, tensor in state.items()}
+        return library, _under(state, lambda name: _renamed(name, TIMMS_BLOCK, LAYER, theirs))
     if library == TRANSFORMERS:
         return library, _from_transformers(state)
     return library, dict(state)
@@ -136,18 +137,18 @@ def modules_in_transformers(layer: str) -> list[str]:
 
 def _from_transformers(state: Mapping[str, T]) -> dict[str, T]:
     """Return a state of ViTForImageClassification or ViTModel under our names, whose q, k and v are one tensor."""
-    state = {name if name.startswith(("vit.", "classifier.")) else f"vit.{name}": t for name, t in state.items()}
-    state = {_renamed(name, TRANSFORMERS_BLOCK, "vit.encoder.layer.", IN_MEMORY): t for name, t in state.items()}
+    state = _under(state, lambda name: name if name.startswith(("vit.", "classifier.")) else f"vit.{name}")
+    state = _under(state, lambda name: _renamed(name, TRANSFORMERS_BLOCK, "vit.encoder.layer.", IN_MEMORY))
     theirs = {there: here for here, there in TRANSFORMERSES.items()}
-    found: dict[str, T] = {}
+    joined: dict[str, T] = {}
     for name, tensor in state.items():
         part = next((part for part in PARTS if f".{part}." in name), "")
         parts = [state.get(name.replace(part, each)) for each in PARTS] if part else []
         if not _can_be_joined(parts):
-            found[_renamed(name, TRANSFORMERS_BLOCK, LAYER, theirs)] = tensor
+            joined[name] = tensor
         elif part == PARTS[0]:
-            found[_renamed(name.replace(part, QKV), TRANSFORMERS_BLOCK, LAYER, theirs)] = _join(parts)
-    return found
+            joined[name.replace(part, QKV)] = _join(parts)
+    return _under(joined, lambda name: _renamed(name, TRANSFORMERS_BLOCK, LAYER, theirs))
 
 
 def _renamed(name: str, block: re.Pattern[str], to_block: str, names: Mapping[str, str]) -> str:
@@ -160,12 +161,22 @@ def _renamed(name: str, block: re.Pattern[str], to_block: str, names: Mapping[st
 
 
 def _replaced(state: Mapping[str, T], names: Mapping[str, str], known: Container[str] = ()) -> dict[str, T]:
-    renamed = {}
-    for name, tensor in state.items():
+    def replaced(name: str) -> str:
         for old, new in names.items():
             name = name if name in known else name.replace(old, new)
-        renamed[name] = tensor
-    return renamed
+        return name
+
+    return _under(state, replaced)
+
+
+def _under(state: Mapping[str, T], rename: Callable[[str], str]) -> dict[str, T]:
+    """Return a state under other names; a tensor whose other name is taken keeps its own."""
+    found: dict[str, T] = {}
+    for name, tensor in state.items():
+        other = rename(name)
+        is_taken = other in found or (other != name and other in state)
+        found[name if is_taken else other] = tensor
+    return found
 
 
 def _shape(value: Any) -> tuple[int, ...]:

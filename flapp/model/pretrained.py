@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from flapp.files import sha256_of_file
 from flapp.model.files import mismatch, shapes_of
-from flapp.model.layout import Layout, Shape
+from flapp.model.layout import SIZES, Layout, Shape
 from flapp.model.names import POSITIONS, TIMM, TRANSFORMERS, from_any, from_torchvision
 from flapp.model.vit_weights import ViTWeights, check_variant_of, describe_shapes, in_words, is_vit, name_of, size_of
 from flapp.model.weight_files import find_weights, read_shapes, read_state
+from flapp.untrusted import printable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,13 +26,15 @@ class Pretrained:
     """What load_pretrained did: the file's SHA-256, and what it took.
 
     head_loaded: whether the head came from the file; interpolated: whether positions were resized; left_out: tensors of
-    the file that flapp has no use for, such as the pooler of transformers' ViTModel.
+    the file that flapp has no use for, such as the pooler of transformers' ViTModel; assumed: what a file alone does
+    not say of its ViT, in words.
     """
 
     sha256: str
     head_loaded: bool
     interpolated: bool
     left_out: tuple[str, ...] = ()
+    assumed: str = ""
 
 
 def load_pretrained(model: "nn.Module", path: Path) -> Pretrained:
@@ -53,13 +56,16 @@ def load_pretrained(model: "nn.Module", path: Path) -> Pretrained:
     if interpolated:
         from torchvision.models.vision_transformer import interpolate_embeddings
 
-        positions: Any = {POSITIONS: state[POSITIONS]}
+        positions: Any = {POSITIONS: state[POSITIONS].float()}  # bfloat16 is too coarse to interpolate in
         state |= interpolate_embeddings(model.image_size, model.patch_size, positions)
     if not head_loaded:
         head = head_of(model)
         state |= {name: tensor for name, tensor in own.items() if name.rpartition(".")[0] == head}
+    if odd := next((name for name, tensor in state.items() if not tensor.isfinite().all()), None):
+        raise ValueError(f"{file}: tensor {printable(odd, 80)} has NaN or infinity in it: save the weights again")
     model.load_state_dict(state)
-    return Pretrained(sha256_of_file(file), head_loaded, interpolated, left_out)
+    assumed = _assumed(layout) if weights and weights.is_alone else ""
+    return Pretrained(sha256_of_file(file), head_loaded, interpolated, left_out, assumed)
 
 
 def check_pretrained(layout: Layout, path: Path) -> ViTWeights | None:
@@ -96,6 +102,12 @@ def _fit(layout: Layout, found: Mapping[str, Shape], file: Path) -> tuple[bool, 
     if weights is not None:
         check_variant_of(layout, weights, head_loaded)
     return head_loaded, resized, weights
+
+
+def _assumed(layout: Layout) -> str:
+    """Say what a ViT has that neither its tensors nor a file beside them say."""
+    variant, heads = layout.variant.filled(), SIZES[str(name_of(size_of(layout.tensors)))][2]
+    return f"{heads} heads, {variant.activation}, {variant.pooling}"
 
 
 def _check_size(layout: Layout, weights: ViTWeights) -> None:

@@ -59,7 +59,7 @@ class ViT(VisionTransformer):
         x = x.expand(-1, self.conv_proj.in_channels, -1, -1)
         if self.variant.pooling != "mean":
             return super().forward(x)
-        tokens = torch.cat([self.class_token.expand(len(x), -1, -1), self._process_input(x)], dim=1)
+        tokens = torch.cat([self.class_token.expand(x.shape[0], -1, -1), self._process_input(x)], dim=1)
         tokens = self.encoder.layers(self.encoder.dropout(tokens + self.encoder.pos_embedding))
         return self.heads(pool(tokens, self.encoder.ln, self.variant))
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flapp.model.foreign import choices, network_of, oddity_of
+from flapp.model.foreign import choices, network_of, oddity_of, prefix_of
 from flapp.model.layout import ACTIVATIONS, SIZES, Layout, Shape, Variant
-from flapp.model.names import LAYER, POSITIONS, QKV, TIMM, TRANSFORMERS, from_any, library_of
+from flapp.model.names import LAYER, POSITIONS, QKV, TIMM, TRANSFORMERS, from_any
 from flapp.model.weight_files import WEIGHTS, find_weights, read_header, read_shapes
 from flapp.untrusted import printable, read_json
 
@@ -43,8 +43,9 @@ class ViTWeights:
     """What a file of weights says of its ViT.
 
     path: the file; library: whose names it has; left_out: its tensors that flapp has no use for; size: one of SIZES;
-    image_size: None where the position embeddings are of no square of patches; variant and normalization: None is not
-    said.
+    image_size: None where the position embeddings are not those of a square grid of patches; variant and normalization:
+    None where they are not said; is_alone: whether no other file says them, so that heads, activation and pooling are
+    assumed.
     """
 
     path: Path
@@ -55,6 +56,7 @@ class ViTWeights:
     channels: int
     variant: Variant
     normalization: str | None = None
+    is_alone: bool = False
 
 
 def describe(path: Path) -> ViTWeights:
@@ -65,19 +67,21 @@ def describe(path: Path) -> ViTWeights:
 
 def describe_shapes(file: Path, shapes: Mapping[str, Shape]) -> ViTWeights:
     """Return what a file says whose tensors have these shapes under their own names; raises as describe."""
-    library, config = library_of(shapes), _config_beside(file, library_of(shapes))
+    library, found = from_any(shapes)
+    config = _config_beside(file, library)
     kind = config.get("model_type")
     if kind not in (None, "vit"):
         said = f"model_type {kind}, architectures {config.get('architectures')}"
         raise ValueError(f"{file} is of another network: config.json beside it says {_said(said)}; {_fix()}")
+    if library is None and (prefix := prefix_of(shapes)):
+        raise ValueError(f"{file} has {prefix} in front of its names: save the tensors under their names without it")
     network = network_of(shapes)
     if network or library is None:
         seen = f"looks like {network}" if network else f"has tensors of another network, first {_said(min(shapes))}"
         raise ValueError(f"{file} {seen}, which is no ViT that flapp has; {_fix()}")
-    _, found = from_any(shapes)
     positions = found.get(POSITIONS, ())
     if oddity := oddity_of(library, found, shapes, positions[1] if len(positions) == 3 else 2):
-        raise ValueError(f"{file} is a ViT that {oddity}, which flapp's have not; {_fix()}")
+        raise ValueError(f"{file} is a ViT that {oddity}, unlike flapp's; {_fix()}")
     size = size_of(found)
     name = name_of(size)
     if name is None:
@@ -88,9 +92,14 @@ def describe_shapes(file: Path, shapes: Mapping[str, Shape]) -> ViTWeights:
     about = (file, library, left_out, name, image_size, found["conv_proj.weight"][1])
     has_head = "heads.head.weight" in found
     if library == TRANSFORMERS:
-        return ViTWeights(*about, *_from_transformers(file, config, SIZES[name][2], has_head))
+        variant, normalization = _from_transformers(file, config, SIZES[name][2], has_head)
+        _check_image_size(file, config.get("image_size"), image_size, size[0])
+        return ViTWeights(*about, variant, normalization)
     if library == TIMM:
-        return ViTWeights(*about, *_from_timm(file, config, SIZES[name][2], has_head, "norm.weight" not in shapes))
+        is_mean = "norm.weight" not in shapes
+        variant, normalization = _from_timm(file, config, SIZES[name][2], has_head, is_mean)
+        _check_image_size(file, _image_size_of_timm(config), image_size, size[0])
+        return ViTWeights(*about, variant, normalization, is_alone=not config)
     header = read_header(file)
     given = {key: header.get(key) for key in vars(Variant())}
     try:
@@ -99,7 +108,7 @@ def describe_shapes(file: Path, shapes: Mapping[str, Shape]) -> ViTWeights:
         raise ValueError(f"{file} has a damaged header ({_said(error)}): copy it again") from error
     if has_head and variant.pooling is None:
         variant = Variant(variant.layer_norm_eps, variant.activation, "token")
-    return ViTWeights(*about, variant)
+    return ViTWeights(*about, variant, is_alone=not header)
 
 
 def is_vit(tensors: Mapping[str, Any]) -> bool:
@@ -145,7 +154,7 @@ def check_variant_of(layout: Layout, weights: ViTWeights, head_loaded: bool) -> 
 def check_normalization_of(weights: ViTWeights, given: str, channels: int) -> None:
     """Raise ValueError for images scaled in another way than those that the weights were made with.
 
-    channels: those of the images. Grey images cannot be scaled by ImageNet's three means; half is the nearest.
+    channels: those of the images. Grey images cannot be scaled by ImageNet's three means, so any value passes for them.
     """
     said = weights.normalization
     if said in (None, given) or (said == "imagenet" and channels != 3):
@@ -243,6 +252,30 @@ def _from_timm(
         raise ValueError(f"{path} has a damaged pretrained_cfg: give the folder as save_for_hf wrote it")
     said = _normalization(path, cfg.get("mean"), cfg.get("std")) if cfg.get("mean") is not None else None
     return Variant(pooling=pooling), said
+
+
+def _image_size_of_timm(config: Mapping[str, Any]) -> Any:
+    """Return the side or the sides of the images that timm's config.json says; None if it does not say any."""
+    size, cfg = (config.get("model_args") or {}).get("img_size"), config.get("pretrained_cfg") or config
+    channels_and_sides = cfg.get("input_size")
+    return size or (channels_and_sides[1:] if isinstance(channels_and_sides, list) else None)
+
+
+def _check_image_size(file: Path, said: Any, found: int | None, patch: int) -> None:
+    """Raise ValueError where config.json says images that are not square, or not those that the positions are for.
+
+    A grid of 2 x 8 patches has as many positions as one of 4 x 4, so the shapes alone do not tell them apart.
+    """
+    if said is None:
+        return
+    path, sides = file.with_name("config.json"), said if isinstance(said, list) else [said]
+    if any(side != sides[0] for side in sides):
+        raise ValueError(f"{path} says images of {_said(said)} pixels: flapp's ViTs take square images only")
+    if not sides or type(sides[0]) is not int or found is None or sides[0] // patch * patch != found:
+        raise ValueError(
+            f"{path} says images of {_said(said)} pixels, and the position embeddings are for {found}: "
+            "give the folder as the library wrote it"
+        )
 
 
 def _check_heads(path: Path, found: Any, heads: int) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 CHECKED_BYTES = 64 << 20  # a larger .pth is not read whole before a run starts
 MOST_PICKLE = 16 << 20  # bytes of the names and shapes in a .pth
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in a folder; the first is preferred
+LFS_POINTER = b"version https://git-lfs"
+OLD_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began its files before version 1.6
 # What zipfile and torch's unpickler raise for damaged bytes, besides OSError.
 DAMAGE = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, LookupError),
@@ -90,11 +92,31 @@ def read_state(path: Path, is_checked: bool = True) -> dict[str, "Tensor"]:
     if isinstance(found, Mapping) and len(found) == 1 and isinstance(inner := next(iter(found.values())), Mapping):
         found = inner if set(found) <= {"state_dict", "model"} else found
     if not isinstance(found, Mapping) or not found or not all(isinstance(t, Tensor) for t in found.values()):
-        raise ValueError(f"{path} holds no state dict, which maps names to tensors and nothing else")
-    if odd := [name for name, tensor in found.items() if not isinstance(name, str) or _repeats_memory(tensor)]:
+        raise ValueError(f"{path} holds no state dict, which maps names to tensors and nothing else{_inner(found)}")
+    if odd := [name for name in found if not isinstance(name, str)]:
+        raise ValueError(
+            f"{path} has {printable(repr(odd[0]), 80)} as the name of a tensor: save it with names, as text"
+        )
+    if odd := [name for name, tensor in found.items() if _repeats_memory(tensor)]:
         said = printable(odd[0], 80)
         raise ValueError(f"{path}: tensor {said} is not dense: it claims more bytes than the file holds")
     return dict(found)
+
+
+def _inner(found: Any) -> str:
+    """Say which entry of a checkpoint is a state dict, as the end of a sentence; nothing if none is."""
+    from torch import Tensor
+
+    entries = found.items() if isinstance(found, Mapping) else ()
+    keys = [
+        key
+        for key, inner in entries
+        if isinstance(inner, Mapping) and inner and all(isinstance(tensor, Tensor) for tensor in inner.values())
+    ]
+    if not keys:
+        return ""
+    names, first = printable(", ".join(map(str, found)), 200), printable(repr(keys[0]), 80)
+    return f", but the entries {names}: save only file[{first}]"
 
 
 @contextmanager
@@ -105,12 +127,25 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
+        if fault := _fault_of(path):
+            raise ValueError(f"{path} {fault}") from error
         reason = "nothing in it was run" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
         raise ValueError(
             f"{path} is damaged or holds more than tensors ({printable(reason or repr(error))})"
         ) from error
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read ({printable(error)})") from error
+
+
+def _fault_of(path: Path) -> str | None:
+    """Say what a file that cannot be read is, where its first bytes tell."""
+    with path.open("rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        return "is a pointer of git-lfs, not the weights: get them with git lfs pull"
+    if start.startswith(OLD_PICKLE):
+        return "was saved by an old PyTorch, or in its form: load and save it again with torch.save"
+    return None
 
 
 def _load_pth(path: Path, is_checked: bool) -> Any:

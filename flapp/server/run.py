@@ -244,7 +244,10 @@ def initial_model(config: Config) -> nn.Module:
         torch.manual_seed(derive_seed(config.seed, "model"))
         model = build(config.model, config.dataset)
         if config.model.pretrained is not None:
-            log(INFO, "starting from %s", load_pretrained(model, Path(config.model.pretrained)))
+            found = load_pretrained(model, Path(config.model.pretrained))
+            log(INFO, "starting from %s", found)
+            if found.assumed:
+                log(INFO, "a file alone does not say heads, activation and pooling: assumed %s", found.assumed)
         if config.lora.enabled:
             adapt(model, config.lora, config.lora.rank)
             mark_only_lora_as_trainable(model)

@@ -58,7 +58,6 @@ class FedAvg(FlowerFedAvg):
         releases: ReleaseLedger | None = None,
     ) -> None:
         self.settings = config.strategy
-        self.robust = config.strategy.robust
         super().__init__(self.settings.fraction_train, self.settings.fraction_evaluate)
         self.roster = roster
         self.observer = observer
@@ -79,8 +78,8 @@ class FedAvg(FlowerFedAvg):
         """Log the strategy's settings, in place of Flower's own summary."""
         drawn = f"{100 * self.fraction_train:g} % of the clients train, {100 * self.fraction_evaluate:g} % evaluate"
         weighting, least = self.settings.weighting, self.settings.min_replies
-        if self.robust != "none":
-            log(INFO, "\t├──> averaged by %s", self.robust)
+        if self.settings.robust != "none":
+            log(INFO, "\t├──> averaged by %s", self.settings.robust)
         log(INFO, "\t└──> %s; weighted by %s; min_replies %d", drawn, weighting, least)
 
     def protect(self, central: Central) -> None:
@@ -223,7 +222,7 @@ class FedAvg(FlowerFedAvg):
 
     def is_summed(self, phase: Phase) -> bool:
         """Return whether a round's average is made of sums; otherwise it needs every client's tensors at once."""
-        return self.settings.weighting != "alignment" and self.robust not in PER_CLIENT
+        return self.settings.weighting != "alignment" and self.settings.robust not in PER_CLIENT
 
     def combine_sum(self, total: WeightedSum, weight: float) -> tuple[ArrayRecord, dict[str, Any]]:
         """Return the new global model from the weighted sum of all clients, and facts for the round's line."""
@@ -235,7 +234,7 @@ class FedAvg(FlowerFedAvg):
 
     def _combine_each(self, phase: Phase) -> tuple[ArrayRecord, dict[str, Any]]:
         trained = {name: phase.pop_trained(name) for name in sorted(phase.trained)}
-        if self.robust in PER_CLIENT:
+        if self.settings.robust in PER_CLIENT:
             sent = self.expected(*next(iter(trained.items())))
             found, left_out = robust_average(self.settings, trained, sent, phase.weights)
             arrays = as_record(dict(self.current.items()) | dict(found.items()))
@@ -307,7 +306,7 @@ class FedAvg(FlowerFedAvg):
             phase.is_summed = self.is_summed(phase)
             if self.releases:
                 self.releases.ask(server_round, chosen)
-        phase.norm_limit, is_known = self.bound.limit({}), self.bound.is_known and self.robust == "none"
+        phase.norm_limit, is_known = self.bound.limit({}), self.bound.is_known and self.settings.robust == "none"
         phase.may_fold = phase.is_summed and is_known
         down = size_of(self.current)
         phase.bytes_down = {name: size_of(self.outgoing(name)) if self.rank_sent(name) else down for name in chosen}
@@ -354,7 +353,7 @@ class FedAvg(FlowerFedAvg):
         if len(phase.metrics) < needed:
             wanted = f"strategy.min_replies={least}"
             if needed > least:
-                wanted = f"strategy.robust={self.robust} needs {needed}"
+                wanted = f"strategy.robust={self.settings.robust} needs {needed}"
             self.observer.append(phase.kind, phase.server_round, **self._log_line())
             raise FederationError(
                 f"round {phase.server_round}: {by_reason(phase.failures, 3) or 'no client is present'} "
@@ -374,7 +373,7 @@ class FedAvg(FlowerFedAvg):
         limit = (phase.norm_limit, phase.multiple, phase.norm_fix)
         found = {name: find_norm_fault(norm, *limit) for name, norm in phase.norms.items()}
         faults = {name: fault for name, fault in found.items() if fault}
-        if self.robust == "norm_bound":
+        if self.settings.robust == "norm_bound":
             norms = [norm for name, norm in phase.norms.items() if name not in faults]
             phase.clip = self.settings.clip_multiple * median_low(norms or [0.0])
         for index, rest in phase.leave_out(faults):

@@ -152,8 +152,11 @@ Make = Callable[[Path], object]
 TWO = ("a/1.jpg", "b/1.jpg")
 WRONG: dict[str, tuple[Make, str]] = {
     "no such folder": (lambda d: None, "{} cannot be read (No such file or directory): point dataset.source at"),
-    "a file": (lambda d: d.write_text(""), "{} cannot be read (Not a directory): point dataset.source at"),
-    "nothing in it": (lambda d: d.mkdir(), "{} has no folders of classes: put the images of each class into a folder"),
+    "a file": (lambda d: d.write_text(""), "{} is a file, and dataset.source must be a folder of images, a .parquet"),
+    "nothing in it": (
+        lambda d: d.mkdir(),
+        "{} is empty, and dataset.source must be a folder of images, a .parquet file or",
+    ),
     "one class": (lambda d: write(d, "a/1.jpg"), "{} has one class, a: there must be a folder for each of two or more"),
     "an empty class": (
         lambda d: (write(d, *TWO) / "c/deep").mkdir(parents=True),
@@ -196,8 +199,14 @@ WRONG: dict[str, tuple[Make, str]] = {
         lambda d: linked(write(d, *TWO), "a/loop", "../a"),
         "{}/a/loop is a link that does not lead to a file: remove it, or copy the folder there",
     ),
-    "a link to itself": (lambda d: linked(write(d, *TWO), "a/2.jpg", "2.jpg"), "{}/a/2.jpg is a link that does not"),
-    "a broken link": (lambda d: linked(write(d, *TWO), "a/2.jpg", "3.jpg"), "{}/a/2.jpg is a link that does not"),
+    "a link to itself": (
+        lambda d: linked(write(d, *TWO), "a/2.jpg", "2.jpg"),
+        "{}/a/2.jpg is a link that leads to nothing",
+    ),
+    "a broken link": (
+        lambda d: linked(write(d, *TWO), "a/2.jpg", "3.jpg"),
+        "{}/a/2.jpg is a link that leads to nothing",
+    ),
     "a link out of the source": (
         lambda d: linked(write(d, *TWO), "a/2.jpg", write(d.with_name("other"), "x.jpg") / "x.jpg"),
         "{}/a/2.jpg is a link out of {}: replace it by what it leads to",

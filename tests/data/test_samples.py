@@ -16,7 +16,7 @@ from flapp.data.artifact import DTYPES, DataError, open_artifact, read_meta, wri
 from flapp.data.images import materialize
 from flapp.data.loader import ClientLoader
 from flapp.data.offline import OfflineDataset
-from flapp.data.sources import ensure_artifacts
+from flapp.data.sources import EMBEDDED, ensure_artifacts, is_own, named
 from flapp.partitions import open_partition
 from tests.conftest import Federate, read_clients, refusal_of
 from tools.partition_heatmap import read_tables
@@ -268,3 +268,10 @@ def test_token_ids_of_padding_only_and_numbers_of_zero_are_no_fault(tmp_path: Pa
     for n, samples in enumerate((np.array([[0, 0]] + [[0, 1]] * 8), np.arange(9.0), np.eye(9, 3).astype(np.uint8))):
         write_artifact(tmp_path / str(n), samples, np.arange(9) % 3, CLASSES)
         assert all(check.ok for check in verify(tmp_path / str(n), None))
+
+
+def test_a_dataset_that_is_added_to_flapp_is_one_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert named("stripes") == "dataset=custom dataset.name=stripes"
+    monkeypatch.setitem(EMBEDDED, "stripes", EMBEDDED["digits"])
+    assert is_own("stripes")
+    assert named("stripes") == "dataset=stripes"

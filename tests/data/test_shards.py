@@ -105,7 +105,7 @@ def test_a_manual_mapping_with_a_fault_is_refused_before_anything_is_written(
         ({"strategy": "random"}, "set clients between 1 and 7"),
         ({"strategy": "natural", "clients": 8}, "clients=8 cannot share 7 writers"),
         ({"strategy": "round_robin", "clients": 0}, "clients=0"),
-        ({"strategy": "manual"}, "needs a mapping file"),
+        ({"strategy": "manual"}, r"needs partition.mapping=FILE, JSON of the form"),
         ({"strategy": "random", "clients": 2, "val_fraction": 0.5, "test_fraction": 0.5}, "no training samples"),
         ({"strategy": "random", "clients": 2, "val_fraction": -0.1}, "at least 0"),
     ],

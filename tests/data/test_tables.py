@@ -242,9 +242,12 @@ def test_columns_that_are_missing_or_of_another_kind_are_refused(tmp_path: Path)
     for columns, said in (
         (("picture",), r"the columns image \(binary\), .* and not picture: set dataset\.image_column"),
         (("label",), r"column label of type int64, which is no encoded image"),
-        ((None, "score"), r"column score of type double: set dataset\.label_column to a column of whole numbers"),
+        (
+            (None, "score"),
+            r"column score of type double: convert it, or set dataset\.label_column to a column of",
+        ),
         ((None, None, "who"), r"and not who: set dataset\.client_column"),
-        ((None, None, "score"), r"column score of type double: set dataset\.client_column"),
+        ((None, None, "score"), r"column score of type double: convert it, or set dataset\.client_column"),
         ((None, None, "name"), r"has 'a\\nb' in column name: give classes and clients names"),
         ((None, "name"), r"has 'a\\nb' in column name"),
     ):
@@ -292,3 +295,18 @@ def test_a_large_row_group_is_read_in_bounded_memory(tmp_path: Path) -> None:
     before = peak()
     assert sum(len(raw["train"].read(start, start + 10)[0]) for start in range(0, 1000, 10)) == 100 * 200_000
     assert peak() - before < 100 << 20
+
+
+def test_one_class_is_refused_as_in_folders(tmp_path: Path) -> None:
+    for number, labels in enumerate((["a"] * 30, [4] * 30)):
+        path = write_parquet(tmp_path / f"{number}.parquet", image=BYTES, label=labels)
+        with pytest.raises(DataError, match=f"has one class, {labels[0]}, in column label: there must be two or more"):
+            open_tables(path, Columns(None, "label"), 0.2, 0)
+
+
+@pytest.mark.parametrize("name", ["label", "target"])
+def test_labels_that_are_no_whole_numbers_are_named_at_once_with_what_they_must_be(tmp_path: Path, name: str) -> None:
+    path = write_parquet(tmp_path / "a.parquet", image=BYTES, **{name: LABELS / 2}, site=LABELS)
+    said = f"column {name} of type double, and labels are whole numbers or texts: convert the column"
+    with pytest.raises(DataError, match=said):
+        open_tables(path, Columns(None, None, "site"), 0.2, 0)

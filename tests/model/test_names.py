@@ -137,3 +137,19 @@ def test_what_is_no_vit_keeps_its_names() -> None:
     state = build_model("cnn", (8, 8, 1), 5).state_dict()
     assert from_any(state) == (None, state)
     assert from_any({}) == (None, {})
+
+
+def test_a_tensor_under_two_spellings_is_one_too_many() -> None:
+    own = shapes(ours().state_dict())
+    layer, written = "encoder.layers.encoder_layer_0", to_transformers(own)
+    for state, name in (
+        (to_torchvision(own), f"{layer}.mlp.linear_1.weight"),
+        (written, "vit.layers.0.layernorm_before.weight"),
+        (written, "vit.layers.0.attention.q_proj.weight"),
+        (written, "layernorm.weight"),
+        (to_timm(own), "encoder.ln.weight"),
+    ):
+        for both in ({**state, name: (3,)}, {name: (3,)} | state):
+            found = from_any(both)[1]
+            assert len(found) == len(own) + 1
+            assert own.keys() < found.keys()

@@ -117,14 +117,17 @@ class Parsed(Exception):
 def is_parsed(command: str) -> None:
     """Let one of our tools read its arguments, and nothing more."""
     _, _, module, *words = words_of(command)
-    real = argparse.ArgumentParser.parse_args
 
-    def parse_only(parser: argparse.ArgumentParser, given: Sequence[str] | None = None, *_: Any) -> None:
-        real(parser, given)
-        raise Parsed
+    def parse_only(real: Callable[..., Any]) -> Callable[..., None]:
+        def parse(parser: argparse.ArgumentParser, given: Sequence[str] | None = None, *_: Any) -> None:
+            real(parser, given)
+            raise Parsed
+
+        return parse
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+        for name in ("parse_args", "parse_intermixed_args"):
+            patch.setattr(argparse.ArgumentParser, name, parse_only(getattr(argparse.ArgumentParser, name)))
         patch.setattr(sys, "argv", [module, *words])
         with pytest.raises(Parsed):
             importlib.import_module(module).main(words)

@@ -26,6 +26,7 @@ from tests.support.own_runs import run as run_own
 from tests.support.projects import add_to_task, new_project, settings_in
 from tests.support.vits import timms, torchvisions, transformerses
 from tools import export
+from tools.exporting import vits
 from tools.exporting.onnx_file import take_samples
 from tools.running.finished import open_run
 
@@ -123,14 +124,16 @@ def test_peft_puts_the_adapter_on_the_base_in_transformers(adapted: Path, tmp_pa
     assert not torch.allclose(without, open_run(adapted).model()(draw_images(3)), atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [(), (*LORA, RGB), ("model=cnn",)])
+@pytest.mark.parametrize("settings", [(), (*LORA, RGB), ("model=cnn",), ("model.pooling=mean",)])
 def test_onnxruntime_gives_the_logits_of_a_batch_of_any_size(
     settings: tuple[str, ...], federate: Federate, tmp_path: Path
 ) -> None:
     run = federate(*SHORT, *settings)[1]
     session = onnxruntime.InferenceSession(written(run, "onnx", tmp_path) / "model.onnx")
+    channels = open_run(run).config.model.channels or 1
+    assert session.get_inputs()[0].shape[1:] == [channels, 32, 32]
     for count in (1, 7):
-        images = draw_images(1)[:1].repeat(count, 1, 1, 1)
+        images = draw_images(channels)[:1].repeat(count, 1, 1, 1)
         (found,) = session.run(None, {"samples": images.numpy()})
         with torch.no_grad():
             expected = open_run(run).model()(images).numpy()
@@ -214,6 +217,46 @@ def test_a_folder_with_files_stays_as_it_is(grey: Path, tmp_path: Path, capsys: 
     (tmp_path / "mine.txt").write_text("mine")
     assert str(tmp_path) in refusal(grey, "timm", tmp_path, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_an_out_that_cannot_become_a_new_folder_is_named_and_stays(
+    grey: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "dangling").symlink_to("nothing")
+    monkeypatch.chdir(tmp_path / "empty")
+    before = sorted(tmp_path.rglob("*"))
+    for out in (tmp_path / "link", tmp_path / "dangling", Path("."), Path(".."), tmp_path / "file" / "sub"):
+        error = refusal(grey, "timm", out, capsys)
+        assert error.startswith(f"error: --out {out} ")
+        assert error.endswith("name a new folder with --out\n")
+    refusal(grey, "peft", tmp_path / "a" / "b", capsys)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_second_of_two_exports_into_one_folder_fails(
+    grey: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, write = tmp_path / "out", vits.write_timm
+
+    def write_late(run: Any, folder: Path) -> str:
+        out.mkdir()
+        (out / "first").touch()
+        return write(run, folder)
+
+    monkeypatch.setattr(vits, "write_timm", write_late)
+    assert "name a new folder" in refusal(grey, "timm", out, capsys)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "first"]
+
+
+def test_the_printed_lines_load_the_model_whatever_its_path_is(grey: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "it's {odd}\" \\x"
+    assert export.main([str(grey), "--to", "torchvision", "--out", str(out)]) == 0
+    names: dict[str, Any] = {}
+    exec(capsys.readouterr().out.partition("\n")[2], names)
+    assert_same_logits(grey, names["model"], 1, expand=3)
 
 
 def test_a_base_that_is_gone_is_named(federate: Federate, tmp_path: Path, capsys: Any) -> None:

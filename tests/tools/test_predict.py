@@ -87,3 +87,8 @@ def test_classes_are_numbers_where_the_run_did_not_know_their_names(run: Path, p
     assert predict.main([str(run), str(photo), "--json"]) == 0
     (line,), _ = lines_of(capsys)
     assert set(json.loads(line)["classes"]) == set("0123456789")
+
+
+def test_options_may_stand_between_images(run: Path, photo: Path, capsys: Any) -> None:
+    assert predict.main([str(run), str(photo), "--json", str(photo)]) == 0
+    assert len(lines_of(capsys)[0]) == 2

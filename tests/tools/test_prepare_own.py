@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,17 @@ from PIL import Image
 from torchvision import transforms
 
 from flapp.config.load import compose
+from flapp.config.schema import ConfigError
 from flapp.data import decode as decoding
 from flapp.data.artifact import DataError, open_artifact, read_meta
 from flapp.data.folder import open_folder
+from flapp.partitions import check_splits
 from tests.support import commands
 from tests.support.pictures import draw, encode, write_pictures
 from tests.tools.test_prepare import refused, tree
 from tools import partition_heatmap, prepare_data, verify_data
 
+ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ["ant", "bee", "cat", "dog", "eel"]
 
 
@@ -120,6 +125,11 @@ def test_unreadable_images_end_the_command_or_are_left_out(
     assert "30 images cannot be read and are left out" in capsys.readouterr().out
     labels = [open_artifact(tmp_path / "home/data/mine" / split).labels for split in ("train", "test")]
     assert sum(map(len, labels)) == 50
+    for number in range(1, 30):
+        (source / "bee" / f"{number:03d}.png").unlink()
+    capsys.readouterr()
+    prepared(tmp_path, "overwrite=true", "dataset.skip_unreadable=true")
+    assert "\n1 image cannot be read and is left out" in capsys.readouterr().out
 
 
 def test_nothing_is_written_unless_both_splits_are(
@@ -137,7 +147,7 @@ def test_nothing_is_written_unless_both_splits_are(
     assert tree(tmp_path / "home/data/mine") == before
     shutil.rmtree(tmp_path / "home/data/mine")
     assert refused(capsys, words(tmp_path)) == "error: the disk is full"
-    assert list((tmp_path / "home/data/mine").iterdir()) == []
+    assert not (tmp_path / "home/data/mine").exists()
     assert [path.name for path in (tmp_path / "home/data").iterdir() if path.is_file()] == ["mine.lock"]
 
 
@@ -170,6 +180,11 @@ REFUSED = {
     "dataset.shape=[16,16,1] dataset.normalization=imagenet": "imagenet needs 3 channels, the images have 1: leave it",
     "dataset.source=nowhere": "nowhere cannot be read (No such file or directory)",
     "dataset.name=../mine": "dataset.name='../mine' must be the name of a folder in",
+    "dataset.name=''": "dataset.name='' must be the name of a folder in",
+    **{
+        f"dataset.name={name}": f"dataset.name={name} is a dataset of flapp's own: choose another dataset.name"
+        for name in ("digits", "digits_turned", "regression", "cifar10", "cifar100", "femnist")
+    },
     "dataset.name=..": "dataset.name='..' must be the name of a folder in",
     "dataset.test_fraction=1": "dataset.test_fraction=1 is out of range: it must be less than 1",
     "dataset.target=task:make": "dataset.target=task:make makes dataset=mine on first use: start a run",
@@ -207,3 +222,79 @@ def test_normalization_is_kept_with_the_data_and_a_run_must_use_it(tmp_path: Pat
     (train / "meta.json").write_text(json.dumps(meta | {"normalization": "other"}))
     with pytest.raises(DataError, match="is not a complete artifact"):
         open_artifact(train)
+
+
+def kill_between_the_renames(tmp_path: Path, *more: str) -> None:
+    """Prepare in a process that dies when it has renamed one of the two splits."""
+    script = (
+        "import os, sys\nfrom tools import prepare_data\nreal, count = os.replace, []\n"
+        "def replace(source, target):\n    real(source, target)\n"
+        "    count.append(1) if str(target).endswith(('/train', '/test')) else None\n"
+        "    os._exit(9) if count else None\n"
+        "os.replace = replace\nprepare_data.main(sys.argv[1:])\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script, *words(tmp_path, *more)], cwd=ROOT).returncode == 9
+
+
+@pytest.mark.parametrize("changed", ["seed", "file"])
+def test_splits_of_two_preparations_are_refused_by_whoever_opens_both(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: str
+) -> None:
+    for split in ("train", "test"):
+        write_pictures(tmp_path / "pictures" / split, CLASSES, 10)
+    if changed == "seed":
+        shutil.rmtree(tmp_path / "pictures")
+        write_pictures(tmp_path / "pictures", CLASSES, 10)
+    prepared(tmp_path)
+    folder, again = tmp_path / "home/data/mine", "seed=1" if changed == "seed" else "seed=0"
+    if changed == "file":
+        (tmp_path / "pictures/test/ant/000.jpg").write_bytes(encode(draw(20, 20), "JPEG"))
+    kill_between_the_renames(tmp_path, "overwrite=true", again)
+    marks = {split: open_artifact(folder / split).preparation for split in ("train", "test")}
+    assert len(set(marks.values())) == 2
+    said = f"{folder / 'train'} and {folder / 'test'} are of two preparations, so one was interrupted: prepare both"
+    config = compose(["dataset=custom", "dataset.name=mine", f"home={tmp_path / 'home'}", "model=cnn"])
+    with pytest.raises(DataError, match=said):
+        check_splits(config, *(open_artifact(folder / split) for split in ("train", "test")))
+    capsys.readouterr()
+    assert verify_data.main([str(folder)]) == 1
+    assert said in capsys.readouterr().out
+    for given in ((again,), ("seed=0",)):
+        assert "overwrite=true" in refused(capsys, words(tmp_path, *given))
+    prepared(tmp_path, again, "overwrite=true")
+    assert verify_data.main([str(folder)]) == 0
+    prepared(tmp_path, again)
+
+
+def test_splits_without_a_mark_are_accepted_and_the_mark_is_not_in_the_digest(tmp_path: Path, source: Path) -> None:
+    prepared(tmp_path)
+    for split in ("train", "test"):
+        path = tmp_path / f"home/data/mine/{split}"
+        meta, digest = json.loads((path / "meta.json").read_text()), open_artifact(path).digest
+        del meta["preparation"]
+        (path / "meta.json").write_text(json.dumps(meta))
+        assert open_artifact(path).digest == digest
+    assert verify_data.main([str(tmp_path / "home/data/mine")]) == 0
+    prepared(tmp_path)
+
+
+def test_a_run_with_own_data_named_as_a_dataset_of_flapps_own_is_refused(tmp_path: Path) -> None:
+    for name in ("digits", "femnist"):
+        with pytest.raises(ConfigError, match=f"dataset.name={name} is a dataset of flapp's own: choose another"):
+            compose(["dataset=custom", f"dataset.name={name}", f"home={tmp_path}"])
+
+
+def test_a_source_that_may_not_be_read_is_named(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.exists
+
+    def exists(path: Path) -> bool:
+        if path.parent == source:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "exists", exists)
+    said = refused(capsys, words(tmp_path))
+    assert said.startswith(f"error: {source} may not be read (Permission denied): allow it")
+    assert "dataset_dict.json" not in said

@@ -1,5 +1,6 @@
 """tools.prepare_data from tables: artifacts, and shards of the clients that a column names."""
 
+import logging
 import shutil
 import subprocess
 import sys
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 
 from flapp.config.load import compose
-from flapp.data.artifact import open_artifact
+from flapp.data.artifact import DataError, open_artifact
 from flapp.data.shards.client import DistributedShardLoader
 from flapp.data.shards.manifest import load_manifest
+from flapp.partitions import prepared
 from tests.conftest import LocalGrid, run_app
 from tests.support.leaf_files import as_leaf, content_of, draw_samples, write_leaf
 from tests.support.tables import NAMES, as_dataset, draw_images, png, write_femnist, write_parquet
+from tests.tools import test_prepare
 from tools import prepare_data, verify_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,12 +51,10 @@ def prepare(home: Path, *words: str) -> int:
 
 
 def refused(capsys: pytest.CaptureFixture[str], home: Path, *words: str) -> str:
-    capsys.readouterr()
-    assert prepare(home, *words) == 1
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
+    """Run the tool, which must refuse with one line and write nothing, and return that line."""
+    error = test_prepare.refused(capsys, [f"home={home}", *words])
     assert not list(home.rglob("meta.json"))
-    return errors[0]
+    return error
 
 
 def run(home: Path, name: str, *words: str) -> dict[str, Any]:
@@ -117,6 +118,8 @@ def test_a_client_column_gives_shards_and_a_shared_artifact_that_end_in_the_same
     facts = {key: manifest.facts[key] for key in ("dataset", "shape", "classes", "normalization")}
     assert facts == {"dataset": "mine", "shape": [8, 8, 3], "classes": NAMES, "normalization": "half"}
     assert sum(record.num_samples["test"] for record in manifest.values()) == 18
+    train, test = (open_artifact(tmp_path / "data/mine" / split).preparation for split in ("train", "test"))
+    assert train == test != ""
     assert verify_data.main([str(tmp_path / "data/mine"), "--full"]) == 0
     words = (*MINE, "partition=natural", "clients=3")
     shared = run(tmp_path, "shared", *words)["model_sha256"]
@@ -135,6 +138,9 @@ def test_every_partition_by_writer_works_on_shards_alone(table: Path, tmp_path: 
     assert not (tmp_path / "data/mine/train").exists()
     assert compose([f"home={tmp_path}", *MINE, *words]).dataset.normalization == "imagenet"
     assert run(tmp_path, "one", *MINE, *words)["status"] == "finished"
+    settings = compose([f"home={tmp_path}", *MINE, *(word for word in words if "enabled" not in word)])
+    with pytest.raises(DataError, match=r"mine is prepared as shards only, in .*: add distributed_data.enabled=true"):
+        prepared(settings)
 
 
 def test_a_test_split_of_the_source_stays_the_test_split_of_its_clients(tmp_path: Path) -> None:
@@ -235,6 +241,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line_with_the_fix(
     assert "flwrlabs/femnist cannot be downloaded (Couldn't reach 'flwrlabs/femnist' on the Hub)" in said
     assert "check the name and the network, or download the files elsewhere and set dataset.source" in said
     assert not list((tmp_path / "raw").glob("flwrlabs--femnist"))
+    assert logging.getLogger("huggingface_hub").level == logging.ERROR
     said = refused(capsys, tmp_path, *MINE, "dataset.download=true", "dataset.hub=../x")
     assert "dataset.hub=../x is not a name on the hub: give owner/name" in said
     assert "add dataset.hub=OWNER/NAME" in refused(capsys, tmp_path, *MINE, "dataset.download=true")

@@ -36,7 +36,7 @@ def write_peft(run: FinishedRun, folder: Path) -> str:
         (folder / "base").mkdir()
         save_tensors(base, folder / "base" / "model.safetensors")
         return (
-            "base = ...  # your own network\n"
+            "import peft\nimport safetensors.torch\nbase = ...  # your own network\n"
             "base.load_state_dict(safetensors.torch.load_file('{out}/base/model.safetensors'))\n"
             "model = peft.PeftModel.from_pretrained(base, '{out}')"
         )
@@ -45,6 +45,7 @@ def write_peft(run: FinishedRun, folder: Path) -> str:
     write_transformers_folder(run, to_transformers(base), folder / "base")
     _write_for_transformers(run, folder)
     return (
+        "import peft\nimport transformers\n"
         "base = transformers.ViTForImageClassification.from_pretrained('{out}/base')\n"
         "model = peft.PeftModel.from_pretrained(base, '{out}')"
     )

@@ -15,7 +15,9 @@ from torch import nn
 from flapp.data.images import NORMALIZATIONS
 from flapp.data.loader import ClientLoader
 from flapp.data.offline import OfflineDataset
+from flapp.model.layout import SIZES
 from flapp.training import outputs_of
+from tools.exporting.vits import input_size
 from tools.running.finished import FinishedRun
 
 TOLERANCE = 1e-4  # relative to the largest output: onnxruntime's kernels round differently
@@ -36,6 +38,8 @@ def write_onnx(run: FinishedRun, folder: Path) -> str:
         raise ValueError(f"--to onnx needs {error.name}: pip install -e '.[onnx]'") from error
 
     model, samples, path = run.model(), take_samples(run, COMPARED), folder / "model.onnx"
+    if run.config.model.name in SIZES:  # a ViT also takes grey images as equal channels; the file takes what it has
+        samples = samples.expand(-1, input_size(run)[1], -1, -1).contiguous()
     _trace(model, samples[:2], path)
     file = onnx.load(path)
     is_fixed = bool(file.graph.input[0].type.tensor_type.shape.dim[0].dim_value)
@@ -55,7 +59,7 @@ def write_onnx(run: FinishedRun, folder: Path) -> str:
     if (worst := float(np.abs(found - expected).max())) > TOLERANCE * max(1.0, float(np.abs(expected).max())):
         raise ValueError(f"onnxruntime's outputs differ from PyTorch's by up to {worst:g}: use another --to")
     note = "  # it takes one sample at a time" if is_fixed else ""
-    return f"session = onnxruntime.InferenceSession('{{out}}/model.onnx'){note}"
+    return f"import onnxruntime\nsession = onnxruntime.InferenceSession('{{out}}/model.onnx'){note}"
 
 
 def _trace(model: nn.Module, samples: torch.Tensor, path: Path) -> None:

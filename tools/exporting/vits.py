@@ -48,6 +48,7 @@ def write_torchvision(run: FinishedRun, folder: Path) -> str:
     norm = f", norm_layer=partial(nn.LayerNorm, eps={variant.layer_norm_eps:g})"
     grey = "\n# it takes a grey image as three equal channels: x.expand(-1, 3, -1, -1)" if channels == 1 else ""
     return (
+        "from functools import partial\nimport torch\nimport torchvision\nfrom torch import nn\n"
         f"model = torchvision.models.VisionTransformer({sizes}{norm})\n"
         f"model.load_state_dict(torch.load('{{out}}/model.pth')){grey}"
     )
@@ -58,7 +59,7 @@ def write_transformers(run: FinishedRun, folder: Path) -> str:
     refuse_pooling(run.config.model)
     state = to_transformers(run.model().state_dict())
     write_transformers_folder(run, state, folder)
-    return "model = transformers.ViTForImageClassification.from_pretrained('{out}')"
+    return "import transformers\nmodel = transformers.ViTForImageClassification.from_pretrained('{out}')"
 
 
 def refuse_pooling(model: ModelConfig) -> None:
@@ -117,7 +118,7 @@ def write_timm(run: FinishedRun, folder: Path) -> str:
     architecture = {"architecture": "vit_small_patch16_224", **names, "model_args": arguments}
     write_config(folder / "config.json", architecture | {"pretrained_cfg": preprocessing})
     save_tensors(to_timm(run.model().state_dict(), str(variant.pooling)), folder / "model.safetensors")
-    return "model = timm.create_model('local-dir:{out}', pretrained=True)"
+    return "import timm\nmodel = timm.create_model('local-dir:{out}', pretrained=True)"
 
 
 def statistics(run: FinishedRun, channels: int) -> tuple[list[float], list[float]]:

@@ -12,6 +12,7 @@ from flapp.data.artifact import DataError, refusing
 from flapp.data.shards.source import Writer
 from flapp.untrusted import read_json
 
+MAPPING = '{"0": ["writer", ...], "1": [...]}, the values of the client column that each client gets'
 STRATEGIES = ("round_robin", "random", "natural", "manual")
 _CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -27,8 +28,10 @@ def assign_writers(
     """
     if strategy not in STRATEGIES:
         raise DataError(f"partition={strategy} does not make shards: choose one of {', '.join(STRATEGIES)}")
-    if (mapping is not None) != (strategy == "manual"):
-        raise DataError(f"partition={strategy} {'needs a' if mapping is None else 'takes no'} mapping file")
+    if mapping is None and strategy == "manual":
+        raise DataError(f"partition=manual needs partition.mapping=FILE, JSON of the form {MAPPING}: add it")
+    if mapping is not None and strategy != "manual":
+        raise DataError(f"partition={strategy} takes no partition.mapping, partition=manual does: leave it out")
     names = sorted(writers)
     if mapping is not None:
         return _manual(names, clients, mapping)

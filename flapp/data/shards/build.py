@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,19 +104,20 @@ def export_artifacts(manifest: Path, folder: Path) -> Path:
         (folder / "partitions" / f"{strategy}.safetensors").unlink(missing_ok=True)
     parts: dict[str, tuple[np.ndarray, ...]] = {}
     paths = {client: open_shard(records, client).path for client in ids}
+    preparation = hashlib.sha256("".join(records[client].digest for client in ids).encode()).hexdigest()
     for artifact, splits in (("train", ("train", "val")), ("test", ("test",))):
         counts = [records[client].num_samples[split] for split in splits for client in ids]
         rows = np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])
         parts |= {split: tuple(rows[i * len(ids) : (i + 1) * len(ids)]) for i, split in enumerate(splits)}
         files = [paths[client] / f"{split}.safetensors" for split in splits for client in ids]
-        _join(folder / artifact, records.kind, files, counts)
+        _join(folder / artifact, records.kind, files, counts, preparation)
     requested = np.array([records[client].label_hist for client in ids], dtype=np.float64)
     path = folder / "partitions" / f"{records.facts['strategy']}.safetensors"
     save_partition(path, Partition(**parts, requested=requested))
     return path
 
 
-def _join(folder: Path, kind: Kind, files: list[Path], counts: list[int]) -> None:
+def _join(folder: Path, kind: Kind, files: list[Path], counts: list[int], preparation: str) -> None:
     """Write an artifact of the samples in `files`, `counts` in each, one file after the other."""
     starts = np.cumsum([0, *counts])
 
@@ -133,7 +135,8 @@ def _join(folder: Path, kind: Kind, files: list[Path], counts: list[int]) -> Non
             source_sha256.update(images.data)
     source_sha256.update(labels.data)
     sha256, shape = source_sha256.hexdigest(), (len(labels), *kind.shape)
-    write_rows(folder, read, shape, labels, kind.classes, sha256, normalization=kind.normalization)
+    write = partial(write_rows, normalization=kind.normalization, preparation=preparation)
+    write(folder, read, shape, labels, kind.classes, sha256)
 
 
 def open_shard(manifest: Manifest, client_id: str) -> DistributedShardLoader:

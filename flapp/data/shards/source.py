@@ -22,7 +22,7 @@ ALL = slice(None)
 class Kind:
     """What all samples of a dataset are: images, uint8 (H, W, C), in classes with names.
 
-    normalization: the one that runs shall use, None if that is open.
+    normalization: the one that runs must use, None if they may use any.
     """
 
     dataset: str
