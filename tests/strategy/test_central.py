@@ -78,6 +78,15 @@ def test_without_sampling_epsilon_is_that_of_the_analytic_gaussian_mechanism(rou
     assert exact <= central.epsilon_of(2.0, 1.0, rounds, 1e-5, "rdp") <= 1.15 * exact
 
 
+def test_epsilon_of_the_cifar10_benchmark_of_pfl_research_is_the_one_it_is_published_with() -> None:
+    """Its baseline.yaml: epsilon 2, delta 1e-6, 1,500 rounds of 1,000 out of 10^6 clients, and its PLD accountant.
+
+    For these, pfl 0.6.0's PLDPrivacyAccountant returns the noise parameter 0.616145, its RDPPrivacyAccountant 0.713778.
+    """
+    assert central.epsilon_of(0.616145, 0.001, 1500, 1e-6, "pld") == pytest.approx(2.0, rel=0.01)
+    assert central.epsilon_of(0.713778, 0.001, 1500, 1e-6, "rdp") == pytest.approx(2.0, rel=0.01)
+
+
 def test_the_noise_for_a_budget_in_a_large_federation_is_that_of_dp_accounting() -> None:
     """Compare with dp-accounting for 10^6 clients, each drawn with 0.001, 1,500 rounds, epsilon 2 and delta 10^-7."""
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent, calibrate_dp_mechanism
