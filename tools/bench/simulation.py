@@ -206,6 +206,10 @@ def cpu(base: Usage, ours: Usage) -> float:
     return ours.cpu / base.cpu
 
 
+def wall(base: Usage, ours: Usage) -> float:
+    return ours.wall / base.wall
+
+
 def start(base: Usage, ours: Usage) -> float:
     return ours.start / base.start
 
@@ -221,6 +225,14 @@ def cnn_rows(home: Path, scale: Scale) -> list[Row]:
         (at_most(f"{what}, 2 workers", BARE, 1.15), lambda bare, one, two: two.cpu / bare.cpu),
         (at_most(f"{what}, 2 workers, wall time", "1 worker", 0.65), lambda bare, one, two: two.wall / one.wall),
     )
+
+
+def private_rows(home: Path, scale: Scale) -> list[Row]:
+    """Compare W1 with central privacy and without; all clients train, because Poisson sampling draws a varying number."""
+    plain = cnn(home, scale.drawn, scale.drawn, scale.rounds[0])
+    private = replace(plain, name=f"{plain.name}-private", words=(*plain.words, "privacy=central"))
+    row = at_most(f"W1, inline, {scale.drawn} clients, privacy=central, wall time", "privacy=none", 1.10)
+    return compare(scale.turns, {"none": plain.run_flapp, "central": private.run_flapp}, (row, wall))
 
 
 def linear_rows(home: Path, scale: Scale) -> list[Row]:
@@ -280,6 +292,6 @@ def scale_rows(home: Path, scale: Scale) -> list[Row]:
 def rows(short: bool = False) -> list[Row]:
     """Measure everything, or the short form."""
     scale = SHORT if short else LONG
-    groups = (cnn_rows, linear_rows, digits_rows, ray_rows, scale_rows)
+    groups = (cnn_rows, private_rows, linear_rows, digits_rows, ray_rows, scale_rows)
     with tempfile.TemporaryDirectory(prefix="flapp-bench-") as folder:
         return [row for group in groups for row in group(Path(folder), scale)]
