@@ -12,7 +12,7 @@ s. So that both together cost no more than z, the noise on the updates is raised
 z_delta = (z^-2 - (2 s)^-2)^(-1/2).
 
 z is rounded up to four digits after the point. Gaussian numbers of 53 random bits end at 8.57 standard deviations,
-which adds less than 1e-16 per tensor element to delta.
+which adds less than 1e-16 per tensor element and round to delta; this is not counted.
 """
 
 import logging
@@ -33,6 +33,7 @@ from flapp.config.schema import Config, ConfigError, PrivacyConfig
 STEPS = 10_000  # z is a multiple of 1 / STEPS
 LEAST_COUNT_NOISE = 1 / 20  # of the expected number of clients, as Andrew et al. recommend
 LONGEST_RUN = 1 << 20  # rounds
+SHORTEST_CLIP, LONGEST_CLIP = 1e-9, 1e9  # between them adaptive clipping stays
 Draw = Callable[[tuple[int, ...]], np.ndarray]  # shape: independent standard normal numbers, float64
 
 
@@ -51,11 +52,14 @@ class Plan:
     expected: float
 
 
-def plan_of(config: Config) -> Plan:
-    """Return the noise that the settings ask for; raises ConfigError where they cannot be met, or without a package."""
+def plan_of(config: Config, z: float | None = None) -> Plan:
+    """Return the noise that the settings ask for; z: the multiplier that the run has begun with, if it has.
+
+    Raises ConfigError where they cannot be met, or without a package.
+    """
     privacy, sampling = config.privacy, config.strategy.fraction_train
     expected = sampling * config.clients
-    z = privacy.noise_multiplier
+    z = z or privacy.noise_multiplier
     if z is None:
         z = _least_multiplier(privacy.epsilon, privacy.delta, privacy.accountant, sampling, config.num_rounds)
     if privacy.clipping == "fixed":
@@ -147,12 +151,13 @@ def update_length(sent: Mapping[str, np.ndarray], trained: Mapping[str, np.ndarr
 
 def next_clip(clip: float, settings: PrivacyConfig, within: float) -> float:
     """Return the clipping norm after a round in which (with noise) the share `within` of the updates was shorter."""
-    return clip * math.exp(-settings.clipping_lr * (within - settings.quantile))
+    exponent = math.log(clip) - settings.clipping_lr * (within - settings.quantile)
+    return math.exp(min(max(exponent, math.log(SHORTEST_CLIP)), math.log(LONGEST_CLIP)))
 
 
 def is_secure(config: Config) -> bool:
     """Return whether noise, and the clients of a round, are drawn from the system's secure generator."""
-    return (config.privacy.noise or ("secure" if config.deployment.kind == "superlink" else "seeded")) == "secure"
+    return config.privacy.noise != "seeded"
 
 
 def drawer(config: Config, server_round: int, key: str) -> Draw:
@@ -176,6 +181,7 @@ def secure_normals(shape: tuple[int, ...]) -> np.ndarray:
 def _least_multiplier(epsilon: float, delta: float, accountant: str, sampling: float, rounds: int) -> float:
     """Return the least z, a multiple of 1 / STEPS, with which so many rounds stay within the budget."""
     package = _package()
+    from dp_accounting.mechanism_calibration import NoBracketIntervalFoundError
 
     def search(kind: str, low: float, high: float) -> float:
         bracket = package.LowerEndpointAndGuess(low, high)
@@ -194,7 +200,7 @@ def _least_multiplier(epsilon: float, delta: float, accountant: str, sampling: f
         with _quiet():
             z = search("rdp", 0.1, 1.0)
             z = search("pld", z / 2, z) if accountant == "pld" else z
-    except package.NoBracketIntervalFoundError as error:
+    except NoBracketIntervalFoundError as error:
         raise ConfigError(
             f"privacy.epsilon={epsilon:g} needs a noise multiplier below 0.1 or above 1e8: choose another, or set "
             "privacy.noise_multiplier"

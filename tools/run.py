@@ -133,6 +133,7 @@ def final_line(summary: dict[str, Any], took: float | None = None, hint: bool = 
         lines.append(f"resumed anyway after round {note['round']}: {some(note['changed'])}")
     if "epsilon" in summary:
         whose = " for the client that released the most updates" if summary.get("privacy") != "central" else ""
+        whose += ", with seeded noise, for experiments only" if summary.get("privacy_noise") == "seeded" else ""
         lines.append("epsilon {epsilon:.4g} (delta {delta:g})".format(**summary) + whose)
     lines.append(f"model {Path(folder) / 'model.safetensors'} (of {chosen}, sha256 {summary['model_sha256']})")
     lines.append(f"results in {folder}")

@@ -14,7 +14,7 @@ from flwr.common.constant import ErrorCode
 from flapp.central import clip
 from flapp.checkpoint.chunks import CheckpointError
 from flapp.checkpoint.tensors import digest_of
-from flapp.checks import check_update, find_answer_fault, find_metric_fault
+from flapp.checks import RAISE_LIMIT, TOO_LONG, check_update, find_answer_fault, find_metric_fault
 from flapp.client.store import ClientStore, private_key
 from flapp.client.task import Task, message_for_one, read_task
 from flapp.custom import place_of, resolve
@@ -62,13 +62,14 @@ def group_mod(message: Message, context: Context, call_next: ClientAppCallable) 
 def serve_group(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Return the answer to a group's message; raises MessageError for a message that cannot be read."""
     task, group, arrays = read_task(message, context), unpack_group(message), unpack_arrays(message.content)
+    fix = TOO_LONG if task.instructions.clipping_norm else RAISE_LIMIT
     total, answers = WeightedSum(), []
     for asked in group.asked:
         received = cut_rank(arrays, asked.rank) if asked.rank else arrays
         try:
             reply = call_next(message_for_one(message, asked, received), context)
             expected = {key: received[key] for key in task.instructions.returns or received}
-            answer = examine(reply, message.metadata.message_type, group, asked, expected)
+            answer = examine(reply, message.metadata.message_type, group, asked, expected, fix)
             if group.is_summed and answer.arrays is not None:
                 norm = answer.metrics[UPDATE_NORM]
                 is_long = norm > group.clip
@@ -84,8 +85,10 @@ def serve_group(message: Message, context: Context, call_next: ClientAppCallable
     return pack_answers(message, answers, total.arrays or None)
 
 
-def examine(reply: Message, kind: str, group: Group, asked: Asked, expected: Mapping[str, Array]) -> Answer:
+def examine(reply: Message, kind: str, group: Group, asked: Asked, expected: Mapping[str, Array], fix: str) -> Answer:
     """Return a client's answer; raises MessageError for a reply that the server would reject, with the same reason.
+
+    fix: what to do about an update that is too long, for the reason.
 
     Numbers and tensors are examined here only for a sum. Otherwise the server, which receives them, does it.
     """
@@ -97,7 +100,7 @@ def examine(reply: Message, kind: str, group: Group, asked: Asked, expected: Map
     if group.is_summed and answer.arrays is not None:
         if fault := find_metric_fault(kind, Claim(asked.client_id, asked.examples), answer.metrics, validates=False):
             raise MessageError(fault)
-        answer.metrics[UPDATE_NORM] = check_update(answer.arrays, expected, group.norm_limit)
+        answer.metrics[UPDATE_NORM] = check_update(answer.arrays, expected, group.norm_limit, fix=fix)
     return answer
 
 

@@ -1,4 +1,4 @@
-"""Fill in settings that are left to files: the prepared dataset says its shape, pretrained weights say their model."""
+"""Fill in settings that others decide: the prepared dataset its shape, pretrained weights their model, and so on."""
 
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,15 @@ def derive(values: dict[str, Any], reads_weights: bool = True) -> None:
         _fill_dataset(values)
     if isinstance(values.get("model"), dict):
         _fill_model(values["model"], reads_weights)
+    if isinstance(values.get("privacy"), dict):
+        _fill_noise(values)
+
+
+def _fill_noise(values: dict[str, Any]) -> None:
+    """Fill in where noise comes from, so that a run that is resumed in another runtime cannot change it unnoticed."""
+    privacy, deployment = values["privacy"], values.get("deployment")
+    if privacy.get("kind") == "central" and privacy.get("noise") is None and isinstance(deployment, dict):
+        privacy["noise"] = "secure" if deployment.get("kind") == "superlink" else "seeded"
 
 
 def _fill_dataset(values: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flapp.config.schema import Config, ConfigError
 from flapp.custom import read_code, whole_digest
-from flapp.files import replacing
+from flapp.files import replacing, sync
 from flapp.source import read_source, versions
 from flapp.untrusted import parse_json
 
@@ -51,10 +51,13 @@ class Journal:
 
     def append(self, lines: Iterable[Line]) -> None:
         """Add lines and wait until they are on disk."""
+        is_new = not self.path.exists()
         with self.path.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
+        if is_new:
+            sync(self.path.parent)
 
     def cut(self, before: int | None) -> None:
         """Keep only the lines that `read` returns."""

@@ -4,23 +4,25 @@ A round's release is the noisy average of its updates. It becomes known when cli
 evaluate it. Before that, `keep` does two things, in this order:
 
 1. release.safetensors gets the noisy average, the round's line and the next clipping norm, in one step.
-2. releases.jsonl gets a line with the round and the digest of the average.
+2. releases.jsonl gets a line with the round, the digest of the average, and the noise that was added.
 
 A run that was broken off before 1 has made nothing known, and does the round again with new noise. After 1 it takes the
 average from the file, and asks no client. So a round is released once, and a line for a digest that has one already is
 not written again. Lines are never removed, not even by resume_from: rounds that are trained anew are releases, too.
+A resumed run takes the noise multiplier from the first line, even if another version of dp-accounting computes another.
 """
 
 import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flapp.central import Plan, affordable, epsilon_of
-from flapp.config.schema import ConfigError
+from flapp.central import affordable, epsilon_of, plan_of
+from flapp.config.schema import Config, ConfigError
 from flapp.model.files import load_tensors, save_tensors, to_numpy
 from flapp.server.journals import Journal
 
@@ -43,21 +45,25 @@ class Release:
 class CentralLedger:
     """Keep and count releases. The epsilon so far goes into metrics.json at once.
 
-    Raises ConfigError when releases.jsonl lacks a round of the run.
+    plan: the noise of every round. Raises ConfigError when releases.jsonl lacks a round of the run.
     """
 
-    def __init__(self, run: "RunDirectory", plan: Plan) -> None:
-        self.settings, self.plan = run.config.privacy, plan
+    def __init__(self, run: "RunDirectory") -> None:
+        self.settings = run.config.privacy
         self.totals = run.observer.summary.totals
         self.path = run.path / RELEASE
         self.journal = Journal(run.path / "releases.jsonl", otherwise="start a new run")
-        self.known = {(line["round"], line["released"]) for line in self.journal.read()}
+        lines = self.journal.read()
+        self.known = {(line["round"], line["released"]) for line in lines}
+        self.plan = plan_of(run.config, lines[0]["noise_multiplier"] if lines else None)
         if missing := set(range(1, run.last_round() + 1)) - {server_round for server_round, _ in self.known}:
             raise ConfigError(
                 f"{self.journal.path} lacks round {min(missing)}, so what the run has released cannot be counted: "
                 "bring it back from a copy, or start a new run"
             )
         self.journal.cut(None)
+        for left in self.path.parent.glob(f".{RELEASE}*"):  # of a start that was killed while it wrote
+            left.unlink()
         self.totals |= self.spent()
         if self.known:
             LOGGER.info("so far the run has released %d averages, epsilon %.4g", len(self.known), self.epsilon())
@@ -100,8 +106,9 @@ class CentralLedger:
         return epsilon_of(plan.multiplier, plan.sampling, rounds, settings.delta, settings.accountant)
 
     def spent(self) -> dict[str, Any]:
-        """Return the epsilon so far and its delta, as in metrics.json."""
-        return {"privacy": "central", "epsilon": self.epsilon(), "delta": self.settings.delta}
+        """Return the epsilon so far, its delta, and where the noise comes from, as in metrics.json."""
+        facts = {"privacy": "central", "privacy_noise": self.settings.noise}
+        return {**facts, "epsilon": self.epsilon(), "delta": self.settings.delta}
 
     def rounds_left(self, most: int) -> int:
         """Return for how many more releases, at most `most`, the budget privacy.epsilon is enough."""
@@ -111,7 +118,8 @@ class CentralLedger:
     def _count(self, server_round: int, average: Mapping[str, np.ndarray]) -> None:
         entry = server_round, _digest(average)
         if entry not in self.known:
-            self.journal.append([{"round": server_round, "released": entry[1]}])
+            noise = {"noise_multiplier": self.plan.multiplier, "noise": self.settings.noise}
+            self.journal.append([{"round": server_round, "released": entry[1], **noise}])
             self.known.add(entry)
         self.totals |= self.spent()
 
@@ -120,3 +128,17 @@ def _digest(tensors: Mapping[str, np.ndarray]) -> str:
     from flapp.checkpoint.tensors import digest_of  # imports PyTorch, which commands do without
 
     return digest_of(tensors)
+
+
+def check_budget(config: Config, path: Path) -> None:
+    """Raise ConfigError when a run would go back to round resume_from, but has no budget to train a round again."""
+    if config.privacy.kind != "central":
+        return
+    lines = Journal(path / "releases.jsonl", otherwise="start a new run").read()
+    plan = plan_of(config, lines[0]["noise_multiplier"] if lines else None)
+    if affordable(config.privacy, plan, len(lines) + 1) > len(lines):
+        return
+    raise ConfigError(
+        f"resume_from={config.resume_from} would train rounds again, which counts again, and the {len(lines)} rounds "
+        f"so far have used up privacy.epsilon={config.privacy.epsilon:g}: leave resume_from out, or start a new run"
+    )

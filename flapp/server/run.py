@@ -17,7 +17,7 @@ from torch import nn
 
 from flapp.architecture import adapt, build, choose_device, find_oversize, split_place
 from flapp.base import Base, keep_base
-from flapp.central import describe_central, is_secure, plan_of
+from flapp.central import describe_central, is_secure
 from flapp.config.load import derive_seed
 from flapp.config.schema import Config, ConfigError
 from flapp.custom import enable, own
@@ -293,18 +293,26 @@ def count_central(directory: RunDirectory) -> CentralLedger:
     if not is_secure(config):
         text = "privacy.noise=seeded is for experiments, because every client knows the seed and so the noise: set %s"
         log(WARNING, text, "privacy.noise=secure")
-    return CentralLedger(directory, plan_of(config))
+    return CentralLedger(directory)
 
 
 def check_trained(model: nn.Module, sent: Sequence[str]) -> None:
     """Raise ConfigError for a tensor that travels but is not trained, such as a buffer: noise would only spoil it."""
-    trained = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    trained = {name for name, parameter in named.items() if parameter.requires_grad}
     if odd := [key for key in sent if key not in trained]:
         raise ConfigError(
             f"privacy=central adds noise to every tensor that travels, and {odd[0]} is not trained ({len(odd)} such "
             "tensors): use a model without buffers and frozen tensors, such as GroupNorm in place of BatchNorm, or "
             "train adapters"
         )
+    names: dict[int, str] = {}
+    for key in sent:
+        if (first := names.setdefault(id(named[key]), key)) != key:
+            raise ConfigError(
+                f"privacy=central adds noise to each tensor that travels, and {first} and {key} are one tensor, which "
+                "would get two different ones: use a model without tied weights, or train adapters"
+            )
 
 
 def build_roster(config: Config, grid: PolledGrid, base: Base | None, ledger: ClientLedger) -> Roster:

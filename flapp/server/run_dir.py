@@ -24,6 +24,7 @@ from flapp.model.files import save_tensors
 from flapp.partitions import class_names
 from flapp.server.journals import LOGGER, Origin
 from flapp.server.observer import Observer
+from flapp.server.releases import check_budget
 from flapp.server.run_names import (
     CLASSES,
     RUNNING,
@@ -246,6 +247,7 @@ def check_resumable(config: Config) -> Path:
                 f"resume_from={config.resume_from} is not among the rounds that {path / STORE} holds: choose one of "
                 f"{listed}"
             )
+        check_budget(config, path)
     return path
 
 

@@ -89,7 +89,7 @@ def _has_no_round(path: Path) -> bool:
     summary = path / "metrics.json"
     if summary.exists() and sound_summary(read_json(summary))[0].get("status") != "failed":
         return False
-    if any((path / name).exists() for name in ("model.safetensors", "releases.jsonl")):
+    if any((path / name).exists() for name in ("model.safetensors", "releases.jsonl", "release.safetensors")):
         return False  # the count of private releases must not be lost
     lines = [read_whole_line(text) for text in (path / METRICS).read_text().splitlines(keepends=True)]
     if any(line.get("kind") == "round" or line.get("round", 0) > 1 for line in lines if line is not None):

@@ -12,7 +12,7 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
-from flapp.checks import RAISE_LIMIT, find_norm_fault, find_value_fault, floating_pairs
+from flapp.checks import RAISE_LIMIT, TOO_LONG, find_norm_fault, find_value_fault, floating_pairs
 from flapp.config.rules import fewest_replies
 from flapp.config.schema import Config, ConfigError
 from flapp.custom import scores_of
@@ -35,7 +35,7 @@ from flapp.server.journals import ReleaseLedger
 from flapp.server.observer import Observer
 from flapp.server.roster import FederationError, Roster
 from flapp.strategy.aggregation import NormBound, alignment_weights, cap_shares, totals
-from flapp.strategy.central import TOO_LONG, Central, ClipBound
+from flapp.strategy.central import Central, ClipBound
 from flapp.strategy.phase import Phase
 from flapp.strategy.robust import PER_CLIENT, robust_average
 from flapp.strategy.server_optimizer import ServerOptimizer
@@ -166,6 +166,8 @@ class FedAvg(FlowerFedAvg):
         if release is None:
             phase = self._receive(replies)
             phase.fold(is_over=True)
+            if phase.names and not phase.metrics:
+                log(WARNING, "round %d: no client's update counts, so this round is noise only", server_round)
             loss = self._mean_loss(phase) if phase.metrics else None
             line = {"loss": loss, "client_seconds": _busy(phase), **self._log_line()}
             keys = self.shared.returns or tuple(self.current)
@@ -176,6 +178,7 @@ class FedAvg(FlowerFedAvg):
         if self.server_optimizer:
             arrays = self.server_optimizer.step(self.current, arrays, server_round)
         self._check_aggregate(arrays)
+        central.keep(server_round, self.current, release)
         self.observer.append(TRAIN, server_round, **release.line, epsilon=central.ledger.epsilon())
         return arrays, MetricRecord()
 
@@ -348,8 +351,8 @@ class FedAvg(FlowerFedAvg):
         # Training always needs min_replies. An evaluation may ask fewer clients, and then needs all of their replies.
         least = self.settings.min_replies
         needed = fewest_replies(self.settings) if phase.kind == TRAIN else min(least, max(1, len(phase.names)))
-        if self.central and not phase.names:
-            needed = 0  # by chance nobody was drawn: the round is noise only
+        if self.central and phase.kind == TRAIN and self.roster.members:
+            needed = 0  # nobody was drawn, or all failed: the round is noise only, as it is with one client less
         if len(phase.metrics) < needed:
             wanted = f"strategy.min_replies={least}"
             if needed > least:

@@ -1,11 +1,12 @@
 """Settings of differential privacy: what goes together, what older runs say, and where noise is secure."""
 
 import sys
+from dataclasses import asdict
 
 import pytest
 
 from flapp import central
-from flapp.config.load import compose
+from flapp.config.load import compose, differences
 from flapp.config.schema import ConfigError
 from tests.conftest import refusal_of
 
@@ -70,3 +71,11 @@ def test_noise_is_secure_in_a_deployment_and_seeded_otherwise() -> None:
     }
     assert found == {"inline": False, "simulation": False, "local": True}
     assert central.is_secure(compose([*TOY, "privacy.noise=secure"]))
+
+
+def test_a_run_cannot_be_resumed_with_noise_from_elsewhere() -> None:
+    """A deployed run that is resumed on one machine must not go on with noise that every client knows."""
+    begun, resumed = (compose([*TOY, f"deployment={kind}"]) for kind in ("local", "inline"))
+    assert (begun.privacy.noise, resumed.privacy.noise) == ("secure", "seeded")
+    assert any("privacy.noise" in change for change in differences(asdict(begun), resumed))
+    assert not differences(asdict(begun), compose([*TOY, "privacy.noise=secure"]))

@@ -1,7 +1,6 @@
 """Central differential privacy: the clip bounds every client, the noise is as stated, and rounds are counted once."""
 
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,12 +15,12 @@ from flapp import central
 from flapp.config.load import compose
 from flapp.config.schema import Config, ConfigError
 from flapp.messages import ARRAYS, METRICS, WITHIN_CLIP, pack
-from flapp.server.releases import CentralLedger, Release
+from flapp.server.releases import Release
+from flapp.server.roster import FederationError
 from flapp.server.run import initial_model
 from flapp.strategy.central import Central
-from flapp.strategy.fedavg import FedAvg
 from flapp.sums import WeightedSum
-from tests.conftest import Broken, break_off, read_lines
+from tests.conftest import LocalGrid, read_lines, run_app
 from tests.support.replies import Federate, Sent, changing, drop, failures, listen
 
 pytest.importorskip("dp_accounting", reason='needs pip install -e ".[privacy]"')
@@ -40,8 +39,9 @@ def length(tensors: Sequence[np.ndarray]) -> float:
 
 def noisy(*words: str) -> Central:
     """Return the server's part of a toy run, with a ledger that keeps nothing."""
-    ledger: Any = SimpleNamespace(keep=lambda *_: None, kept=lambda *_: None)
-    return Central(compose([*TOY, *words]), ledger)
+    config = compose([*TOY, *words])
+    ledger: Any = SimpleNamespace(plan=central.plan_of(config), kept=lambda *_: None)
+    return Central(config, ledger)
 
 
 def released(
@@ -101,6 +101,11 @@ def test_the_noise_for_a_budget_in_a_large_federation_is_that_of_dp_accounting()
     assert RdpAccountant().compose(poisson(plan.multiplier), 1500).get_epsilon(1e-7) == pytest.approx(2.0, rel=0.01)
     theirs = calibrate_dp_mechanism(RdpAccountant, lambda z: SelfComposedDpEvent(poisson(z), 1500), 2.0, 1e-7)
     assert plan.multiplier == pytest.approx(theirs, rel=0.01)
+
+
+def test_a_budget_that_no_noise_meets_is_refused_with_a_line() -> None:
+    with pytest.raises(ConfigError, match=r"privacy.epsilon=1e\+06 needs a noise multiplier below 0.1 or above 1e8"):
+        central.plan_of(compose([*TOY, "privacy.epsilon=1e6"]))
 
 
 def test_the_least_noise_spends_the_budget_in_the_planned_rounds_and_less_would_exceed_it() -> None:
@@ -262,90 +267,55 @@ def test_a_run_stops_before_its_budget_is_exceeded_and_evaluates_its_last_round(
         federate(*TOY, "privacy.noise_multiplier=2", "privacy.epsilon=0.1")
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, after: bool) -> None:
-    """Break off in round 2, before or after the call of a method or function."""
-    real, calls = getattr(owner, name), itertools.count(1)
-
-    def stand_in(*args: Any, **kwargs: Any) -> Any:
-        is_due = next(calls) == 2
-        if is_due and not after:
-            raise Broken("the power is gone")
-        found = real(*args, **kwargs)
-        if is_due:
-            raise Broken("the power is gone")
-        return found
-
-    monkeypatch.setattr(owner, name, stand_in)
+def test_a_round_in_which_all_clients_fail_is_noise_only(federate: Federate) -> None:
+    done, path = federate(*TOY, "evaluate.every=3", tamper=changing(change=drop))
+    lines = read_lines(path, "train")
+    assert (done["status"], done["rounds"], done["epsilon"]) == ("finished", 3, lines[-1]["epsilon"])
+    assert [(len(line["failures"]), line["loss"]) for line in lines] == [(3, None)] * 3
 
 
-PLACES = [  # whose call is broken off, and whether before or after it has done its work
-    (Central, "draw", True),  # drawn, nobody asked
-    (FedAvg, "configure_train", True),
-    (FedAvg, "_receive", False),  # asked, not summed
-    (Central, "make_release", False),  # asked, not summed with noise
-    (CentralLedger, "keep", False),  # noise is added, nothing kept
-    (CentralLedger, "_count", False),  # kept, not counted
-    (CentralLedger, "_count", True),  # counted, not made known
-    (FedAvg, "aggregate_train", True),
-    (FedAvg, "aggregate_evaluate", False),  # clients have the new model
-    (FedAvg, "aggregate_evaluate", True),
-    (FedAvg, "facts", False),  # before the round is saved
-    (FedAvg, "facts", True),
-]
+def test_a_federation_that_all_clients_have_left_ends_with_its_budget_unspent(data_home: Path) -> None:
+    settings = compose([f"home={data_home}", "run_name=deserted", *TOY, "clients=3", "evaluate.every=3"])
+    replies = itertools.count(1)
+
+    def leave(_: str, reply: Message) -> Message:
+        if next(replies) == 2 * 3:  # each has sent its claim, and its update of round 1
+            grid.nodes.clear()
+        return reply
+
+    grid = LocalGrid({}, [{"partition-id": i, "num-partitions": 3} for i in range(3)], tamper=leave)
+    with pytest.raises(FederationError, match="round 2: no client is present"):
+        run_app(settings, grid)
+    assert len((data_home / "runs" / "deserted" / "releases.jsonl").read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place[1]}-{'after' if place[2] else 'before'}")
-@pytest.mark.parametrize("source", ["seeded", "secure"])
-def test_a_resumed_run_releases_every_round_once_wherever_it_was_broken_off(
-    federate: Federate, data_home: Path, place: tuple[Any, str, bool], source: str
+def test_a_client_in_a_group_that_does_not_clip_is_told_what_is_wrong(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = f"broken-{source}-{place[1]}-{place[2]}"
-    words = (*TOY, "privacy.clipping=adaptive", f"privacy.noise={source}", f"run_name={name}")
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, *place)
-        with pytest.raises(Broken):
-            federate(*words)
-    folder = data_home / "runs" / name
-    before = released_in(folder)
-    done, path = federate(*words, "resume=true")
-    after = released_in(path)
-    assert [line["round"] for line in after] == [1, 2, 3]
-    assert after[: len(before)] == before
-    assert done["epsilon"] == central.epsilon_of(done_multiplier(words), 1.0, 3, 1e-5, "rdp")
-    assert [line["round"] for line in read_lines(path, "train")] == [1, 2, 3]
-    if source == "seeded":
-        whole, whole_path = federate(*words[:-1])
-        assert done["model_sha256"] == whole["model_sha256"]
-        told = [[(x["epsilon"], x["clipping_norm"]) for x in read_lines(p, "train")] for p in (path, whole_path)]
-        assert told[0] == told[1]
+    monkeypatch.setattr("flapp.client.mods.clip", lambda *_: None)
+    _, path = federate(*TOY, "clients=40", "privacy.clipping_norm=1e-6", "evaluate.every=3", any_node=True)
+    assert len(failures(path)) == 40
+    assert all("its node does not clip as privacy.clipping_norm says" in reason for reason in failures(path).values())
 
 
-def released_in(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in (path / "releases.jsonl").read_text().splitlines()]
+def test_the_clipping_norm_stays_within_bounds_whatever_the_noise_says() -> None:
+    settings = compose([*TOY, "privacy.clipping=adaptive", "privacy.clipping_lr=10000"]).privacy
+    assert central.next_clip(1.0, settings, -5.0) == pytest.approx(central.LONGEST_CLIP)
+    assert central.next_clip(1.0, settings, 5.0) == pytest.approx(central.SHORTEST_CLIP)
 
 
-def done_multiplier(words: Sequence[str]) -> float:
-    return central.plan_of(compose(list(words))).multiplier
+def test_tied_weights_are_refused_by_name(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch import nn
 
+    def tied(config: Config) -> nn.Module:
+        model = initial_model(config)
+        model.again = nn.Linear(1, 1)
+        model.again.weight = next(model.parameters())
+        return model
 
-def test_rounds_that_resume_from_drops_stay_released_and_the_budget_counts_them(federate: Federate) -> None:
-    words = (*TOY, "privacy.noise=secure", "run_name=back", "checkpoint=all")
-    first, _ = federate(*words)
-    back, path = federate(*words, "resume=true", "resume_from=1")
-    assert back["rounds"] == 1  # the budget was for three releases
-    assert read_lines(path, "stop")[-1]["metric"] == "epsilon"
-    assert back["epsilon"] == first["epsilon"]
-    (path / "releases.jsonl").unlink()
-    with pytest.raises(ConfigError, match=r"releases.jsonl lacks round 1.*bring it back from a copy, or start a new"):
-        federate(*words, "resume=true")
-
-
-def test_a_release_that_was_damaged_is_not_made_again_unasked(federate: Federate, data_home: Path) -> None:
-    words = (*TOY, "run_name=damaged")
-    break_off(federate, 2, "aggregate_evaluate", *words)
-    (data_home / "runs" / "damaged" / "release.safetensors").write_bytes(b"gone")
-    with pytest.raises(ConfigError, match=r"release.safetensors is damaged .* bring it back from a copy, or remove it"):
-        federate(*words, "resume=true")
+    monkeypatch.setattr("flapp.server.run.initial_model", tied)
+    with pytest.raises(ConfigError, match=r" and again.weight are one tensor.*: use a model without tied weights, or"):
+        federate(*TOY)
 
 
 def test_a_tensor_that_is_not_trained_is_refused_by_name(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:

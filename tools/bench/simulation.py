@@ -228,7 +228,7 @@ def cnn_rows(home: Path, scale: Scale) -> list[Row]:
 
 
 def private_rows(home: Path, scale: Scale) -> list[Row]:
-    """Compare W1 with central privacy and without; all clients train, because Poisson sampling draws a varying number."""
+    """Compare W1 with central privacy and without. All clients train: Poisson sampling would draw a varying number."""
     plain = cnn(home, scale.drawn, scale.drawn, scale.rounds[0])
     private = replace(plain, name=f"{plain.name}-private", words=(*plain.words, "privacy=central"))
     row = at_most(f"W1, inline, {scale.drawn} clients, privacy=central, wall time", "privacy=none", 1.10)
