@@ -111,6 +111,21 @@ def clip_update(trained: Mapping[str, Array], sent: Mapping[str, Array], factor:
     return as_record(found)
 
 
+def over_blocks(sizes: Mapping[str, int], work: Callable[[str, slice], None]) -> None:
+    """Call work(key, part) for every block of every tensor, in any order, in two threads where that pays."""
+    parts = [(key, part) for key, size in sizes.items() for part in _blocks(size)]
+
+    def work_some(start: int, step: int) -> None:
+        for key, part in parts[start::step]:
+            work(key, part)
+
+    if sum(sizes.values()) < WORTH_THREADS:
+        work_some(0, 1)
+        return
+    with ThreadPoolExecutor(THREADS) as threads:
+        list(threads.map(work_some, range(THREADS), [THREADS] * THREADS))
+
+
 def _blocks(size: int) -> Iterator[slice]:
     return (slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK))
 

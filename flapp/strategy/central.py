@@ -13,7 +13,7 @@ from flapp.config.schema import Config
 from flapp.messages import WITHIN_CLIP, view, views
 from flapp.server.releases import CentralLedger, Release
 from flapp.server.roster import Roster
-from flapp.sums import WeightedSum
+from flapp.sums import WeightedSum, over_blocks
 
 SLACK = 1e-4  # relative: more than the length of an update is ever measured too long
 
@@ -71,21 +71,25 @@ class Central:
         current: the model that was sent; keys: the tensors that clients send back; total: the sum of the trained models
         of all clients that count, whose numbers are `metrics`; line: values for the round's line.
         """
-        plan, sigma, count = self.plan, self.plan.update_multiplier * self.clip, len(metrics)
-        average = {}
-        for key in keys:
-            before = view(current[key])
-            noise = np.multiply(drawer(self.config, server_round, key)(before.shape), sigma)
+        plan, sigma, count, sums = self.plan, self.plan.update_multiplier * self.clip, len(metrics), total.arrays
+        sent = {key: view(current[key]) for key in keys}
+        average = {key: np.empty(before.size, before.dtype) for key, before in sent.items()}
+
+        def add_noise(key: str, part: slice) -> None:
+            before = sent[key].reshape(-1)[part]
+            block = drawer(self.config, server_round, key, part.start)(before.size) * sigma
             if count:
-                noise += total.unrounded_mean(1.0, [key])[key] - np.multiply(before, float(count), dtype=np.float64)
-            average[key] = np.asarray(before + noise / plan.expected).astype(before.dtype)
+                block += view(sums[key]).reshape(-1)[part] - np.multiply(before, float(count), dtype=np.float64)
+            average[key][part] = before + np.divide(block, plan.expected, out=block)
+
+        over_blocks({key: before.size for key, before in sent.items()}, add_noise)
         line, clip = {**line, "clipping_norm": self.clip}, self.clip
         if plan.count_noise:
             short = sum(each.get(WITHIN_CLIP, 0) - 0.5 for each in metrics.values())
-            noisy = short + plan.count_noise * float(drawer(self.config, server_round, WITHIN_CLIP)((1,))[0])
+            noisy = short + plan.count_noise * float(drawer(self.config, server_round, WITHIN_CLIP)(1)[0])
             line["within_clip"] = noisy / plan.expected + 0.5
             clip = next_clip(clip, self.config.privacy, line["within_clip"])
-        return Release(average, line, clip)
+        return Release({key: values.reshape(sent[key].shape) for key, values in average.items()}, line, clip)
 
     def keep(self, server_round: int, current: Mapping[str, Array], release: Release) -> None:
         """Keep and count a release, before anybody sees the model that is made of it."""

@@ -130,7 +130,7 @@ def test_an_update_moves_the_sum_by_the_clip_at_most_over_all_tensors_together(f
     assert all(values.dtype == np.float32 for values in clipped.values())
     if start < 10 and factor >= 1:
         expected = np.concatenate([values.ravel() / unit for values in step.values()])
-        assert np.concatenate([values.ravel() for values in moved.values()]) == pytest.approx(expected, abs=1e-6)
+        assert np.concatenate([values.ravel() for values in moved.values()]) == pytest.approx(expected, abs=4e-6)
 
 
 def test_an_update_that_is_short_enough_stays_as_it_is_and_one_that_is_not_finite_is_refused() -> None:
@@ -158,7 +158,7 @@ def test_secure_noise_is_never_the_same_and_seeded_noise_depends_on_round_and_te
     secure, seeded = (noisy("privacy.noise_multiplier=1", f"privacy.noise={source}") for source in ("secure", "seeded"))
     assert not np.array_equal(released(secure, []).average["a"], released(secure, []).average["a"])
     assert np.array_equal(released(seeded, []).average["a"], released(seeded, []).average["a"])
-    drawn = [central.drawer(seeded.config, *where)((4,)).tobytes() for where in ((1, "a"), (1, "b"), (2, "a"))]
+    drawn = [central.drawer(seeded.config, *where)(4).tobytes() for where in ((1, "a"), (1, "b"), (2, "a"))]
     assert len(set(drawn)) == 3
 
 
@@ -177,7 +177,7 @@ def test_adaptive_clipping_follows_the_quantile_and_its_noise_is_paid_for() -> N
     assert server.plan.update_multiplier == pytest.approx((1 - 4.0**-2) ** -0.5)  # z_delta of algorithm 1
     update = {key: np.zeros(values.shape) for key, values in MODEL.items()}
     release = released(server, [update] * 4, short=[1, 0, 1, 1])
-    noise = 2 * np.random.default_rng(central.derive_seed(0, "noise", 1, WITHIN_CLIP)).standard_normal((1,))[0]
+    noise = 2 * np.random.default_rng(central.derive_seed(0, "noise", 1, WITHIN_CLIP)).standard_normal(1)[0]
     within = ((0.5 - 0.5 + 0.5 + 0.5) + noise) / 40 + 0.5
     assert release.line["within_clip"] == pytest.approx(within)
     assert release.line["clipping_norm"] == 2
