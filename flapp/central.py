@@ -18,7 +18,7 @@ which adds less than 1e-16 per tensor element and round to delta; this is not co
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,8 +33,6 @@ from flapp.config.schema import Config, ConfigError, PrivacyConfig
 STEPS = 10_000  # z is a multiple of 1 / STEPS
 LEAST_COUNT_NOISE = 1 / 20  # of the expected number of clients, as Andrew et al. recommend
 LONGEST_RUN = 1 << 20  # rounds
-MARGIN = 1e-5  # relative, of lengths: rounding in rows of ROW float32 numbers is less
-ROW, BLOCK = 128, 1 << 16  # elements
 SHORTEST_CLIP, LONGEST_CLIP = 1e-9, 1e9  # between them adaptive clipping stays
 Draw = Callable[[int], np.ndarray]  # count: so many independent standard normal numbers, float64
 
@@ -117,74 +115,6 @@ def describe_central(config: Config) -> str:
         f"has {plan.update_multiplier:.4g} times that as standard deviation, {drawn}; epsilon is {total:.4g} after "
         f"{rounds} rounds{early} (delta {privacy.delta:g}, {privacy.accountant})"
     )
-
-
-def clip(
-    sent: Mapping[str, np.ndarray], trained: Mapping[str, np.ndarray], norm: float
-) -> Mapping[str, np.ndarray] | None:
-    """Return `sent` plus the update to `trained`, clipped to length `norm` over all tensors; None where it is shorter.
-
-    Lengths are measured within MARGIN, so an update that is clipped ends that much shorter, never longer. Raises
-    ValueError when the tensors do not match, and FloatingPointError when the update is not finite.
-    """
-    if not trained.keys() <= sent.keys():
-        raise ValueError(f"trained {min(trained.keys() - sent.keys())}, which was not sent")
-    length, limit = update_length(sent, trained), norm * (1 - MARGIN)
-    if length <= limit:
-        return None
-    factor = norm * (1 - 2 * MARGIN) / length
-    found = {key: _shortened(sent[key], after, factor) for key, after in trained.items()}
-    if update_length(sent, found) > limit:  # the tensors are so large that rounding to their dtypes counts
-        found = {key: _shortened_towards(sent[key], after, factor) for key, after in trained.items()}
-    return found
-
-
-def update_length(sent: Mapping[str, np.ndarray], trained: Mapping[str, np.ndarray]) -> float:
-    """Return the Euclidean length of an update over all tensors, within MARGIN of it.
-
-    Raises FloatingPointError when it is not finite.
-    """
-    for most in (np.float32, np.float64):  # squares beyond float32 are rare
-        with np.errstate(over="ignore", invalid="ignore"):
-            changes = (each for key, after in trained.items() for each in _changes(sent[key], after, most))
-            total = sum(map(_squares, changes))
-        if math.isfinite(total):
-            return math.sqrt(total)
-    raise FloatingPointError("the update is not finite, so it cannot be clipped: lower train.lr")
-
-
-def _changes(before: np.ndarray, after: np.ndarray, fast: type = np.float32) -> Iterator[np.ndarray]:
-    """Yield after - before, block by block, in the dtype `fast` for float32 and in float64 for other dtypes."""
-    dtype = fast if after.dtype == np.float32 else np.float64
-    old, new = before.reshape(-1), after.reshape(-1)
-    for start in range(0, new.size, BLOCK):
-        yield np.subtract(new[start : start + BLOCK], old[start : start + BLOCK], dtype=dtype)
-
-
-def _squares(values: np.ndarray) -> float:
-    """Return the sum of squares; short rows keep float32 sums within 1e-5 of it, whatever the values are."""
-    whole = values.size // ROW * ROW
-    rows, rest = values[:whole].reshape(-1, ROW), values[whole:].astype(np.float64)
-    return float(np.einsum("ij,ij->i", rows, rows).sum(dtype=np.float64) + rest @ rest)
-
-
-def _shortened(before: np.ndarray, after: np.ndarray, factor: float) -> np.ndarray:
-    """Return before + factor * (after - before)."""
-    old, found, start = before.reshape(-1), np.empty(after.size, after.dtype), 0
-    for change in _changes(before, after):
-        part = slice(start, start + change.size)
-        np.multiply(change, factor, out=change)
-        found[part] = np.add(old[part], change, out=change)
-        start = part.stop
-    return found.reshape(after.shape)
-
-
-def _shortened_towards(before: np.ndarray, after: np.ndarray, factor: float) -> np.ndarray:
-    """Return the same, rounded towards `before`, so that rounding never makes a change larger."""
-    step = np.subtract(after, before, dtype=np.float64) * factor
-    moved = np.asarray(before + step).astype(after.dtype)
-    is_longer = np.abs(np.subtract(moved, before, dtype=np.float64)) > np.abs(step)
-    return np.where(is_longer, np.nextafter(moved, before), moved)
 
 
 def next_clip(clip: float, settings: PrivacyConfig, within: float) -> float:

@@ -5,8 +5,10 @@ weight, rounded once to the tensor's own dtype. A client's node and the server g
 it. Arrays are read where they lie in the messages, never copied.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
@@ -18,7 +20,12 @@ THREADS = 2  # numpy frees the GIL in its loops; memory bandwidth is used up by 
 WORTH_THREADS = 1 << 20  # elements: fewer are added faster in one thread
 UNMOVED = 2.0**-44  # relative: float64 sums of equal integers that large end this close to them
 
+MARGIN = 1e-5  # relative, of lengths: what rounding adds up to in rows of ROW float32 numbers is less
+ROW = 128  # elements
+
 Weighted = tuple[Mapping[str, Array], float]
+Tensors = Mapping[str, np.ndarray]
+T = TypeVar("T")
 
 
 class WeightedSum:
@@ -111,19 +118,81 @@ def clip_update(trained: Mapping[str, Array], sent: Mapping[str, Array], factor:
     return as_record(found)
 
 
-def over_blocks(sizes: Mapping[str, int], work: Callable[[str, slice], None]) -> None:
-    """Call work(key, part) for every block of every tensor, in any order, in two threads where that pays."""
+def clip(sent: Tensors, trained: Tensors, norm: float) -> Tensors | None:
+    """Return `sent` plus the update to `trained`, clipped to length `norm` over all tensors; None where it is shorter.
+
+    Lengths are measured within MARGIN. So an update that is clipped ends shorter by at most three of them, and never
+    longer. Raises ValueError when the tensors do not match, and FloatingPointError when the update is not finite.
+    """
+    if not trained.keys() <= sent.keys():
+        raise ValueError(f"trained {min(trained.keys() - sent.keys())}, which was not sent")
+    length, limit = update_length(sent, trained), norm * (1 - MARGIN)
+    if length <= limit:
+        return None
+    factor = norm * (1 - 2 * MARGIN) / length
+    found = {key: np.empty(after.size, after.dtype) for key, after in trained.items()}
+
+    def shorten(key: str, part: slice) -> float:
+        old, new = sent[key].reshape(-1)[part], found[key][part]
+        change = _change(old, trained[key].reshape(-1)[part])
+        np.multiply(change, factor, out=change)
+        new[:] = np.add(old, change, out=change)
+        return _squares(_change(old, new))
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = sum(over_blocks({key: values.size for key, values in found.items()}, shorten))
+    if not math.sqrt(squares) <= limit:  # the tensors are so large that rounding to their dtypes counts
+        return {key: _shortened_towards(sent[key], after, factor) for key, after in trained.items()}
+    return {key: values.reshape(trained[key].shape) for key, values in found.items()}
+
+
+def update_length(sent: Tensors, trained: Tensors) -> float:
+    """Return the Euclidean length of an update over all tensors, within MARGIN of it.
+
+    Raises FloatingPointError when it is not finite.
+    """
+    sizes = {key: after.size for key, after in trained.items()}
+    for most in (np.float32, np.float64):  # squares beyond float32 are rare
+
+        def measure(key: str, part: slice, most: type = most) -> float:
+            return _squares(_change(sent[key].reshape(-1)[part], trained[key].reshape(-1)[part], most))
+
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares = sum(over_blocks(sizes, measure))
+        if math.isfinite(squares):
+            return math.sqrt(squares)
+    raise FloatingPointError("the update is not finite, so it cannot be clipped: lower train.lr")
+
+
+def _change(before: np.ndarray, after: np.ndarray, most: type = np.float32) -> np.ndarray:
+    """Return after - before, in float64 except for float32, for which it is in the dtype `most`."""
+    return np.subtract(after, before, dtype=most if after.dtype == np.float32 else np.float64)
+
+
+def _squares(values: np.ndarray) -> float:
+    """Return the sum of squares; short rows keep float32 sums within 1e-5 of it, whatever the values are."""
+    whole = values.size // ROW * ROW
+    rows, rest = values[:whole].reshape(-1, ROW), values[whole:].astype(np.float64)
+    return float(np.einsum("ij,ij->i", rows, rows).sum(dtype=np.float64) + rest @ rest)
+
+
+def _shortened_towards(before: np.ndarray, after: np.ndarray, factor: float) -> np.ndarray:
+    """Return before + factor * (after - before), rounded towards `before`: rounding never makes a change larger."""
+    step = np.subtract(after, before, dtype=np.float64) * factor
+    moved = np.asarray(before + step).astype(after.dtype)
+    is_longer = np.abs(np.subtract(moved, before, dtype=np.float64)) > np.abs(step)
+    return np.where(is_longer, np.nextafter(moved, before), moved)
+
+
+def over_blocks(sizes: Mapping[str, int], work: Callable[[str, slice], T]) -> list[T]:
+    """Return work(key, part) for every block of every tensor, in their order; in two threads where that pays."""
     parts = [(key, part) for key, size in sizes.items() for part in _blocks(size)]
-
-    def work_some(start: int, step: int) -> None:
-        for key, part in parts[start::step]:
-            work(key, part)
-
     if sum(sizes.values()) < WORTH_THREADS:
-        work_some(0, 1)
-        return
+        return [work(*each) for each in parts]
+    middle = len(parts) // 2
     with ThreadPoolExecutor(THREADS) as threads:
-        list(threads.map(work_some, range(THREADS), [THREADS] * THREADS))
+        halves = threads.map(lambda some: [work(*each) for each in some], (parts[:middle], parts[middle:]))
+        return [found for half in halves for found in half]
 
 
 def _blocks(size: int) -> Iterator[slice]:

@@ -11,7 +11,6 @@ from flwr.clientapp.typing import ClientAppCallable
 from flwr.common import log
 from flwr.common.constant import ErrorCode
 
-from flapp.central import clip
 from flapp.checkpoint.chunks import CheckpointError
 from flapp.checkpoint.tensors import digest_of
 from flapp.checks import RAISE_LIMIT, TOO_LONG, check_update, find_answer_fault, find_metric_fault
@@ -40,7 +39,7 @@ from flapp.messages import (
     views,
 )
 from flapp.privacy import check_floating, find_sigma, perturb
-from flapp.sums import WeightedSum, clip_update
+from flapp.sums import WeightedSum, clip, clip_update
 
 T = TypeVar("T")
 

@@ -8,8 +8,10 @@ evaluate it. Before that, `keep` does two things, in this order:
 
 A run that was broken off before 1 has made nothing known, and does the round again with new noise. After 1 it takes the
 average from the file, and asks no client. So a round is released once, and a line for a digest that has one already is
-not written again. Lines are never removed, not even by resume_from: rounds that are trained anew are releases, too.
-A resumed run takes the noise multiplier from the first line, even if another version of dp-accounting computes another.
+not written again. With seeded noise there is no file: the round is done again, with the same noise and result.
+
+Lines are never removed, not even by resume_from: rounds that are trained anew are releases, too. A resumed run takes
+the noise multiplier from the first line, even if another version of dp-accounting computes another.
 """
 
 import json
@@ -94,10 +96,18 @@ class CentralLedger:
         """Keep and count a release that is about to be made known; `sent` is the model that the clients trained."""
         from torch import from_numpy  # slow
 
+        if self.settings.noise == "seeded":
+            self._count(server_round, release.average)
+            return
         facts = {"line": json.dumps(release.line), "next_clip": release.next_clip, "sent": _digest(sent)}
         tensors = {key: from_numpy(np.ascontiguousarray(values)) for key, values in release.average.items()}
         save_tensors(tensors, self.path, round=server_round, **facts)
         self._count(server_round, release.average)
+
+    def has_counted(self, server_round: int, kept: Release | None) -> bool:
+        """Say whether the first round of this start was counted before: its release was kept, or is made again."""
+        is_known = any(each == server_round for each, _ in self.known)
+        return kept is not None or (self.settings.noise == "seeded" and is_known)
 
     def epsilon(self, more: int = 0) -> float:
         """Return the epsilon of all releases so far, and of `more` of them."""

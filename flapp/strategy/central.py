@@ -45,7 +45,7 @@ class Central:
     def begin(self, done: int, current: Mapping[str, Array]) -> None:
         """Plan the rounds after the first `done`, which ended with the model `current`."""
         self.pending = self.ledger.kept(done + 1, views(current))
-        first = done + (self.pending is not None)  # it has been counted
+        first = done + self.ledger.has_counted(done + 1, self.pending)
         self.last_round = first + self.ledger.rounds_left(self.config.num_rounds - first)
 
     def draw(self, roster: Roster, server_round: int) -> list[str]:

@@ -19,7 +19,7 @@ from flapp.server.releases import Release
 from flapp.server.roster import FederationError
 from flapp.server.run import initial_model
 from flapp.strategy.central import Central
-from flapp.sums import WeightedSum
+from flapp.sums import WeightedSum, clip
 from tests.conftest import LocalGrid, read_lines, run_app
 from tests.support.replies import Federate, Sent, changing, drop, failures, listen
 
@@ -124,7 +124,7 @@ def test_an_update_moves_the_sum_by_the_clip_at_most_over_all_tensors_together(f
     step = {key: random.normal(size=values.shape) for key, values in sent.items()}
     unit = length(list(step.values()))
     trained = {key: (sent[key] + factor * step[key] / unit).astype(np.float32) for key in sent}
-    clipped = central.clip(sent, trained, 1.0) or trained
+    clipped = clip(sent, trained, 1.0) or trained
     moved = {key: np.subtract(clipped[key], sent[key], dtype=np.float64) for key in sent}
     assert length(list(moved.values())) <= 1.0 + 1e-9
     assert all(values.dtype == np.float32 for values in clipped.values())
@@ -134,9 +134,9 @@ def test_an_update_moves_the_sum_by_the_clip_at_most_over_all_tensors_together(f
 
 
 def test_an_update_that_is_short_enough_stays_as_it_is_and_one_that_is_not_finite_is_refused() -> None:
-    assert central.clip(MODEL, {key: values + np.float32(0.1) for key, values in MODEL.items()}, 1.0) is None
+    assert clip(MODEL, {key: values + np.float32(0.1) for key, values in MODEL.items()}, 1.0) is None
     with pytest.raises(FloatingPointError, match="not finite, so it cannot be clipped: lower train.lr"):
-        central.clip(MODEL, MODEL | {"c": np.array(np.nan, np.float32)}, 1.0)
+        clip(MODEL, MODEL | {"c": np.array(np.nan, np.float32)}, 1.0)
 
 
 @pytest.mark.parametrize("source", ["seeded", "secure"])

@@ -131,7 +131,7 @@ def test_a_resumed_run_keeps_its_noise_even_if_the_accountant_would_now_compute_
 
 
 def test_what_a_start_left_that_was_killed_while_it_wrote_a_release_is_removed(federate: Federate) -> None:
-    words = (*TOY, "run_name=torn")
+    words = (*TOY, "privacy.noise=secure", "run_name=torn")
     break_off(federate, 2, "aggregate_evaluate", *words)
     left = federate(*words, "resume=true")[1] / ".release.safetensors.0123abcd.tmp"
     left.write_bytes(b"half")
@@ -140,7 +140,7 @@ def test_what_a_start_left_that_was_killed_while_it_wrote_a_release_is_removed(f
 
 
 def test_a_release_that_was_damaged_is_not_made_again_unasked(federate: Federate, data_home: Path) -> None:
-    words = (*TOY, "run_name=damaged")
+    words = (*TOY, "privacy.noise=secure", "run_name=damaged")
     break_off(federate, 2, "aggregate_evaluate", *words)
     (data_home / "runs" / "damaged" / "release.safetensors").write_bytes(b"gone")
     with pytest.raises(ConfigError, match=r"release.safetensors is damaged .* bring it back from a copy, or remove it"):
