@@ -1,7 +1,8 @@
 """What one message asks of one client, read once: the mods and the handlers pass it along with the message."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from typing import Any, cast
@@ -52,14 +53,8 @@ class Task:
     @cached_property
     def data(self) -> ClientData:
         """Open the client's data; raises ConfigError for an unknown client and DataError for unusable data."""
-        logger = logging.getLogger("flapp.data")  # it names clients and their samples
-        before = logger.level
-        try:
-            if self.withholds:
-                logger.setLevel(logging.CRITICAL + 1)
+        with silenced() if self.withholds else nullcontext():
             return open_client_data(self.config, self.node_config, self.client_id, self.shared_files)
-        finally:
-            logger.setLevel(before)
 
     @property
     def withholds(self) -> bool:
@@ -72,6 +67,18 @@ class Task:
             log(level, text, *values)
         elif instead:
             log(level, "%s (%s)", instead, WITHHELD.format("more"))
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Log nothing while data are opened, which names clients and their samples."""
+    logger = logging.getLogger("flapp.data")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def read_task(message: Message, context: Context) -> Task:

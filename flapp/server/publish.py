@@ -61,15 +61,20 @@ def count_kinds(reasons: Iterable[str]) -> dict[str, int]:
 
 def tell_reason(privacy: PrivacyConfig, reason: str) -> str:
     """Return what is told of the reason why a client or node was refused, or warned."""
-    if is_whole(privacy) or reason.startswith(PUBLIC_REFUSALS):
+    if is_whole(privacy) or reason.startswith(PUBLIC_REFUSALS) or _is_of_flower(reason):
         return reason
     return WITHHELD.format("why")
 
 
 def _kind_of(reason: str) -> str:
-    from flapp.messages import LOST  # imports Flower, which commands do without
-
     start, _, rest = reason.partition(": ")
     if start == FAILED:
-        return reason if rest in LOST.values() else FAILED
+        return reason if _is_of_flower(rest) else FAILED
     return LATE if reason == LATE else ODD
+
+
+def _is_of_flower(reason: str) -> bool:
+    """Say whether a reason is one of the fixed texts about nodes that died or left."""
+    from flapp.messages import LOST  # imports Flower, which commands do without
+
+    return reason in LOST.values()

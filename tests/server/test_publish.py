@@ -171,7 +171,7 @@ def test_counts_say_how_many_clients_were_left_out(run_both: dict[str, Found]) -
     assert [line["failure_kinds"] for line in lines] == [{odd: 1}, {"failed": 1, odd: 1}]
     (roster,) = read_lines(run_both["totals"][1], "roster")
     assert roster["refused_count"] == summaries["totals"][0]["refused_count"] == 1
-    assert refusals(summaries["totals"][0]).startswith("refused: 1 clients or nodes (privacy.publish=totals withholds")
+    assert refusals(summaries["totals"][0]).startswith("clients or nodes refused: 1 (privacy.publish=totals withholds")
     log = summaries["totals"][2]
     assert f"round 2: 1 client failed; 1 client {odd} (privacy.publish=totals withholds who and why, a trial" in log
     assert "round 1: strategy.max_weight_share=0.2 caps" in log
@@ -227,7 +227,7 @@ def test_commands_show_counts(run_both: dict[str, Found], capsys: pytest.Capture
         shown.reader._offset = 0
         shown.look()
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert "round 1 left out 1 client sent a reply that does not count (privacy.publish=totals withholds who" in text
+    assert "round 1: 1 client sent a reply that does not count (privacy.publish=totals withholds who" in text
     assert re.search(r"round 1 clipped \d clients \(privacy", text)
     assert NAMES.search(text) is None
     assert [keys_in(event) & PRIVATE for event in events] == [set(), set()]
@@ -363,6 +363,7 @@ def test_a_new_field_is_withheld_until_it_is_listed() -> None:
 def test_a_node_that_died_is_told_as_such() -> None:
     died = "failed: its process ended before it answered (killed, or out of memory)"
     assert publish.count_kinds([died, died, "failed: loss 3.25"]) == {"failed": 1, died: 2}
+    assert tell_reason(compose([TOTALS]).privacy, died.removeprefix("failed: ")) in died
 
 
 @pytest.mark.parametrize("setting", ["strategy.fraction_train=0.1", "strategy.fraction_evaluate=0.1"])

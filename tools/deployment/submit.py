@@ -235,7 +235,7 @@ def refusals(summary: dict[str, Any]) -> str:
     """Return one line about the clients that a run refused; empty if there are none."""
     if not (refused := summary.get("refused")):
         count = summary.get("refused_count")
-        return f"refused: {count} clients or nodes ({WITHHELD.format('who and why')})" if count else ""
+        return f"clients or nodes refused: {count} ({WITHHELD.format('who and why')})" if count else ""
     more = summary["refused_count"] - len(refused)
     return f"refused: {by_reason(refused)}" + (f"; and {more} more" if more else "")
 

@@ -21,7 +21,6 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -195,10 +194,11 @@ class Progress:
 
     def _show_failures(self, found: dict[str, Any]) -> None:
         """Print which clients a round left out and why, unless the round before left out the same ones."""
-        told = by_kind if "failure_kinds" in found else partial(by_reason, most=MOST_REASONS)
         before, self.failures = self.failures, found.get("failure_kinds") or found.get("failures") or {}
         if self.failures and self.failures != before and not is_json():
-            tqdm.write(printable(f"round {found['round']} left out {told(self.failures)}"), file=sys.stderr)
+            is_whole = "failures" in found
+            told = f" left out {by_reason(self.failures, MOST_REASONS)}" if is_whole else f": {by_kind(self.failures)}"
+            tqdm.write(printable(f"round {found['round']}{told}"), file=sys.stderr)
 
     def _show_bounded(self, found: dict[str, Any]) -> None:
         """Print whom a robust average clipped or left out, unless the round before had the same clients."""
