@@ -11,7 +11,6 @@ from logging import DEBUG, INFO, WARNING
 import torch
 from flwr.app import Array, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common import log
 from flwr.common.logger import update_console_handler
 
 from flapp.architecture import adapt, build, choose_device, pruned_rank
@@ -85,7 +84,7 @@ def make_claim(task: Task) -> Claim:
         return Claim(task.client_id, fault=describe(error))
     counts = f"{data.claim.train} train, {data.claim.val} val, {data.claim.test} test"
     level = DEBUG if task.node_config.num_partitions else INFO
-    log(level, "client %s: %s samples from %s", task.client_id, counts, data.path)
+    task.log(level, "client %s: %s samples from %s", task.client_id, counts, data.path)
     return replace(data.claim, base_digest=held)
 
 
@@ -150,7 +149,8 @@ def evaluate_round(message: Message, context: Context) -> Message:
             if personalize(model, task, context):
                 metrics |= evaluate_local(model, task, "personal-")
         except FloatingPointError as error:  # the evaluation of the global model still counts
-            log(WARNING, "client %s has no personalised test: %s", task.client_id, error)
+            text = "client %s has no personalised test: %s"
+            task.log(WARNING, text, task.client_id, error, instead="a client has no personalised test")
     return pack_reply(message, claim, metrics)
 
 

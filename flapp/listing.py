@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+WITHHELD = "privacy.publish=totals withholds {}, a trial run with privacy.publish=all tells it"
+
 
 def by_reason(reasons: Mapping[str, str], most: int | None = None) -> str:
     """List reasons in one line with their clients (or nodes); at most the `most` most frequent reasons."""
@@ -14,6 +16,12 @@ def by_reason(reasons: Mapping[str, str], most: int | None = None) -> str:
     left = len(groups) - len(shown)
     more = [f"and {left} more reason{'s' * (left > 1)}"] if left else []
     return "; ".join(shown + more)
+
+
+def by_kind(kinds: Mapping[str, int]) -> str:
+    """List in one line how many clients there are for each kind of reason, when it may not be said which."""
+    shown = [f"{count} client{'s' * (count != 1)} {kind}".rstrip() for kind, count in kinds.items()]
+    return f"{'; '.join(shown)} ({WITHHELD.format('who and why')})" if shown else ""
 
 
 def name_clients(names: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from flapp.checkpoint.chunks import CheckpointError
 from flapp.checkpoint.tensors import digest_of
 from flapp.checks import RAISE_LIMIT, TOO_LONG, check_update, find_answer_fault, find_metric_fault
 from flapp.client.store import ClientStore, private_key
-from flapp.client.task import Task, message_for_one, read_task
+from flapp.client.task import TASK, Task, message_for_one, read_task
 from flapp.custom import place_of, resolve
 from flapp.groups import GROUP, UPDATE_NORM, Asked, Group, cut_rank, pack_answers, unpack_group
 from flapp.messages import (
@@ -113,7 +113,13 @@ def name_errors_mod(message: Message, context: Context, call_next: ClientAppCall
 
 def answer_with_error(message: Message, error: Exception) -> Message:
     """Answer with an error in one line, and log its traceback here; Flower would send the whole traceback."""
-    log(ERROR, "".join(traceback.format_exception(error)))
+    task: Task | None = message.__dict__.get(TASK)
+    whole = "".join(traceback.format_exception(error))
+    if task is None:  # the message could not be read
+        log(ERROR, whole)
+    else:
+        places = "".join(traceback.format_tb(error.__traceback__)).rstrip()  # without texts, which may have numbers
+        task.log(ERROR, "%s", whole, instead=f"a client failed:\n{places}\n{type(error).__name__}")
     return Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=describe(error)), reply_to=message)
 
 
@@ -138,13 +144,13 @@ def checkpoint_mod(message: Message, context: Context, call_next: ClientAppCalla
         return call_next(message, context)
     received = digest_of(views(unpack_arrays(message.content)))
     if config.checkpoint.replay and (kept := tolerate(store, lambda: store.find_trained(message, received))):
-        log(INFO, "client %s answers round %d from its store", task.client_id, task.instructions.server_round)
+        task.log(INFO, "client %s answers round %d from its store", task.client_id, task.instructions.server_round)
         if config.privacy.kind == "local":
             kept.content.metric_records[METRICS][REPLAYED] = 1
         return kept
     reply = call_next(message, context)
     if not reply.has_error() and (saved := tolerate(store, lambda: store.save(reply, received))):
-        log(DEBUG, "client %s: %s in %s", task.client_id, saved, store.path)
+        task.log(DEBUG, "client %s: %s in %s", task.client_id, saved, store.path)
     return reply
 
 
@@ -211,7 +217,8 @@ def tolerate(store: ClientStore, action: Callable[[], T]) -> T | None:
         task = store.task
         if task.config.checkpoint.on_error == "fail" or task.instructions.private:
             raise
-        log(WARNING, "client %s continues without its store: %s", task.client_id, error)
+        text = "client %s continues without its store: %s"
+        task.log(WARNING, text, task.client_id, error, instead="a client continues without its store")
         return None
 
 

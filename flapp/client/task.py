@@ -1,11 +1,14 @@
 """What one message asks of one client, read once: the mods and the handlers pass it along with the message."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from typing import Any, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.common import log
 
 from flapp.client.data import ClientData, check_lives_here, open_client_data
 from flapp.config.load import load
@@ -13,6 +16,7 @@ from flapp.config.schema import Config, NodeConfig
 from flapp.custom import enable
 from flapp.data.artifact import Stamp
 from flapp.groups import Asked
+from flapp.listing import WITHHELD
 from flapp.messages import ARRAYS, INSTRUCTIONS, Instructions, MessageError, unpack_instructions
 from flapp.partitions import stamp_of_shared_files
 
@@ -49,7 +53,32 @@ class Task:
     @cached_property
     def data(self) -> ClientData:
         """Open the client's data; raises ConfigError for an unknown client and DataError for unusable data."""
-        return open_client_data(self.config, self.node_config, self.client_id, self.shared_files)
+        with silenced() if self.withholds else nullcontext():
+            return open_client_data(self.config, self.node_config, self.client_id, self.shared_files)
+
+    @property
+    def withholds(self) -> bool:
+        """Say whether nothing of a single client may be logged: simulated clients log where the server does."""
+        return self.config.privacy.publish == "totals" and self.node_config.num_partitions > 0
+
+    def log(self, level: int, text: str, *values: object, instead: str = "") -> None:
+        """Log a line about the client; where that is withheld, log `instead`, if there is one."""
+        if not self.withholds:
+            log(level, text, *values)
+        elif instead:
+            log(level, "%s (%s)", instead, WITHHELD.format("more"))
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Log nothing while data are opened, which names clients and their samples."""
+    logger = logging.getLogger("flapp.data")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def read_task(message: Message, context: Context) -> Task:

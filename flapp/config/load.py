@@ -37,6 +37,7 @@ CHANGEABLE_ON_RESUME = (  # a resumed run may change these: they do not affect t
     *("distributed_data.shard_path", "distributed_data.manifest"),
     *("model.pretrained", "lora.adapter"),  # paths of the files to start from; a base is compared by its digest
 )
+KEPT_ON_RESUME = {"privacy.publish": "all"}  # has no effect on the model; older runs lack it, and did this
 MOST_YAML = 256 << 10  # bytes of a run's config.yaml, which has a few kB
 MOST_NODES = 20_000  # keys and values in it; OmegaConf takes seconds for as many
 MOST_SCALAR = 4096  # characters of a value without quotes: a number of more digits takes quadratic time
@@ -280,12 +281,14 @@ def _check_yaml(text: str) -> None:
 @lru_cache(maxsize=8)
 def config_digest(config: Config) -> str:
     """Return the SHA-256 of every setting that a run's bytes may depend on."""
-    return hashlib.sha256(json.dumps(_deciding(asdict(config)), sort_keys=True).encode()).hexdigest()
+    deciding = {key: value for key, value in _deciding(asdict(config)).items() if key not in KEPT_ON_RESUME}
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
 def differences(before: Mapping[str, Any], config: Config) -> list[str]:
-    """List how `config` differs from the plain values `before`, in settings that may change a run's result."""
-    old, new = _deciding(json.loads(json.dumps(before))), _deciding(json.loads(to_json(config)))
+    """List how `config` differs from the plain values `before`, in settings that a resumed run must keep."""
+    old = KEPT_ON_RESUME | _deciding(json.loads(json.dumps(before)))
+    new = _deciding(json.loads(to_json(config)))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return [f"{key} was {old.get(key)}, is {new.get(key)}" for key in changed]
 

@@ -247,6 +247,11 @@ def _privacy_faults(config: Config) -> Iterator[str]:
     for setting, off in only_central.items():
         if privacy.kind != "central" and (value := getattr(privacy, setting)) != off:
             yield f"privacy.{setting}={value} has no effect with privacy={privacy.kind}: set privacy=central"
+    for setting in ("fraction_train", "fraction_evaluate"):
+        fraction = getattr(config.strategy, setting)
+        if privacy.publish == "totals" and sample_size(fraction, config.clients) < 2:
+            found = f"adds up clients, and strategy.{setting}={fraction} of clients={config.clients} is one client"
+            yield f"privacy.publish=totals {found}: raise one of them"
     if privacy.count_noise is not None and privacy.clipping == "fixed":
         yield f"privacy.count_noise={privacy.count_noise} has no effect: set privacy.clipping=adaptive"
 

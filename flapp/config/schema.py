@@ -207,6 +207,7 @@ class PrivacyConfig:
     count_noise: Positive | None = None
     noise: Literal["seeded", "secure"] | None = None
     accountant: Literal["rdp", "pld"] = "rdp"
+    publish: Literal["all", "totals"] = "all"
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from flapp.config.schema import Config, ConfigError
 from flapp.custom import read_code, whole_digest
 from flapp.files import replacing, sync
+from flapp.server.publish import is_whole
 from flapp.source import read_source, versions
 from flapp.untrusted import parse_json
 
@@ -143,7 +144,8 @@ class ClientLedger:
         held = self.digests
         if changed := [change(name, held[name], claims[name].shard_digest) for name in new if name in held]:
             self.run.observer.append("resumed_anyway", done, changed=changed)
-        self.journal.append(_line_of(claims[name], done) for name in new)
+        is_short = not is_whole(self.run.config.privacy)
+        self.journal.append(_line_of(claims[name], done, is_short) for name in new)
         self.digests |= {name: claims[name].shard_digest for name in new}
 
     def refuse_changes(self, members: Collection[str]) -> None:
@@ -154,9 +156,11 @@ class ClientLedger:
             raise ConfigError(f"the run cannot continue: {found}{more}; {FIX}")
 
 
-def _line_of(claim: "Claim", done: int) -> Line:
+def _line_of(claim: "Claim", done: int, is_short: bool) -> Line:
+    """Return a client's line, or with is_short only what a later start compares."""
     held = {"train": claim.train, "val": claim.val, "test": claim.test, "labels": list(claim.label_hist)}
-    return {"kind": "client", "round": done, "client": claim.client_id, "shard_digest": claim.shard_digest, **held}
+    compared = {"kind": "client", "round": done, "client": claim.client_id, "shard_digest": claim.shard_digest}
+    return compared if is_short else compared | held
 
 
 def _by_number(client_id: str) -> tuple[int, str]:

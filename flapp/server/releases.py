@@ -27,6 +27,7 @@ from flapp.central import affordable, epsilon_of, plan_of
 from flapp.config.schema import Config, ConfigError
 from flapp.model.files import load_tensors, save_tensors, to_numpy
 from flapp.server.journals import Journal
+from flapp.server.publish import published
 
 if TYPE_CHECKING:
     from flapp.server.run_dir import RunDirectory
@@ -99,7 +100,9 @@ class CentralLedger:
         if self.settings.noise == "seeded":
             self._count(server_round, release.average)
             return
-        facts = {"line": json.dumps(release.line), "next_clip": release.next_clip, "sent": _digest(sent)}
+        line = published(self.settings, {"kind": "train", **release.line})
+        del line["kind"]
+        facts = {"line": json.dumps(line), "next_clip": release.next_clip, "sent": _digest(sent)}
         tensors = {key: from_numpy(np.ascontiguousarray(values)) for key, values in release.average.items()}
         save_tensors(tensors, self.path, round=server_round, **facts)
         self._count(server_round, release.average)

@@ -63,7 +63,7 @@ class Roster:
     answer to attest; base: the frozen tensors, sent to clients that lack them; keys: the pinned key of each client.
     With keys, a node is the client whose key it has; a node with any other key is refused, and is sent nothing.
     ledger: compares and records the data of clients that join; any_node: whether any node can serve any client;
-    code: the digest of the user's own code.
+    code: the digest of the user's own code; tell: returns what may be told of a reason.
     `members` maps client id to Member, `refused` maps a client or a node to the reason, `warnings` maps clients that
     were let in to what is odd about them.
     """
@@ -80,6 +80,7 @@ class Roster:
     ledger: ClientLedger | None = None
     any_node: bool = False
     code: str = ""
+    tell: Callable[[str], str] = lambda reason: reason
     members: dict[str, Member] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)
@@ -137,7 +138,8 @@ class Roster:
             self.ledger.refuse_changes(self.members)
         if self.members and (not self.missing() if min_clients is None else len(self.members) >= min_clients):
             return
-        reasons = [by_reason(self.refused)] if self.refused else []
+        told = {name: self.tell(reason) for name, reason in self.refused.items()}
+        reasons = [by_reason(told)] if told else []
         if self.missing():
             reasons.append(f"missing after {seconds:g} s: {name_clients(self.missing())}")
         joined = f"{len(self.members)} of {len(self.expected)} clients joined"
@@ -212,7 +214,7 @@ class Roster:
             sent = [pack_piece(node_id, self.order(0), index, len(pieces), arrays) for node_id in node_ids]
             for node_id, reply in self._answers(sent):
                 if reply.has_error():
-                    log(WARNING, "node %d did not take the base: %s", node_id, describe_error(reply.error))
+                    log(WARNING, "node %d did not take the base: %s", node_id, self.tell(describe_error(reply.error)))
 
     def _admit(self, found: list[Member]) -> None:
         """Accept expected clients with valid claims; if two new nodes claim the same id, accept neither."""
@@ -248,7 +250,7 @@ class Roster:
         if reason is None and (doubt := self.check_claim(member.claim)):
             if not self.strict:
                 self.warnings[name] = doubt
-                log(WARNING, "client %s: %s", name, doubt)
+                log(WARNING, "client %s: %s", name, self.tell(doubt))
                 return True
             reason = doubt
         if reason is not None:

@@ -39,6 +39,7 @@ from flapp.server.client_keys import ClientKeys
 from flapp.server.grid import PolledGrid
 from flapp.server.journals import ClientLedger, ReleaseLedger
 from flapp.server.observer import Observer
+from flapp.server.publish import is_whole, tell_reason
 from flapp.server.releases import CentralLedger
 from flapp.server.roster import FederationError, Roster
 from flapp.server.run_dir import RunDirectory
@@ -289,7 +290,8 @@ def count_central(directory: RunDirectory) -> CentralLedger:
     """Log what central differential privacy protects and what it does not; return the count of releases."""
     config = directory.config
     log(WARNING, "%s", describe_central(config))
-    log(WARNING, "privacy=central protects the model only; the server and the run directory get: %s", UNPROTECTED)
+    readers = "the server and the run directory get" if is_whole(config.privacy) else "the server gets"
+    log(WARNING, "privacy=central protects the model only; %s: %s", readers, UNPROTECTED)
     if not is_secure(config):
         text = "privacy.noise=seeded is for experiments, because every client knows the seed and so the noise: set %s"
         log(WARNING, text, "privacy.noise=secure")
@@ -327,6 +329,7 @@ def build_roster(config: Config, grid: PolledGrid, base: Base | None, ledger: Cl
     if config.deployment.client_keys:
         options["keys"] = ClientKeys(Path(config.deployment.client_keys))
     options |= {"base": base, "ledger": ledger, "any_node": grid.any_node, "code": enable(config)}
+    options["tell"] = partial(tell_reason, config.privacy)
     return Roster(cast(Grid, grid), expected, config.run_name, config.dataset.classes, **options)
 
 

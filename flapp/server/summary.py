@@ -74,7 +74,9 @@ LINE_CHECKS: dict[str, Check] = {
     **{"samples": _object_of(_object_of(is_number)), "label_hist": _object_of(_list_of(is_finite))},
     **{"capped": _object_of(is_finite), "client_ranks": _object_of(is_number), "update_norm": _or_none(is_number)},
     **{"changed": _list_of(is_text), "absent_count": is_round, "clipped": _object_of(is_finite)},
-    **{"left_out": _list_of(is_text)},
+    **{"left_out": _list_of(is_text), "failure_kinds": _object_of(is_round)},
+    **dict.fromkeys(("refused_count", "warning_count", "failure_count", "capped_count", "val_capped_count"), is_round),
+    **dict.fromkeys(("clipped_count", "left_out_count"), is_round),
     **dict.fromkeys(("epsilon", "clipping_norm", "within_clip", "budget", "value"), _or_none(is_number)),
     **{f"{start}{key}": _object_of(_or_none(is_number)) for start in STARTS for key in ("sums", "scores")},
     **{"client": is_text, "train": is_number, "val": is_number, "test": is_number, "labels": _list_of(is_finite)},
@@ -190,6 +192,8 @@ class Summary:
         if "refused" in line:
             self.totals["refused"] = dict(islice(line["refused"].items(), MOST_REFUSED))
             self.totals["refused_count"] = len(line["refused"])
+        if "refused_count" in line:  # with privacy.publish=totals
+            self.totals["refused_count"] = line["refused_count"]
         if line["kind"] == "evaluate":
             self._add_evaluation(line)
         if line["kind"] == "resumed_anyway":

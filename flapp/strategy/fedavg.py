@@ -17,7 +17,6 @@ from flapp.config.rules import fewest_replies
 from flapp.config.schema import Config, ConfigError
 from flapp.custom import scores_of
 from flapp.groups import Asked, Group, cut_rank, pack_group
-from flapp.listing import by_reason
 from flapp.messages import (
     CLIPPING_NORM,
     EVALUATE,
@@ -33,6 +32,7 @@ from flapp.messages import (
 )
 from flapp.server.journals import ReleaseLedger
 from flapp.server.observer import Observer
+from flapp.server.publish import is_whole
 from flapp.server.roster import FederationError, Roster
 from flapp.strategy.aggregation import NormBound, alignment_weights, cap_shares, totals
 from flapp.strategy.central import Central, ClipBound
@@ -90,7 +90,8 @@ class FedAvg(FlowerFedAvg):
         """Return what a later start needs besides tensors: the clients' last accepted rounds and recent lengths."""
         if self.central:
             return {"accepted": self.accepted, "clipping_norm": self.central.clip}
-        return {"accepted": self.accepted, "update_norms": self.bound.medians}
+        is_needed = self.bound.multiple is not None or is_whole(self.config.privacy)
+        return {"accepted": self.accepted, "update_norms": self.bound.medians if is_needed else []}
 
     def state(self, arrays: ArrayRecord) -> dict[str, np.ndarray]:
         """Return the tensors that a later start needs besides the global model."""
@@ -254,9 +255,9 @@ class FedAvg(FlowerFedAvg):
     def _note_clipped(self) -> dict[str, Any]:
         """Return what the round's line says of clients whose updates norm_bound has clipped; log it."""
         clipped = {name: float(f"{factor:.4g}") for name, factor in self.phase.clipped().items()}
-        for name, factor in clipped.items():
-            text = "round %d: the update of client %s is clipped to %g of its length, %g times the median length"
-            log(WARNING, text, self.phase.server_round, name, factor, self.settings.clip_multiple)
+        limit = f"{self.settings.clip_multiple:g} times the median length"
+        texts = [f"the update of client {n} is clipped to {f:g} of its length, {limit}" for n, f in clipped.items()]
+        self.observer.warn(self.phase.server_round, texts, f"{len(clipped)} updates are clipped to {limit}")
         return {"clipped": clipped} if clipped else {}
 
     def score(self, result: Mapping[str, Any], start: str) -> dict[str, Any]:
@@ -274,9 +275,9 @@ class FedAvg(FlowerFedAvg):
         weights = dict(zip(examples, cap_shares([*examples.values()], self.settings.max_weight_share), strict=True))
         total = sum(examples.values())
         capped = {name: round(claim / total, 4) for name, claim in examples.items() if weights[name] != claim}
-        for name, share in capped.items():
-            text = "round %d: client %s claims %.0f %% of the samples, strategy.max_weight_share=%g caps it"
-            log(WARNING, text, self.phase.server_round, name, 100 * share, self.settings.max_weight_share)
+        limit = f"strategy.max_weight_share={self.settings.max_weight_share}"
+        texts = [f"client {n} claims {100 * s:.0f} % of the samples, {limit} caps it" for n, s in capped.items()]
+        self.observer.warn(self.phase.server_round, texts, f"{limit} caps {len(capped)} clients")
         return weights, capped
 
     def _check_aggregate(self, arrays: ArrayRecord) -> None:
@@ -346,8 +347,7 @@ class FedAvg(FlowerFedAvg):
             if self.releases:
                 self.releases.replay(phase.server_round, [n for n, m in phase.metrics.items() if m.get(REPLAYED)])
         phase.end()
-        for name, reason in sorted(phase.failures.items()):
-            log(WARNING, "round %d: client %s %s", phase.server_round, name, reason)
+        told = self.observer.warn_of_failures(phase.server_round, phase.failures)
         # Training always needs min_replies. An evaluation may ask fewer clients, and then needs all of their replies.
         least = self.settings.min_replies
         needed = fewest_replies(self.settings) if phase.kind == TRAIN else min(least, max(1, len(phase.names)))
@@ -359,7 +359,7 @@ class FedAvg(FlowerFedAvg):
                 wanted = f"strategy.robust={self.settings.robust} needs {needed}"
             self.observer.append(phase.kind, phase.server_round, **self._log_line())
             raise FederationError(
-                f"round {phase.server_round}: {by_reason(phase.failures, 3) or 'no client is present'} "
+                f"round {phase.server_round}: {told or 'no client is present'} "
                 f"({len(phase.metrics)} of {len(phase.names)} clients gave a valid {phase.kind} reply, {wanted})"
             )
         return phase

@@ -11,6 +11,7 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flapp.checks import RAISE_LIMIT, check_update, find_answer_fault, find_metric_fault, find_sum_fault
 from flapp.groups import UPDATE_NORM, cut, unpack_answers
 from flapp.messages import Answer, Claim, MessageError, describe_error, size_of, unpack_reply
+from flapp.server.publish import LATE
 from flapp.sums import Weighted, WeightedSum, clip_update
 
 Clients = tuple[int, tuple[str, ...]]  # the index of their group, and their ids
@@ -117,7 +118,7 @@ class Phase:
     def end(self) -> None:
         """Leave out the clients that have not answered."""
         for name in {name for _, names in self.waiting.values() for name in names}:
-            self.fail(name, "sent no reply in time")
+            self.fail(name, LATE)
 
     def done(self) -> int:
         """Return the number of clients that have answered or failed."""

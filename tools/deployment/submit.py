@@ -13,7 +13,7 @@ from flapp.config.load import to_json
 from flapp.config.rules import count_messages
 from flapp.config.schema import Config, ConfigError
 from flapp.data.artifact import Stamp, stamp
-from flapp.listing import by_reason
+from flapp.listing import WITHHELD, by_reason
 from flapp.server.journals import Origin
 from flapp.server.preflight import check_run
 from flapp.server.run_dir import SUMMARY, check_resumable, check_source
@@ -234,7 +234,8 @@ def failure(summary: dict[str, Any]) -> RunError:
 def refusals(summary: dict[str, Any]) -> str:
     """Return one line about the clients that a run refused; empty if there are none."""
     if not (refused := summary.get("refused")):
-        return ""
+        count = summary.get("refused_count")
+        return f"clients or nodes refused: {count} ({WITHHELD.format('who and why')})" if count else ""
     more = summary["refused_count"] - len(refused)
     return f"refused: {by_reason(refused)}" + (f"; and {more} more" if more else "")
 

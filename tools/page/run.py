@@ -94,6 +94,11 @@ class Run:
         return str(self.summary.get("status") or "unfinished")
 
     @property
+    def withholds(self) -> bool:
+        """Say whether the run wrote down totals only, and nothing about single clients."""
+        return self.config.get("privacy.publish") == "totals"
+
+    @property
     def rounds(self) -> int:
         """Return the number of completed rounds, or of started ones in a run of an older flapp."""
         told = self.lines.get("round") or [line for lines in self.lines.values() for line in lines]

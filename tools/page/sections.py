@@ -96,7 +96,8 @@ def alerts(run: Run, name: str = "") -> Html:
         text = f"Resumed anyway after round {after}, though this had changed: {listing(changed, '; ')}."
         said.append(tag("p", tag("b", name), text, class_="warning"))
     if refused := max(len(run.roster("refused")), int(run.summary.get("refused_count") or 0)):
-        said.append(note(f"{name}Clients or nodes refused: {refused:,}. Section Left out has the reasons."))
+        where = "" if run.withholds else " Section Left out has the reasons."
+        said.append(note(f"{name}Clients or nodes refused: {refused:,}.{where}"))
     for line in run.lines.get("stop", ())[-1:]:
         best, patience = line.get("best_round"), line.get("patience")
         why = f"{in_words(str(line.get('metric')))} was best in round {best}, patience is {patience}"
@@ -130,6 +131,8 @@ def learning(run: Run, drawn: Sequence[Picture]) -> Html:
         said.append(note("Nothing has been evaluated, so there is no accuracy and no spread over clients."))
     elif run.config.get("dataset.classes") == 0:
         said.append(note("The data have no classes, so there is no accuracy."))
+    if run.withholds:
+        said.append(withheld("the spread over clients and the length of updates"))
     if "best_round" not in run.summary and run.best()[0] is not None:
         said.append(note("metrics.json names no best round; the one marked is the best in metrics.jsonl."))
     return join([figures(drawn), *said])
@@ -155,7 +158,9 @@ def clients(run: Run, drawn: Sequence[Picture]) -> Html:
         heads.insert(6, "rank")
     what = f"{len(rows)} of {len(names):,} clients, lowest accuracy of the last evaluation first"
     said = []
-    if not drawn and run.config.get("dataset.classes") != 0:
+    if run.withholds:
+        said.append(withheld("samples, accuracy and seconds of each client"))
+    elif not drawn and run.config.get("dataset.classes") != 0:
         said.append(note("The samples of each client and class are not recorded."))
     return join([figures(drawn), *said, folded(what, table(heads, rows, range(1, len(heads)))) if rows else ""])
 
@@ -261,7 +266,31 @@ def left_out(run: Run) -> Html:
         more_capped = f" {len(capped):,} clients were capped." if len(capped) > MOST_REASONS else ""
         parts.append(note(f"A client counts for at most strategy.max_weight_share={limit} of a round.{more_capped}"))
     parts += by_robust_average(run)
+    if run.withholds:
+        return join([counts_of_left_out(run), withheld("who was left out, and why")])
     return join(parts) or note("No client failed, was refused, absent or capped.")
+
+
+def counts_of_left_out(run: Run) -> Html:
+    """Count the clients that were left out, where privacy.publish=totals withholds who they are."""
+    rows = []
+    for kind, lines in run.lines.items():
+        found: dict[str, list[tuple[int, int]]] = {}
+        for line in lines:
+            counts = {key.removesuffix("_count"): line[key] for key in line if key.endswith("_count")}
+            counts.pop("failure", None)
+            for reason, times in (line.get("failure_kinds", {}) | counts).items():
+                found.setdefault(reason.replace("_", " "), []).append((line["round"], times))
+        for reason, at in found.items():
+            is_state = kind in ("roster", "refused")  # whose lines say who is refused at that moment
+            if times := at[-1][1] if is_state else sum(count for _, count in at):
+                rows.append([kind, reason, f"{times:,}", ranges(number for number, count in at if count)])
+    return table(["exchange", "what", "times", "rounds"], rows, (2,)) or note("No client was left out.")
+
+
+def withheld(what: str) -> Html:
+    """Say what a run with privacy.publish=totals does not write down."""
+    return note(f"Withheld by privacy.publish=totals: {what}.")
 
 
 def by_robust_average(run: Run) -> list[Html]:

@@ -6,7 +6,8 @@ Every JSON line has `event` and `run_name` (null if the settings were refused), 
     round      round, rounds, train_loss; loss, accuracy, personal_accuracy (null unless evaluated); scores by name;
                bytes_up, bytes_down and seconds of this round; failures, the reason for each client that was left out;
                with strategy.robust, clipped (factors by client) and left_out (clients that Krum did not take)
-               with privacy, epsilon so far
+               with privacy, epsilon so far; with privacy.publish=totals, in place of what names clients,
+               failure_kinds (how many clients for each kind of reason), clipped_count and left_out_count
     finished   summary: what metrics.json says
     failed     error; summary, or null if the run wrote none
 """
@@ -17,6 +18,8 @@ import logging
 import os
 import sys
 import threading
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from math import ceil
 from pathlib import Path
@@ -26,7 +29,7 @@ from tqdm import tqdm
 
 from flapp.config.schema import Config, ConfigError
 from flapp.data.artifact import Stamp, stamp
-from flapp.listing import by_reason, name_clients
+from flapp.listing import by_kind, by_reason, name_clients
 from flapp.server.summary import in_short, read_line
 from flapp.untrusted import printable
 from flapp.untrusted import read_json as parse_file
@@ -118,11 +121,19 @@ def figures(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "scores": evaluated.get("scores", {}),
         **{key: train.get(key, 0) + evaluated.get(key, 0) for key in ("bytes_up", "bytes_down")},
         "seconds": kinds.get("round", {}).get("seconds"),
-        "failures": {
-            each["client"]: each["reason"] for phase in (train, evaluated) for each in phase.get("failures", ())
-        },
-        **{key: train[key] for key in ("clipped", "left_out") if key in train},
+        **_left_out((train, evaluated)),
+        **{key: train[key] for key in ("clipped", "left_out", "clipped_count", "left_out_count") if key in train},
     }
+
+
+def _left_out(phases: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return which clients a round left out and why; or only how many for each kind of reason, where that is told."""
+    kinds = Counter[str]()
+    for phase in phases:
+        kinds.update(phase.get("failure_kinds", {}))
+    if any("failure_kinds" in phase for phase in phases):
+        return {"failure_kinds": dict(kinds)}
+    return {"failures": {each["client"]: each["reason"] for phase in phases for each in phase.get("failures", ())}}
 
 
 def latest(found: dict[str, Any]) -> dict[str, str]:
@@ -146,8 +157,8 @@ class Progress:
         self.stale = read_json(path / "progress.json")
         self.bytes = sum(found["bytes_up"] + found["bytes_down"] for found in earlier)
         self.shown: dict[str, str] = {}
-        self.failures: dict[str, str] = {}  # of the last round
-        self.bounded: list[str] = []  # the clients that its robust average clipped or left out
+        self.failures: dict[str, Any] = {}  # of the last round
+        self.bounded: list[str] | int = []  # the clients that its robust average clipped or left out
         off = True if plain or is_json() else None
         done = earlier[-1]["round"] if earlier else 0
         common: dict[str, Any] = {"disable": off, "file": sys.stderr, "dynamic_ncols": True}
@@ -183,18 +194,21 @@ class Progress:
 
     def _show_failures(self, found: dict[str, Any]) -> None:
         """Print which clients a round left out and why, unless the round before left out the same ones."""
-        before, self.failures = self.failures, found["failures"]
+        before, self.failures = self.failures, found.get("failure_kinds") or found.get("failures") or {}
         if self.failures and self.failures != before and not is_json():
-            text = f"round {found['round']} left out {by_reason(self.failures, MOST_REASONS)}"
-            tqdm.write(printable(text), file=sys.stderr)
+            is_whole = "failures" in found
+            told = f" left out {by_reason(self.failures, MOST_REASONS)}" if is_whole else f": {by_kind(self.failures)}"
+            tqdm.write(printable(f"round {found['round']}{told}"), file=sys.stderr)
 
     def _show_bounded(self, found: dict[str, Any]) -> None:
         """Print whom a robust average clipped or left out, unless the round before had the same clients."""
-        before, self.bounded = self.bounded, sorted(found.get("clipped") or found.get("left_out") or ())
+        clipped = found.get("clipped") or found.get("clipped_count")
+        whom = clipped or found.get("left_out") or found.get("left_out_count") or ()
+        told = by_kind({"": whom}) if isinstance(whom, int) else name_clients(sorted(whom))
+        before, self.bounded = self.bounded, whom if isinstance(whom, int) else sorted(whom)
         if self.bounded and self.bounded != before and not is_json():
-            did = " clipped" if found.get("clipped") else f": {self.config.strategy.robust} did not take"
-            text = f"round {found['round']}{did} {name_clients(self.bounded)}"
-            tqdm.write(printable(text), file=sys.stderr)
+            did = " clipped" if clipped else f": {self.config.strategy.robust} did not take"
+            tqdm.write(printable(f"round {found['round']}{did} {told}"), file=sys.stderr)
 
     def _show_figures(self, found: dict[str, Any], refresh: bool = True) -> None:
         """Show the latest losses, the accuracy and all bytes so far beside the bar of rounds."""
