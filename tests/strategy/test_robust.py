@@ -196,6 +196,7 @@ def test_clipping_leaves_integers_and_booleans_as_they_are() -> None:
         (["strategy.robust=median", "strategy.weighting=alignment"], ["alignment", "strategy.robust=median"]),
         (["strategy.robust=norm_bound", "strategy.weighting=alignment"], ["alignment"]),
         (["strategy.robust=median", "privacy=local"], ["privacy=local hides them in noise"]),
+        (["strategy.robust=norm_bound", "privacy=central"], ["privacy=central hides them in noise"]),
         (["strategy.robust=median", "strategy.target=task:Mine"], ["strategy.target=task:Mine"]),
         (["strategy.robust=mode"], ["strategy.robust=mode", "trimmed_mean"]),
         (["strategy.robust=norm_bound", "strategy.clip_multiple=0"], ["strategy.clip_multiple=0"]),
