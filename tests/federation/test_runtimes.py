@@ -19,7 +19,7 @@ from flapp.messages import TRAIN, HeldArray
 from tests.conftest import read_lines
 from tests.support.commands import PYTORCHS, SECONDS, in_shared_memory, left_running, starting_runs
 from tests.support.replies import Federate
-from tests.support.waiting import wait_for
+from tests.support.waiting import wait_for, wait_for_end
 from tools.deployment import submit
 from tools.deployment.superlink import CONNECTION, PrivateSuperLink
 
@@ -67,9 +67,7 @@ def superlink() -> Iterator[PrivateSuperLink]:
 def flwr_run(superlink: PrivateSuperLink, path: Path, *words: str) -> Path:
     """Have `flwr run` run the app from another folder, wait until it has ended, and return the run's folder."""
     run_id = superlink.flwr("run", str(submit.APP), CONNECTION, *words)["run-id"]
-    wait_for(lambda: (path / "metrics.json").exists() or superlink.status(run_id)[0].startswith("finished"))
-    wait_for(lambda: superlink.status(run_id)[0].startswith("finished"))
-    assert superlink.status(run_id)[0] == "finished:completed"
+    assert wait_for_end(superlink, run_id) == "finished:completed"
     return path
 
 
