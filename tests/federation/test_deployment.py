@@ -19,8 +19,8 @@ from tests.conftest import read_lines
 from tests.support.commands import finish, start_tool
 from tests.support.replies import Federate
 from tests.support.waiting import wait_for
-from tools.checkpoints import main as checkpoints
 from tools.certificates import make_server_files, make_site_keys
+from tools.checkpoints import main as checkpoints
 from tools.deployment.processes import HOST, TOKEN, Processes, environment, free_port, program
 from tools.deployment.submit import run_once
 from tools.deployment.superlink import SuperLink

@@ -21,9 +21,8 @@ from flwr.superlink.grid import InMemoryGrid
 
 from flapp import server_app
 from tests.conftest import LocalGrid
-from tests.support.commands import finish, left_running, start_tool
 from tests.support.projects import write_task
-from tests.support.strangers import as_stranger, get, needs_root
+from tests.support.strangers import as_stranger, get, listening, needs_root
 from tests.support.waiting import WAIT_SECONDS, wait_for
 from tools.deployment import superlink
 from tools.deployment.processes import HOST, TOKEN, SuperLinkError, environment
@@ -53,17 +52,6 @@ def submit_app(port: int, fab: bytes) -> str:
     client = ControlHttpClient.from_server_address(f"{HOST}:{port}", True, None, [])
     app = Fab(hash_str=hashlib.sha256(fab).hexdigest(), content=fab)
     return str(client.StartRun(StartRunRequest(fab=app)))
-
-
-def listening(processes: list[psutil.Process]) -> dict[tuple[str, int], str]:
-    """Return the addresses that processes listen on, and the name of each process."""
-    found = {}
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            for each in process.net_connections("tcp"):
-                if each.status == psutil.CONN_LISTEN:
-                    found[tuple(each.laddr)] = process.name()
-    return found
 
 
 def ray_answers(addresses: list[tuple[str, int]]) -> dict[tuple[str, int], set[str]]:
@@ -154,8 +142,8 @@ def test_the_server_app_warns_of_a_simulation_whose_ray_asks_for_no_token(
 def long(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Return the settings of a run that lasts."""
     folder = write_task(tmp_path_factory.mktemp("slow"), TASK)
-    words = ("run_name=long", "experiment=toy_regression", "train.steps=20000", f"code={folder}", "train.loss=task:slow")
-    return (*words, "deployment=simulation", "deployment.total_cpus=1")
+    words = ("run_name=long", "experiment=toy_regression", "train.steps=20000", f"code={folder}")
+    return (*words, "train.loss=task:slow", "deployment=simulation", "deployment.total_cpus=1")
 
 
 @pytest.mark.slow
@@ -176,25 +164,6 @@ def test_no_port_of_a_simulation_serves_another_user(tmp_path: Path, long: tuple
         assert set(open_to_all.values()) >= {"gcs_server", "raylet"}
         assert set.union(*as_stranger(ray_answers, list(open_to_all)).values()) == {"UNAUTHENTICATED"}
     assert link.processes.running() == []
-
-
-@pytest.mark.slow
-@needs_root
-def test_no_port_of_a_federation_without_tls_serves_another_user(tmp_path: Path) -> None:
-    def tool(*words: str) -> None:
-        status, _, error = finish(start_tool(tmp_path, *words))
-        assert status == 0, error
-
-    tool("federation", "up", "--clients", "1")
-    try:
-        ports = listening(left_running(tmp_path))
-        assert len(ports) == 2  # the SuperLink's and the SuperNode's
-        assert {host for host, _ in ports} == {HOST}
-        assert {as_stranger(get, port)[0] for _, port in ports} == {403}
-        assert {get(port)[0] for _, port in ports} == {404}
-        tool("run", "deployment=local", "experiment=toy_regression", "clients=1", "num_rounds=1")
-    finally:
-        tool("federation", "down")
 
 
 def ip(*words: str) -> None:
