@@ -154,7 +154,7 @@ def wait_until_ready(folder: Path, federation: Federation, process: subprocess.P
             raise SuperLinkError(f"the supervisor ended: {last_line((folder / SUPERVISOR_LOG).read_text())}")
         if seen is None or not seen.ready:
             missing = SUPERLINK
-        elif missing_nodes := find_missing(folder, seen, online_nodes(folder, federation)):
+        elif missing_nodes := find_silent(folder, seen) or find_missing(folder, seen, online_nodes(folder, federation)):
             missing = f"{len(missing_nodes)} of {len(federation.clients)} SuperNodes"
         else:
             return
@@ -173,8 +173,18 @@ def online_nodes(folder: Path, federation: Federation) -> set[str]:
 
 def find_missing(folder: Path, seen: Seen, online: set[str]) -> list[str]:
     """List the SuperNodes that are not running, or whose current process is not online."""
+    return [name for name, ids in ids_by_site(folder, seen).items() if online.isdisjoint(ids)]
+
+
+def find_silent(folder: Path, seen: Seen) -> list[str]:
+    """List the SuperNodes that have not logged an id yet: a look that costs nothing, unlike a question to Flower."""
+    return [name for name, ids in ids_by_site(folder, seen).items() if not ids]
+
+
+def ids_by_site(folder: Path, seen: Seen) -> dict[str, list[str]]:
+    """Return the node ids that each SuperNode has logged since its last start."""
     nodes = {name: program for name, program in seen.programs.items() if name != SUPERLINK}
-    return [name for name, program in nodes.items() if online.isdisjoint(node_ids(folder / name / LOG, program))]
+    return {name: node_ids(folder / name / LOG, program) for name, program in nodes.items()}
 
 
 def node_ids(log: Path, program: Program) -> list[str]:

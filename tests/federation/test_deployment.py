@@ -13,15 +13,19 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flapp.config.load import compose
+from flapp.config.schema import ConfigError
 from tests.conftest import read_lines
 from tests.support.commands import finish, start_tool
 from tests.support.replies import Federate
 from tests.support.waiting import wait_for
 from tools.certificates import make_server_files, make_site_keys
+from tools.checkpoints import main as checkpoints
 from tools.deployment.processes import HOST, TOKEN, Processes, environment, free_port, program
+from tools.deployment.submit import run_once
 from tools.deployment.superlink import SuperLink
-from tools.deployment.supervisor import Federation, read_federation
-from tools.federation import online_nodes
+from tools.deployment.supervisor import SUPERLINK, Federation, read_federation
+from tools.federation import find_missing, find_silent, online_nodes, read_seen
 
 pytestmark = pytest.mark.slow
 
@@ -78,6 +82,14 @@ def reached(home: Path, name: str, server_round: int) -> Callable[[], bool]:
     return trained
 
 
+def is_back(folder: Path) -> bool:
+    """Return whether the federation's SuperLink runs again and all of its SuperNodes are online."""
+    seen = read_seen(folder)
+    if seen is None or not seen.ready or not seen.programs[SUPERLINK].restarts or find_silent(folder, seen):
+        return False
+    return not find_missing(folder, seen, online_nodes(folder, read_federation(folder)))
+
+
 def find_processes(federation: Federation, word: str, folder: str) -> Iterator[psutil.Process]:
     """Yield the processes of the federation with this word in their command line, started for this folder."""
     for process in psutil.process_iter():
@@ -93,7 +105,7 @@ def find_client(federation: Federation, folder: str) -> psutil.Process | None:
     for process in find_processes(federation, "supernode.py clients", folder):
         with contextlib.suppress(psutil.NoSuchProcess):
             parent = process.parent()
-            if parent and parent.cmdline() == process.cmdline() and process.cpu_times().user > 1:
+            if parent and parent.cmdline() == process.cmdline() and process.cpu_times().user > 0.5:
                 return process
     return None
 
@@ -161,7 +173,8 @@ def test_runs_at_once_end_in_the_bytes_of_other_runtimes_and_outsiders_are_kept_
     node = register_as_client_0(folder, federation, tmp_path / "known")
     strange = outsider("strange", folder / "ca.crt", tmp_path / "strange" / "site.key")
     wrong = outsider("wrong", tmp_path / "ca.crt", folder / "client_0" / "site.key")
-    outsider("known", folder / "ca.crt", tmp_path / "known" / "site.key")
+    known = outsider("known", folder / "ca.crt", tmp_path / "known" / "site.key")
+    wait_for(lambda: "SuperNode ID" in known.read_text())
     wait_for(lambda: len(online_nodes(folder, federation)) == 4)  # the three, and the one that is registered
     wait_for(lambda: "Failed to activate SuperNode" in strange.read_text())
     started = {name: submit(home, name, *words) for name, words in CASES.items()}
@@ -177,7 +190,7 @@ def test_runs_at_once_end_in_the_bytes_of_other_runtimes_and_outsiders_are_kept_
 def test_a_client_and_a_supernode_killed_in_a_round_are_named_and_take_part_again(
     home: Path, federation: Federation
 ) -> None:
-    words = ("experiment=toy_regression", "train.steps=8000", "num_rounds=40", "evaluate.every=40")
+    words = ("experiment=toy_regression", "train.steps=4000", "num_rounds=40", "evaluate.every=40")
     run = submit(home, "killed", *words)
     wait_for(lambda: reached(home, "killed", 1)() and find_client(federation, "client_1")).kill()
     (supernode,) = find_processes(federation, "supernode.py --superlink", "client_2")
@@ -212,18 +225,19 @@ def test_a_superlink_killed_comes_back_and_the_run_is_resumed_to_the_same_bytes(
     status, _, error = finish(run)
     assert status == 1
     assert error.splitlines()[-1].endswith("run_name=link resume=true")
-    wait_for(lambda: finish(start_tool(home, "federation", "status"))[0] == 0)
+    wait_for(lambda: is_back(home / "federation"))
     status, said, error = finish(submit(home, "link", *settings, "resume=true"))
     assert status == 0, error
     undisturbed, _ = federate("clients=3", *settings)
     assert digest_of(said) == undisturbed["model_sha256"]
-    assert finish(start_tool(home, "checkpoints", "verify", str(home / "checkpoints")))[0] == 0
+    assert checkpoints(["verify", str(home / "checkpoints")]) == 0
 
 
 def test_more_clients_than_sites_are_refused_before_the_run(home: Path) -> None:
-    status, _, error = finish(start_tool(home, "run", "deployment=local", *TOY, "clients=5"))
-    assert status == 1
-    assert error.splitlines()[-1].endswith("has 3: set clients=3")
+    settings = compose([f"home={home}", "deployment=local", *TOY, "clients=5", "run_name=many"])
+    with pytest.raises(ConfigError, match="has 3: set clients=3$"):
+        run_once(settings)
+    assert not (home / "runs" / "many").exists()
 
 
 def test_whoever_unregisters_a_client_and_takes_its_name_does_not_take_its_place(
@@ -234,7 +248,8 @@ def test_whoever_unregisters_a_client_and_takes_its_name_does_not_take_its_place
     with SuperLink(federation.address, folder / "ca.crt") as superlink:
         superlink.flwr("supernode", "unregister", honest)
     node = register_as_client_0(folder, federation, tmp_path / "intruder")
-    outsider("intruder", folder / "ca.crt", tmp_path / "intruder" / "site.key")
+    intruder = outsider("intruder", folder / "ca.crt", tmp_path / "intruder" / "site.key")
+    wait_for(lambda: "SuperNode ID" in intruder.read_text())
     wait_for(lambda: len(online_nodes(folder, federation)) == 3)
     few = ("num_rounds=1", "strategy.min_clients=2")
     status, said, error = finish(submit(home, "taken", *TOY, *few, "strategy.wait_for_clients=5"))

@@ -21,15 +21,22 @@ from flwr.superlink.grid import InMemoryGrid
 
 from flapp import server_app
 from tests.conftest import LocalGrid
-from tests.support.commands import finish, left_running, start_tool
-from tests.support.strangers import as_stranger, get, needs_root
+from tests.support.projects import write_task
+from tests.support.strangers import as_stranger, get, listening, needs_root
 from tests.support.waiting import WAIT_SECONDS, wait_for
 from tools.deployment import superlink
 from tools.deployment.processes import HOST, TOKEN, SuperLinkError, environment
 from tools.deployment.submit import APP
 from tools.deployment.superlink import CONNECTION, PrivateSuperLink, ray_environment
 
-LONG = ("deployment=simulation", "experiment=toy_regression", "train.steps=20000", "num_rounds=200")
+TASK = """
+    import time
+    from torch.nn import functional as F
+
+    def slow(outputs, targets):
+        time.sleep(0.2)  # so that a round is long and costs nothing
+        return F.mse_loss(outputs, targets)
+"""
 VICTIM, ATTACKER = "10.231.77.1", "10.231.77.2"
 ATTACK = Path(__file__).parents[1] / "support" / "ray_attack.py"
 RAY_METHODS = (
@@ -45,17 +52,6 @@ def submit_app(port: int, fab: bytes) -> str:
     client = ControlHttpClient.from_server_address(f"{HOST}:{port}", True, None, [])
     app = Fab(hash_str=hashlib.sha256(fab).hexdigest(), content=fab)
     return str(client.StartRun(StartRunRequest(fab=app)))
-
-
-def listening(processes: list[psutil.Process]) -> dict[tuple[str, int], str]:
-    """Return the addresses that processes listen on, and the name of each process."""
-    found = {}
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            for each in process.net_connections("tcp"):
-                if each.status == psutil.CONN_LISTEN:
-                    found[tuple(each.laddr)] = process.name()
-    return found
 
 
 def ray_answers(addresses: list[tuple[str, int]]) -> dict[tuple[str, int], set[str]]:
@@ -142,11 +138,21 @@ def test_the_server_app_warns_of_a_simulation_whose_ray_asks_for_no_token(
     assert len(caplog.records) == 1
 
 
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Return the settings of a run that lasts."""
+    folder = write_task(tmp_path_factory.mktemp("slow"), TASK)
+    words = ("run_name=long", "experiment=toy_regression", "train.steps=20000", f"code={folder}")
+    return (*words, "train.loss=task:slow", "deployment=simulation", "deployment.total_cpus=1")
+
+
 @pytest.mark.slow
 @needs_root
-def test_no_port_of_a_simulation_serves_another_user(tmp_path: Path) -> None:
+def test_no_port_of_a_simulation_serves_another_user(tmp_path: Path, long: tuple[str, ...]) -> None:
+    size = "num-supernodes=1 client-resources-num-cpus=1 init-args-num-cpus=1"
     with PrivateSuperLink() as link:
-        link.flwr("run", str(APP), CONNECTION, "-c", f'overrides="{" ".join(LONG)} home={tmp_path} run_name=long"')
+        words = f'overrides="{" ".join(long)} home={tmp_path}"'
+        link.flwr("run", str(APP), CONNECTION, "-c", words, "--federation-config", size)
         wait_for((tmp_path / "runs" / "long" / "progress.json").exists)
         ports = listening(link.processes.running())
         assert [address for address in ports if address[0] == HOST] == [(HOST, link.port)]
@@ -158,25 +164,6 @@ def test_no_port_of_a_simulation_serves_another_user(tmp_path: Path) -> None:
         assert set(open_to_all.values()) >= {"gcs_server", "raylet"}
         assert set.union(*as_stranger(ray_answers, list(open_to_all)).values()) == {"UNAUTHENTICATED"}
     assert link.processes.running() == []
-
-
-@pytest.mark.slow
-@needs_root
-def test_no_port_of_a_federation_without_tls_serves_another_user(tmp_path: Path) -> None:
-    def tool(*words: str) -> None:
-        status, _, error = finish(start_tool(tmp_path, *words))
-        assert status == 0, error
-
-    tool("federation", "up", "--clients", "1")
-    try:
-        ports = listening(left_running(tmp_path))
-        assert len(ports) == 2  # the SuperLink's and the SuperNode's
-        assert {host for host, _ in ports} == {HOST}
-        assert {as_stranger(get, port)[0] for _, port in ports} == {403}
-        assert {get(port)[0] for _, port in ports} == {404}
-        tool("run", "deployment=local", "experiment=toy_regression", "clients=1", "num_rounds=1")
-    finally:
-        tool("federation", "down")
 
 
 def ip(*words: str) -> None:
@@ -205,11 +192,13 @@ def namespaces() -> Iterator[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def raylet(namespaces: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[psutil.Process]:
+def raylet(
+    namespaces: tuple[str, str], long: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[psutil.Process]:
     """Return Ray's own process of a simulation that runs in a network namespace."""
     home = tmp_path_factory.mktemp("home")
     env = os.environ | {"FLAPP_HOME": str(home), "PYTHONPATH": str(APP)}
-    command = ["ip", "netns", "exec", namespaces[0], sys.executable, "-m", "tools.run", *LONG, "run_name=long"]
+    command = ["ip", "netns", "exec", namespaces[0], sys.executable, "-m", "tools.run", *long]
     run = subprocess.Popen(command, cwd=home, env=env, stderr=subprocess.DEVNULL)
     try:
         wait_for(lambda: run.poll() is not None or (home / "runs" / "long" / "progress.json").exists())

@@ -1,5 +1,7 @@
-"""Act as another user of this machine."""
+"""Act as another user of this machine, and find the ports that processes listen on."""
 
+import contextlib
+import encodings.idna  # noqa: F401
 import multiprocessing
 import os
 import socket
@@ -8,9 +10,10 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
-# Imported here, because grpc and httpx import these on first use, and another user may be unable to read them then.
+# Imported here, because sockets, grpc and httpx import these on first use, and another user may be unable to read them.
 import grpc._channel  # noqa: F401
 import httpcore  # noqa: F401
+import psutil
 import pytest
 
 from tests.support.waiting import WAIT_SECONDS
@@ -38,6 +41,17 @@ def as_stranger(action: Callable[..., Any], *arguments: Any) -> Any:
     process.join(WAIT_SECONDS)
     assert here.poll()
     return here.recv()
+
+
+def listening(processes: list[psutil.Process]) -> dict[tuple[str, int], str]:
+    """Return the addresses that processes listen on, and the name of each process."""
+    found = {}
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            for each in process.net_connections("tcp"):
+                if each.status == psutil.CONN_LISTEN:
+                    found[tuple(each.laddr)] = process.name()
+    return found
 
 
 def get(port: int) -> tuple[int, str]:

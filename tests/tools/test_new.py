@@ -53,7 +53,7 @@ def test_the_page_shows_the_template_as_it_is(tmp_path: Path) -> None:
 
 def test_the_commands_of_the_page_work_in_a_new_project(tmp_path: Path) -> None:
     """Flags may stand before, between and after settings."""
-    assert finish(start_tool(tmp_path, "new", "mine"))[0] == 0
+    assert new.main([str(tmp_path / "mine")]) == 0
     small = ("clients=2", "num_rounds=1", "train.steps=1", "evaluate.personal_epochs=0", "deployment.workers=0")
     for words in (
         ("-m", "run_name=sweep", "seed=0,1", *small),

@@ -127,7 +127,7 @@ def superlink(network: Network) -> Iterator[SuperLink]:
     words += ["--host", "127.0.0.1", "--port", str(INNER), "--isolation", "subprocess", "--enable-supernode-auth"]
     network.start("server", "superlink", program("flower-superlink"), *words)
     superlink = SuperLink(f"127.0.0.1:{INNER}", folder / "ca.crt")
-    wait_for(lambda: network.flwr("server", superlink, "list")["success"])
+    wait_for(lambda: f"127.0.0.1:{INNER}" in network.call("server", "ss", "-ltn").stdout)
     register = ("supernode", "register", str(folder / "keys" / "client_0.pub"), "--name", "client_0")
     assert network.flwr("server", superlink, *register)["success"]
     yield superlink
