@@ -243,20 +243,23 @@ def test_clients_that_krum_leaves_out_are_counted(federate: Federate) -> None:
     assert "left_out" not in line
 
 
-@pytest.mark.parametrize("words", [("privacy=central", "privacy.delta=1e-3"), ("privacy=local",)])
-def test_totals_go_with_noise(federate: Federate, data_home: Path, words: tuple[str, ...]) -> None:
-    """A round that has been released keeps its line in a file of its own."""
-    run = (*TOY, *words, TOTALS, "run_name=" + words[0].replace("=", "-"))
+@pytest.mark.parametrize("kind", ["central-secure", "central-seeded", "local"])
+def test_totals_go_with_noise(federate: Federate, data_home: Path, kind: str) -> None:
+    """A round that has been released with secure noise keeps its line in a file of its own."""
+    privacy, _, noise = kind.partition("-")
+    words = (f"privacy={privacy}", "privacy.delta=1e-3", *([f"privacy.noise={noise}"] if noise else []))
+    run = (*TOY, *words, TOTALS, f"run_name=totals-{kind}")
     break_off(federate, 2, "aggregate_evaluate", *run)
-    release = data_home / "runs" / run[-1].partition("=")[2] / "release.safetensors"
-    if words[0] == "privacy=central":
+    release = data_home / "runs" / f"totals-{kind}" / "release.safetensors"
+    assert release.exists() == (noise == "secure")
+    if release.exists():
         assert keys_in(json.loads(load_tensors(release)[1]["line"])) & PRIVATE == set()
     summary, path = federate(*run, "resume=true")
     assert summary["status"] == "finished"
     lines = read_lines(path, "train")
     assert [line["epsilon"] > 0 for line in lines] == [True] * 3
     assert [keys_in(line) & PRIVATE for line in lines] == [set()] * 3
-    if words[0] == "privacy=central":
+    if noise == "seeded":
         assert federate(*TOY, *words)[0]["model_sha256"] == summary["model_sha256"]
 
 

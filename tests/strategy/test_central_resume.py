@@ -95,7 +95,7 @@ def done_multiplier(words: Sequence[str]) -> float:
 
 
 def test_rounds_that_resume_from_drops_stay_released_and_the_budget_counts_them(federate: Federate) -> None:
-    words = (*TOY, "privacy.noise=secure", "privacy.noise_multiplier=2", "run_name=back", "checkpoint=all")
+    words = (*TOY, "privacy.noise=secure", "privacy.noise_multiplier=2", "run_name=dropped", "checkpoint=all")
     spent = central.epsilon_of(2.0, 1.0, 4, 1e-5, "rdp")
     words = (*words, f"privacy.epsilon={spent}")  # of four releases
     federate(*words)
