@@ -150,6 +150,7 @@ def test_every_row_names_what_is_compared_and_has_a_ratio_and_a_target(measured:
         ("W1, inline, 10 of 1,000 clients, 1 worker", "bare PyTorch loop", 1.5, 1.10),
         ("W1, inline, 10 of 1,000 clients, 2 workers", "bare PyTorch loop", 1.5, 1.15),
         ("W1, inline, 10 of 1,000 clients, 2 workers, wall time", "1 worker", 1.0, 0.65),
+        ("W1, inline, 10 clients, privacy=central, wall time", "privacy=none", 1.0, 1.10),
         ("W2, inline, 50 of 1,000 clients, 1 worker", "bare PyTorch loop", 1.5, 1.25),
         ("W2, inline, 50 of 1,000 clients: metrics.jsonl a client and round", "-", 100.0, 150),
         ("W3, inline, 10 clients with stores, 1 worker", "bare PyTorch loop without stores", 1.5, 1.10),
@@ -169,7 +170,7 @@ def test_the_short_form_measures_fewer_rows_and_a_run_that_fails_leaves_only_its
 ) -> None:
     rows = simulation.rows(short=True)
     assert rows[0].what == "W1, inline, 4 of 100 clients, 1 worker"
-    assert len(rows) == 9
+    assert len(rows) == 10
     assert (measured["bare"], measured["stock"]) == (["w1", "w2", "w3"], ["w2"])
 
     def fail(work: Workload, *runtime: str) -> Usage:

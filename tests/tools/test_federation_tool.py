@@ -1,14 +1,13 @@
-"""tools.federation: its checks, the commands that it would start, how it restarts programs, and one real one."""
+"""tools.federation: its checks, the commands that it would start, and how it restarts programs."""
 
 import asyncio
-import json
 import os
 import secrets
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,10 @@ import pytest
 
 from flapp.data.shards.manifest import Manifest
 from flapp.files import write_json
-from tests.support.commands import finish, left_running, start_tool
-from tests.support.strangers import as_stranger, get, listening, needs_root
-from tests.support.waiting import WAIT_SECONDS, wait_for
-from tools import federation, runs
+from tests.support.waiting import wait_for
+from tools import federation
 from tools.deployment import supervisor
-from tools.deployment.processes import HOST, TOKEN, Processes, SuperLinkError, answers, free_port
+from tools.deployment.processes import TOKEN, Processes, SuperLinkError, answers, free_port
 from tools.deployment.supervisor import (
     FACTS,
     LOG,
@@ -331,78 +328,3 @@ def test_a_federation_says_whether_it_was_taken_down_or_its_supervisor_killed(
     left.wait()
     (tmp_path / SEEN).unlink()
     assert refusal(capsys, *status) == f"error: the federation of {tmp_path} is down: {federation.UP}"
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Return a home with a federation of two clients that runs, without TLS."""
-    home = tmp_path_factory.mktemp("real")
-    status, said, error = finish(start_tool(home, "federation", "up", "--clients", "2"))
-    assert status == 0, error
-    assert "2 of 2 SuperNodes online" in said
-    yield home
-    Processes(read_federation(home / "federation").token).stop()
-
-
-@pytest.mark.slow
-@needs_root
-def test_no_port_of_a_federation_without_tls_serves_another_user(home: Path) -> None:
-    ports = listening(left_running(home))
-    assert len(ports) == 3  # the SuperLink's and the SuperNodes'
-    assert {host for host, _ in ports} == {HOST}
-    assert {as_stranger(get, port)[0] for _, port in ports} == {403}
-    assert {get(port)[0] for _, port in ports} == {404}
-
-
-@pytest.mark.slow
-def test_what_is_killed_in_a_federation_is_not_online_and_ends_with_its_supervisor(
-    home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = home / "federation"
-
-    def look() -> tuple[int, dict[str, Any]]:
-        capsys.readouterr()
-        status = federation.main(["status", "--json", "--folder", str(folder)])
-        return status, json.loads(capsys.readouterr().out)
-
-    def has_said_its_id() -> bool:
-        seen = federation.read_seen(folder)
-        return seen is not None and seen.ready and not federation.find_silent(folder, seen)
-
-    def supernode() -> psutil.Process:
-        wait_for(lambda: has_said_its_id() and look()[0] == 0)
-        seen = federation.read_seen(folder)
-        assert seen is not None
-        return psutil.Process(seen.programs["client_1"].pid)
-
-    processes = Processes(read_federation(folder).token)
-    supervisor = federation.find_supervisor(folder)
-    assert supervisor is not None
-    victim = supernode()
-    supervisor.suspend()  # or the SuperNode is back before anybody can look
-    victim.kill()
-    status, facts = look()
-    supervisor.resume()
-    assert (status, facts["online"], facts["missing"]) == (1, 1, ["client_1"])
-    victim.wait(WAIT_SECONDS)
-    wait_for(lambda: (seen := federation.read_seen(folder)) and seen.programs["client_1"].restarts >= 1)
-    victim = supernode()  # another node: Flower lists the dead one for up to a minute
-    (superexec,) = (child for child in victim.children() if "superexec" in child.cmdline())
-    superexec.kill()
-    victim.wait(WAIT_SECONDS)
-    wait_for(lambda: (seen := federation.read_seen(folder)) and seen.programs["client_1"].restarts >= 2)
-    supernode()
-    words = ("experiment=toy_regression", "deployment=local", "clients=1", "num_rounds=1000", "run_name=shared")
-    run = start_tool(home, "run", *words)
-    metrics = home / "runs" / "shared" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and '"kind": "round"' in metrics.read_text())
-    run.kill()
-    run.communicate()
-    assert runs.main(["stop", "shared", "--home", str(home)]) == 0
-    assert look()[0] == 0
-    supervisor.kill()
-    wait_for(lambda: not processes.running())
-    line = refusal(capsys, "status", "--folder", str(folder))
-    assert line.endswith(f"was killed and its programs have been stopped: {federation.UP}")
-    assert federation.main(["down", "--folder", str(folder)]) == 0
-    assert capsys.readouterr().out == "nothing was running\n"
