@@ -226,6 +226,41 @@ def test_bars_show_rounds_with_figures_and_the_replies_of_the_phase(
         assert figures in str(progress.rounds)
 
 
+def test_epsilon_so_far_is_in_json_lines_in_plain_lines_and_beside_the_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], settings: Config, folder: Path
+) -> None:
+    lines = ({"kind": "train", "loss": 0.5, "epsilon": 3.0741}, {"kind": "round", "seconds": 0.5})
+    content = "".join(json.dumps(line | {"round": 1}) + "\n" for line in lines)
+
+    def shown() -> str:
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        with Progress(settings, folder) as progress:
+            (folder / "metrics.jsonl").write_text(content)
+            progress.look()
+            bar = str(progress.rounds) if isinstance(sys.stderr, Terminal) else ""
+        return bar or "".join(capsys.readouterr())
+
+    assert shown() == "round 1 of 3: train loss 0.5000, epsilon 3.074, 0.5 s\n"
+    monkeypatch.setenv(FORMAT, "json")
+    assert json.loads(shown())["epsilon"] == 3.0741
+    monkeypatch.setenv(FORMAT, "text")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert "epsilon=3.074" in shown()
+
+
+def test_the_last_lines_say_epsilon_whose_it_is_and_that_seeded_noise_is_for_experiments() -> None:
+    summary = {"rounds": 3, "seconds": 1.0, "loss": 1.0, "model_sha256": "ab", "run_dir": "/r", "selected_round": 3}
+    spent = {"epsilon": 7.99936, "delta": 1e-5}
+
+    def line(**more: object) -> str:
+        text = run.final_line(summary | {"stopped_early": False} | spent | more)
+        return next(each for each in text.splitlines() if each.startswith("epsilon"))
+
+    assert line() == "epsilon 7.999 (delta 1e-05) for the client that released the most updates"
+    assert line(privacy="central", privacy_noise="secure") == "epsilon 7.999 (delta 1e-05)"
+    assert "seeded noise, for experiments only" in line(privacy="central", privacy_noise="seeded")
+
+
 def test_a_resumed_run_is_not_shown_what_the_earlier_start_said(
     monkeypatch: pytest.MonkeyPatch, settings: Config, folder: Path, lines: list[str]
 ) -> None:

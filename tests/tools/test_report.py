@@ -267,6 +267,23 @@ def test_clients_that_a_robust_average_clipped_or_did_not_take_are_shown(tmp_pat
     assert "No client failed" not in left_out
 
 
+def test_the_privacy_that_was_spent_is_in_the_summary_and_in_the_overview_of_runs_that_have_one(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "runs" / name, 3, 3, seed=seed) for seed, name in enumerate(("private", "plain"))]
+    lines = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "train":
+            line["epsilon"] = 1.25 * line["round"]
+    stop = {"kind": "stop", "round": 3, "time": 7, "metric": "epsilon", "value": 3.75, "budget": 4.0}
+    write_lines(runs[0], [*lines, stop])
+    said = [" ".join(report_on(tmp_path / "one.html", run).said.split()) for run in runs]
+    assert "epsilon 3.75" in said[0].partition("Summary")[2]
+    assert "Stopped early after round 3: epsilon is 3.75, one more round would exceed 4" in said[0]
+    assert "epsilon" not in said[1]
+    both, overview = " ".join(report_on(tmp_path / "two.html", *runs).said.split()), "loss epsilon best round"
+    assert overview in both
+    assert overview not in " ".join(report_on(tmp_path / "plain.html", runs[1], runs[1]).said.split())
+
+
 def test_a_run_without_lines_has_refusals_and_changes_of_its_summary(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs" / "r", rounds=1)
     (run / "metrics.jsonl").unlink()
