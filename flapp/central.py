@@ -32,8 +32,7 @@ from flapp.config.schema import Config, ConfigError, PrivacyConfig
 
 STEPS = 10_000  # z is a multiple of 1 / STEPS
 LEAST_COUNT_NOISE = 1 / 20  # of the expected number of clients, as Andrew et al. recommend
-LONGEST_RUN = 1 << 20  # rounds
-SHORTEST_CLIP, LONGEST_CLIP = 1e-9, 1e9  # between them adaptive clipping stays
+SHORTEST_CLIP, LONGEST_CLIP = 1e-9, 1e9  # adaptive clipping stays between them
 Draw = Callable[[int], np.ndarray]  # count: so many independent standard normal numbers, float64
 
 
@@ -82,18 +81,20 @@ def epsilon_of(z: float, sampling: float, rounds: int, delta: float, accountant:
         return float(_accountant(accountant)().compose(_event(z, sampling), rounds).get_epsilon(delta))
 
 
-def affordable(settings: PrivacyConfig, plan: Plan, most: int = LONGEST_RUN) -> int:
+def spent(settings: PrivacyConfig, plan: Plan, rounds: int) -> float:
+    """Return the epsilon that so many rounds of a run spend."""
+    return epsilon_of(plan.multiplier, plan.sampling, rounds, settings.delta, settings.accountant)
+
+
+def affordable(settings: PrivacyConfig, plan: Plan, most: int) -> int:
     """Return how many rounds the budget privacy.epsilon is enough for, at most `most`."""
-
-    def spent(rounds: int) -> float:
-        return epsilon_of(plan.multiplier, plan.sampling, rounds, settings.delta, settings.accountant)
-
-    if spent(most) <= settings.epsilon:
+    if spent(settings, plan, most) <= settings.epsilon:
         return most
     enough, too_many = 0, most
     while too_many - enough > 1:
         middle = (enough + too_many) // 2
-        enough, too_many = (middle, too_many) if spent(middle) <= settings.epsilon else (enough, middle)
+        is_enough = spent(settings, plan, middle) <= settings.epsilon
+        enough, too_many = (middle, too_many) if is_enough else (enough, middle)
     return enough
 
 
@@ -102,12 +103,11 @@ def describe_central(config: Config) -> str:
     privacy, plan = config.privacy, plan_of(config)
     rounds = affordable(privacy, plan, config.num_rounds)
     if rounds == 0:
-        one = epsilon_of(plan.multiplier, plan.sampling, 1, privacy.delta, privacy.accountant)
         raise ConfigError(
-            f"privacy.noise_multiplier={plan.multiplier:g} spends epsilon {one:.4g} in one round, "
+            f"privacy.noise_multiplier={plan.multiplier:g} spends epsilon {spent(privacy, plan, 1):.4g} in one round, "
             f"privacy.epsilon={privacy.epsilon:g} is the budget: raise either"
         )
-    total = epsilon_of(plan.multiplier, plan.sampling, rounds, privacy.delta, privacy.accountant)
+    total = spent(privacy, plan, rounds)
     drawn = f"each client takes part with probability {plan.sampling:g}" if plan.sampling < 1 else "all clients train"
     early = f" (the budget ends before num_rounds={config.num_rounds})" if rounds < config.num_rounds else ""
     return (

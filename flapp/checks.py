@@ -89,7 +89,7 @@ def find_metric_fault(kind: str, claim: Claim, metrics: Mapping[str, float], val
     if odd := sorted(key for key, value in counted.items() if not 0 <= value <= held[key]):
         return f"sent {one_line(odd[0])}={metrics[odd[0]]}, more correct answers than its {held[odd[0]]} samples"
     if metrics.get(WITHIN_CLIP, 0) not in (0, 1):
-        return f"sent {WITHIN_CLIP}={metrics[WITHIN_CLIP]}, which is 0 or 1"
+        return f"sent {WITHIN_CLIP}={metrics[WITHIN_CLIP]}, which must be 0 or 1"
     sums = {key for key in metrics if SUMS in key}
     if odd := sorted(key for key in sums if not METRIC.fullmatch(key)):
         return f"sent a sum with the name {one_line(odd[0])}, but names have only letters, digits and _"

@@ -3,7 +3,6 @@
 import itertools
 import json
 import logging.config
-import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,8 +21,6 @@ from flapp.messages import INSTRUCTIONS
 from flapp.server.inline import InlineGrid
 from flapp.strategy.fedavg import FedAvg
 from tests.support.leaf_files import Samples, as_leaf, draw_samples, write_leaf
-
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes would compile the same modules
 
 Tamper = Callable[[str, Message], Message]
 Federate = Callable[..., tuple[dict[str, Any], Path]]  # what the fixture `federate` gives

@@ -16,14 +16,14 @@ the noise multiplier from the first line, even if another version of dp-accounti
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flapp.central import affordable, epsilon_of, plan_of
+from flapp.central import Plan, affordable, plan_of, spent
 from flapp.config.schema import Config, ConfigError
 from flapp.model.files import load_tensors, save_tensors, to_numpy
 from flapp.server.journals import Journal
@@ -58,7 +58,7 @@ class CentralLedger:
         self.journal = Journal(run.path / "releases.jsonl", otherwise="start a new run")
         lines = self.journal.read()
         self.known = {(line["round"], line["released"]) for line in lines}
-        self.plan = plan_of(run.config, lines[0]["noise_multiplier"] if lines else None)
+        self.plan = _plan_of(run.config, lines)
         if missing := set(range(1, run.last_round() + 1)) - {server_round for server_round, _ in self.known}:
             raise ConfigError(
                 f"{self.journal.path} lacks round {min(missing)}, so what the run has released cannot be counted: "
@@ -114,9 +114,7 @@ class CentralLedger:
 
     def epsilon(self, more: int = 0) -> float:
         """Return the epsilon of all releases so far, and of `more` of them."""
-        plan, settings = self.plan, self.settings
-        rounds = len(self.known) + more
-        return epsilon_of(plan.multiplier, plan.sampling, rounds, settings.delta, settings.accountant)
+        return spent(self.settings, self.plan, len(self.known) + more)
 
     def spent(self) -> dict[str, Any]:
         """Return the epsilon so far, its delta, and where the noise comes from, as in metrics.json."""
@@ -137,21 +135,26 @@ class CentralLedger:
         self.totals |= self.spent()
 
 
-def _digest(tensors: Mapping[str, np.ndarray]) -> str:
-    from flapp.checkpoint.tensors import digest_of  # imports PyTorch, which commands do without
-
-    return digest_of(tensors)
-
-
 def check_budget(config: Config, path: Path) -> None:
     """Raise ConfigError when a run would go back to round resume_from, but has no budget to train a round again."""
     if config.privacy.kind != "central":
         return
     lines = Journal(path / "releases.jsonl", otherwise="start a new run").read()
-    plan = plan_of(config, lines[0]["noise_multiplier"] if lines else None)
+    plan = _plan_of(config, lines)
     if affordable(config.privacy, plan, len(lines) + 1) > len(lines):
         return
     raise ConfigError(
         f"resume_from={config.resume_from} would train rounds again, which counts again, and the {len(lines)} rounds "
         f"so far have used up privacy.epsilon={config.privacy.epsilon:g}: leave resume_from out, or start a new run"
     )
+
+
+def _plan_of(config: Config, lines: Sequence[Mapping[str, Any]]) -> Plan:
+    """Return the noise of a run whose releases.jsonl has these lines."""
+    return plan_of(config, lines[0]["noise_multiplier"] if lines else None)
+
+
+def _digest(tensors: Mapping[str, np.ndarray]) -> str:
+    from flapp.checkpoint.tensors import digest_of  # imports PyTorch, which commands do without
+
+    return digest_of(tensors)

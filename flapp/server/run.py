@@ -299,7 +299,7 @@ def count_central(directory: RunDirectory) -> CentralLedger:
 
 
 def check_trained(model: nn.Module, sent: Sequence[str]) -> None:
-    """Raise ConfigError for a tensor that travels but is not trained, such as a buffer: noise would only spoil it."""
+    """Raise ConfigError for tensors that noise would spoil: those that are not trained, and tied weights."""
     named = dict(model.named_parameters(remove_duplicate=False))
     trained = {name for name, parameter in named.items() if parameter.requires_grad}
     if odd := [key for key in sent if key not in trained]:
@@ -312,8 +312,8 @@ def check_trained(model: nn.Module, sent: Sequence[str]) -> None:
     for key in sent:
         if (first := names.setdefault(id(named[key]), key)) != key:
             raise ConfigError(
-                f"privacy=central adds noise to each tensor that travels, and {first} and {key} are one tensor, which "
-                "would get two different ones: use a model without tied weights, or train adapters"
+                f"privacy=central adds noise under each name, and {first} and {key} are one tensor, which would get "
+                "noise twice: use a model without tied weights, or train adapters"
             )
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from flapp import central
-from flapp.config.load import compose, differences
+from flapp.config.load import compose, differences, from_dict
 from flapp.config.schema import ConfigError
 from tests.conftest import refusal_of
 
@@ -55,10 +55,6 @@ def test_what_does_not_go_together_is_refused_with_the_fix(words: list[str], ref
 
 
 def test_settings_of_older_runs_are_read() -> None:
-    from dataclasses import asdict
-
-    from flapp.config.load import from_dict
-
     values = asdict(compose(["privacy=local"]))
     old = {key: values["privacy"][key] for key in ("clipping_norm", "epsilon", "delta")}
     for enabled, kind in ((True, "local"), (False, "none")):

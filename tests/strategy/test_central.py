@@ -221,7 +221,7 @@ def test_a_client_that_lies_about_the_clip_is_left_out(federate: Federate) -> No
         reply.content.metric_records[METRICS][WITHIN_CLIP] = 1000
 
     _, path = federate(*TOY, "privacy.clipping=adaptive", tamper=changing("2", change=lie))
-    assert failures(path) == {"2": "sent within-clip=1000, which is 0 or 1"}
+    assert failures(path) == {"2": "sent within-clip=1000, which must be 0 or 1"}
 
 
 @pytest.mark.parametrize("words", [("clients=40",), ("clients=40", "privacy.clipping=adaptive")])
