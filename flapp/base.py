@@ -40,7 +40,7 @@ def digest_of(tensors: Mapping[str, "Tensor"]) -> str:
 
 
 def keep_base(models: Path, tensors: Mapping[str, "Tensor"]) -> Base:
-    """Store a base below `models` unless it is there already, its tensors as they travel."""
+    """Store a base below `models` unless it is there already, in the dtypes in which its tensors are sent."""
     tensors = {key: widen(tensor) for key, tensor in tensors.items()}
     base = Base(digest_of(tensors), tensors)
     path = base_path(models, base.digest)

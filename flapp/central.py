@@ -7,12 +7,12 @@ adds noise of standard deviation z C to the sum. It divides by q times the numbe
 depend on who takes part. dp-accounting composes the rounds: PoissonSampledDpEvent(q, GaussianDpEvent(z)).
 
 With adaptive clipping (Andrew et al. 2021, arXiv:1905.03871, algorithm 1), each client also says whether its update was
-at most C long. The count of these bits, each less 1/2, has a sensitivity of 1/2 and gets noise of standard deviation
-s. So that both together cost no more than z, the noise on the updates is raised to z_delta C, with
+at most C long. 1/2 is subtracted from each bit, so their sum has a sensitivity of 1/2. It gets noise of standard
+deviation s. The noise on the updates is raised to z_delta C, so that both together cost as much as z alone:
 z_delta = (z^-2 - (2 s)^-2)^(-1/2).
 
-z is rounded up to four digits after the point. Gaussian numbers of 53 random bits end at 8.57 standard deviations,
-which adds less than 1e-16 per tensor element and round to delta; this is not counted.
+z is rounded up to four digits after the point. A Gaussian number of 53 random bits is never beyond 8.57 standard
+deviations. This adds less than 1e-16 to delta for each tensor element and round, which is not counted.
 """
 
 import logging
@@ -54,7 +54,7 @@ class Plan:
 def plan_of(config: Config, z: float | None = None) -> Plan:
     """Return the noise that the settings ask for; z: the multiplier that the run has begun with, if it has.
 
-    Raises ConfigError where they cannot be met, or without a package.
+    Raises ConfigError if they cannot be met, or if dp-accounting is not installed.
     """
     privacy, sampling = config.privacy, config.strategy.fraction_train
     expected = sampling * config.clients
@@ -205,9 +205,9 @@ def _package() -> ModuleType:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep dp-accounting from warning of orders that it leaves out: epsilon is an upper bound without them, too.
+    """Silence dp-accounting's warnings of Rényi orders that it skips: epsilon is an upper bound without them, too.
 
-    With a warning, absl would also let every logger print to stderr, where the root logger has no handler.
+    If the root logger had no handler, such a warning would also make absl print the lines of every logger.
     """
     logger, handler = logging.getLogger("absl"), logging.NullHandler()
     before = logger.level

@@ -124,8 +124,7 @@ def check_update(
 ) -> float:
     """Return the Euclidean length of an update, within 1e-5 of it.
 
-    trained: a client's tensors; expected: those that it was sent. Raises MessageError for a fault of find_fault or
-    find_norm_fault.
+    trained: a client's tensors; expected: those it was sent. Raises MessageError as find_fault and find_norm_fault say.
     """
     squares = _squared_length(trained, expected) if trained.keys() == expected.keys() else math.nan
     norm = squares**0.5
@@ -202,8 +201,7 @@ def find_sum_fault(total: Mapping[str, Array], sent: Mapping[str, Array], weight
     """Return what is wrong with a weighted sum of models, or None.
 
     sent: the tensors that each of them began with; weight: the sum of the weights; most: the sum of the weighted
-    lengths of the updates. Apart from rounding, the distance of the sum from weight times `sent` cannot be larger than
-    `most`.
+    lengths of the updates. Apart from rounding, the sum cannot be farther from weight times `sent` than `most`.
     """
     if total.keys() != sent.keys():
         return "it has other tensors than the model"

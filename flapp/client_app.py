@@ -55,7 +55,7 @@ def attest(message: Message, context: Context) -> Message:
     try:
         config, node_config = load(context.run_config, context.node_config)
     except ConfigError:
-        unpack_instructions(message)  # other source code is the likelier fault
+        unpack_instructions(message)  # other source code is the likelier fault: then this raises
         raise
     names = clients_at(config, node_config)
     try:
@@ -136,7 +136,7 @@ def prune(
 
 @app.evaluate()
 def evaluate_round(message: Message, context: Context) -> Message:
-    """Evaluate the received model, in this client's own rank: as it is, and after fine-tuning on its training samples.
+    """Evaluate the received model as it is, and personalised, by private tensors or fine-tuning, if the run does so.
 
     Both are measured on its test samples and, where the run validates, on its validation samples.
     """

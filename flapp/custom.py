@@ -1,8 +1,8 @@
-"""The user's own code: targets such as `task:build_model`, the files they lie in, and the digest of those files.
+"""What code runs here: the digest of flapp's source, and the user's own code, named by targets such as `task:build`.
 
-A module is looked for in the folder of the command (the setting `code`), and then among the installed packages. Server
-and clients compare the digests of its source before any of it runs. A deployed client imports only what its node-config
-allows, and what lies in Flower's copy of the app.
+A module of the user's is looked for in the folder of the command (the setting `code`), and then among the installed
+packages. Server and clients compare the digests of its source before any of it runs. A deployed client imports only
+what its node-config allows, and what lies in Flower's copy of the app.
 """
 
 import ast
@@ -11,12 +11,13 @@ import importlib
 import importlib.util
 import inspect
 import math
+import platform
 import re
 import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
@@ -25,7 +26,6 @@ from typing import Any
 
 from flapp.config.load import app_folders
 from flapp.config.schema import Config, ConfigError, NodeConfig
-from flapp.source import source_digest
 from flapp.untrusted import printable
 
 INSTALLED = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib", "stdlib")}
@@ -40,6 +40,27 @@ _own_files: set[str] = set()  # that were compared, and whose lines are shown wh
 _restricted: set[str] = set()  # at a deployed site: the only modules that may define what a target names
 
 
+def read_source() -> dict[str, bytes]:
+    """Return flapp's source files by their path in it, sorted."""
+    return {str(path.relative_to(PACKAGE)): path.read_bytes() for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@lru_cache(maxsize=1)
+def source_digest() -> str:
+    """Return the SHA-256 of flapp's source files: server and clients must run the same."""
+    digest = hashlib.sha256()
+    for name, content in read_source().items():
+        digest.update(name.encode() + b"\0" + content)
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=1)
+def versions() -> str:
+    """Return the versions that decide a client's bytes, as one line."""
+    packages = " ".join(f"{name}={version(name)}" for name in ("flwr", "torch", "numpy"))
+    return f"python={platform.python_version()} {packages}"
+
+
 def enable(config: Config, node: NodeConfig | None = None) -> str:
     """Make the run's own code importable, and return the digest of its source, empty if the run has none.
 
@@ -51,14 +72,20 @@ def enable(config: Config, node: NodeConfig | None = None) -> str:
         return ""
     node = node or NodeConfig()
     at_site = node.client_id is not None or (node.num_partitions > 0 and config.deployment.kind == "superlink")
-    folders = _folders_of(node) if at_site else _folders_of_command(config)
+    folders = _folders_of_command(config)
+    if at_site:  # code may come from Flower's copy of the app, and from what the site allows
+        folders = [*app_folders(), *(each for each in node.allow_code if Path(each).is_absolute())]
     found = {_top(target): _find(setting, target, folders, at_site) for setting, target in config.targets}
     if at_site:
+        allowed = [Path(each).resolve() for each in folders]
         for name, spec in found.items():
-            _check_allowed(name, spec, node)
+            if name not in node.allow_code and (name in RESERVED or _home_of(spec).resolve() not in allowed):
+                fix = f'add it to its node-config as allow-code="{name}", or the folder of {name}.py'
+                raise ConfigError(f"this site does not allow code of {name}: {fix}")
         _restricted.update(found, node.allow_code)
     files = _read(found.values(), folders)
-    digest = _digest(files)
+    lines = (f"{name}\0{_sha256(name, path)}\n" for name, path in sorted(files.items()))
+    digest = hashlib.sha256("".join(lines).encode()).hexdigest()
     for folder in reversed(folders):
         if folder in sys.path:
             sys.path.remove(folder)
@@ -93,7 +120,8 @@ def resolve(setting: str, target: str) -> Callable[..., Any]:
                 raise ConfigError(f"{setting}={target}: there is no module {error.name}: correct the name") from error
             raise
     file = getattr(found, "__file__", None) or place
-    if file.endswith(".py") and file not in _own_files and not _is_installed(Path(file)):
+    is_known = file in _own_files or any(Path(file).resolve().is_relative_to(each) for each in (*INSTALLED, PACKAGE))
+    if file.endswith(".py") and not is_known:
         fix = "rename your module, or remove the other one from the import path"
         raise ConfigError(f"{setting}={target}: Python imports {file} under that name, which is not compared: {fix}")
     for part in name.split("."):
@@ -104,10 +132,9 @@ def resolve(setting: str, target: str) -> Callable[..., Any]:
         raise ConfigError(f"{setting}={target} is {type(found).__name__}, which cannot be called: name a function")
     home = str(getattr(found, "__module__", "")).partition(".")[0]
     if _restricted and home not in _restricted:
-        raise ConfigError(
-            f"{setting}={target} is defined in {home or 'no module'}, whose code this site does not allow: name a "
-            f"function that {file} defines itself, or add {home} to allow-code in the site's node-config"
-        )
+        fix = f"name a function that {file} defines itself, or add {home} to allow-code in the site's node-config"
+        what = f"{setting}={target} is defined in {home or 'no module'}"
+        raise ConfigError(f"{what}, whose code this site does not allow: {fix}")
     return found
 
 
@@ -195,11 +222,6 @@ def _folders_of_command(config: Config) -> list[str]:
     return [config.code] if config.code is not None and Path(config.code).is_dir() else []
 
 
-def _folders_of(node: NodeConfig) -> list[str]:
-    """Return the folders at a site from which code may come: Flower's copy of the app, and those in allow-code."""
-    return [*app_folders(), *(each for each in node.allow_code if Path(each).is_absolute())]
-
-
 def _top(target: str) -> str:
     return target.partition(":")[0].partition(".")[0]
 
@@ -207,36 +229,17 @@ def _top(target: str) -> str:
 def _find(setting: str, target: str, folders: list[str], at_site: bool = False) -> ModuleSpec:
     """Return where the module of a target is, without importing it."""
     name = _top(target)
-    spec = PathFinder.find_spec(name, folders) or find_installed(name)
+    spec = PathFinder.find_spec(name, folders)
+    with suppress(ValueError):  # a module that was made by hand has no spec
+        spec = spec or importlib.util.find_spec(name)
     if spec is None or not (spec.origin or spec.submodule_search_locations):
         where = f"{folders[0]} has no {name}.py, and no package {name} is installed" if folders else "nothing has it"
         fix = f"give the command in the folder of {name}.py, set code=DIR to that folder, or install the package"
         if at_site:
             where = "no package of that name is installed at this site"
-            fix = (
-                f'add allow-code="DIR" to its node-config, with the folder of {name}.py, or install it and allow {name}'
-            )
+            fix = f'add allow-code="DIR" to its node-config, the folder of {name}.py, or install it and allow {name}'
         raise ConfigError(f"{setting}={target}: there is no module {name} ({where}): {fix}")
     return spec
-
-
-def find_installed(name: str) -> ModuleSpec | None:
-    """Return where Python would import a top-level module from."""
-    try:
-        return importlib.util.find_spec(name)
-    except ValueError:  # a module that was made by hand has no spec
-        return None
-
-
-def _check_allowed(name: str, spec: ModuleSpec, node: NodeConfig) -> None:
-    """Raise ConfigError unless a deployed site allows a module, or the module came with the app."""
-    allowed = [Path(each).resolve() for each in _folders_of(node)]
-    if name in node.allow_code or (_home_of(spec).resolve() in allowed and name not in RESERVED):
-        return
-    raise ConfigError(
-        f'this site does not allow code of {name}: add it to its node-config as allow-code="{name}", or the folder '
-        f"of {name}.py"
-    )
 
 
 def _home_of(spec: ModuleSpec) -> Path:
@@ -279,15 +282,6 @@ def _files_of(package: Path) -> list[Path]:
     return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(package).parts))
 
 
-def _is_installed(path: Path) -> bool:
-    return any(path.resolve().is_relative_to(folder) for folder in INSTALLED) or path.is_relative_to(PACKAGE)
-
-
-def _digest(files: dict[str, Path | None]) -> str:
-    lines = (f"{name}\0{_sha256(name, path)}\n" for name, path in sorted(files.items()))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
 def _sha256(name: str, path: Path | None) -> str:
     return hashlib.sha256(name.encode()).hexdigest() if path is None else _facts_of(path)[0]
 
@@ -328,7 +322,7 @@ def _drop_stale(name: str, spec: ModuleSpec, digest: str) -> None:
                 file = getattr(each, "__file__", None)
                 if key.partition(".")[0] == name or file in _own_files:
                     del sys.modules[key]
-                    if file in _own_files:  # an edit within a second that keeps the size leaves the old one valid
+                    if file in _own_files:  # old bytecode looks valid after an edit of equal size in the same second
                         Path(importlib.util.cache_from_source(file)).unlink(missing_ok=True)
             importlib.invalidate_caches()
     _imported[name] = digest

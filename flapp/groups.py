@@ -70,7 +70,7 @@ class Group:
 
 
 def cut(names: Sequence[str]) -> list[tuple[str, ...]]:
-    """Cut sorted ids into consecutive groups: one client each for fewer than 32, and 16 to 31 groups for more."""
+    """Cut sorted ids into consecutive groups: one client each for fewer than 32, and 16 to 24 groups for more."""
     size = group_size(len(names))
     return [tuple(names[start : start + size]) for start in range(0, len(names), size)]
 
@@ -128,8 +128,10 @@ def unpack_answers(
     for column, kinds in ((failures, str), (digests, str), *((values, float) for values in numbers.values())):
         if not isinstance(column, list) or len(column) != len(names) or any(type(v) is not kinds for v in column):
             raise MessageError("its node's reply has a column that does not fit the clients")
-    if len(metrics) > MOST_METRICS or any(len(text) > LONGEST_TEXT for text in digests):
-        raise MessageError(f"its node's reply has {len(metrics)} metrics or a digest that is too long")
+    if len(metrics) > MOST_METRICS:
+        raise MessageError(f"its node's reply has {len(metrics)} metrics, more than {MOST_METRICS}")
+    if any(len(text) > LONGEST_TEXT for text in digests):
+        raise MessageError(f"its node's reply has a digest of more than {LONGEST_TEXT} characters")
     answers = []
     for index, name in enumerate(names):
         own = {key: values[index] for key, values in numbers.items() if not math.isnan(values[index])}

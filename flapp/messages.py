@@ -24,7 +24,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 
-from flapp.source import source_digest
+from flapp.custom import source_digest
 from flapp.untrusted import printable, read_npy_header
 
 ATTEST, BASE, TRAIN, EVALUATE = "query.attest", "query.base", "train", "evaluate"
@@ -95,7 +95,7 @@ class Claim:
 
 @dataclass
 class Answer:
-    """One client's answer: the digest of its data, its numbers, after training its tensors, or why it failed."""
+    """One client's answer: the digest of its data, its numbers and (after training) its tensors, or why it failed."""
 
     client_id: str
     shard_digest: str = ""
@@ -129,7 +129,7 @@ def unpack_instructions(message: Message) -> Instructions:
     if instructions.source_digest != source_digest():
         raise MessageError(
             f"flapp here has source {source_digest()[:12]}, the server's has {instructions.source_digest[:12]}: "
-            "install the same flapp on both, and restart a SuperLink or SuperNode started elsewhere"
+            "install the same flapp on both, and restart SuperLinks and SuperNodes that were started with another flapp"
         )
     return instructions
 
@@ -292,7 +292,7 @@ def parts_of(array: Array) -> tuple[bytes | memoryview, ...]:
 
 
 def size_of_array(array: Array) -> int:
-    """Return the bytes of an array, as it travels."""
+    """Return how many bytes an array takes in a message."""
     held: np.ndarray | None = array.__dict__.get("held")
     return len(array.data) if held is None else len(_npy_header(held.dtype, held.shape)) + held.nbytes
 
@@ -340,7 +340,7 @@ def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
 
 
 def size_of(record: Mapping[str, Array]) -> int:
-    """Return the bytes of a model, as it travels."""
+    """Return how many bytes a model takes in a message."""
     return sum(map(size_of_array, record.values()))
 
 

@@ -44,7 +44,7 @@ def prepared(config: Config) -> Path:
 
 
 def class_names(config: Config) -> list[str]:
-    """Return the names of the dataset's classes, or nothing when neither data nor manifest are on this machine."""
+    """Return the names of the classes, [] if the data are not here; raises DataError for shards without a manifest."""
     if config.distributed_data.enabled:
         return list(load_manifest(config.manifest_path).kind.classes)
     folder = config.data_dir / config.dataset.name / "train"
@@ -53,8 +53,8 @@ def class_names(config: Config) -> list[str]:
 
 def stamp_of_shared_files(config: Config) -> Stamp:
     """Return a stamp that changes when a file of the shared artifact, or of a partition by writer, is written."""
-    folder = prepared(config)
-    return stamp(folder / "train") + stamp(folder / "test") + stamp(folder / "partitions", [writer_partition(config)])
+    folder, by_writer = prepared(config), f"{config.partition.kind}.safetensors"
+    return stamp(folder / "train") + stamp(folder / "test") + stamp(folder / "partitions", [by_writer])
 
 
 @lru_cache(maxsize=8)
@@ -65,7 +65,7 @@ def cached_partition(config: Config, files: Stamp) -> Partition:
     check_splits(config, *artifacts)
     folder = dataset / "partitions"
     if config.partition.kind in WRITER_PARTITIONS:
-        return read_writer_partition(config, folder / writer_partition(config))
+        return read_writer_partition(config, folder / f"{config.partition.kind}.safetensors")
     settings = {
         "kind": config.partition.kind,
         "clients": config.clients,
@@ -87,10 +87,10 @@ def cached_partition(config: Config, files: Stamp) -> Partition:
 def check_splits(config: Config, train: Artifact, test: Artifact) -> None:
     """Raise DataError unless both splits are of one preparation and hold what the settings say.
 
-    That is samples of one kind, and images if they must be.
+    That is, samples of the same dtype and shape in both, and images if a setting needs images.
     """
     settings = config.dataset
-    fixes = {
+    given = {
         "dataset.materialize=null": settings.materialize,
         "dataset.augment=false": settings.augment is True,
         "dataset.normalization=half": settings.normalization == "imagenet",
@@ -99,16 +99,11 @@ def check_splits(config: Config, train: Artifact, test: Artifact) -> None:
     check_preparation(train.path.parent, train.preparation, test.preparation)
     for artifact in (train, test):
         check_samples(artifact, settings.shape, settings.classes, settings.normalization)
-        refuse_rows(artifact, [fix for fix, is_given in fixes.items() if is_given])
+        refuse_rows(artifact, given)
     kinds = [(kind_of(a.images.dtype, a.images.shape), kind_of(a.labels.dtype, a.labels.shape)) for a in (train, test)]
     if kinds[0] != kinds[1]:
         found = " and tests on ".join(f"{samples} with labels {labels}" for samples, labels in kinds)
         raise DataError(f"dataset {settings.name} trains on {found}: write both alike")
-
-
-def writer_partition(config: Config) -> str:
-    """Name the file of a partition by writer."""
-    return f"{config.partition.kind}.safetensors"
 
 
 def read_writer_partition(config: Config, path: Path) -> Partition:

@@ -93,21 +93,19 @@ def _try_step(config: Config, model: nn.Module, inputs: Tensor, targets: Tensor)
     if not torch.isfinite(loss):
         raise ConfigError(f"{setting} is {loss.item()} on the first samples{place}: check it, and the inputs for NaN")
     if function and _is_sum(function, outputs, targets):
-        raise ConfigError(
-            f"{setting} returned a sum over the batch{place}: return the mean, which does not grow with the batch"
-        )
+        fix = "return the mean, which does not grow with the batch"
+        raise ConfigError(f"{setting} returned a sum over the batch{place}: {fix}")
     if not loss.requires_grad:
         raise ConfigError(f"{setting} does not depend on trained parameters{place}: compute it from the outputs")
     with blaming(f"{setting} has no gradient"):
         loss.backward()
-    with blaming(
-        f"train.optimizer={config.train.optimizer} fails, called with (parameters, lr)", own(config, "train.optimizer")
-    ):
+    given = f"train.optimizer={config.train.optimizer}"
+    with blaming(f"{given} fails, called with (parameters, lr)", own(config, "train.optimizer")):
         optimizer_of(config, model, config.train.lr).step()
 
 
 def _is_sum(function: Callable[..., Any], outputs: Any, targets: Tensor) -> bool:
-    """Return whether a loss of twice the same samples is twice the loss."""
+    """Return whether the loss doubles if every sample is given twice."""
     if not isinstance(outputs, Tensor):
         return False
     once, twice = (float(function(torch.cat([outputs] * n), torch.cat([targets] * n))) for n in (1, 2))
@@ -139,7 +137,7 @@ def _try_metrics(config: Config, model: nn.Module, inputs: Tensor, targets: Tens
 def _count(
     config: Config, model: nn.Module, function: Callable[..., Any], inputs: Tensor, targets: Tensor
 ) -> dict[str, float]:
-    """Return the metrics of samples; the outputs are made right, because those of a new model may all be wrong."""
+    """Return the metrics of samples. Outputs become the right answers, because a new model may have all wrong."""
     setting = f"evaluate.metrics={config.evaluate.metrics}"
     outputs = outputs_of(model, inputs)
     if config.dataset.classes and targets.ndim == 1:

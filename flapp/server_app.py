@@ -24,7 +24,7 @@ update_console_handler(timestamps=True)  # in the process that runs the app
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run a federation by the config in run_config; an error is raised after metrics.json has recorded it."""
+    """Run a federation by the config in run_config. Errors are raised, once metrics.json of an open run has them."""
     config = load_config(grid, context)
     warn_of_open_ray(grid)
     try:

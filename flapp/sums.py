@@ -15,12 +15,12 @@ from flwr.app import Array, ArrayRecord
 
 from flapp.messages import HeldArray, as_record, pack, view, views
 
-BLOCK = 1 << 17  # elements: two float64 blocks near the level-2 cache, in loops long enough for threads to pay
+BLOCK = 1 << 17  # elements: two float64 blocks are about as large as the level-2 cache, and threads pay
 THREADS = 2  # numpy frees the GIL in its loops; memory bandwidth is used up by two
 WORTH_THREADS = 1 << 20  # elements: fewer are added faster in one thread
-UNMOVED = 2.0**-44  # relative: float64 sums of equal integers that large end this close to them
+UNMOVED = 2.0**-44  # relative: the float64 mean of equal integers is this close to them, however large they are
 
-MARGIN = 1e-5  # relative, of lengths: what rounding adds up to in rows of ROW float32 numbers is less
+MARGIN = 1e-5  # relative: the error of a length is below it, because sums of ROW float32 squares have less
 ROW = 128  # elements
 
 Weighted = tuple[Mapping[str, Array], float]
@@ -121,8 +121,9 @@ def clip_update(trained: Mapping[str, Array], sent: Mapping[str, Array], factor:
 def clip(sent: Tensors, trained: Tensors, norm: float) -> Tensors | None:
     """Return `sent` plus the update to `trained`, clipped to length `norm` over all tensors; None where it is shorter.
 
-    Lengths are measured within MARGIN. So an update that is clipped ends shorter by at most three of them, and never
-    longer. Raises ValueError when the tensors do not match, and FloatingPointError when the update is not finite.
+    Lengths are measured with an error below MARGIN. So a clipped update is never longer than `norm`, and shorter by at
+    most 3 * MARGIN, or more if large values have to be rounded towards `sent`. Raises ValueError when the tensors do
+    not match, and FloatingPointError when the update is not finite.
     """
     if not trained.keys() <= sent.keys():
         raise ValueError(f"trained {min(trained.keys() - sent.keys())}, which was not sent")
@@ -141,7 +142,7 @@ def clip(sent: Tensors, trained: Tensors, norm: float) -> Tensors | None:
 
     with np.errstate(over="ignore", invalid="ignore"):
         squares = sum(over_blocks({key: values.size for key, values in found.items()}, shorten))
-    if not math.sqrt(squares) <= limit:  # the tensors are so large that rounding to their dtypes counts
+    if not math.sqrt(squares) <= limit:  # values so large that rounding to their dtype made the update too long
         return {key: _shortened_towards(sent[key], after, factor) for key, after in trained.items()}
     return {key: values.reshape(trained[key].shape) for key, values in found.items()}
 
@@ -170,7 +171,7 @@ def _change(before: np.ndarray, after: np.ndarray, most: type = np.float32) -> n
 
 
 def _squares(values: np.ndarray) -> float:
-    """Return the sum of squares; short rows keep float32 sums within 1e-5 of it, whatever the values are."""
+    """Return the sum of squares. Rows are short, so that the relative error of float32 sums stays below 1e-5."""
     whole = values.size // ROW * ROW
     rows, rest = values[:whole].reshape(-1, ROW), values[whole:].astype(np.float64)
     return float(np.einsum("ij,ij->i", rows, rows).sum(dtype=np.float64) + rest @ rest)

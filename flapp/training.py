@@ -6,15 +6,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from inspect import unwrap
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Loss = Callable[[Any, Tensor], Tensor]  # of a model's outputs and the targets: the mean over the batch
 Count = Callable[[Any, Tensor], Mapping[str, float | Tensor]]  # of the same: sums over the batch, by name
+T = TypeVar("T", bound=Optimizer)
 
 MALLOC_OPTIONS = ((-4, 0), (-1, (1 << 31) - 1), (-2, 1 << 26))  # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h
 
@@ -55,7 +58,7 @@ class StepRules:
 
 
 def take_step(
-    optimizer: torch.optim.Optimizer, parameters: list[Tensor], start: list[Tensor], rules: StepRules, batches: int
+    optimizer: Optimizer, parameters: list[Tensor], start: list[Tensor], rules: StepRules, batches: int
 ) -> None:
     """Step an optimizer along the mean gradient of so many backward passes, and drop the gradients.
 
@@ -91,21 +94,33 @@ def loss_of(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor
 
 
 def outputs_of(model: nn.Module, inputs: Tensor) -> Any:
-    """Return a model's outputs for a batch; of a model of transformers, its logits."""
+    """Return a model's outputs for a batch; for models of the package transformers, the logits."""
     outputs = model(inputs)
     return getattr(outputs, "logits", outputs)
 
 
+def _without_compiler(kind: type[T]) -> type[T]:
+    """Return an optimizer class that does the same without importing torch.compile's machinery.
+
+    PyTorch wraps these methods, and the wrappers import it on their first call: a second of CPU time in each process.
+    """
+    methods = {name: unwrap(getattr(kind, name)) for name in ("add_param_group", "zero_grad", "step")}
+    return type(kind.__name__, (kind,), methods | {"step": torch.no_grad()(methods["step"])})
+
+
+SGD, AdamW = _without_compiler(torch.optim.SGD), _without_compiler(torch.optim.AdamW)
+
+
 def build_optimizer(
     model: nn.Module, name: str, lr: float, momentum: float = 0.0, weight_decay: float = 0.0
-) -> torch.optim.Optimizer:
+) -> Optimizer:
     """Build `sgd` or `adamw` over the trainable parameters; momentum is SGD's, AdamW ignores it."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     # PyTorch would choose the same for the CPU, but look at every parameter again in each step.
     foreach = False if all(p.device.type == "cpu" for p in parameters) else None
     if name == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, foreach=foreach)
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, foreach=foreach)
+        return SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, foreach=foreach)
+    return AdamW(parameters, lr=lr, weight_decay=weight_decay, foreach=foreach)
 
 
 def scheduled_lr(lr: float, schedule: str, server_round: int, num_rounds: int) -> float:
@@ -118,7 +133,7 @@ def scheduled_lr(lr: float, schedule: str, server_round: int, num_rounds: int) -
 def train(
     model: nn.Module,
     batches: Batches,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     epochs: int = 1,
     steps: int | None = None,
     seed: int = 0,

@@ -57,8 +57,7 @@ def parse_json(
 ) -> Any:
     """Return the value of a JSON text within the limits above, whose integers fit into 64 bits.
 
-    Raises ValueError for anything else and, unless `surrogates`, for strings with half of a surrogate pair, which
-    cannot be encoded.
+    Raises ValueError for anything else and, unless `surrogates`, for half surrogate pairs, which have no encoding.
     """
     text = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     if len(text) > MOST_BYTES:

@@ -20,7 +20,7 @@ STEP = re.compile(r"^\d\. (Create|Append to|In) `(.*?)`.*?^    ```\w+\n(.*?)^   
 SIGNS = {
     "Add a client mod": "sends 2 tensors"
 }  # in the log of the run, where its success alone does not prove the change
-CHEAP = "train.steps=1 train.batch_size=2 evaluate.personal_epochs=0 checkpoint=off deployment.workers=0 run_name=try"
+CHEAP = "train.steps=1 train.batch_size=2 evaluate.personal_epochs=0 checkpoint=off deployment.workers=0"
 
 
 def resolve(name: str) -> object:
@@ -73,19 +73,20 @@ def follow(guide: str, checkout: Path) -> set[str]:
     return touched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guide", GUIDES)
-def test_a_guide_works_when_followed_to_the_letter(guide: str, tmp_path: Path) -> None:
-    checkout, home = tmp_path / "checkout", tmp_path / "home"
+def test_a_guide_works_when_followed_to_the_letter(guide: str, tmp_path: Path, data_home: Path) -> None:
+    checkout, name = tmp_path / "checkout", f"guide-{GUIDES.index(guide)}"
     for folder in ("flapp", "tools", "conf"):
         shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
     assert 1 <= len(follow(guide, checkout)) <= 3
     (command,) = re.findall(r"^```sh\npython (.*)\n```", SECTIONS[guide], re.MULTILINE)
-    words = [*shlex.split(command), *CHEAP.split(), f"home={home}"]
+    words = [*shlex.split(command), *CHEAP.split(), f"home={data_home}", f"run_name={name}"]
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run([sys.executable, *words], cwd=checkout, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "finished 1 round in" in done.stdout
-    assert SIGNS.get(guide, "") in (home / "runs" / "try" / "log.txt").read_text()
+    assert SIGNS.get(guide, "") in (data_home / "runs" / name / "log.txt").read_text()
 
 
 def test_there_is_a_guide_for_each_kind_of_extension() -> None:

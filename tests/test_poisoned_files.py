@@ -1,6 +1,5 @@
 """Files that somebody else made, with anything where anything else should be, are one line from every reader."""
 
-import io
 import itertools
 import json
 import os
@@ -11,7 +10,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -33,6 +31,7 @@ from tests.support.cifar_files import CIFAR_BOMBS, write_cifar
 from tests.support.leaf_files import write_leaf
 from tests.support.poison import DEEP, ask, npy, peak, poison, poisoned_json, write_real_files
 from tests.support.poison_readers import FUZZED
+from tests.support.refusals import refused
 from tests.support.run_files import write_run
 from tools import report
 from tools.deployment.submit import check_summary
@@ -82,30 +81,16 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("kind", "shape"), [*(("'<f4'", s) for s in SHAPES), *((k, "(4,)") for k in KINDS)])
-def test_an_array_of_other_than_plain_numbers_is_refused_in_messages_and_files(
-    tmp_path: Path, kind: str, shape: str
-) -> None:
+def test_an_array_of_no_plain_numbers_is_refused_in_messages_and_files(tmp_path: Path, kind: str, shape: str) -> None:
     data = npy(kind, shape) + bytes(16)
     before = peak()
-    with pytest.raises(ValueError, match="not a plain array of float32") as refused:
+    with refused(ValueError, "not a plain array of float32"):
         view(Array("float32", (4,), "numpy.ndarray", data))
-    assert "\n" not in str(refused.value)
     (tmp_path / "images.npy").write_bytes(data)
     for facts in ({"shape": [4], "dtype": "float32"}, {"shape": [-1], "dtype": "float32"}):
-        with pytest.raises(DataError, match=r"images.npy is damaged .*prepare it again") as error:
+        with refused(DataError, r"images.npy is damaged .*prepare it again"):
             open_array(tmp_path / "images.npy", facts)
-        assert "\n" not in str(error.value)
     assert peak() - before < 50 * MIB
-
-
-def test_plain_arrays_are_viewed_as_they_are() -> None:
-    for values in (np.float32(3), np.zeros((0, 3)), np.arange(6, dtype=np.int64).reshape(2, 3), np.array([True])):
-        file = io.BytesIO()
-        np.save(file, values)
-        found = view(Array(str(values.dtype), values.shape, "numpy.ndarray", file.getvalue()))
-        assert found.dtype == values.dtype
-        assert np.array_equal(found, values)
-        assert found.shape == values.shape
 
 
 def test_a_message_cannot_break_the_line_that_refuses_it() -> None:
@@ -193,10 +178,8 @@ def test_a_cifar_file_that_would_fill_memory_or_time_is_refused(tmp_path: Path, 
     path = write_cifar(tmp_path, images=2) / "test_batch"
     path.write_bytes(CIFAR_BOMBS[name])
     before = peak()
-    with pytest.raises(DataError, match=f"^{path}") as error:
+    with refused(DataError, f"^{path}", longest=1000):
         read_cifar("cifar10", cifar_files("cifar10", tmp_path, "test"))
-    assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 1000
     assert peak() - before < 200 * MIB
 
 
@@ -247,7 +230,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("run", "sweep"))) for kind in FUZZED]
 )
-def test_poisoned_files_are_read_or_refused_in_one_line(
+def test_poisoned_files_are_read_or_refused(
     tmp_path: Path, real: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, read, count = FUZZED[kind]

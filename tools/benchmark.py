@@ -4,11 +4,11 @@
     python -m tools.benchmark all --json OUT         every topic, also as JSON, which tools.report --benchmark shows
     python -m tools.benchmark simulation --short     the short form of a long topic, in under 3 minutes
 
-Ratios compare medians of interleaved measurements in one process. Each topic runs in a new process. A row is `met` if
-it reaches its target, `within limit` if it misses the target by no more than the noise of a machine, and `MISSED`
-otherwise. It is `not measured` if its topic failed or a package is missing (pip install -e '.[benchmark]' installs all
-packages). The JSON is {"machine": {...}, "seconds": total, "rows": [...]}. Exits 1 only when a row misses its limit or
-was not measured.
+Ratios compare medians of interleaved measurements, in one process but for `deployment` and `simulation`, which start
+other processes. Each topic runs in a new process. A row is `met` if it reaches its target, `within limit` if it misses
+the target by no more than the noise of a machine, and `MISSED` otherwise. It is `not measured` if its topic failed or a
+package is missing (pip install -e '.[benchmark]' installs all packages). The JSON is {"machine": {...}, "seconds":
+total, "rows": [...]}. Exits 1 only when a row misses its limit or was not measured.
 """
 
 import importlib
@@ -27,8 +27,7 @@ import psutil
 
 from flapp.files import write_text
 from tools.bench import HEADS, Row
-from tools.checkpoints import table
-from tools.cli import new_parser
+from tools.cli import new_parser, table
 from tools.deployment.processes import available_cpus
 
 # each a module of tools.bench with rows() -> list[Row]

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from flapp.files import write_bytes
-from tools.cli import as_called, new_parser
+from tools.cli import errors_in_one_line, new_parser
 
 SERVER_DAYS = 397
 LOOPBACK = ("localhost", "127.0.0.1")  # a SuperLink is also reached from its own machine
@@ -72,7 +72,8 @@ def make_site_keys(folder: Path) -> None:
     write_bytes(folder / "site.pub", public.public_bytes(serialization.Encoding.OpenSSH, FORMAT[1]) + b"\n")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@errors_in_one_line(OSError, ValueError, OverflowError)
+def main(arguments: Sequence[str] | None = None) -> None:
     """Make what the command line asks for and print the paths."""
     parser = new_parser(__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
@@ -83,17 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     site = kinds.add_parser("site", help="key pair of a SuperNode")
     site.add_argument("folder", type=Path)
     given = parser.parse_args(arguments)
-    try:
-        if given.kind == "server":
-            make_server_files(given.folder, given.host, given.days)
-        else:
-            make_site_keys(given.folder)
-    except (OSError, ValueError, OverflowError) as error:
-        print(as_called(f"error: {error}"), file=sys.stderr)
-        return 1
-    names = ("ca.crt", "ca.key", "server.crt", "server.key") if given.kind == "server" else ("site.key", "site.pub")
+    if given.kind == "server":
+        make_server_files(given.folder, given.host, given.days)
+        names = ["ca.crt", "ca.key", "server.crt", "server.key"]
+    else:
+        make_site_keys(given.folder)
+        names = ["site.key", "site.pub"]
     print("\n".join(str(given.folder / name) for name in names))
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ JSON. Exits 0, or 1 with one line on standard error.
 import argparse
 import json
 import math
-import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,10 @@ from flapp.checkpoint.chunks import CheckpointError
 from flapp.checkpoint.manager import ChunkManager
 from flapp.files import finite
 from flapp.untrusted import printable
-from tools.cli import as_called, new_parser
+from tools.cli import Found, by_number, count, errors_in_one_line, in_bytes, new_parser, table
 
 PATTERN = "*_chunks.db"
 MOST_TEXT = 1000  # characters to print of any one text from a store
-Found = tuple[dict[str, Any], Iterable[str]]  # what a command prints, as JSON and as lines
 
 
 def find_stores(path: Path) -> list[Path]:
@@ -42,11 +40,6 @@ def find_stores(path: Path) -> list[Path]:
     if not found:
         raise CheckpointError(f"{path} holds no {PATTERN}: give a store, or a folder with stores")
     return found
-
-
-def by_number(name: str) -> list[tuple[str, int]]:
-    """Return a key that sorts client 2 before client 10."""
-    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
 
 
 def open_store(path: Path) -> ChunkManager:
@@ -159,7 +152,7 @@ def compact(given: argparse.Namespace) -> Found:
     return {"stores": stores, "problems": problems}, lines
 
 
-COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Found], list[str]]] = {  # with their numbers of rounds
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Found], list[str]]] = {  # with the names of ROUND arguments
     "list": (list_rounds, []),
     "show": (show, ["round"]),
     "verify": (verify, []),
@@ -169,28 +162,6 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Found], list[str]]] = {
 }
 
 
-def table(heads: Sequence[object], rows: Iterable[Sequence[object]], right: Container[int]) -> list[str]:
-    """Return aligned lines; the columns in `right` hold numbers."""
-    lines = [[printable(cell, MOST_TEXT) for cell in row] for row in (heads, *rows)]
-    sides = [(max(map(len, column)), ">" if i in right else "<") for i, column in enumerate(zip(*lines, strict=True))]
-    return [
-        "  ".join(f"{cell:{side}{width}}" for cell, (width, side) in zip(line, sides, strict=True)).rstrip()
-        for line in lines
-    ]
-
-
-def count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'s' * (number != 1)}"
-
-
-def in_bytes(size: int) -> str:
-    """Return a size as people read it, in powers of ten."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if size >= unit:
-            return f"{size / unit:,.1f} {name}"
-    return f"{size} B"
-
-
 def in_words(metrics: dict[str, Any], width: int = 60) -> str:
     """Return metrics on one line, cut off at `width`."""
     words = (f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in metrics.items())
@@ -198,28 +169,21 @@ def in_words(metrics: dict[str, Any], width: int = 60) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+@errors_in_one_line(CheckpointError)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return the exit status."""
     parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (_, numbers) in COMMANDS.items():
-        command = commands.add_parser(name)
-        command.add_argument("db", type=Path)
+        add = commands.add_parser(name).add_argument
+        add("db", type=Path)
         for number in numbers:
-            command.add_argument(number, type=int, metavar="ROUND")
+            add(number, type=int, metavar="ROUND")
         if name == "export":
-            command.add_argument("file", type=Path)
-        command.add_argument("--json", action="store_true", help="print JSON")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return the exit status."""
-    given = parse(arguments)
-    try:
-        found, lines = COMMANDS[given.command][0](given)
-    except CheckpointError as error:
-        print(as_called(f"error: {printable(error, MOST_TEXT)}"), file=sys.stderr)
-        return 1
+            add("file", type=Path)
+        add("--json", action="store_true", help="print JSON")
+    given = parser.parse_args(arguments)
+    found, lines = COMMANDS[given.command][0](given)
     for problem in found.get("problems", ()):
         print(f"error: {printable(problem, MOST_TEXT)}", file=sys.stderr)
     print(json.dumps(finite(found), indent=1) if given.json else "\n".join(lines))

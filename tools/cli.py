@@ -1,15 +1,19 @@
-"""The command `flapp`: each subcommand runs one of the modules `python -m tools.NAME`.
+"""The command `flapp`, each of whose subcommands runs a module `python -m tools.NAME`, and what these modules share.
 
 Help and hints name commands as the user called this one, as flapp NAME or as python -m tools.NAME.
 """
 
 import argparse
 import importlib
+import os
 import re
 import signal
 import sys
+from collections.abc import Callable, Container, Iterable, Sequence
+from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 COMMANDS = {  # name: module, what it does
     "new": ("new", "make a folder with a project of your own"),
@@ -29,6 +33,8 @@ COMMANDS = {  # name: module, what it does
     "benchmark": ("benchmark", "measure flapp on this machine"),
 }
 INTERRUPTED = 130
+MOST_TEXT, MOST_CELL = 2000, 1000  # characters of an error, and of a cell of a table
+Found = tuple[dict[str, Any], Iterable[str]]  # what a command found, as JSON and as lines to print
 
 
 def as_called(text: str) -> str:
@@ -39,11 +45,70 @@ def as_called(text: str) -> str:
     return re.sub(r"python -m tools\.(\w+)", lambda found: names.get(found[1], found[0]), text)
 
 
+def default_home() -> Path:
+    """Return the home folder that commands use by default."""
+    return Path(os.environ.get("FLAPP_HOME") or Path.home() / ".flapp").absolute()
+
+
 def new_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser of a command line whose help begins with `description`, the docstring of its module."""
     return argparse.ArgumentParser(
         description=as_called(description), formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def errors_in_one_line(*errors: type[Exception]) -> Callable[[Callable[..., int | None]], Callable[..., int]]:
+    """Make a function the main function of a command: it returns the exit status, 0 for None.
+
+    An error of these kinds becomes one line on standard error and status 1.
+    """
+
+    def decorate(act: Callable[..., int | None]) -> Callable[..., int]:
+        @wraps(act)
+        def main(*arguments: object) -> int:
+            try:
+                return act(*arguments) or 0
+            except errors as error:
+                from flapp.untrusted import printable  # imports NumPy
+
+                said = " ".join(str(error).split())
+                if isinstance(error, OSError) and error.filename:
+                    said = f"{error.filename} cannot be used ({error.strerror})"
+                print(as_called(f"error: {printable(said, MOST_TEXT)}"), file=sys.stderr)
+                return 1
+
+        return main
+
+    return decorate
+
+
+def table(heads: Sequence[object], rows: Iterable[Sequence[object]], right: Container[int] = ()) -> list[str]:
+    """Return aligned lines; the columns in `right` hold numbers."""
+    from flapp.untrusted import printable  # imports NumPy
+
+    lines = [[printable(cell, MOST_CELL) for cell in row] for row in (heads, *rows)]
+    sides = [(max(map(len, column)), ">" if i in right else "<") for i, column in enumerate(zip(*lines, strict=True))]
+    return [
+        "  ".join(f"{cell:{side}{width}}" for cell, (width, side) in zip(line, sides, strict=True)).rstrip()
+        for line in lines
+    ]
+
+
+def count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'s' * (number != 1)}"
+
+
+def in_bytes(size: int) -> str:
+    """Return a size as people read it, in powers of ten."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= unit:
+            return f"{size / unit:,.1f} {name}"
+    return f"{size} B"
+
+
+def by_number(name: str) -> list[tuple[str, int]]:
+    """Return a key that sorts client 2 before client 10."""
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
 
 
 def usage() -> str:

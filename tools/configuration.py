@@ -1,5 +1,6 @@
 """Write docs/configuration.md: every setting with its type, default and meaning, from conf/ and the schema."""
 
+import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -33,7 +34,8 @@ WORDS = {
     "number": "number",
     "string": "text",
     "null": "`null`",
-} | {"object": "keys and values"}
+    "object": "keys and values",
+}
 LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 KEY = re.compile(r"^( *)([a-z_]+):(?: [^#]*?)?(?:(?<= )# (.*))?$")
 Schema = dict[str, Any]  # JSON Schema
@@ -81,12 +83,10 @@ def choices(group: str, default: dict[str, Any]) -> str:
     for path in sorted((CONF / group).glob("[!_]*.yaml")):
         head = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ")]
         what = " ".join(line for line in head if not line.startswith("@package"))
-        values = flat(composed(f"{group}='{path.stem}'"))
-        changed = {key: values[key] for key in values if default.get(key) != values[key]}
         words = [
             f"`{key}={value_in_words(value)}`"
-            for key, value in changed.items()
-            if key not in ("run_name", "experiment")
+            for key, value in flat(composed(f"{group}='{path.stem}'")).items()
+            if value != default.get(key) and key not in ("run_name", "experiment")
         ]
         rows.append((f"`{group}={path.stem}`", what, "(the default)" if path.stem == chosen else ", ".join(words)))
     return markdown(("choice", "what it is", "differs by"), rows)
@@ -115,8 +115,8 @@ def type_in_words(schema: Schema) -> str:
 
 def value_in_words(value: Any) -> str:
     """Return a value as written on the command line, with interpolations replaced by what they refer to."""
-    text = {None: "null", True: "true", False: "false"}.get(value) if isinstance(value, bool | None) else str(value)
-    text = re.sub(r"\$\{oc\.env:HOME\}", "~", str(text).replace(" ", ""))
+    text = json.dumps(value) if isinstance(value, bool | None) else str(value).replace(" ", "")
+    text = re.sub(r"\$\{oc\.env:HOME\}", "~", text)
     text = re.sub(r"\$\{oc\.env:FLAPP_HOME,(.*?)\}", r"\1", text)
     text = re.sub(r"\$\{now:.*?\}", "<time>", text)
     return re.sub(r"\$\{(\w+)\}", r"<\1>", text)

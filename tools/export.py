@@ -6,20 +6,18 @@
     python -m tools.export RUN_DIR --to peft --out DIR             the adapter, and in base/ the model for it
     python -m tools.export RUN_DIR --to onnx --out DIR             any model: model.onnx, compared with onnxruntime
 
-In the first three, adapters are merged into the model. DIR must be new or empty. Prints how to load what was written.
+In all but peft, adapters are merged into the model. DIR must be new or empty. Prints how to load what was written.
 Exits 0, or 1 with one line on standard error.
 """
 
-import json
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from flapp.files import replacing_folder
-from flapp.untrusted import printable
-from tools.cli import as_called, new_parser
+from flapp.files import replacing_folder, write_json
+from tools.cli import errors_in_one_line, new_parser
 from tools.running.finished import FinishedRun, open_run
 
 LIBRARIES = ("torchvision", "transformers", "timm", "peft", "onnx")
@@ -41,7 +39,7 @@ def export(run: FinishedRun, library: str, out: Path) -> str:
     try:
         with replacing_folder(out, is_new=True) as partial:
             usage = writers[library](run, partial)
-            (partial / "classes.json").write_text(json.dumps(list(run.classes), indent=1) + "\n")
+            write_json(partial / "classes.json", list(run.classes))
     except BaseException as error:
         for folder in missing:
             with suppress(OSError):
@@ -49,7 +47,7 @@ def export(run: FinishedRun, library: str, out: Path) -> str:
         if isinstance(error, OSError):
             raise ValueError(f"--out {out} cannot be written ({error.strerror or error}): name a new folder") from error
         raise
-    # repr of a text with a double quote in it is in single quotes, as the lines are.
+    # The double quote makes repr use single quotes, as the lines of `usage` do.
     return usage.format(out=repr(f'"{out}')[2:-1])
 
 
@@ -74,21 +72,17 @@ def _check_out(out: Path) -> None:
         raise ValueError(f"--out {out} {fault}: name a new folder with --out")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return the exit status."""
+@errors_in_one_line(OSError, ValueError)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the model and print how to load it."""
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("run_dir", type=Path)
     add("--to", choices=LIBRARIES, required=True, help="the library that should load the model")
     add("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     given = parser.parse_args(arguments)
-    try:
-        usage = export(open_run(given.run_dir), given.to, given.out)
-    except (ValueError, OSError) as error:
-        print(as_called(f"error: {printable(' '.join(str(error).split()), 2000)}"), file=sys.stderr)
-        return 1
+    usage = export(open_run(given.run_dir), given.to, given.out)
     print(f"wrote {given.out}\n{usage}")
-    return 0
 
 
 if __name__ == "__main__":

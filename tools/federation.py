@@ -19,8 +19,6 @@ All files are in one folder: home/federation, or the folder given with --folder:
 
 import argparse
 import contextlib
-import fcntl
-import io
 import json
 import os
 import re
@@ -28,7 +26,6 @@ import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -37,8 +34,7 @@ from pydantic import ValidationError
 
 from flapp.data.shards.manifest import load_manifest
 from flapp.files import write_json
-from tools.certificates import make_server_files, make_site_keys
-from tools.cli import as_called, new_parser
+from tools.cli import default_home, errors_in_one_line, new_parser
 from tools.deployment.processes import (
     HOST,
     Processes,
@@ -49,7 +45,7 @@ from tools.deployment.processes import (
     is_running,
     last_line,
 )
-from tools.deployment.superlink import APP, app_folder
+from tools.deployment.superlink import APP
 from tools.deployment.supervisor import (
     FACTS,
     KEYS,
@@ -57,8 +53,8 @@ from tools.deployment.supervisor import (
     SEEN,
     SUPERLINK,
     Federation,
-    Program,
     Seen,
+    describe_down,
     first_fault,
     read_facts,
     read_federation,
@@ -69,7 +65,6 @@ from tools.verify_data import verify_shards
 
 READY_SECONDS, LEAVE_SECONDS, LOOK_SECONDS = 120, 25, 0.3
 SUPERVISOR_LOG = "supervisor.log"
-UP = "bring it up (python -m tools.federation up, with the options that you gave it before)"
 NODE_ID = re.compile(r"SuperNode ID: (\d+)")
 LOG_BYTES = 1 << 16  # of a SuperNode's log, from its last start on, to search for its id
 
@@ -86,6 +81,8 @@ def up(given: argparse.Namespace) -> int:
     for name in (SEEN, *(f"{each}/{LOG}" for each in (SUPERLINK, *map(site_name, federation.clients)))):
         (folder / name).unlink(missing_ok=True)
     if federation.tls:
+        from tools.certificates import make_server_files, make_site_keys  # imports cryptography
+
         make_server_files(folder, [HOST, "localhost"])
         shutil.rmtree(folder / KEYS, ignore_errors=True)
         (folder / KEYS).mkdir()
@@ -108,8 +105,16 @@ def up(given: argparse.Namespace) -> int:
 
 
 def plan(given: argparse.Namespace) -> Federation:
-    """Return the parts of the federation that the command line asks for; raises SuperLinkError or DataError."""
-    clients = check_shards(given.shards) if given.shards else [str(i) for i in range(given.clients or 0)]
+    """Return the parts of the federation that the command line asks for, after checking every shard and the port.
+
+    Raises SuperLinkError or DataError for the first fault.
+    """
+    clients = [str(i) for i in range(given.clients or 0)]
+    if given.shards:
+        for check in verify_shards(given.shards.resolve(), None):
+            if not check.ok:
+                raise SuperLinkError(f"{check.where}: {check.name}: {check.detail}")
+        clients = list(load_manifest(given.shards))
     if not clients:
         raise SuperLinkError("how many clients? give --clients N, or --shards DIR")
     if given.clients not in (None, len(clients)):
@@ -134,14 +139,6 @@ def as_allowed(word: str) -> str:
     if " " in found or not (is_folder or word.isidentifier()):
         raise SuperLinkError(f"--allow-code {found} is neither a package nor a folder without spaces: correct it")
     return found
-
-
-def check_shards(folder: Path) -> list[str]:
-    """Verify every shard and the manifest, and return the clients; raises SuperLinkError with the first fault."""
-    for check in verify_shards(folder.resolve(), None):
-        if not check.ok:
-            raise SuperLinkError(f"{check.where}: {check.name}: {check.detail}")
-    return list(load_manifest(folder))
 
 
 def wait_until_ready(folder: Path, federation: Federation, process: subprocess.Popen[bytes]) -> None:
@@ -182,21 +179,16 @@ def find_silent(folder: Path, seen: Seen) -> list[str]:
 
 
 def ids_by_site(folder: Path, seen: Seen) -> dict[str, list[str]]:
-    """Return the node ids that each SuperNode has logged since its last start."""
-    nodes = {name: program for name, program in seen.programs.items() if name != SUPERLINK}
-    return {name: node_ids(folder / name / LOG, program) for name, program in nodes.items()}
-
-
-def node_ids(log: Path, program: Program) -> list[str]:
-    """Return the node ids that a SuperNode has logged since its last start; none if it does not run."""
-    try:
-        if program.pid is None or not is_running(psutil.Process(program.pid)):
-            return []
-    except psutil.NoSuchProcess:
-        return []
-    with log.open("rb") as file:
-        file.seek(program.log_start)
-        return NODE_ID.findall(file.read(LOG_BYTES).decode(errors="replace"))
+    """Return the node ids that each SuperNode has logged since its last start; none if it does not run."""
+    found: dict[str, list[str]] = {name: [] for name in seen.programs if name != SUPERLINK}
+    for name in found:
+        program = seen.programs[name]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if program.pid is not None and is_running(psutil.Process(program.pid)):
+                with (folder / name / LOG).open("rb") as log:
+                    log.seek(program.log_start)
+                    found[name] = NODE_ID.findall(log.read(LOG_BYTES).decode(errors="replace"))
+    return found
 
 
 def status(given: argparse.Namespace) -> int:
@@ -225,19 +217,6 @@ def status(given: argparse.Namespace) -> int:
     return int(not healthy)
 
 
-def describe_down(folder: Path, federation: Federation, seen: Seen | None) -> str:
-    """Return one line: that no supervisor runs, whether it was killed, and what to do."""
-    if left := Processes(federation.token).running():
-        pids = ", ".join(str(process.pid) for process in left)
-        return (
-            f"the supervisor of {folder} is gone, and {len(left)} of its processes still run (pids {pids}): "
-            "take the federation down, then bring it up"
-        )
-    if seen is None:
-        return f"the federation of {folder} is down: {UP}"
-    return f"the supervisor of {folder} (pid {seen.pid}) was killed and its programs have been stopped: {UP}"
-
-
 def table(folder: Path, federation: Federation, seen: Seen, missing: list[str]) -> str:
     """Return the status as text, with one line per program."""
     secure, clients = "TLS, registered keys only" if federation.tls else "no TLS", len(federation.clients)
@@ -249,30 +228,6 @@ def table(folder: Path, federation: Federation, seen: Seen, missing: list[str]) 
         again = f"  started {program.restarts + 1} times" if program.restarts else ""
         lines.append(f"  {name:<{width}}  {state:<12}  {folder / name / LOG}{again}")
     return "\n".join(lines)
-
-
-def install_app(folder: Path) -> None:
-    """Install the app for the SuperLink and every SuperNode before any of their processes needs it.
-
-    Two processes that install the same app at the same time would see each other's half-written files.
-    """
-    from flwr.cli.build import build_fab_from_disk  # takes half a second; only local federations need it
-    from flwr.cli.install import install_from_fab
-
-    with app_folder() as app:
-        fab = build_fab_from_disk(app)
-    federation = read_federation(folder)
-    with (folder / "install.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as unpacked:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with contextlib.redirect_stdout(io.StringIO()):
-            made = install_from_fab(fab, Path(unpacked), skip_prompt=True)
-        for name in (SUPERLINK, *map(site_name, federation.clients)):
-            place = folder / name / "flwr" / "apps" / made.name
-            if not place.exists():
-                partial = place.with_name(f".{place.name}")
-                shutil.rmtree(partial, ignore_errors=True)
-                shutil.copytree(made, partial)
-                partial.rename(place)
 
 
 def down(given: argparse.Namespace) -> int:
@@ -310,36 +265,28 @@ def read_seen(folder: Path) -> Seen | None:
     return None
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    home = Path(os.environ.get("FLAPP_HOME") or Path.home() / ".flapp")
-    parser = new_parser(__doc__)
-    parser.add_argument("command", choices=["up", "status", "down"])
-    parser.add_argument("--folder", type=Path, default=home / "federation", help="default: %(default)s")
-    parser.add_argument("--clients", type=int, help="number of clients; ids are 0, 1, ...")
-    parser.add_argument("--shards", type=Path, help="folder of client_<id> folders with a manifest.json")
-    parser.add_argument("--tls", action="store_true", help="encrypt, and accept only registered keys")
-    parser.add_argument("--port", type=int, help="port of the SuperLink; default: a free one")
-    parser.add_argument("--threads", type=int, default=1, help="threads per client process; default: 1")
-    parser.add_argument("--homes", action="store_true", help="give each site its own home for data, bases and stores")
-    parser.add_argument("--plain", action="store_true", help="run Flower's own SuperNodes, which are slower")
-    text = "packages and folders whose code runs may name, such as . for the folder of your task.py"
-    parser.add_argument("--allow-code", nargs="+", default=[], metavar="WHAT", help=text)
-    parser.add_argument("--foreground", action="store_true", help="supervise in this process, until it is stopped")
-    parser.add_argument("--json", action="store_true", help="print the status as JSON")
-    given = parser.parse_args(arguments)
-    given.folder = given.folder.resolve()
-    return given
-
-
+@errors_in_one_line(SuperLinkError, OSError, ValueError)
 def main(arguments: list[str] | None = None) -> int:
     """Do what the command line asks and return the exit status."""
-    given = parse(arguments)
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("command", choices=["up", "status", "down"])
+    add("--folder", type=Path, default=default_home() / "federation", help="default: %(default)s")
+    add("--clients", type=int, help="number of clients; ids are 0, 1, ...")
+    add("--shards", type=Path, help="folder of client_<id> folders with a manifest.json")
+    add("--tls", action="store_true", help="encrypt, and accept only registered keys")
+    add("--port", type=int, help="port of the SuperLink; default: a free one")
+    add("--threads", type=int, default=1, help="threads per client process; default: 1")
+    add("--homes", action="store_true", help="give each site its own home for data, bases and stores")
+    add("--plain", action="store_true", help="run Flower's own SuperNodes, which are slower")
+    text = "packages and folders whose code runs may name, such as . for the folder of your task.py"
+    add("--allow-code", nargs="+", default=[], metavar="WHAT", help=text)
+    add("--foreground", action="store_true", help="supervise in this process, until it is stopped")
+    add("--json", action="store_true", help="print the status as JSON")
+    given = parser.parse_args(arguments)
+    given.folder = given.folder.resolve()
     try:
         return {"up": up, "status": status, "down": down}[given.command](given)
-    except (SuperLinkError, OSError, ValueError) as error:
-        print(as_called(f"error: {error}"), file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         stopped = "; what was started has been stopped" if given.command == "up" else ""
         print(f"error: interrupted{stopped}", file=sys.stderr)

@@ -15,34 +15,26 @@ from pathlib import Path
 
 from flapp.config.load import CONF
 from flapp.files import replacing_folder
-from tools.cli import as_called, new_parser
+from tools.cli import as_called, errors_in_one_line, new_parser
 
 TEMPLATES = Path(__file__).with_name("templates")
 CHOICES = ("vision", "text", "tabular")
-SHARED = {
-    "project.md": "README.md",
-    "pyproject.toml": "pyproject.toml",
-}  # README.md itself would go into flapp's bundle
+# What all templates share, and its name in a project: a README.md here would go into flapp's own bundle.
+SHARED = {"project.md": "README.md", "pyproject.toml": "pyproject.toml"}
 PLACEHOLDER = "NAME"
 FITTING = re.compile(r"[a-z][a-z0-9_]{0,60}")  # a name of a package, of an experiment and of a dataset
 RESERVED = ("flapp", "tools", "task", "conf")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the folder; returns 0, or 1 after one line on standard error."""
-    parser = new_parser(__doc__ or "")
-    parser.add_argument(
-        "folder", type=Path, metavar="NAME", help="the folder to make, whose name becomes the project's"
-    )
+@errors_in_one_line(OSError, ValueError)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the folder and print how to try the project."""
+    parser = new_parser(__doc__)
+    parser.add_argument("folder", type=Path, metavar="NAME", help="a new folder; its name becomes the project's")
     parser.add_argument("--template", choices=CHOICES, default=CHOICES[0], help="what it starts from; default: vision")
     given = parser.parse_args(arguments)
-    try:
-        make(given.folder, given.template)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"made {given.folder}; try it with: cd {given.folder} && {as_called('python -m tools.run')}")
-    return 0
+    make(given.folder, given.template)
+    print(as_called(f"made {given.folder}; try it with: cd {given.folder} && python -m tools.run"))
 
 
 def make(folder: Path, template: str) -> None:

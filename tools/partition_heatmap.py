@@ -12,7 +12,7 @@ import numpy as np
 
 from flapp.data.artifact import DataError, open_artifact
 from flapp.data.partition import label_histogram, load_partition
-from tools.cli import as_called, new_parser
+from tools.cli import errors_in_one_line, new_parser
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,22 +64,18 @@ def draw_table(axes: "Axes", table: np.ndarray, classes: Sequence[str], top: flo
     axes.figure.colorbar(image, ax=axes, label="samples")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw the partition that the command line names; returns the exit status."""
+@errors_in_one_line(DataError)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw the partition that the command line names."""
     parser = new_parser(__doc__)
     for name in ("partition", "dataset", "out"):
         parser.add_argument(name, type=Path)
     given = parser.parse_args(arguments)
     try:
         draw_heatmap(*read_tables(given.partition, given.dataset), given.out)
-    except DataError as error:
-        print(as_called(f"error: {error}"), file=sys.stderr)
-        return 1
     except OSError as error:
-        print(f"error: {given.out} cannot be written ({error.strerror}): give another OUT.png", file=sys.stderr)
-        return 1
+        raise DataError(f"{given.out} cannot be written ({error.strerror}): give another OUT.png") from error
     print(given.out)
-    return 0
 
 
 if __name__ == "__main__":

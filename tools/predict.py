@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from flapp.untrusted import printable
-from tools.cli import as_called, new_parser
+from tools.cli import errors_in_one_line, new_parser
 from tools.running.finished import FinishedRun, open_run
 
 Scores = list[tuple[str, float]]  # classes and their probabilities, the most probable first
@@ -51,8 +51,9 @@ def predict(run: FinishedRun, paths: Sequence[Path]) -> Iterator[tuple[Path, Sco
         yield path, sorted(zip(run.classes, shares, strict=True), key=lambda pair: -pair[1])
 
 
+@errors_in_one_line(ValueError)
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return the exit status."""
+    """Print the classes of each image; returns the exit status."""
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("run_dir", type=Path)
@@ -60,21 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--top", type=int, default=5, help="how many classes to print for each image (default 5)")
     add("--json", action="store_true", help="print one JSON object a line, with all classes")
     given = parser.parse_intermixed_args(arguments)  # options may stand between images
-    is_whole = True
-    try:
-        for path, found in predict(open_run(given.run_dir), given.images):
-            if isinstance(found, str):
-                is_whole = False
-                print(f"error: {printable(path)} cannot be read ({found})", file=sys.stderr)
-            elif given.json:
-                print(json.dumps({"image": str(path), "classes": dict(found)}))
-            else:
-                shown = ", ".join(f"{name} {share:.4f}" for name, share in found[: max(1, given.top)])
-                print(f"{printable(path)}: {shown}")
-    except ValueError as error:
-        print(as_called(f"error: {printable(' '.join(str(error).split()), 2000)}"), file=sys.stderr)
-        return 1
-    return 0 if is_whole else 1
+    status = 0
+    for path, found in predict(open_run(given.run_dir), given.images):
+        if isinstance(found, str):
+            status = 1
+            print(f"error: {printable(path)} cannot be read ({found})", file=sys.stderr)
+        elif given.json:
+            print(json.dumps({"image": str(path), "classes": dict(found)}))
+        else:
+            shown = ", ".join(f"{name} {share:.4f}" for name, share in found[: max(1, given.top)])
+            print(f"{printable(path)}: {shown}")
+    return status
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
     python -m tools.prepare_data dataset=custom dataset.name=mine dataset.hub=OWNER/NAME dataset.download=true
     python -m tools.prepare_data dataset=cifar10 dataset.source=DIR          from torchvision's files in DIR
     python -m tools.prepare_data dataset=cifar100 dataset.download=true      downloaded by torchvision
-    python -m tools.prepare_data dataset=cifar10 dataset.source=DIR dataset.materialize=224   also resized, 7.5 GB
+    python -m tools.prepare_data dataset=cifar10 dataset.source=DIR dataset.materialize=224   also resized, 9.0 GB
     python -m tools.prepare_data dataset=femnist dataset.source=DIR clients=100 partition=natural
         shards, and the same samples as one artifact
     python -m tools.prepare_data experiment=femnist_fedavg dataset.source=DIR              shards only
@@ -44,9 +44,7 @@ from flapp.data.artifact import (
 )
 from flapp.data.decode import Decoded, RawSplit, UnreadableError, decode_splits
 from flapp.data.folder import open_folder
-from flapp.data.hub import download_dataset
 from flapp.data.shards.build import export_artifacts, write_shards
-from flapp.data.shards.decoded import DecodedSource
 from flapp.data.shards.source import FEMNIST, Kind
 from flapp.data.shards.source import Source as ShardSource
 from flapp.data.sources import (
@@ -59,10 +57,10 @@ from flapp.data.sources import (
     is_prepared,
     read_cifar,
 )
-from flapp.data.table_files import find_tables
+from flapp.data.table_files import download_dataset, find_tables
 from flapp.data.tables import Columns, open_tables
 from flapp.files import replacing_folder
-from tools.cli import as_called
+from tools.cli import as_called, errors_in_one_line
 
 SPLITS = ("train", "test")
 HUB = {FEMNIST.dataset: "flwrlabs/femnist"}
@@ -83,23 +81,23 @@ def prepare(settings: Config, overwrite: bool) -> Iterator[str]:
         return
     if not name or Path(name).name != name or name.startswith(".") or not name.isprintable():
         raise ConfigError(f"dataset.name={name!r} must be the name of a folder in {settings.data_dir}")
-    folder = settings.data_dir / name
-    with locked(settings.data_dir / f"{name}.lock"), ExitStack() as stack:
-        stack.callback(remove_if_empty, folder)
-        if not is_own(name):
-            yield from (prepare_shards if dataset.client_column else prepare_own)(settings, overwrite)
-            return
-        for split, (sha256, load) in find_sources(settings, overwrite).items():
-            if is_new := not is_made(folder / split, sha256, overwrite):
-                write_native(folder / split, load, sha256, dataset.shape, dataset.classes)
-            yield describe(folder / split, is_new)
-            yield from prepare_resized(folder / split, dataset.materialize, overwrite)
+    kind = prepare_flapps if is_own(name) else prepare_shards if dataset.client_column else prepare_own
+    with locked(settings.data_dir / f"{name}.lock"):
+        try:
+            yield from kind(settings, overwrite)
+        finally:
+            with suppress(OSError):  # it is not there, or not empty because something was written to it
+                (settings.data_dir / name).rmdir()
 
 
-def remove_if_empty(folder: Path) -> None:
-    """Remove the folder of a dataset that was refused before anything was written to it."""
-    with suppress(OSError):  # it is not there, or not empty
-        folder.rmdir()
+def prepare_flapps(settings: Config, overwrite: bool) -> Iterator[str]:
+    """Write both splits of one of flapp's own datasets."""
+    dataset, folder = settings.dataset, settings.data_dir / settings.dataset.name
+    for split, (sha256, load) in find_sources(settings, overwrite).items():
+        if is_new := not is_made(folder / split, sha256, overwrite):
+            write_native(folder / split, load, sha256, dataset.shape, dataset.classes)
+        yield describe(folder / split, is_new)
+        yield from prepare_resized(folder / split, dataset.materialize, overwrite)
 
 
 def prepare_resized(native: Path, size: int | None, overwrite: bool) -> Iterator[str]:
@@ -108,7 +106,10 @@ def prepare_resized(native: Path, size: int | None, overwrite: bool) -> Iterator
         return
     artifact, folder = open_artifact(native), resized_folder(native, size)
     if is_new := not is_made(folder, artifact.digest, overwrite):
-        write_resized(native, size, len(artifact.labels))
+        from flapp.data.images import materialize  # imports PyTorch
+
+        with bar(folder.name, len(artifact.labels)) as progress:
+            materialize(native, size, progress)
     yield describe(folder, is_new)
 
 
@@ -117,7 +118,7 @@ def prepare_own(settings: Config, overwrite: bool) -> Iterator[str]:
     dataset, folder = settings.dataset, settings.data_dir / settings.dataset.name
     if (kind := settings.partition.kind) in WRITER_PARTITIONS:
         fix = "add dataset.client_column=COLUMN, or leave partition out"
-        raise ConfigError(f"partition={kind} goes by clients, and nothing says whose each sample is: {fix}")
+        raise ConfigError(f"partition={kind} needs a client for each sample, and no column names one: {fix}")
     raw, classes = open_raw(settings, find_files(settings, overwrite))
     settled = [list(dataset.shape), dataset.normalization, dataset.skip_unreadable]  # they decide the artifact too
     sources = {
@@ -269,14 +270,6 @@ def write_native(folder: Path, load: Callable[[], Content], sha256: str, shape: 
         write_rows(folder, rows, images.shape, labels, names, sha256, progress=progress, dtype=dtype)
 
 
-def write_resized(native: Path, size: int, count: int) -> None:
-    """Write the artifact `<native>@<size>`."""
-    from flapp.data.images import materialize  # imports PyTorch
-
-    with bar(resized_folder(native, size).name, count) as progress:
-        materialize(native, size, progress)
-
-
 def is_made(folder: Path, source_sha256: str, overwrite: bool, source: str = "files") -> bool:
     """Say whether an artifact is there and need not be written; raises DataError if it has another source."""
     if overwrite or not (folder / "meta.json").exists():
@@ -314,7 +307,7 @@ def prepare_shards(settings: Config, overwrite: bool) -> Iterator[str]:
         decoded, lines = decode_all(settings, raw)
         yield from lines
         own = Kind(dataset.name, decoded["train"].shape, tuple(classes), dataset.normalization)
-        source = DecodedSource(FEMNIST if is_femnist else own, decoded, progress=True)
+        source = ShardSource(FEMNIST if is_femnist else own, decoded, progress=True)
     manifest = write_shards(
         source,
         settings.shards_dir,
@@ -341,6 +334,7 @@ def bar(name: str, total: int | None) -> Iterator[Callable[[int], object]]:
         yield shown.update
 
 
+@errors_in_one_line(ConfigError, DataError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prepare the dataset on the command line; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -355,14 +349,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = compose([word for word in words if word not in given], Path.cwd(), preparing=True)
         for line in prepare(settings, given[-1:] == ["overwrite=true"]):
             print(line)
-    except (ConfigError, DataError) as error:
-        for line in listed(error.lines) if isinstance(error, UnreadableError) else ():
-            print(line, file=sys.stderr)
-        print(as_called(f"error: {error}"), file=sys.stderr)
-        return 1
+    except UnreadableError as error:
+        print("\n".join(listed(error.lines)), file=sys.stderr)
+        raise
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}; fix that, or choose another home", file=sys.stderr)
-        return 1
+        raise DataError(f"{error.filename}: {error.strerror}; fix that, or choose another home") from error
     except KeyboardInterrupt:
         print("error: interrupted; run the same command again", file=sys.stderr)
         return 130

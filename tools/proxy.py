@@ -21,7 +21,7 @@ from string import Template
 from cryptography import x509
 
 from flapp.files import write_text
-from tools.cli import as_called, new_parser
+from tools.cli import errors_in_one_line, new_parser
 
 TEMPLATE = Path(__file__).with_name("nginx.conf")
 CALLS = (  # all of Flower's Fleet API but register-node and unregister-node, which authenticated SuperNodes never use
@@ -57,19 +57,15 @@ def write_proxy_files(folder: Path, listen: str, superlink: int) -> Path:
     return path
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@errors_in_one_line(OSError, ValueError)
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write the files and print the path of nginx.conf."""
     parser = new_parser(__doc__)
     parser.add_argument("folder", type=Path, help="with ca.crt, server.crt and server.key")
     parser.add_argument("--listen", default="0.0.0.0:8000", help="where sites connect; default: %(default)s")
     parser.add_argument("--superlink", type=int, default=9000, help="its port on 127.0.0.1; default: %(default)s")
     given = parser.parse_args(arguments)
-    try:
-        print(write_proxy_files(given.folder.resolve(), given.listen, given.superlink))
-    except (OSError, ValueError) as error:
-        print(as_called(f"error: {error}"), file=sys.stderr)
-        return 1
-    return 0
+    print(write_proxy_files(given.folder.resolve(), given.listen, given.superlink))
 
 
 if __name__ == "__main__":

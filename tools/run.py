@@ -25,7 +25,7 @@ from flapp.config.load import CONF, expand_words, explain, from_tree, name_overr
 from flapp.config.schema import Config, ConfigError
 from flapp.privacy import describe_plan
 from flapp.server.summary import in_short, in_words
-from tools.cli import as_called
+from tools.cli import as_called, count
 from tools.deployment.processes import SIGNALS, SuperLinkError
 from tools.deployment.submit import RunError, is_here, refusals, run_once
 from tools.running import sweep
@@ -127,8 +127,7 @@ def final_line(summary: dict[str, Any], took: float | None = None, hint: bool = 
     early = " (stopped early)" if summary.get("stopped_early") else ""
     selected = summary.get("selected_round", rounds)
     chosen = f"round {selected}" if selected != rounds else "the last round"
-    count = f"{rounds} round{'s' * (rounds != 1)}"
-    lines = [f"finished {count}{early} in {seconds(summary['seconds'], took)}: {', '.join(figures)}"]
+    lines = [f"finished {count(rounds, 'round')}{early} in {seconds(summary['seconds'], took)}: {', '.join(figures)}"]
     for note in summary.get("resumed_anyway", []):
         lines.append(f"resumed anyway after round {note['round']}: {some(note['changed'])}")
     if "epsilon" in summary:
@@ -151,13 +150,10 @@ def report_hint(folder: str) -> str:
 
 def seconds(run: float, command: float | None) -> str:
     """Return the seconds of a run over all its starts, with those of this command in parentheses."""
+    whole, last = (f"{each:.0f} s" if each >= 10 else f"{each:.1f} s" for each in (run, command or 0.0))
     if command is None:
-        return _rounded(run)
-    return f"{_rounded(run)} ({_rounded(command)} {'with start-up' if command >= run else 'in this start'})"
-
-
-def _rounded(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+        return whole
+    return f"{whole} ({last} {'with start-up' if command >= run else 'in this start'})"
 
 
 def some(texts: list[str], most: int = 3) -> str:

@@ -26,8 +26,7 @@ from typing import Any
 from flapp.files import finite
 from flapp.server.run_names import held_lock
 from flapp.server.summary import in_short
-from tools.checkpoints import in_bytes
-from tools.cli import as_called, new_parser
+from tools.cli import Found, as_called, count, default_home, errors_in_one_line, in_bytes, new_parser, table
 from tools.page.reading import read_json, tail
 from tools.running.run_entries import (
     RunsError,
@@ -55,38 +54,30 @@ FIGURES: dict[str, tuple[str, Callable[[Any], str]]] = {  # of metrics.json: how
 }
 
 
-def list_runs(given: argparse.Namespace) -> dict[str, Any]:
-    """Return the entries of all runs."""
-    return {"runs": [describe(given.home, name) for name in find_runs(given.home / "runs")]}
-
-
-def list_lines(found: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines of a table, with the jobs of a sweep below its name."""
-    runs = found["runs"]
+def list_runs(given: argparse.Namespace) -> Found:
+    """Return the entries of all runs, and a table of them with the jobs of a sweep below its name."""
+    runs = [describe(given.home, name) for name in find_runs(given.home / "runs")]
     if not runs:
-        yield "no runs"
-        return
-    width = max(len(run["name"]) for run in runs) + 2
-    heads = f"{'accuracy':>8}  {'loss':>8}  {'started':<16}  {'folder':>9}  client stores"
-    yield f"{'run':<{width}}  {'status':<11}  {'rounds':>9}  {heads}"
-    group = ""
+        return {"runs": runs}, ["no runs"]
+    heads = ("run", "status", "rounds", "accuracy", "loss", "started", "folder", "client stores")
+    rows, group = [], ""
     for run in runs:
         folder, _, job = run["name"].rpartition("/")
         if folder and folder != group:
-            yield f"{folder}/"
+            rows.append([f"{folder}/", *[""] * 7])
         group = folder
-        accuracy, loss = ("-" if run[key] is None else f"{run[key]:.4f}" for key in ("accuracy", "loss"))
-        rounds, name = f"{run['rounds']}/{run['num_rounds']}", f"  {job}" if folder else job
-        sizes = f"{in_bytes(run['run_bytes']):>9}  {in_bytes(run['store_bytes']):>13}"
-        figures = f"{rounds:>9}  {accuracy:>8}  {loss:>8}  {run['started']:<16}  {sizes}"
-        yield f"{name:<{width}}  {run['status']:<11}  {figures}"
+        figures = ("-" if run[key] is None else f"{run[key]:.4f}" for key in ("accuracy", "loss"))
+        sizes = (in_bytes(run[key]) for key in ("run_bytes", "store_bytes"))
+        name, rounds = f"  {job}" if folder else job, f"{run['rounds']}/{run['num_rounds']}"
+        rows.append([name, run["status"], rounds, *figures, run["started"], *sizes])
     split = sum(run["split_bytes"] for run in runs)
     total = split + sum(run["run_bytes"] + run["store_bytes"] for run in runs)
     splits = f", {in_bytes(split)} of that in split models" if split else ""
-    yield f"{len(runs)} run{'s' * (len(runs) != 1)}, {in_bytes(total)} in all{splits}"
+    end = f"{count(len(runs), 'run')}, {in_bytes(total)} in all{splits}"
+    return {"runs": runs}, [*table(heads, rows, right=(2, 3, 4, 6, 7)), end]
 
 
-def show(given: argparse.Namespace) -> dict[str, Any]:
+def show(given: argparse.Namespace) -> Found:
     """Return all facts about one run."""
     name = only_run(given)
     path = given.home / "runs" / name
@@ -97,7 +88,8 @@ def show(given: argparse.Namespace) -> dict[str, Any]:
     log = [line for line in tail(path / "log.txt") if len(line.split()) > len(EMPTY.split())]
     more = {"summary": read_json(path / "metrics.json", {}), "log": log[-LAST_LINES:]}
     stores = str(given.home / "checkpoints" / name)
-    return {**entry, "path": str(path), "store_folder": stores, "changed": words, **more, "resume": resume}
+    found = {**entry, "path": str(path), "store_folder": stores, "changed": words, **more, "resume": resume}
+    return found, show_lines(found)
 
 
 def only_run(given: argparse.Namespace) -> str:
@@ -127,7 +119,7 @@ def show_lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"resume with: {found['resume']}"
 
 
-def remove(given: argparse.Namespace) -> dict[str, Any]:
+def remove(given: argparse.Namespace) -> Found:
     """Remove runs and their clients' stores; if one of them cannot be removed, none is."""
     runs, stores = given.home / "runs", given.home / "checkpoints"
     names = list(dict.fromkeys(each for name in given.names for each in jobs_of(given.home, name)))
@@ -141,12 +133,18 @@ def remove(given: argparse.Namespace) -> dict[str, Any]:
                 raise RunsError(f"{name} is running: stop it first with `python -m tools.runs stop {name}`")
         freed = sum(entry["run_bytes"] + entry["store_bytes"] for entry in entries)
         confirm(given.yes, names, freed)
-        for folder in folders:
-            remove_folder(folder)
-    for folder in {parent for name in names for parent in PurePosixPath(name).parents[:-1]}:
-        remove_sweep(runs / folder)
-        remove_sweep(stores / folder)
-    return {"removed": names, "freed_bytes": freed, "kept_split_bytes": sum(entry["split_bytes"] for entry in entries)}
+        for folder in filter(Path.is_dir, folders):
+            # Renamed first, so that a crash cannot leave half a run under its name.
+            hidden = folder.rename(folder.with_name(f".removed-{folder.name}-{os.getpid()}"))
+            shutil.rmtree(hidden)
+    sweeps = {parent for name in names for parent in PurePosixPath(name).parents[:-1]}
+    for folder in [above / sweep for sweep in sweeps for above in (runs, stores)]:
+        if folder.is_dir() and {path.name for path in folder.iterdir()} <= set(SWEEP_FILES):
+            shutil.rmtree(folder)  # nothing but the files about the sweep is left in it
+    kept = sum(entry["split_bytes"] for entry in entries)
+    lines = [f"removed {', '.join(names)}: {in_bytes(freed)} freed"]
+    lines += [f"split models are kept: {in_bytes(kept)}"] if kept else []
+    return {"removed": names, "freed_bytes": freed, "kept_split_bytes": kept}, lines
 
 
 def links_on(home: Path, folder: Path) -> list[Path]:
@@ -168,87 +166,40 @@ def confirm(is_sure: bool, names: list[str], size: int) -> None:
         raise RunsError("nothing was removed")
 
 
-def remove_folder(folder: Path) -> None:
-    """Remove a folder if it exists; it is renamed first, so that a crash cannot leave half a run under its name."""
-    if folder.is_dir():
-        hidden = folder.with_name(f".removed-{folder.name}-{os.getpid()}")
-        folder.rename(hidden)
-        shutil.rmtree(hidden)
-
-
-def remove_sweep(folder: Path) -> None:
-    """Remove the folder of a sweep unless it holds other files than those about the sweep."""
-    if folder.is_dir() and {path.name for path in folder.iterdir()} <= set(SWEEP_FILES):
-        shutil.rmtree(folder)
-
-
-def remove_lines(found: dict[str, Any]) -> Iterator[str]:
-    """Yield what was removed."""
-    yield f"removed {', '.join(found['removed'])}: {in_bytes(found['freed_bytes'])} freed"
-    if found["kept_split_bytes"]:
-        yield f"split models are kept: {in_bytes(found['kept_split_bytes'])}"
-
-
-def stop(given: argparse.Namespace) -> dict[str, Any]:
+def stop(given: argparse.Namespace) -> Found:
     """Stop a run, even if another process waits for it; pids is null if it was not running."""
     from tools.running.stop import stop_run  # imports Flower
 
     name = only_run(given)
     if links := links_on(given.home, given.home / "runs" / name):
         raise RunsError(f"{links[0]} is a symbolic link: stop the run that it points to by its own name and home")
-    return {"name": name, "pids": stop_run(given.home / "runs" / name)}
+    pids = stop_run(given.home / "runs" / name)
+    if pids is None:
+        return {"name": name, "pids": None}, [f"{name} is not running"]
+    how = f"continue it with the same settings and run_name={name} resume=true"
+    return {"name": name, "pids": pids}, [f"stopped {name} (pids {', '.join(map(str, pids))})", how]
 
 
-def stop_lines(found: dict[str, Any]) -> Iterator[str]:
-    """Yield what was stopped, and how to continue it."""
-    if found["pids"] is None:
-        yield f"{found['name']} is not running"
-        return
-    yield f"stopped {found['name']} (pids {', '.join(map(str, found['pids']))})"
-    yield f"continue it with the same settings and run_name={found['name']} resume=true"
+COMMANDS = {"list": list_runs, "show": show, "stop": stop, "remove": remove}
 
 
-COMMANDS: dict[str, tuple[Callable[..., dict[str, Any]], Callable[..., Iterator[str]]]] = {
-    "list": (list_runs, list_lines),
-    "show": (show, show_lines),
-    "stop": (stop, stop_lines),
-    "remove": (remove, remove_lines),
-}
-
-
-def default_home() -> Path:
-    """Return the home folder that commands use by default."""
-    return Path(os.environ.get("FLAPP_HOME") or Path.home() / ".flapp").absolute()
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+@errors_in_one_line(OSError, RuntimeError, ValueError)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do what the command line asks for."""
     parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in COMMANDS:
-        command = commands.add_parser(name)
-        command.add_argument("--home", type=Path, default=default_home(), help="default: %(default)s")
-        command.add_argument("--json", action="store_true", help="print JSON")
+        add = commands.add_parser(name).add_argument
+        add("--home", type=Path, default=default_home(), help="default: %(default)s")
+        add("--json", action="store_true", help="print JSON")
     for name in ("show", "stop"):
         commands.choices[name].add_argument("name", metavar="NAME")
     commands.choices["remove"].add_argument("names", nargs="+", metavar="NAME")
     commands.choices["remove"].add_argument("--yes", action="store_true", help="do not ask")
     given = parser.parse_args(arguments)
     given.home = given.home.absolute()
-    return given
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line asks for; returns the exit status."""
-    given = parse(arguments)
-    act, lines = COMMANDS[given.command]
-    try:
-        found = act(given)
-    except (OSError, RuntimeError, ValueError) as error:  # several modules raise these, with one-line messages
-        print(as_called(f"error: {error}"), file=sys.stderr)
-        return 1
-    print(json.dumps(finite(found), indent=1) if given.json else "\n".join(lines(found)))
-    return 0
+    found, lines = COMMANDS[given.command](given)
+    print(json.dumps(finite(found), indent=1) if given.json else "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -10,25 +10,25 @@ standard error.
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
-from flapp.architecture import build
 from flapp.config.plain import from_plain
 from flapp.config.schema import DatasetConfig, ModelConfig
-from flapp.model.files import read_tensors
-from flapp.model.split.component import SplitModel
-from flapp.model.split.factory import ModelFactory
 from flapp.model.split.files import COMPONENTS, StorageManager
-from flapp.untrusted import printable
-from tools.cli import as_called, new_parser
-from tools.running.finished import MODEL, read_finished
+from tools.cli import errors_in_one_line, new_parser
+from tools.running.finished import MODEL, load_model, read_finished
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from flapp.model.split.component import SplitModel
 
 
 def split_run(run: Path, points: Sequence[int], out: Path, check: bool, overwrite: bool) -> Iterator[str]:
     """Split the model of the run directory `run` and yield lines to print; raises ValueError."""
     config = read_finished(run)
+    from flapp.model.split.factory import ModelFactory  # imports PyTorch
+
     model = from_plain(ModelConfig, config["model"], "model.")
     name, (p1, p2) = StorageManager.get_model_name(str(config["run_name"])), points
     for part in ModelFactory.create_split_models(
@@ -39,13 +39,14 @@ def split_run(run: Path, points: Sequence[int], out: Path, check: bool, overwrit
         path = StorageManager.get_split_model_path(out, name, p1, p2, component)
         yield f"{component:<6}  layers {start} to {end - 1}  {count:>11,} parameters  {path}"
     if check:
-        whole = build(model, from_plain(DatasetConfig, config["dataset"], "dataset."))
-        whole.load_state_dict(read_tensors(run / MODEL)[0])
-        yield compare(whole.eval(), ModelFactory.load_split_models(out, name, p1, p2))
+        whole = load_model(run, model, from_plain(DatasetConfig, config["dataset"], "dataset."))
+        yield compare(whole, ModelFactory.load_split_models(out, name, p1, p2))
 
 
-def compare(whole: nn.Module, models: Sequence[SplitModel]) -> str:
+def compare(whole: "nn.Module", models: Sequence["SplitModel"]) -> str:
     """Compare outputs for random images bit for bit; raises ValueError when one differs."""
+    import torch
+
     bottom, trunk, top = models
     config = bottom.part.config
     images = torch.rand(4, config["channels"], config["image_size"], config["image_size"])
@@ -57,8 +58,9 @@ def compare(whole: nn.Module, models: Sequence[SplitModel]) -> str:
     return f"checked: top(trunk(bottom(x))) is the whole model's output, bit for bit, for {len(images)} images"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return the exit status."""
+@errors_in_one_line(ValueError)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Split the model of a run and print the files."""
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("run_dir", type=Path)
@@ -67,13 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--check", action="store_true", help="reload the files and compare with the whole model")
     add("--overwrite", action="store_true", help="replace files of the same name and points")
     given = parser.parse_args(arguments)
-    try:
-        lines = list(split_run(given.run_dir, given.points, given.out, given.check, given.overwrite))
-    except ValueError as error:
-        print(as_called(f"error: {printable(error, 2000)}"), file=sys.stderr)
-        return 1
-    print("\n".join(lines))
-    return 0
+    print("\n".join(split_run(given.run_dir, given.points, given.out, given.check, given.overwrite)))
 
 
 if __name__ == "__main__":

@@ -68,12 +68,9 @@ class Launcher:
     def start(self, command: list[str], **options: Any) -> None:
         """Replace subprocess.Popen; programs that install packages of their own must not inherit ours."""
         self.pauses.reset()
-        if command[0] == CLIENT and not options and INSTALL not in command:
-            self._fork(command)
-        else:
+        if command[0] != CLIENT or options or INSTALL in command:
             subprocess.Popen(command, **options)
-
-    def _fork(self, command: list[str]) -> None:
+            return
         if self.server is None or self.server.poll() is not None:
             self.server = subprocess.Popen(own_command("clients"), stdin=subprocess.PIPE, text=True)
         assert self.server.stdin is not None
@@ -146,7 +143,7 @@ def run_clients() -> Any:
 
 
 def run_client(arguments: list[str]) -> None:
-    """Be the process of a client, in a fork: NumPy's generator is as imported; noise for privacy has one of its own."""
+    """Act as a client's process, in a fork. NumPy's generator is as after its import; privacy noise has its own."""
     from flwr.supernode.cli import flwr_clientapp
 
     sys.argv = arguments

@@ -341,7 +341,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = new_parser(__doc__)
     parser.add_argument("path", type=Path)
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--sample", type=int, default=8, metavar="N", help="blocks of 16 MiB to read (default: 8)")
+    amount.add_argument("--sample", type=int, default=8, metavar="N", help="blocks or shards to read (default: 8)")
     amount.add_argument("--full", action="store_true", help="read everything")
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
     given = parser.parse_args(arguments)

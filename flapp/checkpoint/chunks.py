@@ -30,7 +30,7 @@ Parts = dict[str, list[tuple[int, int, tuple[int, ...]]]]
 
 
 class CheckpointError(ValueError):
-    """Says in one line what is wrong with a store or with a model for it, and how to fix it."""
+    """A store, or a model for it, cannot be used; the message is one line with the fix."""
 
 
 class Cut(TypedDict):

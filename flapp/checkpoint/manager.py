@@ -4,8 +4,8 @@ import json
 import operator
 import os
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from flapp.checkpoint import audit
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class ChunkManager:
+class ChunkManager(AbstractContextManager["ChunkManager"]):
     """The checkpoint store of one client, or of the server, in one SQLite file."""
 
     def __init__(
@@ -53,10 +53,7 @@ class ChunkManager:
         self.keep_rounds, self.chunk_bytes, self.chunk_num = keep_rounds, chunk_bytes, chunk_num
         self._store = Store(self.path, create)
 
-    def __enter__(self) -> "ChunkManager":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -101,8 +98,7 @@ class ChunkManager:
     ) -> Saved:
         """Store a model as a round, replacing one of the same number, and drop the rounds that keep_rounds excludes.
 
-        metrics: plain values for JSON. pinned: rounds that are kept anyway. When CheckpointError is raised, nothing has
-        changed.
+        metrics: plain values for JSON. pinned: rounds to keep anyway. After a CheckpointError nothing has changed.
         """
         from flapp.checkpoint.tensors import raw, specs_of
 
@@ -162,9 +158,8 @@ class ChunkManager:
         """Return a round's tensors by name, or load them into `model`, in place, and return it.
 
         The model must have the same names, shapes and dtypes. Without one, a round that claims far more bytes than the
-        file holds is refused (see chunks.py). Every byte is verified before any of it is used: when CheckpointError is
-        raised, the model is unchanged, unless the disk fails after verification; then the error says that the model is
-        partly overwritten.
+        file holds is refused (see chunks.py). Every byte is verified before it is used, so a CheckpointError leaves the
+        model unchanged. Only if the disk fails after that, the model is partly overwritten, and the error says so.
         """
         from flapp.checkpoint.tensors import new_tensors, raw, reject_foreign, shares_memory, written
 

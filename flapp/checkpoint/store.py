@@ -66,9 +66,8 @@ class Store(Database):
         self.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *record, facts_digest(*record))
         if self._expire(keep, pinned) or replaced:
             self._drop_orphans()
-        ((kept,),) = self.execute(
-            "SELECT count(*) FROM chunk_metadata m JOIN chunk_data d ON d.hash = m.hash WHERE m.round = ?", round_num
-        )
+        held = "SELECT count(*) FROM chunk_metadata m JOIN chunk_data d ON d.hash = m.hash WHERE m.round = ?"
+        ((kept,),) = self.execute(held, round_num)
         if kept != len(written) or not self.execute("SELECT 1 FROM rounds WHERE round = ?", round_num):
             found = f"{self.path} did not keep round {round_num} ({kept} of {len(written)} chunks)"
             raise CheckpointError(f"{found}: {RESTORE}, or move it away to start a new one")
@@ -248,10 +247,9 @@ class Store(Database):
     def load_into(self, round_num: int, entries: list[Entry], buffers: Mapping[str, memoryview]) -> None:
         """Read chunks into a live model once all are verified, in one transaction, which keeps other writers out.
 
-        The chunks are read twice, once to verify and once to load: that is cheaper than allocating memory for all of
-        them.
+        The chunks are read twice, to verify and to load them: that is cheaper than memory for all of them.
         """
-        before = self.path.stat().st_mtime_ns  # shows who wrote without a lock; hashing twice would cost 60 % of a load
+        before = self.path.stat().st_mtime_ns  # shows unlocked writes; hashing twice would cost 60 % of a load
         largest = max((entry.size for entry in entries), default=0)
         spare = [memoryview(bytearray(largest)) for _ in range(VERIFY_AHEAD)]
         places = ((entry, [spare[i % VERIFY_AHEAD][: entry.size]]) for i, entry in enumerate(entries))

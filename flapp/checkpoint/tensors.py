@@ -121,12 +121,10 @@ def reject_foreign(where: str, specs: Mapping[str, Spec], params: Mapping[str, T
     found = specs_of(params)
     if odd := sorted(found.keys() ^ specs.keys()):
         side = "is missing in the model" if odd[0] in specs else "is missing in the round"
-        raise CheckpointError(f"{where} belongs to another model: tensor {odd[0]} {side} ({len(odd)} such tensors)")
+        raise CheckpointError(f"{where} is of another model: tensor {odd[0]} {side} ({len(odd)} such tensors)")
     for key, spec in specs.items():
         if str(spec) != str(found[key]):
-            raise CheckpointError(
-                f"{where} belongs to another model: tensor {key} is {spec}, the model has {found[key]}"
-            )
+            raise CheckpointError(f"{where} is of another model: tensor {key} is {spec}, the model has {found[key]}")
 
 
 def shares_memory(model: nn.Module, params: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> bool:

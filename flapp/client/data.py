@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flapp.config.schema import Config, ConfigError, DatasetConfig, NodeConfig
-from flapp.custom import own
+from flapp.custom import own, source_digest, versions
 from flapp.data.artifact import Stamp, check_samples, check_settings, stamp
 from flapp.data.loader import ClientLoader
 from flapp.data.offline import OfflineDataset
@@ -26,7 +26,6 @@ from flapp.data.shards.client import SHARD_FILES, DistributedShardLoader
 from flapp.data.shards.dataset import ShardStream
 from flapp.messages import Claim
 from flapp.partitions import cached_partition, stamp_of_shared_files
-from flapp.source import source_digest, versions
 from flapp.training import Batches
 
 Splits = dict[str, tuple[Any, np.ndarray]]  # for each split a dataset and the rows of it

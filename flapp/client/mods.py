@@ -79,7 +79,7 @@ def serve_group(message: Message, context: Context, call_next: ClientAppCallable
                 settle(reply)
         except MessageError as error:
             answer = Answer(asked.client_id, failure=one_line(str(error)))
-        context.state.pop(private_key(asked.client_id), None)  # its store has it; its next node may differ
+        context.state.pop(private_key(asked.client_id), None)  # the store has it, and another node may be next
         answers.append(answer)
     return pack_answers(message, answers, total.arrays or None)
 
@@ -118,7 +118,8 @@ def answer_with_error(message: Message, error: Exception) -> Message:
     if task is None:  # the message could not be read
         log(ERROR, whole)
     else:
-        places = "".join(traceback.format_tb(error.__traceback__)).rstrip()  # without texts, which may have numbers
+        # The errors' texts are left out, because they may have numbers.
+        places = "".join(traceback.format_tb(error.__traceback__)).rstrip()
         task.log(ERROR, "%s", whole, instead=f"a client failed:\n{places}\n{type(error).__name__}")
     return Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=describe(error)), reply_to=message)
 
@@ -157,14 +158,14 @@ def checkpoint_mod(message: Message, context: Context, call_next: ClientAppCalla
 def privacy_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Clip a client's update if the config says so; with privacy=local, also add noise to it.
 
-    This mod is inside checkpoint_mod. So a client's store holds only what leaves the client, and sends the same again.
-    Flower's LocalDpMod is not used. Its sigma is right only for an epsilon below 1. It fails for an update of zero, and
-    it returns updates with a NaN and tensors without dimensions unchanged.
+    This mod is inside checkpoint_mod. So a client's store holds only what leaves the client, which sends exactly that
+    again. Flower's LocalDpMod is not used. Its sigma is right only for an epsilon below 1. It fails for an update of
+    zero. It does not change tensors without dimensions, nor an update that contains a NaN.
     """
     if message.metadata.message_type != TRAIN or (task := read_task(message, context)).config.privacy.kind == "none":
         return call_next(message, context)
     privacy = task.config.privacy
-    sigma = find_sigma(privacy) if privacy.kind == "local" else 0.0  # before the work, in vain without the package
+    sigma = find_sigma(privacy) if privacy.kind == "local" else 0.0  # fails without its package, before training
     sent = views(unpack_arrays(message.content))
     reply = call_next(message, context)
     if reply.has_error():
@@ -223,7 +224,7 @@ def tolerate(store: ClientStore, action: Callable[[], T]) -> T | None:
 
 
 def describe(error: Exception) -> str:
-    """Return an error in one line: its type unless the text is written for users, and the user's own line of code."""
+    """Return an error in one line: its type, unless it is written for users; its text; the user's line that raised."""
     text = " ".join(str(error).split())
     plain = isinstance(error, ValueError | FloatingPointError) and text
     return (text if plain else f"{type(error).__name__}: {text}") + place_of(error)

@@ -42,7 +42,7 @@ class Task:
         return cls(instructions, config, node_config, cache(partial(stamp_of_shared_files, config)))
 
     def for_client(self, client_id: str, **own: Any) -> "Task":
-        """Return the task of one of the message's clients; own: of its instructions."""
+        """Return the task of one of the message's clients; own: other fields of its instructions."""
         return replace(self, instructions=replace(self.instructions, client_id=client_id, **own))
 
     @property
@@ -71,7 +71,7 @@ class Task:
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Log nothing while data are opened, which names clients and their samples."""
+    """Log nothing while data are opened: the lines would name clients and their samples."""
     logger = logging.getLogger("flapp.data")
     before = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -82,7 +82,7 @@ def silenced() -> Iterator[None]:
 
 
 def read_task(message: Message, context: Context) -> Task:
-    """Return what a message asks, which only the first call reads.
+    """Return a message's task. The first call reads it; later calls return the same.
 
     Raises MessageError for a server with other source code, flapp's or the user's own. Raises ConfigError for settings
     that this node cannot use and for a message that reached the node of another client.
@@ -110,7 +110,7 @@ def check_code(task: Task) -> None:
 
 
 def message_for_one(message: Message, asked: Asked, arrays: ArrayRecord) -> Message:
-    """Return the message that one client of a group would have had, as Flower delivers it. It has been read already."""
+    """Return the message that a client would get if it were asked alone, with its task attached."""
     task: Task = message.__dict__[TASK]
     record = cast(ConfigRecord, message.content[INSTRUCTIONS]).copy()
     record["client-id"], record["accepted-round"] = asked.client_id, asked.accepted_round

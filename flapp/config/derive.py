@@ -1,4 +1,4 @@
-"""Fill in settings that others decide: the prepared dataset its shape, pretrained weights their model, and so on."""
+"""Fill in settings that follow from others: the shape from the prepared data, the model from its weights, and so on."""
 
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ NORMALIZATION = "half"  # where neither the settings nor the prepared dataset sa
 
 
 def leave_open(values: dict[str, Any]) -> bool:
-    """Give settings of a dataset that is about to be prepared, where they are null, values that say nothing.
+    """Replace null settings of a dataset that is about to be prepared: by shape [], 0 classes and the usual scaling.
 
-    These are shape [] and 0 classes. Returns whether there are any: they cannot be checked together with others.
+    Returns whether there are any. Such settings cannot be checked together with others.
     """
     unset = _unset(values)
     _refuse_own(values)
@@ -67,14 +67,13 @@ def _fill_dataset(values: dict[str, Any]) -> None:
 
 
 def _refuse_own(values: dict[str, Any]) -> None:
-    """Raise ConfigError for a name of flapp's own without the settings that its own file in conf/dataset has."""
+    """Raise ConfigError if dataset.name is one of flapp's own but its shape, classes or normalization is null."""
     from flapp.data.sources import is_own  # not needed for most settings
 
     name = values["dataset"].get("name") if _unset(values) else None
     if name is not None and is_own(name):
-        raise ConfigError(
-            f"dataset.name={name} is a dataset of flapp's own: choose another dataset.name, or use dataset={name}"
-        )
+        fix = f"choose another dataset.name, or use dataset={name}"
+        raise ConfigError(f"dataset.name={name} is a dataset of flapp's own: {fix}")
 
 
 def _unset(values: dict[str, Any]) -> list[str]:
@@ -107,8 +106,8 @@ def _read_facts(values: dict[str, Any]) -> dict[str, Any]:
 def _fill_model(model: dict[str, Any], reads_weights: bool) -> None:
     """Fill in what pretrained weights say of the model that they are for.
 
-    With model=pretrained, weights that cannot be used are refused here. Otherwise they are left to the server, which
-    refuses them before a round, as it does a setting that it finds to contradict them.
+    With model=pretrained, weights that cannot be used are refused here. Otherwise the server refuses them before the
+    first round. It also refuses settings that contradict them.
     """
     path, name = model.get("pretrained"), model.get("name")
     if name == "pretrained" and not reads_weights:
@@ -123,9 +122,8 @@ def _fill_model(model: dict[str, Any], reads_weights: bool) -> None:
         weights = describe(Path(path))
     except ValueError as error:
         if name == "pretrained":
-            raise ConfigError(
-                f"model=pretrained takes its size from model.pretrained: {printable(error, 1000)}"
-            ) from error
+            said = printable(error, 1000)
+            raise ConfigError(f"model=pretrained takes its size from model.pretrained: {said}") from error
         return
     if name == "pretrained":
         model |= {"name": weights.size, "channels": model.get("channels") or weights.channels}

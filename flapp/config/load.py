@@ -75,8 +75,8 @@ def _config_of(text: str, overrides: str, home: str, own_home: str) -> Config:
 def read_node_config(node_config: Mapping[str, Any]) -> NodeConfig:
     """Read a node's own facts from Flower's node_config; raises ConfigError for a key that nothing reads."""
     paths = ("shard-path", "checkpoint-dir", "home")
-    known: dict[str, Any] = {"client-id": str, "partition-id": int, "num-partitions": int, "allow-code": _split_words}
-    known |= dict.fromkeys(paths, str)
+    known: dict[str, Any] = {"client-id": str, "partition-id": int, "num-partitions": int, **dict.fromkeys(paths, str)}
+    known["allow-code"] = lambda text: tuple(str(text).split())
     for key, value in node_config.items():
         if key not in known:
             raise ConfigError(f"node-config has {key}, which is not a setting{hint(key, known)}")
@@ -85,16 +85,13 @@ def read_node_config(node_config: Mapping[str, Any]) -> NodeConfig:
     return NodeConfig(**{key.replace("-", "_"): known[key](value) for key, value in node_config.items()})
 
 
-def _split_words(text: object) -> tuple[str, ...]:
-    return tuple(str(text).split())
-
-
 def compose(overrides: Sequence[str], base: Path | None = None, home: str = "", preparing: bool = False) -> Config:
     """Compose conf/ with Hydra overrides and check it.
 
     Relative paths are taken from `base`, or refused without it. The folder base/conf, or without base the conf/ of an
-    app that Flower has put on the import path, adds to the choices of each group. home: where the data are that decide
-    what the settings leave open, if it is not their own. preparing: the dataset is yet to be prepared, see leave_open.
+    app that Flower has put on the import path, adds to the choices of each group. home: the folder whose data fill in
+    settings that are null, if not the home in the settings. preparing: the dataset is yet to be prepared, see
+    leave_open.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -159,24 +156,22 @@ def expand_words(words: Sequence[str]) -> list[str]:
 
     Shells leave key=~/file as it is. Hydra wants ++ before a key that its files do not have.
     """
-    matches = [HOME.fullmatch(word) for word in words]
-    found = [f"{m[1]}'{Path.home()}{m[2]}'" if m else word for m, word in zip(matches, words, strict=True)]
-    return [each for word in found for each in _for_kwargs(word)]
-
-
-def _for_kwargs(word: str) -> list[str]:
-    """Return what Hydra takes for an override of model.kwargs, whole or of one key."""
-    if word.startswith("model.kwargs="):
-        return ["~model.kwargs", f"+{word}"]
-    return [f"++{word}" if word.startswith("model.kwargs.") else word]
+    expanded = []
+    for word in words:
+        if match := HOME.fullmatch(word):
+            word = f"{match[1]}'{Path.home()}{match[2]}'"
+        if word.startswith("model.kwargs="):
+            expanded += ["~model.kwargs", f"+{word}"]
+        else:
+            expanded.append(f"++{word}" if word.startswith("model.kwargs.") else word)
+    return expanded
 
 
 def name_override(words: Sequence[str]) -> list[str]:
     """Return an override of run_name for a command that chooses a dataset, model or strategy, or sweeps experiments.
 
-    The name consists of the experiment (left out if a dataset is chosen and no experiment), dataset, model and
-    strategy, without choices that a sweep varies. Returns nothing when run_name is given, or when the default in
-    conf/config.yaml (experiment and time) fits.
+    The name consists of the experiment (unless a dataset is chosen without one), dataset, model and strategy, without
+    choices that a sweep varies. Returns nothing when run_name is given, or when the default in conf/config.yaml fits.
     """
     given = {key: value.strip("'\"") for key, _, value in (word.partition("=") for word in words)}
     chosen = [given.get("dataset.name", given.get("dataset")), given.get("model"), given.get("strategy")]
@@ -242,8 +237,7 @@ def to_yaml(config: Config) -> str:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the plain values of a file of to_yaml, unchecked: another version of flapp may have written it.
 
-    Raises ConfigError for what to_yaml never writes, such as anchors, aliases and deep nesting, and OSError when the
-    file cannot be read.
+    Raises ConfigError for what to_yaml never writes, such as anchors, aliases and deep nesting, and OSError.
     """
     import yaml
     from omegaconf import OmegaConf

@@ -17,16 +17,8 @@ from flapp.model.layout import SIZES, variant_fault
 from flapp.model.split.files import check_points, parse_points
 
 PATHS = (  # settings that are paths; the apps run in another folder, so relative ones are refused
-    *(
-        "home",
-        "code",
-        "dataset.source",
-        "partition.mapping",
-        "model.pretrained",
-        "lora.adapter",
-        "split.model_storage_dir",
-    ),
-    *("distributed_data.shard_path", "distributed_data.manifest"),
+    *("home", "code", "dataset.source", "partition.mapping", "model.pretrained", "lora.adapter"),
+    *("split.model_storage_dir", "distributed_data.shard_path", "distributed_data.manifest"),
     *("deployment.federation", "deployment.root_certificates", "deployment.client_keys"),
 )
 NEEDS_MALICIOUS = ("trimmed_mean", "krum", "multi_krum")  # values of strategy.robust
@@ -127,7 +119,7 @@ def _evaluation_faults(config: Config) -> Iterator[str]:
         yield f"{chooser} chooses by validation samples, and {given} holds out none: {fix}"
     every, rounds = f"evaluate.every={evaluate.every}", f"num_rounds={config.num_rounds}"
     if stopping.metric is not None and evaluate.every * (1 + stopping.patience) >= config.num_rounds:
-        found = f"stopping.patience={stopping.patience} evaluations, one in {every} rounds, are never over before"
+        found = f"stopping.patience={stopping.patience} evaluations without progress, at {every}, do not fit into"
         yield f"{found} {rounds}: lower stopping.patience or evaluate.every"
     if best and evaluate.every >= config.num_rounds:
         yield f"evaluate.select=best has only the last round to choose from: lower {every} below {rounds}"
@@ -217,12 +209,12 @@ def _robust_faults(config: Config) -> Iterator[str]:
     if strategy.robust in NEEDS_MALICIOUS and strategy.malicious is None:
         yield f"{given} needs strategy.malicious: set it to the number of bad clients that a round may have"
     if rule is not None and rule not in ROBUST_RULES:
-        found = f"averages A and B, which strategy.aggregation={rule} does not do with them alone"
+        found = f"replaces an average of A and B, which strategy.aggregation={rule} does not take"
         yield f"{given} {found}: use {', '.join(ROBUST_RULES)} or fedavg"
     if strategy.weighting == "alignment":
         yield f"strategy.weighting=alignment is a defence of its own, it does not go with {given}: use num-examples"
     if (kind := config.privacy.kind) != "none":
-        yield f"{given} looks for updates that differ, privacy={kind} hides them in noise: set one of them off"
+        yield f"{given} looks for updates that differ, privacy={kind} hides them in noise: turn one of the two off"
     if strategy.target is not None:
         found = f"strategy.target={strategy.target} decides itself how replies are combined"
         yield f"{found}: set strategy.robust=none or leave strategy.target out"
@@ -238,8 +230,8 @@ def _privacy_faults(config: Config) -> Iterator[str]:
     """Yield faults of differential privacy of any kind."""
     privacy, rule = config.privacy, config.strategy.aggregation
     if privacy.kind == "local" and rule not in (None, "fedit"):
-        found = f"perturbs all that was sent, strategy.aggregation={rule} has only a part sent back"
-        yield f"privacy=local {found}: use fedit or fedavg, or privacy=central"
+        found = f"goes only with fedit and fedavg, got strategy.aggregation={rule}"
+        yield f"privacy=local {found}: use one of them, or privacy=central"
     if privacy.kind != "none" and privacy.delta * config.clients >= 1:
         found = f"privacy.delta={privacy.delta} lets the whole update of one in {config.clients} clients leak"
         yield f"{found}: set it far below 1/clients, such as {0.01 / config.clients:.0e}"
@@ -271,10 +263,10 @@ def _central_faults(config: Config) -> Iterator[str]:
         found = f"strategy.weighting={strategy.weighting}"
         yield f"privacy=central bounds what each client adds, {found} does not: set strategy.weighting=uniform"
     if strategy.norm_limit is not None:
-        found = f"strategy.norm_limit={strategy.norm_limit} would leave some out by the data of others"
+        found = f"strategy.norm_limit={strategy.norm_limit} would leave some out, depending on other clients' data"
         yield f"privacy=central clips updates, {found}: set strategy.norm_limit=null"
     if strategy.min_replies > 1:
-        found = f"strategy.min_replies={strategy.min_replies} could end the run by it"
+        found = f"strategy.min_replies={strategy.min_replies} could end the run when few are drawn"
         yield f"privacy=central draws a random number of clients, {found}: set strategy.min_replies=1"
     chosen = "chooses by evaluations, which privacy=central does not protect"
     if config.evaluate.select == "best":
@@ -320,7 +312,7 @@ def sample_size(fraction: float, clients: int) -> int:
 
 
 def fewest_replies(strategy: StrategyConfig) -> int:
-    """Return the least valid replies that a round of training needs.
+    """Return how many valid replies a round of training needs at least.
 
     A trimmed mean needs one value that is not trimmed, Krum 2 f + 3 clients of which f are bad (Blanchard et al. 2017).
     """
@@ -331,7 +323,7 @@ def fewest_replies(strategy: StrategyConfig) -> int:
 
 
 def group_size(clients: int) -> int:
-    """Return how many clients share a message in a round of so many: 1 below 32, and 16 to 31 groups for more."""
+    """Return how many of a round's clients share a message: 1 below 32. From 32 on there are 16 to 24 messages."""
     return max(1, clients // GROUPS)
 
 

@@ -13,7 +13,7 @@ from flapp.model.layout import Variant
 
 ROBUST_RULES = ("fedit", "ffa", "rolora")  # rules of aggregation that a robust average goes with
 RANKS_MAY_DIFFER = ("flora", "flexlora", "hetlora")  # rules of aggregation
-VALIDATION_FRACTION = 0.2  # of the training samples, where something chooses and nothing else is said
+VALIDATION_FRACTION = 0.2  # of the training samples, if evaluations decide something and no fraction is set
 WRITER_PARTITIONS = ("natural", "round_robin", "random", "manual")  # made with the shards, of whole writers
 
 
@@ -87,7 +87,7 @@ class ModelConfig:
     dropout: Dropout
     channels: Count | None
     pretrained: str | None
-    target: Target | None = None  # as above
+    target: Target | None = None  # older runs lack this and what follows
     kwargs: Annotated[dict[str, Any], AfterValidator(Kwargs)] = Field(default_factory=Kwargs)
     layer_norm_eps: Annotated[float, Field(gt=0, lt=1)] | None = None
     activation: Literal["gelu", "quick_gelu"] | None = None
@@ -200,7 +200,7 @@ class PrivacyConfig:
     clipping_norm: Positive
     epsilon: Positive
     delta: Annotated[float, Field(gt=0, le=1)]
-    noise_multiplier: Positive | None = None  # as above
+    noise_multiplier: Positive | None = None  # older runs lack this and what follows
     clipping: Literal["fixed", "adaptive"] = "fixed"
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
     clipping_lr: Positive = 0.2

@@ -1,6 +1,6 @@
 """Artifacts, partitions, shards and batches; imports neither Flower, Hydra nor models.
 
-Reading order: artifact, sources, decode, folder, table_files, tables, hub, partition, images, offline, loader, shards.
+Reading order: artifact, sources, decode, folder, table_files, tables, partition, images, offline, loader, shards.
 The names below are for users' own code; flapp imports from the modules.
 """
 

@@ -7,7 +7,7 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from glob import escape
@@ -25,7 +25,12 @@ FORMAT_VERSION = 1
 LAYOUTS = ("NHWC", "NCHW")
 UINT8 = np.dtype(np.uint8)
 DTYPES = ("uint8", "int8", "int16", "int32", "int64", "bool", "float16", "float32", "float64")  # of samples
-NORMALIZATION_NAMES = ("none", "half", "imagenet")  # images.py has their numbers
+# Mean and standard deviation per channel of pixels in [0, 1]; `none` only scales to [0, 1].
+NORMALIZATIONS: dict[str, tuple[Sequence[float], Sequence[float]]] = {
+    "none": ((0.0,), (1.0,)),
+    "half": ((0.5,), (0.5,)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
 FILES = ("meta.json", "images.npy", "labels.npy")
 BLOCK_BYTES = 16 << 20
 DIGEST_OF_BLOCKS = ([("uint8", 4), ("int64", 1)], [("float32", 2), ("float32", 1)])  # dtypes and axes: see `digest`
@@ -130,15 +135,13 @@ def write_artifact(
 ) -> None:
     """Write one split into `folder`, whole or not at all, replacing what was there.
 
-    images: the samples. uint8 (N, H, W, C), or (N, C, H, W) with layout="NCHW", are images. Arrays of any other shape
-    (N, ...) or of another of DTYPES are read as they are stored. labels: int64 (N,) below len(classes); without
-    classes, float32 or int64 (N, ...). source_sha256: of the files that the split comes from, by default of the arrays.
-    Raises DataError for anything else.
+    images: the samples. uint8 (N, H, W, C), or (N, C, H, W) with layout="NCHW", are images. Others, of any shape
+    (N, ...) and of DTYPES, are read as they are stored. labels: int64 (N,) below len(classes); without classes,
+    float32 or int64 (N, ...). source_sha256: of the source, by default of the arrays. Raises DataError for bad arrays.
     """
     check_arrays(str(folder), images.dtype, images.shape, labels, len(classes), layout)
-    source_sha256 = source_sha256 or arrays_sha256(images, labels)
-    read, dtype = (lambda start, stop: images[start:stop]), images.dtype
-    write_rows(folder, read, images.shape, labels, classes, source_sha256, layout, dtype=dtype)
+    sha256 = source_sha256 or arrays_sha256(images, labels)
+    write_rows(folder, lambda a, b: images[a:b], images.shape, labels, classes, sha256, layout, dtype=images.dtype)
 
 
 def arrays_sha256(images: np.ndarray, labels: np.ndarray) -> str:
@@ -162,7 +165,7 @@ def write_rows(
     into: Path | None = None,
     preparation: str = "",
 ) -> None:
-    """Write one split as write_artifact does, block by block: read(start, stop) returns samples of all, of `shape`.
+    """Write one split as write_artifact does, block by block: read(start, stop) returns these rows; `shape` is of all.
 
     progress(n) is called for every n samples written. normalization: the one that runs must use. into: an empty folder
     to write to, which the caller then renames to `folder`. preparation: marks the splits that are written together.
@@ -183,9 +186,8 @@ def write_rows(
             progress(len(block))
 
     meta: dict[str, Any] = {"format_version": FORMAT_VERSION, "writer": f"flapp {__version__}"}
-    meta |= {"layout": layout} if layout != "NHWC" else {}
-    meta |= {"normalization": normalization} if normalization else {}
-    meta |= {"preparation": preparation} if preparation else {}
+    more = {"layout": layout, "normalization": normalization, "preparation": preparation}
+    meta |= {key: value for key, value in more.items() if value not in ("NHWC", None, "")}
     try:
         if into is None:
             remove_leftovers(folder)
@@ -218,10 +220,8 @@ def open_artifact(folder: Path, verify: bool = False) -> Artifact:
     check_arrays(str(folder), images.dtype, images.shape, labels, len(meta["classes"]), layout)
     for name, array in (("images", images), ("labels", labels)):
         if verify and (bad := damaged_blocks(array, meta[name]["blocks"])):
-            raise DataError(
-                f"{folder / name}.npy was changed or damaged (block {bad[0]} has another SHA-256 than its meta.json "
-                f"says): delete {folder} and prepare it again"
-            )
+            why = f"block {bad[0]} has another SHA-256 than its meta.json says"
+            raise DataError(f"{folder / name}.npy was changed or damaged ({why}): delete {folder} and prepare it again")
     more = (meta.get("source_sha256", ""), layout, meta.get("normalization"), meta.get("preparation", ""))
     return Artifact(folder, images, labels, tuple(meta["classes"]), digest(meta), *more)
 
@@ -235,9 +235,8 @@ def open_verified(folder: Path) -> Artifact:
     if found not in _compared:
         with ExitStack() as stack:
             note = None
-            with suppress(OSError):  # without a note every process compares for itself, without locks some may
-                note = stack.enter_context(_note(folder).open("a"))
-                fcntl.flock(note, fcntl.LOCK_EX)
+            with suppress(OSError):  # without a note every process compares; without locks, several may
+                note = stack.enter_context(locked(_note(folder)))
             if not _is_noted(folder, found):
                 artifact = open_artifact(folder, verify=True)
                 if note:
@@ -266,7 +265,7 @@ def check_arrays(
     if layout not in LAYOUTS:
         raise DataError(f"{where} has layout {layout!r}: it must be one of {', '.join(LAYOUTS)}")
     if layout != "NHWC" and not are_images(dtype, shape):
-        raise DataError(f"{where} has layout {layout}, which is of images, uint8 with 4 axes; {found}: leave it out")
+        raise DataError(f"{where} has layout {layout}, only for images (uint8 with 4 axes); {found}: leave layout out")
     if str(dtype) not in DTYPES:
         raise DataError(f"{where} needs samples of one of {', '.join(DTYPES)}, {found}: convert them with astype")
     if classes and (str(labels.dtype), labels.ndim) != ("int64", 1):
@@ -296,10 +295,8 @@ def check_settings(
     A normalization of None goes with any.
     """
     if found[2] not in (None, settings[2]):
-        raise DataError(
-            f"{where} was prepared with dataset.normalization={found[2]}, the settings say {settings[2]}: "
-            "leave dataset.normalization out, or prepare it again with overwrite=true"
-        )
+        fault = f"{where} was prepared with dataset.normalization={found[2]}, the settings say {settings[2]}"
+        raise DataError(f"{fault}: leave dataset.normalization out, or prepare it again with overwrite=true")
     if (list(found[0]), found[1]) != (list(settings[0]), settings[1]):
         raise DataError(
             f"{where} has samples of shape {list(found[0])} in {found[1]} classes, the settings say "
@@ -308,9 +305,9 @@ def check_settings(
         )
 
 
-def refuse_rows(artifact: Artifact, fixes: Sequence[str]) -> None:
-    """Raise DataError if an artifact holds no images; fixes: settings of images that were given, as they should be."""
-    if fixes and not artifact.has_images:
+def refuse_rows(artifact: Artifact, given: Mapping[str, Any]) -> None:
+    """Raise DataError for settings that need images where there are none; given: {fix: whether it is needed}."""
+    if not artifact.has_images and (fixes := [fix for fix, is_given in given.items() if is_given]):
         raise DataError(
             f"{artifact.path} holds no images (uint8 with 4 axes) but {artifact.images.dtype} "
             f"{list(artifact.images.shape)}, which is read as stored: set {' and '.join(fixes)}"
@@ -320,7 +317,7 @@ def refuse_rows(artifact: Artifact, fixes: Sequence[str]) -> None:
 def digest(meta: dict[str, Any]) -> str:
     """Return the SHA-256 that names the content of an artifact: of the block hashes, and of dtypes and shapes.
 
-    For images with class labels, and for regression on vectors, it covers the block hashes only, as it did before.
+    For images with class labels, and for regression on vectors, it covers the block hashes only, as in old versions.
     """
     arrays = [meta[name] for name in ("images", "labels")]
     kinds = [(array["dtype"], len(array["shape"])) for array in arrays]
@@ -339,7 +336,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         sound = sound and all(type(array["shape"]) is list for array in arrays)
         sound = sound and all(type(n) is int and n >= 0 for array in arrays for n in array["shape"])
         sound = sound and all(type(meta.get(key, "")) is str for key in ("source_sha256", "preparation"))
-        sound = sound and meta.get("normalization", "half") in NORMALIZATION_NAMES
+        sound = sound and meta.get("normalization", "half") in NORMALIZATIONS
         found = printable(f"format {meta['format_version']}, complete={meta['complete']}, sound={sound}")
         if not sound or meta["complete"] is not True or meta["format_version"] != FORMAT_VERSION:
             raise DataError(f"{path} is not a complete artifact of format {FORMAT_VERSION} ({found}): {again}")
@@ -378,11 +375,10 @@ def _sha256(block: np.ndarray) -> str:
 
 
 def _stamp(path: Path) -> tuple[str | int, ...]:
-    try:
+    with suppress(OSError):
         facts = path.stat()
-    except OSError:
-        return (str(path),)
-    return str(path), facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
+        return str(path), facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
+    return (str(path),)
 
 
 def _note(folder: Path) -> Path:

@@ -13,7 +13,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -29,8 +29,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MOST_BYTES = 256 << 20  # of an encoded image
 MOST_PIXELS = 89_478_485  # of an image, before and after it is resized; PIL warns of more, and refuses twice as many
 LARGE_PIXELS = 1 << 24  # of images with more, only one is decoded at a time
-BLOCK_BYTES = 4 << 20  # encoded and decoded, that one job takes
+BLOCK_BYTES = 4 << 20  # of images, encoded and decoded together, in one job
 MOST_BLOCK = 256  # images that one job takes
+GREY = ("1", "L", "LA", "I", "F")  # modes of images without colours; so are those that begin with I;
 ORIENTATION = 0x0112  # the tag of EXIF
 _PIL_ERRORS = (  # what PIL raises for files that are damaged, hostile or no images
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError),
@@ -50,7 +51,7 @@ class RawSplit:
 
     names: what a message calls each image: its path, or a parquet file and row. labels: int64 (N,). read(start, stop)
     returns the encoded images of a range; it is called in one thread, for ranges that follow one another. sha256: names
-    the source of the split. clients: whose each sample is, empty if the source does not say.
+    the source of the split. clients: the client of each sample, empty if the source names none.
     """
 
     names: Sequence[str]
@@ -83,7 +84,7 @@ class Decoded:
 
 
 class UnreadableError(DataError):
-    """Some images cannot be read; `lines` says of each which and why."""
+    """Some images cannot be read; `lines` names each of them and says why."""
 
     def __init__(self, lines: Sequence[str], total: int) -> None:
         fix = "repair or remove them, or add dataset.skip_unreadable=true"
@@ -123,10 +124,15 @@ def decode_splits(
     if bad and not skip_unreadable:
         raise UnreadableError(bad, total)
     if empty := [name for name, (_, rows) in kept.items() if not rows]:
-        raise DataError(f"{empty[0]} has no image that can be read, of {len(raw[empty[0]].labels):,}: give it others")
+        raise DataError(f"{empty[0]}: none of {len(raw[empty[0]].labels):,} images can be read: repair or replace them")
     size = tuple(shape) if shape is not None else (*found.size, 3)
     channels = size[2] if shape is not None or not found.all_grey else 1
-    return {name: _map(raw[name], *kept[name], size, channels) for name in raw}, bad
+    decoded = {}
+    for name, (file, rows) in kept.items():
+        pixels = np.memmap(file, np.uint8, "r", shape=(len(rows), *size))[..., :channels]
+        clients = [raw[name].clients[row] for row in rows] if raw[name].clients else ()
+        decoded[name] = Decoded(pixels, raw[name].labels[rows], clients)
+    return decoded, bad
 
 
 def read_image(path: Path) -> Encoded:
@@ -168,7 +174,7 @@ def to_shape(image: Image.Image, shape: Sequence[int] | None) -> np.ndarray:
     is dropped, so that the colours beneath show, and grey is 0.299 R + 0.587 G + 0.114 B (ITU-R 601). 16 bits become 8
     by value / 257, rounded. Raises ValueError for pixels of other depths.
     """
-    grey = is_grey(image) if shape is None else shape[2] == 1
+    grey = image.mode in GREY or image.mode.startswith("I;") if shape is None else shape[2] == 1
     image = _convert(image, "L" if grey else "RGB")
     if shape is not None:
         height, width = shape[:2]
@@ -183,11 +189,6 @@ def to_shape(image: Image.Image, shape: Sequence[int] | None) -> np.ndarray:
             image = image.crop((left, top, left + width, top + height))
     pixels = np.asarray(image)
     return pixels[..., None] if grey else pixels
-
-
-def is_grey(image: Image.Image) -> bool:
-    """Say whether an image is stored without colours."""
-    return image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;")
 
 
 def count_cores() -> int:
@@ -240,9 +241,12 @@ def _decode_all(
 ) -> Iterator[Pixels]:
     """Decode the images of a split in threads and yield them in their order; PIL decodes without the GIL.
 
-    A job takes so many images that they have about BLOCK_BYTES, encoded and decoded, and two jobs for each worker are
-    under way: that bounds the memory.
+    To bound the memory, a job takes images of about BLOCK_BYTES, encoded and decoded, and each worker has two jobs.
     """
+
+    def decode_block(encoded: Sequence[Encoded]) -> list[Pixels]:
+        return [decode(each, shape) for each in encoded]
+
     pending: deque[Future[list[Pixels]]] = deque()
     total, start, count, decoded = len(split.labels), 0, 1, int(np.prod(shape)) if shape else 0
     pool = ThreadPoolExecutor(workers)
@@ -251,7 +255,7 @@ def _decode_all(
             if start < total and len(pending) < 2 * workers:
                 stop = min(start + count, total)
                 encoded = split.read(start, stop)
-                pending.append(pool.submit(_decode_block, encoded, shape))
+                pending.append(pool.submit(decode_block, encoded))
                 each = sum(map(len, encoded)) // len(encoded) + decoded
                 start, count = stop, min(2 * count, MOST_BLOCK, max(1, BLOCK_BYTES // max(1, each)))
                 continue
@@ -263,48 +267,27 @@ def _decode_all(
         pool.shutdown(cancel_futures=True)
 
 
-def _decode_block(encoded: Sequence[Encoded], shape: Sequence[int] | None) -> list[Pixels]:
-    return [decode(each, shape) for each in encoded]
-
-
 def _store(
     split: RawSplit, images: Iterator[Pixels], any_size: bool, found: _Found, bad: list[str], scratch: Path
 ) -> tuple[IO[bytes], list[int]]:
-    """Write the images that could be read to a file without a name, and return it with their rows in the split.
+    """Write all readable images to a file without a name; return the file, and the rows of these images in the split.
 
-    With any_size they must have one size, and are stored with three channels. A line on each other image is added to
-    `bad`.
+    With any_size they must have one size, and are stored with three channels. `bad` gets a line on each other image.
     """
     rows = []
-    with _explaining(scratch):
-        # It is open as long as its pixels are. Each write would wait for the threads that decode.
-        file = tempfile.TemporaryFile(dir=scratch, buffering=BLOCK_BYTES)  # noqa: SIM115
-    for row, pixels in enumerate(images):
-        if isinstance(pixels, str):
-            bad.append(f"{printable(split.names[row])} ({pixels})")
-            continue
-        if any_size:
-            found.add(split, row, pixels)
-            pixels = pixels.repeat(3, axis=2) if pixels.shape[2] == 1 else pixels
-        rows.append(row)
-        with _explaining(scratch):
-            file.write(np.ascontiguousarray(pixels).data)
-    with _explaining(scratch):
-        file.flush()
-    return file, rows
-
-
-@contextmanager
-def _explaining(scratch: Path) -> Iterator[None]:
-    """Turn an error of the temporary file into DataError."""
     try:
-        yield
+        # It stays open while its pixels are used. The large buffer saves writes, which wait for the decoding threads.
+        file = tempfile.TemporaryFile(dir=scratch, buffering=BLOCK_BYTES)  # noqa: SIM115
+        for row, pixels in enumerate(images):
+            if isinstance(pixels, str):
+                bad.append(f"{printable(split.names[row])} ({pixels})")
+                continue
+            if any_size:
+                found.add(split, row, pixels)
+                pixels = pixels.repeat(3, axis=2) if pixels.shape[2] == 1 else pixels
+            rows.append(row)
+            file.write(np.ascontiguousarray(pixels).data)
+        file.flush()
     except OSError as error:
         raise DataError(f"{scratch} cannot hold the decoded images ({error.strerror}): make room there") from error
-
-
-def _map(split: RawSplit, file: IO[bytes], rows: list[int], size: Sequence[int], channels: int) -> Decoded:
-    """Return the split of which `rows` are in a file, in images of (H, W, 1 or 3) of which `channels` are wanted."""
-    images = np.memmap(file, np.uint8, "r", shape=(len(rows), *size))[..., :channels]
-    clients = [split.clients[row] for row in rows] if split.clients else ()
-    return Decoded(images, split.labels[rows], clients)
+    return file, rows

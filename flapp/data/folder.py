@@ -27,9 +27,7 @@ VALIDATION = ("val", "valid", "validation")  # the test split of a folder
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LEFT_BY_SYSTEMS = ("thumbs.db", "desktop.ini", "__macosx")
 HASHED = 512  # files at a time
-EXPECTED = (
-    "and dataset.source must be a folder of images, a .parquet file or a folder of parquet files: point it at one"
-)
+EXPECTED = "and dataset.source must be a folder of images, a .parquet file or a folder of those: point it at one"
 
 Class = list[Path]  # the images of one class, in their order
 T = TypeVar("T")
@@ -56,17 +54,16 @@ def open_folder(
     if test is None:
         found = divide(found["train"], test_fraction, seed)
     elif more := sorted(found["test"].keys() - found["train"].keys(), key=os.fsencode):
-        raise DataError(
-            f"{_shown(test / more[0])} is a class that {train} lacks: add training images, or remove the folder"
-        )
+        odd = _shown(test / more[0])
+        raise DataError(f"{odd} is a class that {train} lacks: add training images, or remove the folder")
     return {split: _open_split(folder, of, classes, progress) for split, of in found.items()}, classes
 
 
 def divide(found: dict[str, list[T]], test_fraction: float, seed: int) -> dict[str, dict[str, list[T]]]:
     """Divide the images of each class into training and test images, drawn from the seed and the class's name.
 
-    Of n images, floor(n test_fraction + 1/2) are test images, but at most n - 1. Both parts keep their order. Raises
-    DataError if no class has a test image.
+    Of n images, floor(n test_fraction + 1/2) but at most n - 1 are test images. Both parts keep their order. Raises
+    DataError if there are no test images.
     """
     splits: dict[str, dict[str, list[T]]] = {"train": {}, "test": {}}
     for name, paths in found.items():
@@ -75,9 +72,8 @@ def divide(found: dict[str, list[T]], test_fraction: float, seed: int) -> dict[s
         splits["train"][name] = [path for row, path in enumerate(paths) if row not in drawn]
         splits["test"][name] = [path for row, path in enumerate(paths) if row in drawn]
     if not any(splits["test"].values()):
-        raise DataError(
-            f"dataset.test_fraction={test_fraction} of so few images gives no test image: raise it, or add images"
-        )
+        given = f"dataset.test_fraction={test_fraction}"
+        raise DataError(f"{given} of so few images gives no test image: raise it, or add images")
     return splits
 
 
@@ -88,20 +84,17 @@ def _find_splits(folder: Path, root: Path) -> tuple[Path, Path | None]:
     others = [path for path in folders if path not in train + test]
     if not train and not test:
         return folder, None
-    if len(train) > 1 or len(test) > 1:
-        two = train if len(train) > 1 else test
-        raise DataError(
-            f"{_shown(two[0])} and {_shown(two[1])} are both taken for one split: keep one of them in {folder}"
-        )
+    for split in (train, test):
+        if len(split) > 1:
+            found = f"{_shown(split[0])} and {_shown(split[1])} are both taken for one split"
+            raise DataError(f"{found}: keep one of them in {folder}")
     if others:
         fix = "move it away, or if these are classes, rename the one with the name of a split"
         raise DataError(f"{_shown(others[0])} is beside {(train + test)[0].name}, which is taken for a split: {fix}")
-    if not test:
-        fix = f"set dataset.source={train[0]} to divide it by dataset.test_fraction, or add test"
-        raise DataError(f"{folder} has {train[0].name}, but no folder test: {fix}")
-    if not train:
-        fix = f"set dataset.source={test[0]} to divide it by dataset.test_fraction, or add train"
-        raise DataError(f"{folder} has {test[0].name}, but no folder train: {fix}")
+    for split, other, missing in ((train, test, "test"), (test, train, "train")):
+        if not other:
+            fix = f"set dataset.source={split[0]} to divide it by dataset.test_fraction, or add {missing}"
+            raise DataError(f"{folder} has {split[0].name}, but no folder {missing}: {fix}")
     return train[0], test[0]
 
 
@@ -111,7 +104,8 @@ def _read_classes(split: Path, root: Path) -> dict[str, Class]:
     for entry in _scan(split, root):
         path = split / entry.name
         if _is_folder(entry):
-            _check_name(path)
+            if not entry.name.isprintable():
+                raise DataError(f"{_shown(path)} has a name that is not printable text in UTF-8: rename the folder")
             found[entry.name] = _find_images(path, root)
         elif path.suffix.lower() in SUFFIXES:
             raise DataError(f"{_shown(path)} is in no folder of a class: move it into one, or away")
@@ -142,10 +136,8 @@ def _scan(folder: Path, root: Path) -> list[os.DirEntry[str]]:
             if entry.is_symlink():
                 _check_link(folder / entry.name, root)
     except OSError as error:
-        raise DataError(
-            f"{_shown(Path(error.filename or folder))} cannot be read ({error.strerror}): "
-            "point dataset.source at a folder of images that you may read"
-        ) from error
+        found = f"{_shown(Path(error.filename or folder))} cannot be read ({error.strerror})"
+        raise DataError(f"{found}: point dataset.source at a folder of images that you may read") from error
     return entries
 
 
@@ -162,16 +154,6 @@ def _check_link(path: Path, root: Path) -> None:
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir(follow_symlinks=False)
-
-
-def _check_name(path: Path) -> None:
-    """Raise DataError for a class whose name cannot be shown, or written to a file."""
-    try:
-        is_text = bool(path.name.encode())
-    except UnicodeEncodeError:
-        is_text = False
-    if not is_text or not path.name.isprintable():
-        raise DataError(f"{_shown(path)} has a name that is not printable text in UTF-8: rename the folder")
 
 
 def _open_split(

@@ -3,7 +3,7 @@
 `materialize` stores resized images, which takes disk space but saves the time to resize them at every step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,16 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flapp.data.artifact import DataError, open_artifact, resized_folder, write_rows
+from flapp.data.artifact import NORMALIZATIONS, DataError, open_artifact, resized_folder, write_rows
 
-# Mean and standard deviation per channel of pixels in [0, 1]; `none` only scales to [0, 1].
-NORMALIZATIONS: dict[str, tuple[Sequence[float], Sequence[float]]] = {
-    "none": ((0.0,), (1.0,)),
-    "half": ((0.5,), (0.5,)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
 COMPARED = 64  # images that are compared with PIL
-# F.interpolate on uint8 equals PIL byte for byte; at these sizes its rounding differs, by at most so many levels.
+# F.interpolate on uint8 equals PIL byte for byte but at these sizes, where it differs by at most so many levels.
 TOLERANCE = {299: 2, 336: 2}
 
 
@@ -44,8 +38,8 @@ def resize(pixels: Tensor, size: int) -> Tensor:
         return _interpolate(pixels.float(), size, size).round_().clamp_(0, 255).to(torch.uint8)
     if size % 4:
         return _interpolate(pixels, size, size).contiguous()
-    # As PIL does: first every row, then every column, rounding to uint8 in between. Making planes of channels-last
-    # pixels between the two moves a fraction of the bytes that it would move at the end.
+    # As PIL does: first every row, then every column, rounding to uint8 in between. Channels-last pixels become planes
+    # between the two: where images grow, there are fewer bytes to move there than at the end.
     rows = _interpolate(pixels, height, size).contiguous()
     # The columns are independent of each other. Four neighbours passed as the channels of one pixel take PyTorch's
     # vectorised channels-last path and stay where they are.
@@ -134,10 +128,9 @@ def _compare(native: np.ndarray, planes: np.ndarray, index: int) -> None:
         image = Image.fromarray(np.ascontiguousarray(native[:, :, channel]))
         wanted = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).astype(np.int16)
         if (difference := int(np.abs(wanted - plane).max())) > allowed:
-            raise DataError(
-                f"image {index} at {size} pixels differs from PIL's resize by {difference} levels, {allowed} are "
-                "allowed: leave dataset.materialize out, or use a torch build whose resize agrees with PIL"
-            )
+            found = f"image {index} at {size} pixels differs from PIL's resize by {difference} levels"
+            fix = "leave dataset.materialize out, or use a torch build whose resize agrees with PIL"
+            raise DataError(f"{found}, {allowed} are allowed: {fix}")
 
 
 def _interpolate(pixels: Tensor, height: int, width: int) -> Tensor:
@@ -146,7 +139,7 @@ def _interpolate(pixels: Tensor, height: int, width: int) -> Tensor:
 
 @lru_cache
 def _constants(normalization: str, device: torch.device) -> tuple[Tensor, ...]:
-    """Return mean, standard deviation, and what (x / 255 - mean) / std multiplies x by and adds, as (C or 1, 1, 1)."""
+    """Return mean, std, and scale, shift with x * scale + shift = (x / 255 - mean) / std, each (C or 1, 1, 1)."""
     mean, std = NORMALIZATIONS[normalization]
     scale = [1 / (255 * s) for s in std]
     shift = [-m / s for m, s in zip(mean, std, strict=True)]

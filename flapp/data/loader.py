@@ -55,8 +55,8 @@ class ClientLoader:
         float32   normalized (n, C, H, W); exact=True gives torchvision's bits, False is faster and within 1e-6 of them
         uint8     (n, C, H, W) before normalization, a quarter of the bytes to move to a GPU: see to_input
 
-    augment mirrors every other image and shifts it by up to 1/8 of its size (4 of 32 pixels), drawn from `seed`, before
-    it is resized. Samples that are not images are returned as stored, in their own dtype.
+    augment mirrors an image with probability 1/2 and shifts it by up to 1/8 of its size (4 of 32 pixels), both drawn
+    from `seed`, before it is resized. Samples that are not images are returned as stored, in their own dtype.
 
     With prefetch, a thread makes up to `prefetch` batches ahead in a ring of prefetch + 1 buffers: the inputs of a
     batch are valid until the next batch is requested, those of the last until the next epoch (clone() them to keep
@@ -80,7 +80,7 @@ class ClientLoader:
         if output not in OUTPUTS:
             raise DataError(f"output={output} is unknown: choose one of {', '.join(OUTPUTS)}")
         given = {"output=float32": output != "float32", "augment=False": augment, "image_size=None": image_size}
-        refuse_rows(dataset.artifact, [fix for fix, is_given in given.items() if is_given])
+        refuse_rows(dataset.artifact, given)
         if augment and seed is None:
             raise DataError("augmentation is drawn from a seed: set seed, or augment=False")
         if batch_size < 1 or prefetch < 0:
@@ -95,7 +95,10 @@ class ClientLoader:
         self.exact = exact
         # Augmentation comes before the resize, so it cannot use a materialized artifact.
         self.source: Artifact = dataset.artifact if augment else dataset.artifact_at(image_size)
-        self.shape = self._sample_shape()
+        self.shape = tuple(dataset.images.shape[1:])
+        if dataset.has_images:
+            channels = self.source.images.shape[1 if self.source.layout == "NCHW" else 3]
+            self.shape = (channels, *((image_size, image_size) if image_size else self.source.size))
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self.augment_generator = None if seed is None else torch.Generator().manual_seed(seed ^ AUGMENT_SEED)
         # Large planes of the right size are normalized straight from the memory map, which saves a copy.
@@ -124,12 +127,6 @@ class ClientLoader:
     def to_input(self, pixels: Tensor) -> Tensor:
         """Turn a batch of output uint8, on any device, into the normalized float32 that the model takes."""
         return normalize(pixels, self.dataset.normalization)
-
-    def _sample_shape(self) -> tuple[int, ...]:
-        if not self.dataset.has_images:
-            return tuple(self.dataset.images.shape[1:])
-        channels = self.source.images.shape[1 if self.source.layout == "NCHW" else 3]
-        return (channels, *((self.image_size,) * 2 if self.image_size else self.source.size))
 
     def _draw_epoch(self) -> list[Job]:
         """Draw the whole epoch at once, so that the generators do not depend on prefetch if it is left early."""
@@ -164,7 +161,7 @@ class ClientLoader:
                 yield ahead.popleft().result()
         finally:
             if not is_exiting():  # then the thread has ended
-                with suppress(RuntimeError):  # it may itself collect a dropped iterator, and cannot wait for itself
+                with suppress(RuntimeError):  # the thread, if it collects a dropped iterator, cannot wait for itself
                     maker.shutdown(cancel_futures=True)
                     self._idle.append([scratch, *slots])
 

@@ -1,7 +1,7 @@
 """Map-style datasets over artifacts, used as torchvision's are."""
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,7 @@ class OfflineDataset(Dataset[tuple[Tensor, Any]]):
         self.image_size = image_size
         self.hold(open_verified(Path(folder)))
         given = {"transform=None": transform, "image_size=None": image_size}
-        given["normalization='half'"] = normalization == "imagenet"
-        refuse_rows(self.artifact, [fix for fix, is_given in given.items() if is_given])
+        refuse_rows(self.artifact, given | {"normalization='half'": normalization == "imagenet"})
         self.artifact_at(image_size)
 
     def hold(self, artifact: Artifact) -> None:
@@ -66,9 +65,6 @@ class OfflineDataset(Dataset[tuple[Tensor, Any]]):
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
-        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         return self.__getitems__([index])[0]
@@ -123,9 +119,8 @@ class OfflineCIFAR10(OfflineDataset):
     ) -> None:
         folder = Path(root) / self.name / ("train" if train else "test")
         if not (folder / "meta.json").exists():
-            raise DataError(
-                f"no artifact at {folder}: run python -m tools.prepare_data dataset={self.name} dataset.source=DIR"
-            )
+            fix = f"run python -m tools.prepare_data dataset={self.name} dataset.source=DIR"
+            raise DataError(f"no artifact at {folder}: {fix}")
         super().__init__(folder, transform, "imagenet" if use_imagenet_norm else "half", image_size)
 
 
@@ -155,8 +150,6 @@ def _transformed(image: Tensor, transform: Callable[[Any], Any]) -> Tensor:
     pixels = image.permute(1, 2, 0).numpy()
     changed = transform(Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels))
     if not isinstance(changed, Image.Image):
-        raise DataError(
-            f"a transform must return a PIL image, got {type(changed).__name__}: leave out ToTensor and Normalize, "
-            "the dataset applies both after it"
-        )
+        found = f"a transform must return a PIL image, got {type(changed).__name__}"
+        raise DataError(f"{found}: leave out ToTensor and Normalize, the dataset applies both after it")
     return torch.from_numpy(np.array(changed)).view(changed.height, changed.width, -1).permute(2, 0, 1)

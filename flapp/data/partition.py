@@ -186,10 +186,8 @@ def _dirichlet_shares(
 def _pathological_shares(clients: int, classes: int, per_client: int, rng: np.random.Generator) -> np.ndarray:
     """Deal the classes in turn, per_client to each client, in random order; the owners of a class share it."""
     if per_client > classes or clients * per_client < classes:
-        raise DataError(
-            f"partition=pathological cannot deal {classes} classes to {clients} clients with {per_client} each: "
-            f"set partition.classes_per_client between {-(-classes // clients)} and {classes}"
-        )
+        found = f"partition=pathological cannot deal {classes} classes to {clients} clients with {per_client} each"
+        raise DataError(f"{found}: set partition.classes_per_client between {-(-classes // clients)} and {classes}")
     owned = np.zeros((clients, classes))
     slots = np.resize(rng.permutation(classes), clients * per_client).reshape(clients, per_client)
     owned[rng.permutation(clients)[:, None], slots] = 1

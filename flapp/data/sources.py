@@ -88,10 +88,8 @@ def ensure_artifacts(data: Path, name: str, make: Make | None = None, source: st
         return folder
     make = make or EMBEDDED.get(name)
     if make is None and (folder / "shards" / "manifest.json").exists():
-        raise DataError(
-            f"dataset {name} is prepared as shards only, in {folder / 'shards'}: add distributed_data.enabled=true, or "
-            "prepare it without that"
-        )
+        found = f"dataset {name} is prepared as shards only, in {folder / 'shards'}"
+        raise DataError(f"{found}: add distributed_data.enabled=true, or prepare it without that")
     if make is None:
         raise DataError(
             f"dataset {name} is not prepared: {folder} has no train and test artifacts; prepare it with "
@@ -115,10 +113,8 @@ def _check_maker(folder: Path, source: str) -> None:
     """Raise DataError when a function other than `source` has made a dataset; what no function made is accepted."""
     made_by = open_artifact(folder / "train").source_sha256
     if made_by.startswith(MADE_BY) and made_by != source:
-        raise DataError(
-            f"{folder} was made by another function, or before this one was edited: remove that folder to make the "
-            "dataset again, or choose another dataset.name"
-        )
+        found = f"{folder} was made by another function, or before this one was edited"
+        raise DataError(f"{found}: remove that folder to make the dataset again, or choose another dataset.name")
 
 
 def is_prepared(folder: Path) -> bool:
@@ -129,10 +125,8 @@ def is_prepared(folder: Path) -> bool:
 def check_preparation(folder: Path, train: str, test: str) -> None:
     """Raise DataError unless both splits in `folder` have the same mark of the preparation that wrote them."""
     if train != test:
-        raise DataError(
-            f"{folder / 'train'} and {folder / 'test'} are of two preparations, so one was interrupted: prepare both "
-            "again with the same prepare_data command and overwrite=true"
-        )
+        found = f"{folder / 'train'} and {folder / 'test'} are of two preparations, so one was interrupted"
+        raise DataError(f"{found}: prepare both again with the same prepare_data command and overwrite=true")
 
 
 def check_made(name: str, made: Any) -> tuple[dict[str, Split], list[str]]:
@@ -198,10 +192,8 @@ def cifar_files(name: str, source: Path, split: str) -> list[Path]:
     folder = source / facts.folder if (source / facts.folder).is_dir() else source
     paths = [folder / file for file in (*(facts.train if split == "train" else facts.test), facts.meta)]
     if missing := [path for path in paths if not path.is_file()]:
-        raise DataError(
-            f"{missing[0]} is missing: dataset.source={source} must be the folder with {facts.folder}, "
-            "or let dataset.download=true fetch it"
-        )
+        fix = f"dataset.source={source} must be the folder with {facts.folder}, or let dataset.download=true fetch it"
+        raise DataError(f"{missing[0]} is missing: {fix}")
     return paths
 
 
@@ -233,10 +225,8 @@ def download_cifar(name: str, root: Path) -> None:
     try:
         getattr(datasets, CIFAR[name].torchvision)(root, train=False, download=True)
     except (OSError, RuntimeError, EOFError) as error:
-        raise DataError(
-            f"{name} cannot be downloaded into {root} ({' '.join(str(error).split())}): copy {CIFAR[name].folder} from "
-            "a machine with a network and set dataset.source to its folder"
-        ) from error
+        fix = f"copy {CIFAR[name].folder} from a machine with a network and set dataset.source to its folder"
+        raise DataError(f"{name} cannot be downloaded into {root} ({' '.join(str(error).split())}): {fix}") from error
 
 
 def _read_images(path: Path, key: bytes, classes: int) -> tuple[np.ndarray, np.ndarray]:

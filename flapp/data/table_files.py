@@ -1,6 +1,10 @@
-"""Files of tables, read some rows at a time: parquet, and Arrow's as `datasets` of Hugging Face saves them."""
+"""Files of tables, read some rows at a time: parquet, and Arrow's as `datasets` of Hugging Face saves them.
+
+The same library downloads a dataset of the Hugging Face hub, once.
+"""
 
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -8,9 +12,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from flapp.data.artifact import DataError, refusing
+from flapp.data.artifact import DataError, locked, refusing, remove_leftovers
 from flapp.data.folder import TEST, TRAIN, VALIDATION
-from flapp.files import sha256_of_file
+from flapp.files import replacing_folder, sha256_of_file
 from flapp.untrusted import check_regular, parse_json, printable, read_json
 
 BATCH_BYTES = 8 << 20  # encoded images in memory
@@ -19,6 +23,7 @@ BATCH_ROWS = 1 << 16  # of other columns
 BUFFER_BYTES = 1 << 20  # of a parquet file, read at a time; without it a whole row group is read
 BYTES = ("binary", "large_binary", "binary_view")
 TEXTS = ("string", "large_string", "string_view")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 AGAIN = "copy or download it again"
 SPLITS = {  # names of files and folders, and the split that they mean
     **dict.fromkeys(TRAIN, "train"),
@@ -134,9 +139,7 @@ def _find_parquet(folder: Path) -> dict[str, list[Path]]:
         first, second = list(places.values())[:2]
         raise DataError(f"{first} and {second} are in different folders: set dataset.source to the folder of one")
     if "" in found and len(found) > 1:
-        raise DataError(
-            f"{found[''][0]} names no split, others beside it do: name it train-... or test-..., or move it away"
-        )
+        raise DataError(f"{found[''][0]} names no split, others do: name it train-... or test-..., or move it away")
     return found
 
 
@@ -154,7 +157,7 @@ def _saved_files(folder: Path) -> list[Path]:
 
 
 def _plain(name: object) -> str:
-    """Return the name of a file or folder that lies where it is named; raises ValueError for any other."""
+    """Return a name that is only a name, without a path to another folder; raises ValueError for any other."""
     if not isinstance(name, str) or not name.isprintable() or name in ("", ".", "..") or Path(name).name != name:
         raise ValueError(f"{printable(repr(name), 80)} is not the name of a file beside it")
     return name
@@ -190,3 +193,39 @@ def _reading(path: Path) -> Iterator[None]:
             if isinstance(error, OSError) and error.errno:
                 raise
             raise ValueError(" ".join(str(error).split())) from error
+
+
+def download_dataset(name: str, raw: Path, again: bool = False) -> Path:
+    """Download a dataset of the hub, such as flwrlabs/femnist, into `raw` and return its folder there.
+
+    It is saved by save_to_disk, with its images in it. A folder that is there already is kept, or with `again`
+    replaced. Raises DataError if the hub cannot be reached or has no such dataset.
+    """
+    if not HUB_NAME.fullmatch(name):
+        raise DataError(f"dataset.hub={printable(name, 100)} is not a name on the hub: give owner/name")
+    folder = raw / name.replace("/", "--")
+    with locked(folder.with_name(f"{folder.name}.lock")):
+        remove_leftovers(folder)
+        if again or not folder.exists():
+            with replacing_folder(folder) as partial:
+                _save(name, partial)
+    return folder
+
+
+def _save(name: str, folder: Path) -> None:
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+        from huggingface_hub import logging as hub_logging
+        from pyarrow import ArrowException
+    except ImportError:
+        fix = 'install what it needs with pip install -e ".[data]", or download the files and set dataset.source'
+        raise DataError(f"{name} is downloaded by the datasets library, which is missing: {fix}") from None
+    hub_logging.set_verbosity_error()  # each retry would be two lines; the error below says what failed
+    try:
+        load_dataset(name, cache_dir=str(folder / "cache")).save_to_disk(str(folder))
+    except (OSError, ValueError, RuntimeError, DatasetsError, ArrowException) as error:
+        said = printable(" ".join(str(error).split()) or type(error).__name__)
+        fix = "check the name and the network, or download the files elsewhere and set dataset.source to their folder"
+        raise DataError(f"{name} cannot be downloaded ({said}): {fix}") from error
+    shutil.rmtree(folder / "cache")

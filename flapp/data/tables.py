@@ -2,7 +2,7 @@
 
 A table has a column of images, one of labels, and may have one that says whose each sample is:
 
-    images     struct {bytes, path} as `datasets` has it, where path counts only without bytes; or bytes
+    images     bytes, or struct {bytes, path} as `datasets` has it, where path is read only if bytes is null
     labels     whole numbers, with class names if the file states them, or texts
     clients    whole numbers or texts
 
@@ -15,8 +15,9 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of the columns; None finds the image and the label, and means that there are no clients."""
+    """The names of the columns; image and label are found if they are None; without client there are no clients."""
 
     image: str | None = None
     label: str | None = None
@@ -49,7 +50,7 @@ def open_tables(
     """Return the splits of tables, and the names of the classes.
 
     source: see find_tables. A source without a test split is divided as a folder is (see `divide`), or stays whole with
-    test_fraction=None. classes: the names that labels must have, in their order; without them labels say. Raises
+    test_fraction=None. classes: the names that labels must have, in their order; without them labels decide. Raises
     DataError naming the file, the column and the fix.
     """
     files = _choose_splits(source, find_tables(source))
@@ -111,9 +112,8 @@ def _find_columns(table: Table, given: Columns) -> Columns:
     label = label or _only([name for name in could if name in LABEL_NAMES], ())
     odd = next((name for name in LABEL_NAMES if name in types and name not in (*could, image, given.client)), None)
     if label is None and odd is not None:
-        found = (
-            f"{table.path} has column {odd} of type {printable(types[odd], 80)}, and labels are whole numbers or texts"
-        )
+        kind = printable(types[odd], 80)
+        found = f"{table.path} has column {odd} of type {kind}, and labels are whole numbers or texts"
         raise DataError(f"{found}: convert the column, or set dataset.label_column to another one")
     if label is None:
         raise DataError(f"{_listed(table)}: say which has the labels, dataset.label_column=NAME")
@@ -242,7 +242,7 @@ def _check_range(files: Sequence[Table], column: str, labels: np.ndarray, classe
 
 
 class _Rows(Sequence[str]):
-    """Some rows of several files, taken as one table, as messages call them."""
+    """The names that messages use for some rows of several files, taken as one table."""
 
     def __init__(self, tables: Sequence[Table], rows: np.ndarray) -> None:
         self.tables = tables
@@ -253,8 +253,6 @@ class _Rows(Sequence[str]):
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return _Rows(self.tables, self.rows[index])
         row = int(self.rows[index])
         number = int(np.searchsorted(self.starts, row, "right")) - 1
         return f"{self.tables[number].path} row {row - self.starts[number]}"
@@ -268,32 +266,28 @@ class _Images:
         self.column = column
         self.rows = rows
         self.root = (root if root.is_dir() else root.parent).resolve()
-        self._at = -1  # where the next range is read on
-        self._first, self._batch = 0, cast(Any, ())  # the first row in the batch, and the batch
-        self._batches: Iterator[Any] = iter(())
+        self._at = 0  # where the next range is read on
+        self._stream = self._from(0)
 
     def read(self, start: int, stop: int) -> list[Encoded]:
         """Return the images of a range of the rows; a range that follows the one before is read on from there."""
         if start != self._at:
-            self._first, self._batch = 0, ()
-            self._batches = (arrays[0] for table in self.tables for arrays in table.read_columns([self.column]))
-        found = list[Encoded]()
-        wanted = self.rows[start:stop]
-        while len(found) < len(wanted):
-            end = self._first + len(self._batch)
-            if wanted[len(found)] >= end:
-                self._first, self._batch = end, self._next_batch()
-                continue
-            here = wanted[len(found) : np.searchsorted(wanted, end)] - self._first
-            found += [self._encoded(value) for value in self._batch.take(here).to_pylist()]
+            self._stream = self._from(start)
+        found = list(islice(self._stream, len(self.rows[start:stop])))
         self._at = start + len(found)
+        if self._at < min(stop, len(self.rows)):
+            raise DataError(f"{self.tables[-1].path} was changed while it was read: start again")
         return found
 
-    def _next_batch(self) -> Any:
-        batch = next(self._batches, None)
-        if batch is None:
-            raise DataError(f"{self.tables[-1].path} was changed while it was read: start again")
-        return batch
+    def _from(self, start: int) -> Iterator[Encoded]:
+        """Yield the images of the rows from `start` on."""
+        first, rows = 0, self.rows[start:]  # the first row of a batch, and the rows that are still to come
+        for table in self.tables:
+            for (batch,) in table.read_columns([self.column]):
+                here, rows = np.split(rows, [np.searchsorted(rows, first + len(batch))])
+                for value in batch.take(here - first):
+                    yield self._encoded(value.as_py())
+                first += len(batch)
 
     def _encoded(self, value: Any) -> Encoded:
         """Return the bytes of an image, or why there are none."""

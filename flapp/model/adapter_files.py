@@ -6,8 +6,8 @@
                                            base_model.model.<module>.<tensor>       of every module trained in full
 
 For a Conv2d, PEFT has A as a kernel (rank, channels, height, width) and B as (out, rank, 1, 1). A module with buffers,
-such as BatchNorm, is one trained in full to PEFT; its parameters are in the file beside the buffers, though flapp does
-not train them.
+such as BatchNorm, counts as trained in full for PEFT, so the file has its buffers and its parameters, though flapp does
+not train the latter.
 
 `peft.PeftModel.from_pretrained(model, folder)` over the same base gives the same logits. A merged model is one
 safetensors file in torchvision's names. check_adapter runs before a command imports PyTorch, so lora.py is imported
@@ -17,6 +17,7 @@ where it is used.
 import json
 import re
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -47,17 +48,18 @@ def find_export_fault(model: "nn.Module") -> str | None:
 
     layers, layout = adapted_layers(model), layout_of(model)
     if len({(layer.rank, layer.alpha, layer.dropout) for layer in layers.values()}) > 1:
-        return "it has one rank, alpha and dropout for all layers"
-    for name, layer in layers.items():
-        if getattr(layer, "padding_mode", "zeros") != "zeros" or set(getattr(layer, "dilation", ())) - {1}:
-            return f"it has no dilation and no padding but zeros, which {name} has"
+        return "the format has one rank, alpha and dropout for all layers"
+    for name, module in layers.items():
+        if getattr(module, "padding_mode", "zeros") != "zeros" or set(getattr(module, "dilation", ())) - {1}:
+            return f"the format has neither dilation nor padding other than zeros, and {name} has one of these"
     for name in _trained_modules(layout):
         if not name:
-            return "it has no parameters or buffers outside modules"
+            return "the format has no place for parameters or buffers of the model itself"
         if any(other.startswith(f"{name}.") for other in layout.modules):
-            return f"it has no parameters or buffers of a module with other modules in it, such as {name}"
-        if taken := [layer for layer in layers if any(part.endswith(name) for part in _names_above(layer))]:
-            return f"it takes {taken[0]} for {name}, because it compares the ends of names"
+            return f"the format has no place for parameters or buffers of a module that holds modules, such as {name}"
+        for layer in layers:
+            if any(part.endswith(name) for part in accumulate(layer.split("."), "{}.{}".format)):  # it, or one it is in
+                return f"PEFT takes {layer} for {name}, because it compares the ends of names"
     return None
 
 
@@ -97,12 +99,6 @@ def _targets(layers: Iterable[str], modules: Iterable[str]) -> list[str] | str:
     return "|".join(re.escape(name) for name in names)
 
 
-def _names_above(layer: str) -> list[str]:
-    """Return the names of the modules that a layer is in, and its own."""
-    parts = layer.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
-
-
 def _modules_in_full(layout: Layout) -> list[str]:
     """Return the modules that PEFT keeps whole beside the adapters, sorted.
 
@@ -135,8 +131,7 @@ def import_adapter(model: "nn.Module", folder: Path) -> None:
     """Load an adapter of PEFT's into the adapters that `model` has, with whatever was trained beside it.
 
     A module with buffers that the files do not have stays as it is. Raises ValueError when rank, alpha, layers or
-    shapes differ from the model's, and naming the setting when the files use something of PEFT's that is not plain
-    LoRA, such as DoRA or trained biases.
+    shapes differ from the model's, and for a setting of PEFT's, which it names, that is not plain LoRA, such as DoRA.
     """
     from flapp.model.lora import layout_of
 

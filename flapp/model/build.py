@@ -4,14 +4,9 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from flapp.model.layout import SIZES, Variant, check_variant, input_of
+from flapp.model.layout import SIZES, Variant, input_of, variant_fault
 from flapp.model.networks import LeafCNN, Linear
-
-
-def _vit(name: str, image_size: int, channels: int, classes: int, dropout: float) -> nn.Module:
-    from flapp.model.vit import build_vit  # imports torchvision, which takes a second
-
-    return build_vit(name, image_size, channels, classes, dropout)
+from flapp.model.vit import ViT
 
 
 def _cnn(name: str, image_size: int, channels: int, classes: int, dropout: float) -> nn.Module:
@@ -19,7 +14,7 @@ def _cnn(name: str, image_size: int, channels: int, classes: int, dropout: float
 
 
 Builder = Callable[[str, int, int, int, float], nn.Module]
-BUILDERS: dict[str, Builder] = {**dict.fromkeys(SIZES, _vit), "cnn": _cnn}  # each has its layout in layout.LAYOUTS
+BUILDERS: dict[str, Builder] = {**dict.fromkeys(SIZES, ViT), "cnn": _cnn}  # each has its layout in layout.LAYOUTS
 
 
 def build_model(
@@ -35,17 +30,15 @@ def build_model(
 
     shape is (H, W, C) for images or (features,) for `linear`; classes is 0 for regression (one output).
     image_size overrides H and W where images are resized. channels=3 makes a ViT that takes grey images as RGB, as
-    pretrained weights need; variant is that of a ViT. Raises ValueError for an unknown name or a shape that the model
-    cannot take.
+    pretrained weights need; variant is that of a ViT. Raises ValueError for an unknown name or an unfit shape.
     """
-    check_variant(name, variant)
+    if fault := variant_fault(name, variant):
+        raise ValueError(fault)
     if name == "linear":
         return Linear(shape, max(classes, 1))
     size, channels = input_of(name, shape, classes, image_size, channels)
     model = BUILDERS[name](name, size, channels, classes, dropout)
     if variant.given():
-        from flapp.model.vit import ViT
-
         assert isinstance(model, ViT)
         model.set_variant(variant)
     return model

@@ -40,7 +40,7 @@ POOLINGS = ("token", "mean")
 
 @dataclass(frozen=True)
 class Variant:
-    """What ViTs of one size differ in without a trace in their tensors; None is as in torchvision, see PLAIN.
+    """How ViTs of one size may differ though their tensors look alike; None is torchvision's value, see PLAIN.
 
     layer_norm_eps: the epsilon of all layer norms; activation: gelu or quick_gelu; pooling: what the head sees, `token`
     (the class token behind the last norm) or `mean` (the last norm of the mean of all other tokens).
@@ -54,10 +54,7 @@ class Variant:
         eps = self.layer_norm_eps
         if eps is not None and not (isinstance(eps, float) and 0 < eps < 1):
             raise ValueError(f"layer_norm_eps={eps!r} is no epsilon: it must be a number between 0 and 1")
-        for name, value, known in (
-            ("activation", self.activation, [*ACTIVATIONS]),
-            ("pooling", self.pooling, POOLINGS),
-        ):
+        for name, value, known in (("activation", self.activation, ACTIVATIONS), ("pooling", self.pooling, POOLINGS)):
             if value is not None and value not in known:
                 raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(known)}")
 
@@ -81,8 +78,8 @@ class Layout:
     kind: its class; modules: the class of every module in it, by dotted name and in order; tensors: the shapes of its
     state dict, in order; head: its last linear layer, if it has one; trained: the tensors that training may change;
     head_tensors: those of the head that are trained in full beside adapters; buffers: tensors that are not parameters,
-    such as the statistics of BatchNorm; unfit: what the layers are that look like those of ADAPTED but cannot take an
-    adapter, by name; adapters: rank and alpha of every adapted layer; variant: that of a ViT.
+    such as the statistics of BatchNorm; unfit: for each layer that looks like those of ADAPTED but cannot take an
+    adapter, what it is; adapters: rank and alpha of every adapted layer; variant: that of a ViT.
     """
 
     kind: str
@@ -110,10 +107,8 @@ class Layout:
         for name in names:
             out_features, in_features = self._matrix(name)
             if rank > min(out_features, in_features):
-                raise ValueError(
-                    f"lora.rank={rank} is more than {name} ({in_features} -> {out_features}) can have: "
-                    "lower lora.rank or leave it out"
-                )
+                found = f"lora.rank={rank} is more than {name} ({in_features} -> {out_features}) can have"
+                raise ValueError(f"{found}: lower lora.rank or leave it out")
         return names
 
     def _named_by(self, target: str) -> list[str]:
@@ -173,7 +168,8 @@ def lay_out(
     variant: Variant = Variant(),
 ) -> Layout:
     """Return the layout of what build_model builds from the same arguments; raises ValueError where it does."""
-    check_variant(name, variant)
+    if fault := variant_fault(name, variant):
+        raise ValueError(fault)
     if name == "linear":
         return _layout("Linear", [_linear("fc", math.prod(shape), max(classes, 1))])
     size, channels = input_of(name, shape, classes, image_size, channels)
@@ -181,12 +177,6 @@ def lay_out(
     kinds = {"GELU": ACTIVATIONS[variant.activation]} if variant.activation else {}
     modules = {module: kinds.get(kind, kind) for module, kind in layout.modules.items()}
     return replace(layout, modules=modules, variant=variant)
-
-
-def check_variant(name: str, variant: Variant) -> None:
-    """Raise ValueError for a variant of a model that is not a ViT of SIZES."""
-    if fault := variant_fault(name, variant):
-        raise ValueError(fault)
 
 
 def variant_fault(name: str, variant: Variant) -> str | None:
@@ -215,16 +205,12 @@ def input_of(
     if image_size is None and shape[0] != shape[1]:
         raise ValueError(f"model={name} takes square images, got {shape[0]}x{shape[1]}: set model.image_size")
     if channels not in (None, shape[2]) and (shape[2] != 1 or name not in SIZES):
-        raise ValueError(
-            f"model={name} cannot take images of {shape[2]} channels as {channels}: a ViT expands grey ones"
-        )
+        raise ValueError(f"model={name} cannot take {shape[2]} channels as {channels}: only ViTs can, for grey images")
     size = image_size or shape[0]
     patch = SIZES[name][0] if name in SIZES else 1
     if size % patch:
-        raise ValueError(
-            f"model={name} cuts images into {patch}-pixel patches, which do not divide {size}: "
-            f"set model.image_size to a multiple of {patch}"
-        )
+        found = f"model={name} cuts images into {patch}-pixel patches, which do not divide {size}"
+        raise ValueError(f"{found}: set model.image_size to a multiple of {patch}")
     return size, channels or shape[2]
 
 

@@ -37,14 +37,11 @@ def add_lora(
     """Put a fresh adapter on every layer that `targets` name, in place, and return the layers' dotted names.
 
     Layout.matching says what a target is. A is drawn from torch's global generator, in the order of the model's layers.
-    Raises ValueError, and leaves the model as it is, where Layout.matching does and when rank, alpha or dropout is out
-    of range.
+    Raises ValueError as Layout.matching, and for rank, alpha or dropout out of range; then the model stays as it is.
     """
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
-        raise ValueError(
-            f"lora.rank={rank}, lora.alpha={alpha:g}, lora.dropout={dropout:g}: rank is at least 1, alpha is "
-            f"above 0, dropout is from 0 to below 1"
-        )
+        found = f"lora.rank={rank}, lora.alpha={alpha:g}, lora.dropout={dropout:g}"
+        raise ValueError(f"{found}: rank is at least 1, alpha is above 0, dropout is from 0 to below 1")
     names = layout_of(model).matching(targets, rank)
     for name in names:
         base = model.get_submodule(name)
@@ -96,7 +93,7 @@ def layout_of(model: nn.Module) -> Layout:
 
 
 def _unfit_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Return what the layers are that cannot take an adapter, though they look like those that can, by name."""
+    """Return, by name, what each layer is that looks as if it can take an adapter, but cannot."""
     keys, unfit = _keys_of_parameters(model), {}
     for name, module in modules.items():
         kind = type(module).__name__

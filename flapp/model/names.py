@@ -13,7 +13,7 @@ Both are read, and the first is written. A ViTModel's names lack the `vit.`. tim
 head sees the mean of the tokens.
 
 A state maps names to tensors or, so that a file can be checked without PyTorch, to their shapes. Where a file has one
-tensor under two spellings, one keeps the name that it has there, so that whoever compares names finds one too many.
+tensor under two spellings, one of them keeps its name, and a comparison of names finds one too many.
 """
 
 import re
@@ -53,7 +53,7 @@ IN_MEMORY = {  # transformers 5 -> what it writes
 OUR_BLOCK = re.compile(r"encoder\.layers\.encoder_layer_(\d+)\.(.+)")
 TIMMS_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 TRANSFORMERS_BLOCK = re.compile(r"vit\.(?:encoder\.layer|layers)\.(\d+)\.(.+)")
-TELLING = {  # names that a ViT has in one library only; each is a choice of names of which one is there
+TELLING = {  # what tells a library's ViT: of each tuple, at least one name is there
     FLAPP: (("class_token",), ("conv_proj.weight",), (f"{LAYER}0.{QKV}.weight",)),
     TORCHVISION: (("class_token",), ("conv_proj.weight",), (f"{LAYER}0.self_attention.in_proj_weight",)),
     TIMM: (("patch_embed.proj.weight",), ("blocks.0.attn.qkv.weight",), ("blocks.0.norm1.weight",)),
@@ -179,12 +179,8 @@ def _under(state: Mapping[str, T], rename: Callable[[str], str]) -> dict[str, T]
     return found
 
 
-def _shape(value: Any) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else tuple(value.shape)
-
-
 def _can_be_joined(parts: Iterable[Any]) -> bool:
-    shapes = {None if part is None else _shape(part) for part in parts}
+    shapes = {None if part is None else tuple(getattr(part, "shape", part)) for part in parts}
     return len(shapes) == 1 and not shapes & {None, ()}
 
 

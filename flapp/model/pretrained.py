@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 class Pretrained:
     """What load_pretrained did: the file's SHA-256, and what it took.
 
-    head_loaded: whether the head came from the file; interpolated: whether positions were resized; left_out: tensors of
-    the file that flapp has no use for, such as the pooler of transformers' ViTModel; assumed: what a file alone does
-    not say of its ViT, in words.
+    head_loaded: whether the head came from the file; interpolated: whether positions were resized; left_out: unused
+    tensors, such as the pooler of transformers' ViTModel; assumed: what a file alone does not say, in words.
     """
 
     sha256: str
@@ -41,8 +40,8 @@ def load_pretrained(model: "nn.Module", path: Path) -> Pretrained:
     """Load every weight of `model`, which has no adapters yet, from the file or folder at `path`.
 
     A head for another number of classes, or one that the file lacks, stays as the model has it; position embeddings for
-    another image size are interpolated as torchvision does (bicubic). Raises ValueError for weights that are missing,
-    unsafe or do not fit.
+    another image size are interpolated as in torchvision (bicubic). Raises ValueError for weights that are unsafe or
+    do not fit.
     """
     from flapp.model.lora import head_of, layout_of
 
@@ -64,7 +63,10 @@ def load_pretrained(model: "nn.Module", path: Path) -> Pretrained:
     if odd := next((name for name, tensor in state.items() if not tensor.isfinite().all()), None):
         raise ValueError(f"{file}: tensor {printable(odd, 80)} has NaN or infinity in it: save the weights again")
     model.load_state_dict(state)
-    assumed = _assumed(layout) if weights and weights.is_alone else ""
+    assumed = ""
+    if weights and weights.is_alone:
+        variant = layout.variant.filled()
+        assumed = f"{SIZES[weights.size][2]} heads, {variant.activation}, {variant.pooling}"
     return Pretrained(sha256_of_file(file), head_loaded, interpolated, left_out, assumed)
 
 
@@ -94,7 +96,10 @@ def _fit(layout: Layout, found: Mapping[str, Shape], file: Path) -> tuple[bool, 
         head_loaded = False
     state |= {} if head_loaded else head
     if weights is not None:
-        _check_size(layout, weights)
+        size = size_of(own)
+        if (name := name_of(size)) != weights.size:
+            has = name or in_words(size)
+            raise ValueError(f"{file} has the weights of {weights.size}, the model is {has}: set model={weights.size}")
     if fault := mismatch(own, state):
         grey = "first conv_proj.weight (" in fault
         hint = "build it with channels=3 to show it grey images" if grey else "give weights of this very model"
@@ -102,22 +107,6 @@ def _fit(layout: Layout, found: Mapping[str, Shape], file: Path) -> tuple[bool, 
     if weights is not None:
         check_variant_of(layout, weights, head_loaded)
     return head_loaded, resized, weights
-
-
-def _assumed(layout: Layout) -> str:
-    """Say what a ViT has that neither its tensors nor a file beside them say."""
-    variant, heads = layout.variant.filled(), SIZES[str(name_of(size_of(layout.tensors)))][2]
-    return f"{heads} heads, {variant.activation}, {variant.pooling}"
-
-
-def _check_size(layout: Layout, weights: ViTWeights) -> None:
-    """Raise ValueError for weights of another size than the model's."""
-    size = size_of(layout.tensors)
-    if (name := name_of(size)) != weights.size:
-        has = name or in_words(size)
-        raise ValueError(
-            f"{weights.path} has the weights of {weights.size}, the model is {has}: set model={weights.size}"
-        )
 
 
 def _differs_in_rows(found: Shape, own: Shape) -> bool:

@@ -1,21 +1,23 @@
-"""torchvision's VisionTransformer with an attention whose projections are plain linear layers.
+"""A ViT with the tensors of torchvision's VisionTransformer, in plain PyTorch, and an attention that takes adapters.
 
-`nn.MultiheadAttention` reads `out_proj.weight` directly and has a fast path in eval mode, which silently bypass
-adapters on its layers. `SelfAttention` always calls both of its layers.
+torchvision itself takes over a second to import, in every process of a federation. Its attention, PyTorch's
+`nn.MultiheadAttention`, silently ignores adapters: it reads `out_proj.weight` directly, and has a fast path in eval
+mode. `SelfAttention` always calls both of its layers.
 """
 
-from typing import Any
+import math
+from collections import OrderedDict
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
 from flapp.model.layout import EPSILON, SIZES, Variant
 
 
 class SelfAttention(nn.Module):
-    """Attend over (N, tokens, width) with `heads` heads, in place of torchvision's MultiheadAttention."""
+    """Attend over (N, tokens, width) with `heads` heads."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -26,13 +28,40 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.proj.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> tuple[Tensor, None]:
-        """Return (output, None), the signature EncoderBlock calls; query, key and value are one tensor there."""
-        n, tokens, width = query.shape
-        qkv = self.qkv(query).view(n, tokens, 3, self.heads, width // self.heads)
+    def forward(self, x: Tensor) -> Tensor:
+        n, tokens, width = x.shape
+        qkv = self.qkv(x).view(n, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(n, tokens, width)), None
+        return self.proj(out.transpose(1, 2).reshape(n, tokens, width))
+
+
+class MLPBlock(nn.Sequential):
+    """Two linear layers with GELU between them, for each token."""
+
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        layers = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        super().__init__(layers[0], nn.GELU(), nn.Dropout(dropout), layers[1], nn.Dropout(dropout))
+        for layer in layers:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.normal_(layer.bias, std=1e-6)
+
+
+class EncoderBlock(nn.Module):
+    """One layer of a ViT: attention and MLP, each after a norm and added to its input."""
+
+    def __init__(self, width: int, heads: int, mlp: int, dropout: float) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width, EPSILON)
+        # torchvision draws these weights here. So do we, to draw the same numbers from a seed for all other layers.
+        self.self_attention: nn.Module = nn.MultiheadAttention(width, heads)
+        self.dropout = nn.Dropout(dropout)
+        self.ln_2 = nn.LayerNorm(width, EPSILON)
+        self.mlp = MLPBlock(width, mlp, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.self_attention(self.ln_1(x)))
+        return x + self.mlp(self.ln_2(x))
 
 
 class QuickGELU(nn.Module):
@@ -42,30 +71,74 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-class ViT(VisionTransformer):
-    """torchvision's VisionTransformer, which here also takes grey images (N, 1, H, W) as images of equal channels."""
+class Encoder(nn.Module):
+    """The positions, layers and last norm of a ViT, in torchvision's order."""
+
+    def __init__(self, tokens: int, layers: int, width: int, heads: int, mlp: int, dropout: float) -> None:
+        super().__init__()
+        self.pos_embedding = nn.Parameter(torch.empty(1, tokens, width).normal_(std=0.02))
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.Sequential()
+        for i in range(layers):
+            self.layers.add_module(f"encoder_layer_{i}", EncoderBlock(width, heads, mlp, dropout))
+        self.ln = nn.LayerNorm(width, EPSILON)
+
+    def blocks(self) -> Iterator[EncoderBlock]:
+        """Yield the layers."""
+        for block in self.layers:
+            assert isinstance(block, EncoderBlock)
+            yield block
+
+
+class ViT(nn.Module):
+    """One of SIZES for square images (N, channels, H, W), whose side must be a multiple of the patch.
+
+    A ViT of three channels also takes grey images, as images of equal channels. Weights are drawn as in torchvision,
+    except those of the head. torchvision's are zero; ours are small, so that the first step trains every layer.
+    """
 
     variant = Variant()
 
+    def __init__(self, name: str, image_size: int, channels: int, classes: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.image_size = image_size
+        self.patch_size, layers, heads, width, mlp = SIZES[name]
+        self.conv_proj = nn.Conv2d(3, width, self.patch_size, stride=self.patch_size)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.encoder = Encoder((image_size // self.patch_size) ** 2 + 1, layers, width, heads, mlp, dropout)
+        head = nn.Linear(width, classes)
+        self.heads = nn.Sequential(OrderedDict(head=head))
+        nn.init.trunc_normal_(self.conv_proj.weight, std=math.sqrt(1 / (3 * self.patch_size**2)))
+        for module in (self.conv_proj, head):
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+        if channels != 3:
+            self.conv_proj = nn.Conv2d(channels, width, self.patch_size, stride=self.patch_size)
+        for block in self.encoder.blocks():
+            block.self_attention = SelfAttention(width, heads)
+        nn.init.trunc_normal_(head.weight, std=0.02)
+
     def set_variant(self, variant: Variant) -> None:
-        """Change what the tensors do not show; draws nothing and leaves the tensors as they are."""
+        """Set activation, epsilon and pooling, which the tensors do not show. Draw nothing and change no tensor."""
         self.variant = variant
-        for block in self.encoder.layers:
-            assert isinstance(block, EncoderBlock)
+        for block in self.encoder.blocks():
             vary_block(block, variant)
         vary_norm(self.encoder.ln, variant)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.expand(-1, self.conv_proj.in_channels, -1, -1)
-        if self.variant.pooling != "mean":
-            return super().forward(x)
-        tokens = torch.cat([self.class_token.expand(x.shape[0], -1, -1), self._process_input(x)], dim=1)
-        tokens = self.encoder.layers(self.encoder.dropout(tokens + self.encoder.pos_embedding))
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = embed(images, self.conv_proj, self.class_token, self.encoder.pos_embedding)
+        tokens = self.encoder.layers(self.encoder.dropout(tokens))
         return self.heads(pool(tokens, self.encoder.ln, self.variant))
 
 
+def embed(images: Tensor, projection: nn.Conv2d, class_token: Tensor, positions: Tensor) -> Tensor:
+    """Return the tokens (N, tokens, width) of images (N, C, H, W): class token and patches, with their positions."""
+    patches = projection(images.expand(-1, projection.in_channels, -1, -1)).flatten(2).permute(0, 2, 1)
+    return torch.cat([class_token.expand(images.shape[0], -1, -1), patches], dim=1) + positions
+
+
 def pool(tokens: Tensor, norm: nn.Module, variant: Variant) -> Tensor:
-    """Return what the head sees, (N, width), of the last layer's tokens (N, tokens, width), the class token first.
+    """Return the head's input (N, width) from the last layer's tokens (N, tokens, width); token 0 is the class token.
 
     The mean is taken as in timm's VisionTransformer with global_pool="avg": without the class token, before the norm.
     """
@@ -79,23 +152,6 @@ def vary_block(block: EncoderBlock, variant: Variant) -> None:
     block.mlp[1] = QuickGELU() if variant.activation == "quick_gelu" else nn.GELU()
 
 
-def vary_norm(norm: nn.Module, variant: Variant) -> None:
+def vary_norm(norm: nn.LayerNorm, variant: Variant) -> None:
     """Give a layer norm the epsilon of a variant."""
-    assert isinstance(norm, nn.LayerNorm)
     norm.eps = variant.layer_norm_eps or EPSILON
-
-
-def build_vit(name: str, image_size: int, channels: int, classes: int, dropout: float = 0.0) -> ViT:
-    """Build one of SIZES for square images, whose side must be a multiple of the patch.
-
-    Unlike torchvision's all-zero head, ours starts small and random, so that the first step trains every layer.
-    """
-    patch, layers, heads, width, mlp = SIZES[name]
-    vit = ViT(image_size, patch, layers, heads, width, mlp, dropout=dropout, num_classes=classes)
-    if channels != 3:
-        vit.conv_proj = nn.Conv2d(channels, width, patch, stride=patch)
-    for block in vit.encoder.layers:
-        assert isinstance(block, EncoderBlock)
-        block.self_attention = SelfAttention(width, heads)
-    torch.nn.init.trunc_normal_(vit.heads.head.weight, std=0.02)
-    return vit

@@ -5,22 +5,52 @@
     timm          the tensors and, in a folder of save_for_hf, config.json
     flapp         the tensors and the header of the file
 
-Tensors are looked at by name and shape only. What a ViT of flapp's cannot be is refused by name.
+Tensors are looked at by name and shape only. Weights that no ViT of flapp's can take, of other networks or of ViTs with
+more or fewer parts, are recognized by their names and refused with the reason.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flapp.model.foreign import choices, network_of, oddity_of, prefix_of
 from flapp.model.layout import ACTIVATIONS, SIZES, Layout, Shape, Variant
 from flapp.model.names import LAYER, POSITIONS, QKV, TIMM, TRANSFORMERS, from_any
 from flapp.model.weight_files import WEIGHTS, find_weights, read_header, read_shapes
 from flapp.untrusted import printable, read_json
 
+NETWORKS = {  # the network that has names like these; the first match is reported
+    r"(^|\.)(dist_token|distillation_token)$": "DeiT with a distillation token",
+    r"^beit\.|^blocks\.\d+\.attn\.(relative_position_bias_table|q_bias)$": "BEiT or EVA",
+    r"relative_position_bias_table$": "Swin",
+    r"encoder\.layer\.\d+\.layer_scale1\.lambda1$|^dinov2": "DINOv2",
+    r"(^|\.)layer\.\d+\.layer_scale1\.lambda1$": "DINOv3",
+    r"(^|\.)self_attn\.k_proj\.|^visual\.|(^|\.)resblocks\.\d+\.": "CLIP or SigLIP",
+    r"^stages\.\d+\.blocks\.\d+\.conv_dw\.|\.dwconv\.weight$|^features\.\d+\.\d+\.layer_scale$": "ConvNeXt",
+    r"^layer1\.0\.conv1\.weight$|^resnet\.": "ResNet",
+    r"^conv_stem\.|^features\.0\.0\.weight$|^efficientnet\.|^mobilenet": "EfficientNet or MobileNet",
+    r"^features\.0\.weight$": "VGG or AlexNet",
+    r"^features\.denseblock1\.": "DenseNet",
+    r"mlp_tokens\.": "MLP-Mixer",
+    r"(^|\.)word_embeddings\.weight$|(^|\.)(wte|embed_tokens)\.weight$": "a language model",
+    r"^conv_proj\.conv_bn_relu_": "a ViT with convolutions in front (conv stem)",
+    r"^timm_model\.": "timm's model inside transformers",
+}
+PREFIXES = ("module.", "_orig_mod.", "backbone.")  # of DistributedDataParallel, torch.compile and Lightning
+PARTS = {  # of ViTs, and what has names like these
+    r"^head_dist\.|(^|\.)(dist_token|distillation_token)$": "a distillation token",
+    r"(^|\.)(reg_token|register_tokens)$": "register tokens",
+    r"\.[qk]_norm\.": "norms of queries and keys (qk_norm)",
+    r"\.ls[12]\.gamma$|layer_scale|\.gamma_[12]$|\.lambda_[12]$": "layer scale, as DINOv2 and DeiT III have it",
+    r"(^|\.)norm_pre\.": "a norm before the first layer (norm_pre), as CLIP has it",
+    r"(^|\.)pre_logits\.": "a layer before the head (pre_logits)",
+    r"(^|\.)attn_pool\.": "attention pooling",
+    r"rel_pos|relative_position": "relative positions",
+    r"(^|\.)mask_token$|^decoder\.": "a mask token or decoder, for masked images",
+    r"\.attn\.norm\.|\.mlp\.norm\.|^patch_embed\.norm\.": "more norms",
+}
 Size = tuple[int, int, int, int]  # patch, layers, width, mlp width
 POOLER = "vit.pooler."
 NORMALIZATIONS = {  # of dataset.normalization, by mean and deviation of each channel
@@ -44,8 +74,7 @@ class ViTWeights:
 
     path: the file; library: whose names it has; left_out: its tensors that flapp has no use for; size: one of SIZES;
     image_size: None where the position embeddings are not those of a square grid of patches; variant and normalization:
-    None where they are not said; is_alone: whether no other file says them, so that heads, activation and pooling are
-    assumed.
+    None where not said; is_alone: there is no config.json and no header, so heads, activation and pooling are assumed.
     """
 
     path: Path
@@ -66,21 +95,21 @@ def describe(path: Path) -> ViTWeights:
 
 
 def describe_shapes(file: Path, shapes: Mapping[str, Shape]) -> ViTWeights:
-    """Return what a file says whose tensors have these shapes under their own names; raises as describe."""
+    """Return what a file says; shapes: those of its tensors, by its own names. Raises as describe."""
     library, found = from_any(shapes)
     config = _config_beside(file, library)
     kind = config.get("model_type")
     if kind not in (None, "vit"):
         said = f"model_type {kind}, architectures {config.get('architectures')}"
         raise ValueError(f"{file} is of another network: config.json beside it says {_said(said)}; {_fix()}")
-    if library is None and (prefix := prefix_of(shapes)):
+    if library is None and (prefix := _prefix_of(shapes)):
         raise ValueError(f"{file} has {prefix} in front of its names: save the tensors under their names without it")
-    network = network_of(shapes)
+    network = _network_of(shapes)
     if network or library is None:
         seen = f"looks like {network}" if network else f"has tensors of another network, first {_said(min(shapes))}"
         raise ValueError(f"{file} {seen}, which is no ViT that flapp has; {_fix()}")
     positions = found.get(POSITIONS, ())
-    if oddity := oddity_of(library, found, shapes, positions[1] if len(positions) == 3 else 2):
+    if oddity := _oddity_of(library, found, shapes, positions[1] if len(positions) == 3 else 2):
         raise ValueError(f"{file} is a ViT that {oddity}, unlike flapp's; {_fix()}")
     size = size_of(found)
     name = name_of(size)
@@ -146,9 +175,8 @@ def check_variant_of(layout: Layout, weights: ViTWeights, head_loaded: bool) -> 
     for key, value in weights.variant.given().items():
         is_chosen = key == "pooling" and layout.variant.pooling is not None and not head_loaded
         if has[key] != value and not is_chosen:
-            raise ValueError(
-                f"{weights.path} is of a ViT with {key}={value}, this one has {has[key]}: set model.{key}={value}"
-            )
+            fix = f"set model.{key}={value}"
+            raise ValueError(f"{weights.path} is of a ViT with {key}={value}, this one has {has[key]}: {fix}")
 
 
 def check_normalization_of(weights: ViTWeights, given: str, channels: int) -> None:
@@ -159,13 +187,43 @@ def check_normalization_of(weights: ViTWeights, given: str, channels: int) -> No
     said = weights.normalization
     if said in (None, given) or (said == "imagenet" and channels != 3):
         return
-    raise ValueError(
-        f"{weights.path} was made with dataset.normalization={said}, got {given}: set dataset.normalization={said}"
-    )
+    fix = f"set dataset.normalization={said}"
+    raise ValueError(f"{weights.path} was made with dataset.normalization={said}, got {given}: {fix}")
+
+
+def _network_of(names: Collection[str]) -> str | None:
+    """Return what network weights with these names are of, as far as that is known."""
+    return next((what for pattern, what in NETWORKS.items() if _any(pattern, names)), None)
+
+
+def _prefix_of(names: Collection[str]) -> str | None:
+    """Return what a wrapper of training code has put in front of names."""
+    return next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in names)), None)
+
+
+def _oddity_of(library: str, found: Container[str], names: Collection[str], positions: int) -> str | None:
+    """Return what sets a ViT of a library apart from flapp's, in words that follow "a ViT that", or None.
+
+    found: the names of its tensors, in ours; names: in the library's; positions: how many position embeddings it has.
+    """
+    if part := next((what for pattern, what in PARTS.items() if _any(pattern, names)), None):
+        return f"has {part}"
+    if not _any(r"(qkv|query|q_proj|in_proj)[._]bias$", names):
+        return "has no biases of queries, keys and values (qkv_bias=False)"
+    if "class_token" not in found:
+        return "has no class token"
+    if library == TIMM and round(positions**0.5) ** 2 == positions and POSITIONS in found:
+        return "has no position embedding for the class token (no_embed_class=True)"
+    return None
+
+
+def _any(pattern: str, names: Collection[str]) -> bool:
+    return any(re.search(pattern, name) for name in names)
 
 
 def _fix() -> str:
-    return f"give weights of one of {choices()}, or build that network with model=custom"
+    said = (f"{name} (patch {patch}, {n} layers, width {width})" for name, (patch, n, _, width, _) in SIZES.items())
+    return f"give weights of one of {', '.join(said)}, or build that network with model=custom"
 
 
 def _said(value: object) -> str:
@@ -237,15 +295,12 @@ def _from_timm(
     _check_heads(path, arguments.get("num_heads", heads), heads)
     for key, value in arguments.items():
         if key not in HARMLESS and value not in (None, USUAL.get(key, False)):
-            raise ValueError(
-                f"{path} says {_said(key)}={_said(value)}, which flapp's ViTs cannot be: give other weights"
-            )
+            odd = _said(f"{key}={value}")
+            raise ValueError(f"{path} says {odd}, which flapp's ViTs cannot be: give other weights")
     pools = arguments.get("global_pool") or config.get("global_pool") or pooling or "token"
     if pools not in (("avg", "token") if is_mean else ("token",)):
-        raise ValueError(
-            f"{path} says global_pool={_said(pools)}: flapp's heads see the class token, or the mean of the others "
-            "before the last norm (fc_norm)"
-        )
+        can = "the class token, or the mean of the others before the last norm (fc_norm)"
+        raise ValueError(f"{path} says global_pool={_said(pools)}: flapp's heads see {can}")
     pooling = "token" if pools == "token" and pooling else pooling
     cfg = config.get("pretrained_cfg") or config
     if not isinstance(cfg, dict):
@@ -272,10 +327,8 @@ def _check_image_size(file: Path, said: Any, found: int | None, patch: int) -> N
     if any(side != sides[0] for side in sides):
         raise ValueError(f"{path} says images of {_said(said)} pixels: flapp's ViTs take square images only")
     if not sides or type(sides[0]) is not int or found is None or sides[0] // patch * patch != found:
-        raise ValueError(
-            f"{path} says images of {_said(said)} pixels, and the position embeddings are for {found}: "
-            "give the folder as the library wrote it"
-        )
+        fault = f"{path} says images of {_said(said)} pixels, and the position embeddings are for {found}"
+        raise ValueError(f"{fault}: give the folder as the library wrote it")
 
 
 def _check_heads(path: Path, found: Any, heads: int) -> None:

@@ -38,10 +38,8 @@ def find_weights(path: Path) -> Path:
         if (path / name).exists():
             return path / name
         if (path / f"{name}.index.json").exists():
-            raise ValueError(
-                f"{path} has its weights in several files ({name}.index.json): "
-                "write them as one, with save_pretrained(DIR, max_shard_size='100GB')"
-            )
+            found = f"{path} has its weights in several files ({name}.index.json)"
+            raise ValueError(f"{found}: write them as one, with save_pretrained(DIR, max_shard_size='100GB')")
     raise ValueError(f"{path} has neither {' nor '.join(WEIGHTS)}: give a file of weights, or a folder that has one")
 
 
@@ -81,7 +79,6 @@ def read_state(path: Path, is_checked: bool = True) -> dict[str, "Tensor"]:
     is_checked: whether the CRCs of a .pth are compared, which reads all of it.
     """
     from safetensors.torch import load_file
-    from torch import Tensor
 
     with _reading(path):
         if path.suffix == ".safetensors":
@@ -91,28 +88,26 @@ def read_state(path: Path, is_checked: bool = True) -> dict[str, "Tensor"]:
             found = _load_pth(path, is_checked)
     if isinstance(found, Mapping) and len(found) == 1 and isinstance(inner := next(iter(found.values())), Mapping):
         found = inner if set(found) <= {"state_dict", "model"} else found
-    if not isinstance(found, Mapping) or not found or not all(isinstance(t, Tensor) for t in found.values()):
+    if not _is_state(found):
         raise ValueError(f"{path} holds no state dict, which maps names to tensors and nothing else{_inner(found)}")
     if odd := [name for name in found if not isinstance(name, str)]:
-        raise ValueError(
-            f"{path} has {printable(repr(odd[0]), 80)} as the name of a tensor: save it with names, as text"
-        )
+        raise ValueError(f"{path} has {printable(repr(odd[0]), 80)} as the name of a tensor: save it with texts")
     if odd := [name for name, tensor in found.items() if _repeats_memory(tensor)]:
         said = printable(odd[0], 80)
         raise ValueError(f"{path}: tensor {said} is not dense: it claims more bytes than the file holds")
     return dict(found)
 
 
-def _inner(found: Any) -> str:
-    """Say which entry of a checkpoint is a state dict, as the end of a sentence; nothing if none is."""
+def _is_state(found: Any) -> bool:
+    """Say whether something maps names to tensors and to nothing else."""
     from torch import Tensor
 
-    entries = found.items() if isinstance(found, Mapping) else ()
-    keys = [
-        key
-        for key, inner in entries
-        if isinstance(inner, Mapping) and inner and all(isinstance(tensor, Tensor) for tensor in inner.values())
-    ]
+    return isinstance(found, Mapping) and bool(found) and all(isinstance(each, Tensor) for each in found.values())
+
+
+def _inner(found: Any) -> str:
+    """Say which entry of a checkpoint is a state dict, as the end of a sentence; nothing if none is."""
+    keys = [key for key, inner in found.items() if _is_state(inner)] if isinstance(found, Mapping) else []
     if not keys:
         return ""
     names, first = printable(", ".join(map(str, found)), 200), printable(repr(keys[0]), 80)
@@ -129,10 +124,8 @@ def _reading(path: Path) -> Iterator[None]:
     except DAMAGE as error:
         if fault := _fault_of(path):
             raise ValueError(f"{path} {fault}") from error
-        reason = "nothing in it was run" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
-        raise ValueError(
-            f"{path} is damaged or holds more than tensors ({printable(reason or repr(error))})"
-        ) from error
+        said = "nothing in it was run" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
+        raise ValueError(f"{path} is damaged or holds more than tensors ({printable(said or repr(error))})") from error
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read ({printable(error)})") from error
 

@@ -18,7 +18,7 @@ KEY_ERRORS = (ValueError, UnsupportedAlgorithm)
 
 
 class ClientKeys:
-    """Hold the pinned key of each client: `client_<id>.pub` in `folder`, an OpenSSH public key as `site.pub` is one.
+    """Hold the pinned key of each client: `client_<id>.pub` in `folder`, an OpenSSH public key like `site.pub`.
 
     Raises ConfigError when the folder cannot be read or has no such file, when a file is not a key that Flower accepts,
     and when two clients have the same key.
@@ -51,7 +51,7 @@ class ClientKeys:
         return self.folder / f"{PREFIX}{client_id}{SUFFIX}"
 
     def owner(self, pem: bytes) -> str | None:
-        """Return the client whose pinned key this is, in the form in which Flower sends a node's key, or None."""
+        """Return the client whose pinned key is `pem`, which is a node's key as Flower sends it, or None."""
         try:
             return self._owners.get(_canonical(load_pem_public_key(pem)))
         except KEY_ERRORS:

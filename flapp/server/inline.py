@@ -179,7 +179,7 @@ class InlineGrid(Grid):
             return
         busy = {worker.pipe: worker for worker in self._workers if worker.message is not None}
         if not busy:
-            time.sleep(seconds)  # the messages waited for are unknown here
+            time.sleep(seconds)  # no worker is busy, so no reply can come
             return
         for pipe in connection.wait(list(busy), seconds):
             self._take_answer(busy[pipe])  # type: ignore[index]
@@ -217,7 +217,8 @@ class InlineGrid(Grid):
                 continue
             worker.message = message
             return
-        raise RuntimeError(f"{STARTS} workers died before they could take a message: see {self.log_file}")
+        place = f": see {self.log_file}" if self.log_file else ""
+        raise RuntimeError(f"{STARTS} workers died before they could take a message{place}")
 
     def _block_of(self, record: ArrayRecord) -> Block:
         """Return the record in shared memory; it is written there once for all messages that carry it."""
@@ -228,7 +229,7 @@ class InlineGrid(Grid):
             known[2].close()
         block = share([record])
         self.blocks_made += 1
-        self._blocks[id(record)] = (record, held, block)  # which keeps the record, and so its id
+        self._blocks[id(record)] = (record, held, block)  # while the record is held, no other gets its id
         return block
 
     def _drop_blocks(self) -> None:

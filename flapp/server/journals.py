@@ -1,7 +1,7 @@
 """The journals of a run, kept across restarts: its source, its clients' data, and how often clients released updates.
 
-Each line of a journal has the number of the last complete round when it was written. If lines contradict each other,
-the last one counts. A run that goes back to a round drops later lines, but never those of releases.jsonl.
+Each line has a round: in releases.jsonl the round under way, in the others the last complete one. If lines contradict
+each other, the last one counts. A run that goes back to a round drops later lines, but never those of releases.jsonl.
 docs/formats.md describes the files.
 """
 
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flapp.config.schema import Config, ConfigError
-from flapp.custom import read_code, whole_digest
+from flapp.custom import read_code, read_source, versions, whole_digest
 from flapp.files import replacing, sync
+from flapp.listing import list_names
 from flapp.server.publish import is_whole
-from flapp.source import read_source, versions
 from flapp.untrusted import parse_json
 
 if TYPE_CHECKING:
@@ -31,14 +31,14 @@ Line = dict[str, Any]
 
 
 class Journal:
-    """A file of JSON lines; otherwise: what to do when it is damaged and there is no copy."""
+    """A file of JSON lines. `otherwise` says what to do if it is damaged and there is no copy."""
 
     def __init__(self, path: Path, otherwise: str = "remove it to resume without comparing") -> None:
         self.path = path
         self.otherwise = otherwise
 
     def read(self, before: int | None = None) -> list[Line]:
-        """Return the whole lines, or those from before round `before` was complete; raises ConfigError for damage."""
+        """Return the complete lines; with `before`, those of rounds below it. Raises ConfigError for a damaged file."""
         try:
             whole = [text for text in self.path.read_text().splitlines(keepends=True) if text.endswith("\n")]
             lines = [parse_json(text) for text in whole]
@@ -46,9 +46,7 @@ class Journal:
         except FileNotFoundError:
             return []
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{self.path} is damaged ({error}): bring it back from a copy, or {self.otherwise}"
-            ) from error
+            raise ConfigError(f"{self.path} is damaged ({error}): restore a copy, or {self.otherwise}") from error
 
     def append(self, lines: Iterable[Line]) -> None:
         """Add lines and wait until they are on disk."""
@@ -82,15 +80,15 @@ class Origin:
         self.environment.append([{"round": server_round, **facts}])
 
     def source_change(self, before: int | None) -> str | None:
-        """Say how the source differs from the recorded one (see Journal.read), if both are known and it does."""
+        """Return how the source differs from the recorded one, or None; before: see Journal.read."""
         lines = self.environment.read(before)
         here = whole_digest(self.config)
         if not lines or lines[-1]["source_digest"] == here:
             return None
         old, new = lines[-1]["files"], self._digests()
         changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-        listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
-        return f"source digest was {lines[-1]['source_digest'][:12]}, is {here[:12]}: {listed} changed"
+        was = lines[-1]["source_digest"][:12]
+        return f"source digest was {was}, is {here[:12]}: {list_names(changed, 5)} changed"
 
     def doubt(self, before: int | None) -> str | None:
         """Return why the final model may still differ: other versions, or no recorded environment."""
@@ -110,8 +108,8 @@ class Origin:
 class ClientLedger:
     """Compare the data of clients that join with what they had before, and record it when it is new.
 
-    With resume_anyway, changed data is accepted, recorded, and noted in metrics.jsonl. `changed` maps refused clients
-    to what changed.
+    With resume_anyway, changed data is accepted, recorded and noted in metrics.jsonl. changed: for
+    each client that is refused because of its data, what has changed.
     """
 
     def __init__(self, run: "RunDirectory") -> None:
@@ -141,10 +139,10 @@ class ClientLedger:
         done = self.run.last_round()
         new.sort(key=_by_number)
         change = "client {}: shard digest was {:.12}, is {:.12}".format
-        held = self.digests
+        held, is_short = self.digests, not is_whole(self.run.config.privacy)
         if changed := [change(name, held[name], claims[name].shard_digest) for name in new if name in held]:
-            self.run.observer.append("resumed_anyway", done, changed=changed)
-        is_short = not is_whole(self.run.config.privacy)
+            told = [f"the data of {len(changed)} of the clients"] if is_short else changed
+            self.run.observer.append("resumed_anyway", done, changed=told)
         self.journal.append(_line_of(claims[name], done, is_short) for name in new)
         self.digests |= {name: claims[name].shard_digest for name in new}
 
@@ -172,8 +170,8 @@ class ReleaseLedger:
 
     A release is counted as soon as the client is asked, because its reply may be on its way when the server crashes. So
     the count is never too low. Lines are never removed, not even by resume_from: what was released stays released. The
-    epsilon so far, of the client with the most releases, goes into metrics.json at once. Raises ConfigError when the
-    file lacks a round of the run.
+    epsilon so far, of the client with the most releases, is among the totals that metrics.json gets. Raises ConfigError
+    if a round is missing.
     """
 
     def __init__(self, run: "RunDirectory") -> None:
@@ -186,13 +184,12 @@ class ReleaseLedger:
         self._count(lines)
         known = {server_round for _, server_round in self.asked}
         if missing := set(range(1, run.last_round() + 1)) - known:
-            raise ConfigError(
-                f"{self.journal.path} lacks round {min(missing)}, so what clients have released cannot be counted: "
-                "bring it back from a copy, or start a new run"
-            )
+            found = f"{self.journal.path} lacks round {min(missing)}, so what clients have released cannot be counted"
+            raise ConfigError(f"{found}: bring it back from a copy, or start a new run")
         self.journal.cut(None)
         if lines:
-            LOGGER.info("so far a client has released %d updates, epsilon %.4g", self.most(), self.spent()["epsilon"])
+            text = "so far no client has released more than %d updates, epsilon %.4g"
+            LOGGER.info(text, self.most(), self.spent()["epsilon"])
 
     def ask(self, server_round: int, names: Collection[str]) -> None:
         """Record that clients are about to be asked to train."""

@@ -94,7 +94,7 @@ class Observer:
     def warn_of_failures(self, server_round: int, failures: Mapping[str, str]) -> str:
         """Log whom a phase left out and why, by client, as far as that is published; return it in one line."""
         instead = by_kind(count_kinds(failures.values()))
-        self.warn(server_round, [f"client {name} {reason}" for name, reason in sorted(failures.items())], instead)
+        self.warn(server_round, [f"client {name}: {reason}" for name, reason in sorted(failures.items())], instead)
         return by_reason(failures, 3) if is_whole(self.config.privacy) else instead
 
     def end_round(self, server_round: int, store: Mapping[str, int]) -> None:

@@ -2,7 +2,8 @@
 
 tools.run checks before it starts any process, and the ServerApp before it makes the run's folder and waits for clients.
 Each check is one that the server or a client would make later. Almost all work without PyTorch, whose import takes
-seconds: models are checked by their layout (flapp/model/layout.py). Only a device and a .pth file of weights need it.
+seconds: models are checked by their layout (flapp/model/layout.py). Only a device, a .pth file of
+weights, torch.compile and the user's own code need it.
 """
 
 import ctypes
@@ -25,7 +26,6 @@ from flapp.model.adapter_files import check_adapter
 from flapp.model.pretrained import check_pretrained
 from flapp.model.split.files import StorageManager
 from flapp.model.vit_weights import check_normalization_of
-from flapp.model.weight_files import find_weights
 from flapp.partitions import check_splits, open_partition, prepared
 from flapp.server.client_keys import ClientKeys
 from flapp.server.observer import check_tensorboard
@@ -64,11 +64,9 @@ def check_run(config: Config, clients_here: bool, quick: bool = False) -> None:
 def check_home(config: Config) -> None:
     """Refuse a home in which the run's folder cannot be made."""
     nearest = next(folder for folder in (config.runs_dir, *config.runs_dir.parents) if os.path.exists(folder))
-    fix = "set home to a folder that you may write"
-    if not nearest.is_dir():
-        raise ConfigError(f"home={config.home} cannot be used: {nearest} is not a folder; {fix}")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"home={config.home} cannot be used: {nearest} is not writable; {fix}")
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        fault = f"{nearest} is not {'writable' if nearest.is_dir() else 'a folder'}"
+        raise ConfigError(f"home={config.home} cannot be used: {fault}; set home to a folder that you may write")
 
 
 def check_files(config: Config) -> None:
@@ -81,14 +79,12 @@ def check_files(config: Config) -> None:
 
 
 def _check_weights(path: Path, config: Config) -> None:
-    """Refuse weights to start from that are neither a file nor a folder that has one; a run may not have written it."""
+    """Refuse starting weights that do not exist, perhaps because the run that writes them has not finished."""
     if path.parent == config.runs_dir or (path.is_dir() and path.is_relative_to(config.runs_dir)):
         if not (path / RUN_WEIGHTS).is_file():
             fix = _origin_of(path / RUN_WEIGHTS, config)
             raise ConfigError(f"model.pretrained={path} has no {RUN_WEIGHTS}: {fix}")
-    elif path.is_dir():
-        find_weights(path)
-    elif not path.is_file():
+    elif not path.is_file() and not path.is_dir():
         raise ConfigError(f"model.pretrained={path} is not a file: {_origin_of(path, config)}")
 
 
@@ -121,9 +117,7 @@ def check_own_code(config: Config, clients_here: bool) -> None:
     """Refuse code of the user's own that cannot be imported or, if the data are here, fails on the first samples."""
     for setting, target in config.targets:
         resolve(setting, target)
-    if not config.targets:
-        return
-    if (dataset := _find_samples(config, clients_here)) is None:
+    if not config.targets or (dataset := _find_samples(config, clients_here)) is None:
         return
     from flapp.data.loader import ClientLoader
     from flapp.probe import SAMPLES, probe
@@ -153,23 +147,19 @@ def check_device(config: Config, clients_here: bool) -> None:
     if is_plain or not (clients_here or config.evaluate.central):
         return
     if settings.device == "cuda" and not has_gpu_driver():
-        raise ConfigError(
-            "train.device=cuda, but without a GPU driver there is no CUDA device here: set train.device=auto or cpu"
-        )
+        fix = "set train.device=auto or cpu"
+        raise ConfigError(f"train.device=cuda, but without a GPU driver there is no CUDA device here: {fix}")
     import torch
 
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device=cuda, but PyTorch finds no CUDA device here: set train.device=auto or cpu")
     if config.deployment.kind != "superlink" and clients_here and gpus > torch.cuda.device_count():
-        raise ConfigError(
-            f"deployment.client_gpus={gpus:g} is more than the {torch.cuda.device_count()} GPUs there are: lower it"
-        )
+        found = f"deployment.client_gpus={gpus:g} is more than the {torch.cuda.device_count()} GPUs there are"
+        raise ConfigError(f"{found}: lower it")
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch.compile does
     if settings.compile and choose_device(settings.device) == "cpu" and clients_here and not shutil.which(compiler):
-        raise ConfigError(
-            f"train.compile=true needs a C++ compiler, and {compiler} is not on the PATH: install one, name one in "
-            "CXX, or set train.compile=false"
-        )
+        found = f"train.compile=true needs a C++ compiler, and {compiler} is not on the PATH"
+        raise ConfigError(f"{found}: install one, name one in CXX, or set train.compile=false")
 
 
 def has_gpu_driver() -> bool:

@@ -1,4 +1,4 @@
-"""What a run writes down with privacy.publish=totals: sums over clients and counts, and nothing of a single client.
+"""What metrics.jsonl has with privacy.publish=totals: sums over clients and counts, and nothing of a single client.
 
 A field that is not named here is withheld, so a new field is private until somebody names it. Texts of reasons are
 written by clients or have their numbers in them. In their place there are a few fixed kinds of reasons.
@@ -44,7 +44,7 @@ def is_whole(privacy: PrivacyConfig) -> bool:
 
 
 def published(privacy: PrivacyConfig, line: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is written of a line of metrics.jsonl; what is returned comes back unchanged."""
+    """Return the fields of a line of metrics.jsonl that are written. A line that was returned before stays the same."""
     if is_whole(privacy):
         return dict(line)
     counts: dict[str, Any] = {count: len(line[key]) for key, count in COUNTS.items() if key in line}

@@ -4,7 +4,7 @@ A round's release is the noisy average of its updates. It becomes known when cli
 evaluate it. Before that, `keep` does two things, in this order:
 
 1. release.safetensors gets the noisy average, the round's line and the next clipping norm, in one step.
-2. releases.jsonl gets a line with the round, the digest of the average, and the noise that was added.
+2. releases.jsonl gets a line: the round, the digest of the average, the noise multiplier, and the source of the noise.
 
 A run that was broken off before 1 has made nothing known, and does the round again with new noise. After 1 it takes the
 average from the file, and asks no client. So a round is released once, and a line for a digest that has one already is
@@ -46,7 +46,7 @@ class Release:
 
 
 class CentralLedger:
-    """Keep and count releases. The epsilon so far goes into metrics.json at once.
+    """Keep and count releases, and keep the epsilon so far among the totals that metrics.json gets.
 
     plan: the noise of every round. Raises ConfigError when releases.jsonl lacks a round of the run.
     """
@@ -72,7 +72,7 @@ class CentralLedger:
             LOGGER.info("so far the run has released %d averages, epsilon %.4g", len(self.known), self.epsilon())
 
     def kept(self, server_round: int, sent: Mapping[str, np.ndarray]) -> Release | None:
-        """Return what an earlier start released, or was about to, in this round from the model `sent`, if it did.
+        """Return the release that an earlier start kept for this round and the model `sent`, or None. Count it if new.
 
         Raises ConfigError when that cannot be read.
         """
@@ -85,8 +85,8 @@ class CentralLedger:
             is_meant = facts["round"] == server_round and facts["sent"] == _digest(sent)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{self.path} is damaged ({error}): bring it back from a copy, or remove it, and the round may "
-                "count twice"
+                f"{self.path} is damaged ({error}): bring it back from a copy, or remove it (the round may then "
+                "count twice)"
             ) from error
         if not is_meant:
             return None
@@ -113,7 +113,7 @@ class CentralLedger:
         return kept is not None or (self.settings.noise == "seeded" and is_known)
 
     def epsilon(self, more: int = 0) -> float:
-        """Return the epsilon of all releases so far, and of `more` of them."""
+        """Return the epsilon of all releases so far and of `more` further ones."""
         return spent(self.settings, self.plan, len(self.known) + more)
 
     def spent(self) -> dict[str, Any]:

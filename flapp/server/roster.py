@@ -1,8 +1,8 @@
 """The members of the federation: the node of each client, its claim, and the clients drawn for a round.
 
-Flower's node ids are random and differ from run to run; client ids stay. One node may host several clients (a
-simulation has fewer nodes than clients); one client is at one node. In a simulation any node can serve any client, and
-each node answers for its share of the clients.
+Flower's node ids are random and differ from run to run; client ids stay. Each client is attested by one
+node; a node may attest several, as in a simulation, which has fewer nodes than clients. There, any node can serve any
+client once all are attested.
 """
 
 import random
@@ -21,6 +21,7 @@ from flwr.serverapp import Grid
 from flapp.base import Base, cut_base
 from flapp.config.load import derive_seed
 from flapp.config.rules import sample_size
+from flapp.custom import source_digest
 from flapp.listing import by_reason, list_names, name_clients
 from flapp.messages import (
     ATTEST,
@@ -37,7 +38,6 @@ from flapp.messages import (
 from flapp.model.files import to_numpy
 from flapp.server.client_keys import ClientKeys
 from flapp.server.journals import ClientLedger
-from flapp.source import source_digest
 
 POLL_SECONDS = 0.5
 
@@ -94,7 +94,7 @@ class Roster:
         self._reported: dict[str, str] = {}  # the refused as metrics.jsonl has them
         self._nodes: dict[int, NodeInfo] = {}  # those online by id, sorted
         self._asked: set[int] = set()  # the nodes that were asked who they are
-        self._rivals: dict[int, str] = {}  # nodes with the id of a client that another node already is
+        self._rivals: dict[int, str] = {}  # nodes that claim a client that another node has
         self._present: list[str] = []  # the ids of members, sorted
         self._missing = [name for name in self.expected if name not in self.refused]
 
@@ -173,9 +173,8 @@ class Roster:
 
     def order(self, server_round: int, **rest: Any) -> Instructions:
         """Return the instructions of a round, without the fields of a single client; rest: as in Instructions."""
-        return Instructions(
-            "", server_round, self.run_name, source_digest(), base=self.base_digest, code=self.code, **rest
-        )
+        source = source_digest()
+        return Instructions("", server_round, self.run_name, source, base=self.base_digest, code=self.code, **rest)
 
     def node_of(self, client_id: str, index: int) -> int:
         """Return the node that serves a member; in a simulation they take turns by the index of the message."""
@@ -225,7 +224,7 @@ class Roster:
         for member in sound:
             name = member.claim.client_id
             if name in self.members:
-                self.refused[f"node {member.node_id}"] = f"claims client {name}, which another node already is"
+                self.refused[f"node {member.node_id}"] = f"claims client {name}, which another node already has"
                 self._rivals[member.node_id] = name
             elif claimed[name] > 1:
                 self.refused[name] = f"{claimed[name]} nodes claim this client id: give each site its own"
@@ -258,7 +257,7 @@ class Roster:
         return reason is None
 
     def _is_known(self, node_id: int) -> bool:
-        """Say whether a node may be asked who it is: with pinned keys, only if it has one. Record the reason if not."""
+        """Say whether a node may be asked who it is: its key must be pinned, if keys are. Record the reason if not."""
         node = self._nodes[node_id]
         if self.keys is None or self.keys.owner(node.public_key) is not None:
             return True

@@ -44,7 +44,7 @@ from flapp.server.releases import CentralLedger
 from flapp.server.roster import FederationError, Roster
 from flapp.server.run_dir import RunDirectory
 from flapp.server.summary import StoppedEarly
-from flapp.strategy.central import Central
+from flapp.strategy.central import Central, private
 from flapp.strategy.fedavg import FedAvg
 from flapp.strategy.fedlora import FedLoRA, global_keys
 from flapp.strategy.lora_rules import RULES
@@ -62,33 +62,34 @@ class Run:
         torch.set_num_threads(config.train.threads)
         self.observer.open_events()
         if config.split.auto_save_split_models:
-            # Only a run that has written its model can have stored it split, and may find files of its own.
+            # A run stores its split model after model.safetensors. If that exists, the split files may be its own.
             is_written = (directory.path / "model.safetensors").exists()
             StorageManager.check(*split_place(config), overwrite=is_written)
         self.model = initial_model(config)
         state = self.model.state_dict()
-        self.sent, private = keys_of(config, self.model)
-        frozen = {key: tensor for key, tensor in state.items() if key not in {*self.sent, *private}}
+        self.sent, kept = keys_of(config, self.model)
+        frozen = {key: tensor for key, tensor in state.items() if key not in {*self.sent, *kept}}
         self.base = keep_base(config.models_dir, frozen) if config.lora.enabled else None
+        self.central: Central | None = None
         releases = None
         if config.privacy.kind != "none":
             check_floating({key: to_numpy(state[key]) for key in self.sent})
         if config.privacy.kind == "local":
             releases = count_releases(directory)
-        self.grid = PolledGrid(grid)
-        self.roster = build_roster(config, self.grid, self.base, ClientLedger(directory))
-        self.strategy = build_strategy(config, self.roster, self.observer, self.model, private, releases)
         if config.privacy.kind == "central":
             check_trained(self.model, self.sent)
-            self.strategy.protect(Central(config, count_central(directory)))
+            self.central = Central(config, count_central(directory))
+        self.grid = PolledGrid(grid)
+        self.roster = build_roster(config, self.grid, self.base, ClientLedger(directory))
+        self.strategy = build_strategy(config, self.roster, self.observer, self.model, kept, releases, self.central)
         self.restored: ArrayRecord | None = None  # the global model with which this start began, if it resumed the run
         self.last: ArrayRecord | None = None  # the global model after the last round of this start
 
     def run(self) -> dict[str, Any]:
         """Run all rounds that are left and return the summary."""
         done = self.restore()
-        if self.strategy.central and not self.observer.summary.totals["stopped_early"]:
-            self.plan_budget(done)
+        if self.central and not self.observer.summary.totals["stopped_early"]:
+            self.plan_budget(self.central, done)
         if done < self.config.num_rounds and not self.observer.summary.totals["stopped_early"]:
             self.gather(done)
             self.train(done)
@@ -100,16 +101,14 @@ class Run:
         if done:
             saved, facts = self.directory.load_round(done)
             found = {key: saved.pop(key) for key in self.sent}
-            self.load_global(found)  # raises if they do not fit; the model may round what is sent
+            self.load_global(found)  # raises if they do not fit; the saved tensors are sent, which the model may round
             self.restored = as_record({key: pack(to_numpy(tensor)) for key, tensor in found.items()})
             self.strategy.restore(done, facts, {key: to_numpy(tensor) for key, tensor in saved.items()})
             log(INFO, "%s continues after round %d of %d", self.config.run_name, done, self.config.num_rounds)
         return done
 
-    def plan_budget(self, done: int) -> None:
-        """Find the last round within the budget; raises ConfigError when not even one is, or stops a resumed run."""
-        central = self.strategy.central
-        assert central is not None
+    def plan_budget(self, central: Central, done: int) -> None:
+        """Find the last round within the budget. If none is left, raise ConfigError, or stop a resumed run."""
         central.begin(done, self.restored or self.initial())
         if central.last_round > done or done == self.config.num_rounds:
             return
@@ -119,12 +118,10 @@ class Run:
                 f"{central.ledger.epsilon():.4g}, and after one more round {central.ledger.epsilon(1):.4g}: "
                 "start a new run with a larger budget or privacy.noise_multiplier"
             )
-        self.stop_by_budget(done)
+        self.stop_by_budget(central, done)
 
-    def stop_by_budget(self, server_round: int) -> None:
+    def stop_by_budget(self, central: Central, server_round: int) -> None:
         """Note that the next round would exceed the budget."""
-        central = self.strategy.central
-        assert central is not None
         budget, spent = self.config.privacy.epsilon, central.ledger.epsilon()
         self.observer.append("stop", server_round, metric="epsilon", value=spent, budget=budget)
 
@@ -186,9 +183,8 @@ class Run:
             self.observer.clock.start()
             return found
         self.last = arrays
-        central = self.strategy.central
-        if central and server_round == central.last_round < self.config.num_rounds:
-            self.stop_by_budget(server_round)
+        if self.central and server_round == self.central.last_round < self.config.num_rounds:
+            self.stop_by_budget(self.central, server_round)
         self.directory.save_round(server_round, views(arrays) | self.strategy.state(arrays), self.strategy.facts())
         if self.observer.summary.totals["stopped_early"]:
             raise StoppedEarly
@@ -365,20 +361,23 @@ def build_strategy(
     roster: Roster,
     observer: Observer,
     model: nn.Module,
-    private: list[str],
+    kept: list[str],
     releases: ReleaseLedger | None = None,
+    central: Central | None = None,
 ) -> FedAvg:
-    """Build the strategy that the config names; private: the tensors that each client keeps."""
+    """Build the strategy that the config names; kept: the tensors that each client keeps."""
     settings = config.strategy
     optimizer = None
     if settings.server_optimizer is not None:
         optimizer = ServerOptimizer(settings.server_optimizer, settings.server_lr, settings.server_momentum)
-    strategy = strategy_class(config)
+    strategy: Callable[..., FedAvg] = strategy_class(config)
+    if central:
+        strategy = partial(private(strategy_class(config)), central=central)
     if settings.aggregation is None:
         return strategy(roster, observer, config, optimizer, releases)
     layers = {name: layer.is_transposed for name, layer in adapted_layers(model).items()}
     fresh = partial(fresh_adapter, config, model)
-    options = {"layers": layers, "private": private, "fresh": fresh}
+    options = {"layers": layers, "private": kept, "fresh": fresh}
     return strategy(roster, observer, config, optimizer, releases, **options)
 
 

@@ -1,7 +1,7 @@
 """The run directory: everything that a run leaves behind, under home/runs/<run_name>; docs/formats.md describes it.
 
 A round is complete when server_chunks.db holds it. A resumed run drops the lines of later rounds and continues. With
-resume_from it drops the rounds after that one as well, from every file.
+resume_from it also drops the rounds after that one, from every file but releases.jsonl, which counts what is known.
 """
 
 import difflib
@@ -41,7 +41,7 @@ from flapp.server.summary import read_whole_line
 if TYPE_CHECKING:
     from torch import Tensor
 
-UNFINISHED, UNFINISHED_SECONDS = ".new-", 600  # a folder that is about to be a run's, or whose maker was killed
+UNFINISHED, UNFINISHED_SECONDS = ".new-", 600  # a new run's folder until it is complete
 SUMMARY = "summary of the run: "  # before metrics.json in the ServerApp's log, for readers without access to the file
 
 
@@ -127,7 +127,10 @@ class RunDirectory:
     def load_round(self, server_round: int) -> "tuple[dict[str, Tensor], dict[str, Any]]":
         """Return the tensors and facts that were saved with a round."""
         kept = self.store.find_round(server_round)
-        if kept is None or kept.config_digest != config_digest(self.config):
+        if kept is None:
+            found = f"{self.store.path} does not hold round {server_round}"
+            raise ConfigError(f"{found}: restore a copy, or start a new run")
+        if kept.config_digest != config_digest(self.config):
             raise ConfigError(f"{self.store.path} does not belong to the settings in config.yaml: start a new run")
         return self.store.reconstruct_model_from_chunks(server_round), kept.metrics
 
@@ -164,7 +167,10 @@ class RunDirectory:
         return summary
 
     def _drop_rounds_after(self, server_round: int) -> None:
-        """Cut every file back to the end of a round; raises ConfigError, and changes nothing, when that cannot be."""
+        """Drop later rounds from the store, metrics.jsonl and the journals of source and clients.
+
+        Raises ConfigError, and changes nothing, if that is not possible.
+        """
         try:
             if self.config.resume_from:
                 self.load_round(server_round)  # it must be whole before others are dropped
@@ -179,15 +185,15 @@ class RunDirectory:
     def _drop_lines_after(self, server_round: int) -> None:
         """Cut metrics.jsonl before the first line of a later round, or the first line that is incomplete.
 
-        Raises ConfigError when it ends before that round, or, without resume_from, has rounds beyond the one that was
-        under way, or when a best round that the run would end with is gone.
+        Raises ConfigError in three cases: it ends before that round; without resume_from, it has lines beyond the next
+        round; with resume_from, the store no longer has the round that the run would select.
         """
         resume_from, summary = self.config.resume_from, self.observer.summary
         written = [(text, read_whole_line(text)) for text in self.observer.texts()]
         newest = max((line["round"] for _, line in written if line is not None), default=0)
 
         def is_kept(line: Mapping[str, Any]) -> bool:
-            """Say whether a line is of rounds up to this one, and not of a later start that resume_from undoes."""
+            """Say whether a line stays: it is of this round or before, and not of a start that resume_from undoes."""
             is_undone = resume_from is not None and line["kind"] in ("roster", "resumed_anyway")
             return bool(line["round"] < server_round + (not is_undone))
 
@@ -196,17 +202,14 @@ class RunDirectory:
         last = max((line["round"] for _, line in kept), default=0)
         if (newest > server_round + 1 and not resume_from) or last < server_round:
             found = last if last < server_round else newest
-            raise ConfigError(
-                f"{self.path / STORE} ends with round {server_round}, metrics.jsonl with round {found}: bring "
-                "the right ones back from a copy, use resume_from with a round that both have, or start a new run"
-            )
+            fix = "bring the right ones back from a copy, use resume_from with a round that both have, or start anew"
+            ends = f"{self.path / STORE} ends with round {server_round}, metrics.jsonl with round {found}"
+            raise ConfigError(f"{ends}: {fix}")
         for _, line in kept:
             summary.add(line)
         if resume_from and not self.store.find_round(selected := summary.selected_round()):
-            raise ConfigError(
-                f"resume_from={server_round}: the best round until then was {selected}, which {self.path / STORE} no "
-                "longer holds: choose a later round"
-            )
+            lost = f"the best round until then was {selected}, which {self.path / STORE} no longer holds"
+            raise ConfigError(f"resume_from={server_round}: {lost}: choose a later round")
         self.observer.keep([text for text, _ in kept], kept[-1][1]["time"] if kept else 0.0)
 
 
@@ -225,28 +228,22 @@ def check_resumable(config: Config) -> Path:
         known = [folder.name for folder in config.runs_dir.glob("[!.]*/")]
         near = difflib.get_close_matches(config.run_name, known, n=1)
         hint = f", did you mean {near[0]}?" if near else ""
-        raise ConfigError(
-            f"resume=true finds no run {config.run_name} in {config.runs_dir}{hint}: give the run_name of one that "
-            "exists (python -m tools.runs list)"
-        )
+        found = f"resume=true finds no run {config.run_name} in {config.runs_dir}{hint}"
+        raise ConfigError(f"{found}: give the run_name of one that exists (python -m tools.runs list)")
     if not is_run(path):
         raise ConfigError(f"run_name={config.run_name} is not a run directory: {path} has no config.yaml")
     if changed := differences(read_yaml(path / "config.yaml"), config):
-        raise ConfigError(
-            f"run_name={config.run_name} was run with other settings ({'; '.join(changed)}): "
-            f"resume with its original settings (python -m tools.runs show {config.run_name} prints the command), "
-            "or use a new run_name for these"
-        )
+        fix = f"resume with its original settings (python -m tools.runs show {config.run_name} prints the command)"
+        found = f"run_name={config.run_name} was run with other settings ({'; '.join(changed)})"
+        raise ConfigError(f"{found}: {fix}, or use a new run_name for these")
     lock_run(path, config.run_name).close()
     if config.resume_from:
         with ChunkManager(path / STORE, create=False) as store:
             held = [kept.round for kept in store.rounds()]
         if config.resume_from not in held:
             listed = ", ".join(map(str, held)) or "none"
-            raise ConfigError(
-                f"resume_from={config.resume_from} is not among the rounds that {path / STORE} holds: choose one of "
-                f"{listed}"
-            )
+            found = f"resume_from={config.resume_from} is not among the rounds that {path / STORE} holds"
+            raise ConfigError(f"{found}: choose one of {listed}")
         check_budget(config, path)
     return path
 
@@ -255,7 +252,5 @@ def check_source(config: Config) -> None:
     """Raise ConfigError when the run to be resumed began with other source, unless resume_anyway is set."""
     change = Origin(config.runs_dir / config.run_name, config).source_change(config.resume_from)
     if change and not config.resume_anyway:
-        raise ConfigError(
-            f"run_name={config.run_name} began with other source ({change}): bring that source back, set "
-            "resume_anyway=true to use this one, or start a new run"
-        )
+        fix = "bring that source back, set resume_anyway=true to use this one, or start a new run"
+        raise ConfigError(f"run_name={config.run_name} began with other source ({change}): {fix}")

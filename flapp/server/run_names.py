@@ -1,9 +1,9 @@
 """Which process may use which folder of home/runs: free names, failed starts, and the lock.
 
-A run that ended before its first round was complete is a failed start. The next start of its name replaces its folder,
-except log.txt, whatever the settings of either. Only one process at a time writes in a run's folder: it holds a lock on
-metrics.jsonl, which the system releases when that process ends, however it ends. running.json names the process; it
-counts only while somebody holds the lock.
+A run that ended before its first round was complete is a failed start, unless it has counted releases. The next start
+of its name replaces its folder, except log.txt, even if it has other settings. Only one process at a time writes in a
+run's folder: it holds a lock on metrics.jsonl, which the system releases when that process ends, however it ends.
+running.json names the process; it counts only while somebody holds the lock.
 """
 
 import fcntl
@@ -46,10 +46,8 @@ def check_new(config: Config) -> Path:
         raise ConfigError(taken(config) if is_run(path) else f"run_name={config.run_name} is taken: {fix}")
     for outer in path.parents[: len(Path(config.run_name).parts) - 1]:
         if is_run(outer):
-            raise ConfigError(
-                f"run_name={config.run_name} lies inside the folder of run {outer.relative_to(config.runs_dir)}, "
-                "which writes and removes files there: choose another name"
-            )
+            found = f"run_name={config.run_name} lies inside the folder of run {outer.relative_to(config.runs_dir)}"
+            raise ConfigError(f"{found}, which writes and removes files there: choose another name")
     return path
 
 
@@ -59,7 +57,7 @@ def restarts(config: Config) -> bool:
 
 
 def is_failed_start(path: Path) -> bool:
-    """Say whether a run ended before its first round was complete. A run that is still running did not."""
+    """Say whether a run is a failed start. A run that is still running is none."""
     if not is_run(path):
         return False
     try:
@@ -111,10 +109,8 @@ def lock_run(path: Path, run_name: str) -> TextIO:
     while (file := _open_locked(path)) is None:
         if time.monotonic() > end:
             pid = _read_holder(path).get("pid")
-            raise ConfigError(
-                f"run_name={run_name} is still running{f' (pid {pid})' if pid else ''}: wait until it ends, or stop it "
-                f"with `python -m tools.runs stop {run_name}`, before resume=true"
-            )
+            fix = f"wait until it ends, or stop it with `python -m tools.runs stop {run_name}`, before resume=true"
+            raise ConfigError(f"run_name={run_name} is still running{f' (pid {pid})' if pid else ''}: {fix}")
         time.sleep(PROBE_SECONDS / 10)
     return file
 

@@ -1,7 +1,8 @@
 """Models in memory shared by processes of one machine: a model is written once, however many processes read it.
 
 The memory has no name; it is passed on as a file descriptor. The system frees it when the last process that maps it
-has closed it or has ended, even by kill -9. So nothing is left behind in /dev/shm, and its size does not matter.
+has closed it or has ended, even by kill -9. So nothing is left behind in /dev/shm, and it does not matter how
+large /dev/shm is.
 """
 
 import mmap
@@ -68,7 +69,7 @@ def share(records: Sequence[ArrayRecord]) -> Block:
 
 
 def open_records(fd: int, size: int, places: list[list[Place]]) -> list[ArrayRecord]:
-    """Map the memory of a block, whose descriptor is closed, and return its records; they keep it mapped."""
+    """Map a block's memory, close its descriptor, and return its records; the memory stays mapped as long as they."""
     memory = memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ))
     os.close(fd)
     return [_record_over(memory, listed) for listed in places]
@@ -90,7 +91,7 @@ def large_records(message: Message) -> dict[str, ArrayRecord]:
 
 
 def send(connection: Connection, message: Message, shared: Sequence[tuple[list[str], Block]], extra: Any) -> None:
-    """Send a message with `extra`; its records with the given names travel in the blocks beside them."""
+    """Send a message and `extra`. shared: names of the message's records, with the block that carries them."""
     names = {name for listed, _ in shared for name in listed}
     if names:
         rest = {name: record for name, record in message.content.items() if name not in names}

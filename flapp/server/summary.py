@@ -62,9 +62,8 @@ def _is_change(value: Any) -> bool:
 LINE_CHECKS: dict[str, Check] = {
     **{"kind": is_text, "round": is_round, "time": is_finite, "seconds": is_number, "source_digest": is_text},
     **dict.fromkeys(("bytes_up", "bytes_down"), is_finite),
-    **dict.fromkeys(
-        ("phases", "store", "client_seconds", "client_bytes_up", "client_bytes_down"), _object_of(is_number)
-    ),
+    **dict.fromkeys(("phases", "store"), _object_of(is_number)),
+    **dict.fromkeys(("client_seconds", "client_bytes_up", "client_bytes_down"), _object_of(is_number)),
     **dict.fromkeys(("loss", "accuracy", "personal_loss", "personal_accuracy"), _or_none(is_number)),
     **dict.fromkeys(("accuracy_by_client", "personal_accuracy_by_client"), _object_of(_or_none(is_number))),
     **dict.fromkeys(("loss_spread", "accuracy_spread"), _object_of(_or_none(is_number))),
@@ -214,7 +213,7 @@ class Summary:
         return self.totals["rounds"] if best is None else best
 
     def stops_after(self, server_round: int) -> bool:
-        """Say whether the run stops early: no better evaluation within stopping.patience, and rounds left to save."""
+        """Say whether to stop early: no better evaluation within stopping.patience, and this is not the last round."""
         stopping = self.config.stopping
         waited = self.watched.waited >= stopping.patience
         return stopping.metric is not None and waited and server_round < self.config.num_rounds

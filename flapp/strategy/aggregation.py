@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from flapp.checks import RAISE_LIMIT
 from flapp.messages import SUMS
 
 REMEMBERED = 2  # rounds: rolora trains another factor in every second one
@@ -18,28 +19,30 @@ CANCELLED = 1e-12  # a mean update this short, relative to the updates, is round
 
 @dataclass
 class NormBound:
-    """Find the updates that are too long to count.
+    """Find the updates that are too long to be accepted.
 
-    The limit of a round is `multiple` times the median length of the updates that the two rounds before it accepted,
-    whichever is larger. The limit of a run's first round comes from its own median. For an even number of updates the
-    lower median is used, so that half of the clients cannot raise it. multiple=None turns the bound off.
+    Each round has a median length of the updates that it accepted. The limit of the next round is `multiple` times the
+    larger median of the two rounds before it. The limit of a run's first round comes from its own median. For an even
+    number of updates the lower median is used, so that half of the clients cannot raise it. multiple=None turns the
+    bound off. fix: what to do about a longer update.
     """
 
     multiple: float | None
     medians: list[float] = field(default_factory=list)  # of the last rounds, oldest first
+    fix: str = RAISE_LIMIT
 
     @property
     def is_known(self) -> bool:
-        """Say whether the limit of the next round does not depend on its own updates."""
+        """Say whether the limit of the next round is known before its updates arrive."""
         return self.multiple is None or bool(self.medians)
 
     def limit(self, norms: Mapping[str, float]) -> float:
-        """Return the longest update that counts in a round with these update lengths."""
+        """Return the length up to which updates are accepted in a round with these lengths."""
         medians = self.medians or [median_low(norms.values() or [0.0])]
         return self.multiple * max(medians) if self.multiple is not None and max(medians) > 0 else math.inf
 
     def accept(self, norms: Mapping[str, float]) -> None:
-        """Remember the updates that a round has accepted."""
+        """Remember the median length of the updates that a round has accepted."""
         self.medians = [*self.medians, median_low(norms.values())][-REMEMBERED:]
 
 
@@ -91,9 +94,10 @@ def alignment_weights(updates: Sequence[Iterable[np.ndarray]], norms: Sequence[f
 def totals(
     metrics: Mapping[str, Mapping[str, float]], held: Mapping[str, int], weights: Mapping[str, float], prefix: str
 ) -> dict[str, Any]:
-    """Sum one kind of evaluation over clients; accuracy is None for regression, and all is None where absent.
+    """Sum one kind of evaluation over clients.
 
-    held: the samples of each client; weights: the samples that it counts for, which are fewer if they are capped.
+    Accuracy is None for regression; loss and accuracy are None if no client sent this kind. held: the samples of each
+    client; weights: the samples that it counts for, which are fewer if they are capped.
     """
     out = prefix.replace("-", "_")
     measured = {name: m for name, m in metrics.items() if f"{prefix}loss-sum" in m}

@@ -1,4 +1,4 @@
-"""FedAvg as a Flower strategy: draws clients by id, checks every reply, and averages in an order of its own."""
+"""FedAvg as a Flower strategy: draws clients by id, checks every reply, and averages in a fixed order."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -12,20 +12,18 @@ from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
-from flapp.checks import RAISE_LIMIT, TOO_LONG, find_norm_fault, find_value_fault, floating_pairs
+from flapp.checks import find_norm_fault, find_value_fault, floating_pairs
 from flapp.config.rules import fewest_replies
 from flapp.config.schema import Config, ConfigError
 from flapp.custom import scores_of
 from flapp.groups import Asked, Group, cut_rank, pack_group
 from flapp.messages import (
-    CLIPPING_NORM,
     EVALUATE,
     REPLAYED,
     TRAIN,
     VAL,
     Instructions,
     as_record,
-    pack,
     pack_instructions,
     size_of,
     views,
@@ -35,7 +33,6 @@ from flapp.server.observer import Observer
 from flapp.server.publish import is_whole
 from flapp.server.roster import FederationError, Roster
 from flapp.strategy.aggregation import NormBound, alignment_weights, cap_shares, totals
-from flapp.strategy.central import Central, ClipBound
 from flapp.strategy.phase import Phase
 from flapp.strategy.robust import PER_CLIENT, robust_average
 from flapp.strategy.server_optimizer import ServerOptimizer
@@ -63,16 +60,15 @@ class FedAvg(FlowerFedAvg):
         self.observer = observer
         self.config = config
         self.server_optimizer = server_optimizer
-        self.bound: NormBound | ClipBound = NormBound(self.settings.norm_limit)
+        self.bound = NormBound(self.settings.norm_limit)
         self.releases = releases
-        self.central: Central | None = None
         self.done = 0
         self.current = ArrayRecord()
         self.accepted: dict[str, int] = {}
         self.remembers = False  # whether clients are told the last round that was accepted from them
         self.phase = Phase(TRAIN, 0)
-        self.shared: Instructions  # with all clients of this phase
-        self.examples: dict[str, float] = {}  # the samples that each client of a round counts for
+        self.shared: Instructions  # what the instructions of all clients of this phase have in common
+        self.examples: dict[str, float] = {}  # the weight of each client of a round: its samples, capped
 
     def summary(self) -> None:
         """Log the strategy's settings, in place of Flower's own summary."""
@@ -82,14 +78,8 @@ class FedAvg(FlowerFedAvg):
             log(INFO, "\t├──> averaged by %s", self.settings.robust)
         log(INFO, "\t└──> %s; weighted by %s; min_replies %d", drawn, weighting, least)
 
-    def protect(self, central: Central) -> None:
-        """Clip updates and add noise to their sum from now on."""
-        self.central, self.bound = central, ClipBound(central)
-
     def facts(self) -> dict[str, Any]:
-        """Return what a later start needs besides tensors: the clients' last accepted rounds and recent lengths."""
-        if self.central:
-            return {"accepted": self.accepted, "clipping_norm": self.central.clip}
+        """Return what a later start needs besides tensors: clients' last accepted rounds, and recent median lengths."""
         is_needed = self.bound.multiple is not None or is_whole(self.config.privacy)
         return {"accepted": self.accepted, "update_norms": self.bound.medians if is_needed else []}
 
@@ -101,17 +91,17 @@ class FedAvg(FlowerFedAvg):
         """Continue after the first `done` rounds, with the facts and tensors of that moment."""
         self.done = done
         self.accepted = dict(facts["accepted"])
-        if isinstance(self.bound, NormBound):
-            self.bound.medians = list(facts.get("update_norms", []))
-        if self.central:
-            self.central.clip = facts["clipping_norm"]
+        self.bound.medians = list(facts.get("update_norms", []))
         if self.server_optimizer:
             self.server_optimizer.restore(state)
 
     def is_evaluated(self, server_round: int) -> bool:
         """Return whether this round ends with an evaluation."""
-        last = self.central.last_round if self.central else self.config.num_rounds
-        return server_round % self.config.evaluate.every == 0 or server_round == last
+        return server_round % self.config.evaluate.every == 0 or server_round == self.last_round()
+
+    def last_round(self) -> int:
+        """Return the round after which the run ends."""
+        return self.config.num_rounds
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -137,8 +127,6 @@ class FedAvg(FlowerFedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Average the valid replies' models; raises FederationError when there are fewer than min_replies."""
         self.observer.enter("aggregate")
-        if self.central:
-            return self._release(self.central, replies)
         phase = self._receive(replies)
         loss = self._mean_loss(phase)
         if phase.is_summed:
@@ -149,39 +137,16 @@ class FedAvg(FlowerFedAvg):
         if self.server_optimizer:
             arrays = self.server_optimizer.step(self.current, arrays, phase.server_round)
         self._check_aggregate(arrays)
-        assert isinstance(self.bound, NormBound)
         self.bound.accept(phase.norms)
         found |= self._note_clipped()
         capped = {name: share for name, share in phase.capped.items() if name in phase.metrics}
         found |= {"update_norm": self.bound.medians[-1]} | ({"capped": capped} if capped else {})
         self.observer.append(
-            TRAIN, phase.server_round, loss=loss, **found, client_seconds=_busy(phase), **self._log_line()
+            TRAIN, phase.server_round, loss=loss, **found, client_seconds=seconds_by_client(phase), **self._log_line()
         )
         if self.remembers:
             self.accepted |= dict.fromkeys(sorted(phase.metrics), phase.server_round)
         return arrays, MetricRecord({"train-loss": loss})
-
-    def _release(self, central: Central, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
-        """Return the new global model by the noisy average of a round, which an earlier start may have made."""
-        server_round, release = self.phase.server_round, central.release
-        if release is None:
-            phase = self._receive(replies)
-            phase.fold(is_over=True)
-            if phase.names and not phase.metrics:
-                log(WARNING, "round %d: no client's update counts, so this round is noise only", server_round)
-            loss = self._mean_loss(phase) if phase.metrics else None
-            line = {"loss": loss, "client_seconds": _busy(phase), **self._log_line()}
-            keys = self.shared.returns or tuple(self.current)
-            release = central.make_release(server_round, self.current, keys, phase.total, phase.metrics, line)
-        central.clip = release.next_clip
-        average = {key: pack(values) for key, values in release.average.items()}
-        arrays = as_record(dict(self.current.items()) | average)
-        if self.server_optimizer:
-            arrays = self.server_optimizer.step(self.current, arrays, server_round)
-        self._check_aggregate(arrays)
-        central.keep(server_round, self.current, release)
-        self.observer.append(TRAIN, server_round, **release.line, epsilon=central.ledger.epsilon())
-        return arrays, MetricRecord()
 
     def _mean_loss(self, phase: Phase) -> float:
         """Return the training loss, a mean over the samples of all clients that count."""
@@ -206,6 +171,16 @@ class FedAvg(FlowerFedAvg):
         self.observer.append(EVALUATE, phase.server_round, **result, **self._log_line())
         return MetricRecord({key.replace("_", "-"): v for key, v in result.items() if isinstance(v, float)})
 
+    def draw(self, kind: str, server_round: int, fraction: float) -> list[str]:
+        """Return the clients of a phase, sorted by id."""
+        return self.roster.sample(fraction, self.config.seed, server_round, kind)
+
+    def replies_needed(self, phase: Phase) -> int:
+        """Return how many replies must count. An evaluation that asks fewer clients needs all of their replies."""
+        if phase.kind == TRAIN:
+            return fewest_replies(self.settings)
+        return min(self.settings.min_replies, max(1, len(phase.names)))
+
     def outgoing(self, client_id: str) -> ArrayRecord:
         """Return what a client is sent of the global model, to train or to evaluate."""
         rank = self.rank_sent(client_id)
@@ -220,7 +195,7 @@ class FedAvg(FlowerFedAvg):
         return {}
 
     def expected(self, name: str, trained: ArrayRecord) -> Mapping[str, Array]:
-        """Return the tensors that a client's reply must fit: those of the model sent that it was asked to return."""
+        """Return the tensors sent that a client must return: its reply must have the same keys, shapes and dtypes."""
         sent = self.outgoing(name)
         return {key: sent[key] for key in self.shared.returns or sent}
 
@@ -233,7 +208,7 @@ class FedAvg(FlowerFedAvg):
         return total.mean(weight, self.current), {}
 
     def combine(self, trained: dict[str, ArrayRecord], weights: list[float]) -> tuple[ArrayRecord, dict[str, Any]]:
-        """Return the same from each client's tensors, sorted by id."""
+        """Return the new global model from each client's tensors, sorted by id, and facts for the round's line."""
         return weighted_average(list(trained.values()), weights), {}
 
     def _combine_each(self, phase: Phase) -> tuple[ArrayRecord, dict[str, Any]]:
@@ -271,7 +246,7 @@ class FedAvg(FlowerFedAvg):
             return {f"{start}scores_error": str(error)}
 
     def _cap(self, examples: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the samples that each client counts for, and the shares of those that claim more; log the latter."""
+        """Return each client's weight, its samples capped, and the shares that capped clients claim; log the latter."""
         weights = dict(zip(examples, cap_shares([*examples.values()], self.settings.max_weight_share), strict=True))
         total = sum(examples.values())
         capped = {name: round(claim / total, 4) for name, claim in examples.items() if weights[name] != claim}
@@ -293,17 +268,12 @@ class FedAvg(FlowerFedAvg):
         self.roster.refresh()
         if self.roster.refusals_changed():
             self.observer.append("refused", server_round, refused=self.roster.refused)
-        rest = self.instructions(kind, server_round)
-        if kind == TRAIN and self.central:
-            chosen = self.central.draw(self.roster, server_round)
-            rest |= {CLIPPING_NORM: self.central.clip}
-        else:
-            chosen = self.roster.sample(fraction, self.config.seed, server_round, kind)
-        self.shared = self.roster.order(server_round, **rest)
+        chosen = self.draw(kind, server_round, fraction)
+        self.shared = self.roster.order(server_round, **self.instructions(kind, server_round))
         claims = {name: self.roster.members[name].claim for name in chosen}
         self.phase = phase = Phase(kind, server_round, claims, absent=self.roster.missing(), expected=self.expected)
         phase.validates, phase.multiple = self.config.validates, self.bound.multiple
-        phase.norm_fix = TOO_LONG if self.central else RAISE_LIMIT
+        phase.norm_fix = self.bound.fix
         if kind == TRAIN:
             self.examples, phase.capped = self._cap({name: claim.train for name, claim in claims.items()})
             phase.weights = dict.fromkeys(chosen, 1.0) if self.settings.weighting == "uniform" else self.examples
@@ -319,7 +289,7 @@ class FedAvg(FlowerFedAvg):
         return messages
 
     def _messages(self, index: int, names: tuple[str, ...]) -> list[Message]:
-        """Return what asks the clients of a group: one message if a node can serve all of them, or else one each."""
+        """Return the messages to a group's clients: one for all if every node can serve them, otherwise one each."""
         phase = self.phase
         if len(names) > 1 and self.roster.any_node:
             group = Group(tuple(map(self._entry, names)), phase.norm_limit, phase.is_summed, phase.clip)
@@ -348,11 +318,7 @@ class FedAvg(FlowerFedAvg):
                 self.releases.replay(phase.server_round, [n for n, m in phase.metrics.items() if m.get(REPLAYED)])
         phase.end()
         told = self.observer.warn_of_failures(phase.server_round, phase.failures)
-        # Training always needs min_replies. An evaluation may ask fewer clients, and then needs all of their replies.
-        least = self.settings.min_replies
-        needed = fewest_replies(self.settings) if phase.kind == TRAIN else min(least, max(1, len(phase.names)))
-        if self.central and phase.kind == TRAIN and self.roster.members:
-            needed = 0  # nobody was drawn, or all failed: the round is noise only, as it is with one client less
+        least, needed = self.settings.min_replies, self.replies_needed(phase)
         if len(phase.metrics) < needed:
             wanted = f"strategy.min_replies={least}"
             if needed > least:
@@ -365,10 +331,11 @@ class FedAvg(FlowerFedAvg):
         return phase
 
     def _bound_updates(self) -> None:
-        """Leave out updates that exceed the limit of a run's first round, and find those that norm_bound clips.
+        """Leave out updates beyond the limit of a run's first round, and set the length to which norm_bound clips.
 
-        The nodes could not know either. A sum with such an update in it is asked for again, without the clients that
-        are left out. They answer from their stores, or train again.
+        Nodes cannot know these lengths, because they depend on all updates of the round. If a node's sum contains such
+        an update, the sum is dropped, and the remaining clients of its group are asked again. These answer from their
+        stores, or train again.
         """
         phase = self.phase
         phase.norm_limit = self.bound.limit(phase.norms)
@@ -394,6 +361,6 @@ class FedAvg(FlowerFedAvg):
         return line
 
 
-def _busy(phase: Phase) -> dict[str, float]:
+def seconds_by_client(phase: Phase) -> dict[str, float]:
     """Return the seconds that each client trained."""
     return {name: round(found["seconds"], 3) for name, found in sorted(phase.metrics.items()) if "seconds" in found}

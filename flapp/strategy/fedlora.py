@@ -47,11 +47,11 @@ def global_keys(state: Iterable[str], travels: Iterable[str], aggregation: str |
 
 
 class FedLoRA(FedAvg):
-    """Federated LoRA by the rule strategy.aggregation. Its other arguments are FedAvg's, and these:
+    """Federated LoRA by the rule strategy.aggregation. It takes FedAvg's arguments and these:
 
     layers: names of the adapted layers, each with whether its weight is (in, out), the transpose of B A; private: keys
     that each client keeps; fresh: draws a round's new lora_A of every layer, of the global rank, from the seed. Factors
-    that never travel are those of the roster's base.
+    that are never sent are taken from roster.base.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class FedLoRA(FedAvg):
         super().summary()
 
     def facts(self) -> dict[str, Any]:
-        """Return what FedAvg does, which base the adapters are of, and the ranks of clients that pruned themselves."""
+        """Return FedAvg's facts, the digest of the base, and the ranks of clients that pruned themselves."""
         return super().facts() | {"base": self.roster.base_digest, "pruned": self.pruned}
 
     def restore(self, done: int, facts: dict[str, Any], state: dict[str, np.ndarray]) -> None:
@@ -110,7 +110,7 @@ class FedLoRA(FedAvg):
         return self.pruned.get(client_id, self.ranks.get(client_id, self.lora.rank))
 
     def expected(self, name: str, trained: ArrayRecord) -> Mapping[str, Array]:
-        """Return what a reply must fit: what was sent, or that cut to the rank to which the client may prune itself."""
+        """Return the tensors that a reply must fit; if the client has pruned itself, they are cut to its new rank."""
         wanted, own = super().expected(name, trained), self.rank_of(name)
         rank, key = pruned_rank(self.lora, own), f"{self.layers[0]}.{A}"
         is_pruned = rank < own and key in trained and tuple(trained[key].shape[:1]) == (rank,)
@@ -118,12 +118,10 @@ class FedLoRA(FedAvg):
 
     def is_summed(self, phase: Phase) -> bool:
         """Return whether the round is made of sums: for rules that average, if groups have more than one client."""
-        if self.central:
-            return True  # noise is added to the sum
         return super().is_summed(phase) and self.rule.averages and any(len(group) > 1 for group in phase.groups)
 
     def combine_sum(self, total: WeightedSum, weight: float) -> tuple[ArrayRecord, dict[str, Any]]:
-        """Return the same as `combine`, from the weighted sum of all clients.
+        """Return the new global model from the weighted sum of all clients, and facts for the round's line.
 
         aggregation_error is None where both factors were trained, because the sums of the factors do not give the sum
         of their products, and where every client keeps its own B.

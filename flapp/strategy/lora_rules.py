@@ -120,7 +120,7 @@ def hetlora(layer: Layer) -> Aggregated:
     This is the sparsity-weighted aggregation of HetLoRA (Cho et al. 2024, arXiv:2401.06432, section 4), which weighs
     client k by S_k / sum S, S_k = ||B_k A_k||_F. The paper writes it for one weight matrix; here each adapted matrix
     has the S_k of its own product. The paper's clients all count the same: equal p_k (strategy.weighting=uniform) give
-    its weights exactly, other p_k multiply them. A client's own rank is cut from the result.
+    its weights exactly, other p_k multiply them. Each client is sent the result cut to its own rank.
     """
     norms = [_norm(B, A) for A, B in zip(layer.A, layer.B, strict=True)]
     weights = layer.shares * norms
@@ -148,8 +148,8 @@ class Rule:
     def aggregate(self, clients: Sequence[Factors], rank: int | None = None) -> Aggregated:
         """Combine one layer of several clients; `rank` is what flexlora and hetlora return (default: the largest).
 
-        Factors must fit together, and have one rank unless any_rank. Raises ValueError for weights without a mean, and
-        where clients differ in a factor that the rule needs to be common.
+        Factors must fit together, and have one rank unless any_rank. Raises ValueError for invalid weights
+        (see Layer), and if clients differ in a factor that must be equal.
         """
         return self.combine(Layer(clients, rank))
 
@@ -167,9 +167,10 @@ RULES = {
 
 
 def refill(A: np.ndarray, B: np.ndarray, fresh: np.ndarray) -> np.ndarray:
-    """Return A with its dead rows taken from `fresh`: a row of zeros whose column in B is zero never gets a gradient.
+    """Return A with its dead rows replaced by those of `fresh`.
 
-    The product B A stays the same. flexlora and hetlora leave such rows when no client of the largest rank took part.
+    A row is dead, and never gets a gradient, if it and its column in B are zero. The product B A stays the same.
+    flexlora and hetlora leave such rows when no client of the largest rank took part.
     """
     alive = A.any(axis=1) | B.any(axis=0)
     return np.where(np.expand_dims(alive, 1), A, fresh)
@@ -179,8 +180,8 @@ def error_norms(aggregated: Aggregated, clients: Sequence[Factors]) -> tuple[flo
     """Return ||applied - ideal||_F and ||ideal||_F of one layer, without scaling; squares add up over layers.
 
     Applied is B A plus what is folded; with private B (fedsa) it is sum_k p_k B_k A. Both norms come from QR of the
-    stacked factors in float64: matrices of out x in are avoided, and so are Gram matrices, which lose half the digits.
-    Only where a dense matrix is folded are there three of out x in, in float64.
+    stacked factors in float64. Matrices of size out x in are made only if a dense matrix is folded, or if the stacked
+    ranks are at least min(out, in). Gram matrices are avoided: they lose half the digits.
     """
     layer = Layer(clients)
     left, right = layer.stacked()
@@ -223,7 +224,7 @@ def _pad(factor: np.ndarray, axis: int, rank: int) -> np.ndarray:
 
 
 def _fold(left: np.ndarray, right: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, ...]:
-    """Return whichever is fewer numbers to send, the two factors or their product."""
+    """Return the two factors or their product, whichever has fewer numbers."""
     if left.size + right.size > len(left) * right.shape[1]:
         return ((left @ right).astype(dtype),)
     return left.astype(dtype), right.astype(dtype)
@@ -247,7 +248,7 @@ def _norm(left: np.ndarray, right: np.ndarray) -> float:
 
 
 def _reduce(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return smaller left and right whose products, of any of their columns and rows, have the same Frobenius norms."""
+    """Return factors with the same Frobenius norm of left[:, S] @ right[S] for every S; smaller ones if that pays."""
     if left.shape[1] >= min(len(left), right.shape[1]):  # the product itself is smaller than its factors
         return left, right
     return np.asarray(np.linalg.qr(left, "r")), np.asarray(np.linalg.qr(right.T, "r")).T

@@ -25,11 +25,11 @@ class Phase:
 
     claims: of the sampled clients, sorted by id; weights: of each client in an average; expected: gives the tensors
     that a client's reply must fit; norm_limit: the longest update that counts, `multiple` times the median; norm_fix:
-    what to do about longer ones; clip: the length to which longer updates are clipped before they are combined, of
-    which sums from nodes must be; is_summed: whether the average is made of sums; may_fold: whether they are added up
-    as they come, which needs a known limit; validates: whether evaluations need figures for validation samples; groups:
-    how the clients are cut; sent: messages that may not have an id yet; waiting: the clients of each message without an
-    answer; trained and sums: tensors of single clients and of whole groups, until they are added to `total`.
+    what to do about longer ones; clip: longer updates are clipped to this length before they are combined; those in a
+    node's sum must be clipped already; is_summed: whether the average is made of sums; may_fold: whether they are added
+    up as they come, which needs a known limit; validates: whether evaluations need figures for validation samples;
+    groups: how the clients are cut; sent: messages that may not have an id yet; waiting: the clients of each message
+    without an answer; trained and sums: tensors of single clients and of whole groups, until they are added to `total`.
     """
 
     kind: str
@@ -99,9 +99,9 @@ class Phase:
             found.pop(name, None)
 
     def leave_out(self, faults: Mapping[str, str]) -> list[tuple[int, tuple[str, ...]]]:
-        """Leave clients out for these reasons, and drop each sum that has one of them or an update to clip.
+        """Leave out the clients in `faults`. Drop each sum with one of them, or with an update that must be clipped.
 
-        Return the index and the other clients of each of these sums.
+        Return, for each sum dropped, the index of its group and those of its clients that are not left out.
         """
         again, odd = [], faults.keys() | {name for name, norm in self.norms.items() if norm > self.clip}
         for index, names in enumerate(self.groups):
@@ -125,7 +125,7 @@ class Phase:
         return len(self.metrics) + len(self.failures)
 
     def fold(self, is_over: bool = False) -> None:
-        """Add the groups that are complete to the total, in order; all that came when the phase is over."""
+        """Add complete groups to the total, in order; with is_over, add whatever has arrived."""
         waiting = {index for index, _ in self.waiting.values()}
         while self._next < len(self.groups) and (is_over or self._next not in waiting):
             if group := self._pop_group(self._next):
@@ -136,7 +136,7 @@ class Phase:
             self._ready.clear()
 
     def pop_trained(self, name: str) -> ArrayRecord:
-        """Return what a client's tensors count as, clipped where its update is too long, and drop them."""
+        """Remove and return a client's tensors; an update longer than `clip` is clipped."""
         trained = self.trained.pop(name)
         if (norm := self.norms[name]) <= self.clip:
             return trained

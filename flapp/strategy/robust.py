@@ -27,7 +27,7 @@ from flapp.strategy.aggregation import cap_shares
 from flapp.sums import weighted_average
 
 PER_CLIENT = ("median", "trimmed_mean", "krum", "multi_krum")  # they need each client's tensors
-NUMBERS = 1 << 18  # in one step, of all clients: two float64 blocks near the level-2 cache
+NUMBERS = 1 << 18  # in one step, of all clients: two float64 blocks are about as large as the level-2 cache
 
 
 def robust_average(
@@ -69,7 +69,7 @@ def krum_scores(records: Sequence[Mapping[str, Array]], sent: Mapping[str, Array
     """Return Krum's score of each model, float64 (records,): small for one that is near n - malicious - 2 others.
 
     sent: the model that all clients began with. Distances are of all floating tensors as one vector, from their
-    changes, in float64. For huge values they are inexact, but only those of the models that have such values.
+    changes, in float64. Distances from a model with huge values are inexact; the others stay exact.
     """
     products = np.zeros((len(records), len(records)))
     for key, array in sent.items():

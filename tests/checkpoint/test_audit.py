@@ -88,9 +88,7 @@ def test_tied_tensors_differ_each_on_its_own(store: ChunkManager) -> None:
     assert store.diff(1, 3) == []
 
 
-def test_an_exported_round_is_read_by_safetensors_and_its_digest_is_the_files(
-    store: ChunkManager, tmp_path: Path
-) -> None:
+def test_safetensors_reads_an_exported_round_and_its_digest_is_the_files(store: ChunkManager, tmp_path: Path) -> None:
     old, _ = two_models()
     old |= {"tied": old["floats"], "empty": torch.empty(0, 5), "int64": torch.arange(9)}
     out = tmp_path / "out" / "round.safetensors"

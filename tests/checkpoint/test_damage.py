@@ -96,9 +96,7 @@ def ask_damaged(path: Path, fully: bool) -> bool:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_damaged_store_gives_the_right_tensors_or_one_line(
-    path: Path, sound: bytes, damage: Damage, times: int
-) -> None:
+def test_a_damaged_store_gives_right_tensors_or_one_line(path: Path, sound: bytes, damage: Damage, times: int) -> None:
     rng, lost = random.Random(times), 0
     for attempt in range(times):
         content = bytearray(sound)
@@ -142,7 +140,7 @@ def test_a_file_that_is_not_a_store_is_refused_and_left_alone(path: Path, conten
         *(("facts_digest", value) for value in ("NULL", "''", "x'00'")),
     ],
 )
-def test_changed_facts_of_a_round_are_refused_and_seen_by_verify(
+def test_changed_facts_of_a_round_are_refused_and_verify_sees_them(
     path: Path, sound: bytes, column: str, value: str
 ) -> None:
     path.write_bytes(sound)
@@ -180,9 +178,7 @@ DAMAGES = {  # of round 1, whose second chunk is the tensor body.weight
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_named_by_round_chunk_and_tensor_and_repaired_by_saving_again(
-    store: ChunkManager, damage: str
-) -> None:
+def test_damage_is_named_by_round_chunk_and_tensor_and_repaired_by_a_save(store: ChunkManager, damage: str) -> None:
     save_rounds(store, 1)
     store.close()
     edit(store.path, damage)

@@ -98,7 +98,7 @@ MODELS: dict[str, tuple[Callable[[int], nn.Module], Callable[[nn.Module], nn.Mod
 
 
 @pytest.mark.parametrize("case", MODELS)
-def test_every_model_is_loaded_in_place_if_its_memory_allows_and_else_by_a_copy(
+def test_a_model_is_loaded_in_place_if_its_memory_allows(
     tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, change, chunk_bytes, in_place = MODELS[case]
@@ -114,7 +114,7 @@ def test_every_model_is_loaded_in_place_if_its_memory_allows_and_else_by_a_copy(
 
 
 @pytest.mark.parametrize("cause", ["unreadable", "overwritten"])
-def test_a_disk_that_fails_while_a_model_is_overwritten_is_reported(
+def test_a_disk_that_fails_during_a_load_is_reported(
     store: ChunkManager, cause: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved, fresh = network(1), network(2)

@@ -77,7 +77,7 @@ SLOW_CUTS = ((20, 300, 150), (20, 9000, 150), (20, 100_000, 50))  # with other p
 @pytest.mark.parametrize(
     ("rounds", "size", "cuts"), [(12, 9000, 60), *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW_CUTS)]
 )
-def test_no_power_cut_loses_an_acknowledged_round_or_leaves_half_of_one(
+def test_no_power_cut_loses_an_acknowledged_round_or_halves_one(
     tmp_path: Path, rounds: int, size: int, cuts: int
 ) -> None:
     assert count_losses(save_on_a_power_disk(tmp_path, rounds, size), tmp_path, cuts, seed=size) == 0
@@ -107,7 +107,7 @@ def test_a_power_cut_while_recovering_from_a_power_cut_loses_nothing(tmp_path: P
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_the_simulated_power_cuts_catch_a_store_that_promises_too_early(
+def test_power_cuts_catch_a_store_that_promises_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breakage: str
 ) -> None:
     with monkeypatch.context() as patch:
@@ -193,7 +193,7 @@ def failures(folder: Path, of: tuple[str, ...], act: Callable[[ChunkManager], ob
         pytest.param(apsw.SQLITE_FULL, False, id="full, once", marks=pytest.mark.slow),
     ],
 )
-def test_a_save_on_a_disk_that_fails_at_any_operation_says_so_and_keeps_the_rounds_before(
+def test_a_save_on_a_disk_that_fails_anywhere_says_so_and_keeps_older_rounds(
     two_rounds: Path, code: int, sticky: bool
 ) -> None:
     kinds = failures(

@@ -108,9 +108,7 @@ def test_a_store_of_another_format_is_refused(store: ChunkManager, statement: st
         ChunkManager(store.path)
 
 
-def test_a_store_with_sha256_as_flapp_once_wrote_is_read_and_continued(
-    store: ChunkManager, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_old_store_with_sha256_is_read_and_continued(store: ChunkManager, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "HASH", "sha256")
     save_rounds(store, 1)
     monkeypatch.undo()

@@ -44,9 +44,7 @@ def assert_equal(one: nn.Module, other: nn.Module, rtol: float = 0.0, atol: floa
         ("adamw", torch.optim.AdamW, {"weight_decay": 0.5}),
     ],
 )
-def test_training_takes_the_steps_plain_pytorch_would(
-    name: str, kind: type[torch.optim.Optimizer], rules: dict[str, float]
-) -> None:
+def test_training_takes_pytorchs_steps(name: str, kind: type[torch.optim.Optimizer], rules: dict[str, float]) -> None:
     ours = model()
     result = train(ours, BATCHES, build_optimizer(ours, name, 0.1, **rules), epochs=2)
     assert (result.steps, result.samples) == (6, 40)

@@ -19,6 +19,7 @@ from flapp.data import artifact as artifacts
 from flapp.data.artifact import DataError, open_artifact, open_verified, write_artifact, write_rows
 from flapp.data.offline import OfflineDataset
 from flapp.data.sources import ensure_artifacts
+from tests.support.refusals import refused
 
 CLASSES = ["a", "b", "c"]
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -50,9 +51,7 @@ def test_an_artifact_is_the_bytes_that_numpy_saves_and_reads_back(folder: Path, 
     assert open_artifact(folder, verify=True).images.any()
 
 
-def test_the_digest_is_that_of_the_content_and_resized_images_have_a_layout_of_their_own(
-    folder: Path, arrays: Arrays
-) -> None:
+def test_the_digest_is_of_the_content_and_resized_images_have_their_own_layout(folder: Path, arrays: Arrays) -> None:
     images, labels = arrays
     write_artifact(folder.with_name("copy"), images, labels, CLASSES, "elsewhere")
     write_artifact(folder.with_name("rolled"), images, np.roll(labels, 1), CLASSES, "source")
@@ -111,9 +110,7 @@ def test_a_killed_writer_leaves_nothing_that_its_successor_does_not_remove(folde
     assert [path.name for path in folder.parent.iterdir()] == ["train"]
 
 
-def test_a_disk_without_room_is_found_out_before_anything_is_written(
-    tmp_path: Path, arrays: Arrays, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_without_room_is_noticed_first(tmp_path: Path, arrays: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=8000))
     with pytest.raises(DataError, match=r"split needs 8,696 bytes, .* 8,000 free: make room"):
         write_artifact(tmp_path / "split", *arrays, CLASSES)
@@ -126,7 +123,7 @@ def test_a_disk_without_room_is_found_out_before_anything_is_written(
         ({"images": np.zeros((3, 4, 4, 1), np.complex64)}, r"needs samples of one of .*, got samples complex64 \[3, 4"),
         ({"images": np.zeros((3, 4), ">i4")}, "got samples >i4 .* convert them with astype"),
         ({"images": np.zeros((3, 0), np.float32)}, r"not empty, got samples float32 \[3, 0\]"),
-        ({"images": np.zeros(3, np.float32), "layout": "NCHW"}, "layout NCHW, which is of images"),
+        ({"images": np.zeros(3, np.float32), "layout": "NCHW"}, "layout NCHW, only for images"),
         ({"images": np.float32(1)}, "needs samples .N, ....* equally many"),
         ({"labels": np.zeros((3, 2), np.int64)}, r"1 classes, so it needs labels int64 \[N\], got .* int64 \[3, 2\]"),
         ({"labels": np.zeros((3, 2)), "classes": []}, "needs labels float32 or int64, got .* float64"),
@@ -154,11 +151,7 @@ def flip(content: bytes) -> bytes:
         ("images.npy", lambda content: content[:-100], r"images\.npy is damaged .*100 bytes too few"),
         ("images.npy", lambda content: content + bytes(4416), "4,416 bytes behind its array"),
         ("images.npy", flip, "block 4 has another SHA-256"),
-        (
-            "labels.npy",
-            lambda content: content[:128] + content[136:] + content[128:136],
-            r"labels\.npy was changed or damaged .*block 0",
-        ),
+        ("labels.npy", lambda c: c[:128] + c[136:] + c[128:136], r"labels\.npy was changed or damaged .*block 0"),
         ("meta.json", lambda content: content.replace(b"true", b"false"), "is not a complete artifact"),
         ("meta.json", lambda content: b"[1", r"meta\.json is damaged"),
         ("meta.json", lambda content: content.replace(b"23", b"24"), r"holds uint8 \[23, 8, 8, 3\], its meta"),
@@ -166,9 +159,8 @@ def flip(content: bytes) -> bytes:
 )
 def test_damage_is_named(folder: Path, name: str, change: Callable[[bytes], bytes], reason: str) -> None:
     (folder / name).write_bytes(change((folder / name).read_bytes()))
-    with pytest.raises(DataError, match=reason) as refused:
+    with refused(DataError, reason):
         open_artifact(folder, verify=True)
-    assert "\n" not in str(refused.value)
 
 
 @pytest.fixture
@@ -208,7 +200,7 @@ def test_an_artifact_whose_files_were_touched_is_compared_again(folder: Path, ha
     assert hashed
 
 
-def test_a_note_that_was_cut_off_or_is_of_other_files_is_not_believed(
+def test_a_note_cut_off_or_of_other_files_is_ignored(
     folder: Path, hashed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_verified(folder)

@@ -13,6 +13,7 @@ import pytest
 from flapp.data.artifact import DataError
 from flapp.data.sources import CIFAR, cifar_files, cifar_sha256, read_cifar
 from tests.support.cifar_files import python2_pickle, write_cifar
+from tests.support.refusals import refused
 
 
 def read(name: str, source: Path, split: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
@@ -50,9 +51,7 @@ def test_images_and_labels_are_those_that_torchvision_reads(tmp_path: Path, name
 
 
 @pytest.mark.parametrize(("protocol", "order"), [(2, "C"), (3, "C"), (4, "C"), (2, "F")])
-def test_files_that_python_3_wrote_and_arrays_in_fortran_order_are_read_too(
-    tmp_path: Path, protocol: int, order: Any
-) -> None:
+def test_files_of_python_3_and_arrays_in_fortran_order_are_read_too(tmp_path: Path, protocol: int, order: Any) -> None:
     folder = write_cifar(tmp_path, images=4)
     data = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8).copy(order=order)
     content = {b"data": data, b"labels": [3, 2, 1, 0]}
@@ -97,10 +96,9 @@ def test_a_malicious_file_is_refused_by_name_and_does_not_run(
     attack, path = Malicious(function, argument), folder / ("batches.meta" if place == "meta" else "test_batch")
     content = {b"data": np.zeros((1, 3072), np.uint8), b"labels": [attack]} if place == "label" else attack
     path.write_bytes(pickle.dumps(content, protocol=protocol))
-    with pytest.raises(DataError, match=rf"^{path} wants .*{name}.*not executed") as caught:
+    with refused(DataError, rf"^{path} wants .*{name}.*not executed"):
         read("cifar10", tmp_path, "test")
     assert not trace.exists()
-    assert "\n" not in str(caught.value)
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -125,9 +123,8 @@ def test_a_file_with_a_fault_is_refused_in_one_line_that_names_it(tmp_path: Path
     changes, reason = FAULTS[fault]
     path = write_cifar(tmp_path, images=4) / "test_batch"
     rewrite(path, **changes)
-    with pytest.raises(DataError, match=f"^{path}.*{reason}") as caught:
+    with refused(DataError, f"^{path}.*{reason}"):
         read("cifar10", tmp_path, "test")
-    assert "\n" not in str(caught.value)
 
 
 def cut(keep: int) -> Callable[[bytes], bytes]:
@@ -144,9 +141,7 @@ def cut(keep: int) -> Callable[[bytes], bytes]:
         ("batches.meta", lambda _: python2_pickle({b"fine_label_names": [b"x"]}), "has no list 'label_names'"),
     ],
 )
-def test_a_damaged_or_foreign_file_is_refused(
-    tmp_path: Path, name: str, change: Callable[[bytes], bytes], reason: str
-) -> None:
+def test_a_damaged_file_is_refused(tmp_path: Path, name: str, change: Callable[[bytes], bytes], reason: str) -> None:
     path = write_cifar(tmp_path, images=4) / name
     if name == "test_batch":
         rewrite(path)

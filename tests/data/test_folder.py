@@ -2,7 +2,8 @@
 
 import os
 import random
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from flapp.data import folder as folders
 from flapp.data.artifact import DataError
 from flapp.data.decode import MOST_BYTES
 from flapp.data.folder import open_folder
+from tests.support.refusals import refused
 
 
 def write(root: Path, *paths: str) -> Path:
@@ -27,9 +29,7 @@ def names(root: Path, split: str = "train", fraction: float = 0.2, seed: int = 0
     return [os.path.relpath(name, root) for name in open_folder(root, fraction, seed)[0][split].names]
 
 
-def test_classes_and_images_are_in_the_order_of_the_bytes_of_their_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_classes_and_images_are_ordered_by_the_bytes_of_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = ["Zebra/b.jpg", "Zebra/a.jpg", "ant/10.jpg", "ant/9.jpg", "ant/deep/er/x.jpg", "ant/deep.jpg", "été/é.png"]
     root = write(tmp_path, *(f"train/{path}" for path in train), "test/ant/1.jpg", "test/Zebra/1.jpg")
     raw, classes = open_folder(root, 0.2, 0)
@@ -77,9 +77,7 @@ def test_splits_have_several_names(tmp_path: Path, splits: tuple[str, str]) -> N
     ("count", "fraction", "expected"),
     [(10, 0.2, 2), (10, 0.25, 3), (7, 0.2, 1), (8, 0.2, 2), (2, 0.2, 0), (3, 0.2, 1), (1, 0.9, 0), (4, 0.99, 3)],
 )
-def test_a_share_of_each_class_becomes_the_test_split(
-    tmp_path: Path, count: int, fraction: float, expected: int
-) -> None:
+def test_a_share_of_each_class_becomes_the_tests(tmp_path: Path, count: int, fraction: float, expected: int) -> None:
     root = write(tmp_path, *(f"a/{n}.jpg" for n in range(20)), *(f"b/{n:03d}.jpg" for n in range(count)))
     train, test = ([name for name in names(root, split, fraction) if name[0] == "b"] for split in ("train", "test"))
     assert len(test) == expected
@@ -148,92 +146,58 @@ def test_a_file_that_cannot_be_read_is_said_where_its_image_would_be(tmp_path: P
     ]
 
 
-Make = Callable[[Path], object]
-TWO = ("a/1.jpg", "b/1.jpg")
-WRONG: dict[str, tuple[Make, str]] = {
-    "no such folder": (lambda d: None, "{} cannot be read (No such file or directory): point dataset.source at"),
-    "a file": (lambda d: d.write_text(""), "{} is a file, and dataset.source must be a folder of images, a .parquet"),
-    "nothing in it": (
-        lambda d: d.mkdir(),
-        "{} is empty, and dataset.source must be a folder of images, a .parquet file or",
-    ),
-    "one class": (lambda d: write(d, "a/1.jpg"), "{} has one class, a: there must be a folder for each of two or more"),
-    "an empty class": (
-        lambda d: (write(d, *TWO) / "c/deep").mkdir(parents=True),
-        "{}/c has no images: add some, or remove the folder",
-    ),
-    "an image beside classes": (lambda d: write(d, *TWO, "x.JPG"), "{}/x.JPG is in no folder of a class: move it"),
-    "an image beside classes of a split": (
-        lambda d: write(d, "train/a/1.jpg", "train/x.png", "test/a/1.jpg"),
-        "{}/train/x.png is in no folder of a class",
-    ),
-    "a class that only test has": (
-        lambda d: write(d, "train/a/1.jpg", "train/b/1.jpg", "test/a/1.jpg", "test/c/1.jpg"),
-        "{}/test/c is a class that {}/train lacks: add training images, or remove the folder",
-    ),
-    "no test split": (
-        lambda d: write(d, "train/a/1.jpg", "train/b/1.jpg"),
-        "{} has train, but no folder test: set dataset.source={}/train to divide it by dataset.test_fraction, or add",
-    ),
-    "no train split": (
-        lambda d: write(d, "val/a/1.jpg", "val/b/1.jpg"),
-        "{} has val, but no folder train: set dataset.source={}/val to divide it",
-    ),
-    "two folders for one split": (
-        lambda d: write(d, "train/a/1.jpg", "test/a/1.jpg", "val/a/1.jpg"),
-        "{}/test and {}/val are both taken for one split: keep one of them in {}",
-    ),
-    "a class beside splits": (
-        lambda d: write(d, "train/a/1.jpg", "test/a/1.jpg", "planes/1.jpg"),
-        "{}/planes is beside train, which is taken for a split: move it away, or if these are classes, rename the one",
-    ),
-    "an empty split": (
-        lambda d: (write(d, "train/a/1.jpg", "train/b/1.jpg") / "test").mkdir(),
-        "{}/test has no folders of classes",
-    ),
-    "too few for a test split": (
-        lambda d: write(d, *TWO),
-        "dataset.test_fraction=0.2 of so few images gives no test image: raise it, or add images",
-    ),
-    "a link in circles": (
-        lambda d: linked(write(d, *TWO), "a/loop", "../a"),
-        "{}/a/loop is a link that does not lead to a file: remove it, or copy the folder there",
-    ),
-    "a link to itself": (
-        lambda d: linked(write(d, *TWO), "a/2.jpg", "2.jpg"),
-        "{}/a/2.jpg is a link that leads to nothing",
-    ),
-    "a broken link": (
-        lambda d: linked(write(d, *TWO), "a/2.jpg", "3.jpg"),
-        "{}/a/2.jpg is a link that leads to nothing",
-    ),
-    "a link out of the source": (
-        lambda d: linked(write(d, *TWO), "a/2.jpg", write(d.with_name("other"), "x.jpg") / "x.jpg"),
-        "{}/a/2.jpg is a link out of {}: replace it by what it leads to",
-    ),
-    "a class that is a link out of the source": (
-        lambda d: linked(write(d, *TWO), "c", write(d.with_name("other"), "x.jpg")),
-        "{}/c is a link out of {}: replace it by what it leads to",
-    ),
-    "a class with a name that is not printable": (
-        lambda d: write(d, *TWO, "c\nd\x1b[31m/1.jpg"),
-        "{}/c\\nd\\x1b[31m has a name that is not printable text in UTF-8: rename the folder",
-    ),
-    "a class with a name that is not UTF-8": (
-        lambda d: write(d, *TWO, os.fsdecode(b"caf\xe9/1.jpg")),
-        "{}/caf\\udce9 has a name that is not printable text in UTF-8: rename the folder",
-    ),
-}
+def plant(root: Path, *entries: str) -> None:
+    """Make a folder with files, folders ("name/") and links ("name->target")."""
+    root.mkdir()
+    for entry in entries:
+        name, arrow, target = entry.partition("->")
+        if arrow:
+            linked(root, name, target)
+        elif entry.endswith("/"):
+            (root / entry).mkdir(parents=True)
+        else:
+            write(root, entry)
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_a_folder_that_is_not_as_it_must_be_is_refused_in_one_line(tmp_path: Path, case: str) -> None:
-    make, said = WRONG[case]
-    make(tmp_path / "source")
-    with pytest.raises(DataError) as caught:
-        open_folder(tmp_path / "source", 0.2, 0)
-    assert said.replace("{}", str(tmp_path / "source")) in str(caught.value)
-    assert "\n" not in str(caught.value)
+TWO, TRAIN = ("a/1.jpg", "b/1.jpg"), ("train/a/1.jpg", "train/b/1.jpg")
+WRONG: list[tuple[tuple[str, ...], str]] = [  # what is in the source {}, beside a folder `other` with x.jpg
+    ((), "{} is empty, and dataset.source must be a folder of images, a .parquet file or"),
+    (("a/1.jpg",), "{} has one class, a: there must be a folder for each of two or more"),
+    ((*TWO, "c/deep/"), "{}/c has no images: add some, or remove the folder"),
+    ((*TWO, "x.JPG"), "{}/x.JPG is in no folder of a class: move it"),
+    (("train/a/1.jpg", "train/x.png", "test/a/1.jpg"), "{}/train/x.png is in no folder of a class"),
+    ((*TRAIN, "test/a/1.jpg", "test/c/1.jpg"), "{}/test/c is a class that {}/train lacks: add training images, or rem"),
+    (TRAIN, "{} has train, but no folder test: set dataset.source={}/train to divide it by dataset.test_fraction, or"),
+    (("val/a/1.jpg", "val/b/1.jpg"), "{} has val, but no folder train: set dataset.source={}/val to divide it"),
+    (("train/a/", "test/a/", "val/a/"), "{}/test and {}/val are both taken for one split: keep one of them in {}"),
+    (("train/a/1.jpg", "test/a/1.jpg", "planes/1.jpg"), "{}/planes is beside train, which is taken for a split: move "),
+    ((*TRAIN, "test/"), "{}/test has no folders of classes"),
+    (TWO, "dataset.test_fraction=0.2 of so few images gives no test image: raise it, or add images"),
+    ((*TWO, "a/loop->../a"), "{}/a/loop is a link that does not lead to a file: remove it, or copy the folder there"),
+    ((*TWO, "a/2.jpg->2.jpg"), "{}/a/2.jpg is a link that leads to nothing"),
+    ((*TWO, "a/2.jpg->3.jpg"), "{}/a/2.jpg is a link that leads to nothing"),
+    ((*TWO, "a/2.jpg->../../other/x.jpg"), "{}/a/2.jpg is a link out of {}: replace it by what it leads to"),
+    ((*TWO, "c->../other"), "{}/c is a link out of {}: replace it by what it leads to"),
+    ((*TWO, "c\nd\x1b[31m/1.jpg"), "{}/c\\nd\\x1b[31m has a name that is not printable text in UTF-8: rename the fold"),
+    ((*TWO, os.fsdecode(b"caf\xe9/1.jpg")), "{}/caf\\udce9 has a name that is not printable text in UTF-8: rename the"),
+]
+
+
+@pytest.mark.parametrize(("entries", "said"), WRONG, ids=lambda value: repr(value)[:40])
+def test_a_folder_that_is_not_as_it_must_be_is_refused(tmp_path: Path, entries: tuple[str, ...], said: str) -> None:
+    source = tmp_path / "source"
+    write(tmp_path, "other/x.jpg")
+    plant(source, *entries)
+    with refused(DataError, re.escape(said.replace("{}", str(source)))):
+        open_folder(source, 0.2, 0)
+
+
+def test_a_source_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    with refused(DataError, rf"{tmp_path}/x cannot be read \(No such file or directory\): point dataset.source at"):
+        open_folder(tmp_path / "x", 0.2, 0)
+    write(tmp_path, "x")
+    with refused(DataError, f"{tmp_path}/x is a file, and dataset.source must be a folder of images, a .parquet"):
+        open_folder(tmp_path / "x", 0.2, 0)
 
 
 def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

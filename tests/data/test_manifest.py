@@ -11,6 +11,7 @@ import pytest
 from flapp.data.artifact import DataError
 from flapp.data.shards import manifest
 from flapp.data.shards.manifest import Manifest, ShardRecord, check_claim, load_manifest, open_manifest, write_manifest
+from tests.support.refusals import refused
 
 
 def record(client_id: str, shard: str | None = None) -> ShardRecord:
@@ -35,9 +36,7 @@ def test_every_client_is_found_in_counting_order(written: Manifest) -> None:
         written["300"]
 
 
-def test_many_clients_are_read_once_and_in_little_time_but_not_more_than_any_federation_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_clients_are_read_once_and_fast_but_not_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_manifest(tmp_path, [record(str(i)) for i in range(10_000)], {"strategy": "natural"})
     started = time.process_time()
     found = load_manifest(tmp_path)
@@ -110,13 +109,12 @@ def twice(folder: Path) -> None:
         (lambda folder: (folder / "manifest.json").unlink(), "no manifest at"),
     ],
 )
-def test_a_damaged_or_foreign_manifest_is_refused_in_one_line(
+def test_a_damaged_manifest_is_refused(
     written: Manifest, tmp_path: Path, damage: Callable[[Path], None], said: str
 ) -> None:
     damage(tmp_path)
-    with pytest.raises(DataError, match=said) as refusal:
+    with refused(DataError, said):
         load_manifest(tmp_path / "manifest.json")
-    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,7 @@ from tests.support.images import COUNT, photographs, torchvision_batch, write_re
 
 
 @pytest.mark.parametrize(("size", "normalization"), [(None, "imagenet"), (64, "half")])
-def test_samples_of_the_dataset_equal_the_bits_of_torchvision(
-    folder: Path, size: int | None, normalization: str
-) -> None:
+def test_samples_equal_the_bits_of_torchvision(folder: Path, size: int | None, normalization: str) -> None:
     dataset = OfflineDataset(folder, normalization=normalization, image_size=size)
     expected = torchvision_batch(photographs(), size or 32, normalization)
     assert torch.equal(dataset[3][0], expected[3])

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from flapp.data.shards.build import write_shards
 from flapp.data.shards.client import DistributedShardLoader
 from flapp.data.shards.manifest import Manifest
 from tests.support.leaf_files import flip
+from tests.support.refusals import refused
 
 
 def rewrite(path: Path, change: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]) -> None:
@@ -29,47 +31,37 @@ def restate(folder: Path, **values: Any) -> None:
     (folder / "meta.json").write_text(json.dumps(meta | values))
 
 
+def cut(path: Path, by: int) -> None:
+    path.write_bytes(path.read_bytes()[:-by])
+
+
+def save(path: Path, **arrays: np.ndarray) -> None:
+    save_file(arrays, path)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing folder": (lambda f: f.rename(f.with_name("gone")), "no shard at .*dataset=DATASET dataset.source=DIR"),
     "missing meta": (lambda f: (f / "meta.json").unlink(), r"meta\.json is missing"),
     "missing split": (lambda f: (f / "val.safetensors").unlink(), r"val\.safetensors cannot be read \(No such file"),
-    "meta cut": (
-        lambda f: (f / "meta.json").write_bytes((f / "meta.json").read_bytes()[:99]),
-        r"meta\.json is damaged",
-    ),
+    "meta cut": (lambda f: cut(f / "meta.json", 50), r"meta\.json is damaged"),
     "meta a list": (lambda f: (f / "meta.json").write_text("[]"), "is not of a shard of format 1"),
     "meta of a later format": (lambda f: restate(f, format_version=2), "format_version 2"),
     "meta without counts": (lambda f: restate(f, num_samples=7), "num_samples is missing or of a wrong type"),
     "meta of other writers": (lambda f: restate(f, writers=["me"]), "does not have the digest it states"),
     "meta of another client": (lambda f: restate(f, client_id="1"), "does not have the digest it states"),
-    "wrong counts": (
-        lambda f: restate(f, num_samples={"train": 9, "val": 4, "test": 4}),
-        r"train\.safetensors has 36 samples, meta\.json says 9",
-    ),
+    "wrong counts": (lambda f: restate(f, num_samples={"train": 9, "val": 4, "test": 4}), r"36 samples, .*json says 9"),
     "wrong histogram": (lambda f: restate(f, label_hist=[36] + [0] * 61), "not the histogram of the training labels"),
-    "file cut": (
-        lambda f: (f / "train.safetensors").write_bytes((f / "train.safetensors").read_bytes()[:-9]),
-        r"train\.safetensors is damaged",
-    ),
-    "pickled file": (
-        lambda f: np.save(f / "a.npy", np.array([{}]), True) or (f / "a.npy").rename(f / "train.safetensors"),
-        "damaged",
-    ),
+    "file cut": (lambda f: cut(f / "train.safetensors", 9), r"train\.safetensors is damaged"),
+    "pickled file": (lambda f: (f / "train.safetensors").write_bytes(pickle.dumps([{}])), "damaged"),
     "bit in an image": (lambda f: flip(f / "train.safetensors", 5000), r"train\.safetensors has SHA-256"),
     "bit in a label": (lambda f: flip(f / "val.safetensors", -8), r"val\.safetensors has SHA-256"),
     "bit in the header": (lambda f: flip(f / "val.safetensors", 20), "client_2"),
     "images black": (lambda f: rewrite(f / "train.safetensors", lambda x, y: (x * 0, y)), "all zero"),
     "label 62": (lambda f: rewrite(f / "test.safetensors", lambda x, y: (x, y * 0 + 62)), "has label 62"),
-    "more images than labels": (
-        lambda f: rewrite(f / "train.safetensors", lambda x, y: (x[:24], y[:3])),
-        r"images U8 \[24, 28, 28\], labels I64 \[3\] instead of",
-    ),
+    "few labels": (lambda f: rewrite(f / "train.safetensors", lambda x, y: (x[:24], y[:3])), r"labels I64 .3. "),
     "float images": (lambda f: rewrite(f / "train.safetensors", lambda x, y: (x / np.float32(255), y)), "images F32"),
-    "other tensors": (lambda f: save_file({"x": np.zeros(3)}, f / "train.safetensors"), r"x F64 \[3\] instead of"),
-    "scalars": (
-        lambda f: save_file({"images": np.array(1), "labels": np.array(1)}, f / "train.safetensors"),
-        "instead of images U8",
-    ),
+    "other tensors": (lambda f: save(f / "train.safetensors", x=np.zeros(3)), r"x F64 \[3\] instead of"),
+    "scalars": (lambda f: save(f / "test.safetensors", images=np.array(1), labels=np.array(1)), "instead of images U8"),
 }
 
 
@@ -78,10 +70,8 @@ def test_a_damaged_shard_is_refused_in_one_line(shards: Manifest, name: str) -> 
     damage, said = DAMAGE[name]
     folder = shards.shard_path("2")
     damage(folder)
-    with pytest.raises(DataError, match=said) as refusal:
+    with refused(DataError, said, path=folder):
         DistributedShardLoader(folder)
-    assert "\n" not in str(refusal.value)
-    assert str(folder) in str(refusal.value)
 
 
 def test_a_forged_meta_over_black_images_is_still_refused(shards: Manifest, tmp_path: Path) -> None:
@@ -95,9 +85,7 @@ def test_a_forged_meta_over_black_images_is_still_refused(shards: Manifest, tmp_
         DistributedShardLoader(folder)
 
 
-def test_without_strict_check_faults_are_warnings_and_the_tensors_count(
-    shards: Manifest, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_strict_check_faults_are_warnings(shards: Manifest, caplog: pytest.LogCaptureFixture) -> None:
     folder = shards.shard_path("2")
     with pytest.raises(DataError, match="is the shard of client 2, not of client 7: set shard-path"):
         DistributedShardLoader(folder, expected_client_id="7")

@@ -85,7 +85,7 @@ def test_who_gets_which_writer_follows_from_strategy_seed_and_file(
         (lambda m, names: m.__setitem__("../x", m.pop("b")), r"client id '\.\./x' must be letters"),
     ],
 )
-def test_a_manual_mapping_with_a_fault_is_refused_before_anything_is_written(
+def test_a_faulty_mapping_is_refused(
     source: Path, samples: Samples, tmp_path: Path, change: Callable[[Any, list[str]], object], said: str
 ) -> None:
     names = sorted(samples)
@@ -110,9 +110,7 @@ def test_a_manual_mapping_with_a_fault_is_refused_before_anything_is_written(
         ({"strategy": "random", "clients": 2, "val_fraction": -0.1}, "at least 0"),
     ],
 )
-def test_settings_that_cannot_be_met_are_refused(
-    source: Path, tmp_path: Path, settings: dict[str, Any], said: str
-) -> None:
+def test_settings_that_cannot_be_are_refused(source: Path, tmp_path: Path, settings: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError, match=said):
         write_shards(source, tmp_path / "shards", **settings)
 
@@ -222,9 +220,7 @@ write_shards(Path(sys.argv[1]), Path(sys.argv[2]), "natural", seed=1)
     ("event", "part"),
     [("open", "val.safetensors"), ("os.rename", ".client_4."), ("open", "/manifest.json"), ("os.rename", "/.killed.")],
 )
-def test_kill_9_and_the_same_command_again_end_in_identical_bytes(
-    source: Path, tmp_path: Path, event: str, part: str
-) -> None:
+def test_kill_9_and_the_same_command_again_end_alike(source: Path, tmp_path: Path, event: str, part: str) -> None:
     out = tmp_path / "killed"
     command = [sys.executable, "-c", KILLED, str(source), str(out), event, part]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
@@ -277,7 +273,7 @@ def test_a_folder_with_other_files_is_not_replaced(source: Path, shards: Manifes
     assert (shards.folder / "thesis.tex").exists()
 
 
-def test_a_full_disk_is_noticed_before_anything_is_written_or_removed(
+def test_a_full_disk_is_noticed_first(
     source: Path, shards: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = content_of(shards.folder)

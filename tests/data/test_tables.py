@@ -16,6 +16,7 @@ from flapp.data.decode import UnreadableError, decode_splits
 from flapp.data.folder import divide
 from flapp.data.tables import Columns, open_tables
 from tests.support.poison import peak
+from tests.support.refusals import refused
 from tests.support.tables import NAMES, as_dataset, draw_images, png, write_parquet
 
 LABELS = np.arange(30) % 3
@@ -74,9 +75,7 @@ def saved_to_disk(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("write", [by_pyarrow, in_many_files, in_folders, by_datasets, saved_to_disk])
-def test_every_form_of_a_table_gives_the_images_that_were_written(
-    tmp_path: Path, write: Callable[[Path], Path]
-) -> None:
+def test_every_form_of_a_table_gives_the_images_in_it(tmp_path: Path, write: Callable[[Path], Path]) -> None:
     found, classes = read(write(tmp_path / "source"), tmp_path)
     assert classes == (NAMES if write in (by_datasets, saved_to_disk) else ["0", "1", "2"])
     for split, part in (("train", slice(0, 20)), ("test", slice(20, 30))):
@@ -192,6 +191,10 @@ def rewrite(path: Path, **columns: Any) -> None:
     write_parquet(path, **{"image": BYTES, "label": LABELS} | columns)
 
 
+def emptied(path: Path) -> None:
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
+
+
 def label(row: int, value: Any, kind: Any = None) -> Callable[[Path], None]:
     values = [value if i == row else int(other) for i, other in enumerate(LABELS)]
     return lambda path: rewrite(path, label=pa.array(values, kind))
@@ -201,25 +204,13 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (cut, r"test\.parquet is damaged \(Parquet magic bytes.*: copy or download it again"),
     "not parquet": (lambda path: path.write_text("a,b\n1,2\n"), r"test\.parquet is damaged"),
     "empty": (lambda path: path.write_bytes(b""), r"test\.parquet is damaged"),
-    "another column": (
-        lambda path: write_parquet(path, image=BYTES, labels=LABELS),
-        r"test\.parquet has no column label, .*train\.parquet has it: write all files alike",
-    ),
-    "other types": (
-        lambda path: rewrite(path, label=LABELS.astype(np.int8)),
-        r"test\.parquet has int8 for column label",
-    ),
+    "another column": (lambda path: write_parquet(path, image=BYTES, labels=LABELS), "train.parquet has it: write all"),
+    "other types": (lambda path: rewrite(path, label=LABELS.astype(np.int8)), "test.parquet has int8 for column label"),
     "null label": (label(4, None), r"test\.parquet has nothing in column label in row 4: fill it in"),
     "negative label": (label(5, -1), r"test\.parquet row 5 has label -1 in column label, and labels are not below 0"),
-    "zero rows": (
-        lambda path: rewrite(path, image=pa.array([], pa.binary()), label=pa.array([], pa.int64())),
-        r"test\.parquet has no rows: give the split test samples",
-    ),
+    "zero rows": (emptied, r"test\.parquet has no rows: give the split test samples"),
     "beside others": (lambda path: path.rename(path.with_name("more.parquet")), r"more\.parquet names no split"),
-    "elsewhere": (
-        lambda path: rewrite(path.parent / "other/test.parquet"),
-        r"other/test\.parquet and .*/test\.parquet are in different folders",
-    ),
+    "elsewhere": (lambda path: rewrite(path.parent / "other/test.parquet"), "other/test.* are in different folders"),
     "without train": (lambda path: (path.parent / "train.parquet").unlink(), "has files of test, none of train"),
 }
 
@@ -231,10 +222,8 @@ def test_files_with_a_fault_are_refused_in_one_line_with_file_column_and_fix(tmp
         rewrite(folder / f"{split}.parquet")
     damage, said = WRONG[name]
     damage(folder / "test.parquet")
-    with pytest.raises(DataError, match=said) as refusal:
+    with refused(DataError, said):
         open_tables(folder, Columns(), 0.2, 0)
-    assert "\n" not in str(refusal.value)
-    assert ": " in str(refusal.value)
 
 
 def test_columns_that_are_missing_or_of_another_kind_are_refused(tmp_path: Path) -> None:
@@ -242,10 +231,7 @@ def test_columns_that_are_missing_or_of_another_kind_are_refused(tmp_path: Path)
     for columns, said in (
         (("picture",), r"the columns image \(binary\), .* and not picture: set dataset\.image_column"),
         (("label",), r"column label of type int64, which is no encoded image"),
-        (
-            (None, "score"),
-            r"column score of type double: convert it, or set dataset\.label_column to a column of",
-        ),
+        ((None, "score"), r"column score of type double: convert it, or set dataset\.label_column to a col"),
         ((None, None, "who"), r"and not who: set dataset\.client_column"),
         ((None, None, "score"), r"column score of type double: convert it, or set dataset\.client_column"),
         ((None, None, "name"), r"has 'a\\nb' in column name: give classes and clients names"),

@@ -5,6 +5,7 @@ import re
 import signal
 import ssl
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -12,12 +13,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from flwr.app import Message
 
 from flapp.config.load import compose
 from flapp.config.schema import ConfigError
 from tests.conftest import read_lines
 from tests.support.commands import finish, start_tool
-from tests.support.replies import Federate
+from tests.support.own_runs import run
+from tests.support.projects import EDITED, EDITED_WORDS, SLOW, add_to_task, new_project, settings_in
+from tests.support.replies import Federate, drop, trained_in
 from tests.support.waiting import wait_for
 from tools.certificates import make_server_files, make_site_keys
 from tools.checkpoints import main as checkpoints
@@ -29,30 +33,28 @@ from tools.federation import find_missing, find_silent, online_nodes, read_seen
 
 pytestmark = pytest.mark.slow
 
-TOY = ("experiment=toy_regression", "evaluate.every=2", "num_rounds=2")
-CASES = {  # one whose replies are summed, one that needs each client's tensors
-    "toy": TOY,
-    "flora": (
-        *(
-            "experiment=digits_fedlora",
-            "model.pretrained=null",
-            "model=vit_tiny",
-            "model.image_size=16",
-            "num_rounds=1",
-        ),
-        *("partition=iid", "train.epochs=1", "train.steps=1", "evaluate.personal_epochs=0", "checkpoint=off"),
-        "strategy.aggregation=flora",
-    ),
+SMALL = f"{EDITED_WORDS} clients=2 partition=iid train.epochs=1 train.steps=3 evaluate.personal_epochs=0"
+CASES = {  # of a user's own project: one whose replies are summed, one that needs each client's tensors
+    "summed": f"{SMALL} num_rounds=2 evaluate.every=2 strategy.fraction_evaluate=0.5",
+    "adapters": f"{SMALL} num_rounds=1 strategy=fedlora strategy.aggregation=flora lora=default lora.rank=2 "
+    "lora.targets=[all-linear]",
 }
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Return a home with a federation of three sites that runs, secured; afterwards nothing of it is left."""
+    """Return a home with a project that its user has edited, `mine`, and with a federation that runs.
+
+    It has two sites, is secured, and allows the project's code. Afterwards nothing of it is left.
+    """
     home = tmp_path_factory.mktemp("site")
-    status, said, error = finish(start_tool(home, "federation", "up", "--clients", "3", "--tls"))
+    project = new_project(home / "mine", "vision")
+    add_to_task(project, EDITED)
+    (project / "slow.py").write_text(SLOW)
+    words = ("up", "--clients", "2", "--tls", "--allow-code", "mine")
+    status, said, error = finish(start_tool(home, "federation", *words))
     assert status == 0, error
-    assert "(TLS, registered keys only): 3 of 3 SuperNodes online" in said
+    assert "(TLS, registered keys only): 2 of 2 SuperNodes online" in said
     token = read_federation(home / "federation").token
     yield home
     assert finish(start_tool(home, "federation", "down"))[0] == 0
@@ -66,8 +68,13 @@ def federation(home: Path) -> Federation:
 
 
 def submit(home: Path, name: str, *settings: str) -> subprocess.Popen[str]:
-    """Start a run over the federation."""
-    return start_tool(home, "run", "deployment=local", "clients=3", f"run_name={name}", *settings)
+    """Start a run over the federation, in the project's folder."""
+    return start_tool(home, "run", "deployment=local", f"run_name={name}", *settings, cwd=home / "mine")
+
+
+def run_here(home: Path, name: str, *settings: str) -> str:
+    """Run the project's settings in this process and return the digest of the model."""
+    return str(run(settings_in(home / "mine", home, f"run_name={name}", *settings))[0]["model_sha256"])
 
 
 def reached(home: Path, name: str, server_round: int) -> Callable[[], bool]:
@@ -100,13 +107,12 @@ def find_processes(federation: Federation, word: str, folder: str) -> Iterator[p
                 yield process
 
 
-def find_client(federation: Federation, folder: str) -> psutil.Process | None:
-    """Return the process in which a client trains, busy for a while: a fork of what its SuperNode keeps for that."""
-    for process in find_processes(federation, "supernode.py clients", folder):
+def find_client(folder: Path) -> psutil.Process | None:
+    """Return the process in which a site's client has begun to train, which takes five seconds."""
+    for begun in (folder / "flwr").glob("begun-*"):
         with contextlib.suppress(psutil.NoSuchProcess):
-            parent = process.parent()
-            if parent and parent.cmdline() == process.cmdline() and process.cpu_times().user > 0.5:
-                return process
+            if time.time() - begun.stat().st_mtime < 3:
+                return psutil.Process(int(begun.name.removeprefix("begun-")))
     return None
 
 
@@ -150,7 +156,7 @@ def outsider(federation: Federation, tmp_path: Path) -> Iterator[Callable[..., P
 
 def test_private_keys_of_a_federation_are_for_their_owner_only(home: Path) -> None:
     keys = sorted((home / "federation").rglob("*.key"))
-    assert [key.name for key in keys] == ["ca.key", "site.key", "site.key", "site.key", "server.key"]
+    assert [key.name for key in keys] == ["ca.key", "site.key", "site.key", "server.key"]
     assert {key.stat().st_mode & 0o777 for key in keys} == {0o600}
 
 
@@ -164,7 +170,7 @@ def test_plain_http_and_other_authorities_are_refused(federation: Federation, tm
 
 
 def test_runs_at_once_end_in_the_bytes_of_other_runtimes_and_outsiders_are_kept_out(
-    home: Path, federation: Federation, outsider: Callable[..., Path], federate: Federate, tmp_path: Path
+    home: Path, federation: Federation, outsider: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The outsiders have a wrong CA, a strange key, or a registered key and another client's name."""
     folder = home / "federation"
@@ -175,67 +181,70 @@ def test_runs_at_once_end_in_the_bytes_of_other_runtimes_and_outsiders_are_kept_
     wrong = outsider("wrong", tmp_path / "ca.crt", folder / "client_0" / "site.key")
     known = outsider("known", folder / "ca.crt", tmp_path / "known" / "site.key")
     wait_for(lambda: "SuperNode ID" in known.read_text())
-    wait_for(lambda: len(online_nodes(folder, federation)) == 4)  # the three, and the one that is registered
+    wait_for(lambda: len(online_nodes(folder, federation)) == 3)  # the two, and the one that is registered
     wait_for(lambda: "Failed to activate SuperNode" in strange.read_text())
-    started = {name: submit(home, name, *words) for name, words in CASES.items()}
+    started = {name: submit(home, name, *words.split()) for name, words in CASES.items()}
     for name, process in started.items():
         status, said, error = finish(process)
         assert status == 0, error
         assert said.splitlines()[-1] == f"refused: node {node}: {other_key(folder)}"
-        assert digest_of(said) == federate(*CASES[name], "clients=3")[0]["model_sha256"]
-    assert len(online_nodes(folder, federation)) == 4
+        assert digest_of(said) == run_here(home, f"{name}-here", *CASES[name].split())
+    assert len(online_nodes(folder, federation)) == 3
     assert "SuperNode ID" not in wrong.read_text()
 
 
-def test_a_client_and_a_supernode_killed_in_a_round_are_named_and_take_part_again(
-    home: Path, federation: Federation
-) -> None:
-    words = ("experiment=toy_regression", "train.steps=4000", "num_rounds=40", "evaluate.every=40")
-    run = submit(home, "killed", *words)
-    wait_for(lambda: reached(home, "killed", 1)() and find_client(federation, "client_1")).kill()
-    (supernode,) = find_processes(federation, "supernode.py --superlink", "client_2")
-    supernode.kill()
-    path = home / "runs" / "killed"
-
-    def came_back() -> bool:
-        lines = read_lines(path, "train")
-        return len(lines) > 2 and lines[-1]["replies"] == 3
-
-    wait_for(came_back)
-    run.send_signal(signal.SIGINT)
-    assert finish(run)[0] == 130
-    failed = [
-        {failure["client"]: failure["reason"] for failure in line["failures"]} for line in read_lines(path, "train")
-    ]
-    assert failed[0] == {}
-    assert failed[1].keys() == {"1", "2"}
-    assert failed[1]["1"] == "failed: its process ended before it answered (killed, or out of memory)"
-    with SuperLink(federation.address, home / "federation" / "ca.crt") as superlink:
-        assert {each["status"] for each in superlink.flwr("list")["runs"]} <= {"finished:completed", "finished:stopped"}
-
-
-def test_a_superlink_killed_comes_back_and_the_run_is_resumed_to_the_same_bytes(
+def test_what_is_killed_is_named_and_takes_part_again_and_the_run_is_resumed_to_the_bytes_of_its_replies(
     home: Path, federation: Federation, federate: Federate
 ) -> None:
-    settings = (*TOY, "num_rounds=3", "train.optimizer=sgd", "train.momentum=0.9")
-    run = submit(home, "link", *settings)
-    wait_for(reached(home, "link", 1))
+    """Killed are the SuperLink, then a client and a SuperNode in rounds; at last the run is interrupted."""
+    words = ["experiment=toy_regression", "clients=2", f"code={home}/mine", "train.loss=slow:loss", "train.steps=25"]
+    words += ["num_rounds=20", "evaluate.every=20", "train.optimizer=sgd", "train.momentum=0.9"]
+    path, sites = home / "runs" / "killed", home / "federation"
+    run = submit(home, "killed", *words)
+    wait_for(reached(home, "killed", 1))
     (superlink,) = find_processes(federation, "owner_only.py", "superlink")
     superlink.kill()
     status, _, error = finish(run)
     assert status == 1
-    assert error.splitlines()[-1].endswith("run_name=link resume=true")
-    wait_for(lambda: is_back(home / "federation"))
-    status, said, error = finish(submit(home, "link", *settings, "resume=true"))
-    assert status == 0, error
-    undisturbed, _ = federate("clients=3", *settings)
-    assert digest_of(said) == undisturbed["model_sha256"]
+    assert error.splitlines()[-1].endswith("run_name=killed resume=true")
+    wait_for(lambda: is_back(sites))
+    done = len(read_lines(path, "round"))
+    run = submit(home, "killed", *words, "resume=true")
+    wait_for(lambda: reached(home, "killed", done + 1)() and find_client(sites / "client_0")).kill()
+    wait_for(lambda: reached(home, "killed", done + 2)() and find_client(sites / "client_1"))
+    (supernode,) = find_processes(federation, "supernode.py --superlink", "client_1")
+    supernode.kill()
+
+    def came_back() -> bool:
+        lines = read_lines(path, "train")
+        return sum(bool(line["failures"]) for line in lines) == 2 and lines[-1]["replies"] == 2
+
+    wait_for(came_back)
+    run.send_signal(signal.SIGINT)
+    assert finish(run)[0] == 130
+    with SuperLink(federation.address, sites / "ca.crt") as link:
+        assert {each["status"] for each in link.flwr("list")["runs"]} <= {"finished:completed", "finished:stopped"}
+    resumed, _ = federate(*words, f"home={home}", "run_name=killed", "resume=true")
+    lines = read_lines(path, "train")
+    failed = [{each["client"]: each["reason"] for each in line["failures"]} for line in lines]
+    first, second = filter(None, failed)
+    assert first == {"0": "failed: its process ended before it answered (killed, or out of memory)"}
+    assert second.keys() == {"1"}
+    missing = {str(line["round"]): {*reasons, *line["absent"]} for line, reasons in zip(lines, failed, strict=True)}
+
+    def silence(name: str, reply: Message) -> Message:
+        if trained_in(reply) is not None and name in missing[reply.metadata.group_id]:
+            drop(reply)
+        return reply
+
+    without, _ = federate(*words, tamper=silence)
+    assert resumed["model_sha256"] == without["model_sha256"]
     assert checkpoints(["verify", str(home / "checkpoints")]) == 0
 
 
 def test_more_clients_than_sites_are_refused_before_the_run(home: Path) -> None:
-    settings = compose([f"home={home}", "deployment=local", *TOY, "clients=5", "run_name=many"])
-    with pytest.raises(ConfigError, match="has 3: set clients=3$"):
+    settings = compose([f"home={home}", "deployment=local", "experiment=toy_regression", "clients=5", "run_name=many"])
+    with pytest.raises(ConfigError, match="has 2: set clients=2$"):
         run_once(settings)
     assert not (home / "runs" / "many").exists()
 
@@ -250,14 +259,11 @@ def test_whoever_unregisters_a_client_and_takes_its_name_does_not_take_its_place
     node = register_as_client_0(folder, federation, tmp_path / "intruder")
     intruder = outsider("intruder", folder / "ca.crt", tmp_path / "intruder" / "site.key")
     wait_for(lambda: "SuperNode ID" in intruder.read_text())
-    wait_for(lambda: len(online_nodes(folder, federation)) == 3)
-    few = ("num_rounds=1", "strategy.min_clients=2")
-    status, said, error = finish(submit(home, "taken", *TOY, *few, "strategy.wait_for_clients=5"))
+    wait_for(lambda: len(online_nodes(folder, federation)) == 2)
+    few = ("experiment=toy_regression", "clients=2", "num_rounds=1", "strategy.min_clients=1", "checkpoint=off")
+    status, said, error = finish(submit(home, "taken", *few, "strategy.wait_for_clients=5"))
     assert status == 0, error
     assert said.splitlines()[-1] == f"refused: node {node}: {other_key(folder)}"
     assert [line["absent"] for line in read_lines(home / "runs" / "taken", "train")] == [["0"]]
-    two, _ = federate(
-        *(*TOY, *few, "deployment=local", "strategy.wait_for_clients=0.1"),
-        nodes=[{"client-id": "1"}, {"client-id": "2"}],
-    )
-    assert digest_of(said) == two["model_sha256"]
+    alone, _ = federate(*few, "deployment=local", "strategy.wait_for_clients=0.1", nodes=[{"client-id": "1"}])
+    assert digest_of(said) == alone["model_sha256"]

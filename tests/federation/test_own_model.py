@@ -26,12 +26,13 @@ from tools.checkpoints import main as checkpoints
 from tools.new import CHOICES, TEMPLATES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", CHOICES)
 def test_each_template_learns_and_ends_in_the_same_bytes_in_groups_and_after_a_crash(
     template: str, tmp_path: Path
 ) -> None:
     project = new_project(tmp_path / "mine", template)
-    words = ("partition=iid", "clients=40", "num_rounds=3", "train.epochs=4")
+    words = ("partition=iid", "clients=33", "num_rounds=2", "train.epochs=5", "evaluate.every=2")
     config = settings_in(project, tmp_path, "run_name=whole", *words)
     whole, _ = run(config)
     assert whole["accuracy"] > 0.6
@@ -48,9 +49,9 @@ def test_each_template_learns_and_ends_in_the_same_bytes_in_groups_and_after_a_c
     ("own", "built_in"),
     [
         (
-            ("model=custom", "model.target=flapp.model.networks:LeafCNN", "train.steps=2")
+            ("model=custom", "model.target=flapp.model.networks:LeafCNN")
             + ("model.kwargs={image_size:32,channels:1,classes:10}",),
-            ("model=cnn", "train.steps=2"),
+            ("model=cnn",),
         ),
         (("train.loss=task:loss",), ()),
         (("train.optimizer=task:sgd",), ("train.optimizer=sgd", "train.momentum=0.9")),
@@ -60,6 +61,7 @@ def test_what_flapp_has_itself_gives_the_same_bytes_as_ones_own(
     folder: Path, tmp_path: Path, own: tuple[str, ...], built_in: tuple[str, ...]
 ) -> None:
     base = ("dataset=digits", "partition=iid", "clients=2", *SMALL, "num_rounds=1", "train.weight_decay=0")
+    base += ("train.steps=3",)
     first, one = run(settings_in(folder, tmp_path, *base, *own, "run_name=own"))
     second, two = run(settings_in(folder, tmp_path, *base, *built_in, "run_name=built_in"))
     models = [load_file(path / "model.safetensors") for path in (one, two)]
@@ -100,7 +102,7 @@ def models(tmp_path: Path) -> Path:
 def test_adapters_on_each_model_end_in_the_same_bytes_and_peft_takes_them(
     models: Path, tmp_path: Path, case: str
 ) -> None:
-    shared = "partition=iid num_rounds=3 train.epochs=1 train.steps=2 evaluate.every=3 dataset.augment=false"
+    shared = "partition=iid num_rounds=2 train.epochs=1 train.steps=2 evaluate.every=2 dataset.augment=false"
     shared += " evaluate.metrics=null evaluate.scores=null train.mods=[mods:mod] lora=default lora.rank=2"
     words = f"clients=33 strategy=fedlora {shared} {ADAPTED[case]}".split()
     config = settings_in(models, tmp_path, "run_name=whole", *words)
@@ -108,7 +110,7 @@ def test_adapters_on_each_model_end_in_the_same_bytes_and_peft_takes_them(
     (failure,) = read_lines(path, "train")[1]["failures"]
     assert (failure["client"], "mods.py, line 4" in failure["reason"]) == ("1", True)
     grouped, _ = run(settings_in(models, tmp_path, "run_name=grouped", *words), any_node=True, order=5)
-    break_off(settings_in(models, tmp_path, "run_name=broken", *words), 3)
+    break_off(settings_in(models, tmp_path, "run_name=broken", *words), 2)
     resumed, _ = run(settings_in(models, tmp_path, "run_name=broken", "resume=true", *words))
     assert whole["model_sha256"] == grouped["model_sha256"] == resumed["model_sha256"]
     assert checkpoints(["verify", str(tmp_path / "checkpoints")]) == 0

@@ -155,7 +155,7 @@ def test_a_server_optimizer_steps_along_the_robust_average(
 def test_a_run_that_broke_off_is_resumed_to_the_same_bytes(
     federate: Federate, bad: tuple[str, ...], name: str, grid: dict[str, Any]
 ) -> None:
-    words = (*MANY, *bad, "checkpoint=recent", f"strategy.robust={name}")
+    words = (*(MANY if grid else FAST), *bad, "checkpoint=recent", f"strategy.robust={name}")
     whole, _ = federate(*words, **grid)
     run_name = f"run_name=broken-{name}-{len(grid)}"
     break_off(partial(federate, **grid), 2, "aggregate_train", *words, run_name)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -21,22 +22,14 @@ from flwr.superlink.grid import InMemoryGrid
 
 from flapp import server_app
 from tests.conftest import LocalGrid
-from tests.support.projects import write_task
+from tests.support.projects import SLOW, write_task
 from tests.support.strangers import as_stranger, get, listening, needs_root
 from tests.support.waiting import WAIT_SECONDS, wait_for
 from tools.deployment import superlink
-from tools.deployment.processes import HOST, TOKEN, SuperLinkError, environment
+from tools.deployment.processes import HOST, TOKEN, Processes, SuperLinkError, environment
 from tools.deployment.submit import APP
-from tools.deployment.superlink import CONNECTION, PrivateSuperLink, ray_environment
+from tools.deployment.superlink import PrivateSuperLink, SuperLink, ray_environment
 
-TASK = """
-    import time
-    from torch.nn import functional as F
-
-    def slow(outputs, targets):
-        time.sleep(0.2)  # so that a round is long and costs nothing
-        return F.mse_loss(outputs, targets)
-"""
 VICTIM, ATTACKER = "10.231.77.1", "10.231.77.2"
 ATTACK = Path(__file__).parents[1] / "support" / "ray_attack.py"
 RAY_METHODS = (
@@ -141,29 +134,9 @@ def test_the_server_app_warns_of_a_simulation_whose_ray_asks_for_no_token(
 @pytest.fixture(scope="module")
 def long(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Return the settings of a run that lasts."""
-    folder = write_task(tmp_path_factory.mktemp("slow"), TASK)
+    folder = write_task(tmp_path_factory.mktemp("slow"), SLOW)
     words = ("run_name=long", "experiment=toy_regression", "train.steps=20000", f"code={folder}")
-    return (*words, "train.loss=task:slow", "deployment=simulation", "deployment.total_cpus=1")
-
-
-@pytest.mark.slow
-@needs_root
-def test_no_port_of_a_simulation_serves_another_user(tmp_path: Path, long: tuple[str, ...]) -> None:
-    size = "num-supernodes=1 client-resources-num-cpus=1 init-args-num-cpus=1"
-    with PrivateSuperLink() as link:
-        words = f'overrides="{" ".join(long)} home={tmp_path}"'
-        link.flwr("run", str(APP), CONNECTION, "-c", words, "--federation-config", size)
-        wait_for((tmp_path / "runs" / "long" / "progress.json").exists)
-        ports = listening(link.processes.running())
-        assert [address for address in ports if address[0] == HOST] == [(HOST, link.port)]
-        said = as_stranger(submit_app, link.port, build_fab_from_disk(APP))
-        assert "403 Forbidden" in said
-        assert as_stranger(get, link.port)[0] == 403
-        assert len(link.flwr("list")["runs"]) == 1
-        open_to_all = {(HOST, port): name for (host, port), name in ports.items() if host == "::"}
-        assert set(open_to_all.values()) >= {"gcs_server", "raylet"}
-        assert set.union(*as_stranger(ray_answers, list(open_to_all)).values()) == {"UNAUTHENTICATED"}
-    assert link.processes.running() == []
+    return (*words, "train.loss=task:loss", "deployment=simulation", "deployment.total_cpus=1")
 
 
 def ip(*words: str) -> None:
@@ -230,6 +203,23 @@ def attack(namespace: str, raylet: psutil.Process, folder: Path, **env: str) -> 
 
 @pytest.mark.slow
 @needs_root
+def test_no_port_of_a_simulation_serves_another_user(raylet: psutil.Process) -> None:
+    as_another = partial(as_stranger, network=f"/proc/{raylet.pid}/ns/net")
+    as_root = partial(as_another, user=0)
+    ports = as_root(listening, Processes(raylet.environ()[TOKEN]).running())
+    (port,) = (port for host, port in ports if host == HOST)
+    assert "403 Forbidden" in as_another(submit_app, port, build_fab_from_disk(APP))
+    assert as_another(get, port)[0] == 403
+    link = SuperLink(f"{HOST}:{port}")
+    assert len(as_root(link.flwr, "list")["runs"]) == 1
+    link.stop()
+    open_to_all = {(HOST, port): name for (host, port), name in ports.items() if host == "::"}
+    assert set(open_to_all.values()) >= {"gcs_server", "raylet"}
+    assert set.union(*as_another(ray_answers, list(open_to_all)).values()) == {"UNAUTHENTICATED"}
+
+
+@pytest.mark.slow
+@needs_root
 def test_code_from_another_machine_runs_in_a_simulation_only_with_its_token(
     namespaces: tuple[str, str], raylet: psutil.Process, tmp_path: Path
 ) -> None:
@@ -264,3 +254,14 @@ def test_the_token_of_a_simulation_stands_in_no_command_line_and_no_file(raylet:
                 read[path] = path.read_bytes()
     assert folder / "superlink.log" in read
     assert [path for path, content in read.items() if token in content] == []
+
+
+@pytest.mark.slow
+@needs_root
+def test_a_simulation_whose_command_is_killed_ends_by_itself(raylet: psutil.Process) -> None:
+    folder = raylet.environ()[TOKEN]
+    processes = Processes(folder)
+    assert raylet in processes.running()
+    (command,) = (each for each in raylet.parents() if "tools.run" in each.cmdline())
+    command.kill()
+    wait_for(lambda: not processes.running() and not Path(folder).exists())

@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import pytest
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, weight_norm
 
 from flapp.config.load import compose
 from flapp.model.lora import add_lora
-from tests.support.own_models import plain, tied
+from tests.support.adapters import base, tied
 
 
 def shared() -> nn.Module:
@@ -16,13 +17,13 @@ def shared() -> nn.Module:
 
 
 def hooked() -> nn.Module:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model = before_linear(nn.Linear(4, 4))
     model[0].register_forward_hook(lambda _module, _inputs, output: 2 * output)
     return model
 
 
-def parametrized(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    return nn.Sequential(wrap(nn.Linear(4, 4)), nn.Linear(4, 2))
+def before_linear(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(layer, nn.Linear(4, 2))
 
 
 class Linear(nn.Linear):
@@ -38,44 +39,20 @@ class Linear(nn.Linear):
         (tied, "out", "out, which is Linear that shares its weight with embed.weight: choose among fc$"),
         (shared, "one.0", "one.0, which is Linear that shares its weight with two.0.weight: choose among head$"),
         (shared, "two.0", "two.0, which is Linear that shares its weight with one.0.weight"),
-        (
-            lambda: nn.Sequential(nn.Conv2d(4, 4, 1, groups=2), nn.Linear(4, 4)),
-            "0",
-            "Conv2d with groups=2: choose among 1",
-        ),
-        (
-            lambda: nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)),
-            "0",
-            "choose among other models, this one has no layer that can",
-        ),
+        (lambda: before_linear(nn.Conv2d(4, 4, 1, groups=2)), "0", "Conv2d with groups=2: choose among 1"),
+        (lambda: nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)), "0", "choose among other models, this one has no layer"),
         (hooked, "0", "0, which is Linear with hooks or tensors that an adapter would lose: choose among 1$"),
-        (lambda: parametrized(nn.utils.weight_norm), "0", "0, which is Linear with hooks or tensors"),
-        (
-            lambda: parametrized(nn.utils.parametrizations.weight_norm),
-            "0",
-            "ParametrizedLinear, a class of torch",
-        ),
-        (
-            lambda: nn.Sequential(Linear(4, 4), nn.Linear(4, 2)),
-            "0",
-            "0, which is Linear, a class of tests.model.",
-        ),
-        (
-            lambda: nn.Sequential(Linear(4, 4), nn.Linear(4, 2)),
-            "*",
-            "0, which is Linear, a class of tests.model.",
-        ),
-        (lambda: nn.Sequential(nn.Conv1d(4, 4, 1), nn.Linear(4, 4)), "0", "0, which is Conv1d: choose among 1$"),
-        (
-            lambda: nn.Sequential(nn.ReLU(), nn.Linear(4, 4)),
-            "?.fc",
-            r"=\?.fc matches no layer of the model",
-        ),
-        (lambda: nn.Sequential(nn.ReLU(), nn.Linear(4, 4)), "all-linear", "all-linear matches no layer of the model"),
+        (lambda: before_linear(weight_norm(nn.Linear(4, 4))), "0", "0, which is Linear with hooks or tensors"),
+        (lambda: before_linear(parametrizations.weight_norm(nn.Linear(4, 4))), "0", "ParametrizedLinear, a class of "),
+        (lambda: before_linear(Linear(4, 4)), "0", "0, which is Linear, a class of tests.model."),
+        (lambda: before_linear(Linear(4, 4)), "*", "0, which is Linear, a class of tests.model."),
+        (lambda: before_linear(nn.Conv1d(4, 4, 1)), "0", "0, which is Conv1d: choose among 1$"),
+        (lambda: before_linear(nn.ReLU()), "?.fc", r"=\?.fc matches no layer of the model"),
+        (lambda: before_linear(nn.ReLU()), "all-linear", "all-linear matches no layer of the model"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm")
-def test_a_layer_that_an_adapter_would_break_is_refused_by_name(
+def test_a_layer_that_an_adapter_would_break_is_refused(
     build: Callable[[], nn.Module], target: str, message: str
 ) -> None:
     model = build()
@@ -100,13 +77,13 @@ def test_the_choices_in_an_error_are_the_closest_names_if_there_are_many() -> No
         ("distilbert", "layer.?.attention.q_lin", ["q_lin"]),
         ("conv1d", "all-linear", ["c_attn", "c_proj"]),
         ("conv1d", "c_*", ["c_attn", "c_proj"]),
-        ("cnn", "*", ["conv1", "block.0", "fc"]),
-        ("cnn", "block.*", ["block.0"]),
+        ("normed", "*", ["conv1", "block.0", "fc"]),
+        ("normed", "block.*", ["block.0"]),
         ("mixed", "all-linear", ["turned", "dense"]),
     ],
 )
 def test_a_target_is_a_name_a_shell_pattern_or_all_linear(name: str, target: str, found: list[str]) -> None:
-    names = add_lora(plain(name), 2, 2.0, [target])
+    names = add_lora(base(name), 2, 2.0, [target])
     layers = [f"bert.distilbert.transformer.layer.{i}" for i in range(2)]
     if name == "distilbert":
         found = [f"{layer}.{'ffn' if end[3].isdigit() else 'attention'}.{end}" for layer in layers for end in found]

@@ -1,12 +1,17 @@
-"""Models and their files, against torchvision and by hand."""
+"""Models, the layouts that settings say of them, and their files."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from flapp.model.build import build_model
+from flapp.architecture import adapt, build, plan
+from flapp.config.load import compose
+from flapp.config.schema import Config
+from flapp.model.build import BUILDERS, build_model
 from flapp.model.files import load_tensors, read_tensors, save_tensors
+from flapp.model.layout import LAYOUTS, Layout
+from flapp.model.lora import layout_of, mark_only_lora_as_trainable
 from flapp.training import build_optimizer, loss_of
 
 MODELS = {"vit_tiny": ((32, 32, 1), 10), "cnn": ((28, 28, 1), 62), "linear": ((10,), 0)}
@@ -85,3 +90,47 @@ def test_the_optimizer_holds_only_what_is_trained() -> None:
     model.conv1.weight.requires_grad_(False)  # type: ignore[union-attr]
     optimizer = build_optimizer(model, "adamw", 0.1)
     assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters())) - 1
+
+
+LORA = ("strategy=fedlora", "lora=default", "lora.rank=3")
+
+
+def built(config: Config) -> Layout:
+    with torch.device("meta"):
+        model = build(config.model, config.dataset)
+        if config.lora.enabled:
+            adapt(model, config.lora, config.lora.rank)
+            mark_only_lora_as_trainable(model)
+    return layout_of(model)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model=vit_tiny"],
+        ["model=vit_tiny", "model.channels=3", "dataset=cifar10"],
+        ["model=vit_tiny", "model.channels=3", "model.image_size=20"],
+        ["model=vit_s_16", "model.image_size=64"],
+        ["model=vit_b_16"],
+        ["model=cnn"],
+        ["model=cnn", "dataset=cifar10", "model.image_size=30"],
+        ["model=linear"],
+        ["experiment=toy_regression"],
+        [*LORA],
+        [*LORA, "lora.targets=[mlp.0,head,qkv]"],
+        [*LORA, "model=cnn", "lora.targets=[fc1]"],
+        [*LORA, "model=cnn", "lora.targets=[conv?,all-linear]"],
+        [*LORA, "model=vit_tiny", "lora.targets=[conv_proj,*.encoder_layer_?.*.proj]"],
+    ],
+    ids=" ".join,
+)
+def test_the_settings_describe_the_model_that_is_built(words: list[str]) -> None:
+    config = compose(["home=/nowhere", *words])
+    planned, real = plan(config.model, config.dataset, config.lora), built(config)
+    assert planned == real
+    for part in ("modules", "tensors", "adapters"):
+        assert list(getattr(planned, part)) == list(getattr(real, part))
+
+
+def test_every_model_that_can_be_built_has_a_layout() -> None:
+    assert list(LAYOUTS) == list(BUILDERS)

@@ -17,6 +17,7 @@ from flapp.model.build import build_model
 from flapp.model.files import save_tensors
 from flapp.model.names import from_torchvision, to_torchvision
 from flapp.model.pretrained import load_pretrained
+from tests.support.refusals import refused
 
 
 def torchvisions(size: int = 8, classes: int = 5) -> VisionTransformer:
@@ -87,20 +88,20 @@ def test_names_of_torchvisions_that_are_the_models_own_stay(name: str, tmp_path:
     assert all(torch.equal(tensor, saved.state_dict()[key]) for key, tensor in model.state_dict().items())
 
 
-def test_a_model_that_is_its_own_head_takes_weights_for_other_classes(tmp_path: Path) -> None:
-    torch.save(nn.Linear(4, 3).state_dict(), tmp_path / "own.pth")
-    model = nn.Linear(4, 5)
-    before = model.weight.detach().clone()
-    assert not load_pretrained(model, tmp_path / "own.pth").head_loaded
-    assert torch.equal(model.weight, before)
-
-
 def test_a_head_for_other_classes_stays_as_the_seed_made_it(tmp_path: Path) -> None:
     torch.save(torchvisions(classes=5).state_dict(), tmp_path / "vit.pth")
     model, fresh = ours(classes=7), ours(classes=7)
     assert not load_pretrained(model, tmp_path / "vit.pth").head_loaded
     assert torch.equal(model.heads.head.weight, fresh.heads.head.weight)  # type: ignore[union-attr, arg-type]
     assert torch.equal(model.conv_proj.weight, torchvisions().conv_proj.weight)  # type: ignore[union-attr, arg-type]
+
+
+def test_a_model_that_is_its_own_head_takes_weights_for_other_classes(tmp_path: Path) -> None:
+    torch.save(nn.Linear(4, 3).state_dict(), tmp_path / "own.pth")
+    model = nn.Linear(4, 5)
+    before = model.weight.detach().clone()
+    assert not load_pretrained(model, tmp_path / "own.pth").head_loaded
+    assert torch.equal(model.weight, before)
 
 
 def test_positions_of_another_image_size_are_interpolated_bicubically(tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_a_pretrained_model_sees_grey_images_as_equal_channels(tmp_path: Path) -
     with pytest.raises(ValueError, match="first conv_proj.weight .* where the model has .*; build it with channels=3"):
         load_pretrained(ours(channels=1), tmp_path / "vit.pth")
     for name, shape, channels in (("cnn", (8, 8, 1), 3), ("vit_tiny", (8, 8, 3), 1)):
-        with pytest.raises(ValueError, match=f"model={name} cannot take images of {shape[2]} channels as {channels}"):
+        with pytest.raises(ValueError, match=f"model={name} cannot take {shape[2]} channels as {channels}"):
             build_model(name, shape, 5, channels=channels)
 
 
@@ -166,8 +167,9 @@ def without(state: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in state.items() if key not in names}
 
 
-SAME, LN, HEAD = torchvisions().state_dict(), "encoder.ln.weight", "heads.head.weight"
-QKV = "encoder.layers.encoder_layer_0.self_attention"
+SAME, LN = torchvisions().state_dict(), "encoder.ln.weight"
+HEAD, BIAS, LAYER = "heads.head.weight", "heads.head.bias", "encoder.layers.encoder_layer_0"
+QKV = f"{LAYER}.self_attention"
 BAD_STATES: dict[str, tuple[Any, str]] = {
     "missing": (without(SAME, LN, f"{QKV}.in_proj_bias"), f"2 missing, first {QKV}.qkv.bias"),
     "extra": (SAME | {"ema": torch.zeros(1), "decay": torch.zeros(1)}, "2 not the model's, first ema"),
@@ -175,10 +177,7 @@ BAD_STATES: dict[str, tuple[Any, str]] = {
     "headless": (without(SAME, "heads.head.weight", "heads.head.bias"), "2 missing, first heads.head.weight"),
     "half a head": (without(SAME, "heads.head.bias"), "1 missing, first heads.head.bias"),
     "wide head": (SAME | {"heads.head.weight": torch.zeros(5, 9)}, r"first heads.head.weight \(5, 9\) where"),
-    "other head": (
-        SAME | {HEAD: torch.zeros(7, 9), "heads.head.bias": torch.zeros(7)},
-        rf"first {HEAD} \(7, 9\) where",
-    ),
+    "other head": (SAME | {HEAD: torch.zeros(7, 9), BIAS: torch.zeros(7)}, rf"first {HEAD} \(7, 9\) where"),
     "mixed head": (SAME | {HEAD: torch.zeros(7, 64)}, rf"1 misshapen, first {HEAD} \(7, 64\) where"),
     "positions": (SAME | {"encoder.pos_embedding": torch.zeros(1, 4, 64)}, "first encoder.pos_embedding"),
     "a checkpoint": ({"model": SAME, "epoch": 3}, r"but the entries model, epoch: save only file\['model'\]$"),
@@ -189,10 +188,7 @@ BAD_STATES: dict[str, tuple[Any, str]] = {
     "backbone": ({f"backbone.{name}": t for name, t in SAME.items()}, "has backbone. in front of its names"),
     "not a number": (SAME | {LN: torch.full((64,), torch.nan)}, f"{LN} has NaN or infinity"),
     "infinite": (SAME | {LN: torch.full((64,), torch.inf)}, f"{LN} has NaN or infinity"),
-    "two spellings": (
-        SAME | {f"{QKV.rpartition('.')[0]}.mlp.linear_1.bias": torch.zeros(128)},
-        r"1 not the model's, first encoder.layers.encoder_layer_0.mlp.linear_1.bias",
-    ),
+    "two spellings": (SAME | {f"{LAYER}.mlp.linear_1.bias": torch.zeros(128)}, f"first {LAYER}.mlp.linear_1.bias"),
     "a tensor": (torch.zeros(3), "holds no state dict"),
     "nothing": ({}, "holds no state dict"),
 }
@@ -203,10 +199,8 @@ def test_a_file_that_does_not_fit_is_refused_whole(kind: str, tmp_path: Path) ->
     content, message = BAD_STATES[kind]
     torch.save(content, tmp_path / "vit.pth")
     model, before = ours(), ours()
-    with pytest.raises(ValueError, match=message) as caught:
+    with refused(ValueError, message, tmp_path / "vit.pth"):
         load_pretrained(model, tmp_path / "vit.pth")
-    assert "\n" not in str(caught.value)
-    assert str(tmp_path / "vit.pth") in str(caught.value)
     assert all(torch.equal(t, before.state_dict()[k]) for k, t in model.state_dict().items())
 
 
@@ -248,9 +242,8 @@ def test_a_missing_cut_or_foreign_file_is_one_line(suffix: str, tmp_path: Path) 
     content = whole.read_bytes()
     for broken in (b"", b"\x80", b"hello world", content[:100], content[: len(content) // 2], content[:-10]):
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match=f"{path}") as caught:
+        with refused(ValueError, f"{path}"):
             load_pretrained(ours(), path)
-        assert "\n" not in str(caught.value)
     path.unlink()
     path.mkdir()
     with pytest.raises(ValueError, match=f"{path} has neither model.safetensors nor pytorch_model.bin: give a file"):

@@ -19,8 +19,9 @@ from flapp.files import sha256_of_file
 from flapp.model.split.factory import ModelFactory
 from flapp.model.split.files import COMPONENTS, StorageManager, read_metadata
 from tests.support.full_disk import largest_file
-from tests.support.leaf_files import flip
-from tests.support.split_models import refusal, write_vit
+from tests.support.leaf_files import content_of, flip
+from tests.support.refusals import refused
+from tests.support.split_models import write_vit
 
 FIELDS = {
     *("model_class", "component", "start_layer", "end_layer", "num_layers", "num_parameters", "memory_mb", "config"),
@@ -62,19 +63,14 @@ def pair(base: Path, component: str = "trunk", name: str = "x") -> tuple[Path, P
     return weights, StorageManager.get_model_metadata_path(weights)
 
 
-def files_in(base: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(base)): path.read_bytes() for path in base.rglob("*") if path.is_file()}
-
-
 def check_refused(base: Path, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
+    with refused(ValueError, message):
         ModelFactory.load_split_models(base)
-    assert refusal(caught.value)
 
 
 def test_files_and_fields_are_as_documented_and_true(base: Path, models: list[Path]) -> None:
     ends = (".safetensors", "_metadata.json")
-    assert set(files_in(base)) == {f"{c}/x_1-2_{c}{end}" for c in COMPONENTS for end in ends}
+    assert set(content_of(base)) == {f"{c}/x_1-2_{c}{end}" for c in COMPONENTS for end in ends}
     assert StorageManager.find_splits(base) == [("x", 1, 2)]
     page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
     assert not [field for field in FIELDS if f"`{field}`" not in page.partition("## Split files")[2]]
@@ -101,20 +97,17 @@ def test_files_and_fields_are_as_documented_and_true(base: Path, models: list[Pa
 
 
 def weights_in(base: Path) -> dict[str, bytes]:
-    return {name: content for name, content in files_in(base).items() if name.endswith(".safetensors")}
+    return {name: content for name, content in content_of(base).items() if name.endswith(".safetensors")}
 
 
-def test_existing_files_are_replaced_only_if_asked_and_the_same_model_is_the_same_bytes(
-    base: Path, models: list[Path]
-) -> None:
-    before, weights = files_in(base), weights_in(base)
-    with pytest.raises(ValueError, match=r"x_1-2_bottom.safetensors exists already: set overwrite") as caught:
+def test_files_are_replaced_only_if_asked_and_the_same_model_is_the_same_bytes(base: Path, models: list[Path]) -> None:
+    before, weights = content_of(base), weights_in(base)
+    with refused(ValueError, r"x_1-2_bottom.safetensors exists already: set overwrite"):
         store(base, models[1], overwrite=False)
-    assert refusal(caught.value)
     (bottom,) = ModelFactory.load_split_models(base, components=["bottom"])
     with pytest.raises(ValueError, match="exists already"):
         bottom.save_split_model(pair(base, "bottom")[0])
-    assert files_in(base) == before
+    assert content_of(base) == before
     assert store(base, models[1]) == sha256_of_file(models[1])
     assert weights_in(base) != weights
     store(base, models[0])
@@ -170,10 +163,7 @@ OTHER_SHA256 = r"x_1-2_trunk.safetensors has SHA-256 \w{12}, x_1-2_trunk_metadat
         (lambda base: pair(base)[1].unlink(), "weights need their metadata"),
         (change_metadata(num_layers="3"), "num_layers: Input should be a valid integer"),
         (change_metadata(more=1), "more: Unexpected keyword argument"),
-        (
-            lambda base: pair(base)[0].unlink(),
-            r"trunk/x_1-2_trunk.safetensors cannot be read .*: this component is mis",
-        ),
+        (lambda base: pair(base)[0].unlink(), "trunk/x_1-2_trunk.safetensors cannot be read .*: this component is mis"),
         (rename_top, "x_1-2_trunk.safetensors holds the top of x split at 1-2"),
         (foreign, "has no flapp header of format 1"),
     ],
@@ -211,20 +201,6 @@ def test_components_of_different_models_are_not_mixed(base: Path, models: list[P
         mine.write_bytes(theirs.read_bytes())
     check_refused(base, "bottom and trunk of x are of different models")
     ModelFactory.load_split_models(base, components=["trunk"])
-
-
-def test_components_of_different_splits_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flapp.model.layout import SIZES
-
-    monkeypatch.setitem(SIZES, "vit_six", (4, 6, 4, 32, 48))
-    write_vit(tmp_path / "six.safetensors", "vit_six")
-    for points in ((1, 2), (1, 4)):
-        options = {"storage_path": tmp_path, "auto_save": True}
-        ModelFactory.create_split_models("vit", tmp_path / "six.safetensors", *points, **options)
-    for end in (".safetensors", "_metadata.json"):
-        os.replace(tmp_path / f"bottom/six_1-4_bottom{end}", tmp_path / f"bottom/six_1-2_bottom{end}")
-    with pytest.raises(ValueError, match=r"six_1-2_bottom.safetensors holds the bottom of six split at 1-4"):
-        ModelFactory.load_split_models(tmp_path, "six", 1, 2)
 
 
 def test_an_unknown_component_and_a_name_that_is_none_are_refused(base: Path) -> None:
@@ -281,10 +257,10 @@ def test_a_crash_at_any_rename_leaves_the_old_split_the_new_one_or_one_that_is_r
         assert found == {old if rename <= STAGED else new}
     again = store(base, models[2])
     assert ModelFactory.load_split_models(base)[0].part.model_sha256 == again
-    assert not [name for name in files_in(base) if ".tmp" in name]
+    assert not [name for name in content_of(base) if ".tmp" in name]
 
 
-def test_a_crash_of_a_first_save_is_refused_until_it_is_stored_again(
+def test_a_crashed_first_save_is_refused_until_the_next(
     tmp_path: Path, models: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -318,16 +294,15 @@ FULL = [*(partial(largest_file, n) for n in (300, 100_000, 150_000)), *(partial(
 def test_a_full_disk_leaves_all_old_files_as_they_were(
     base: Path, models: list[Path], full_disk: Callable[[], AbstractContextManager[None]]
 ) -> None:
-    before = files_in(base)
-    with full_disk(), pytest.raises(ValueError, match="cannot be written .*free space") as caught:
+    before = content_of(base)
+    with full_disk(), refused(ValueError, "cannot be written .*free space"):
         store(base, models[1])
-    assert refusal(caught.value)
-    assert files_in(base) == before
+    assert content_of(base) == before
     store(base, models[1])
     ModelFactory.load_split_models(base)
 
 
-def test_a_folder_that_cannot_be_made_or_written_is_refused(
+def test_a_folder_that_cannot_be_used_is_refused(
     tmp_path: Path, models: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "split").mkdir()
@@ -335,6 +310,19 @@ def test_a_folder_that_cannot_be_made_or_written_is_refused(
     with pytest.raises(ValueError, match="split/trunk is not a folder: name another storage folder"):
         store(tmp_path / "split", models[0])
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(ValueError, match="is not writable: change its permissions") as caught:
+    with refused(ValueError, "is not writable: change its permissions"):
         store(tmp_path / "other", models[0])
-    assert refusal(caught.value)
+
+
+def test_components_of_different_splits_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flapp.model.layout import SIZES
+
+    monkeypatch.setitem(SIZES, "vit_six", (4, 6, 4, 32, 48))
+    write_vit(tmp_path / "six.safetensors", "vit_six")
+    for points in ((1, 2), (1, 4)):
+        options = {"storage_path": tmp_path, "auto_save": True}
+        ModelFactory.create_split_models("vit", tmp_path / "six.safetensors", *points, **options)
+    for end in (".safetensors", "_metadata.json"):
+        os.replace(tmp_path / f"bottom/six_1-4_bottom{end}", tmp_path / f"bottom/six_1-2_bottom{end}")
+    with pytest.raises(ValueError, match=r"six_1-2_bottom.safetensors holds the bottom of six split at 1-4"):
+        ModelFactory.load_split_models(tmp_path, "six", 1, 2)

@@ -94,7 +94,7 @@ def test_weights_that_cannot_be_used_are_refused_in_one_line(folder: Path, tmp_p
         ),
         ("none.pth", "model=pretrained takes its size from .*none.pth"),
         ("empty", "has neither model.safetensors nor pytorch_model.bin"),
-        ("grey.safetensors", "cannot take images of 3 channels as 1"),
+        ("grey.safetensors", "cannot take 3 channels as 1"),
     ):
         with pytest.raises(ValueError, match=line) as caught:
             check_model(settings(tmp_path, *RGB, "model=pretrained", f"model.pretrained={weights}"))

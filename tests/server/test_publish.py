@@ -285,6 +285,9 @@ def test_a_resumed_run_finds_out_that_data_changed(federate: Federate) -> None:
 
     with pytest.raises(ConfigError, match="client 1: its data changed since the run began"):
         federate(*run, "resume=true", tamper=tamper)
+    _, path = federate(*run, "resume=true", "resume_anyway=true", tamper=tamper)
+    (line,) = read_lines(path, "resumed_anyway")
+    assert line["changed"] == ["the data of 1 of the clients"]
 
 
 def test_a_resumed_run_keeps_what_it_publishes_and_runs_of_an_older_flapp_published_all(federate: Federate) -> None:

@@ -10,9 +10,9 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+from flapp.custom import source_digest
 from flapp.messages import Claim, pack_claims
 from flapp.server.roster import Roster
-from flapp.source import source_digest
 
 EXPECTED = [str(i) for i in range(6)]
 

@@ -12,6 +12,7 @@ import pytest
 from flapp import client_app, server_app
 from flapp.config.load import compose
 from flapp.config.schema import ConfigError
+from flapp.custom import source_digest
 from flapp.data.artifact import open_artifact, write_artifact
 from flapp.data.shards.build import write_shards
 from flapp.data.sources import ensure_artifacts
@@ -19,7 +20,6 @@ from flapp.messages import Claim
 from flapp.server import journals, run_dir
 from flapp.server.journals import ClientLedger
 from flapp.server.roster import FederationError
-from flapp.source import source_digest
 from tests.conftest import Federate, break_off, read_lines
 from tests.support.leaf_files import as_leaf, draw_samples, write_leaf
 from tools.run import final_line

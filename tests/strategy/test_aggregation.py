@@ -1,17 +1,20 @@
-"""Averages against float64 numpy and against stock Flower; weights, bounds and lengths against their definitions."""
+"""Averages, weights, bounds and lengths against numpy in float64, server optimisers against Flower's strategies."""
 
 import io
 import math
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAdam, FedAvgM, FedYogi
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
+from flwr.supercore.task_identity import TaskIdentity
 
 from flapp.checks import find_fault, find_value_fault, update_norm
 from flapp.messages import pack, view
 from flapp.strategy import aggregation
 from flapp.strategy.aggregation import NormBound, cap_shares, spread
+from flapp.strategy.server_optimizer import ServerOptimizer
 from flapp.sums import BLOCK, weighted_average
 
 SHAPES = {"weight": (BLOCK + 7, 2), "bias": (5,), "scalar": (), "empty": (0, 3)}
@@ -40,13 +43,6 @@ def test_the_average_is_float64_numpys_rounded_once(count: int, dtype: str) -> N
     assert before == [{key: array.data for key, array in record.items()} for record in records]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
-def test_infinite_values_of_every_dtype_are_a_fault(dtype: str, value: float) -> None:
-    assert find_value_fault(np.array([1, value], dtype)) == "1 NaN or infinite values of 2"
-    assert find_value_fault(np.array([1, 65504], dtype)) is None
-
-
 def test_the_average_agrees_with_stock_flower() -> None:
     records, weights = models(5), [3.0, 1.0, 4.0, 1.0, 5.0]
     contents = [
@@ -63,6 +59,13 @@ def test_equal_models_average_to_themselves_bit_for_bit() -> None:
     record = models(1)[0]
     averaged = weighted_average([record] * 7, [0.1, 0.7, 3.0, 11.0, 2.0, 5.0, 0.3])
     assert all(averaged[key].data == record[key].data for key in SHAPES)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_infinite_values_of_every_dtype_are_a_fault(dtype: str, value: float) -> None:
+    assert find_value_fault(np.array([1, value], dtype)) == "1 NaN or infinite values of 2"
+    assert find_value_fault(np.array([1, 65504], dtype)) is None
 
 
 def test_integers_stay_integers_and_booleans_follow_the_weighted_majority() -> None:
@@ -83,13 +86,16 @@ def test_integers_stay_integers_and_booleans_follow_the_weighted_majority() -> N
     assert average([(0, True), (0, False)], [1.0, 1.0])["b"].tolist() == [False]
 
 
-@pytest.mark.parametrize("values", [np.arange(6.0).reshape(2, 3), np.asfortranarray(np.ones((3, 2))), np.array(3)])
+PLAIN = [np.arange(6.0).reshape(2, 3), np.asfortranarray(np.ones((3, 2))), np.zeros((0, 3)), np.array([True])]
+
+
+@pytest.mark.parametrize("values", [*PLAIN, np.array(3), np.array(3, np.float32)])
 def test_view_and_pack_use_flowers_format(values: np.ndarray) -> None:
     np.testing.assert_array_equal(view(Array(values)), values)
     np.testing.assert_array_equal(pack(values).numpy(), values)
     np.testing.assert_array_equal(view(pack(values)), values)
     assert view(pack(values)).shape == values.shape
-    assert not view(Array(values)).flags.writeable
+    assert not view(Array(values)).flags.writeable or not values.size
 
 
 def test_bytes_that_are_not_a_plain_array_are_a_fault_and_pickles_are_never_loaded() -> None:
@@ -155,7 +161,7 @@ def test_no_share_exceeds_the_bound_and_the_rest_keep_their_proportions(most: fl
     ("weights", "most", "capped"),
     [([3, 2, 1], 0.5, [3, 2, 1]), ([9, 1], 0.5, [9, 1]), ([9, 1, 1], None, [9, 1, 1]), ([1, 0, 0], 0.5, [1, 1, 1])],
 )
-def test_weights_within_the_bound_or_too_few_for_it_stay(
+def test_weights_within_the_bound_or_too_few_stay(
     weights: list[float], most: float | None, capped: list[float]
 ) -> None:
     assert cap_shares(weights, most) == capped
@@ -210,3 +216,74 @@ RIGHT, UP, TINY = np.float32([1, 0]), np.float32([0, 1]), np.full(10, 1e-44, np.
 )
 def test_alignment_in_small_cases(updates: list[np.ndarray], weights: list[float]) -> None:
     assert alignment_weights([[update] for update in updates]) == pytest.approx(weights)
+
+
+RNG = np.random.default_rng(0)
+START = {"w": RNG.normal(size=(3, 2)).astype(np.float32), "steps": np.array(5)}
+AVERAGES = [{"w": START["w"] + RNG.normal(size=(3, 2)).astype(np.float32), "steps": np.array(5 + n)} for n in (1, 2, 3)]
+
+
+FLOWERS = {"fedadam": FedAdam, "fedyogi": FedYogi}
+OPTIMIZERS = [*FLOWERS, "fedavgm"]
+TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # no message is made without
+
+
+def record(tensors: dict[str, np.ndarray]) -> ArrayRecord:
+    return ArrayRecord({key: Array(value) for key, value in tensors.items()})
+
+
+def steps(optimizer: ServerOptimizer, first: int = 1, current: ArrayRecord | None = None) -> ArrayRecord:
+    current = record(START) if current is None else current
+    for number in range(first, 4):
+        current = optimizer.step(current, record(AVERAGES[number - 1]), number)
+    return current
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_three_rounds_are_those_of_flowers_strategy(name: str, momentum: float) -> None:
+    found = steps(ServerOptimizer(name, 0.1, momentum))
+    if name == "fedavgm":
+        flower = FedAvgM(server_learning_rate=0.1, server_momentum=momentum)
+    else:
+        flower = FLOWERS[name](eta=0.1, beta_1=momentum)
+    current = {"w": START["w"]}
+    for number in (1, 2, 3):
+        flower.current_arrays = record(current) if name == "fedavgm" else current
+        content = RecordDict(
+            {"arrays": record({"w": AVERAGES[number - 1]["w"]}), "m": MetricRecord({"num-examples": 7})}
+        )
+        stepped, _ = flower.aggregate_train(number, [Message(content, dst_node_id=3, message_type="train")])
+        current = {"w": stepped["w"].numpy().astype(np.float32)}
+    np.testing.assert_array_equal(found["w"].numpy(), current["w"])
+    assert found["w"].numpy().dtype == np.float32
+    assert found["steps"].numpy() == 8  # whole numbers are averaged, not stepped
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_three_rounds_are_those_of_the_documented_formulas_in_float64(name: str, momentum: float) -> None:
+    found = steps(ServerOptimizer(name, 0.1, momentum))["w"].numpy()
+    x, b2, tau = START["w"].astype(np.float64), 0.99, 1e-3
+    m, v = np.zeros_like(x), np.zeros_like(x)
+    for t, average in enumerate(AVERAGES, 1):
+        d = average["w"] - x
+        m = momentum * m + (d if name == "fedavgm" else (1 - momentum) * d)
+        if name == "fedavgm":
+            x = x + 0.1 * m
+            continue
+        if name == "fedadam":
+            eta, v = 0.1 * np.sqrt(1 - b2 ** (t + 1)) / (1 - momentum ** (t + 1)), b2 * v + (1 - b2) * d**2
+        else:
+            eta, v = 0.1, v - (1 - b2) * d**2 * np.sign(v - d**2)
+        x = x + eta * m / (np.sqrt(v) + tau)
+    np.testing.assert_allclose(found, x, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_moments_taken_back_go_on_as_if_nothing_had_happened(name: str) -> None:
+    whole = steps(ServerOptimizer(name, 0.1, 0.8))
+    first, later = ServerOptimizer(name, 0.1, 0.8), ServerOptimizer(name, 0.1, 0.8)
+    after_one = first.step(record(START), record(AVERAGES[0]), 1)
+    later.restore(first.state(after_one))
+    np.testing.assert_array_equal(steps(later, 2, after_one)["w"].numpy(), whole["w"].numpy())

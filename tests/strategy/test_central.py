@@ -21,6 +21,7 @@ from flapp.server.run import initial_model
 from flapp.strategy.central import Central
 from flapp.sums import WeightedSum, clip
 from tests.conftest import LocalGrid, read_lines, run_app
+from tests.support.noise import START, check_noise, length
 from tests.support.replies import Federate, Sent, changing, drop, failures, listen
 
 pytest.importorskip("dp_accounting", reason='needs pip install -e ".[privacy]"')
@@ -29,12 +30,8 @@ TOY = ("experiment=toy_regression", "num_rounds=3", "privacy=central")
 LORA = ("model=vit_tiny", "lora=default", "strategy=fedlora", "num_rounds=2", "clients=2", "train.steps=2")
 LORA_TOY = (*LORA, "train.batch_size=2", "evaluate.personal_epochs=0", "privacy=central", "evaluate.every=2")
 MODEL = {"a": np.full(3, 2.0, np.float32), "b": np.zeros((2, 2), np.float32), "c": np.array(1.0, np.float32)}
-DRAWS = 20_000
+Tensors = Mapping[str, np.ndarray]
 ACCOUNTS = [(1.0, 0.01, 1000, 1e-6), (2.0, 1.0, 20, 1e-5), (0.8, 0.1, 200, 1e-5)]  # noise, sampling, rounds, delta
-
-
-def length(tensors: Sequence[np.ndarray]) -> float:
-    return float(np.sqrt(sum((np.asarray(each, np.float64) ** 2).sum() for each in tensors)))
 
 
 def noisy(*words: str) -> Central:
@@ -45,16 +42,16 @@ def noisy(*words: str) -> Central:
 
 
 def released(
-    server: Central, updates: Sequence[Mapping[str, np.ndarray]], server_round: int = 1, short: Sequence[int] = ()
+    server: Central, updates: Sequence[Tensors], number: int = 1, short: Sequence[int] = (), model: Tensors = MODEL
 ) -> Release:
-    """Return the release of a round in which clients trained MODEL to MODEL plus these updates."""
-    total, current = WeightedSum(), ArrayRecord({key: Array(values) for key, values in MODEL.items()})
+    """Return the release of a round in which clients trained a model to it plus these updates."""
+    total, current = WeightedSum(), ArrayRecord({key: Array(values) for key, values in model.items()})
     if updates:
-        trained = [{key: pack((MODEL[key] + each[key]).astype(np.float32)) for key in MODEL} for each in updates]
+        trained = [{key: pack((model[key] + each[key]).astype(np.float32)) for key in model} for each in updates]
         total.add([(each, 1.0) for each in trained])
     bits = short or [1] * len(updates)
     metrics = {str(i): {WITHIN_CLIP: bit} for i, bit in enumerate(bits)}
-    return server.make_release(server_round, current, list(MODEL), total, metrics, {"loss": None})
+    return server.make_release(number, current, list(model), total, metrics, {"loss": None})
 
 
 @pytest.mark.parametrize(("z", "sampling", "rounds", "delta"), ACCOUNTS)
@@ -67,15 +64,6 @@ def test_epsilon_is_that_of_dp_accounting(z: float, sampling: float, rounds: int
     event = SelfComposedDpEvent(PoissonSampledDpEvent(sampling, GaussianDpEvent(z)), rounds)
     theirs = {"rdp": RdpAccountant, "pld": PLDAccountant}[kind]().compose(event).get_epsilon(delta)
     assert central.epsilon_of(z, sampling, rounds, delta, kind) == pytest.approx(theirs, rel=1e-6)
-
-
-@pytest.mark.parametrize("rounds", [1, 20])
-def test_without_sampling_epsilon_is_that_of_the_analytic_gaussian_mechanism(rounds: int) -> None:
-    from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
-
-    exact = get_epsilon_gaussian(2.0 / math.sqrt(rounds), 1e-5)
-    assert central.epsilon_of(2.0, 1.0, rounds, 1e-5, "pld") == pytest.approx(exact, rel=2e-3)
-    assert exact <= central.epsilon_of(2.0, 1.0, rounds, 1e-5, "rdp") <= 1.15 * exact
 
 
 def test_epsilon_of_the_cifar10_benchmark_of_pfl_research_is_the_one_it_is_published_with() -> None:
@@ -142,16 +130,7 @@ def test_an_update_that_is_short_enough_stays_as_it_is_and_one_that_is_not_finit
 @pytest.mark.parametrize("source", ["seeded", "secure"])
 def test_noise_has_the_stated_variance_on_every_tensor(source: str) -> None:
     server = noisy("privacy.noise_multiplier=1.5", "privacy.clipping_norm=0.4", f"privacy.noise={source}")
-    draws = [released(server, [], number).average for number in range(DRAWS)]
-    sigma = 1.5 * 0.4 / 3
-    for key, start in MODEL.items():
-        noise = np.stack([drawn[key] for drawn in draws]).astype(np.float64) - start
-        # Of a variance from n draws, the standard deviation is sqrt(2 / n) = 1 % here: 5 of them.
-        assert noise.var(axis=0) == pytest.approx(np.full(start.shape, sigma**2), rel=0.05)
-        assert noise.mean(axis=0) == pytest.approx(np.zeros(start.shape), abs=5 * sigma / math.sqrt(DRAWS))
-        assert ((noise / sigma) ** 4).mean() == pytest.approx(3.0, rel=0.1)
-    flat = np.stack([np.concatenate([drawn[key].ravel() for key in MODEL]) for drawn in draws])
-    assert np.abs(np.corrcoef(flat.T) - np.eye(8)).max() < 0.04  # no number has another's noise
+    check_noise([dict(released(server, [], number, model=START).average) for number in range(3)], START, 1.5 * 0.4 / 3)
 
 
 def test_secure_noise_is_never_the_same_and_seeded_noise_depends_on_round_and_tensor() -> None:
@@ -225,9 +204,7 @@ def test_a_client_that_lies_about_the_clip_is_left_out(federate: Federate) -> No
 
 
 @pytest.mark.parametrize("words", [("clients=40",), ("clients=40", "privacy.clipping=adaptive")])
-def test_groups_on_any_node_and_nodes_of_their_own_give_the_same_bytes(
-    federate: Federate, words: Sequence[str]
-) -> None:
+def test_groups_on_any_node_and_on_nodes_of_their_own_end_alike(federate: Federate, words: Sequence[str]) -> None:
     runs = [
         federate(*TOY, *words, "strategy.fraction_train=0.9", "strategy.server_optimizer=fedavgm", **options)
         for options in ({"any_node": True}, {"any_node": False, "order": 7})
@@ -289,9 +266,7 @@ def test_a_federation_that_all_clients_have_left_ends_with_its_budget_unspent(da
     assert len((data_home / "runs" / "deserted" / "releases.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_client_in_a_group_that_does_not_clip_is_told_what_is_wrong(
-    federate: Federate, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_client_in_a_group_that_does_not_clip_is_told_so(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flapp.client.mods.clip", lambda *_: None)
     _, path = federate(*TOY, "clients=40", "privacy.clipping_norm=1e-6", "evaluate.every=3", any_node=True)
     assert len(failures(path)) == 40

@@ -12,9 +12,9 @@ from flapp import central
 from flapp.config.load import compose
 from flapp.config.schema import ConfigError
 from flapp.server.releases import CentralLedger
-from flapp.strategy.central import Central
-from flapp.strategy.fedavg import FedAvg
+from flapp.strategy.central import Central, PrivateRounds
 from tests.conftest import Broken, break_off, read_lines
+from tests.support.leaf_files import content_of
 from tests.support.replies import Federate
 
 pytest.importorskip("dp_accounting", reason='needs pip install -e ".[privacy]"')
@@ -40,29 +40,35 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, after: boo
 
 PLACES = [  # whose call is broken off, and whether before or after it has done its work
     (Central, "draw", True),  # drawn, nobody asked
-    (FedAvg, "configure_train", True),
-    (FedAvg, "_receive", False),  # asked, not summed
+    (PrivateRounds, "configure_train", True),
+    (PrivateRounds, "_receive", False),  # asked, not summed
     (Central, "make_release", False),  # asked, not summed with noise
     (CentralLedger, "keep", False),  # noise is added, nothing kept
     (CentralLedger, "_count", False),  # kept, not counted
     (CentralLedger, "_count", True),  # counted, not made known
-    (FedAvg, "aggregate_train", True),
-    (FedAvg, "aggregate_evaluate", False),  # clients have the new model
-    (FedAvg, "aggregate_evaluate", True),
-    (FedAvg, "facts", False),  # before the round is saved
-    (FedAvg, "facts", True),
+    (PrivateRounds, "aggregate_train", True),
+    (PrivateRounds, "aggregate_evaluate", False),  # clients have the new model
+    (PrivateRounds, "aggregate_evaluate", True),
+    (PrivateRounds, "facts", False),  # before the round is saved
+    (PrivateRounds, "facts", True),
     (Central, "draw", True, 1),
     (CentralLedger, "keep", False, 1),
     (CentralLedger, "_count", False, 1),
     (CentralLedger, "_count", True, 1),
-    (FedAvg, "aggregate_evaluate", True, 1),
+    (PrivateRounds, "aggregate_evaluate", True, 1),
 ]
+
+
+@pytest.fixture(scope="module")
+def whole(federate: Federate) -> tuple[dict[str, Any], Path]:
+    """Return the summary and folder of a run with seeded noise that is not broken off."""
+    return federate(*TOY, "privacy.clipping=adaptive", "privacy.noise=seeded")
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: "-".join(map(str, place[1:])))
 @pytest.mark.parametrize("source", ["seeded", "secure"])
 def test_a_resumed_run_releases_every_round_once_wherever_it_was_broken_off(
-    federate: Federate, data_home: Path, place: tuple[Any, ...], source: str
+    federate: Federate, data_home: Path, whole: tuple[dict[str, Any], Path], place: tuple[Any, ...], source: str
 ) -> None:
     name = f"broken-{source}-" + "-".join(map(str, place[1:]))
     words = (*TOY, "privacy.clipping=adaptive", f"privacy.noise={source}", f"run_name={name}")
@@ -79,9 +85,8 @@ def test_a_resumed_run_releases_every_round_once_wherever_it_was_broken_off(
     assert done["epsilon"] == central.epsilon_of(done_multiplier(words), 1.0, 3, 1e-5, "rdp")
     assert [line["round"] for line in read_lines(path, "train")] == [1, 2, 3]
     if source == "seeded":
-        whole, whole_path = federate(*words[:-1])
-        assert done["model_sha256"] == whole["model_sha256"]
-        told = [[(x["epsilon"], x["clipping_norm"]) for x in read_lines(p, "train")] for p in (path, whole_path)]
+        assert done["model_sha256"] == whole[0]["model_sha256"]
+        told = [[(x["epsilon"], x["clipping_norm"]) for x in read_lines(p, "train")] for p in (path, whole[1])]
         assert told[0] == told[1]
 
 
@@ -111,10 +116,6 @@ def test_rounds_that_resume_from_drops_stay_released_and_the_budget_counts_them(
     (path / "releases.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"releases.jsonl lacks round 1.*bring it back from a copy, or start a new"):
         federate(*words, "resume=true")
-
-
-def content_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_a_resumed_run_keeps_its_noise_even_if_the_accountant_would_now_compute_another(

@@ -19,11 +19,10 @@ from flapp.model.files import load_tensors
 from flapp.server.roster import FederationError
 from flapp.server.run import initial_model
 from flapp.strategy.lora_rules import RULES
-from tests.conftest import break_off, read_clients, read_lines, refusal_of
+from tests.conftest import break_off, read_clients, read_lines
 from tests.support.replies import Federate, Sent, failures, listen, trained_in
 
 ADAPTERS = ("strategy=fedlora", "lora=default")
-HETLORA = (*ADAPTERS, "strategy.aggregation=hetlora")
 LORA = (
     *(*ADAPTERS, "lora.rank=4", "lora.alpha=8", "clients=3", "num_rounds=2", "evaluate.every=1"),
     *("train.steps=3", "evaluate.personal_epochs=0", "train.schedule=constant", "model.image_size=16"),
@@ -257,48 +256,3 @@ def test_weightings_compose_with_adapters(federate: Federate) -> None:
     settings, weightings = (*LORA, "num_rounds=1"), ("num-examples", "uniform", "alignment")
     digests = {federate(*settings, f"strategy.weighting={name}")[0]["model_sha256"] for name in weightings}
     assert len(digests) == 3
-
-
-LACKS = "is of the global model, which lacks every client's B with strategy.aggregation=fedsa: set evaluate.objective=p"
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["strategy=fedlora"], "FedLoRA needs a model with adapters: set lora=default (got lora=none)"),
-        (["lora=default"], "lora=default trains adapters, strategy=fedavg sends whole models"),
-        ([*ADAPTERS, "lora.rank=0"], "lora.rank=0 is out of range: it must be at least 1"),
-        ([*ADAPTERS, "lora.targets=[]"], "lora.targets is empty"),
-        ([*ADAPTERS, "lora.rank_by_client=[4,8]"], "strategy.aggregation=fedit cannot aggregate"),
-        ([*ADAPTERS, by("flora")[0], "lora.rank_by_client=[4,16]"], "has more than lora.rank=8, the largest"),
-        (["strategy.aggregation=fedit"], "does not go with strategy=fedavg"),
-        ([*ADAPTERS, *FEDSA, "checkpoint=off"], "keeps each client's B in its chunk store: set checkpoint=recent"),
-        *(
-            ([*ADAPTERS, "strategy.aggregation=fedsa", f"evaluate.objective={name}"], f"objective={name} {LACKS}")
-            for name in ("accuracy", "loss")
-        ),
-        *(([*ADAPTERS, *FEDSA, f"stopping.metric={name}"], "lacks every client's B") for name in ("accuracy", "loss")),
-        (["strategy.server_lr=0.1"], "has no effect without strategy.server_optimizer"),
-        ([*ADAPTERS, *FEDSA, "lora.adapter=/adapter"], "lora.adapter gives all clients one B"),
-        (
-            [*ADAPTERS, *by("flora"), "strategy.server_optimizer=fedadam"],
-            "which strategy.aggregation=flora is not: use",
-        ),
-        (
-            [*ADAPTERS, *by("flexlora"), "lora.prune_gamma=0.5"],
-            "lora.prune_gamma=0.5 lets clients prune their ranks, which strategy.aggregation=flexlora does not do: set "
-            "strategy.aggregation=hetlora or lora.prune_gamma=null",
-        ),
-        ([*HETLORA, "lora.prune_penalty=1"], "lora.prune_penalty=1.0 has no effect without lora.prune_gamma: set one"),
-        ([*HETLORA, "lora.rank_min=2"], "lora.rank_min=2 has no effect without lora.prune_gamma: set one"),
-        ([*HETLORA, "lora.prune_gamma=1"], "lora.prune_gamma=1 is out of range"),
-        (
-            [*HETLORA, "lora.prune_gamma=0.5", "lora.rank_by_client=[2,4]", "lora.rank_min=3", "lora.rank=4"],
-            "lora.rank_min=3 is more than the smallest rank that a client starts with, 2: lower lora.rank_min",
-        ),
-        ([*HETLORA, "lora.prune_gamma=0.5", "strategy.weighting=alignment"], "compares updates of one shape: leave "),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_settings_that_do_not_fit_are_refused_in_one_line(overrides: list[str], message: str) -> None:
-    assert message in refusal_of(overrides)

@@ -16,7 +16,7 @@ from flapp.checkpoint.manager import ChunkManager
 from flapp.client.data import make_batches, open_client_data
 from flapp.config.load import compose, from_dict, read_yaml
 from flapp.config.schema import NodeConfig
-from flapp.model.lora import adapted_layers, tail_norm, truncate_state
+from flapp.model.lora import adapted_layers, tail_norm
 from flapp.model.lora_layers import LoRALayer
 from flapp.server.run import initial_model
 from flapp.training import StepRules, TrainResult, build_optimizer, evaluate, train
@@ -87,10 +87,7 @@ def test_a_step_goes_along_the_gradient_of_the_loss_and_of_the_penalty() -> None
         long_a, long_b = np.linalg.norm(a[rank:]), np.linalg.norm(b[:, rank:])
         down_a, down_b = np.zeros_like(a), np.zeros_like(b)
         down_a[rank:], down_b[:, rank:] = a[rank:] * long_b / long_a, b[:, rank:] * long_a / long_b
-        for found, without, gradient in (
-            (one.lora_A, other.lora_A, down_a),
-            (one.lora_B, other.lora_B, down_b),
-        ):
+        for found, without, gradient in ((one.lora_A, other.lora_A, down_a), (one.lora_B, other.lora_B, down_b)):
             np.testing.assert_allclose(numbers(found) - numbers(without), -lr * weight * gradient, atol=1e-6)
 
 
@@ -133,15 +130,6 @@ def test_pruning_rounds_down_and_stops_at_the_least_rank(gamma: object, least: i
     assert architecture.pruned_rank(lora, rank) == pruned
 
 
-def test_a_state_dict_is_cut_to_a_rank_and_the_rest_of_it_left_alone() -> None:
-    model = trained_adapters()
-    state = truncate_state(model.state_dict(), 3)
-    for key, tensor in model.state_dict().items():
-        wanted = tensor[:3] if key.endswith("_A") else tensor[:, :3] if key.endswith("_B") else tensor
-        assert torch.equal(state[key], wanted)
-        assert state[key].is_contiguous()
-
-
 def test_clients_that_prune_themselves_get_the_smaller_rank_from_then_on(federate: Federate) -> None:
     summary, path = federate(*PRUNING, "lora.rank_by_client=[4,2,4]", "num_rounds=4")
     assert summary["status"] == "finished"
@@ -163,9 +151,7 @@ def pruned(federate: Federate) -> tuple[dict[str, Any], Path]:
     return federate(*PRUNING, "num_rounds=4")
 
 
-def test_clients_prune_by_a_heavy_penalty_in_any_order_of_replies_and_not_without(
-    federate: Federate, pruned: tuple[dict[str, Any], Path]
-) -> None:
+def test_clients_prune_by_a_heavy_penalty_in_any_order(federate: Federate, pruned: tuple[dict[str, Any], Path]) -> None:
     _, light = federate(*HETLORA, "lora.prune_gamma=0.5")
     assert ranks_sent(light)[-1]["0"] == 4
     assert ranks_sent(pruned[1])[-1]["0"] < 4
@@ -173,7 +159,7 @@ def test_clients_prune_by_a_heavy_penalty_in_any_order_of_replies_and_not_withou
 
 
 @pytest.mark.parametrize("place", ["aggregate_train", "aggregate_evaluate"])
-def test_a_run_with_pruned_clients_is_resumed_to_the_same_bytes(
+def test_a_run_with_pruned_clients_is_resumed(
     federate: Federate, pruned: tuple[dict[str, Any], Path], place: str
 ) -> None:
     settings = (*PRUNING, "num_rounds=4", f"run_name=pruned-{place}")
@@ -187,9 +173,7 @@ def test_a_run_with_pruned_clients_is_resumed_to_the_same_bytes(
 @pytest.mark.parametrize(
     ("settings", "rank"), [(PRUNING, 1), (PRUNING, 3), (PRUNING, 5), (HETLORA, 2)], ids=["1", "3", "5", "off"]
 )
-def test_a_reply_of_another_rank_than_pruning_gives_is_refused(
-    federate: Federate, settings: tuple[str, ...], rank: int
-) -> None:
+def test_a_reply_of_a_rank_that_is_not_due_is_refused(federate: Federate, settings: tuple[str, ...], rank: int) -> None:
     _, path = federate(*settings, "num_rounds=1", tamper=cut(rank))
     assert failures(path).keys() == {"1"}
     assert f"lora_A as float32 [{rank}, 64], the model has float32 [4, 64]" in failures(path)["1"]

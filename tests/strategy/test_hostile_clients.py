@@ -10,17 +10,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord
 from safetensors.torch import load_file
 
-from flapp.messages import (
-    ARRAYS,
-    CLAIM,
-    CLAIMS,
-    METRICS,
-    MOST_METRICS,
-    NUM_EXAMPLES,
-    Claim,
-    pack_claims,
-    unpack_claims,
-)
+from flapp.messages import ARRAYS, CLAIM, CLAIMS, METRICS, MOST_METRICS, NUM_EXAMPLES, Claim, pack_claims, unpack_claims
 from flapp.server.roster import FederationError
 from flapp.strategy.aggregation import NormBound
 from flapp.strategy.fedavg import FedAvg
@@ -129,9 +119,7 @@ def test_an_update_far_longer_than_the_others_is_left_out_in_any_round(
     assert not failures(path, 1) | failures(path, 2)
 
 
-def test_a_resumed_run_bounds_updates_as_the_undisturbed_one_does(
-    federate: Federate, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_bounds_updates_as_before(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
     limits: list[list[float]] = []  # what each round measures updates by
     real = NormBound.limit
 

@@ -1,9 +1,12 @@
 """Every rule over a model with a convolution, a Conv1D of transformers and a linear layer, against float64 numpy."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from flapp.checkpoint.manager import ChunkManager
 from flapp.config.load import compose
@@ -13,11 +16,11 @@ from flapp.model.lora import layout_of
 from flapp.server.run import initial_model
 from flapp.strategy.lora_rules import RULES
 from tests.conftest import break_off, read_clients, read_lines
-from tests.support.own_models import OWN, Mixed
+from tests.support.adapters import MODELS, Mixed
 from tests.support.replies import Federate, Sent, listen
 
 Arrays = dict[str, np.ndarray]
-LAYERS = OWN["mixed"][2]
+LAYERS = MODELS["mixed"].targets[0]
 SCALING = 2.0
 SETTINGS = (
     *("strategy=fedlora", "lora=default", "model.name=mixed", "lora.rank=4", "lora.alpha=8", "clients=3"),
@@ -29,14 +32,24 @@ SETTINGS = (
         "train.schedule=constant",
     ),
 )
-FEDSA = ("evaluate.objective=personal_accuracy",)
 
 
 @pytest.fixture(autouse=True)
 def mixed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make model.name=mixed a choice."""
-    monkeypatch.setitem(builders.BUILDERS, "mixed", lambda _name, _size, *given: Mixed(*given[:2]))
-    monkeypatch.setitem(layouts.LAYOUTS, "mixed", lambda _name, _size, *given: layout_of(Mixed(*given)))
+    offer(monkeypatch, Mixed)
+
+
+def offer(monkeypatch: pytest.MonkeyPatch, model: Callable[..., nn.Module]) -> None:
+    """Let model.name=mixed stand for a model."""
+    monkeypatch.setitem(builders.BUILDERS, "mixed", lambda _name, _size, *given: model(*given[:2]))
+    monkeypatch.setitem(layouts.LAYOUTS, "mixed", lambda _name, _size, *given: layout_of(model(*given)))
+
+
+def by(rule: str) -> tuple[str, ...]:
+    """Return the settings that choose a rule."""
+    more = {"fedsa": "evaluate.objective=personal_accuracy", "hetlora": "lora.rank_by_client=[2,3,4]"}
+    return f"strategy.aggregation={rule}", *([more[rule]] if rule in more else [])
 
 
 def in_shape_of(weight: np.ndarray, layer: str, product: np.ndarray) -> np.ndarray:
@@ -75,8 +88,7 @@ def product_by_rule(rule: str, clients: list[tuple[float, Arrays]], layer: str) 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_adds_its_product_to_each_weight_in_the_weights_own_shape(federate: Federate, rule: str) -> None:
     seen: Sent = []
-    own = {"fedsa": FEDSA, "hetlora": ("lora.rank_by_client=[2,3,4]",)}.get(rule, ())
-    settings = (*SETTINGS, f"strategy.aggregation={rule}", *own)
+    settings = (*SETTINGS, *by(rule))
     _, path = federate(*settings, tamper=listen(seen))
     assert not any(line["failures"] for line in read_lines(path, "train"))
     start = initial_model(compose([*settings, "home=/nowhere"])).state_dict()
@@ -113,39 +125,65 @@ def test_a_rule_adds_its_product_to_each_weight_in_the_weights_own_shape(federat
     assert error is None if rule == "fedsa" else (error < 1e-4) == (rule in ("ffa", "rolora", "flora", "fedex"))
 
 
-@pytest.mark.parametrize("rule", ["fedit", "flora", "fedex"])
-def test_a_broken_run_is_resumed_to_the_same_bytes(federate: Federate, rule: str) -> None:
-    settings = (*SETTINGS, f"strategy.aggregation={rule}", "num_rounds=3")
-    whole, path = federate(*settings, order=1)
-    name = f"run_name=own-{rule}"
-    break_off(federate, 3, "aggregate_train", *settings, name)
-    resumed, _ = federate(*settings, name, "resume=true")
-    assert resumed["model_sha256"] == whole["model_sha256"]
-    assert (path / "adapter").exists() != RULES[rule].folds
-
-
-@pytest.mark.parametrize("rule", ["fedit", "fedex"])
-def test_groups_of_clients_end_in_the_same_bytes_as_single_messages(federate: Federate, rule: str) -> None:
-    words = (*SETTINGS, f"strategy.aggregation={rule}", "clients=33", "partition=iid", "checkpoint=off")
-    words = (*words, "train.steps=1", "evaluate.every=2", "strategy.fraction_evaluate=0.1")
-    nodes = [{"partition-id": i, "num-partitions": 3} for i in range(3)]
-    single, _ = federate(*words)
-    grouped, _ = federate(*words, nodes=nodes, any_node=True)
-    assert grouped["model_sha256"] == single["model_sha256"]
-
-
 def test_a_run_whose_adapter_peft_cannot_hold_ends_with_a_model_all_the_same(
     federate: Federate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Dilated(Mixed):
         def __init__(self, channels: int = 3, classes: int = 4) -> None:
             super().__init__(channels, classes)
-            self.conv = torch.nn.Conv2d(channels, 6, 3, padding=2, dilation=2, bias=False)
+            self.conv = nn.Conv2d(channels, 6, 3, padding=2, dilation=2, bias=False)
 
-    monkeypatch.setitem(builders.BUILDERS, "dilated", lambda _name, _size, *given: Dilated(*given[:2]))
-    monkeypatch.setitem(layouts.LAYOUTS, "dilated", lambda _name, _size, *given: layout_of(Dilated(*given)))
+    offer(monkeypatch, Dilated)
     with caplog.at_level("WARNING", "flwr"):
-        _, path = federate(*SETTINGS, "model.name=dilated", "strategy.aggregation=fedit", "num_rounds=1")
+        _, path = federate(*SETTINGS, "strategy.aggregation=fedit", "num_rounds=1")
     assert "no adapter folder is written" in caplog.text
     assert (path / "model.safetensors").exists()
     assert not (path / "adapter").exists()
+
+
+class Half(nn.Module):
+    """Layers of each kind in bfloat16 or float16; the output layer's weight is an embedding's, and stays frozen."""
+
+    def __init__(self, channels: int = 1, classes: int = 10) -> None:
+        from transformers.pytorch_utils import Conv1D
+
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(channels, 6, 3, padding=1, bias=False).bfloat16(), nn.BatchNorm2d(6)
+        self.turned, self.dense = Conv1D(6, 6).bfloat16(), nn.Linear(6, 6).half()
+        self.count = nn.Parameter(torch.tensor(5), requires_grad=False)
+        self.scale, self.embed = nn.Parameter(torch.tensor(1.0)), nn.Embedding(classes, 6)
+        self.out = nn.Linear(6, classes, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x.bfloat16()).float()).relu().mean((2, 3))
+        return self.out(self.dense(self.turned(x.bfloat16()).half()).float()) * self.scale
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_model_in_half_precision_trains_and_is_resumed_to_the_same_bytes(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    offer(monkeypatch, Half)
+    settings = (*SETTINGS, *by(rule), "num_rounds=3")
+    whole, path = federate(*settings)
+    lines = read_lines(path, "train")
+    assert not any(line["failures"] for line in lines)
+    break_off(federate, 3, "aggregate_train", *settings, f"run_name=half-{rule}")
+    resumed, _ = federate(*settings, f"run_name=half-{rule}", "resume=true")
+    assert resumed["model_sha256"] == whole["model_sha256"]
+    final, start = load_file(path / "model.safetensors"), Half().state_dict()
+    assert {key: tensor.dtype for key, tensor in final.items()} == {key: t.dtype for key, t in start.items()}
+    assert torch.equal(final["out.weight"], final["embed.weight"])
+    for line in lines:  # what is folded into a float16 weight is rounded there
+        error = line["aggregation_error"]
+        assert error is None if rule == "fedsa" else (error < 2e-3) == (rule in ("ffa", "rolora", "flora", "fedex"))
+
+
+def test_groups_of_clients_end_in_the_same_bytes_as_single_messages(federate: Federate) -> None:
+    words = (*SETTINGS, "strategy.aggregation=fedex", "clients=33", "partition=iid", "checkpoint=off")
+    words = (*words, "train.steps=1", "evaluate.every=2", "strategy.fraction_evaluate=0.1")
+    nodes = [{"partition-id": i, "num-partitions": 3} for i in range(3)]
+    single, _ = federate(*words)
+    grouped, _ = federate(*words, nodes=nodes, any_node=True)
+    assert grouped["model_sha256"] == single["model_sha256"]

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import reduce
 
 import numpy as np
@@ -87,7 +86,7 @@ def relative_error(result: Aggregated, group: Sequence[Factors]) -> float:
 
 @pytest.mark.parametrize(("word", "count"), [*itertools.product(RULES, [1]), *itertools.product(EXACT, [3, 10])])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_exact_rules_and_all_rules_with_one_client_apply_the_mean_of_the_products(
+def test_exact_rules_and_any_with_one_client_apply_the_mean_product(
     word: str, shape: tuple[int, int], count: int
 ) -> None:
     group = clients(word, shape, count, [1, 4, 8] if word in MIXED else [4])
@@ -192,31 +191,12 @@ def test_adapters_that_were_never_trained_add_nothing_and_have_no_error(word: st
 @pytest.mark.parametrize("word", RULES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("count", [2, 10])
-def test_the_error_without_the_big_matrices_is_the_error_with_them(
-    word: str, shape: tuple[int, int], count: int
-) -> None:
+def test_the_error_without_big_matrices_is_the_error_with_them(word: str, shape: tuple[int, int], count: int) -> None:
     group = clients(word, shape, count)
     result = RULES[word].aggregate(group)
     found, wanted = applied(result, group), ideal(group)
     assert relative_error(result, group) == pytest.approx(error(found, wanted), rel=1e-6, abs=1e-14)
     assert error_norms(result, group)[1] == pytest.approx(np.linalg.norm(wanted))
-
-
-@pytest.mark.parametrize("word", ["flora", "fedex"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_error_of_what_a_base_really_took_is_that_of_the_dense_change(word: str, shape: tuple[int, int]) -> None:
-    group = clients(word, shape, 3)
-    result = RULES[word].aggregate(group)
-    base = np.random.default_rng(1).normal(size=shape).astype(np.float32)
-    folded = reduce(np.matmul, [part.astype(np.float64) for part in result.folded or ()])
-    stored_weight = (base + 1e-4 * folded).astype(np.float32)  # a small scale, so that rounding shows
-    change = stored_weight.astype(np.float64) - base
-    stored = replace(result, folded=(change / 1e-4,))
-    error_found, norm = error_norms(stored, group)
-    wanted = np.linalg.norm(applied(stored, group) - ideal(group))
-    assert error_found == pytest.approx(wanted, rel=1e-6)
-    assert norm == pytest.approx(np.linalg.norm(ideal(group)))
-    assert error_found > 10 * error_norms(result, group)[0]
 
 
 @pytest.mark.parametrize("word", RULES)

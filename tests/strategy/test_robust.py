@@ -15,7 +15,6 @@ from flapp.messages import view
 from flapp.strategy import robust
 from flapp.strategy.robust import krum_scores, median, robust_average, select, trimmed_mean
 from flapp.sums import clip_update, weighted_average
-from tests.conftest import refusal_of
 
 SHAPES = {"weight": (300, 2), "bias": (5,), "scalar": (), "empty": (0, 3)}
 Models = list[ArrayRecord]
@@ -74,7 +73,7 @@ def settings(name: str, *more: str) -> Any:
 
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("name", robust.PER_CLIENT)
-def test_two_bad_clients_of_ten_leave_the_average_near_the_honest_one(
+def test_two_bad_clients_of_ten_hardly_move_the_average(
     honest: Models, sent: ArrayRecord, attack: str, name: str
 ) -> None:
     trained = attacked(honest, sent, attack)
@@ -176,43 +175,6 @@ def test_clipping_leaves_integers_and_booleans_as_they_are() -> None:
     clipped = clip_update(record({"w": np.ones(2, np.float16), "n": np.int64(9), "b": np.array(False)}), sent, 0.25)
     assert [view(clipped[key]).tolist() for key in sent] == [[0.25, 0.25], 9, False]
     assert view(clipped["w"]).dtype == np.float16
-
-
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["strategy.robust=krum"], ["strategy.robust=krum", "strategy.malicious"]),
-        (["strategy.robust=multi_krum"], ["strategy.malicious"]),
-        (["strategy.robust=trimmed_mean"], ["strategy.malicious"]),
-        (["strategy.robust=krum", "strategy.malicious=4"], ["needs 11 clients", "has 10", "strategy.malicious=4"]),
-        (["strategy.robust=trimmed_mean", "strategy.malicious=5"], ["needs 11 clients", "has 10"]),
-        (["strategy.robust=median", "clients=2"], ["needs 3 clients", "has 2", "raise clients"]),
-        (["strategy.robust=norm_bound", "strategy.fraction_train=0.2"], ["needs 3 clients", "has 2"]),
-        (
-            ["strategy.robust=multi_krum", "strategy.malicious=2", "strategy.selected=7"],
-            ["needs 11 clients", "strategy.selected=7"],
-        ),
-        (["strategy.robust=median", "strategy.selected=2"], ["strategy.selected=2", "multi_krum"]),
-        (["strategy.robust=median", "strategy.weighting=alignment"], ["alignment", "strategy.robust=median"]),
-        (["strategy.robust=norm_bound", "strategy.weighting=alignment"], ["alignment"]),
-        (["strategy.robust=median", "privacy=local"], ["privacy=local hides them in noise"]),
-        (["strategy.robust=norm_bound", "privacy=central"], ["privacy=central hides them in noise"]),
-        (["strategy.robust=median", "strategy.target=task:Mine"], ["strategy.target=task:Mine"]),
-        (["strategy.robust=mode"], ["strategy.robust=mode", "trimmed_mean"]),
-        (["strategy.robust=norm_bound", "strategy.clip_multiple=0"], ["strategy.clip_multiple=0"]),
-    ],
-)
-def test_settings_that_do_not_go_together_are_refused(overrides: list[str], words: list[str]) -> None:
-    error = refusal_of(overrides)
-    assert all(word in error for word in words), error
-
-
-@pytest.mark.parametrize("rule", ["fedsa", "flora", "fedex", "flexlora", "hetlora"])
-def test_rules_that_do_more_than_average_a_and_b_are_refused_by_name(rule: str) -> None:
-    words = ["strategy=fedlora", "lora=default", "evaluate.objective=personal_accuracy", "strategy.robust=median"]
-    error = refusal_of([*words, f"strategy.aggregation={rule}"])
-    assert f"strategy.aggregation={rule}" in error
-    assert "use fedit, ffa, rolora or fedavg" in error
 
 
 def test_a_round_needs_as_many_replies_as_its_average() -> None:

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from flapp.config.schema import Config
-from flapp.strategy.fedavg import FedAvg
-from tests.conftest import Broken, LocalGrid, run_app
+from tests import conftest
+from tests.conftest import LocalGrid, run_app
+from tests.support.refusals import refused
 
 SMALL = ("num_rounds=2", "evaluate.personal_epochs=0")
 
@@ -50,23 +49,12 @@ def run(config: Config, nodes: Any = None, **grid: Any) -> tuple[dict[str, Any],
 
 def break_off(config: Config, server_round: int) -> None:
     """Run until a round is to be averaged, and break off there."""
-    real = FedAvg.aggregate_train
-
-    def aggregate(strategy: FedAvg, number: int, replies: Any) -> Any:
-        if strategy.phase.server_round == server_round:
-            raise Broken("the power is gone")
-        return real(strategy, number, replies)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FedAvg, "aggregate_train", aggregate)
-        with pytest.raises(Broken):
-            run(config)
+    conftest.break_off(lambda: run(config), server_round, "aggregate_train")
 
 
 def refusal(config: Config) -> str:
     """Return the line with which a run is refused before its first round; no folder is left."""
-    with pytest.raises(ValueError, match=".") as caught:
+    with refused(ValueError) as caught:
         run(config)
-    assert "\n" not in str(caught.value)
     assert not (config.runs_dir / config.run_name).exists()
     return str(caught.value)

@@ -16,8 +16,7 @@ from flapp.data.artifact import write_artifact
 from flapp.data.decode import Decoded
 from flapp.data.partition import make_partition, save_partition
 from flapp.data.shards.build import write_shards
-from flapp.data.shards.decoded import DecodedSource
-from flapp.data.shards.source import Kind
+from flapp.data.shards.source import Kind, Source
 from flapp.files import sha256_of_file
 from flapp.model.adapter_files import export_adapter
 from flapp.model.split.factory import ModelFactory
@@ -195,7 +194,7 @@ def write_real_files(folder: Path) -> None:
     leaf = write_leaf(folder / "leaf", as_leaf(draw_samples(20, 12, 30)))
     write_shards(leaf, folder / "shards", "round_robin", clients=2, seed=1)
     pixels, of = rng.integers(1, 255, (40, 6, 7, 3)).astype(np.uint8), [f"w{label}" for label in labels]
-    own = DecodedSource(Kind("own", (6, 7, 3), tuple("abcd"), "half"), {"train": Decoded(pixels, labels, of)})
+    own = Source(Kind("own", (6, 7, 3), tuple("abcd"), "half"), {"train": Decoded(pixels, labels, of)})
     write_shards(own, folder / "own_shards", "round_robin", clients=2, seed=1)
     write_parquet(folder / "tables" / "train.parquet", image=[png(image) for image in pixels], label=labels)
     as_dataset(pixels, labels % 3).save_to_disk(folder / "saved")

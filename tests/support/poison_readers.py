@@ -81,6 +81,8 @@ def read_report(folder: Path) -> None:
         ask(report.main, folder, "--out", folder / "r.html")
 
 
+SHARDS = "manifest.json clients.jsonl client_0/meta.json client_0/train.safetensors client_1/test.safetensors"
+
 # by kind: the files that are poisoned, what reads them, and how many variants are tried
 FUZZED: dict[str, tuple[str, Callable[[Path], object], int]] = {
     "run": (
@@ -88,27 +90,15 @@ FUZZED: dict[str, tuple[str, Callable[[Path], object], int]] = {
         lambda folder: read_report(folder / "runs" / "r"),
         15,
     ),
-    "sweep": (
-        "sweep.json 0/metrics.json 0/metrics.jsonl",
-        read_report,
-        8,
-    ),
+    "sweep": ("sweep.json 0/metrics.json 0/metrics.jsonl", read_report, 8),
     "set": (
         "train/meta.json train/images.npy test/labels.npy test/meta.json",
         lambda folder: ask(verify_data.main, folder),
         60,
     ),
     "partition": ("part.safetensors test/meta.json", read_partition, 30),
-    "shards": (
-        "manifest.json clients.jsonl client_0/meta.json client_0/train.safetensors client_1/test.safetensors",
-        read_shards,
-        60,
-    ),
-    "own_shards": (
-        "manifest.json clients.jsonl client_0/meta.json client_0/train.safetensors client_1/test.safetensors",
-        read_shards,
-        60,
-    ),
+    "shards": (SHARDS, read_shards, 60),
+    "own_shards": (SHARDS, read_shards, 60),
     "tables": ("train.parquet", read_table, 60),
     "saved": ("data-00000-of-00001.arrow state.json", read_table, 60),
     "leaf": ("all_data_0.json", lambda folder: refuses(DataError, open_source, folder), 30),

@@ -20,6 +20,7 @@ def build_other():
         nn.Conv2d(1, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 32), nn.Linear(32, 10)
     )
 '''
+EDITED_WORDS = "model.target=task:build_other model.kwargs={} train.loss=task:focal dataset.augment=false"
 BERT = '''
 import numpy as np
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
@@ -40,6 +41,25 @@ def make_data():
         splits[split] = (tokens, labels)
     return splits, ["other", "greeting"]
 '''
+BERT_WORDS = (
+    "model.target=bert:build_model model.kwargs={} lora=default strategy=fedlora lora.targets=[q_lin,v_lin] "
+    "dataset=custom dataset.name=greetings dataset.shape=[12] dataset.classes=2 dataset.target=bert:make_data "
+    "dataset.augment=false train.loss=null evaluate.metrics=null evaluate.scores=null"
+)
+SLOW = """
+import os
+import time
+from pathlib import Path
+from torch.nn import functional as F
+
+def loss(outputs, targets):
+    if "FLWR_HOME" in os.environ:  # in a client process of Flower's
+        begun = Path(os.environ["FLWR_HOME"], f"begun-{os.getpid()}")
+        if not begun.exists():
+            begun.touch()
+        time.sleep(0.2)  # so that a round is long and costs nothing
+    return F.mse_loss(outputs.flatten(), targets)
+"""
 
 
 def new_project(folder: Path, template: str) -> Path:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from flapp.model.files import save_tensors
 from flapp.model.split.component import SplitModel
-from flapp.model.vit import build_vit
+from flapp.model.vit import ViT
 
 
 def write_vit(path: Path, name: str = "vit_tiny", seed: int = 0, size: int = 32, dropout: float = 0.0) -> nn.Module:
     """Write a ViT for grey images as a run does, and return it."""
     torch.manual_seed(seed)
-    model = build_vit(name, size, 1, 10, dropout).eval()
+    model = ViT(name, size, 1, 10, dropout).eval()
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(model.state_dict(), path, model=name, shape=[size, size, 1], classes=10)
     return model
@@ -48,9 +48,3 @@ def compose(models: Sequence[SplitModel], inputs: Tensor, **also: Any) -> Tensor
     for model in models:
         inputs = model(inputs, **also)
     return inputs
-
-
-def refusal(error: BaseException) -> str:
-    """Return an error's text, which must be one line."""
-    assert "\n" not in str(error)
-    return str(error)

@@ -1,6 +1,7 @@
 """Act as another user of this machine, and find the ports that processes listen on."""
 
 import contextlib
+import ctypes
 import encodings.idna  # noqa: F401
 import multiprocessing
 import os
@@ -23,14 +24,20 @@ STRANGER = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="acting as another user takes root")
 
 
-def as_stranger(action: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what an action of another user of this machine returns, or the text of its error."""
+def as_stranger(action: Callable[..., Any], *arguments: Any, network: str = "", user: int = STRANGER) -> Any:
+    """Return what an action of another user of this machine returns, or the text of its error.
+
+    network: the file of a network namespace in which the action runs, as on another machine; empty for this one's.
+    """
     here, there = multiprocessing.Pipe()
 
     def act() -> None:
+        if network:
+            with open(network) as namespace:
+                assert ctypes.CDLL(None).setns(namespace.fileno(), 0) == 0
         os.setgroups([])
-        os.setgid(STRANGER)
-        os.setuid(STRANGER)
+        os.setgid(user)
+        os.setuid(user)
         try:
             there.send(action(*arguments))
         except Exception as error:  # noqa: BLE001 - whatever it is, the test wants to see it

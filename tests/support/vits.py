@@ -27,33 +27,41 @@ def draw(model: nn.Module, seed: int = 1) -> nn.Module:
     return model.eval()
 
 
+def made(build: Callable[[], Any]) -> Any:
+    """Build a model without its usual initial weights, which take long to make, and draw others."""
+    with torch.device("meta"):
+        model = build()
+    return draw(model.to_empty(device="cpu"))
+
+
 def images(size: int = 32) -> Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(3))
 
 
 def torchvisions(path: Path, size: int = 32, classes: int = 5) -> Theirs:
     """Write a file of torch.save, or safetensors by the path's suffix."""
-    model = draw(VisionTransformer(size, 16, 12, 3, 192, 768, num_classes=classes))
+    model = made(lambda: VisionTransformer(size, 16, 12, 3, 192, 768, num_classes=classes))
     (save_file if path.suffix == ".safetensors" else torch.save)(model.state_dict(), path)
     return torch.no_grad()(model)
 
 
 def transformerses(folder: Path, size: int = 32, classes: int = 5, **changed: Any) -> Theirs:
     """Write a folder of save_pretrained's."""
-    model = draw(ViTForImageClassification(ViTConfig(**SIZES | {"image_size": size, "num_labels": classes} | changed)))
-    model.save_pretrained(folder)  # type: ignore[operator]
+    config = ViTConfig(**SIZES | {"image_size": size, "num_labels": classes} | changed)
+    model = made(lambda: ViTForImageClassification(config))
+    model.save_pretrained(folder)
     ViTImageProcessor().save_pretrained(folder)
     return torch.no_grad()(lambda pixels: model(pixels).logits)
 
 
 def vit_model(folder: Path) -> None:
     """Write a folder of transformers' ViTModel, with a pooler and without a head."""
-    draw(ViTModel(ViTConfig(**SIZES, image_size=32))).save_pretrained(folder)  # type: ignore[operator]
+    made(lambda: ViTModel(ViTConfig(**SIZES, image_size=32))).save_pretrained(folder)
 
 
 def timms(path: Path, size: int = 32, classes: int = 5, name: str = "vit_tiny_patch16_224", **changed: Any) -> Theirs:
     """Write a file as timm offers it for download or, without a suffix, a folder of save_for_hf's."""
-    model = draw(timm.create_model(name, img_size=size, num_classes=classes, **changed))
+    model = made(lambda: timm.create_model(name, img_size=size, num_classes=classes, **changed))
     if path.suffix:
         (save_file if path.suffix == ".safetensors" else torch.save)(model.state_dict(), path)
     else:

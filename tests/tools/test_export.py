@@ -124,7 +124,7 @@ def test_peft_puts_the_adapter_on_the_base_in_transformers(adapted: Path, tmp_pa
     assert not torch.allclose(without, open_run(adapted).model()(draw_images(3)), atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [(), (*LORA, RGB), ("model=cnn",), ("model.pooling=mean",)])
+@pytest.mark.parametrize("settings", [(*LORA, RGB), ("model=cnn",), ("model.pooling=mean",)])
 def test_onnxruntime_gives_the_logits_of_a_batch_of_any_size(
     settings: tuple[str, ...], federate: Federate, tmp_path: Path
 ) -> None:

@@ -318,7 +318,7 @@ def test_a_federation_says_whether_it_was_taken_down_or_its_supervisor_killed(
 ) -> None:
     status = ("status", "--folder", str(tmp_path))
     killed = f"error: the supervisor of {tmp_path} (pid {os.getpid()}) was killed and its programs have been stopped"
-    assert refusal(capsys, *status) == f"{killed}: {federation.UP}"
+    assert refusal(capsys, *status) == f"{killed}: {supervisor.UP}"
     token = read_federation(tmp_path).token
     left = subprocess.Popen(SLEEP, env={TOKEN: token})
     wait_for(Processes(token).running)
@@ -327,4 +327,4 @@ def test_a_federation_says_whether_it_was_taken_down_or_its_supervisor_killed(
     left.kill()
     left.wait()
     (tmp_path / SEEN).unlink()
-    assert refusal(capsys, *status) == f"error: the federation of {tmp_path} is down: {federation.UP}"
+    assert refusal(capsys, *status) == f"error: the federation of {tmp_path} is down: {supervisor.UP}"

@@ -20,9 +20,9 @@ from flapp import client_app, server_app
 from flapp.architecture import build
 from flapp.config.load import CONF, compose, name_override
 from flapp.config.schema import Config
+from flapp.custom import read_source
 from flapp.data.sources import ensure_artifacts
 from flapp.server.run_names import METRICS
-from flapp.source import read_source
 from tests.support.run_files import add_store, write_run
 from tools import cli, run
 from tools.cli import as_called

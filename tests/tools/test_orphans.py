@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -28,11 +27,11 @@ from flapp.server import run_names
 from flapp.server.roster import Roster
 from flapp.server.run_dir import RunDirectory
 from tests.conftest import LocalGrid, read_lines, run_app
-from tests.support.commands import finish, left_running
+from tests.support.commands import left_running
 from tests.support.waiting import wait_for
 from tools import runs
 from tools.deployment.processes import OWNER, SWEEP, TOKEN, Processes, note_process, noted_process
-from tools.deployment.submit import APP
+from tools.deployment.submit import APP, run_once
 from tools.running.guard import guarded
 from tools.running.run_entries import RunsError
 from tools.running.stop import stop_run
@@ -332,7 +331,7 @@ def reached(path: Path, server_round: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_by_itself_or_is_named_and_stopped_and_resumes_to_the_same_bytes(
+def test_a_run_killed_while_starting_ends_by_itself_and_one_whose_guard_sleeps_is_named_stopped_and_resumed(
     tool: Start, tmp_path: Path, temporary: Path, federate: Federate, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "runs" / "killed"
@@ -350,28 +349,23 @@ def test_a_killed_run_ends_by_itself_or_is_named_and_stopped_and_resumes_to_the_
     kill(run)
     check_all_is_gone()
     run = tool(*words, *(["resume=true"] if path.exists() else []))
-    wait_for(lambda: reached(path, random.randint(1, 5)))
-    kill(run)
-    check_all_is_gone()
-    run = tool(*words, "resume=true")
-    done = len(read_lines(path, "round"))
-    wait_for(lambda: reached(path, done + 1))
+    wait_for(lambda: reached(path, 1))
     (guard,) = (child for child in psutil.Process(run.pid).children() if "tools.running.guard" in child.cmdline())
     server = psutil.Process(json.loads((path / run_names.RUNNING).read_text())["pid"])
+    resumed = compose([f"home={tmp_path}", *TOY, "run_name=killed", "resume=true"])
     try:
         guard.suspend()
         server.suspend()
         kill(run)
-        status, _, error = finish(tool(*words, "resume=true"))
-        assert status == 1
-        assert f"run_name=killed is still running (pid {server.pid})" in error
-        assert "`python -m tools.runs stop killed`" in error
+        with pytest.raises(ConfigError) as refused:
+            run_once(resumed)
+        assert f"run_name=killed is still running (pid {server.pid})" in str(refused.value)
+        assert "`python -m tools.runs stop killed`" in str(refused.value)
         assert runs.main(["stop", "killed", "--home", str(tmp_path)]) == 0
         assert str(server.pid) in capsys.readouterr().out
     finally:
         guard.resume()
     check_all_is_gone()
-    resumed = compose([f"home={tmp_path}", *TOY, "run_name=killed", "resume=true"])
     nodes = [{"partition-id": i, "num-partitions": resumed.clients} for i in range(resumed.clients)]
     summary, _ = run_app(resumed, LocalGrid({}, nodes))
     assert summary["model_sha256"] == federate(*TOY)[0]["model_sha256"]

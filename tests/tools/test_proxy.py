@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.superlink.routers.fleet.router import router
 
 from tests.conftest import read_lines
+from tests.support.strangers import as_stranger
 from tests.support.waiting import wait_for
 from tools.certificates import make_server_files, make_site_keys
 from tools.deployment.processes import environment, program
@@ -27,10 +29,6 @@ from tools.deployment.superlink import SuperLink
 from tools.proxy import CALLS, main, write_proxy_files
 
 SERVER, PORT, INNER = "10.77.0.1", 8000, 9000
-ASK = (
-    "import json, sys; from tests.tools.test_proxy import ask; "
-    f"print(json.dumps(ask({SERVER!r}, {PORT}, *sys.argv[1:])))"
-)
 
 
 def ask(host: str, port: int, ca: str, *requests: str) -> list[int]:
@@ -190,15 +188,14 @@ def test_only_the_fleet_api_is_passed_on_however_a_path_is_written(network: Netw
         *("POST /v1/fleet/pull-messages/x", "GET /v1/fleet/pull-messages"),
     ]
     unsigned = ["POST /v1/fleet/pull-messages", "POST /v1/control/list-nodes/..%2f..%2ffleet/pull-messages"]
-    words = (str(network.folder / "ca.crt"), *refused, *unsigned)
-    done = network.call("site", sys.executable, "-c", ASK, *words, cwd=APP)
-    assert done.returncode == 0, done.stderr
-    assert dict(zip(words[1:], json.loads(done.stdout), strict=True)) == {
+    on_the_site = partial(as_stranger, network=f"/run/netns/{network.site}", user=0)
+    ca = str(network.folder / "ca.crt")
+    found = on_the_site(ask, SERVER, PORT, ca, *refused, *unsigned)
+    assert dict(zip([*refused, *unsigned], found, strict=True)) == {
         **dict.fromkeys(refused, 403),
         **dict.fromkeys(unsigned, 401),
     }
-    inner = network.call("site", sys.executable, "-c", ASK.replace(f"{PORT}", f"{INNER}"), *words[:2], cwd=APP)
-    assert "ConnectionRefusedError" in inner.stderr
+    assert on_the_site(ask, SERVER, INNER, ca, refused[0]).startswith("ConnectionRefusedError")
 
 
 def test_the_calls_that_are_passed_on_are_flowers_own() -> None:

@@ -13,7 +13,7 @@ from tests.support.strangers import as_stranger, get, listening, needs_root
 from tests.support.waiting import WAIT_SECONDS, wait_for
 from tools import federation, runs
 from tools.deployment.processes import HOST, Processes
-from tools.deployment.supervisor import read_federation
+from tools.deployment.supervisor import UP, read_federation
 
 pytestmark = pytest.mark.slow
 
@@ -87,6 +87,6 @@ def test_what_is_killed_in_a_federation_is_not_online_and_ends_with_its_supervis
     wait_for(lambda: not processes.running())
     assert federation.main(["status", "--folder", str(folder)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(f"was killed and its programs have been stopped: {federation.UP}")
+    assert line.endswith(f"was killed and its programs have been stopped: {UP}")
     assert federation.main(["down", "--folder", str(folder)]) == 0
     assert capsys.readouterr().out == "nothing was running\n"

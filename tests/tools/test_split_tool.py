@@ -108,8 +108,7 @@ def test_the_check_finds_components_that_are_not_the_model(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = write_vit(tmp_path / "other.safetensors", seed=1)
-    monkeypatch.setattr(split_model, "build", lambda *_: whole)
-    monkeypatch.setattr(split_model, "read_tensors", lambda _: (whole.state_dict(), {}))
+    monkeypatch.setattr(split_model, "load_model", lambda *_: whole)
     assert split_model.main([str(run_dir), "--points", "1", "2", "--out", str(tmp_path), "--check"]) == 1
     assert "the components do not give the whole model's output" in capsys.readouterr().err
 

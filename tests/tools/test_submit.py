@@ -31,9 +31,6 @@ class FarSuperLink(SuperLink):
         super().__init__("fl.example.org:8000")
         self.lines, self.state, self.stopped = lines, status, False
 
-    def start(self) -> None:
-        return
-
     def flwr(self, *arguments: str) -> dict[str, Any]:
         return {"run-id": "7"}
 

@@ -17,7 +17,7 @@ CLIENTS = 10
 
 
 def replies() -> list[RecordDict]:
-    """Return the replies of ten clients, each with its own ViT-B and a random number of examples."""
+    """Return the replies of ten clients, each with its own random ViT-B; client k, from 0, has k + 1 examples."""
     rng = np.random.default_rng(0)
     state = build_model("vit_b_16", (224, 224, 3), 1000).state_dict()
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}

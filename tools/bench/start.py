@@ -23,8 +23,8 @@ from torchvision import transforms
 from flapp.client.data import make_batches, open_client_data, open_once
 from flapp.config.load import compose
 from flapp.config.schema import Config, NodeConfig
+from flapp.custom import source_digest, versions
 from flapp.data.shards.build import write_shards
-from flapp.source import source_digest, versions
 from tools.bench import Row, measure
 
 WRITERS = (500, 3500)  # FEMNIST has 3,597; what flwr-datasets does grows with their number, what flapp does not

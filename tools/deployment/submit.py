@@ -22,8 +22,7 @@ from flapp.server.summary import sound_summary
 from tools.deployment.processes import HOST, Processes, SuperLinkError, available_cpus
 from tools.deployment.superlink import APP as APP
 from tools.deployment.superlink import CONNECTION, PrivateSuperLink, SuperLink, app_folder
-from tools.deployment.supervisor import KEYS, read_federation, superlink_of
-from tools.federation import describe_down, install_app
+from tools.deployment.supervisor import KEYS, describe_down, install_app, read_federation, superlink_of
 from tools.running.progress import CONFIG, LOOK_SECONDS, Watcher, read_json
 
 STATUS_SECONDS, END_SECONDS = 15, 60

@@ -78,8 +78,7 @@ class SuperLink:
         self.stop()
 
     def start(self) -> None:
-        """Check that the SuperLink answers; raises SuperLinkError."""
-        self.flwr("list", "--limit", "1")
+        """Start nothing: the first command shows whether the SuperLink answers."""
 
     def stop(self) -> None:
         """Remove the folder."""
@@ -138,7 +137,7 @@ def owned_superlink(address: str) -> list[str]:
 
 
 class PrivateSuperLink(SuperLink):
-    """A simulation SuperLink of a run's own, at a free port unless one is given; Ray too, unless it has an address."""
+    """A SuperLink for one simulation, at a free port unless one is given. It starts Ray unless ray_address is given."""
 
     def __init__(self, port: int | None = None, ray_address: str | None = None) -> None:
         ray = ray_environment(ray_address)

@@ -1,18 +1,23 @@
-"""Keep a SuperLink and its SuperNodes running: restart each program that ends, after a growing pause.
+"""The parts of a federation on this machine, and the program that keeps its SuperLink and SuperNodes running.
 
-`python -m tools.federation up` starts this program in the background. It reads <folder>/federation.json and writes the
-state of all programs to <folder>/supervisor.json. On SIGTERM it stops the SuperNodes, then the SuperLink, and removes
-supervisor.json. If it is killed, its guard stops the programs and supervisor.json stays.
+`python -m tools.federation up` starts this program in the background. It restarts each program that ends, after a
+growing pause. It reads <folder>/federation.json and writes the state of all programs to <folder>/supervisor.json. On
+SIGTERM it stops the SuperNodes, then the SuperLink, and removes supervisor.json. If it is killed, its guard stops the
+programs and supervisor.json stays.
 """
 
 import asyncio
+import contextlib
+import fcntl
+import io
 import itertools
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from time import monotonic, strftime
@@ -23,9 +28,10 @@ from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 from flapp.files import write_json
 from flapp.untrusted import printable, read_bytes
 from tools.deployment.processes import HOST, TOKEN, Processes, SuperLinkError, answers, environment, free_port
-from tools.deployment.superlink import OWNER_ONLY, SuperLink, owned_superlink
+from tools.deployment.superlink import OWNER_ONLY, SuperLink, app_folder, owned_superlink
 from tools.running.guard import guarded
 
+UP = "bring it up (python -m tools.federation up, with the options that you gave it before)"
 FACTS, SEEN, LOG = "federation.json", "supervisor.json", "log.txt"
 SUPERLINK, KEYS = "superlink", "keys"
 STOPPING = (signal.SIGTERM, signal.SIGINT)
@@ -115,6 +121,43 @@ def superlink_of(folder: Path, federation: Federation) -> SuperLink:
     return SuperLink(federation.address, folder / "ca.crt" if federation.tls else None)
 
 
+def describe_down(folder: Path, federation: Federation, seen: Seen | None) -> str:
+    """Return one line: that no supervisor runs, whether it was killed, and what to do."""
+    if left := Processes(federation.token).running():
+        pids = ", ".join(str(process.pid) for process in left)
+        return (
+            f"the supervisor of {folder} is gone, and {len(left)} of its processes still run (pids {pids}): "
+            "take the federation down, then bring it up"
+        )
+    if seen is None:
+        return f"the federation of {folder} is down: {UP}"
+    return f"the supervisor of {folder} (pid {seen.pid}) was killed and its programs have been stopped: {UP}"
+
+
+def install_app(folder: Path) -> None:
+    """Install the app for the SuperLink and every SuperNode before any of their processes needs it.
+
+    Two processes that install the same app at the same time would see each other's half-written files.
+    """
+    from flwr.cli.build import build_fab_from_disk  # takes half a second; only local federations need it
+    from flwr.cli.install import install_from_fab
+
+    with app_folder() as app:
+        fab = build_fab_from_disk(app)
+    federation = read_federation(folder)
+    with (folder / "install.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as unpacked:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.redirect_stdout(io.StringIO()):
+            made = install_from_fab(fab, Path(unpacked), skip_prompt=True)
+        for name in (SUPERLINK, *map(site_name, federation.clients)):
+            place = folder / name / "flwr" / "apps" / made.name
+            if not place.exists():
+                half = place.with_name(f".{place.name}")
+                shutil.rmtree(half, ignore_errors=True)
+                shutil.copytree(made, half)
+                half.rename(place)
+
+
 def superlink_command(folder: Path, federation: Federation) -> list[str]:
     """Return the command line of a federation's SuperLink."""
     command = owned_superlink(federation.address)
@@ -189,7 +232,8 @@ class Supervisor:
                 self.ready.clear()
             if monotonic() - began > SETTLED_SECONDS:
                 pause = FIRST_PAUSE
-            if name != SUPERLINK and self.federation.tls and was_killed(status):
+            was_killed = status < 0 and -status not in STOPPING  # by a signal, before it could leave the federation
+            if name != SUPERLINK and self.federation.tls and was_killed:
                 pause = KILLED_PAUSE
             say(f"{name} (pid {process.pid}) ended with {status}; again in {pause:g} s")
             self.seen.programs[name].pid = None
@@ -197,7 +241,7 @@ class Supervisor:
             await asyncio.sleep(pause)
             pause = min(LONGEST_PAUSE, pause * 2)
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def running(self, name: str, command: list[str], restarts: int) -> AsyncIterator[asyncio.subprocess.Process]:
         """Run a program in its own folder, with its output in its log, at most until the block ends."""
         folder = self.folder / name
@@ -211,7 +255,7 @@ class Supervisor:
             self.note()
             yield process
         finally:
-            with suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):
                 process.terminate()
             await process.wait()
 
@@ -221,32 +265,26 @@ class Supervisor:
             await asyncio.sleep(LOOK_SECONDS)
             try:
                 if answers(self.federation.address):
-                    await asyncio.to_thread(self.register_keys)
+                    if self.federation.tls:
+                        await asyncio.to_thread(self.register_keys)
                     self.ready.set()
                     self.note()
             except SuperLinkError as error:
                 say(str(error))
 
     def register_keys(self) -> None:
-        if not self.federation.tls:
-            return
-        with superlink_of(self.folder, self.federation) as superlink:
+        with superlink_of(self.folder, self.federation) as superlink, ThreadPoolExecutor(REGISTRARS) as threads:
+            superlink.flwr("list", "--limit", "1")  # fails if the SuperLink is not ready, before any key is registered
 
             def register(name: str) -> None:
                 superlink.flwr("supernode", "register", str(self.folder / name / "site.pub"), "--name", name)
 
-            with ThreadPoolExecutor(REGISTRARS) as threads:
-                list(threads.map(register, map(site_name, self.federation.clients)))
+            list(threads.map(register, map(site_name, self.federation.clients)))  # raises what one of them raised
 
     def note(self) -> None:
         """Write supervisor.json."""
         self.seen.ready = self.ready.is_set()
         write_json(self.folder / SEEN, self.seen.model_dump())
-
-
-def was_killed(status: int) -> bool:
-    """Return whether a program was ended by a signal before it could leave the federation."""
-    return status < 0 and -status not in STOPPING
 
 
 def say(text: str) -> None:

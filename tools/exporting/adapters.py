@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from flapp.architecture import adapt, build
 from flapp.base import BaseError, load_base
+from flapp.files import write_json
 from flapp.model.adapter_files import CONFIG, PREFIX, WEIGHTS, import_adapter
 from flapp.model.files import save_tensors
 from flapp.model.layout import SIZES
@@ -14,7 +15,7 @@ from flapp.model.lora import adapted_layers, mark_only_lora_as_trainable
 from flapp.model.lora_layers import LoRALayer
 from flapp.model.names import modules_in_transformers, to_transformers
 from flapp.untrusted import read_json
-from tools.exporting.vits import refuse_pooling, write_config, write_transformers_folder
+from tools.exporting.vits import refuse_pooling, write_transformers_folder
 from tools.running.finished import FinishedRun
 
 
@@ -68,7 +69,8 @@ def _write_for_transformers(run: FinishedRun, folder: Path) -> None:
     tensors: dict[str, Tensor] = {}
     layers = adapted_layers(model)
     for name, layer in layers.items():
-        for module, part in _layers_of(name, layer):
+        modules = modules_in_transformers(name)  # one of our layers may be three there, each with its rows of B
+        for module, part in zip(modules, layer.lora_B.chunk(len(modules)), strict=True):
             tensors[f"{PREFIX}{module}.lora_A.weight"] = _as_weight(layer, layer.lora_A, is_a=True)
             tensors[f"{PREFIX}{module}.lora_B.weight"] = _as_weight(layer, part, is_a=False)
     given = read_json(run.path / "adapter" / CONFIG)
@@ -79,13 +81,7 @@ def _write_for_transformers(run: FinishedRun, folder: Path) -> None:
     config = given | {"target_modules": targets, "base_model_name_or_path": "base"}
     config["modules_to_save"] = None if "heads.head" in layers else ["classifier"]
     save_tensors(tensors, folder / WEIGHTS)
-    write_config(folder / CONFIG, dict(sorted(config.items())))
-
-
-def _layers_of(name: str, layer: LoRALayer) -> list[tuple[str, Tensor]]:
-    """Return the modules of transformers that one of our layers is, each with its rows of B."""
-    modules = modules_in_transformers(name)
-    return list(zip(modules, layer.lora_B.chunk(len(modules)), strict=True))
+    write_json(folder / CONFIG, dict(sorted(config.items())))
 
 
 def _as_weight(layer: LoRALayer, factor: Tensor, is_a: bool) -> Tensor:

@@ -3,8 +3,6 @@
 import json
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +61,11 @@ def write_onnx(run: FinishedRun, folder: Path) -> str:
 
 
 def _trace(model: nn.Module, samples: torch.Tensor, path: Path) -> None:
-    """Write a network as ONNX, for any number of samples unless there is one."""
+    """Write a network as ONNX: for one sample if there is one in `samples`, otherwise for any number."""
     shapes = ({0: torch.export.Dim("n", min=1)},) if len(samples) > 1 else None
     names: Any = {"input_names": ["samples"], "output_names": ["outputs"]}
-    with _quiet():
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it says much about its own workings
+    with warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(model, (samples,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
     assert program is not None
     program.save(str(path))
@@ -85,17 +84,3 @@ def take_samples(run: FinishedRun, count: int) -> torch.Tensor:
     height, width, channels = config.dataset.shape
     sides = (image_size, image_size) if image_size else (height, width)
     return torch.rand(count, channels, *sides, generator=torch.Generator().manual_seed(0))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide what torch.onnx says of its own workings."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -1,15 +1,14 @@
 """A ViT as torchvision, transformers and timm load it, with the same logits for the same normalized images."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from flapp.config.schema import ModelConfig
 from flapp.data.images import NORMALIZATIONS
+from flapp.files import write_json
 from flapp.model.files import save_tensors
 from flapp.model.layout import PLAIN, SIZES, input_of
 from flapp.model.names import to_timm, to_torchvision, to_transformers
@@ -91,8 +90,8 @@ def write_transformers_folder(run: FinishedRun, state: Mapping[str, Tensor], fol
         **{"resample": BILINEAR, "do_rescale": True, "rescale_factor": 1 / 255},
         **{"do_normalize": True, "image_mean": mean, "image_std": std},
     }
-    write_config(folder / "config.json", config)
-    write_config(folder / "preprocessor_config.json", preprocessor)
+    write_json(folder / "config.json", config)
+    write_json(folder / "preprocessor_config.json", preprocessor)
     save_tensors(state, folder / "model.safetensors", format="pt")
 
 
@@ -116,7 +115,7 @@ def write_timm(run: FinishedRun, folder: Path) -> str:
     }
     names = {"num_classes": count, "num_features": width, "global_pool": pool, "label_names": list(run.classes)}
     architecture = {"architecture": "vit_small_patch16_224", **names, "model_args": arguments}
-    write_config(folder / "config.json", architecture | {"pretrained_cfg": preprocessing})
+    write_json(folder / "config.json", architecture | {"pretrained_cfg": preprocessing})
     save_tensors(to_timm(run.model().state_dict(), str(variant.pooling)), folder / "model.safetensors")
     return "import timm\nmodel = timm.create_model('local-dir:{out}', pretrained=True)"
 
@@ -125,7 +124,3 @@ def statistics(run: FinishedRun, channels: int) -> tuple[list[float], list[float
     """Return mean and standard deviation of pixels in [0, 1], one number a channel."""
     means, stds = (list(values) for values in NORMALIZATIONS[run.config.dataset.normalization])
     return (means * channels)[:channels], (stds * channels)[:channels]
-
-
-def write_config(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1) + "\n")

@@ -1,2 +1,2 @@
-"""The page that tools.report writes: run.py (what a run says) and reading.py; drawing.py and charts.py; markup.py and
-sections.py."""
+"""The page that tools.report writes: reading.py reads a run (run.py), charts.py and drawing.py draw its figures,
+sections.py and several.py say the rest, in the HTML of markup.py."""

@@ -15,12 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tools.checkpoints import by_number
+from tools.cli import by_number
 from tools.page.run import Points, Run
 from tools.partition_heatmap import draw_table
 
 FOLDER = Path(__file__).parent
-# The colours in the light by name, for the page puts its own in their place, which follow light and dark mode.
+# The colours of light mode by name. The page replaces them by its variables, which follow light and dark mode.
 PALETTE = dict(re.findall(r"--(ink|line|c\d):(#\w+)", (FOLDER / "page.css").read_text().partition("@media")[0]))
 INK, LINE, *COLOURS = PALETTE.values()
 GREY = COLOURS[7]

@@ -18,7 +18,7 @@ from flapp.config.load import read_yaml
 from flapp.server.summary import read_line, sound_summary
 from flapp.untrusted import MOST_BYTES, check_regular, printable
 from flapp.untrusted import read_json as parse_file
-from tools.checkpoints import by_number
+from tools.cli import by_number
 from tools.deployment.superlink import ANSI
 from tools.page.run import Clients, Job, Run, Stores, names_of, number
 
@@ -69,7 +69,7 @@ def _read_sweep(path: Path) -> tuple[list[tuple[Path, str]], list[Job]]:
         overrides, status, error = (str(outcome.get(key) or "") for key in ("overrides", "status", "error"))
         jobs.append(Job(str(outcome.get("job", index)), overrides, status, error, number(outcome, "objective")))
     if not below and not jobs:
-        raise ReportError(f"{path} is not a run and holds none: there is no {', '.join(RUN_FILES)} in it or one below")
+        raise ReportError(f"{path} is not a run and holds none: there is no {', '.join(RUN_FILES)} in it or just below")
     return [(folder, folder.name) for folder in below], jobs
 
 

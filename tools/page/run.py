@@ -1,5 +1,6 @@
 """A run as the report needs it: lines by kind, what is known of single clients, checkpoint stores added up."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ import numpy as np
 
 from flapp.server.observer import PHASES
 from flapp.server.summary import is_finite, is_number
-from tools.checkpoints import by_number
+from tools.cli import by_number
 
 OWN_NAMES = ("run_name", "resume", "resume_from", "resume_anyway")  # settings in which any two runs may differ
 PLACES = ("home", "deployment.", "split.")  # settings, or the groups of them, that say where a run took place
@@ -65,7 +66,7 @@ class Stores:
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory. `label` is its letter or number, `differs` names the settings that only this run has."""
+    """One run directory. `label` is its letter or number, `differs` names its values where settings differ."""
 
     path: Path
     label: str
@@ -203,7 +204,7 @@ def short(key: str) -> str:
 
 
 def _brief(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return json.dumps(value) if isinstance(value, bool | None) else str(value)
 
 
 def differing(runs: list[Run]) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 from flapp.server.summary import in_words
 from flapp.untrusted import read_json
 from tools.bench import HEADS, Row
-from tools.checkpoints import by_number, count, in_bytes
+from tools.cli import by_number, count, in_bytes
 from tools.page.charts import MB
 from tools.page.drawing import Picture
 from tools.page.markup import Html, facts, figures, folded, join, note, section, table, tag
@@ -240,7 +240,10 @@ def _store_column(found: Stores) -> dict[str, str]:
 
 def left_out(run: Run) -> Html:
     """List the clients that failed or were refused, warned, absent, capped or clipped, and why."""
-    failures = sorted(run.clients.failures.items(), key=lambda item: -len(item[1]))
+    if run.withholds:
+        return join([counts_of_left_out(run), withheld("who was left out, and why")])
+    told = run.clients
+    failures = sorted(told.failures.items(), key=lambda item: -len(item[1]))
     rows = []
     for (kind, reason), who in failures[:MOST_REASONS]:
         names = sorted({name for _, name in who}, key=by_number)
@@ -253,21 +256,21 @@ def left_out(run: Run) -> Html:
         for name, reason in run.roster(key).items():
             by_reason.setdefault(str(reason), []).append(name)
         parts.append(table([title, "because it"], [[listing(names), reason] for reason, names in by_reason.items()]))
-    absent, capped = run.clients.absent, run.clients.capped
-    rows = [[name, f"{times:,}"] for name, times in absent.most_common(MOST_REASONS)]
-    parts.append(table(["absent", "exchanges"], rows, (1,)))
-    if len(absent) > MOST_REASONS:
-        parts.append(note(f"{len(absent)} clients were absent at times."))
-    most = sorted(capped.items(), key=lambda item: -max(item[1])[0])[:MOST_REASONS]
-    rows = [[name, f"{max(found)[0]:.1%}", ranges(at for _, at in found)] for name, found in most]
-    parts.append(table(["capped", "claimed share of the samples", "rounds"], rows, (1,)))
+    rows = [[name, f"{times:,}"] for name, times in told.absent.most_common()]
+    parts.append(clients_table(["absent", "exchanges"], rows))
+    capped = sorted(told.capped.items(), key=lambda item: -max(item[1])[0])
+    rows = [[name, f"{max(found)[0]:.1%}", ranges(at for _, at in found)] for name, found in capped]
+    parts.append(clients_table(["capped", "claimed share of the samples", "rounds"], rows))
     if capped:
         limit = run.config.get("strategy.max_weight_share", NONE)
-        more_capped = f" {len(capped):,} clients were capped." if len(capped) > MOST_REASONS else ""
-        parts.append(note(f"A client counts for at most strategy.max_weight_share={limit} of a round.{more_capped}"))
-    parts += by_robust_average(run)
-    if run.withholds:
-        return join([counts_of_left_out(run), withheld("who was left out, and why")])
+        parts.append(note(f"A client counts for at most strategy.max_weight_share={limit} of a round."))
+    rows = [
+        [name, f"{len(found):,}", brief(min(found)[0]), ranges(at for _, at in found)]
+        for name, found in sorted(told.clipped.items(), key=often_first)
+    ]
+    parts.append(clients_table(["clipped", "times", "smallest factor", "rounds"], rows, (1, 2)))
+    rows = [[n, f"{len(found):,}", ranges(found)] for n, found in sorted(told.not_taken.items(), key=often_first)]
+    parts.append(clients_table([f"not taken by {run.config.get('strategy.robust', NONE)}", "times", "rounds"], rows))
     return join(parts) or note("No client failed, was refused, absent or capped.")
 
 
@@ -293,20 +296,15 @@ def withheld(what: str) -> Html:
     return note(f"Withheld by privacy.publish=totals: {what}.")
 
 
-def by_robust_average(run: Run) -> list[Html]:
-    """List whom strategy.robust clipped or did not take, most often first."""
-    clipped, not_taken = run.clients.clipped, run.clients.not_taken
-    often = sorted(clipped.items(), key=lambda item: (-len(item[1]), by_number(item[0])))
-    rows = [[n, f"{len(found):,}", brief(min(found)[0]), ranges(at for _, at in found)] for n, found in often]
-    parts = [table(["clipped", "times", "smallest factor", "rounds"], rows[:MOST_REASONS], (1, 2))]
-    rarely = sorted(not_taken.items(), key=lambda item: (-len(item[1]), by_number(item[0])))
-    name = run.config.get("strategy.robust", NONE)
-    rows = [[each, f"{len(found):,}", ranges(found)] for each, found in rarely]
-    parts.append(table([f"not taken by {name}", "times", "rounds"], rows[:MOST_REASONS], (1,)))
-    for word, found in (("clipped", clipped), ("not taken", not_taken)):
-        if len(found) > MOST_REASONS:
-            parts.append(note(f"{len(found):,} clients were {word} at times; those with the most rounds are shown."))
-    return parts
+def clients_table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Iterable[int] = (1,)) -> Html:
+    """Return a table of the first clients in `rows`, and a note if there are more."""
+    more = f"{len(rows):,} clients were {heads[0]}; the first {MOST_REASONS} are shown."
+    return join([table(heads, rows[:MOST_REASONS], right), note(more) if len(rows) > MOST_REASONS else ""])
+
+
+def often_first(item: tuple[str, Sequence[object]]) -> tuple[int, object]:
+    """Return a key that sorts clients by how often something happened to them, then by id."""
+    return -len(item[1]), by_number(item[0])
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -1,13 +1,17 @@
-"""The page that compares several runs or the jobs of a sweep."""
+"""The page about one run, several runs or a sweep, and its figures as PNG files."""
 
+import re
+from datetime import UTC, datetime
 from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 
-from tools.checkpoints import count
+from tools.cli import count
 from tools.page.charts import best_of, by_name, colour_of, compare, pictures_of, swept
-from tools.page.drawing import MOST_LINES, Picture, themed
-from tools.page.markup import Html, figures, folded, join, note, section, table, tag, tiles
+from tools.page.drawing import MOST_LINES, STYLE, Picture, themed
+from tools.page.markup import Html, document, figures, folded, join, note, section, table, tag, tiles
 from tools.page.run import Job, Run, differing
 from tools.page.sections import (
     NONE,
@@ -17,6 +21,7 @@ from tools.page.sections import (
     digits,
     epsilon_of,
     objectives,
+    scores_of,
     sections_of,
     setup_of,
     summary_of,
@@ -24,14 +29,44 @@ from tools.page.sections import (
 
 MOST_DRAWN = 8  # runs with figures of their own
 SHOWN = ("accuracy", "personal_accuracy", "loss")  # objectives that have a column anyway
+Pictures = dict[str, Picture]  # by the name of the file
 
 
-def page_of_several(runs: list[Run], jobs: list[Job]) -> tuple[Html, dict[str, Picture]]:
+def page_of(runs: list[Run], jobs: list[Job], title: str, *more: Html) -> tuple[str, Pictures]:
+    """Return the page about runs, with more sections at its end, and its pictures."""
+    now = datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC")
+    head = tag("header", tag("h1", title), tag("p", f"{count(len(runs), 'run')}. Written {now}."))
+    with rc_context(STYLE):
+        body, pictures = page_of_one(runs[0]) if len(runs) == 1 and not jobs else page_of_several(runs, jobs)
+        return document(title, head, body, *more), pictures
+
+
+def write_pngs(folder: Path, pictures: Pictures) -> None:
+    """Write every picture as a PNG on white."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with rc_context(STYLE):
+        for name, picture in pictures.items():
+            path = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}.png"
+            picture.figure.savefig(path, format="png", dpi=200, facecolor="white")
+
+
+def page_of_one(run: Run) -> tuple[Html, Pictures]:
+    """Return the page about one run and its pictures by name."""
+    drawn = pictures_of(run)
+    known = setup_of(run) | summary_of(run) | scores_of(run)
+    if epsilon_of(run) is None:
+        del known["epsilon"]
+    summary = section("Summary", tiles(known.items()), objectives([run]))
+    return join([alerts(run), summary, sections_of(run, drawn)]), by_name(drawn)
+
+
+def page_of_several(runs: list[Run], jobs: list[Job]) -> tuple[Html, Pictures]:
     """Return the page about several runs and its pictures by name."""
     if not runs:
         return join([failed_jobs(jobs), section("Jobs of the sweep", jobs_table(jobs))]), {}
     drawn = [pictures_of(run) for run in runs[:MOST_DRAWN]]
     together, settings = compare(runs), swept(runs)
+    common = {key: value for key, value in setup_of(runs[0]).items() if key not in columns_of(runs)}
     details = []
     for run, pictures in zip_longest(runs, drawn):
         inside = sections_of(run, pictures, "h3")
@@ -41,7 +76,7 @@ def page_of_several(runs: list[Run], jobs: list[Job]) -> tuple[Html, dict[str, P
     body = [
         failed_jobs(jobs),
         *(alerts(run, f"Run {run.label}: ") for run in runs),
-        section("Runs", alike(runs), overview(runs), objectives(runs)),
+        section("Runs", tiles(common.items()), overview(runs), objectives(runs)),
         section("Jobs of the sweep", jobs_table(jobs)),
         section("Side by side", figures(together), legend(runs)),
         section("By setting", figures(settings), unended(runs) if settings else ""),
@@ -53,12 +88,6 @@ def page_of_several(runs: list[Run], jobs: list[Job]) -> tuple[Html, dict[str, P
     for run, pictures in zip(runs, drawn, strict=False):
         named |= by_name(pictures, f"{run.label}-")
     return join(body), named
-
-
-def alike(runs: list[Run]) -> Html:
-    """Show what all runs have in common of model, dataset, clients and strategy."""
-    own = columns_of(runs)
-    return tiles((key, value) for key, value in setup_of(runs[0]).items() if key not in own)
 
 
 def columns_of(runs: list[Run]) -> list[str]:
@@ -74,14 +103,10 @@ def overview(runs: list[Run]) -> Html:
     for i, run in enumerate(runs):
         told = [run.differs, run.name, *(setup_of(run)[key] for key in own)]
         found = {key: value for key, value in summary_of(run).items() if key not in hidden}
-        rows.append([swatch(runs, i), *(tag("div", text, class_="narrow") for text in told), *found.values()])
+        patch = tag("span", class_="swatch", style=themed(f"background:{colour_of(runs, i)}"))
+        rows.append([join([patch, run.label]), *(tag("div", text, class_="narrow") for text in told), *found.values()])
     first = 4 + len(own)  # behind the status, which is text; the last column is the digest
     return table(["run", "settings", "name", *own, *found], rows, range(first, len(rows[0]) - 1))
-
-
-def swatch(runs: list[Run], index: int) -> Html:
-    patch = tag("span", class_="swatch", style=themed(f"background:{colour_of(runs, index)}"))
-    return join([patch, runs[index].label])
 
 
 def jobs_table(jobs: list[Job]) -> Html:

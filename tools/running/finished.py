@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flapp.config.load import from_dict, read_yaml
-from flapp.config.schema import Config, ConfigError
+from flapp.config.schema import Config, ConfigError, DatasetConfig, ModelConfig
 from flapp.custom import enable, read_code
 from flapp.files import sha256_of_file
 from flapp.server.journals import Journal
@@ -29,12 +29,17 @@ class FinishedRun:
 
     def model(self) -> "nn.Module":
         """Return the final model, ready to evaluate."""
-        from flapp.architecture import build
-        from flapp.model.files import read_tensors
+        return load_model(self.path, self.config.model, self.config.dataset)
 
-        model = build(self.config.model, self.config.dataset)
-        model.load_state_dict(read_tensors(self.path / MODEL)[0])
-        return model.eval()
+
+def load_model(run: Path, model: ModelConfig, dataset: DatasetConfig) -> "nn.Module":
+    """Return the final model of the run directory `run`, ready to evaluate."""
+    from flapp.architecture import build  # imports PyTorch
+    from flapp.model.files import read_tensors
+
+    whole = build(model, dataset)
+    whole.load_state_dict(read_tensors(run / MODEL)[0])
+    return whole.eval()
 
 
 def open_run(run: Path) -> FinishedRun:
@@ -50,7 +55,10 @@ def open_run(run: Path) -> FinishedRun:
             "model.safetensors lacks it"
         )
     enable(config)
-    _check_code(run, config)
+    lines = Journal(run / "environment.jsonl").read()
+    recorded = lines[-1].get("files", {}) if lines else {}
+    if changed := sorted(name for name, sha256 in read_code(config).items() if recorded.get(name) != sha256):
+        raise ValueError(f"{changed[0]} has changed since {run} was trained: bring back the file as it was")
     return FinishedRun(run, config, _read_classes(run, config.dataset.classes))
 
 
@@ -74,14 +82,6 @@ def read_finished(run: Path) -> dict[str, Any]:
     if said != digest:
         raise ValueError(f"{run / MODEL} has SHA-256 {digest[:12]}, metrics.json says {said}")
     return config
-
-
-def _check_code(run: Path, config: Config) -> None:
-    """Raise ValueError when a file of the user's own code is not as it was when the run last started."""
-    lines = Journal(run / "environment.jsonl").read()
-    recorded = lines[-1].get("files", {}) if lines else {}
-    if changed := sorted(name for name, sha256 in read_code(config).items() if recorded.get(name) != sha256):
-        raise ValueError(f"{changed[0]} has changed since {run} was trained: bring back the file as it was")
 
 
 def _read_classes(run: Path, count: int) -> list[str]:

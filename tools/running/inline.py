@@ -71,7 +71,9 @@ def run_inline(config: Config, before: Stamp) -> dict[str, Any]:
     run_config: dict[str, Any] = {"config-json": to_json(config)}
     warn_of_size(config)
     keep_freed_memory()
-    allow_many_files()
+    with contextlib.suppress(OSError, ValueError):  # each large reply is an open file until the round ends
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with logged(path / "log.txt") as open_log, Watcher(config, before, plain=workers == 0):
         grid = InlineGrid(run_config, nodes, workers, run_id, path / "log.txt", find_devices(config, workers), open_log)
         with grid:
@@ -84,13 +86,6 @@ def run_inline(config: Config, before: Stamp) -> dict[str, Any]:
                     raise
                 raise failure(summary) from error
     return read_json(path / "metrics.json") or {}
-
-
-def allow_many_files() -> None:
-    """Let this process open as many files as the system allows: each large reply is one until the round ends."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def count_workers(config: Config) -> int:
@@ -144,7 +139,7 @@ def logged(path: Path) -> Iterator[Any]:
     logging.captureWarnings(True)
     for each in loggers:
         each.handlers = [handler]
-        each.disabled = False  # as Hydra leaves it
+        each.disabled = False  # hydra/job_logging=disabled has disabled it
     try:
         yield open_log
     finally:

@@ -18,7 +18,7 @@ from flapp.data.sources import is_prepared
 from flapp.model.layout import Layout
 from flapp.strategy.fedlora import global_keys
 from flapp.strategy.lora_rules import RULES
-from tools.checkpoints import in_bytes
+from tools.cli import count, in_bytes
 
 FLOAT32 = 4  # bytes of a number in every tensor of our models
 
@@ -109,7 +109,7 @@ def _parts(facts: dict[str, Any]) -> tuple[str, str, str]:
     parameters, trained = facts["parameters"], facts["trained_parameters"]
     part = f", {trained:,} trained" if trained < parameters else ""
     clients, drawn = facts["clients"], facts["clients_a_round"]
-    counted = f"{clients:,} client{'s' * (clients != 1)}" + (f", {drawn:,} a round" if drawn < clients else "")
+    counted = count(clients, "client") + (f", {drawn:,} a round" if drawn < clients else "")
     rule = f" ({facts['aggregation']})" if facts["aggregation"] else ""
     model = f"{facts['model']} ({parameters:,} parameters{part})"
-    return model, counted, f"{facts['strategy']}{rule}, {facts['rounds']} round{'s' * (facts['rounds'] != 1)}"
+    return model, counted, f"{facts['strategy']}{rule}, {count(facts['rounds'], 'round')}"

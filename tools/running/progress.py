@@ -157,8 +157,7 @@ class Progress:
         self.stale = read_json(path / "progress.json")
         self.bytes = sum(found["bytes_up"] + found["bytes_down"] for found in earlier)
         self.shown: dict[str, str] = {}
-        self.failures: dict[str, Any] = {}  # of the last round
-        self.bounded: list[str] | int = []  # the clients that its robust average clipped or left out
+        self.told: dict[str, Any] = {}  # of the last round: who failed, and whom its robust average clipped or left out
         off = True if plain or is_json() else None
         done = earlier[-1]["round"] if earlier else 0
         common: dict[str, Any] = {"disable": off, "file": sys.stderr, "dynamic_ncols": True}
@@ -185,30 +184,33 @@ class Progress:
             if self.rounds.disable and not is_json() and is_told:
                 values = [f"{key} {value}" for key, value in latest(found).items()] + [f"{found['seconds']:.1f} s"]
                 print(f"round {number} of {rounds}: {', '.join(values)}", file=sys.stderr)
-            self._show_failures(found)
-            self._show_bounded(found)
+            self._tell_failures(found)
+            self._tell_bounded(found)
         if self.reader.current:
             self._show_figures(figures(self.reader.current))
         if not self.rounds.disable:
             self._show_replies()
 
-    def _show_failures(self, found: dict[str, Any]) -> None:
-        """Print which clients a round left out and why, unless the round before left out the same ones."""
-        before, self.failures = self.failures, found.get("failure_kinds") or found.get("failures") or {}
-        if self.failures and self.failures != before and not is_json():
-            is_whole = "failures" in found
-            told = f" left out {by_reason(self.failures, MOST_REASONS)}" if is_whole else f": {by_kind(self.failures)}"
-            tqdm.write(printable(f"round {found['round']}{told}"), file=sys.stderr)
+    def _tell_failures(self, found: dict[str, Any]) -> None:
+        """Print which clients a round left out and why, or only how many for each kind of reason."""
+        failures, kinds = found.get("failures", {}), found.get("failure_kinds", {})
+        text = f": {by_kind(kinds)}" if kinds else f" left out {by_reason(failures, MOST_REASONS)}"
+        self._tell("failures", kinds or failures, f"round {found['round']}{text}")
 
-    def _show_bounded(self, found: dict[str, Any]) -> None:
-        """Print whom a robust average clipped or left out, unless the round before had the same clients."""
+    def _tell_bounded(self, found: dict[str, Any]) -> None:
+        """Print whom, or only how many, a robust average clipped or left out."""
         clipped = found.get("clipped") or found.get("clipped_count")
         whom = clipped or found.get("left_out") or found.get("left_out_count") or ()
-        told = by_kind({"": whom}) if isinstance(whom, int) else name_clients(sorted(whom))
-        before, self.bounded = self.bounded, whom if isinstance(whom, int) else sorted(whom)
-        if self.bounded and self.bounded != before and not is_json():
-            did = " clipped" if clipped else f": {self.config.strategy.robust} did not take"
-            tqdm.write(printable(f"round {found['round']}{did} {told}"), file=sys.stderr)
+        did = " clipped" if clipped else f": {self.config.strategy.robust} did not take"
+        clients = by_kind({"": whom}) if isinstance(whom, int) else name_clients(sorted(whom))
+        whom = whom if isinstance(whom, int) else sorted(whom)
+        self._tell("bounded", whom, f"round {found['round']}{did} {clients}")
+
+    def _tell(self, what: str, value: Any, text: str) -> None:
+        """Print a line about a round, unless its value is empty or the same as that of the round before."""
+        if value and value != self.told.get(what) and not is_json():
+            tqdm.write(printable(text), file=sys.stderr)
+        self.told[what] = value
 
     def _show_figures(self, found: dict[str, Any], refresh: bool = True) -> None:
         """Show the latest losses, the accuracy and all bytes so far beside the bar of rounds."""

@@ -124,11 +124,9 @@ def changed_words(path: Path) -> list[str]:
 
 def word(value: Any) -> str:
     """Write a value in Hydra's grammar."""
-    if value is None:
-        return "null"
     if isinstance(value, list):
         return f"[{','.join(map(word, value))}]"
-    text = str(value).lower() if isinstance(value, bool) else str(value)
+    text = json.dumps(value) if isinstance(value, bool | None) else str(value)
     is_plain = BARE.fullmatch(text) and text.lower() not in ("null", "true", "false", "inf", "nan")
     if not isinstance(value, str) or is_plain:
         return text

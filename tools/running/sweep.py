@@ -32,6 +32,7 @@ from flapp.config.schema import VALIDATION_FRACTION, Config, ConfigError
 from flapp.files import write_json
 from flapp.server.run_names import taken
 from flapp.server.summary import in_words
+from tools.cli import table
 from tools.deployment.processes import OWNER, SWEEP, Processes, available_cpus, note_process
 from tools.deployment.submit import is_here
 from tools.running.guard import guarded
@@ -229,29 +230,26 @@ def conclude(outcomes: list[Outcome]) -> str:
 
 
 def sweep_table(outcomes: list[Outcome]) -> str:
-    """Return the table of a sweep: one line per job with its settings, its figures, and its folder or error."""
+    """Return the table of a sweep: one line per job with its settings, its figures, and its folder or error.
+
+    With one metric, a last line names the job with the best objective.
+    """
     common = set.intersection(*(set(outcome["overrides"]) for outcome in outcomes)) if len(outcomes) > 1 else set()
     metrics = {metric for outcome in outcomes if (metric := outcome.get("objective_metric"))}
     metric = metrics.pop() if len(metrics) == 1 else None
     shown = [key for key in COLUMNS if key != metric and any(outcome.get(key) is not None for outcome in outcomes)]
-    heads = [COLUMNS[key][0] for key in shown]
+    heads = ["job", "overrides", *(COLUMNS[key][0] for key in shown), "run"]
     if metric and shown[:1] == ["objective"]:
-        heads[0] = f"objective ({in_words(metric)})"
-    rows = [["job", "overrides", *heads, "run"]]
+        heads[2] = f"objective ({in_words(metric)})"
+    rows = []
     for outcome in outcomes:
         figures = ["" if outcome.get(key) is None else COLUMNS[key][1].format(outcome[key]) for key in shown]
         end = outcome["run_dir"] if outcome["status"] == "finished" else f"failed: {outcome['error']}"
         own = " ".join(word for word in outcome["overrides"] if word not in common)
         rows.append([str(outcome["job"]), own, *figures, end])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1] + [0]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([*lines, *best_job(outcomes, metric)]) + "\n"
-
-
-def best_job(outcomes: list[Outcome], metric: str | None) -> list[str]:
-    """Return the line that names the job with the best objective, of several with one metric."""
-    found = [outcome for outcome in outcomes if objective_of(outcome) is not None]
-    if metric is None or len(found) < 2:
-        return []
-    best = (min if metric.endswith("loss") else max)(found, key=lambda outcome: float(outcome["objective"]))
-    return [f"best: job {best['job']}, {in_words(metric)} {best['objective']:.4f}"]
+    lines = table(heads, rows)
+    compared = [outcome for outcome in outcomes if objective_of(outcome) is not None]
+    if metric and len(compared) > 1:
+        best = (min if metric.endswith("loss") else max)(compared, key=lambda outcome: float(outcome["objective"]))
+        lines.append(f"best: job {best['job']}, {in_words(metric)} {best['objective']:.4f}")
+    return "\n".join(lines) + "\n"

@@ -29,6 +29,7 @@ FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
 SHARD_FILES = ("meta.json", *(f"{split}.safetensors" for split in SPLITS))
 REMEDY = "python -m tools.prepare_data dataset=DATASET dataset.source=DIR clients=N partition=natural"
+AGAIN = f"make it again with {REMEDY}"
 MOST_HEADER = 64 << 10  # bytes; ours has about 150
 _META_TYPES: dict[str, Any] = {
     "client_id": str,
@@ -48,10 +49,11 @@ log = logging.getLogger(__name__)
 class DistributedShardLoader:
     """Check and read the shard of one client, and nothing outside its folder.
 
-    A shard whose meta.json does not fit its tensors or expected_client_id is refused; with strict_check=False this is
-    a warning and the tensors count. streaming reads block by block. kind: the shape of the images, and the classes;
-    num_samples: by split; label_hist: training samples of each class; last_modified: seconds since the epoch; digest:
-    the SHA-256 that names client and content. Raises DataError for a shard that is missing or cannot be read at all.
+    A shard whose meta.json does not fit its tensors or expected_client_id is refused; with strict_check=False there is
+    only a warning, and what the tensors say is used. streaming reads block by block. kind: the shape of the images, and
+    the classes; num_samples: by split; label_hist: training samples of each class; last_modified: seconds since the
+    epoch; digest: the SHA-256 that names client and content. Raises DataError for a shard that is missing or cannot be
+    read at all.
     """
 
     def __init__(
@@ -67,14 +69,15 @@ class DistributedShardLoader:
         self.streaming = streaming
         self.normalization = normalization
         meta = read_meta(self.path)
-        self.kind = kind_of(self.path, meta)
+        with refusing(self.path / "meta.json", AGAIN):
+            self.kind = read_kind(meta)
         found = {split: inspect_split(self.path / f"{split}.safetensors", self.kind) for split in SPLITS}
         self.client_id: str = meta["client_id"]
         if expected_client_id not in (None, self.client_id):
             fault = f"is the shard of client {self.client_id}, not of client {expected_client_id}"
             self._refuse(fault, f"set shard-path to the shard of client {expected_client_id}")
         if faults := _faults(meta, found):
-            self._refuse(f"cannot be used: {'; '.join(faults)}", f"make it again with {REMEDY}")
+            self._refuse(f"cannot be used: {'; '.join(faults)}", AGAIN)
         real = _facts_of(found)
         self.num_samples: dict[str, int] = real["num_samples"]
         self.label_hist: list[int] = real["label_hist"]
@@ -104,9 +107,7 @@ class DistributedShardLoader:
 def read_meta(folder: Path) -> dict[str, Any]:
     """Read the meta.json of a shard; raises DataError when it is missing or is not one."""
     path = folder / "meta.json"
-    with refusing(
-        path, f"make it again with {REMEDY}", f"no shard at {folder} (meta.json is missing): make it with {REMEDY}"
-    ):
+    with refusing(path, AGAIN, f"no shard at {folder} (meta.json is missing): make it with {REMEDY}"):
         meta = read_json(path)
     said = meta if isinstance(meta, dict) else {}
     wrong = [key for key, kind in _META_TYPES.items() if not isinstance(said.get(key), kind)]
@@ -119,19 +120,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
     raise DataError(f"{path} is not of a shard of format {FORMAT_VERSION} ({printable(fault)}): make it with {REMEDY}")
 
 
-def kind_of(folder: Path, meta: Mapping[str, Any]) -> Kind:
-    """Return the kind of samples that the meta.json of a shard states; raises DataError if it states none."""
-    with refusing(folder / "meta.json", f"make it again with {REMEDY}"):
-        return read_kind(meta)
-
-
 def write_shard(
     folder: Path, kind: Kind, recipe: Mapping[str, Any], counts: Mapping[str, int], parts: Iterable[Part]
 ) -> dict[str, Any]:
     """Write one client's shard whole or not at all, as its samples come, and return its meta.
 
-    recipe: client_id, writers, and what else decides the content; counts: samples per split; parts: each has the split,
-    images and labels of some samples.
+    recipe: client_id, writers, and what else decides the content; counts: samples per split; parts: see Part.
     """
     with replacing_folder(folder) as partial:
         paths = {split: partial / f"{split}.safetensors" for split in counts}
@@ -178,8 +172,7 @@ class SplitFacts:
 
 def inspect_split(path: Path, kind: Kind) -> SplitFacts:
     """Read and hash a split's file, a block at a time; raises DataError when it is not such a file at all."""
-    again = f"make it again with {REMEDY}"
-    with refusing(path, again):
+    with refusing(path, AGAIN):
         check_safetensors(path, MOST_HEADER)
         sha256 = sha256_of_file(path)
         with safe_open(path, framework="numpy") as tensors:
@@ -189,7 +182,7 @@ def inspect_split(path: Path, kind: Kind) -> SplitFacts:
             if kinds != {"images": ("U8", [*count, *kind.stored]), "labels": ("I64", count)}:
                 found = ", ".join(f"{name} {dtype} {shape}" for name, (dtype, shape) in sorted(kinds.items()))
                 wanted = f"images U8 [n, {', '.join(map(str, kind.stored))}] and labels I64 [n]"
-                raise DataError(f"{path} holds {printable(found or 'nothing')} instead of {wanted}: {again}")
+                raise DataError(f"{path} holds {printable(found or 'nothing')} instead of {wanted}: {AGAIN}")
             labels = tensors.get_tensor("labels")
     classes = len(kind.classes)
     known = (labels >= 0) & (labels < classes)
@@ -219,12 +212,6 @@ def read_rows(path: Path, start: int, end: int, kind: Kind) -> tuple[np.ndarray,
         return np.empty((0, *kind.stored), np.uint8), np.empty(0, np.int64)
     with safe_open(path, framework="numpy") as tensors:
         return tensors.get_slice("images")[start:end], tensors.get_slice("labels")[start:end]
-
-
-def read_labels(path: Path) -> np.ndarray:
-    """Return the labels in a split's file, int64 (n,)."""
-    with safe_open(path, framework="numpy") as tensors:
-        return tensors.get_tensor("labels")
 
 
 def digest_of(facts: Mapping[str, Any]) -> str:

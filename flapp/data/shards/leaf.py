@@ -1,4 +1,4 @@
-"""The sources of FEMNIST: LEAF's JSON files, or arrays with writer ids, read one writer at a time.
+"""The sources of FEMNIST: LEAF's JSON files, or arrays with writer ids.
 
     all_data_*.json, or train/*.json and test/*.json     {"users": [name, ...], "num_samples": [count, ...],
                                                           "user_data": {name: {"x": [[784 pixels], ...], "y": [...]}}}
@@ -6,12 +6,11 @@
 
 LEAF writes pixels as floats in [0, 1] (1.0 is the white background), others as whole numbers in [0, 255]; the values
 show which. Both become uint8, v -> round(255 v) and v -> v, so the same images in either form give the same samples.
-JSON is parsed once, one writer at a time, into a temporary file of pixels: memory holds one writer.
+JSON is parsed once, one writer at a time, into a temporary file of pixels: memory holds the pixels of one writer.
 """
 
 import re
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from flapp.data.artifact import DataError, refusing
-from flapp.data.shards.source import ALL, FEMNIST, Rows, Source
+from flapp.data.decode import Decoded
+from flapp.data.shards.source import FEMNIST, Source
 from flapp.untrusted import check_regular, open_npy, printable
 
 CLASSES = len(FEMNIST.classes)
@@ -48,55 +48,34 @@ def open_source(folder: Path, progress: bool = False, scratch: Path | None = Non
             f"images.npy, labels.npy and writers.npy; it holds {found}: point dataset.source at such a folder"
         )
     if kinds[2]:
-        return ArraySource(folder, progress)
+        return _open_arrays(folder, progress)
     if kinds[1] and not (train and test):
         raise DataError(f"{folder} holds no {'test' if train else 'train'}/*.json: LEAF writes both folders")
-    files = [(path, False) for path in whole + train] + [(path, True) for path in test]
-    return LeafSource(files, progress, scratch)
+    reader = _LeafReader(scratch)
+    files = [*whole, *train, *test]
+    for path in tqdm(files, "reading", unit="file", disable=None if progress else True):
+        reader.read(path, path in test)
+    if not reader.files:
+        raise DataError(f"{files[0]} and its neighbours hold no users: point dataset.source at LEAF's output")
+    return reader.source(bool(test), progress)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One writer's samples in one file: their labels, and the first row of their images in the file of pixels."""
+class _LeafReader:
+    """Read LEAF's JSON file by file: pixels go to a temporary file, labels and users stay in memory."""
 
-    path: Path
-    labels: np.ndarray
-    first: int
-    of_test: bool
-
-
-class LeafSource(Source):
-    """Read LEAF's JSON; files: (path, whether its samples are test samples) in order."""
-
-    def __init__(self, files: list[tuple[Path, bool]], progress: bool = False, scratch: Path | None = None) -> None:
-        self.has_test = any(of_test for _, of_test in files)
-        self._parts: dict[str, list[_Part]] = {}
+    def __init__(self, scratch: Path | None) -> None:
         # It has no name, so that nothing is left of it however this process ends.
-        self._pixels = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - it is read as long as this source lives
-        self._rows = 0  # images in the file of pixels
-        self._top = 0  # the white of this data: 1 or 255; 0 until a fraction or a value over 1 shows which
-        self._undecided = 0  # images that were stored before the scale was known, as 0 and 1
-        for path, of_test in tqdm(files, "reading", unit="file", disable=None if progress else True):
-            self._read_file(path, of_test)
-        if not self._parts:
-            raise DataError(f"{files[0][0]} and its neighbours hold no users: point dataset.source at LEAF's output")
-        tests = {name: [p for p in parts if p.of_test] for name, parts in self._parts.items()}
-        self.describe_writers({name: sum(len(p.labels) for p in parts) for name, parts in tests.items()}, progress)
+        self.pixels = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - it is open as long as its pixels are mapped
+        self.labels = [np.empty(0, np.int64)]
+        self.users = list[str]()  # of each image in the file of pixels
+        self.files: dict[tuple[str, bool], Path] = {}  # in which each user's test samples, and others, are
+        self.tests = 0  # how many of the images, the last ones, are test samples
+        self.top = 0  # the white of this data: 1 or 255; 0 until a fraction or a value over 1 shows which
+        self.undecided = 0  # images that were stored before the scale was known, as 0 and 1
 
-    def labels(self, writer: str) -> np.ndarray:
-        return np.concatenate([part.labels for part in self._parts[writer]])
-
-    def images(self, writer: str, rows: Rows = ALL) -> np.ndarray:
-        return np.concatenate([self._images(part) for part in self._parts[writer]])[rows]
-
-    def _images(self, part: _Part) -> np.ndarray:
-        self._pixels.seek(part.first * PIXELS)
-        content = self._pixels.read(len(part.labels) * PIXELS)
-        images = np.frombuffer(content, np.uint8).reshape(-1, SIDE, SIDE)
-        return images * np.uint8(255) if part.first < self._undecided and self._top != 255 else images
-
-    def _read_file(self, path: Path, of_test: bool) -> None:
-        found: dict[str, _Part] = {}
+    def read(self, path: Path, of_test: bool) -> None:
+        """Read and check a file, whose samples may be test samples; raises DataError."""
+        found: dict[str, int] = {}  # samples
         with refusing(path, "copy it again"):
             check_regular(path)
             try:
@@ -104,20 +83,34 @@ class LeafSource(Source):
                     for user, data in ijson.kvitems(_Shallow(file), "user_data", use_float=True):
                         if user in found:
                             raise DataError(f"{path}: user {user} appears twice in user_data")
-                        found[user] = self._store(path, user, data, of_test)
+                        found[user] = self._store(path, user, data)
+                self.pixels.flush()
                 users, counts = (_read_list(path, key) for key in ("users", "num_samples"))
             except ijson.JSONError as error:
                 after = f"after user {list(found)[-1]}: " if found else ""
                 raise ValueError(after + str(error).partition("\n")[0]) from error
         _check_index(path, users, counts, found)
-        for user, part in found.items():
-            earlier = self._parts.setdefault(user, [])
-            if twins := [other for other in earlier if other.of_test == of_test]:
-                raise DataError(f"{path}: user {user} is already in {twins[0].path}: a writer must be in one file")
-            earlier.append(part)
+        for user in found:
+            if (user, of_test) in self.files:
+                other = self.files[user, of_test]
+                raise DataError(f"{path}: user {user} is already in {other}: a writer must be in one file")
+            self.files[user, of_test] = path
+        self.tests += sum(found.values()) if of_test else 0
 
-    def _store(self, path: Path, user: str, data: Any, of_test: bool) -> _Part:
-        """Check one writer's samples and append the images to the file of pixels."""
+    def source(self, has_test: bool, progress: bool) -> Source:
+        """Return all samples that were read, of which the test samples came last."""
+        labels, images = np.concatenate(self.labels), np.empty((0, *FEMNIST.shape), np.uint8)
+        if len(labels):
+            images = np.memmap(self.pixels, np.uint8, "r+", shape=(len(labels), *FEMNIST.shape))
+        if self.top != 255:
+            images[: self.undecided] *= 255
+        own = len(labels) - self.tests
+        parts = {"train": slice(own)} | ({"test": slice(own, None)} if has_test else {})
+        splits = {name: Decoded(images[part], labels[part], self.users[part]) for name, part in parts.items()}
+        return Source(FEMNIST, splits, progress, {user for user, _ in self.files})
+
+    def _store(self, path: Path, user: str, data: Any) -> int:
+        """Check one user's samples, keep them, and return their number."""
         if not user.isprintable():
             raise DataError(f"{path} has control characters in the name {printable(repr(user), 80)}: rename it")
         who = f"{path}: user {user}"
@@ -136,35 +129,31 @@ class LeafSource(Source):
                 raise DataError(f"{who} has something else than a row of pixels in x (image {number})")
             if len(row) != PIXELS:
                 raise DataError(f"{who} has an image of {len(row)} pixels, not {PIXELS} (image {number})")
-        images = self._to_grey(who, np.array(rows, dtype=np.float64).reshape(-1, PIXELS))
-        part = _Part(path, np.array(labels, dtype=np.int64), self._rows, of_test)
-        self._pixels.seek(self._rows * PIXELS)
-        self._pixels.write(images.tobytes())
-        self._rows += len(images)
-        return part
+        self.pixels.write(self._to_grey(who, np.array(rows, dtype=np.float64).reshape(-1, PIXELS)).data)
+        self.labels.append(np.array(labels, dtype=np.int64))
+        self.users += [user] * len(labels)
+        return len(labels)
 
     def _to_grey(self, who: str, pixels: np.ndarray) -> np.ndarray:
         """Turn pixels, float64 (n, 784), into uint8, finding out their scale first; refuse those out of range."""
         fractions = pixels != np.rint(pixels)
-        if not self._top:
-            self._undecided = self._rows
+        if not self.top:
+            self.undecided = len(self.users)
             deciding = np.flatnonzero((fractions | (pixels > 1)).any(axis=1))
             if len(deciding):
-                self._top = 1 if fractions[deciding[0]].any() else 255
+                self.top = 1 if fractions[deciding[0]].any() else 255
             else:
-                self._undecided += len(pixels)
-        top = self._top or 1
+                self.undecided += len(pixels)
+        top = self.top or 1
         bad = ~((pixels >= 0) & (pixels <= top))
         if top == 255:
             bad |= fractions
         if bad.any():
             image, at = np.argwhere(bad)[0]
             kind = "floats in [0, 1]" if top == 1 else "whole numbers in [0, 255]"
-            raise DataError(
-                f"{who} has pixel {pixels[image, at]:g} in image {image}, but the pixels of this source are {kind}: "
-                "correct the value, or keep sources of different scales apart"
-            )
-        return np.rint(pixels * (255 // self._top) if self._top else pixels).astype(np.uint8)
+            found = f"{who} has pixel {pixels[image, at]:g} in image {image}, but the pixels of this source are {kind}"
+            raise DataError(f"{found}: correct the value, or keep sources of different scales apart")
+        return np.rint(pixels * (255 // self.top) if self.top else pixels).astype(np.uint8)
 
 
 class _Shallow:
@@ -204,51 +193,36 @@ def _read_list(path: Path, key: str) -> list[Any]:
     return value
 
 
-def _check_index(path: Path, users: list[Any], counts: list[Any], found: dict[str, _Part]) -> None:
+def _check_index(path: Path, users: list[Any], counts: list[Any], found: dict[str, int]) -> None:
     if unlike := sorted({*map(str, users)} ^ found.keys()):
         raise DataError(f"{path}: users and user_data name different writers: {printable(', '.join(unlike[:3]))}")
     if not len(users) == len(counts) == len(found):
         numbers = f"{len(users)} users, {len(counts)} num_samples and {len(found)} writers in user_data"
         raise DataError(f"{path} has {numbers}")
     for user, count in zip(users, counts, strict=True):
-        held = len(found[str(user)].labels)
-        if type(count) is not int or count != held:
+        if type(count) is not int or count != (held := found[str(user)]):
             said = printable(repr(count))
             raise DataError(f"{path}: user {printable(user)} has {held} labels, num_samples says {said}")
 
 
-class ArraySource(Source):
-    """Read images.npy, labels.npy and writers.npy, memory-mapped anew for each writer so that pages do not pile up."""
-
-    def __init__(self, folder: Path, progress: bool = False) -> None:
-        self.folder = folder
-        images, labels, writers = (self._open(name) for name in ("images", "labels", "writers"))
-        expected = ("uint8", (len(writers), SIDE, SIDE), "int64", (len(writers),), 1)
-        if (str(images.dtype), images.shape, str(labels.dtype), labels.shape, writers.ndim) != expected:
-            raise DataError(
-                f"{folder} needs images.npy uint8 (N, 28, 28), labels.npy int64 (N,) and writers.npy (N,), got "
-                f"{images.dtype} {images.shape}, {labels.dtype} {labels.shape} and {writers.shape}"
-            )
-        if writers.dtype.kind not in "iuU" or len(writers) == 0:
-            raise DataError(f"{folder}/writers.npy must hold whole numbers or text, got {len(writers)} {writers.dtype}")
-        order = np.argsort(writers, kind="stable")
-        names, starts = np.unique(writers[order], return_index=True)
-        self._samples = dict(zip(map(str, names), np.split(order, starts[1:]), strict=True))
-        self.describe_writers(dict.fromkeys(self._samples, 0), progress)
-
-    def labels(self, writer: str) -> np.ndarray:
-        labels = self._open("labels")[self._samples[writer]]
-        if not (labels.min() >= 0 and labels.max() < CLASSES):
-            value = labels[(labels < 0) | (labels >= CLASSES)][0]
-            raise DataError(
-                f"{self.folder}/labels.npy: writer {writer} has label {value}, FEMNIST has 0 to {CLASSES - 1}"
-            )
-        return labels
-
-    def images(self, writer: str, rows: Rows = ALL) -> np.ndarray:
-        return self._open("images")[self._samples[writer][rows]]
-
-    def _open(self, name: str) -> np.ndarray:
-        path = self.folder / f"{name}.npy"
+def _open_arrays(folder: Path, progress: bool) -> Source:
+    """Open images.npy, labels.npy and writers.npy."""
+    opened = []
+    for name in ("images", "labels", "writers"):
+        path = folder / f"{name}.npy"
         with refusing(path, "write it with numpy.save"):
-            return open_npy(path, "r", "biufUS" if name == "writers" else "biuf")
+            opened.append(open_npy(path, "r", "biufUS" if name == "writers" else "biuf"))
+    images, labels, writers = opened
+    expected = ("uint8", (len(writers), SIDE, SIDE), "int64", (len(writers),), 1)
+    if (str(images.dtype), images.shape, str(labels.dtype), labels.shape, writers.ndim) != expected:
+        raise DataError(
+            f"{folder} needs images.npy uint8 (N, 28, 28), labels.npy int64 (N,) and writers.npy (N,), got "
+            f"{images.dtype} {images.shape}, {labels.dtype} {labels.shape} and {writers.shape}"
+        )
+    if writers.dtype.kind not in "iuU" or len(writers) == 0:
+        raise DataError(f"{folder}/writers.npy must hold whole numbers or text, got {len(writers)} {writers.dtype}")
+    if len(bad := np.flatnonzero((labels < 0) | (labels >= CLASSES))):
+        found = f"{folder}/labels.npy: writer {writers[bad[0]]} has label {labels[bad[0]]}"
+        raise DataError(f"{found}, FEMNIST has 0 to {CLASSES - 1}")
+    clients = [str(writer) for writer in writers.tolist()]
+    return Source(FEMNIST, {"train": Decoded(images[..., None], labels, clients)}, progress)

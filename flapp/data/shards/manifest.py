@@ -87,11 +87,8 @@ def open_manifest(path: str | Path, clients: int, strategy: str, settings: tuple
 def write_manifest(folder: Path, records: Sequence[ShardRecord], facts: Mapping[str, Any]) -> None:
     """Write clients.jsonl and manifest.json, with `facts` and the totals, into a folder that is not yet in place."""
     lines = "".join(json.dumps(asdict(record), sort_keys=True) + "\n" for record in records)
-    whole = dict(facts) | {
-        "format_version": FORMAT_VERSION,
-        "totals": totals_of(records),
-        "clients_sha256": hashlib.sha256(lines.encode()).hexdigest(),
-    }
+    sha256 = hashlib.sha256(lines.encode()).hexdigest()
+    whole = {**facts, "format_version": FORMAT_VERSION, "totals": totals_of(records), "clients_sha256": sha256}
     whole["digest"] = digest_of(whole)
     (folder / "clients.jsonl").write_text(lines)
     (folder / "manifest.json").write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n")
@@ -164,10 +161,10 @@ def _parse(line: bytes) -> ShardRecord:
     record = ShardRecord(**values | {"label_hist": tuple(values["label_hist"])})
     counts = [record.num_samples[split] for split in SPLITS]
     if not all(type(n) is int and n >= 0 for n in [*counts, *record.label_hist, record.writers]):
-        raise ValueError("its numbers are not whole or below zero")
+        raise ValueError("one of its numbers is below zero or not whole")
     texts = (record.client_id, record.shard, record.digest)
     if not all(isinstance(text, str) and text.isprintable() for text in texts):
-        raise ValueError(f"{texts} are not text without control characters")
+        raise ValueError(f"one of {texts} is not text, or has control characters")
     shard = Path(record.shard)
     if shard.is_absolute() or ".." in shard.parts:
         raise ValueError(f"the shard of client {record.client_id} is {shard}, outside the manifest's folder")

@@ -1,21 +1,22 @@
 """What shards are made of: images of one shape in named classes, read by writer, some rows at a time."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from flapp.data.artifact import NORMALIZATION_NAMES
+from flapp.data.artifact import NORMALIZATIONS
 
-MOST_CLASSES = 1 << 16  # as in a message
+if TYPE_CHECKING:
+    from flapp.data.decode import Decoded  # imports PIL, which clients do without
+
+MOST_CLASSES = 1 << 16  # also the limit of a message, see flapp.messages
 LONGEST_SIDE = 1 << 16
 BLOCK_BYTES = 16 << 20
-
-Rows = slice | np.ndarray
-ALL = slice(None)
+NONE = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Kind:
         return self.shape, len(self.classes), self.normalization
 
     def facts(self) -> dict[str, Any]:
-        """Return what meta.json and manifest.json say; those of FEMNIST, which came first, only name it."""
+        """Return what meta.json and manifest.json say. For FEMNIST, the oldest dataset, this is only its name."""
         if self.dataset == FEMNIST.dataset:
             return {"dataset": self.dataset}
         shape, classes = list(self.shape), list(self.classes)
@@ -65,8 +66,8 @@ def read_kind(facts: Mapping[str, Any]) -> Kind:
     if not isinstance(shape, list) or not isinstance(classes, list):
         raise ValueError("it does not say the shape and the classes of its samples")
     if not all(isinstance(text, str) and text.isprintable() for text in (dataset, *classes)):
-        raise ValueError("its dataset and classes are not text without control characters")
-    if normalization not in (None, *NORMALIZATION_NAMES):
+        raise ValueError("its dataset or one of its classes is not text, or has control characters")
+    if normalization not in (None, *NORMALIZATIONS):
         raise ValueError("its normalization is unknown")
     if len(shape) != 3 or not all(type(side) is int and 0 < side <= LONGEST_SIDE for side in shape):
         raise ValueError(f"its shape {shape} is not [height, width, channels]")
@@ -85,21 +86,27 @@ class Writer:
 
 
 class Source:
-    """Samples by writer; has_test: the source itself keeps some for testing."""
+    """The samples of decoded splits by writer; those of a split test, if there is one, are the writers' test samples.
 
-    kind = FEMNIST
-    has_test = False
-    writers: dict[str, Writer]
+    has_test: whether there is one. names: writers without samples may be among them.
+    """
 
-    def describe_writers(self, held_out: dict[str, int], progress: bool) -> None:
-        """Count and hash the samples of all writers; held_out: how many are test samples of each."""
-        self.writers = {}
-        for name in tqdm(sorted(held_out), "hashing", unit="writer", disable=None if progress else True):
+    def __init__(
+        self, kind: Kind, splits: Mapping[str, "Decoded"], progress: bool = False, names: Iterable[str] = ()
+    ) -> None:
+        self.kind = kind
+        self.has_test = "test" in splits
+        self._splits = [splits[name] for name in ("train", "test") if name in splits]
+        self._rows = [_rows_of(split.clients) for split in self._splits]
+        self.writers: dict[str, Writer] = {}
+        names = sorted({*names}.union(*self._rows))
+        for name in tqdm(names, "hashing", unit="writer", disable=None if progress else True):
             digest, labels = hashlib.sha256(), self.labels(name)
             for images, _ in self.blocks(name, np.arange(len(labels))):
-                digest.update(np.ascontiguousarray(images).data)
+                digest.update(images.data)
             digest.update(labels.astype("<i8").data)
-            self.writers[name] = Writer(len(labels), held_out[name], digest.hexdigest())
+            held_out = len(self._rows[1].get(name, ())) if self.has_test else 0
+            self.writers[name] = Writer(len(labels), held_out, digest.hexdigest())
 
     def blocks(self, writer: str, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield images and labels of a writer's rows, in this order, some at a time."""
@@ -109,12 +116,28 @@ class Source:
             yield self.images(writer, part), labels[part]
 
     def labels(self, writer: str) -> np.ndarray:
-        """Return a writer's labels, int64 (n,), in the order of the files."""
-        raise NotImplementedError
+        """Return a writer's labels, int64 (n,), in the order of the files, test samples last."""
+        held = zip(self._splits, self._rows, strict=True)
+        return np.concatenate([split.labels[rows.get(writer, NONE)] for split, rows in held])
 
-    def images(self, writer: str, rows: Rows = ALL) -> np.ndarray:
-        """Return rows of a writer's images, uint8 (n, *kind.stored)."""
-        raise NotImplementedError
+    def images(self, writer: str, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
+        """Return rows of a writer's images, uint8 (n, *kind.stored), in the same order."""
+        train, *test = (found.get(writer, NONE) for found in self._rows)
+        chosen = np.arange(sum(map(len, (train, *test))))[rows]
+        images = np.empty((len(chosen), *self.kind.shape), np.uint8)
+        own = chosen < len(train)
+        images[own] = self._splits[0].images[train[chosen[own]]]
+        if test:
+            images[~own] = self._splits[1].images[test[0][chosen[~own] - len(train)]]
+        return images.reshape(-1, *self.kind.stored)
+
+
+def _rows_of(clients: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return the rows of each client, in their order."""
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(clients):
+        rows.setdefault(name, []).append(row)
+    return {name: np.array(held) for name, held in rows.items()}
 
 
 def block_rows(kind: Kind, most: int = 4096) -> int:

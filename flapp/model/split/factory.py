@@ -17,16 +17,11 @@ from flapp.model.split.files import (
     read_component,
     write_components,
 )
+from flapp.model.split.vit import VIT
 from flapp.untrusted import printable
 
 # What torch and transformers raise for sizes and names that make no sense.
 BUILD_ERRORS = (ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError, AssertionError)
-
-
-def _vit() -> ModelType:
-    from flapp.model.split.vit import VIT  # imports torchvision
-
-    return VIT
 
 
 def _gpt2() -> ModelType:
@@ -40,7 +35,7 @@ def _gpt2() -> ModelType:
 class ModelFactory:
     """Split models, and build components from their files."""
 
-    types: dict[str, Callable[[], ModelType]] = {"vit": _vit, "gpt2": _gpt2}  # noqa: RUF012 - filled by register
+    types: dict[str, Callable[[], ModelType]] = {"vit": lambda: VIT, "gpt2": _gpt2}  # noqa: RUF012 - filled by register
 
     @classmethod
     def register(cls, model_type: str, load: Callable[[], ModelType]) -> None:
@@ -65,9 +60,8 @@ class ModelFactory:
         """Return bottom, trunk and top of a model, in eval mode; with auto_save, also store them in storage_path.
 
         model_type `vit`: a file of weights that load_pretrained takes, or a run's folder; its setting is `dropout`.
-        `gpt2`: a folder or a name on the hub; its setting is `attn_implementation`. `name` is used for the files, by
-        default the model's. Raises ValueError unless 0 < split_point_1 < split_point_2 < layers, and for whatever
-        cannot be read or stored.
+        `gpt2`: a folder or a name on the hub; its setting is `attn_implementation`. name: of the files, by default the
+        model's. Raises ValueError unless 0 < split_point_1 < split_point_2 < layers, and if reading or storing fails.
         """
         if auto_save and storage_path is None:
             raise ValueError("auto_save=True needs storage_path: say where the components are to be stored")
@@ -83,9 +77,8 @@ class ModelFactory:
         parts = [Part(model_type, name, component, *about) for component in COMPONENTS]
         bottom, trunk, top = models = [_fill(_skeleton(kind, part), part, whole.tensors) for part in parts]
         if lost := whole.tensors.keys() - {key for model in models for key in model.state_dict()}:
-            raise ValueError(
-                f"{model_name_or_path} has {len(lost)} tensors that belong to no component, first {min(lost)}"
-            )
+            found = f"{model_name_or_path} has {len(lost)} tensors that belong to no component"
+            raise ValueError(f"{found}, first {min(lost)}")
         for model in models:
             model.to(device)
         _join(models)
@@ -179,10 +172,9 @@ def _join(models: Sequence[SplitModel]) -> None:
     for model in models:
         first, other = models[0].part, model.part
         if first.model_sha256 != other.model_sha256 or first.config != other.config:
-            raise ValueError(
-                f"{first.component} and {other.component} of {first.name} are of different models "
-                f"({first.model_sha256[:12]} and {other.model_sha256[:12]}): store the split again"
-            )
+            digests = f"{first.model_sha256[:12]} and {other.model_sha256[:12]}"
+            found = f"{first.component} and {other.component} of {first.name} are of different models ({digests})"
+            raise ValueError(f"{found}: store the split again")
         for name, source in model.tied.items():
             component, _, there = source.partition(":")
             if component not in by_component:

@@ -1,8 +1,8 @@
 """The files of a split model: a pair of weights and metadata for each of its three components.
 
 docs/formats.md describes them. All but sha256 and saved_at of the metadata is also in the header of the weights, so
-that neither file can be changed or exchanged without the other showing it. All files are on disk before the first is
-renamed, weights before metadata: what a crash between two renames leaves is refused by name until it is stored again.
+that neither file can be changed or exchanged unnoticed. All files are on disk before the first is renamed, weights
+before metadata. A crash between two renames leaves files that do not fit; they are refused until stored again.
 """
 
 import os
@@ -188,10 +188,8 @@ def read_metadata(path: str | Path) -> Metadata:
             said = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
         raise ValueError(f"{where} is damaged ({printable(said)}): store the split again") from error
     if metadata.sha256 != found:
-        raise ValueError(
-            f"{path} has SHA-256 {found[:12]}, {where.name} says {metadata.sha256[:12]}: one of them was changed, "
-            "store the split again"
-        )
+        found = f"{path} has SHA-256 {found[:12]}, {where.name} says {metadata.sha256[:12]}"
+        raise ValueError(f"{found}: one of them was changed, store the split again")
     return metadata
 
 

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.vision_transformer import EncoderBlock
 
 from flapp.files import sha256_of_file
 from flapp.model.files import shapes_of
 from flapp.model.layout import PLAIN, SIZES, Variant
 from flapp.model.names import from_any
 from flapp.model.split.component import ModelType, SplitModel, Whole
-from flapp.model.vit import SelfAttention, pool, vary_block, vary_norm
+from flapp.model.vit import EncoderBlock, SelfAttention, embed, pool, vary_block, vary_norm
 from flapp.model.vit_weights import describe_shapes
 from flapp.model.weight_files import find_weights, read_state
 
@@ -28,9 +27,11 @@ class ViTTrunk(SplitModel):
 
     def __init__(self, config: Mapping[str, Any], start: int, end: int) -> None:
         super().__init__()
-        blocks = OrderedDict((f"encoder_layer_{i}", _block(config)) for i in range(start, end))
+        blocks = nn.Sequential()
+        for i in range(start, end):
+            blocks.add_module(f"encoder_layer_{i}", _block(config))
         self.encoder = nn.Module()
-        self.encoder.layers = nn.Sequential(blocks)
+        self.encoder.layers = blocks
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.encoder.get_submodule("layers")(tokens)
@@ -49,10 +50,8 @@ class ViTBottom(ViTTrunk):
         self.encoder.dropout = nn.Dropout(config["dropout"])
 
     def forward(self, images: Tensor) -> Tensor:
-        patches = self.conv_proj(images.expand(-1, self.conv_proj.in_channels, -1, -1)).flatten(2).permute(0, 2, 1)
-        tokens = torch.cat([self.class_token.expand(len(images), -1, -1), patches], dim=1)
         positions, dropout = self.encoder.get_parameter("pos_embedding"), self.encoder.get_submodule("dropout")
-        return super().forward(dropout(tokens + positions))
+        return super().forward(dropout(embed(images, self.conv_proj, self.class_token, positions)))
 
 
 class ViTTop(ViTTrunk):
@@ -61,8 +60,9 @@ class ViTTop(ViTTrunk):
     def __init__(self, config: Mapping[str, Any], start: int, end: int) -> None:
         super().__init__(config, start, end)
         self.variant = _variant(config)
-        self.encoder.ln = nn.LayerNorm(config["width"])
-        vary_norm(self.encoder.ln, self.variant)
+        norm = nn.LayerNorm(config["width"])
+        vary_norm(norm, self.variant)
+        self.encoder.ln = norm
         self.heads = nn.Sequential(OrderedDict(head=nn.Linear(config["width"], config["classes"])))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class ViTTop(ViTTrunk):
 
 
 def _block(config: Mapping[str, Any]) -> EncoderBlock:
-    block = EncoderBlock(config["heads"], config["width"], config["mlp"], config["dropout"], 0.0)
+    block = EncoderBlock(config["width"], config["heads"], config["mlp"], config["dropout"])
     block.self_attention = SelfAttention(config["width"], config["heads"])
     vary_block(block, _variant(config))
     return block
