@@ -5,6 +5,7 @@ import json
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -36,11 +37,18 @@ PROBLEMS = {  # what to say for pydantic's types of errors, with their context f
 def from_plain(cls: type[T], values: Any, prefix: str = "") -> T:
     """Return the settings `cls` of plain nested values, or raise ConfigError; prefix: of the names in the error."""
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(values))  # strict JSON has lists for tuples, as YAML has
+        # Strict JSON has lists for tuples, as YAML has.
+        return typing.cast(T, adapter_of(typing.cast(type, cls)).validate_json(json.dumps(values)))
     except ValidationError as error:
         errors = error.errors(include_url=False)
         unknown = [each for each in errors if each["type"] == "unexpected_keyword_argument"]
         raise ConfigError(_describe((unknown or errors)[0], cls, prefix)) from None
+
+
+@cache
+def adapter_of(cls: type) -> TypeAdapter[Any]:
+    """Return the object that reads settings `cls`; building it takes much longer than reading."""
+    return TypeAdapter(cls)
 
 
 def _describe(error: Mapping[str, Any], cls: type, prefix: str) -> str:
