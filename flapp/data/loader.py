@@ -50,7 +50,7 @@ class ClientLoader:
     """Iterate over one client's samples in batches of (input, label), in an order drawn from `seed`.
 
     Each iteration is one epoch with an order of its own; seed=None keeps the order of `indices`. Images are resized to
-    image_size (None: as stored) with PIL's bytes, or read from a materialized artifact if there is one. `output`:
+    image_size (None: as stored) by `resize`, or read from a materialized artifact if there is one. `output`:
 
         float32   normalized (n, C, H, W); exact=True gives torchvision's bits, False is faster and within 1e-6 of them
         uint8     (n, C, H, W) before normalization, a quarter of the bytes to move to a GPU: see to_input

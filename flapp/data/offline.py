@@ -19,7 +19,7 @@ from flapp.data.sources import EMBEDDED, named
 class OfflineDataset(Dataset[tuple[Tensor, Any]]):
     """Read one split of an artifact as a map-style dataset of (sample, label).
 
-    Images come as float32 (C, H, W), resized to image_size (None: as stored) with PIL's bytes and normalized with
+    Images come as float32 (C, H, W), resized to image_size (None: as stored) by `resize` and normalized with
     torchvision's bits. `transform` gets the resized PIL image; the normalization always follows it. Other samples come
     as they are stored, in their own dtype. A label with axes of its own is a tensor. Only the folder and the settings
     are pickled, so that worker processes share one memory map. Raises DataError for a missing or damaged artifact, an

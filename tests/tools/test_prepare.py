@@ -148,9 +148,9 @@ def test_images_that_differ_from_pils_are_refused_and_leave_nothing(
     assert [path.name for path in folder.iterdir()] == ["train"]
 
 
-@pytest.mark.parametrize("size", [16, 32, 224, 299, 336])
-def test_the_real_resize_passes_the_comparison_with_pil(tmp_path: Path, size: int) -> None:
-    images = np.random.default_rng(size).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+@pytest.mark.parametrize(("side", "size"), [*((32, size) for size in (16, 32, 224, 299, 336)), (64, 224), (250, 96)])
+def test_the_real_resize_passes_the_comparison_with_pil(tmp_path: Path, side: int, size: int) -> None:
+    images = np.random.default_rng(size).integers(0, 256, (8, side, side, 3), dtype=np.uint8)
     write_artifact(tmp_path / "test", images, np.arange(8), list("01234567"), "source")
     folder = pixels.materialize(tmp_path / "test", size)
     assert folder == tmp_path / f"test@{size}"
