@@ -34,7 +34,7 @@ OWNER_ONLY = Path(__file__).with_name("deployment") / "owner_only.py"
 COMMAND = "flwr.supernode.cli.flower_supernode"
 NODE, EXEC = "flwr.supernode.start_client_internal", "flwr.supercore.superexec.run_superexec"
 LAUNCH = "flwr.supercore.superexec.executor.subprocess_executor"
-NEEDED = ("flwr.supernode.cli", "safetensors.numpy", "sqlite3", "torch._dynamo", "torchvision.models")
+NEEDED = ("flwr.supernode.cli", "safetensors.numpy", "sqlite3", "torch", "pydantic", "apsw", "blake3")
 SUPEREXEC, CLIENT, INSTALL = "flower-superexec", "flwr-clientapp", "--allow-runtime-dependency-installation"
 
 

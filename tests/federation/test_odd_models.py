@@ -24,7 +24,6 @@ from flapp.sums import WeightedSum, weighted_average
 from tests.conftest import Federate, break_off, read_clients, read_lines, run_app
 from tests.support.odd_model import CLASSES, LARGE, TOKENS, OddModel, build
 from tests.support.replies import Sent, listen
-from tools.running import inline
 
 SETTINGS = (
     *("dataset=custom", "dataset.name=tokens", "dataset.shape=[6]", f"dataset.classes={CLASSES}", "model=linear"),
@@ -156,7 +155,7 @@ def test_the_sums_of_groups_are_float64_numpys(federate: Federate) -> None:
 def test_workers_end_in_the_same_bytes(tmp_path: Path, data_home: Path, federate: Federate) -> None:
     words = (*GROUPED, "num_rounds=2", "evaluate.every=2", "checkpoint=off")
     single, _ = federate(*words)
-    start_forkserver(CLIENT_APP, *inline.LAZY)
+    start_forkserver(CLIENT_APP)
     for workers in (0, 2):
         settings = compose([f"home={data_home}", f"run_name=workers-{workers}", *words])
         grid = InlineGrid({}, nodes(1), workers, client_app="tests.support.odd_model")

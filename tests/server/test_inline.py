@@ -40,7 +40,7 @@ FIRST = SERVER_NODE + 1  # the id of the first node
 @pytest.fixture
 def start() -> Iterator[Start]:
     """Return a function that starts a grid with so many workers, of the tests' client app unless told otherwise."""
-    start_forkserver(CLIENT_APP, *inline.LAZY)
+    start_forkserver(CLIENT_APP)
     grids = []
 
     def make(workers: int, **settings: Any) -> InlineGrid:
@@ -248,6 +248,19 @@ def test_workers_are_dealt_out_over_the_gpus(
 
 
 # The command
+
+
+@pytest.mark.parametrize(
+    ("words", "needed"),
+    [("", []), ("model=vit_tiny dataset=digits", ["flapp.model.vit"]), ("train.compile=true", ["torch._dynamo"])],
+)
+def test_workers_are_forked_from_a_process_with_what_their_settings_need(
+    monkeypatch: pytest.MonkeyPatch, words: str, needed: list[str]
+) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(inline, "start_forkserver", lambda *names: started.extend(names))
+    inline.prepare(compose(["home=/nowhere", *([TOY] if "model" not in words else []), *words.split()]))
+    assert started == [CLIENT_APP, *needed]
 
 
 def test_a_temporary_folder_with_too_long_a_path_is_refused_before_anything_starts(

@@ -30,7 +30,6 @@ from tools.deployment.processes import SWEEP
 from tools.deployment.submit import count_cpus, failure, warn_of_size
 from tools.running.progress import Watcher, read_json
 
-LAZY = ("torch._dynamo",)  # every optimizer imports it when it is built, which takes longer than importing PyTorch
 LONGEST_TMPDIR = 107 - len("/flapp-12345678/listener-12345678")  # bytes; a socket's path has at most 107 on Linux
 
 
@@ -51,7 +50,8 @@ def prepare(config: Config) -> None:
     settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     kept = settings.get("tempdir")
     settings["tempdir"] = folder  # for the fork server's socket: the guard removes that folder
-    start_forkserver(CLIENT_APP, *LAZY, *(["flapp.model.vit"] if config.model.name.startswith("vit") else []))
+    lazy = {"flapp.model.vit": config.model.name.startswith("vit"), "torch._dynamo": config.train.compile}
+    start_forkserver(CLIENT_APP, *(name for name, is_needed in lazy.items() if is_needed))
     settings["tempdir"] = kept
 
 
