@@ -47,6 +47,7 @@ from flapp.training import StepRules, TrainResult, evaluate, keep_freed_memory, 
 
 app = ClientApp(mods=[group_mod, name_errors_mod, checkpoint_mod, privacy_mod, own_mods_mod])
 update_console_handler(timestamps=True)  # in the process that runs the app
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # tensors over arrays are only read
 
 
 @app.query("attest")
@@ -213,9 +214,7 @@ def restore_own(model: torch.nn.Module, task: Task, context: Context) -> None:
 
 def as_tensors(record: Mapping[str, Array]) -> dict[str, torch.Tensor]:
     """Return tensors over the arrays of a record, without a copy. They are only ever read: the model copies them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return {key: torch.from_numpy(values) for key, values in views(record).items()}
+    return {key: torch.from_numpy(values) for key, values in views(record).items()}
 
 
 def fit(

@@ -9,6 +9,7 @@ from flapp.config.load import derive_seed
 from flapp.config.schema import WRITER_PARTITIONS, Config
 from flapp.custom import blaming, own, source_of
 from flapp.data.artifact import (
+    FILES,
     Artifact,
     DataError,
     Stamp,
@@ -17,7 +18,7 @@ from flapp.data.artifact import (
     open_verified,
     read_meta,
     refuse_rows,
-    stamp,
+    stamp_of,
 )
 from flapp.data.partition import Partition, hold_out, load_partition
 from flapp.data.shards.manifest import load_manifest
@@ -53,8 +54,20 @@ def class_names(config: Config) -> list[str]:
 
 def stamp_of_shared_files(config: Config) -> Stamp:
     """Return a stamp that changes when a file of the shared artifact, or of a partition by writer, is written."""
-    folder, by_writer = prepared(config), f"{config.partition.kind}.safetensors"
-    return stamp(folder / "train") + stamp(folder / "test") + stamp(folder / "partitions", [by_writer])
+    splits, by_writer = _shared_files(config)
+    found = tuple(map(stamp_of, splits))
+    if config.dataset.target or any(len(each) == 1 for each in found):  # data of the user's own, or a file is missing
+        prepared(config)
+        found = tuple(map(stamp_of, splits))
+    return (*found, stamp_of(by_writer))
+
+
+@lru_cache(maxsize=8)
+def _shared_files(config: Config) -> tuple[list[str], str]:
+    """Return the paths of the files of both splits, and of a partition by writer: messages look them up."""
+    folder = config.data_dir / config.dataset.name
+    splits = [str(folder / split / name) for split in ("train", "test") for name in FILES]
+    return splits, str(folder / "partitions" / f"{config.partition.kind}.safetensors")
 
 
 @lru_cache(maxsize=8)

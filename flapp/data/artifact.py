@@ -6,6 +6,7 @@ docs/formats.md describes its files. Clients attest the digest of an artifact as
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -254,7 +255,7 @@ def is_verified(folder: Path) -> bool:
 
 def stamp(folder: Path, files: Sequence[str] = FILES) -> Stamp:
     """Return the path, inode, size and times of files in `folder`, which change when one is written or removed."""
-    return tuple(_stamp(folder / name) for name in files)
+    return tuple(stamp_of(os.path.join(folder, name)) for name in files)
 
 
 def check_arrays(
@@ -374,11 +375,12 @@ def _sha256(block: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(block).data).hexdigest()
 
 
-def _stamp(path: Path) -> tuple[str | int, ...]:
+def stamp_of(path: str) -> tuple[str | int, ...]:
+    """Return the part of a stamp that is about one file; it is only the path if there is no such file."""
     with suppress(OSError):
-        facts = path.stat()
-        return str(path), facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
-    return (str(path),)
+        facts = os.stat(path)
+        return path, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
+    return (path,)
 
 
 def _note(folder: Path) -> Path:
