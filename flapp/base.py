@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 from flapp.model.files import load_tensors, save_tensors, widen
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 PIECE_BYTES = 16 << 20
+DAMAGED = "damaged"  # in place of the digest of a file that cannot be read
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +34,7 @@ class BaseError(ValueError):
     """A base that is missing or does not match its name."""
 
 
-def digest_of(tensors: Mapping[str, "Tensor"]) -> str:
+def digest_of(tensors: "Mapping[str, Tensor | np.ndarray]") -> str:
     """Return the digest of tensors; imports PyTorch, which the modules that import this one may not need."""
     from flapp.checkpoint import tensors as tensor_bytes
 
@@ -51,7 +53,10 @@ def keep_base(models: Path, tensors: Mapping[str, "Tensor"]) -> Base:
 
 
 def find_base(models: Path, digest: str) -> str:
-    """Return the digest of the file stored under this name, which should be the same; "" if there is none."""
+    """Return the digest of the base stored under this name, which is the name if the file is intact.
+
+    It is DAMAGED if the file cannot be read, and "" if there is none.
+    """
     path = base_path(models, digest)
     try:
         facts = path.stat()
@@ -62,11 +67,13 @@ def find_base(models: Path, digest: str) -> str:
 
 def load_base(models: Path, digest: str) -> dict[str, "Tensor"]:
     """Read a base; raises BaseError when it is missing or has another digest."""
-    found = find_base(models, digest)
+    found, path = find_base(models, digest), base_path(models, digest)
+    if not found:
+        raise BaseError(f"{path} is missing: restart this client, which then receives it")
     if found != digest:
-        what = f"holds {found[:12]}" if found else "is missing"
-        raise BaseError(f"base {digest[:12]}: {base_path(models, digest)} {what}; restart this client to receive it")
-    return load_tensors(base_path(models, digest))[0]
+        what = "is damaged" if found == DAMAGED else f"holds base {found[:12]}"
+        raise BaseError(f"{path} {what}: remove it and restart this client, which then receives it again")
+    return load_tensors(path)[0]
 
 
 def cut_base(tensors: Mapping[str, "Tensor"]) -> Iterator[dict[str, "Tensor"]]:
@@ -100,7 +107,8 @@ def receive_piece(
     whole = {key: tensor for piece in pieces for key, tensor in load_tensors(piece)[0].items()}
     shutil.rmtree(folder)
     if (found := digest_of(whole)) != digest:
-        raise BaseError(f"the base that arrived has digest {found[:12]}, the server's is {digest[:12]}")
+        what = f"the base that arrived has digest {found[:12]}, the server's is {digest[:12]}"
+        raise BaseError(f"{what}: it is sent again in the next round")
     keep_base(models, whole)
     return 0
 
@@ -114,8 +122,8 @@ def base_path(models: Path, digest: str) -> Path:
 
 @lru_cache(maxsize=16)
 def _digest_of_file(path: Path, modified: int, size: int) -> str:
-    """Return the digest of a file's tensors, or "damaged"; the file is read again only when it has changed."""
+    """Return the digest of a file's tensors, or DAMAGED; the file is read again only when it has changed."""
     try:
         return digest_of(load_tensors(path)[0])
     except ValueError:
-        return "damaged"
+        return DAMAGED

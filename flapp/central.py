@@ -129,7 +129,7 @@ def is_secure(config: Config) -> bool:
 
 
 def drawer(config: Config, *where: int | str) -> Draw:
-    """Return where standard normal numbers come from, as privacy.noise says; seeded ones depend on `where`."""
+    """Return the function that draws standard normal numbers, by privacy.noise; `where` selects a seeded stream."""
     if is_secure(config):
         return secure_normals
     return np.random.default_rng(derive_seed(config.seed, "noise", *where)).standard_normal
@@ -205,7 +205,7 @@ def _package() -> ModuleType:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence dp-accounting's warnings of Rényi orders that it skips: epsilon is an upper bound without them, too.
+    """Silence dp-accounting's warnings about Rényi orders that it skips: epsilon is still an upper bound.
 
     If the root logger had no handler, such a warning would also make absl print the lines of every logger.
     """

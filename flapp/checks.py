@@ -19,7 +19,7 @@ LOSS_SUMS = {f"{start}{kind}loss-sum" for start in ("", VAL) for kind in ("", "p
 METRIC = re.compile(f"({VAL})?(personal-)?{SUMS}{NAME.pattern}")  # of evaluate.metrics
 NEVER_NEGATIVE = {"train-loss", "seconds", *LOSS_SUMS}
 RAISE_LIMIT = "if its data explain this, raise strategy.norm_limit"
-TOO_LONG = "its node does not clip as privacy.clipping_norm says"
+TOO_LONG = "run unchanged flapp on its node, which then clips to privacy.clipping_norm"
 LARGEST_LOSS = float(np.finfo(np.float32).max)  # of one sample
 
 
@@ -87,7 +87,7 @@ def find_metric_fault(kind: str, claim: Claim, metrics: Mapping[str, float], val
         return f"sent num-examples={metrics[NUM_EXAMPLES]}, attested {samples}"
     counted = {key: value for key, value in metrics.items() if key.endswith("correct")}
     if odd := sorted(key for key, value in counted.items() if not 0 <= value <= held[key]):
-        return f"sent {one_line(odd[0])}={metrics[odd[0]]}, more correct answers than its {held[odd[0]]} samples"
+        return f"sent {one_line(odd[0])}={metrics[odd[0]]}, which must be from 0 to its {held[odd[0]]} samples"
     if metrics.get(WITHIN_CLIP, 0) not in (0, 1):
         return f"sent {WITHIN_CLIP}={metrics[WITHIN_CLIP]}, which must be 0 or 1"
     sums = {key for key in metrics if SUMS in key}
@@ -95,7 +95,8 @@ def find_metric_fault(kind: str, claim: Claim, metrics: Mapping[str, float], val
         return f"sent a sum with the name {one_line(odd[0])}, but names have only letters, digits and _"
     most = {key: LARGEST_LOSS * (1 if train else max(1, held[key])) for key in NEVER_NEGATIVE & metrics.keys() | sums}
     if large := sorted(key for key in most if abs(metrics[key]) > most[key]):
-        return f"sent {large[0]}={metrics[large[0]]:.3g}, more than {held[large[0]]} samples can have"
+        name = large[0]
+        return f"sent {name}={metrics[name]:.3g}, which is beyond the largest number allowed ({most[name]:.3g})"
     return None
 
 
@@ -122,13 +123,14 @@ def check_update(
     multiple: float | None = None,
     fix: str = RAISE_LIMIT,
 ) -> float:
-    """Return the Euclidean length of an update, within 1e-5 of it.
+    """Return the Euclidean length of an update, with a relative error below 1e-5.
 
     trained: a client's tensors; expected: those it was sent. Raises MessageError as find_fault and find_norm_fault say.
     """
     squares = _squared_length(trained, expected) if trained.keys() == expected.keys() else math.nan
     norm = squares**0.5
-    if not norm < LARGEST / 100:  # otherwise no value can be infinite or too large, if those sent are not
+    # A short update has no infinite or too large value, because the tensors sent have none.
+    if not norm < LARGEST / 100:
         if fault := find_fault(trained, expected):
             raise MessageError(fault)
         norm = update_norm(floating_pairs(trained, expected))
@@ -190,7 +192,10 @@ def update_norm(tensors: Iterable[tuple[np.ndarray, np.ndarray]], weight: float 
 
 
 def find_norm_fault(norm: float, limit: float, multiple: float | None, fix: str = RAISE_LIMIT) -> str | None:
-    """Return why an update of this length is left out, or None; multiple, of the median, and fix are for the text."""
+    """Return why an update of this length is left out, or None.
+
+    multiple (of the median) and fix only appear in the text.
+    """
     if norm <= limit:
         return None
     most = f"the limit is {limit:.3g} ({multiple:g} times the median)" if multiple else f"the limit is {limit:.3g}"
@@ -218,7 +223,7 @@ def find_sum_fault(total: Mapping[str, Array], sent: Mapping[str, Array], weight
             size = max(size, float(np.abs(before).max(initial=0)) * before.size**0.5)
     length = update_norm(pairs, weight)
     if length <= most * (1 + 1e-4) + 1e-9 * weight * size * len(pairs) ** 0.5:
-        return None  # no value can be infinite or too large, if those sent are not
+        return None  # such a sum has no infinite or too large value, because the tensors sent have none
     faults = ((key, find_value_fault(view(array), LARGEST * weight)) for key, array in total.items())
     found = next((f"its {key} has {fault}" for key, fault in faults if fault), None)
     return found or f"it moves the model by {length:.3g}, but the updates in it can move it by at most {most:.3g}"

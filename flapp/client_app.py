@@ -56,7 +56,7 @@ def attest(message: Message, context: Context) -> Message:
     try:
         config, node_config = load(context.run_config, context.node_config)
     except ConfigError:
-        unpack_instructions(message)  # other source code is the likelier fault: then this raises
+        unpack_instructions(message)  # raises if the server runs other source code, which is the likelier reason
         raise
     names = clients_at(config, node_config)
     try:
@@ -168,8 +168,8 @@ def personalize(model: torch.nn.Module, task: Task, context: Context) -> bool:
 def receive_model(task: Task, message: Message) -> torch.nn.Module:
     """Return this process's model with every tensor of the message in place, and zeros for those that a client keeps.
 
-    Only tensors that the instructions name get gradients. Raises MessageError when message and base do not make up the
-    model.
+    Over a base, only the tensors that the instructions name get gradients. Raises MessageError when message and base do
+    not make up the model.
     """
     config, instructions = task.config, task.instructions
     keep_freed_memory()

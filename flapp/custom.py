@@ -31,13 +31,14 @@ from flapp.untrusted import printable
 INSTALLED = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib", "stdlib")}
 MOST_FILES = 500  # of a package whose source is compared; a larger one is known by its version
 NAME = re.compile(r"[A-Za-z0-9_]{1,60}")  # of a metric
-RESERVED = ("flapp", "tools")  # come with the app, and hold more than targets
+# Part of the app: a site must allow them by name, because they have much besides targets.
+RESERVED = ("flapp", "tools")
 LONGEST_TEXT = 300  # characters of an error of the user's own code
 PACKAGE = Path(__file__).resolve().parent
 
 _imported: dict[str, str] = {}  # the digest of each module's source when it was imported
 _own_files: set[str] = set()  # that were compared, and whose lines are shown where an error comes from
-_restricted: set[str] = set()  # at a deployed site: the only modules that may define what a target names
+_allowed: set[str] = set()  # modules that targets may use at a deployed site; empty elsewhere
 
 
 def read_source() -> dict[str, bytes]:
@@ -67,7 +68,7 @@ def enable(config: Config, node: NodeConfig | None = None) -> str:
     Raises ConfigError for a module that is not there, and at a deployed client for one that the site does not allow.
     """
     _own_files.clear()
-    _restricted.clear()
+    _allowed.clear()
     if not config.targets:
         return ""
     node = node or NodeConfig()
@@ -82,7 +83,7 @@ def enable(config: Config, node: NodeConfig | None = None) -> str:
             if name not in node.allow_code and (name in RESERVED or _home_of(spec).resolve() not in allowed):
                 fix = f'add it to its node-config as allow-code="{name}", or the folder of {name}.py'
                 raise ConfigError(f"this site does not allow code of {name}: {fix}")
-        _restricted.update(found, node.allow_code)
+        _allowed.update(found, node.allow_code)
     files = _read(found.values(), folders)
     lines = (f"{name}\0{_sha256(name, path)}\n" for name, path in sorted(files.items()))
     digest = hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -123,7 +124,8 @@ def resolve(setting: str, target: str) -> Callable[..., Any]:
     is_known = file in _own_files or any(Path(file).resolve().is_relative_to(each) for each in (*INSTALLED, PACKAGE))
     if file.endswith(".py") and not is_known:
         fix = "rename your module, or remove the other one from the import path"
-        raise ConfigError(f"{setting}={target}: Python imports {file} under that name, which is not compared: {fix}")
+        found = f"Python would import {file} under that name, which is not your module"
+        raise ConfigError(f"{setting}={target}: {found}: {fix}")
     for part in name.split("."):
         if not hasattr(found, part):
             raise ConfigError(f"{setting}={target}: {file} has no {part}: correct the name, or define it there")
@@ -131,7 +133,7 @@ def resolve(setting: str, target: str) -> Callable[..., Any]:
     if not callable(found):
         raise ConfigError(f"{setting}={target} is {type(found).__name__}, which cannot be called: name a function")
     home = str(getattr(found, "__module__", "")).partition(".")[0]
-    if _restricted and home not in _restricted:
+    if _allowed and home not in _allowed:
         fix = f"name a function that {file} defines itself, or add {home} to allow-code in the site's node-config"
         what = f"{setting}={target} is defined in {home or 'no module'}"
         raise ConfigError(f"{what}, whose code this site does not allow: {fix}")

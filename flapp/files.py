@@ -1,6 +1,6 @@
 """Write files atomically: each file appears whole or not at all, and is on disk when the function returns.
 
-Everything in flapp and tools that writes a file or a folder of its own does it by `replacing` or `replacing_folder`.
+Files that must be whole are written by `replacing` or `replacing_folder`.
 Reading files that somebody else may have written is in untrusted.py.
 """
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-WITHHELD = "privacy.publish=totals withholds {}, a trial run with privacy.publish=all tells it"
+WITHHELD = "privacy.publish=totals hides {}: a trial run with privacy.publish=all shows it"
 
 
 def by_reason(reasons: Mapping[str, str], most: int | None = None) -> str:
@@ -27,9 +27,14 @@ def by_kind(kinds: Mapping[str, int]) -> str:
 def name_clients(names: Sequence[str]) -> str:
     """Name clients by their ids, and nodes, in one clause."""
     nodes = [name for name in names if name.startswith("node ")]
-    clients = sorted((name for name in names if not name.startswith("node ")), key=lambda name: (len(name), name))
+    clients = sorted((name for name in names if not name.startswith("node ")), key=by_number)
     parts = [f"client{'s' * (len(clients) > 1)} {list_names(clients)}"] if clients else []
     return ", ".join(parts + ([list_names(nodes)] if nodes else []))
+
+
+def by_number(name: str) -> tuple[int, str]:
+    """Return the key that sorts ids by number."""
+    return len(name), name
 
 
 def list_names(names: Sequence[str], most: int = 12) -> str:

@@ -47,12 +47,12 @@ RAY_LOST = re.compile(
 
 
 class MessageError(ValueError):
-    """A message that lacks what its type must carry, or that comes from other source code."""
+    """A message that cannot be read or used; the text says why."""
 
 
 @dataclass(frozen=True)
 class Instructions:
-    """What the server asks of a client: in which round, under which run name.
+    """What the server asks of a client in a round.
 
     accepted_round is the last round in which the server accepted this client's trained model, 0 for none; the client
     continues from the private state that it had then. With adapters, base is the digest of the frozen tensors that the
@@ -63,7 +63,6 @@ class Instructions:
 
     client_id: str
     server_round: int
-    run_name: str
     source_digest: str
     accepted_round: int = 0
     base: str = ""
@@ -86,7 +85,6 @@ class Claim:
     test: int = 0
     label_hist: tuple[int, ...] = ()
     shard_digest: str = ""
-    last_modified: float = 0.0
     base_digest: str = ""
     source_digest: str = ""
     versions: str = ""

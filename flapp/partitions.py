@@ -34,7 +34,8 @@ def prepared(config: Config) -> Path:
     """Return the folder of the dataset; if it is missing, it is made when flapp or the user's own code can make it."""
     function, name = own(config, "dataset.target"), config.dataset.name
     if function and is_own(name):
-        raise DataError(f"dataset.name={name} is a dataset of flapp's own, dataset.target makes yours: choose a name")
+        found = f"dataset.name={name} is a dataset of flapp's own, and dataset.target makes another"
+        raise DataError(f"{found}: choose another dataset.name")
 
     def make() -> Any:
         with blaming(f"dataset.target={config.dataset.target} fails", function):

@@ -83,8 +83,10 @@ def _try_step(config: Config, model: nn.Module, inputs: Tensor, targets: Tensor)
         fix = f"return one score for each class, [{len(inputs)}, {classes}]"
         raise ConfigError(f"{setting} returned {found} for {classes} classes{place}: {fix}")
     function = own(config, "train.loss")
-    setting = f"train.loss={config.train.loss}"
-    with blaming(f"{setting} fails on outputs {_kind(outputs)} and targets {_kind(targets)}"):
+    setting, fix = f"train.loss={config.train.loss}", ""
+    if function is None:
+        setting, fix = "the loss", ", check what the model returns"
+    with blaming(f"{setting} fails on outputs {_kind(outputs)} and targets {_kind(targets)}{fix}"):
         loss = (function or loss_of)(outputs, targets)
     place = place_of_code(function) if function else ""
     if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
@@ -137,7 +139,10 @@ def _try_metrics(config: Config, model: nn.Module, inputs: Tensor, targets: Tens
 def _count(
     config: Config, model: nn.Module, function: Callable[..., Any], inputs: Tensor, targets: Tensor
 ) -> dict[str, float]:
-    """Return the metrics of samples. Outputs become the right answers, because a new model may have all wrong."""
+    """Return the metrics of samples.
+
+    The outputs are replaced by the right answers: an untrained model may get every answer wrong.
+    """
     setting = f"evaluate.metrics={config.evaluate.metrics}"
     outputs = outputs_of(model, inputs)
     if config.dataset.classes and targets.ndim == 1:

@@ -148,7 +148,7 @@ def clip(sent: Tensors, trained: Tensors, norm: float) -> Tensors | None:
 
 
 def update_length(sent: Tensors, trained: Tensors) -> float:
-    """Return the Euclidean length of an update over all tensors, within MARGIN of it.
+    """Return the Euclidean length of an update over all tensors, with a relative error below MARGIN.
 
     Raises FloatingPointError when it is not finite.
     """

@@ -101,7 +101,8 @@ def read_npy_header(start: bytes, kinds: str = "biuf") -> tuple[tuple[int, ...],
     The dtype must be plain: of one of `kinds`, at most 8 bytes a number, little-endian. The shape must be of integers
     of at least 0. Raises ValueError for anything else, without allocating what the header claims.
     """
-    length = 10 + int.from_bytes(start[8:10], "little")  # of version 1, which numpy writes unless that is too short
+    # numpy writes version 1 unless the header is too long for it.
+    length = 10 + int.from_bytes(start[8:10], "little")
     return _parse_npy_header(bytes(start[: length if bytes(start[6:7]) == b"\x01" else NPY_HEADER]), kinds)
 
 
@@ -141,14 +142,13 @@ def open_npy(path: Path, mode: str = "c", kinds: str = "biuf") -> np.ndarray:
     return np.memmap(path, dtype, mode, offset, shape, "F" if fortran else "C")  # type: ignore[call-overload]
 
 
-def check_safetensors(path: Path, most_header: int = MOST_HEADER) -> int:
-    """Return the size of a regular file whose first bytes may be of safetensors, with a header of sane size."""
+def check_safetensors(path: Path, most_header: int = MOST_HEADER) -> None:
+    """Raise ValueError unless a regular file may be of safetensors, with a header of sane size."""
     size = check_regular(path)
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
     if size < 8 or header > min(most_header, size - 8):
         raise ValueError(f"its header claims {header:,} bytes, at most {most_header:,} are expected within the file")
-    return size
 
 
 def printable(value: object, most: int = 300) -> str:

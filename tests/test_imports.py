@@ -32,7 +32,7 @@ TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
 for run_config, site in json.loads(sys.argv[1]):
     settings, _ = load(run_config, site)
     arrays = ArrayRecord(build(settings.model, settings.dataset).state_dict())
-    message = pack_instructions(1, TRAIN, Instructions("0", 1, "imports", source_digest()), arrays)
+    message = pack_instructions(1, TRAIN, Instructions("0", 1, source_digest()), arrays)
     message.metadata.__dict__["_message_id"] = "1"
     reply = client_app.app(message, Context(1, 1, site, RecordDict(), run_config))
     assert not reply.has_error(), reply.error

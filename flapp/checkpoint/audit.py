@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flapp.checkpoint.chunks import CheckpointError, Entry, Spec, layout
+from flapp.checkpoint.chunks import RESTORE, CheckpointError, Entry, Spec, layout
 from flapp.checkpoint.store import CHUNKS, ORPHANS, Store
 from flapp.files import replacing, sha256_of_file
 
@@ -63,13 +63,14 @@ def _structure_problems(store: Store) -> Iterator[str]:
             yield f"{store.path}: {text}"
     strays = "SELECT DISTINCT round FROM chunk_metadata WHERE round NOT IN (SELECT round FROM rounds)"
     for (number,) in store.execute(strays):
-        yield f"{store.path}: round {number} has chunks, but is not in the list of rounds: save or drop it again"
+        found = f"{store.path}: round {number} has chunks, but is not in the list of rounds"
+        yield f"{found}: save round {number} again, or {RESTORE}"
     if orphans := len(store.execute(ORPHANS)):
         yield f"{store.path}: {orphans} chunks belong to no round: they are deleted when a round expires"
 
 
 def _round_problems(store: Store, record: tuple[Any, ...], sizes: dict[int, int]) -> Iterator[str]:
-    """Yield the problems of a round; `sizes` has the size of every chunk that was read before, and now of these."""
+    """Yield the problems of a round; `sizes` holds the size of every chunk read so far; this adds this round's."""
     round_num, entries = record[0], []
     try:
         store.round(record)

@@ -143,7 +143,8 @@ class Database:
         for name in ("chunk_bytes", "chunk_num"):
             if type(size := meta.get(name, 1)) is not int or size < 1:
                 raise CheckpointError(f"{self.path} is damaged ({name} is {printable(repr(size))}): {RESTORE}")
-        self.execute("PRAGMA cache_size=-2048")  # the default counts pages of the size before: 30 MB of 64 KiB pages
+        # The default was computed for the old page size: with pages of 64 KiB it would be 30 MB.
+        self.execute("PRAGMA cache_size=-2048")
         self.meta = meta
 
     def has_tables(self) -> bool:
@@ -202,9 +203,10 @@ def page_size_for(size: int) -> int:
 
 
 def chunk_bytes_for(page_size: int) -> int:
-    """Return the chunk size nearest above 1 MiB whose row fills its overflow pages k(U - 4) + M to the last byte.
+    """Return a chunk size, at least 1 MiB, whose row nearly fills its k overflow pages.
 
-    U is the page size, M what stays in the leaf (https://sqlite.org/fileformat2.html, "B-tree Cell Format").
+    It is k (U - 4) + M bytes, less the other columns. U is the page size, M what stays in the leaf
+    (https://sqlite.org/fileformat2.html, "B-tree Cell Format").
     """
     leaf = (page_size - 12) * 32 // 255 - 23 - 64
     return (-(-((1 << 20) - leaf) // (page_size - 4)) * (page_size - 4) + leaf) // 16 * 16

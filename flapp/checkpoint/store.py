@@ -106,7 +106,10 @@ class Store(Database):
                     blob.write(piece)
 
     def hashed(self, chunks: Iterable[tuple[Any, Pieces]], ahead: int) -> Iterator[tuple[bytes, Any, Pieces]]:
-        """Yield hash, item and bytes of every chunk; threads hash up to `ahead` chunks before the one yielded."""
+        """Yield hash, item and bytes of every chunk.
+
+        While a chunk is yielded, threads hash up to `ahead` of the next ones.
+        """
         waiting: deque[tuple[Future[bytes], Any, Pieces]] = deque()
         with ThreadPoolExecutor(HASH_THREADS) as threads:
             for item, pieces in chunks:
@@ -118,7 +121,10 @@ class Store(Database):
                 yield future.result(), item, pieces
 
     def expire(self, keep: int | None = None, after: int | None = None) -> None:
-        """Drop all rounds but the `keep` saved last, or those numbered above `after`, and chunks that no other has."""
+        """Drop rounds: all but the `keep` saved last, or all numbered above `after`.
+
+        Then drop chunks that no round has.
+        """
         with self.transaction("BEGIN IMMEDIATE", "cannot be cleaned up"):
             later = [] if after is None else [number for number in self.records() if number > after]
             self._drop(later)
@@ -178,7 +184,7 @@ class Store(Database):
         try:
             parts = decode_parts(text)
         except ValueError as error:
-            raise CheckpointError(f"{where}: {error}: {RESTORE} or drop the round") from None
+            raise CheckpointError(f"{where}: {error}: {RESTORE}") from None
         where += f" ({_names(parts)})"
         if rowid is None:
             raise CheckpointError(f"{where}: its bytes are not in the store: {RESTORE}")

@@ -77,7 +77,8 @@ def specs_of(params: Mapping[str, Tensor]) -> dict[str, Spec]:
 
 def raw(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type] # numpy's before 3.12
+    # Before Python 3.12, mypy does not accept an array here.
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def new_tensors(specs: Mapping[str, Spec]) -> dict[str, Tensor]:

@@ -55,7 +55,8 @@ def check_lives_here(client_id: str, config: Config, node_config: NodeConfig) ->
         clients_at(config, node_config)  # says what the node lacks
     if node_config.client_id is not None and client_id != node_config.client_id:
         whom = f"client {client_id}" if client_id else "a group"
-        raise ConfigError(f"a message for {whom} reached the node of client {node_config.client_id}")
+        found = f"a message for {whom} reached the node of client {node_config.client_id}"
+        raise ConfigError(f"{found}: give each SuperNode the client-id of its own site")
 
 
 def open_client_data(
@@ -92,38 +93,36 @@ def open_own_shard(config: Config, path: Path, client_id: str) -> ClientData:
     )
     check_settings(str(path), shard.kind.settings, config.dataset.samples)
     splits = {split: (shard.split(split), np.arange(count)) for split, count in shard.num_samples.items()}
-    return _with_claim(client_id, splits, path, shard.label_hist, shard.digest, shard.last_modified)
+    return _with_claim(client_id, splits, path, shard.label_hist, shard.digest)
 
 
 def open_shared_part(config: Config, path: Path, client: int, files: Stamp) -> ClientData:
     """Open a client's part of the artifact that all clients share; its digest covers artifacts and indices."""
     partition = cached_partition(config, files)
     splits: Splits = {}
-    digest, modified = hashlib.sha256(), 0.0
+    digest = hashlib.sha256()
     held = {"train": partition.train, "test": partition.test} | ({"val": partition.val} if partition.val else {})
     for split, parts in held.items():
         dataset = cached_dataset(path / ("test" if split == "test" else "train"), config.dataset, files)
         splits[split] = (dataset, parts[client])
         digest.update(dataset.artifact.digest.encode() + parts[client].astype("<i8").tobytes())
-        modified = max(modified, (dataset.artifact.path / "labels.npy").stat().st_mtime)
     dataset, rows = splits["train"]
     histogram = label_histogram(dataset.artifact.labels[rows], config.dataset.classes)
-    return _with_claim(str(client), splits, path, histogram, digest.hexdigest(), modified)
+    return _with_claim(str(client), splits, path, histogram, digest.hexdigest())
 
 
-def _with_claim(
-    client_id: str, splits: Splits, path: Path, histogram: Iterable[int], digest: str, modified: float
-) -> ClientData:
+def _with_claim(client_id: str, splits: Splits, path: Path, histogram: Iterable[int], digest: str) -> ClientData:
     train, test = (len(splits[split][1]) for split in ("train", "test"))
     val = len(splits["val"][1]) if "val" in splits else 0
     source = {"source_digest": source_digest(), "versions": versions()}
-    return ClientData(splits, path, Claim(client_id, train, val, test, tuple(histogram), digest, modified, **source))
+    return ClientData(splits, path, Claim(client_id, train, val, test, tuple(histogram), digest, **source))
 
 
 def make_batches(config: Config, data: ClientData, split: str, device: torch.device, seed: int | None) -> Batches:
     """Return the batches of a split, in an order drawn from seed (None: as stored), for a model on `device`.
 
-    On a CUDA device images travel as uint8 and are normalized there.
+    On a CUDA device images travel as uint8 and are normalized there, unless they are streamed or augmented by the
+    user's own code.
     """
     dataset, rows = data.splits[split]
     size = config.train.batch_size if split == "train" else config.evaluate.batch_size

@@ -79,7 +79,8 @@ def serve_group(message: Message, context: Context, call_next: ClientAppCallable
                 settle(reply)
         except MessageError as error:
             answer = Answer(asked.client_id, failure=one_line(str(error)))
-        context.state.pop(private_key(asked.client_id), None)  # the store has it, and another node may be next
+        # The tensors are in the client's store; another node may handle its next message.
+        context.state.pop(private_key(asked.client_id), None)
         answers.append(answer)
     return pack_answers(message, answers, total.arrays or None)
 
@@ -118,7 +119,7 @@ def answer_with_error(message: Message, error: Exception) -> Message:
     if task is None:  # the message could not be read
         log(ERROR, whole)
     else:
-        # The errors' texts are left out, because they may have numbers.
+        # The errors' texts are left out, because they may contain values from the client's data.
         places = "".join(traceback.format_tb(error.__traceback__)).rstrip()
         task.log(ERROR, "%s", whole, instead=f"a client failed:\n{places}\n{type(error).__name__}")
     return Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=describe(error)), reply_to=message)

@@ -66,7 +66,7 @@ class Task:
         if not self.withholds:
             log(level, text, *values)
         elif instead:
-            log(level, "%s (%s)", instead, WITHHELD.format("more"))
+            log(level, "%s (%s)", instead, WITHHELD.format("the rest"))
 
 
 @contextmanager

@@ -37,7 +37,8 @@ CHANGEABLE_ON_RESUME = (  # a resumed run may change these: they do not affect t
     *("distributed_data.shard_path", "distributed_data.manifest"),
     *("model.pretrained", "lora.adapter"),  # paths of the files to start from; a base is compared by its digest
 )
-KEPT_ON_RESUME = {"privacy.publish": "all"}  # has no effect on the model; older runs lack it, and did this
+# It does not affect the model; older runs lack the setting and behaved as with this value.
+KEPT_ON_RESUME = {"privacy.publish": "all"}
 MOST_YAML = 256 << 10  # bytes of a run's config.yaml, which has a few kB
 MOST_NODES = 20_000  # keys and values in it; OmegaConf takes seconds for as many
 MOST_SCALAR = 4096  # characters of a value without quotes: a number of more digits takes quadratic time
@@ -111,9 +112,10 @@ def compose(overrides: Sequence[str], base: Path | None = None, home: str = "", 
 
 
 def own_choices(folders: Iterable[Path | str]) -> list[str]:
-    """Return an override that adds the conf/ of a user's own in these folders to Hydra's search path, if there is any.
+    """Return an override that adds the user's conf/ folders, looked for in `folders`, to Hydra's search path.
 
-    Raises ConfigError for a choice with the name of one of flapp's own, which Hydra would take instead.
+    The list is empty if there are none. Raises ConfigError for a choice with the name of one of flapp's own, which
+    Hydra would take instead.
     """
     urls = []
     for conf in (Path(folder).absolute() / "conf" for folder in folders):

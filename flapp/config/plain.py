@@ -1,4 +1,4 @@
-"""Plain nested values become settings; what is wrong with one is one line that names it."""
+"""Turn plain nested values into settings. An error is one line that names the setting."""
 
 import difflib
 import json

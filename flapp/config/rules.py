@@ -49,9 +49,9 @@ def _run_faults(config: Config) -> Iterator[str]:
     if any(len(part.encode(errors="replace")) > NAME_BYTES for part in name.parts):
         yield f"run_name={run_name} has more than the {NAME_BYTES} bytes of a file name: give a shorter name"
     if config.resume_from is not None and not config.resume:
-        yield f"resume_from={config.resume_from} only works when a run is resumed: add resume=true"
+        yield f"resume_from={config.resume_from} has no effect without resume=true: add it"
     if config.resume_anyway and not config.resume:
-        yield "resume_anyway=true resumes a run although its source or data changed: add resume=true"
+        yield "resume_anyway=true has no effect without resume=true: add it"
 
 
 def _data_faults(config: Config) -> Iterator[str]:
@@ -61,7 +61,8 @@ def _data_faults(config: Config) -> Iterator[str]:
     if data.materialize is not None and not images:
         yield f"dataset.materialize={data.materialize} resizes images, dataset={data.name} has none: leave it out"
     if model.name not in ("linear", "custom") and not (images and data.classes):
-        yield f"model={model.name} classifies images, dataset={data.name} has none: set model=linear or model=custom"
+        found = f"needs images with classes, dataset={data.name} has no {'classes' if images else 'images'}"
+        yield f"model={model.name} {found}: set model=linear or model=custom"
     if model.image_size is not None and not images:
         yield f"model.image_size={model.image_size} resizes images, dataset={data.name} has none: set it to null"
     if model.name == "linear" and (model.channels is not None or model.dropout > 0):
@@ -79,7 +80,7 @@ def _data_faults(config: Config) -> Iterator[str]:
         choices = ", ".join(WRITER_PARTITIONS)
         yield f"partition={kind} cuts a shared artifact, shards are of whole writers: set it to one of {choices}"
     if shards.streaming and not shards.enabled:
-        yield "distributed_data.streaming=true streams shards: set distributed_data.enabled=true"
+        yield "distributed_data.streaming=true has no effect without distributed_data.enabled=true: add it"
     if shards.streaming and (data.augment or model.image_size is not None):
         fix = "set dataset.augment=false and model.image_size=null"
         yield f"distributed_data.streaming=true gives images as they are stored: {fix}"
@@ -92,13 +93,14 @@ def _code_faults(config: Config) -> Iterator[str]:
     """Yield faults of targets in the user's own code."""
     model = config.model
     if model.name == "custom" and model.target is None:
-        yield "model=custom is your own network: set model.target=module:function"
+        yield "model=custom needs your own network: set model.target=module:function"
     if model.name != "custom" and (model.target is not None or model.kwargs):
         yield f"model.target and model.kwargs are for model=custom, got model={model.name}: set model=custom"
     if model.name == "custom" and (model.channels is not None or model.dropout > 0):
         yield "model=custom takes its own arguments only: set model.kwargs, leave model.channels and model.dropout out"
     if config.evaluate.scores is not None and config.evaluate.metrics is None:
-        yield f"evaluate.scores={config.evaluate.scores} is computed from sums: set evaluate.metrics=module:function"
+        found = f"evaluate.scores={config.evaluate.scores} needs sums, and evaluate.metrics is not set"
+        yield f"{found}: set it to module:function"
     if config.train.momentum > 0 and ":" in config.train.optimizer:
         fix = "leave it out, or pass the momentum in your function"
         yield f"train.momentum={config.train.momentum} does not reach train.optimizer={config.train.optimizer}: {fix}"
@@ -145,8 +147,8 @@ def _lora_faults(config: Config) -> Iterator[str]:
     if name != "fedlora" and lora.enabled:
         yield f"lora=default trains adapters, strategy={name} sends whole models: set strategy=fedlora or lora=none"
     if (name == "fedlora") != (rule is not None):
-        found = f"strategy.aggregation={rule} does not go with strategy={name}"
-        yield f"{found}: it is a rule for adapters, which strategy=fedlora has"
+        found = f"strategy.aggregation={rule} is for adapters, strategy={name} has none: set strategy=fedlora"
+        yield found if rule else "strategy=fedlora needs a rule: set strategy.aggregation"
     if lora.enabled and not lora.targets:
         yield "lora.targets is empty: name the layers that get adapters, such as [qkv,proj]"
     if rule == "fedsa" and not config.checkpoint.enabled:

@@ -138,7 +138,8 @@ def write_artifact(
 
     images: the samples. uint8 (N, H, W, C), or (N, C, H, W) with layout="NCHW", are images. Others, of any shape
     (N, ...) and of DTYPES, are read as they are stored. labels: int64 (N,) below len(classes); without classes,
-    float32 or int64 (N, ...). source_sha256: of the source, by default of the arrays. Raises DataError for bad arrays.
+    float32 or int64 (N, ...). source_sha256: names the source: its SHA-256 (by default that of the arrays), or MADE_BY
+    and that of a function. Raises DataError for bad arrays.
     """
     check_arrays(str(folder), images.dtype, images.shape, labels, len(classes), layout)
     sha256 = source_sha256 or arrays_sha256(images, labels)
@@ -221,7 +222,7 @@ def open_artifact(folder: Path, verify: bool = False) -> Artifact:
     check_arrays(str(folder), images.dtype, images.shape, labels, len(meta["classes"]), layout)
     for name, array in (("images", images), ("labels", labels)):
         if verify and (bad := damaged_blocks(array, meta[name]["blocks"])):
-            why = f"block {bad[0]} has another SHA-256 than its meta.json says"
+            why = f"block {bad[0]} has a different SHA-256 from the one in meta.json"
             raise DataError(f"{folder / name}.npy was changed or damaged ({why}): delete {folder} and prepare it again")
     more = (meta.get("source_sha256", ""), layout, meta.get("normalization"), meta.get("preparation", ""))
     return Artifact(folder, images, labels, tuple(meta["classes"]), digest(meta), *more)
@@ -236,7 +237,8 @@ def open_verified(folder: Path) -> Artifact:
     if found not in _compared:
         with ExitStack() as stack:
             note = None
-            with suppress(OSError):  # without a note every process compares; without locks, several may
+            # If the note (NAME.verified.json) cannot be opened or locked, each process compares for itself.
+            with suppress(OSError):
                 note = stack.enter_context(locked(_note(folder)))
             if not _is_noted(folder, found):
                 artifact = open_artifact(folder, verify=True)
@@ -276,7 +278,8 @@ def check_arrays(
     if not shape or not labels.ndim or shape[0] != len(labels) or 0 in (*shape, *labels.shape):
         raise DataError(f"{where} needs samples [N, ...] and labels [N, ...], equally many and not empty, {found}")
     if classes and not (labels.min() >= 0 and labels.max() < classes):
-        raise DataError(f"{where} has labels from {labels.min()} to {labels.max()}, but {classes} classes")
+        found = f"{where} has labels from {labels.min()} to {labels.max()}, but {classes} classes"
+        raise DataError(f"{found}: number the labels from 0 to {classes - 1}")
 
 
 def check_samples(artifact: Artifact, shape: Sequence[int], classes: int, normalization: str) -> None:
@@ -307,7 +310,10 @@ def check_settings(
 
 
 def refuse_rows(artifact: Artifact, given: Mapping[str, Any]) -> None:
-    """Raise DataError for settings that need images where there are none; given: {fix: whether it is needed}."""
+    """Raise DataError for settings that need images where there are none.
+
+    given: for each fix, whether the setting that it turns off is set.
+    """
     if not artifact.has_images and (fixes := [fix for fix, is_given in given.items() if is_given]):
         raise DataError(
             f"{artifact.path} holds no images (uint8 with 4 axes) but {artifact.images.dtype} "
@@ -346,11 +352,13 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 def open_array(path: Path, facts: dict[str, Any]) -> np.ndarray:
     """Map a .npy file that must have the shape and dtype in `facts` and end where its array ends."""
-    with refusing(path, f"delete {path.parent} and prepare it again"):
+    again = f"delete {path.parent} and prepare it again"
+    with refusing(path, again):
         array = open_npy(path)
     found, expected = (list(array.shape), str(array.dtype)), (facts["shape"], facts["dtype"])
     if found != expected:
-        raise DataError(f"{path} holds {found[1]} {found[0]}, its meta.json says {expected[1]} {expected[0]}")
+        fault = f"{path} holds {found[1]} {found[0]}, its meta.json says {expected[1]} {expected[0]}"
+        raise DataError(f"{fault}: {again}")
     return array
 
 
@@ -361,7 +369,7 @@ def blocks_of(array: np.ndarray) -> list[np.ndarray]:
 
 
 def damaged_blocks(array: np.ndarray, hashes: Sequence[str], numbers: Sequence[int] | None = None) -> list[int]:
-    """Return the blocks, of `numbers` (None: all), that have another SHA-256 than in `hashes` or are missing."""
+    """Return the blocks, of `numbers` (None: all), whose SHA-256 is not that in `hashes`, or that are missing."""
     blocks = blocks_of(array)
     wanted = range(max(len(blocks), len(hashes))) if numbers is None else numbers
     return [n for n in wanted if n >= min(len(blocks), len(hashes)) or _sha256(blocks[n]) != hashes[n]]

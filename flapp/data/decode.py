@@ -31,7 +31,7 @@ MOST_PIXELS = 89_478_485  # of an image, before and after it is resized; PIL war
 LARGE_PIXELS = 1 << 24  # of images with more, only one is decoded at a time
 BLOCK_BYTES = 4 << 20  # of images, encoded and decoded together, in one job
 MOST_BLOCK = 256  # images that one job takes
-GREY = ("1", "L", "LA", "I", "F")  # modes of images without colours; so are those that begin with I;
+GREY = ("1", "L", "LA", "I", "F")  # grey modes; modes that begin with 'I;' are grey, too
 ORIENTATION = 0x0112  # the tag of EXIF
 _PIL_ERRORS = (  # what PIL raises for files that are damaged, hostile or no images
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError),
@@ -205,7 +205,7 @@ class _Found:
     all_grey: bool = True
 
     def add(self, split: RawSplit, row: int, pixels: np.ndarray) -> None:
-        """Take note of an image; raises DataError if it has another size than those before."""
+        """Take note of an image; raises DataError if it has a different size from those before."""
         height, width, channels = pixels.shape
         if not self.first:
             self.size, self.first = (height, width), split.names[row]

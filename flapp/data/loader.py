@@ -19,7 +19,8 @@ from flapp.data.images import augment, normalize, resize
 from flapp.data.offline import OfflineDataset, read_rows
 
 OUTPUTS = ("float32", "uint8")
-CACHED_VALUES = 3 * 224 * 224  # normalized at a time, and four times as many read and resized, to stay in the cache
+# Values normalized in one step; four times as many are read and resized in one step. Both fit into the cache.
+CACHED_VALUES = 3 * 224 * 224
 AUGMENT_SEED = 0x5EED  # makes the random numbers of the augmentation independent of those of the order
 
 Batch = tuple[Tensor, Tensor]
@@ -160,8 +161,9 @@ class ClientLoader:
             while ahead:
                 yield ahead.popleft().result()
         finally:
-            if not is_exiting():  # then the thread has ended
-                with suppress(RuntimeError):  # the thread, if it collects a dropped iterator, cannot wait for itself
+            if not is_exiting():  # at exit the thread has ended already, and nothing is left to do
+                # If the garbage collector closes the iterator in that thread, the thread cannot wait for itself.
+                with suppress(RuntimeError):
                     maker.shutdown(cancel_futures=True)
                     self._idle.append([scratch, *slots])
 

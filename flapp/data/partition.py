@@ -64,6 +64,10 @@ def make_partition(
     else:
         shares, best = _dirichlet_shares(clients, counts, alpha, min_size, rng)
     if best < min_size:
+        if kind == "pathological":
+            found = f"gives the smallest client {best} training sample{'s' * (best != 1)}"
+            fix = "lower partition.min_size or clients, or change partition.classes_per_client"
+            raise DataError(f"partition={kind} {found}, partition.min_size={min_size} are needed: {fix}")
         raise DataError(
             f"partition={kind} (alpha={alpha}) gave the smallest of {clients} clients at best {best} of "
             f"{len(train_labels)} training samples in {MAX_DRAWS} draws, partition.min_size={min_size}: "

@@ -77,8 +77,8 @@ def is_own(name: str) -> bool:
 def ensure_artifacts(data: Path, name: str, make: Make | None = None, source: str = "") -> Path:
     """Return `data/name`, preparing it first if it is missing; one process prepares, others wait.
 
-    make: returns what to write, as the functions in EMBEDDED do, which it replaces. It is called only if the dataset is
-    missing, and nothing is written unless all of it is sound. Raises DataError when it is not, and when the dataset is
+    make: a function like those in EMBEDDED, used in place of them. It is called only if the dataset is missing, and
+    nothing is written unless all that it returns is sound. Raises DataError when it is not, and when the dataset is
     missing and nothing can make it. source: names what makes it; a dataset that was made by something else is refused.
     """
     folder = data / name
@@ -297,7 +297,7 @@ class _Unpickler(pickle.Unpickler):
 
     def __init__(self, content: bytes) -> None:
         super().__init__(io.BytesIO(content), encoding="bytes")
-        self.left = len(content)  # how many more bytes may be made of text: the file holds each once
+        self.left = len(content)  # bytes that may still be made from text: in all no more than the file has
         self.allowed: dict[str, Any] = {
             "_codecs.encode": self._encode,
             "numpy.core.multiarray._reconstruct": lambda *_: _Array(),

@@ -137,7 +137,7 @@ class Layout:
         return matrix_shape(self.tensors[f"{layer}.weight"], self.modules[layer] == "Conv1D")
 
     def with_lora(self, targets: Sequence[str], rank: int, alpha: float) -> "Layout":
-        """Return the layout with adapters: they, head and buffers are trained. Raises ValueError as matching."""
+        """Return the layout with adapters: they, head and buffers are trained. Raises ValueError as `matching` does."""
         names = set(self.matching(targets, rank))
         adapters = {**self.adapters, **dict.fromkeys(names, (rank, alpha))}
         tensors: dict[str, Shape] = {}

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from flapp.model.files import mismatch, shapes_of
+from flapp.model.files import shapes_of
 from flapp.model.layout import ADAPTED, Layout, Variant
 from flapp.model.lora_layers import LoRALayer, adapter_class, is_linear
 
@@ -19,7 +19,7 @@ def head_of(model: nn.Module) -> str | None:
 def head_tensors(model: nn.Module) -> tuple[str, ...]:
     """Return the keys of the head's parameters, which are trained in full.
 
-    There are none if the head has an adapter, and if it shares a parameter with another layer, such as an embedding.
+    There are none if the head has an adapter, or if it shares a parameter with another layer, such as an embedding.
     """
     name = head_of(model)
     head = None if name is None else model.get_submodule(name)
@@ -37,7 +37,8 @@ def add_lora(
     """Put a fresh adapter on every layer that `targets` name, in place, and return the layers' dotted names.
 
     Layout.matching says what a target is. A is drawn from torch's global generator, in the order of the model's layers.
-    Raises ValueError as Layout.matching, and for rank, alpha or dropout out of range; then the model stays as it is.
+    Raises ValueError as Layout.matching does, and for rank, alpha or dropout out of range; the model then stays as it
+    is.
     """
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         found = f"lora.rank={rank}, lora.alpha={alpha:g}, lora.dropout={dropout:g}"
@@ -93,7 +94,7 @@ def layout_of(model: nn.Module) -> Layout:
 
 
 def _unfit_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Return, by name, what each layer is that looks as if it can take an adapter, but cannot."""
+    """Return the layers that look as if they can take an adapter but cannot, each with the reason."""
     keys, unfit = _keys_of_parameters(model), {}
     for name, module in modules.items():
         kind = type(module).__name__
@@ -167,13 +168,6 @@ def truncate_state(state: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
         elif key.endswith(".lora_B"):
             cut[key] = tensor[:, :rank].contiguous()
     return cut
-
-
-def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load the tensors of a lora_state_dict; raises ValueError unless names and shapes are the model's own."""
-    if fault := mismatch(shapes_of(lora_state_dict(model)), shapes_of(state)):
-        raise ValueError(f"these are not the adapters of this model ({fault})")
-    model.load_state_dict(state, strict=False)
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ An adapted layer keeps the names of the layer that it replaces, and adds two mat
     nn.Conv2d              (out, channels, height, width)  all but out     B A in the weight's shape
     transformers' Conv1D   (in, out)                       in              B A transposed
 
-A and B have at least float32, also where the weight is float16 or bfloat16.
+A and B have at least float32, even where the weight is float16 or bfloat16.
 """
 
 import math

@@ -53,7 +53,7 @@ IN_MEMORY = {  # transformers 5 -> what it writes
 OUR_BLOCK = re.compile(r"encoder\.layers\.encoder_layer_(\d+)\.(.+)")
 TIMMS_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 TRANSFORMERS_BLOCK = re.compile(r"vit\.(?:encoder\.layer|layers)\.(\d+)\.(.+)")
-TELLING = {  # what tells a library's ViT: of each tuple, at least one name is there
+TELLING = {  # how to recognise a library's ViT: it has at least one name of each tuple
     FLAPP: (("class_token",), ("conv_proj.weight",), (f"{LAYER}0.{QKV}.weight",)),
     TORCHVISION: (("class_token",), ("conv_proj.weight",), (f"{LAYER}0.self_attention.in_proj_weight",)),
     TIMM: (("patch_embed.proj.weight",), ("blocks.0.attn.qkv.weight",), ("blocks.0.norm1.weight",)),
@@ -77,9 +77,10 @@ def library_of(names: Container[str]) -> str | None:
 
 
 def from_any(state: Mapping[str, T]) -> tuple[str | None, dict[str, T]]:
-    """Return the library in whose names a ViT's state is, and the state under our names; others' names stay.
+    """Return the library in whose names a ViT's state is, and the state under our names.
 
-    The library is None, and the state is unchanged, if it is not one of a ViT.
+    Names that we do not know stay as they are. The library is None, and the state is unchanged, if it is not one of a
+    ViT.
     """
     library = library_of(state)
     if library in (FLAPP, TORCHVISION):

@@ -80,9 +80,9 @@ def check_pretrained(layout: Layout, path: Path) -> ViTWeights | None:
 
 
 def _fit(layout: Layout, found: Mapping[str, Shape], file: Path) -> tuple[bool, bool, ViTWeights | None]:
-    """Say what a model takes from a file: whether the head, and whether positions to be resized.
+    """Return whether the head is taken from the file, whether positions must be resized, and what a ViT's weights say.
 
-    The third is what the weights of a ViT say. Raises ValueError when they do not fit.
+    Raises ValueError when they do not fit.
     """
     own, weights = layout.tensors, describe_shapes(file, found) if is_vit(layout.tensors) else None
     state = from_torchvision(found, own) if weights is None else from_any(found)[1]
@@ -101,8 +101,9 @@ def _fit(layout: Layout, found: Mapping[str, Shape], file: Path) -> tuple[bool, 
             has = name or in_words(size)
             raise ValueError(f"{file} has the weights of {weights.size}, the model is {has}: set model={weights.size}")
     if fault := mismatch(own, state):
-        grey = "first conv_proj.weight (" in fault
-        hint = "build it with channels=3 to show it grey images" if grey else "give weights of this very model"
+        hint = "give weights of this very model"
+        if "first conv_proj.weight (" in fault:
+            hint = "set model.channels=3, so that the ViT takes grey images as RGB"
         raise ValueError(f"{file} does not fit this {layout.kind}: {fault}; {hint}")
     if weights is not None:
         check_variant_of(layout, weights, head_loaded)

@@ -180,7 +180,7 @@ def check_variant_of(layout: Layout, weights: ViTWeights, head_loaded: bool) -> 
 
 
 def check_normalization_of(weights: ViTWeights, given: str, channels: int) -> None:
-    """Raise ValueError for images scaled in another way than those that the weights were made with.
+    """Raise ValueError for images scaled in a different way from those that the weights were made with.
 
     channels: those of the images. Grey images cannot be scaled by ImageNet's three means, so any value passes for them.
     """
@@ -337,7 +337,7 @@ def _check_heads(path: Path, found: Any, heads: int) -> None:
 
 
 def _normalization(path: Path, mean: Any, std: Any) -> str:
-    """Return the value of dataset.normalization that a mean and a deviation are."""
+    """Return the dataset.normalization that has this mean and deviation."""
     try:
         found = tuple(tuple(round(float(x), 6) for x in values) for values in (mean, std))
     except (TypeError, ValueError, OverflowError) as error:

@@ -93,8 +93,8 @@ def read_state(path: Path, is_checked: bool = True) -> dict[str, "Tensor"]:
     if odd := [name for name in found if not isinstance(name, str)]:
         raise ValueError(f"{path} has {printable(repr(odd[0]), 80)} as the name of a tensor: save it with texts")
     if odd := [name for name, tensor in found.items() if _repeats_memory(tensor)]:
-        said = printable(odd[0], 80)
-        raise ValueError(f"{path}: tensor {said} is not dense: it claims more bytes than the file holds")
+        fault = f"{path}: tensor {printable(odd[0], 80)} is not a dense tensor with bytes of its own"
+        raise ValueError(f"{fault}: save it with .contiguous()")
     return dict(found)
 
 

@@ -7,7 +7,6 @@ docs/formats.md describes the files.
 
 import hashlib
 import json
-import logging
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from flapp.config.schema import Config, ConfigError
 from flapp.custom import read_code, read_source, versions, whole_digest
 from flapp.files import replacing, sync
-from flapp.listing import list_names
+from flapp.listing import by_number, list_names
+from flapp.server import LOGGER
 from flapp.server.publish import is_whole
 from flapp.untrusted import parse_json
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from flapp.messages import Claim
     from flapp.server.run_dir import RunDirectory
 
-LOGGER = logging.getLogger("flwr")  # importing Flower for its `log` takes 0.3 s, also in commands
 FIX = "bring its data back, or use the other data with resume=true resume_anyway=true"
 Line = dict[str, Any]
 
@@ -94,7 +93,7 @@ class Origin:
         """Return why the final model may still differ: other versions, or no recorded environment."""
         lines = self.environment.read(before)
         if not lines:
-            return f"there is no {self.environment.path}, so whether the source is the same cannot be compared"
+            return f"there is no {self.environment.path}, so it cannot be checked whether the source is the same"
         if (old := lines[-1]["versions"]) != versions():
             return f"the versions were {old}, are {versions()}, so the final bytes may differ"
         return None
@@ -118,7 +117,7 @@ class ClientLedger:
         self.digests: dict[str, str] = {line["client"]: line["shard_digest"] for line in self.journal.read()}
         self.changed: dict[str, str] = {}
         if not self.digests and run.last_round():
-            text = "there is no %s, so whether the clients' data is the same cannot be compared"
+            text = "there is no %s, so it cannot be checked whether the clients' data is the same"
             LOGGER.warning(text, self.journal.path)
 
     def find_fault(self, client_id: str, shard_digest: str) -> str | None:
@@ -137,7 +136,7 @@ class ClientLedger:
         if not new:
             return
         done = self.run.last_round()
-        new.sort(key=_by_number)
+        new.sort(key=by_number)
         change = "client {}: shard digest was {:.12}, is {:.12}".format
         held, is_short = self.digests, not is_whole(self.run.config.privacy)
         if changed := [change(name, held[name], claims[name].shard_digest) for name in new if name in held]:
@@ -148,7 +147,7 @@ class ClientLedger:
 
     def refuse_changes(self, members: Collection[str]) -> None:
         """Raise ConfigError when clients that are not members have other data than they had before."""
-        if names := sorted(self.changed.keys() - set(members), key=_by_number):
+        if names := sorted(self.changed.keys() - set(members), key=by_number):
             found = "; ".join(f"client {name}: {self.changed[name]}" for name in names[:3])
             more = f"; and {len(names) - 3} more clients" if len(names) > 3 else ""
             raise ConfigError(f"the run cannot continue: {found}{more}; {FIX}")
@@ -161,8 +160,23 @@ def _line_of(claim: "Claim", done: int, is_short: bool) -> Line:
     return compared if is_short else compared | held
 
 
-def _by_number(client_id: str) -> tuple[int, str]:
-    return len(client_id), client_id
+def open_releases(run: "RunDirectory") -> tuple[Journal, list[Line]]:
+    """Return the journal of a run's releases, cut to its complete lines, and these lines.
+
+    Raises ConfigError if a round is missing.
+    """
+    journal = releases_of(run.path)
+    lines = journal.read()
+    if missing := set(range(1, run.last_round() + 1)) - {line["round"] for line in lines}:
+        found = f"{journal.path} lacks round {min(missing)}, so what was released cannot be counted"
+        raise ConfigError(f"{found}: bring it back from a copy, or start a new run")
+    journal.cut(None)
+    return journal, lines
+
+
+def releases_of(path: Path) -> Journal:
+    """Return the journal of the releases of the run at `path`."""
+    return Journal(path / "releases.jsonl", otherwise="start a new run")
 
 
 class ReleaseLedger:
@@ -177,16 +191,10 @@ class ReleaseLedger:
     def __init__(self, run: "RunDirectory") -> None:
         self.settings = run.config.privacy
         self.totals = run.observer.summary.totals
-        self.journal = Journal(run.path / "releases.jsonl", otherwise="start a new run")
+        self.journal, lines = open_releases(run)
         self.asked: Counter[tuple[str, int]] = Counter()
         self.replayed: Counter[tuple[str, int]] = Counter()
-        lines = self.journal.read()
         self._count(lines)
-        known = {server_round for _, server_round in self.asked}
-        if missing := set(range(1, run.last_round() + 1)) - known:
-            found = f"{self.journal.path} lacks round {min(missing)}, so what clients have released cannot be counted"
-            raise ConfigError(f"{found}: bring it back from a copy, or start a new run")
-        self.journal.cut(None)
         if lines:
             text = "so far no client has released more than %d updates, epsilon %.4g"
             LOGGER.info(text, self.most(), self.spent()["epsilon"])

@@ -5,7 +5,6 @@ The run and the strategy report events to the observer; it never makes decisions
 
 import importlib.util
 import json
-import logging
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,11 +14,11 @@ from typing import Any, TextIO
 from flapp.config.schema import Config, ConfigError
 from flapp.files import finite
 from flapp.listing import by_kind, by_reason
+from flapp.server import LOGGER
 from flapp.server.publish import count_kinds, is_whole, published
 from flapp.server.summary import Summary
 
 PHASES = ("configure", "send", "train", "aggregate", "evaluate", "central", "save")
-LOGGER = logging.getLogger("flwr")  # importing Flower for its `log` takes 0.3 s, also in commands
 SHOWN_SECONDS = 0.2  # between two updates of progress.json
 
 

@@ -44,7 +44,10 @@ def is_whole(privacy: PrivacyConfig) -> bool:
 
 
 def published(privacy: PrivacyConfig, line: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a line of metrics.jsonl that are written. A line that was returned before stays the same."""
+    """Return the fields of a line of metrics.jsonl that are written.
+
+    A line that has been through this function comes back unchanged.
+    """
     if is_whole(privacy):
         return dict(line)
     counts: dict[str, Any] = {count: len(line[key]) for key, count in COUNTS.items() if key in line}

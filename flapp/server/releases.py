@@ -15,7 +15,6 @@ the noise multiplier from the first line, even if another version of dp-accounti
 """
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +22,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flapp.base import digest_of
 from flapp.central import Plan, affordable, plan_of, spent
 from flapp.config.schema import Config, ConfigError
 from flapp.model.files import load_tensors, save_tensors, to_numpy
-from flapp.server.journals import Journal
+from flapp.server import LOGGER
+from flapp.server.journals import open_releases, releases_of
 from flapp.server.publish import published
 
 if TYPE_CHECKING:
     from flapp.server.run_dir import RunDirectory
 
-LOGGER = logging.getLogger("flwr")
 RELEASE = "release.safetensors"
 
 
@@ -55,16 +55,9 @@ class CentralLedger:
         self.settings = run.config.privacy
         self.totals = run.observer.summary.totals
         self.path = run.path / RELEASE
-        self.journal = Journal(run.path / "releases.jsonl", otherwise="start a new run")
-        lines = self.journal.read()
+        self.journal, lines = open_releases(run)
         self.known = {(line["round"], line["released"]) for line in lines}
         self.plan = _plan_of(run.config, lines)
-        if missing := set(range(1, run.last_round() + 1)) - {server_round for server_round, _ in self.known}:
-            raise ConfigError(
-                f"{self.journal.path} lacks round {min(missing)}, so what the run has released cannot be counted: "
-                "bring it back from a copy, or start a new run"
-            )
-        self.journal.cut(None)
         for left in self.path.parent.glob(f".{RELEASE}*"):  # of a start that was killed while it wrote
             left.unlink()
         self.totals |= self.spent()
@@ -82,7 +75,7 @@ class CentralLedger:
             tensors, facts = load_tensors(self.path)
             average = {key: to_numpy(tensor.clone()) for key, tensor in tensors.items()}
             release = Release(average, json.loads(facts["line"]), float(facts["next_clip"]))
-            is_meant = facts["round"] == server_round and facts["sent"] == _digest(sent)
+            is_meant = facts["round"] == server_round and facts["sent"] == digest_of(sent)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{self.path} is damaged ({error}): bring it back from a copy, or remove it (the round may then "
@@ -102,7 +95,7 @@ class CentralLedger:
             return
         line = published(self.settings, {"kind": "train", **release.line})
         del line["kind"]
-        facts = {"line": json.dumps(line), "next_clip": release.next_clip, "sent": _digest(sent)}
+        facts = {"line": json.dumps(line), "next_clip": release.next_clip, "sent": digest_of(sent)}
         tensors = {key: from_numpy(np.ascontiguousarray(values)) for key, values in release.average.items()}
         save_tensors(tensors, self.path, round=server_round, **facts)
         self._count(server_round, release.average)
@@ -127,7 +120,7 @@ class CentralLedger:
         return max(0, affordable(self.settings, self.plan, done + most) - done)
 
     def _count(self, server_round: int, average: Mapping[str, np.ndarray]) -> None:
-        entry = server_round, _digest(average)
+        entry = server_round, digest_of(average)
         if entry not in self.known:
             noise = {"noise_multiplier": self.plan.multiplier, "noise": self.settings.noise}
             self.journal.append([{"round": server_round, "released": entry[1], **noise}])
@@ -139,7 +132,7 @@ def check_budget(config: Config, path: Path) -> None:
     """Raise ConfigError when a run would go back to round resume_from, but has no budget to train a round again."""
     if config.privacy.kind != "central":
         return
-    lines = Journal(path / "releases.jsonl", otherwise="start a new run").read()
+    lines = releases_of(path).read()
     plan = _plan_of(config, lines)
     if affordable(config.privacy, plan, len(lines) + 1) > len(lines):
         return
@@ -152,9 +145,3 @@ def check_budget(config: Config, path: Path) -> None:
 def _plan_of(config: Config, lines: Sequence[Mapping[str, Any]]) -> Plan:
     """Return the noise of a run whose releases.jsonl has these lines."""
     return plan_of(config, lines[0]["noise_multiplier"] if lines else None)
-
-
-def _digest(tensors: Mapping[str, np.ndarray]) -> str:
-    from flapp.checkpoint.tensors import digest_of  # imports PyTorch, which commands do without
-
-    return digest_of(tensors)

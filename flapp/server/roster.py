@@ -18,7 +18,7 @@ from flwr.common import log
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
-from flapp.base import Base, cut_base
+from flapp.base import DAMAGED, Base, cut_base
 from flapp.config.load import derive_seed
 from flapp.config.rules import sample_size
 from flapp.custom import source_digest
@@ -70,7 +70,6 @@ class Roster:
 
     grid: Grid
     expected: Sequence[str]
-    run_name: str
     classes: int
     check_claim: Callable[[Claim], str | None] = lambda claim: None
     strict: bool = True
@@ -173,8 +172,7 @@ class Roster:
 
     def order(self, server_round: int, **rest: Any) -> Instructions:
         """Return the instructions of a round, without the fields of a single client; rest: as in Instructions."""
-        source = source_digest()
-        return Instructions("", server_round, self.run_name, source, base=self.base_digest, code=self.code, **rest)
+        return Instructions("", server_round, source_digest(), base=self.base_digest, code=self.code, **rest)
 
     def node_of(self, client_id: str, index: int) -> int:
         """Return the node that serves a member; in a simulation they take turns by the index of the message."""
@@ -263,7 +261,8 @@ class Roster:
             return True
         name = node.name.removeprefix("client_")
         if node.name.startswith("client_") and name in self.keys:
-            reason = f"is registered as client {name} with another key than the one pinned in {self.keys.path(name)}"
+            pinned = self.keys.path(name)
+            reason = f"is registered as client {name} with a different key from the one pinned in {pinned}"
         else:
             reason = f"has a key that is pinned for no client in {self.keys.folder}"
         self.refused[f"node {node_id}"] = reason
@@ -278,7 +277,9 @@ class Roster:
             own, found = self.base_digest, claim.base_digest[:12]
             if not found:
                 return f"did not receive base {own[:12]}: see its own log; it is sent again in the next round"
-            fix = f"remove models/{own} from its home, and it is sent again"
+            fix = f"remove models/{own} from its home and restart the client, which then receives it again"
+            if claim.base_digest == DAMAGED:
+                return f"holds base {own[:12]} in a damaged file: {fix}"
             return f"holds base {found} of the model, the server's is {own[:12]}: {fix}"
         if claim.train < 1 or claim.val < 0 or claim.test < 0:
             return f"has {claim.train} training, {claim.val} validation and {claim.test} test samples"

@@ -101,7 +101,8 @@ class Run:
         if done:
             saved, facts = self.directory.load_round(done)
             found = {key: saved.pop(key) for key in self.sent}
-            self.load_global(found)  # raises if they do not fit; the saved tensors are sent, which the model may round
+            # This raises if they do not fit. Clients are sent the saved tensors, not the model's, which may be rounded.
+            self.load_global(found)
             self.restored = as_record({key: pack(to_numpy(tensor)) for key, tensor in found.items()})
             self.strategy.restore(done, facts, {key: to_numpy(tensor) for key, tensor in saved.items()})
             log(INFO, "%s continues after round %d of %d", self.config.run_name, done, self.config.num_rounds)
@@ -242,7 +243,10 @@ def initial_model(config: Config) -> nn.Module:
         model = build(config.model, config.dataset)
         if config.model.pretrained is not None:
             found = load_pretrained(model, Path(config.model.pretrained))
-            log(INFO, "starting from %s", found)
+            head = "head loaded" if found.head_loaded else "new head"
+            positions = "positions resized" if found.interpolated else "positions as stored"
+            text = "starting from %s (SHA-256 %s): %s, %s"
+            log(INFO, text, config.model.pretrained, found.sha256[:12], head, positions)
             if found.assumed:
                 log(INFO, "a file alone does not say heads, activation and pooling: assumed %s", found.assumed)
         if config.lora.enabled:
@@ -326,7 +330,7 @@ def build_roster(config: Config, grid: PolledGrid, base: Base | None, ledger: Cl
         options["keys"] = ClientKeys(Path(config.deployment.client_keys))
     options |= {"base": base, "ledger": ledger, "any_node": grid.any_node, "code": enable(config)}
     options["tell"] = partial(tell_reason, config.privacy)
-    return Roster(cast(Grid, grid), expected, config.run_name, config.dataset.classes, **options)
+    return Roster(cast(Grid, grid), expected, config.dataset.classes, **options)
 
 
 def check_against_manifest(manifest: Manifest, claim: Claim) -> str | None:

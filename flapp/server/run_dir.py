@@ -73,7 +73,8 @@ class RunDirectory:
             made.chmod(0o755)
             put_in_place(made, path, config)  # so that a run's folder always has its config and origin
         except OSError as error:
-            raise ConfigError(f"the run directory {path} cannot be made ({error.strerror}): set home") from error
+            found = f"the run directory {path} cannot be made ({error.strerror})"
+            raise ConfigError(f"{found}: set home to a folder that you may write") from error
         finally:
             if made:
                 shutil.rmtree(made, ignore_errors=True)

@@ -69,7 +69,10 @@ def share(records: Sequence[ArrayRecord]) -> Block:
 
 
 def open_records(fd: int, size: int, places: list[list[Place]]) -> list[ArrayRecord]:
-    """Map a block's memory, close its descriptor, and return its records; the memory stays mapped as long as they."""
+    """Map a block's memory, close its descriptor, and return its records.
+
+    The memory stays mapped as long as the records exist.
+    """
     memory = memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ))
     os.close(fd)
     return [_record_over(memory, listed) for listed in places]

@@ -318,17 +318,24 @@ class FedAvg(FlowerFedAvg):
                 self.releases.replay(phase.server_round, [n for n, m in phase.metrics.items() if m.get(REPLAYED)])
         phase.end()
         told = self.observer.warn_of_failures(phase.server_round, phase.failures)
-        least, needed = self.settings.min_replies, self.replies_needed(phase)
+        needed = self.replies_needed(phase)
         if len(phase.metrics) < needed:
-            wanted = f"strategy.min_replies={least}"
-            if needed > least:
-                wanted = f"strategy.robust={self.settings.robust} needs {needed}"
             self.observer.append(phase.kind, phase.server_round, **self._log_line())
-            raise FederationError(
-                f"round {phase.server_round}: {told or 'no client is present'} "
-                f"({len(phase.metrics)} of {len(phase.names)} clients gave a valid {phase.kind} reply, {wanted})"
-            )
+            raise FederationError(f"round {phase.server_round}: {self._lack(phase, needed, told)}")
         return phase
+
+    def _lack(self, phase: Phase, needed: int, told: str) -> str:
+        """Return why a phase has fewer replies than needed; told: who failed and why, empty if nobody did."""
+        asked, least, robust = len(phase.names), self.settings.min_replies, self.settings.robust
+        if told:
+            wanted = f"strategy.robust={robust} needs {needed}" if needed > least else f"strategy.min_replies={least}"
+            return f"{told} ({len(phase.metrics)} of {asked} clients gave a valid {phase.kind} reply, {wanted})"
+        if not asked:
+            return "no client is present: start clients"
+        found = f"only {asked} client{'s are' if asked > 1 else ' is'} present"
+        if needed > least:
+            return f"{found}, and strategy.robust={robust} needs {needed}: set it to none, or start more clients"
+        return f"{found}, and strategy.min_replies={least} are needed: lower it, or start more clients"
 
     def _bound_updates(self) -> None:
         """Leave out updates beyond the limit of a run's first round, and set the length to which norm_bound clips.

@@ -15,7 +15,7 @@ server_momentum, b2 = 0.99, tau = 0.001 and m = v = 0 before round 1:
 This differs from algorithm 2 of Reddi et al. in two ways. There v begins at tau^2 or more, here at 0. There fedadam
 has no bias correction: eta_t is eta. Flower's is Adam's (Kingma & Ba 2015, arXiv:1412.6980), with the exponent t + 1 in
 place of t. FedAvgM is that of Hsu et al., without a factor 1 - b1: with b1 = 0.9 a steady update moves the model ten
-times as far as with b1 = 0. Rounds are counted from the beginning of the run, also after a resume.
+times as far as with b1 = 0. Rounds are counted from the beginning of the run, even after a resume.
 """
 
 from collections.abc import Mapping

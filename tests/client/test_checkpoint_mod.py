@@ -46,7 +46,7 @@ class Client:
     def ask(self, server_round: int, value: float, accepted: int = 0, kind: str = TRAIN, fail: bool = False) -> Message:
         """Send one message as a process of its own would get it: with an empty context."""
         private = ("own",) if self.private else ()
-        asked = Instructions("0", server_round, "mod", source_digest(), accepted, self.base, private=private)
+        asked = Instructions("0", server_round, source_digest(), accepted, self.base, private=private)
         message = pack_instructions(1, kind, asked, model(value))
         message.metadata.__dict__["_message_id"] = "1"
         run_config = {"config-json": to_json(self.settings)}

@@ -23,9 +23,9 @@ from flapp.messages import (
 from tests.support.claims import set_claim
 
 THREE = [
-    Claim("0", 5, 1, 2, (2, 0, 3), "a" * 64, 1.5, "b" * 64, "c" * 64, "Python 3"),
+    Claim("0", 5, 1, 2, (2, 0, 3), "a" * 64, "b" * 64, "c" * 64, "Python 3"),
     Claim("1", fault="its data is missing"),
-    Claim("2", 4, 0, 1, (4, 0, 0), "d" * 64, 2.5, "b" * 64, "c" * 64, "Python 3"),
+    Claim("2", 4, 0, 1, (4, 0, 0), "d" * 64, "b" * 64, "c" * 64, "Python 3"),
 ]
 Change = Callable[[RecordDict], object]
 
@@ -68,7 +68,6 @@ LONG = "x" * (LONGEST_TEXT + 1)
         ),
         (column("val", ["1", "0", "0"]), "mistyped entry: val"),
         (column("shard-digest", [1, 2, 3]), "mistyped entry: shard_digest"),
-        (column("last-modified", [1, 2, 3]), "mistyped entry: last_modified"),
         (column("fault", ["", ""]), "mistyped entry: fault"),
         (column("client-id", ["0", "1", "2", "3"]), HISTOGRAM),
         *(
@@ -119,7 +118,7 @@ def test_faults_are_cut_to_one_printable_line() -> None:
 
 def test_the_time_to_read_claims_grows_with_their_number_and_not_with_its_square() -> None:
     def seconds(count: int) -> float:
-        claims = [Claim(str(i), 10, 0, 2, (1,) * 10, "a" * 64, 1.0, "", "c" * 64, "Python 3") for i in range(count)]
+        claims = [Claim(str(i), 10, 0, 2, (1,) * 10, "a" * 64, "", "c" * 64, "Python 3") for i in range(count)]
         content = answer(claims)
         started = time.process_time()
         assert unpack_claims(content, count) == claims

@@ -98,7 +98,7 @@ def test_an_update_that_cannot_be_protected_is_not_released(start: Tensors, trai
 def release(train: Callable[[Tensors], Tensors], settings: Config, size: int = 2) -> Tensors:
     """Send privacy_mod two tensors of a size, train as told, and return by how much what leaves differs from them."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
-    order = messages.Instructions("0", 1, "mod", messages.source_digest())
+    order = messages.Instructions("0", 1, messages.source_digest())
     start = {"a": np.full(size, 3.0, np.float32), "b": np.zeros(size, np.float32)}
     message = messages.pack_instructions(1, messages.TRAIN, order, ArrayRecord({k: Array(v) for k, v in start.items()}))
     message.metadata.__dict__["_message_id"] = "1"

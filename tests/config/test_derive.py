@@ -74,7 +74,7 @@ def test_what_is_about_to_be_prepared_is_left_open(home: Path) -> None:
     assert (found.shape, found.classes, found.normalization) == ((), 0, "half")
     found = compose([f"home={home}", *WORDS, "dataset.shape=[9,9,3]"], preparing=True).dataset
     assert (found.shape, found.classes) == ((9, 9, 3), 0)
-    with pytest.raises(ConfigError, match="model=vit_tiny classifies images"):  # other datasets are checked as always
+    with pytest.raises(ConfigError, match="model=vit_tiny needs images"):  # other datasets are checked as always
         compose(["dataset=regression"], preparing=True)
 
 

@@ -150,7 +150,7 @@ def flip(content: bytes) -> bytes:
     [
         ("images.npy", lambda content: content[:-100], r"images\.npy is damaged .*100 bytes too few"),
         ("images.npy", lambda content: content + bytes(4416), "4,416 bytes behind its array"),
-        ("images.npy", flip, "block 4 has another SHA-256"),
+        ("images.npy", flip, "block 4 has a different SHA-256"),
         ("labels.npy", lambda c: c[:128] + c[136:] + c[128:136], r"labels\.npy was changed or damaged .*block 0"),
         ("meta.json", lambda content: content.replace(b"true", b"false"), "is not a complete artifact"),
         ("meta.json", lambda content: b"[1", r"meta\.json is damaged"),

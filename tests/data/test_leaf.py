@@ -76,7 +76,7 @@ def rename(name: str) -> Callable[[dict[str, Any]], object]:
         *((set_pixel(n), r"damaged .after user f0000_00: .*invalid char.*copy") for n in (float("nan"), float("inf"))),
         *((set_pixel(n), r"damaged .after user f0000_00: .*overflow.*copy it again") for n in (10**400, 2**64)),
         (rename("a\x1b[2J"), r"control characters in the name 'a\\x1b\[2J': rename it"),
-        (lambda content: content["user_data"].pop("f0001_01"), "different writers: f0001_01"),
+        (lambda content: content["user_data"].pop("f0001_01"), "different writers \(f0001_01\)"),
         (lambda content: content.update(users=content["users"] * 2), "4 users, 2 num_samples and 2 writers"),
         (first(lambda user: user["x"].pop()), "3 images in x and 4 labels"),
         (first(lambda user: user["x"].append(user["x"][0])), "5 images in x and 4 labels"),

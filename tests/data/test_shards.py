@@ -69,7 +69,7 @@ def test_who_gets_which_writer_follows_from_strategy_seed_and_file(
     assert writers_of(named) == mapping
     assert list(named) == ["9", "10", "hospital-a"]
     assert named["hospital-a"].writers == 4
-    with pytest.raises(DataError, match="a partition counts them 0 to 2"):
+    with pytest.raises(DataError, match="with the ids 0 to 2 in partition.mapping"):
         export_artifacts(named.path, tmp_path / "femnist")
 
 
@@ -268,7 +268,7 @@ def test_shards_from_elsewhere_are_kept_unless_overwrite_is_set(
 
 def test_a_folder_with_other_files_is_not_replaced(source: Path, shards: Manifest) -> None:
     (shards.folder / "thesis.tex").touch()
-    with pytest.raises(DataError, match=r"thesis\.tex is not a shard's: move it away"):
+    with pytest.raises(DataError, match=r"thesis\.tex is not part of the shards: move it away"):
         write_shards(source, shards.folder, "natural", overwrite=True)
     assert (shards.folder / "thesis.tex").exists()
 

@@ -125,7 +125,7 @@ def digest_of(summary: str) -> str:
 
 def other_key(folder: Path) -> str:
     """Return the reason for which who is registered as client 0 is refused."""
-    return f"is registered as client 0 with another key than the one pinned in {folder}/keys/client_0.pub"
+    return f"is registered as client 0 with a different key from the one pinned in {folder}/keys/client_0.pub"
 
 
 def register_as_client_0(folder: Path, federation: Federation, keys: Path) -> str:

@@ -70,7 +70,7 @@ def nodes_of(path: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("named", "is registered as client 0 with another key than the one pinned in {pins}/client_0.pub"),
+        ("named", "is registered as client 0 with a different key from the one pinned in {pins}/client_0.pub"),
         ("unnamed", "has a key that is pinned for no client in {pins}"),
         ("another client", "claims client 0 with the key pinned for client 3"),
     ],
@@ -140,7 +140,7 @@ def test_an_intruder_that_comes_during_the_run_is_reported_and_the_client_return
     assert line["round"] == 2
     assert line["refused"] == nodes_of(path)
     assert list(line["refused"].values()) == [
-        f"is registered as client 0 with another key than the one pinned in {pins}/client_0.pub"
+        f"is registered as client 0 with a different key from the one pinned in {pins}/client_0.pub"
     ]
 
 

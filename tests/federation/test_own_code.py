@@ -48,7 +48,7 @@ MISTAKES = [
     ("train.optimizer", "def f(parameters, lr):\n    pass", "task.py, line 1", "Optimizer"),
     ("train.mods", "f = [1]", "train.mods=task:f", "cannot be called"),
     ("dataset.name=made dataset.target", "def f():\n    return [1]", "made", "return ({"),
-    ("dataset.name=digits dataset.target", "def f():\n    pass", "dataset.name=digits", "choose a name"),
+    ("dataset.name=digits dataset.target", "def f():\n    pass", "dataset.name=digits", "choose another dataset.name"),
     ("dataset.name=made dataset.target", "def f():\n    return open('/no')", "task.py, line 2", "No such file"),
 ]
 

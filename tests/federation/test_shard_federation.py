@@ -114,7 +114,7 @@ def test_a_streamed_shards_validation_samples_choose_as_those_in_memory_do(feder
             "3": ({"test": 99}, "claims 99 test samples, the manifest says"),
         },
         {
-            "2": ({"label_hist": [48] + [0] * 61}, "claims another label histogram than the manifest says"),
+            "2": ({"label_hist": [48] + [0] * 61}, "claims a different label histogram from the manifest's"),
             "3": ({"shard_digest": "0" * 64}, "its shard has digest 000000000000, the manifest says"),
         },
     ],

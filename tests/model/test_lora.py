@@ -17,7 +17,6 @@ from flapp.model.lora import (
     add_lora,
     head_of,
     layout_of,
-    load_lora_state_dict,
     lora_state_dict,
     mark_only_lora_as_trainable,
     merged_state_dict,
@@ -190,18 +189,10 @@ def test_buffers_travel_since_training_changes_them() -> None:
     assert set(frozen_of(model)) == {"0.weight", "0.bias", "1.weight", "1.bias"}
 
 
-def test_an_adapter_loads_into_another_model_of_the_same_base_or_says_why_not() -> None:
+def test_what_travels_is_all_that_another_model_of_the_same_base_needs() -> None:
     trained, fresh = adapted(n=2), adapted()
-    load_lora_state_dict(fresh, lora_state_dict(trained))
+    fresh.load_state_dict(lora_state_dict(trained), strict=False)
     assert torch.equal(logits(fresh), logits(trained))
-    state = dict(lora_state_dict(trained))
-    for key in ("heads.head.bias", "encoder.layers.encoder_layer_1.self_attention.qkv.lora_A"):
-        with pytest.raises(ValueError, match=f"1 missing, first {key}"):
-            load_lora_state_dict(fresh, {k: v for k, v in state.items() if k != key})
-    with pytest.raises(ValueError, match="1 not the model's, first conv_proj.bias"):
-        load_lora_state_dict(fresh, state | {"conv_proj.bias": torch.zeros(64)})
-    with pytest.raises(ValueError, match=r"misshapen, first .*lora_A \(3, 64\) where the model has \(2, 64\)"):
-        load_lora_state_dict(fresh, lora_state_dict(adapted(rank=3)))
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_a_pretrained_model_sees_grey_images_as_equal_channels(tmp_path: Path) -
     grey = images(channels=1)
     with torch.no_grad():
         torch.testing.assert_close(model(grey), torchvisions()(grey.repeat(1, 3, 1, 1)), atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="first conv_proj.weight .* where the model has .*; build it with channels=3"):
+    with pytest.raises(ValueError, match="first conv_proj.weight .* where the model has .*; set model.channels=3"):
         load_pretrained(ours(channels=1), tmp_path / "vit.pth")
     for name, shape, channels in (("cnn", (8, 8, 1), 3), ("vit_tiny", (8, 8, 3), 1)):
         with pytest.raises(ValueError, match=f"model={name} cannot take {shape[2]} channels as {channels}"):

@@ -215,9 +215,9 @@ def test_an_unknown_component_and_a_name_that_is_none_are_refused(base: Path) ->
 
 def test_one_says_which_split_is_meant_where_there_are_several(base: Path, models: list[Path]) -> None:
     store(base, models[1], name="y")
-    check_refused(base, r"has x 1-2, y 1-2: 2 splits fit name=None, points None and None; give those of one")
+    check_refused(base, r"has several splits \(x 1-2, y 1-2\): give the name and the points of one")
     assert ModelFactory.load_split_models(base, "y")[0].part.name == "y"
-    with pytest.raises(ValueError, match=r"has x 1-2, y 1-2: none fits name=z"):
+    with pytest.raises(ValueError, match=r"has x 1-2, y 1-2, but not name=z"):
         ModelFactory.load_split_models(base, "z")
     check_refused(base.parent / "nowhere", "has no split model")
 

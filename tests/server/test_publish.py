@@ -171,9 +171,9 @@ def test_counts_say_how_many_clients_were_left_out(run_both: dict[str, Found]) -
     assert [line["failure_kinds"] for line in lines] == [{odd: 1}, {"failed": 1, odd: 1}]
     (roster,) = read_lines(run_both["totals"][1], "roster")
     assert roster["refused_count"] == summaries["totals"][0]["refused_count"] == 1
-    assert refusals(summaries["totals"][0]).startswith("clients or nodes refused: 1 (privacy.publish=totals withholds")
+    assert refusals(summaries["totals"][0]).startswith("clients or nodes refused: 1 (privacy.publish=totals hides")
     log = summaries["totals"][2]
-    assert f"round 2: 1 client failed; 1 client {odd} (privacy.publish=totals withholds who and why, a trial" in log
+    assert f"round 2: 1 client failed; 1 client {odd} (privacy.publish=totals hides who and why: a trial" in log
     assert "round 1: strategy.max_weight_share=0.2 caps" in log
     assert re.search(r"round 1: \d updates are clipped to 0.9 times the median length", log)
     assert re.search(r"a client failed:\n.*client_app.py.*\nValueError \(privacy", log, re.DOTALL)
@@ -227,7 +227,7 @@ def test_commands_show_counts(run_both: dict[str, Found], capsys: pytest.Capture
         shown.reader._offset = 0
         shown.look()
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert "round 1: 1 client sent a reply that does not count (privacy.publish=totals withholds who" in text
+    assert "round 1: 1 client sent a reply that does not count (privacy.publish=totals hides who" in text
     assert re.search(r"round 1 clipped \d clients \(privacy", text)
     assert NAMES.search(text) is None
     assert [keys_in(event) & PRIVATE for event in events] == [set(), set()]
@@ -308,7 +308,7 @@ def test_a_run_that_fails_says_how_many_failed_and_not_who(federate: Federate, c
             reply.content.metric_records[METRICS]["train-loss"] = -77.125
         return reply
 
-    odd = "round 1: 3 clients sent a reply that does not count (privacy.publish=totals withholds who and why"
+    odd = "round 1: 3 clients sent a reply that does not count (privacy.publish=totals hides who and why"
     with pytest.raises(FederationError, match=re.escape(odd)) as caught:
         federate(*TOY, TOTALS, "run_name=totals-failed", tamper=tamper)
     assert "(0 of 3 clients gave a valid train reply, strategy.min_replies=1)" in str(caught.value)
@@ -321,7 +321,7 @@ def test_a_run_that_cannot_start_names_clients_but_not_their_numbers(federate: F
         set_claim(reply.content, "2", source_digest="e" * 64)
         return reply
 
-    with pytest.raises(FederationError, match="client 1: privacy.publish=totals withholds why, a trial") as caught:
+    with pytest.raises(FederationError, match="client 1: privacy.publish=totals hides why: a trial") as caught:
         federate(*TOY, TOTALS, "run_name=totals-refused", "strategy.min_clients=2", tamper=tamper)
     assert "client 2: runs other source (eeeeeeeeeeee)" in str(caught.value)
     for _, text in texts(data_home / "runs" / "totals-refused", str(caught.value)):
@@ -333,7 +333,7 @@ def test_a_warning_about_odd_data_names_the_client_only(caplog: pytest.LogCaptur
     nodes = Nodes(n0=[claim_of("0")])
     roster = gather(nodes, ["0"], check_claim=lambda claim: "claims 98765 samples", strict=False, tell=tell)
     assert list(roster.members) == ["0"]
-    assert "client 0: privacy.publish=totals withholds why" in caplog.text
+    assert "client 0: privacy.publish=totals hides why" in caplog.text
     assert "98765" not in caplog.text
 
 

@@ -52,7 +52,7 @@ def nodes() -> Nodes:
 
 
 def gather(nodes: Nodes, expected: list[str] = EXPECTED, **options: Any) -> Roster:
-    roster = Roster(cast(Grid, nodes), expected, "run", classes=2, **options)
+    roster = Roster(cast(Grid, nodes), expected, classes=2, **options)
     roster.refresh()
     return roster
 

@@ -234,12 +234,12 @@ def test_a_claim_of_other_validation_samples_than_the_partition_gives_is_refused
 
 
 FAULTS: dict[str, tuple[str, float | None, str]] = {  # by client: the figure, its value, and the reason
-    "0": ("val-correct", 3, "sent val-correct=3, more correct answers than its 2 samples"),
-    "1": ("val-correct", -1, "sent val-correct=-1, more correct answers than its 2 samples"),
+    "0": ("val-correct", 3, "sent val-correct=3, which must be from 0 to its 2 samples"),
+    "1": ("val-correct", -1, "sent val-correct=-1, which must be from 0 to its 2 samples"),
     "2": ("val-loss-sum", -1.0, "sent val-loss-sum=-1.0, which is never below 0"),
-    "3": ("val-loss-sum", 1e39 * 2, "sent val-loss-sum=2e+39, more than 2 samples can have"),
+    "3": ("val-loss-sum", 1e39 * 2, "sent val-loss-sum=2e+39, which is beyond the largest number allowed (6.81e+38)"),
     "4": ("val-loss-sum", float("nan"), "sent val-loss-sum=nan"),
-    "5": ("val-personal-correct", 3, "sent val-personal-correct=3, more correct answers than its 2 samples"),
+    "5": ("val-personal-correct", 3, "sent val-personal-correct=3, which must be from 0 to its 2 samples"),
     "6": ("val-loss-sum", None, "sent no val-loss-sum"),
     "7": ("val-correct", None, "sent no val-correct"),
     "8": ("val-personal-loss-sum", None, "sent no val-personal-loss-sum"),

@@ -203,7 +203,7 @@ def test_a_client_without_the_base_gets_it_once_and_one_with_another_is_refused(
     found = base.find_base(homes[1] / "models", stored.parent.name)
     assert refused == {
         "1": f"holds base {found[:12]} of the model, the server's is {stored.parent.name[:12]}: "
-        f"remove models/{stored.parent.name} from its home, and it is sent again"
+        f"remove models/{stored.parent.name} from its home and restart the client, which then receives it again"
     }
 
 
@@ -240,6 +240,9 @@ def test_pieces_of_another_base_are_not_kept_and_those_that_come_twice_put_one_b
     assert base.receive_piece(tmp_path, digest, 2, 2, 3, pieces[2]) == 0
     assert [path.name for path in tmp_path.iterdir()] == [digest]
     assert base.load_base(tmp_path, digest).keys() == tensors.keys()
+    base.base_path(tmp_path, digest).write_bytes(b"cut")
+    with pytest.raises(base.BaseError, match=r"base\.safetensors is damaged: remove it and restart this client"):
+        base.load_base(tmp_path, digest)
 
 
 def test_the_final_model_is_plain_and_the_adapter_exported_where_it_is_all_that_changed(federate: Federate) -> None:

@@ -207,7 +207,7 @@ TRAIN_FAULTS: dict[str, tuple[Change, str]] = {  # of clients 1 to 14: the chang
     "7": (set_metric("train-loss", float("nan")), "sent train-loss=nan"),
     "8": (lambda reply: reply.content.config_records[CLAIM].update({"shard-digest": "0" * 64}), "its data changed"),
     "9": (set_metric("train-loss", -0.5), "sent train-loss=-0.5, which is never below 0"),
-    "10": (set_metric("train-loss", 1e300), "sent train-loss=1e+300, more than"),
+    "10": (set_metric("train-loss", 1e300), "sent train-loss=1e+300, which is beyond the largest"),
     "11": (set_metric("seconds", -1.0), "sent seconds=-1.0, which is never below 0"),
     "12": (set_metric("seconds", float("inf")), "sent seconds=inf"),
     "13": (
@@ -221,10 +221,10 @@ TRAIN_FAULTS: dict[str, tuple[Change, str]] = {  # of clients 1 to 14: the chang
 }
 EVALUATE_FAULTS: dict[str, tuple[Change, str]] = {
     "1": (set_metric("loss-sum", -1.0), "sent loss-sum=-1.0, which is never below 0"),
-    "2": (set_metric("loss-sum", 1e300), "sent loss-sum=1e+300, more than"),
+    "2": (set_metric("loss-sum", 1e300), "sent loss-sum=1e+300, which is beyond the largest"),
     "3": (set_metric("personal-loss-sum", -1.0), "sent personal-loss-sum=-1.0"),
-    "4": (set_metric("correct", 10**6), "sent correct=1000000, more correct answers than its"),
-    "5": (set_metric("personal-correct", -1), "sent personal-correct=-1, more correct answers than its"),
+    "4": (set_metric("correct", 10**6), "sent correct=1000000, which must be from 0 to its"),
+    "5": (set_metric("personal-correct", -1), "sent personal-correct=-1, which must be from 0 to its"),
     "6": (lambda reply: reply.content.metric_records[METRICS].pop("personal-correct"), "sent no personal-correct"),
     "7": (lambda reply: reply.content.update({ARRAYS: ArrayRecord({"w": Array(np.zeros(3))})}), "sent 1 records that"),
 }

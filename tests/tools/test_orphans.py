@@ -300,7 +300,7 @@ def test_a_node_that_died_before_it_said_who_it_is_is_refused_under_its_own_id(d
         return [answer(reply) for reply in grid.pull_messages(grid.push_messages(messages))]
 
     asking: Any = SimpleNamespace(get_nodes=grid.get_nodes, send_and_receive=ask)
-    roster = Roster(asking, ["0", "1", "2"], "joining", 0)
+    roster = Roster(asking, ["0", "1", "2"], 0)
     roster.refresh()
     assert roster.refused == {f"node {dead}": DEAD[ErrorCode.NODE_UNAVAILABLE]}
     assert len(roster.members) == 2

@@ -57,7 +57,7 @@ def bytes_up(config: Config) -> list[int]:
 
 def reply_bytes(current: ArrayRecord, instructions: dict[str, Any]) -> int:
     """Return the bytes of a client's reply: the tensors that the order asks for, of the global model."""
-    order = Instructions("0", 1, "", source_digest(), **instructions)
+    order = Instructions("0", 1, source_digest(), **instructions)
     returned = ArrayRecord({key: current[key] for key in order.returns or current})
     reply = pack_reply(pack_instructions(1, TRAIN, order), Claim("0"), {}, returned)
     return size_of(unpack_arrays(reply.content))

@@ -88,7 +88,8 @@ def export_artifacts(manifest: Path, folder: Path) -> Path:
     records = load_manifest(manifest)
     ids = list(records)
     if ids != [str(number) for number in range(len(ids))]:
-        raise DataError(f"{manifest} has client ids such as {ids[-1]}: a partition counts them 0 to {len(ids) - 1}")
+        found = f"{manifest} has client ids such as {ids[-1]}"
+        raise DataError(f"{found}: make the shards again, with the ids 0 to {len(ids) - 1} in partition.mapping")
     for strategy in STRATEGIES:  # a partition of the samples that are replaced here must not stay
         (folder / "partitions" / f"{strategy}.safetensors").unlink(missing_ok=True)
     parts: dict[str, tuple[np.ndarray, ...]] = {}
@@ -151,7 +152,7 @@ def _check_folder(out: Path) -> None:
     ours = {"manifest.json", "clients.jsonl", "clients.idx"}
     for path in out.iterdir() if out.exists() else ():
         if path.name not in ours and not path.name.startswith(("client_", ".client")):
-            raise DataError(f"{path} is not a shard's: move it away, or choose another folder for the shards")
+            raise DataError(f"{path} is not part of the shards: move it away, or choose another folder for the shards")
 
 
 def _whole_shards(out: Path, facts: dict[str, Any]) -> Manifest | None:
@@ -233,8 +234,9 @@ def split_samples(
 ) -> dict[str, np.ndarray]:
     """Split a writer's samples into sorted indices of train, val and test, drawn from (seed, writer's name).
 
-    A writer with three samples or more is in every split, one with fewer only in train. With has_test the source's
-    own test samples stay the test split, and val is drawn from the others.
+    Each split with a fraction above 0 gets at least one sample of a writer who has three or more. A writer with fewer
+    has samples in train only. With has_test the source's own test samples stay the test split, and val is drawn from
+    the others.
     """
     own = writer.count - writer.held_out
     drawn = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
@@ -261,7 +263,8 @@ def _manual(names: list[str], clients: int | None, path: Path) -> dict[str, list
     for client, writers in mapping.items():
         for writer in writers:
             if writer not in known:
-                raise DataError(f"{path}: client {client} has writer {writer!r}, who is not in the source")
+                found = f"{path}: client {client} has writer {writer!r}, who is not in the source"
+                raise DataError(f"{found}: correct or remove the name")
             if writer in owner:
                 twice = f"clients {owner[writer]} and {client}" if owner[writer] != client else f"client {client} twice"
                 raise DataError(f"{path}: writer {writer} is given to {twice}: a writer belongs to one client")

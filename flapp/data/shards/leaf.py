@@ -27,6 +27,7 @@ CLASSES = len(FEMNIST.classes)
 SIDE = FEMNIST.shape[0]
 PIXELS = FEMNIST.pixels
 
+AGAIN = "make the file again with LEAF"
 DEEPEST = 20  # lists and objects inside one another; LEAF has four
 _MARK = re.compile(rb'\\.?|["\[\]{}]', re.DOTALL)
 _UNMARKED = bytes(set(range(256)) - set(b'"[]{}'))
@@ -68,7 +69,7 @@ class _LeafReader:
         self.pixels = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - it is open as long as its pixels are mapped
         self.labels = [np.empty(0, np.int64)]
         self.users = list[str]()  # of each image in the file of pixels
-        self.files: dict[tuple[str, bool], Path] = {}  # in which each user's test samples, and others, are
+        self.files: dict[tuple[str, bool], Path] = {}  # the file of each (user, whether its samples are test samples)
         self.tests = 0  # how many of the images, the last ones, are test samples
         self.top = 0  # the white of this data: 1 or 255; 0 until a fraction or a value over 1 shows which
         self.undecided = 0  # images that were stored before the scale was known, as 0 and 1
@@ -82,7 +83,7 @@ class _LeafReader:
                 with path.open("rb") as file:
                     for user, data in ijson.kvitems(_Shallow(file), "user_data", use_float=True):
                         if user in found:
-                            raise DataError(f"{path}: user {user} appears twice in user_data")
+                            raise DataError(f"{path}: user {user} appears twice in user_data: keep one of the two")
                         found[user] = self._store(path, user, data)
                 self.pixels.flush()
                 users, counts = (_read_list(path, key) for key in ("users", "num_samples"))
@@ -115,20 +116,22 @@ class _LeafReader:
             raise DataError(f"{path} has control characters in the name {printable(repr(user), 80)}: rename it")
         who = f"{path}: user {user}"
         if not isinstance(data, dict) or not {"x", "y"} <= data.keys():
-            raise DataError(f"{who} has no x or no y")
+            raise DataError(f"{who} has no x or no y: it is not LEAF JSON")
         rows, labels = data["x"], data["y"]
         if not isinstance(rows, list) or not isinstance(labels, list):
             raise DataError(f"{who} has something else instead of a list in x or y: it is not LEAF JSON")
         for label in labels:
             if type(label) is not int or not 0 <= label < CLASSES:
-                raise DataError(f"{who} has label {printable(repr(label))}, FEMNIST has 0 to {CLASSES - 1}")
+                found = f"{who} has label {printable(repr(label))}, FEMNIST has 0 to {CLASSES - 1}"
+                raise DataError(f"{found}: correct the label")
         if len(rows) != len(labels):
-            raise DataError(f"{who} has {len(rows)} images in x and {len(labels)} labels in y")
+            raise DataError(f"{who} has {len(rows)} images in x and {len(labels)} labels in y: {AGAIN}")
         for number, row in enumerate(rows):
             if not isinstance(row, list) or not set(map(type, row)) <= {int, float}:
-                raise DataError(f"{who} has something else than a row of pixels in x (image {number})")
+                found = f"{who} has something else than a row of pixels in x (image {number})"
+                raise DataError(f"{found}: it is not LEAF JSON")
             if len(row) != PIXELS:
-                raise DataError(f"{who} has an image of {len(row)} pixels, not {PIXELS} (image {number})")
+                raise DataError(f"{who} has an image of {len(row)} pixels, not {PIXELS} (image {number}): {AGAIN}")
         self.pixels.write(self._to_grey(who, np.array(rows, dtype=np.float64).reshape(-1, PIXELS)).data)
         self.labels.append(np.array(labels, dtype=np.int64))
         self.users += [user] * len(labels)
@@ -195,14 +198,15 @@ def _read_list(path: Path, key: str) -> list[Any]:
 
 def _check_index(path: Path, users: list[Any], counts: list[Any], found: dict[str, int]) -> None:
     if unlike := sorted({*map(str, users)} ^ found.keys()):
-        raise DataError(f"{path}: users and user_data name different writers: {printable(', '.join(unlike[:3]))}")
+        some = printable(", ".join(unlike[:3]))
+        raise DataError(f"{path}: users and user_data name different writers ({some}): {AGAIN}")
     if not len(users) == len(counts) == len(found):
         numbers = f"{len(users)} users, {len(counts)} num_samples and {len(found)} writers in user_data"
-        raise DataError(f"{path} has {numbers}")
+        raise DataError(f"{path} has {numbers}: {AGAIN}")
     for user, count in zip(users, counts, strict=True):
         if type(count) is not int or count != (held := found[str(user)]):
-            said = printable(repr(count))
-            raise DataError(f"{path}: user {printable(user)} has {held} labels, num_samples says {said}")
+            said = f"user {printable(user)} has {held} labels, num_samples says {printable(repr(count))}"
+            raise DataError(f"{path}: {said}: {AGAIN}")
 
 
 def _open_arrays(folder: Path, progress: bool) -> Source:
@@ -223,6 +227,6 @@ def _open_arrays(folder: Path, progress: bool) -> Source:
         raise DataError(f"{folder}/writers.npy must hold whole numbers or text, got {len(writers)} {writers.dtype}")
     if len(bad := np.flatnonzero((labels < 0) | (labels >= CLASSES))):
         found = f"{folder}/labels.npy: writer {writers[bad[0]]} has label {labels[bad[0]]}"
-        raise DataError(f"{found}, FEMNIST has 0 to {CLASSES - 1}")
+        raise DataError(f"{found}, FEMNIST has 0 to {CLASSES - 1}: correct the label")
     clients = [str(writer) for writer in writers.tolist()]
     return Source(FEMNIST, {"train": Decoded(images[..., None], labels, clients)}, progress)

@@ -121,7 +121,7 @@ def check_claim(
     if tuple(label_hist) != record.label_hist:
         differing = [c for c, (a, b) in enumerate(zip(label_hist, record.label_hist, strict=False)) if a != b]
         where = f"first at class {differing[0]}" if differing else f"{len(label_hist)} classes"
-        return f"claims another label histogram than the manifest says ({where})"
+        return f"claims a different label histogram from the manifest's ({where})"
     if shard_digest != record.digest:
         return f"its shard has digest {shard_digest[:12]}, the manifest says {record.digest[:12]}"
     return None
@@ -147,7 +147,7 @@ def _read_records(path: Path, facts: dict[str, Any]) -> dict[str, ShardRecord]:
     with refusing(path, AGAIN):
         content = read_bytes(path, MOST_LINES)
         if hashlib.sha256(content).hexdigest() != facts["clients_sha256"]:
-            raise ValueError("it has another SHA-256 than manifest.json says")
+            raise ValueError("it has a different SHA-256 from the one in manifest.json")
         for line in content.splitlines():
             record = _parse(line)
             if record.client_id in records:

@@ -86,9 +86,10 @@ class Writer:
 
 
 class Source:
-    """The samples of decoded splits by writer; those of a split test, if there is one, are the writers' test samples.
+    """The samples of decoded splits by writer.
 
-    has_test: whether there is one. names: writers without samples may be among them.
+    Samples of the split named test are the writers' test samples. has_test: whether that split exists. names: further
+    writers, who may have no samples.
     """
 
     def __init__(

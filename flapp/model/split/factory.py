@@ -77,8 +77,8 @@ class ModelFactory:
         parts = [Part(model_type, name, component, *about) for component in COMPONENTS]
         bottom, trunk, top = models = [_fill(_skeleton(kind, part), part, whole.tensors) for part in parts]
         if lost := whole.tensors.keys() - {key for model in models for key in model.state_dict()}:
-            found = f"{model_name_or_path} has {len(lost)} tensors that belong to no component"
-            raise ValueError(f"{found}, first {min(lost)}")
+            found = f"{model_name_or_path} has {len(lost)} tensors that belong to no component, first {min(lost)}"
+            raise ValueError(f"{found}: save the weights without them")
         for model in models:
             model.to(device)
         _join(models)
@@ -110,8 +110,8 @@ class ModelFactory:
             model = cls.load_component(path, device)
             found = model.part
             if (found.name, found.split_points, found.component) != (name, (p1, p2), component):
-                where = "{}-{}".format(*found.split_points)
-                raise ValueError(f"{path} holds the {found.component} of {found.name} split at {where}")
+                what = f"the {found.component} of {found.name} split at {'{}-{}'.format(*found.split_points)}"
+                raise ValueError(f"{path} holds {what}: give the file its own name back, or store the split again")
             models.append(model)
         _join(models)
         return tuple(models)
@@ -129,7 +129,7 @@ class ModelFactory:
             part = Part(found.model_type, found.name, found.component, *about)
             first, end = part.layers
             if end - first > len(tensors):
-                raise ValueError(f"{end - first:,} layers of {len(tensors)} tensors")
+                raise ValueError(f"it claims {end - first:,} layers, but has only {len(tensors)} tensors")
             model = _skeleton(kind, part)
         except BUILD_ERRORS as error:
             said = printable(repr(error))
@@ -167,7 +167,10 @@ def _fill(model: SplitModel, part: Part, tensors: Mapping[str, Tensor]) -> Split
 
 
 def _join(models: Sequence[SplitModel]) -> None:
-    """Let components of one model share their tied parameters; raises ValueError if these differ, or the models."""
+    """Let components of one model share their tied parameters.
+
+    Raises ValueError if these differ, or if the components are of different models.
+    """
     by_component = {model.part.component: model for model in models}
     for model in models:
         first, other = models[0].part, model.part
@@ -182,7 +185,8 @@ def _join(models: Sequence[SplitModel]) -> None:
             shared = by_component[component].get_parameter(there)
             owner, _, leaf = name.rpartition(".")
             if not torch.equal(model.get_parameter(name), shared):
-                raise ValueError(f"{name} of {other.component} differs from {source}, which it is tied to")
+                found = f"{name} of {other.component} differs from {source}, which it is tied to"
+                raise ValueError(f"{found}: store the split again")
             setattr(model.get_submodule(owner), leaf, shared)
 
 
@@ -191,8 +195,11 @@ def _choose(base: str | Path, name: str | None, p1: int | None, p2: int | None) 
     wanted = (name, p1, p2)
     splits = StorageManager.find_splits(base)
     found = [s for s in splits if all(w is None or w == f for w, f in zip(wanted, s, strict=True))]
-    if len(found) != 1:
-        there = ", ".join(f"{n} {a}-{b}" for n, a, b in found or splits) or "no split model"
-        what = f"{len(found)} splits fit" if found else "none fits"
-        raise ValueError(f"{base} has {there}: {what} name={name}, points {p1} and {p2}; give those of one")
+    there = ", ".join(f"{n} {a}-{b}" for n, a, b in found or splits)
+    if len(found) > 1:
+        raise ValueError(f"{base} has several splits ({there}): give the name and the points of one")
+    if not splits:
+        raise ValueError(f"{base} has no split model: name the folder that split models were stored in")
+    if not found:
+        raise ValueError(f"{base} has {there}, but not name={name} with points {p1} and {p2}: give those of one")
     return found[0]

@@ -61,7 +61,10 @@ class StorageManager:
 
     @staticmethod
     def get_split_model_path(base: str | Path, name: str, p1: int, p2: int, component: str) -> Path:
-        """Return the path of a component's weights; raises ValueError for a component or name that cannot be."""
+        """Return the path of a component's weights.
+
+        Raises ValueError for an unknown component, or a name that cannot be a file's.
+        """
         check_component(component)
         if not name or "/" in name or name.startswith("."):
             raise ValueError(f"model name {name!r} cannot be part of a file's name: give one without / or a dot first")
@@ -164,7 +167,8 @@ def read_component(path: str | Path) -> tuple[Metadata, dict[str, "Tensor"]]:
         if header.get(key) != value:
             where = StorageManager.get_model_metadata_path(path)
             said, kept = printable(value), printable(header.get(key))
-            raise ValueError(f"{where} says {key}={said}, its weights were saved with {key}={kept}")
+            found = f"{where} says {key}={said}, its weights were saved with {key}={kept}"
+            raise ValueError(f"{found}: store the split again")
     return metadata, tensors
 
 
@@ -176,11 +180,11 @@ def read_metadata(path: str | Path) -> Metadata:
         check_regular(path)
         found = sha256_of_file(path)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): this component is missing") from error
+        raise ValueError(_unreadable(path, error, "this component is missing")) from error
     try:
         metadata = Metadata(**read_json(where))
     except OSError as error:
-        raise ValueError(f"{where} cannot be read ({error.strerror}): weights need their metadata") from error
+        raise ValueError(_unreadable(where, error, "weights need their metadata")) from error
     except (ValueError, TypeError) as error:
         said: object = error
         if isinstance(error, ValidationError):
@@ -191,6 +195,13 @@ def read_metadata(path: str | Path) -> Metadata:
         found = f"{path} has SHA-256 {found[:12]}, {where.name} says {metadata.sha256[:12]}"
         raise ValueError(f"{found}: one of them was changed, store the split again")
     return metadata
+
+
+def _unreadable(path: Path, error: OSError, missing: str) -> str:
+    """Return why a file cannot be read, with the fix; missing: what to say of a file that is not there."""
+    is_missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+    fix = f"{missing}, store the split again" if is_missing else "store the split again, or check its permissions"
+    return f"{path} cannot be read ({error.strerror}): {fix}"
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
