@@ -1,4 +1,4 @@
-"""Files that somebody else made, with anything where anything else should be, are one line from every reader."""
+"""Every reader refuses a file with wrong content in one line."""
 
 import itertools
 import json
@@ -136,7 +136,7 @@ def test_yaml_that_to_yaml_never_writes_is_refused(tmp_path: Path, text: str, re
 NOT_NUMBERS: list[Any] = ["text", "1e3", [1], {"a": 1}, True, float("inf"), None]
 
 
-def test_other_things_in_place_of_numbers_are_said_in_the_report(tmp_path: Path) -> None:
+def test_other_things_in_place_of_numbers_are_named_in_the_report(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs" / "r", 2, 2, 2)
     summary = json.loads((run / "metrics.json").read_text())
     keys = ("bytes_up", "bytes_down", "seconds", "best_round", "best_value", "accuracy", "loss", "selected_round")
@@ -256,7 +256,7 @@ def test_poisoned_files_are_read_or_refused(
 
 
 @pytest.mark.parametrize("poisoned", [1, 2, 3, 4])
-def test_a_poisoned_run_that_is_reported_is_said_or_left_out(tmp_path: Path, poisoned: int) -> None:
+def test_what_is_poisoned_in_a_run_is_named_in_its_report_or_left_out(tmp_path: Path, poisoned: int) -> None:
     run = write_run(tmp_path / "runs" / "r", 1, 2, 2)
     for name in ("config.yaml", "metrics.json", "metrics.jsonl", "progress.json")[:poisoned]:
         (run / name).write_text(DEEP + "\n")
@@ -283,5 +283,5 @@ def test_a_poisoned_run_that_is_resumed_is_refused_in_one_line_or_cut_before_the
         assert (run / "metrics.jsonl").read_text() == ""
     for summary in ({"seconds": "x"}, {"rounds": None}, {"model_sha256": 7}):
         sound = {"status": "finished", "rounds": 1, "seconds": 1.0, "model_sha256": "m", "run_dir": "r"}
-        with pytest.raises(ConfigError, match=rf"metrics.json is damaged \({next(iter(summary))}\): restore"):
+        with pytest.raises(ConfigError, match=rf"metrics.json has no usable {next(iter(summary))}: restore"):
             check_summary(sound | summary, run / "metrics.json")

@@ -6,9 +6,9 @@
 
 Ratios compare medians of interleaved measurements, in one process but for `deployment` and `simulation`, which start
 other processes. Each topic runs in a new process. A row is `met` if it reaches its target, `within limit` if it misses
-the target by no more than the noise of a machine, and `MISSED` otherwise. It is `not measured` if its topic failed or a
-package is missing (pip install -e '.[benchmark]' installs all packages). The JSON is {"machine": {...}, "seconds":
-total, "rows": [...]}. Exits 1 only when a row misses its limit or was not measured.
+its target but not its limit, and `MISSED` otherwise. It is `not measured` if its topic failed or a package is missing
+(pip install -e '.[benchmark]' installs all packages). The JSON is {"machine": {...}, "seconds": total, "rows": [...]}.
+Exits 1 only when a row misses its limit or was not measured.
 """
 
 import importlib
@@ -85,8 +85,8 @@ def main(words: list[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     if arguments.short and (odd := sorted(set(arguments.topics) - set(WITH_SHORT_FORM))):
         parser.error(f"{odd[0]} has no short form: leave out --short")
-    if arguments.json and not arguments.json.absolute().parent.is_dir():
-        parser.error(f"there is no folder for {arguments.json}: make it first")
+    if arguments.json and not (folder := arguments.json.absolute().parent).is_dir():
+        parser.error(f"the folder {folder} does not exist: make it first")
     machine, started = describe_machine(), time.monotonic()
     topics = TOPICS if "all" in arguments.topics else arguments.topics
     rows = [row for topic in topics for row in in_own_process(topic, arguments.short)]

@@ -4,10 +4,10 @@
     python -m tools.checkpoints show DB ROUND               the tensors of a round
     python -m tools.checkpoints verify DB                   check every byte; exits 1 with one line for each problem
     python -m tools.checkpoints diff DB ROUND ROUND         which tensors changed, and by how much
-    python -m tools.checkpoints export DB ROUND FILE        a round as FILE.safetensors
+    python -m tools.checkpoints export DB ROUND FILE        write a round to FILE, in safetensors format
     python -m tools.checkpoints compact DB                  free the disk space of dropped rounds
 
-DB is a *_chunks.db file; list, verify and compact also accept a folder that contains stores. --json prints the same as
+DB is a *_chunks.db file; list, verify and compact also accept a folder that contains stores. --json prints this as
 JSON. Exits 0, or 1 with one line on standard error.
 """
 

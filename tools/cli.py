@@ -1,6 +1,6 @@
-"""The command `flapp`, each of whose subcommands runs a module `python -m tools.NAME`, and what these modules share.
+"""The command `flapp`. Each subcommand runs a module of tools; this file also has what the modules share.
 
-Help and hints name commands as the user called this one, as flapp NAME or as python -m tools.NAME.
+Help and hints write `flapp NAME` or `python -m tools.NAME`, whichever the user typed.
 """
 
 import argparse

@@ -4,10 +4,10 @@
     python -m tools.export RUN_DIR --to transformers --out DIR     a ViT: a folder of save_pretrained's
     python -m tools.export RUN_DIR --to timm --out DIR             a ViT: a folder that timm loads as local-dir:DIR
     python -m tools.export RUN_DIR --to peft --out DIR             the adapter, and in base/ the model for it
-    python -m tools.export RUN_DIR --to onnx --out DIR             any model: model.onnx, compared with onnxruntime
+    python -m tools.export RUN_DIR --to onnx --out DIR             any model: model.onnx, checked with onnxruntime
 
-In all but peft, adapters are merged into the model. DIR must be new or empty. Prints how to load what was written.
-Exits 0, or 1 with one line on standard error.
+In all but peft, adapters are merged into the model. The outputs of model.onnx in onnxruntime are compared with
+PyTorch's. DIR must be new or empty. Prints how to load what was written. Exits 0, or 1 with one line on standard error.
 """
 
 import os
@@ -59,7 +59,7 @@ def _check_out(out: Path) -> None:
         if folder.is_symlink():
             fault = "is a link"
         elif folder in (Path.cwd(), *Path.cwd().parents):
-            fault = "is the folder that you are in, or has it inside"
+            fault = "is the current folder, or contains it"
         elif folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
             fault = "is not an empty folder"
         else:

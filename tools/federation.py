@@ -1,7 +1,8 @@
 """Run a whole federation on this machine: a SuperLink, a SuperNode for each client, and a supervisor.
 
     python -m tools.federation up --clients 3              clients "0" to "2", with the data in home
-    python -m tools.federation up --shards DIR             one per client in a folder of shards; checks them first
+    python -m tools.federation up --shards DIR             one site for each client in a folder of shards, which is
+                                                           checked first
     python -m tools.federation up --clients 3 --tls        certificates, and only SuperNodes with registered keys
     python -m tools.run deployment=local clients=3         start a run on it
     python -m tools.federation status                      show what runs; exits 1 unless everything runs
@@ -129,7 +130,8 @@ def plan(given: argparse.Namespace) -> Federation:
     try:
         return Federation(token=token, address=address, clients=tuple(clients), shards=shards, **options)
     except ValidationError as error:
-        raise SuperLinkError(f"a federation cannot be made of this ({first_fault(error)}): choose others") from None
+        found = f"these options do not describe a federation ({first_fault(error)})"
+        raise SuperLinkError(f"{found}: correct them") from None
 
 
 def as_allowed(word: str) -> str:
@@ -137,7 +139,9 @@ def as_allowed(word: str) -> str:
     is_folder = Path(word).is_dir()
     found = str(Path(word).resolve()) if is_folder else word
     if " " in found or not (is_folder or word.isidentifier()):
-        raise SuperLinkError(f"--allow-code {found} is neither a package nor a folder without spaces: correct it")
+        raise SuperLinkError(
+            f"--allow-code {found} must be the name of a package or an existing folder, without spaces: give another"
+        )
     return found
 
 
@@ -277,7 +281,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--tls", action="store_true", help="encrypt, and accept only registered keys")
     add("--port", type=int, help="port of the SuperLink; default: a free one")
     add("--threads", type=int, default=1, help="threads per client process; default: 1")
-    add("--homes", action="store_true", help="give each site its own home for data, bases and stores")
+    text = "give each site its own home for data, checkpoint stores, and the frozen weights of FedLoRA"
+    add("--homes", action="store_true", help=text)
     add("--plain", action="store_true", help="run Flower's own SuperNodes, which are slower")
     text = "packages and folders whose code runs may name, such as . for the folder of your task.py"
     add("--allow-code", nargs="+", default=[], metavar="WHAT", help=text)

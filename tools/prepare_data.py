@@ -167,7 +167,7 @@ def open_raw(settings: Config, source: Path) -> tuple[dict[str, RawSplit], list[
 def read_columns(settings: Config, source: Path) -> Columns | None:
     """Return the columns of a source of tables, None for any other.
 
-    Raises ConfigError for columns that it lacks, and DataError for a source that may not be read.
+    Raises ConfigError if columns are set for a source without tables, and DataError for a source that may not be read.
     """
     columns = Columns(settings.dataset.image_column, settings.dataset.label_column, settings.dataset.client_column)
     try:
@@ -207,7 +207,7 @@ def find_files(settings: Config, overwrite: bool) -> Path:
 def write_own(
     folder: Path, decoded: dict[str, Decoded], classes: Sequence[str], sources: dict[str, str], normalization: str
 ) -> None:
-    """Write the artifacts of all splits, or none; partitions by writer of what they replace are removed."""
+    """Write the artifacts of all splits, or none; remove the old dataset's partitions by writer."""
     channels = decoded["train"].shape[2]
     if normalization == "imagenet" and channels != 3:
         raise DataError(f"dataset.normalization=imagenet needs 3 channels, the images have {channels}: leave it out")
@@ -232,7 +232,7 @@ def find_sources(settings: Config, overwrite: bool) -> dict[str, Source]:
     dataset, name = settings.dataset, settings.dataset.name
     for key in ("hub", "image_column", "label_column", "client_column"):
         if getattr(dataset, key) is not None:
-            raise ConfigError(f"dataset={name} has its own files, without dataset.{key}: leave it out")
+            raise ConfigError(f"dataset.{key} does not apply to dataset={name}: leave it out")
     if name in EMBEDDED:
         if dataset.source or dataset.download:
             raise ConfigError(f"dataset={name} is embedded: leave out dataset.source and dataset.download")

@@ -28,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--png", type=Path, metavar="DIR", help="also write the figures as PNG files")
     parser.add_argument("--benchmark", type=Path, metavar="JSON", help="also show a file of tools.benchmark --json")
     given = parser.parse_args(arguments)
-    if not given.out.absolute().parent.is_dir():
-        raise ReportError(f"there is no folder for {given.out}: make it first")
+    if not (folder := given.out.absolute().parent).is_dir():
+        raise ReportError(f"the folder {folder} does not exist: make it first")
     runs, jobs = read_all(given.runs)
     from tools.page import sections, several  # imports Matplotlib
 

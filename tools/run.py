@@ -60,11 +60,13 @@ round). A finished run cannot be given more rounds.
 Accuracy and loss are measured on the test samples of all clients. Personal accuracy is that of each client's own model:
 the global model after fine-tuning on the client's samples (evaluate.personal_epochs), or, with
 strategy.aggregation=fedsa, with the adapter parts that the client keeps to itself.
-Two times are printed: for the run, from the first request to a client to the last result, and for the whole command.
+Two times are printed. The time of the run begins with the first message to a client and ends with the last result. The
+other is that of the whole command.
 Exit status: 0 if every run finished, 1 if one failed or was refused (one line says why), 130 if interrupted.
 """
 NOTES = {"personal_accuracy": " (of each client's own model)"}
 STOPPED = "interrupted: everything that was started has been stopped"
+MOST_TEXTS = 3
 
 
 def job(tree: DictConfig) -> float | None:
@@ -145,7 +147,7 @@ def final_line(summary: dict[str, Any], took: float | None = None, hint: bool = 
 
 def report_hint(folder: str) -> str:
     """Return the line that says how to see the results of a run or sweep."""
-    return as_called(f"see them with: python -m tools.report {folder} --out report.html")
+    return as_called(f"see the results with: python -m tools.report {folder} --out report.html")
 
 
 def seconds(run: float, command: float | None) -> str:
@@ -156,10 +158,10 @@ def seconds(run: float, command: float | None) -> str:
     return f"{whole} ({last} {'with start-up' if command >= run else 'in this start'})"
 
 
-def some(texts: list[str], most: int = 3) -> str:
+def some(texts: list[str]) -> str:
     """Return the first few texts in one line, and the number of the others."""
-    more = f"; and {len(texts) - most} more" if len(texts) > most else ""
-    return "; ".join(texts[:most]) + more
+    more = f"; and {len(texts) - MOST_TEXTS} more" if len(texts) > MOST_TEXTS else ""
+    return "; ".join(texts[:MOST_TEXTS]) + more
 
 
 def main() -> int:

@@ -1,13 +1,14 @@
 """List, show, stop and remove the runs below home/runs.
 
     python -m tools.runs list                      every run: status, rounds, figures, last start, sizes on disk
-    python -m tools.runs show NAME                 its settings, figures and last lines, and how to resume it
+    python -m tools.runs show NAME                 its changed settings, its figures, the end of its log unless it is
+                                                   finished, and how to resume it
     python -m tools.runs stop NAME                 stop it if it is running, even if its command was killed
     python -m tools.runs remove NAME... [--yes]    its folder and client stores, after asking; for a sweep, all its runs
 
 A run is finished, failed, running, or interrupted (it is not running and left no result). Sizes are those of the run's
 folder and of its client stores: the clients' checkpoints in home/checkpoints. Stores in other places are not counted.
-Split models (split=auto) are counted, but are kept when a run is removed. --json prints the same as JSON.
+Split models (split=auto) are counted, but are kept when a run is removed. --json prints this as JSON.
 Exits 0, or 1 with one line on standard error.
 """
 
@@ -126,7 +127,7 @@ def remove(given: argparse.Namespace) -> Found:
     entries = [describe(given.home, name) for name in names]
     folders = [folder / name for name in names for folder in (runs, stores)]
     if links := [place for folder in folders for place in links_on(given.home, folder)]:
-        raise RunsError(f"{links[0]} is a symbolic link: remove it and what it points to yourself")
+        raise RunsError(f"{links[0]} is a symbolic link: remove the link and its target by hand")
     with ExitStack() as locks:
         for name in names:
             if not locks.enter_context(held_lock(runs / name)):

@@ -92,7 +92,8 @@ def replace_names(name: str, **stand_ins: Any) -> None:
         if not isinstance(original := getattr(module, key, None), ModuleType) or original.__name__ != key:
             sys.exit(
                 f"error: {Path(__file__).name} does not fit Flower {package_version}, whose {name} has no `{key}`: "
-                "use tools.federation up --plain, which is slower, or the version of Flower that flapp was tested with"
+                "use tools.federation up --plain, which is slower, or the version of Flower that flapp was tested with "
+                "(see flwr in pyproject.toml)"
             )
         setattr(module, key, stand_in)
 
@@ -143,7 +144,10 @@ def run_clients() -> Any:
 
 
 def run_client(arguments: list[str]) -> None:
-    """Act as a client's process, in a fork. NumPy's generator is as after its import; privacy noise has its own."""
+    """Act as a client's process, in a fork.
+
+    NumPy's global generator has the state that it had after import. Privacy noise has a generator of its own.
+    """
     from flwr.supernode.cli import flwr_clientapp
 
     sys.argv = arguments

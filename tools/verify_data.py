@@ -42,6 +42,8 @@ from tools.cli import new_parser
 MOST_TEXT = 1000  # characters in the answer of a check
 COMPLETE = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000)}  # sizes of splits whose classes must be balanced
 AFTER = "cannot be checked after the failure above"
+AGAIN = "prepare the dataset again"
+CAST = "floats from 0 to 1 were probably cast to uint8: multiply them by 255 first"
 
 
 @dataclass(frozen=True)
@@ -139,38 +141,40 @@ class Split:
     def files(self) -> str:
         found = sorted(path.name for path in self.folder.iterdir())
         if missing := [name for name in FILES if name not in found]:
-            raise DataError(f"{', '.join(missing)} missing: prepare the dataset again")
+            raise DataError(f"{', '.join(missing)} missing: {AGAIN}")
         if strange := [name for name in found if name not in FILES]:
-            raise DataError(f"{', '.join(strange)} does not belong here: delete it")
+            ends = "do not belong here: delete them" if len(strange) > 1 else "does not belong here: delete it"
+            raise DataError(f"{', '.join(strange)} {ends}")
         return ", ".join(found)
 
     def marker(self) -> str:
         source = str(self.meta.get("source_sha256", ""))
         if len(source) != 64 or set(source) - set("0123456789abcdef"):
-            raise DataError(f"source_sha256={source!r} is not a SHA-256: prepare the dataset again")
+            raise DataError(f"source_sha256={source!r} is not a SHA-256: {AGAIN}")
         return f"complete, format {self.meta['format_version']}, by {self.meta.get('writer')}"
 
     def pairs(self) -> str:
         images, labels = len(self.images), len(self.labels)
         if images != labels or images == 0:
-            raise DataError(f"{images:,} {self.samples} and {labels:,} labels: prepare the dataset again")
+            raise DataError(f"{images:,} {self.samples} and {labels:,} labels: {AGAIN}")
         return f"{images:,} of each"
 
     def layout(self) -> str:
         open_artifact(self.folder)
         name, shape, size = self.meta.get("layout", "NHWC"), self.images.shape, self.folder.name.partition("@")[2]
         if size and (name, [str(side) for side in shape[2:]]) != ("NCHW", [size, size]):
-            raise DataError(f"{name} {list(shape)} is not what {self.folder.name} must hold: NCHW at {size} pixels")
+            wanted = f"NCHW at {size} pixels"
+            raise DataError(f"{name} {list(shape)} is not what {self.folder.name} must hold, {wanted}: {AGAIN}")
         return f"{name if self.samples == 'images' else 'samples'} {list(shape[1:])}"
 
     def label_range(self) -> str:
         labels, classes = self.labels, len(self.meta["classes"])
         if not len(labels):
-            raise DataError("there are no labels: prepare the dataset again")
+            raise DataError(f"there are no labels: {AGAIN}")
         if not classes and not np.isfinite(labels).all():
-            raise DataError(f"label {np.argwhere(~np.isfinite(labels))[0][0]} is NaN or infinite")
+            raise DataError(f"label {np.argwhere(~np.isfinite(labels))[0][0]} is NaN or infinite: {AGAIN}")
         if classes and not (labels.min() >= 0 and labels.max() < classes):
-            raise DataError(f"labels from {labels.min()} to {labels.max()}, but {classes} classes")
+            raise DataError(f"labels from {labels.min()} to {labels.max()}, but {classes} classes: {AGAIN}")
         return f"{labels.min():g} to {labels.max():g}"
 
     def balance(self) -> str:
@@ -179,9 +183,10 @@ class Split:
             return "no classes"
         counts = np.bincount(labels[(labels >= 0) & (labels < len(classes))], minlength=len(classes))
         if self.folder.name.startswith("train") and not counts.all():
-            raise DataError(f"class {classes[int(counts.argmin())]!r} has no samples")
+            raise DataError(f"class {classes[int(counts.argmin())]!r} has no samples: {AGAIN}")
         if len(labels) in COMPLETE.get(self.folder.parent.name, ()) and counts.min() != counts.max():
-            raise DataError(f"{counts.min():,} to {counts.max():,} samples of a class: all must have equally many")
+            found = f"{counts.min():,} to {counts.max():,} samples of a class"
+            raise DataError(f"{found}, and all must have equally many: {AGAIN}")
         return f"{len(classes)} classes with {counts.min():,} to {counts.max():,} samples"
 
     def labels_hash(self) -> str:
@@ -193,18 +198,19 @@ class Split:
     def pixel_values(self) -> str:
         if self.seen.not_finite:
             first = self.seen.not_finite[0]
-            raise DataError(f"{len(self.seen.not_finite)} samples hold NaN or infinity, the first is {first}")
+            raise DataError(f"{len(self.seen.not_finite)} samples hold NaN or infinity, the first is {first}: {AGAIN}")
         if self.seen.alike and len(self.images) > 1:
-            raise DataError(f"all {self.samples} are the same")
+            raise DataError(f"all {self.samples} are the same: {AGAIN}")
         if self.samples == "images" and self.seen.highest <= 1:
-            raise DataError("no pixel is above 1 of 255: floats from 0 to 1 were cast to uint8")
+            raise DataError(f"the highest pixel is {self.seen.highest:g} and should be 255: {CAST}")
         return f"the highest is {self.seen.highest:g}"
 
     def no_empty_images(self) -> str:
         if self.images.ndim == 1 or (self.images.dtype.kind != "f" and self.samples != "images"):
             return "samples may be zero"  # numbers, flags and token ids
         if self.seen.zeros:
-            raise DataError(f"{len(self.seen.zeros):,} {self.samples} are all zero, the first is {self.seen.zeros[0]}")
+            found = f"{len(self.seen.zeros):,} {self.samples} are all zero, the first is {self.seen.zeros[0]}"
+            raise DataError(f"{found}: {AGAIN}")
         return f"in {self.seen.where}"
 
 
@@ -306,10 +312,15 @@ def shard_folders(manifest: Manifest) -> str:
     expected = {record.shard for record in manifest.values()}
     found = {path.name for path in manifest.folder.iterdir() if path.is_dir()}
     if missing := sorted(expected - found):
-        raise DataError(f"{missing[0]} and {len(missing) - 1} more are missing: make the shards again")
+        raise DataError(f"{first_of(missing)} missing: make the shards again")
     if strange := sorted(found - expected):
-        raise DataError(f"{strange[0]} and {len(strange) - 1} more are not in the manifest: delete them")
+        raise DataError(f"{first_of(strange)} not in the manifest: delete {'them' if len(strange) > 1 else 'it'}")
     return f"{len(found):,}"
+
+
+def first_of(names: list[str]) -> str:
+    """Return the first name, the number of the others and the verb."""
+    return f"{names[0]} and {len(names) - 1} more are" if len(names) > 1 else f"{names[0]} is"
 
 
 def shard_of_client(manifest: Manifest, client_id: str, writers: dict[str, str]) -> str:
@@ -332,7 +343,7 @@ def shard_pixels(shard: DistributedShardLoader) -> str:
                 raise DataError(f"{split} of {shard.path} has an image that is all zero: check the source")
             highest = max(highest, int(images.max(initial=0)))
         if count and highest <= 1:
-            raise DataError(f"{split} of {shard.path} has no pixel above 1 of 255: floats were cast to uint8")
+            raise DataError(f"the highest pixel in {split} of {shard.path} is {highest} and should be 255: {CAST}")
     return ", ".join(f"{count:,} {split}" for split, count in shard.num_samples.items())
 
 

@@ -66,7 +66,10 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def ask_damaged(path: Path, fully: bool) -> bool:
-    """Read all rounds of a damaged store, or `fully` ask for everything and write; return whether a round was lost."""
+    """Read all rounds of a damaged store; with `fully`, also run every command and write.
+
+    Return whether a round was lost.
+    """
     said = []
     try:
         with ChunkManager(path) as manager:

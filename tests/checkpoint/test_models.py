@@ -87,7 +87,7 @@ def columns_first(model: nn.Module) -> nn.Module:
 
 
 MODELS: dict[str, tuple[Callable[[int], nn.Module], Callable[[nn.Module], nn.Module], int | None, bool]] = {
-    # a model by its seed, what becomes of the one it is loaded into, the size of chunks, and whether that is in place
+    # the model, the change to the model that it is loaded into, the chunk size, and whether it is loaded in place
     "contiguous": (network, nn.Module.eval, 1000, True),
     "not contiguous": (network, columns_first, None, False),
     "tied in both": (Tied, nn.Module.eval, 1000, True),

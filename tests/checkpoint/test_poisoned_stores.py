@@ -156,7 +156,7 @@ ODD_ROWS = [
 
 
 @pytest.mark.parametrize("statement", ODD_ROWS)
-def test_rows_of_other_types_are_one_line_from_every_command(path: Path, statement: str) -> None:
+def test_rows_of_other_types_give_a_one_line_error_in_every_command(path: Path, statement: str) -> None:
     save(path, {"a": torch.ones(9)})
     with closing(sqlite3.connect(path)) as db, db:
         db.execute(statement)

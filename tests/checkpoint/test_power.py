@@ -58,7 +58,10 @@ def what_is_left(path: Path) -> Digests | None:
 
 
 def count_losses(disk: PowerDisk, folder: Path, cuts: int, seed: int = 0) -> int:
-    """Cut the power before operations drawn at random, and count the stores left neither before nor after a save."""
+    """Cut the power before operations drawn at random.
+
+    Count the stores that match neither the state before the save nor the state after it.
+    """
     rng, losses = random.Random(seed), 0
     for cut in range(cuts):
         left = folder / f"after-{cut}"
@@ -149,8 +152,8 @@ def two_rounds(tmp_path: Path) -> Path:
 def failures(folder: Path, of: tuple[str, ...], act: Callable[[ChunkManager], object], **how: int) -> list[str]:
     """Let every operation that `act` asks the disk for fail, one after the other, and return what each was.
 
-    `act` may have taken place whole when the last one fails: that is the sync of the journal's truncation, which
-    already is the commit for whoever opens the file.
+    When the last operation fails, `act` may be complete already: it is the sync that truncates the journal, and
+    readers already see the commit.
     """
     kinds: list[str] = []
     done: list[int] = []

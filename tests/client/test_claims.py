@@ -1,4 +1,4 @@
-"""Answers to attest are columns of claims, of which only those that fit together are read; pieces are numbered."""
+"""A node answers an attest message with columns of claims. Columns that do not fit together are refused."""
 
 import time
 from collections.abc import Callable
@@ -128,7 +128,7 @@ def test_the_time_to_read_claims_grows_with_their_number_and_not_with_its_square
     assert many < 64 * few  # 16 times as many; the square would be 256
 
 
-def test_a_piece_of_a_base_is_one_of_a_bounded_number() -> None:
+def test_a_base_in_too_many_pieces_is_refused() -> None:
     content = RecordDict({"piece": ConfigRecord({"index": 0, "count": 10**12}), "arrays": ArrayRecord({})})
     with pytest.raises(MessageError, match="number 0 of 1000000000000"):
         unpack_piece(content)

@@ -18,8 +18,9 @@ from flapp.groups import GROUP, SUM, cut
 from flapp.messages import ARRAYS, METRICS, TRAIN, Claim
 from flapp.strategy.lora_rules import RULES
 from flapp.strategy.phase import FOLDED_AT_ONCE, Phase
-from tests.conftest import LocalGrid, read_clients, read_lines
-from tests.support.replies import Federate, Sent, changing, failures, listen
+from tests.conftest import Federate, read_clients, read_lines
+from tests.support.federations import nodes, note_groups
+from tests.support.replies import Sent, changing, failures, listen
 
 TOY = ("experiment=toy_regression", "num_rounds=2", "checkpoint=off", "partition.min_size=1")
 WIDE, ALL = (*TOY, "clients=70", "strategy.fraction_train=0.7"), (*TOY, "clients=60")
@@ -28,10 +29,6 @@ LORA = (
     *("clients=33", "num_rounds=2", "train.steps=2", "partition=iid", "checkpoint=off"),
     *("evaluate.every=2", "evaluate.personal_epochs=0", "strategy.fraction_evaluate=0.1"),
 )
-
-
-def nodes(count: int) -> list[dict[str, Any]]:
-    return [{"partition-id": i, "num-partitions": count} for i in range(count)]
 
 
 @pytest.mark.parametrize("count", [1, 5, 10, 31, 32, 33, 50, 64, 100, 1000, 12345])
@@ -135,18 +132,10 @@ def test_failing_clients_are_named_and_cost_their_group_nothing(
     assert grouped["model_sha256"] == without["model_sha256"]
 
 
-def test_a_long_update_in_the_first_round_is_asked_for_again_without_its_client(
+def test_a_group_with_a_long_update_in_round_1_is_asked_again_without_that_client(
     federate: Federate, break_clients: Callable[[dict[str, str]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent: list[list[str]] = []
-    handle = LocalGrid.handle
-
-    def listen(grid: LocalGrid, message: Message) -> Message:
-        if message.metadata.message_type == TRAIN:
-            sent.append(list(message.content.config_records[GROUP]["client-id"]))  # type: ignore[arg-type]
-        return handle(grid, message)
-
-    monkeypatch.setattr(LocalGrid, "handle", listen)
+    sent = note_groups(monkeypatch)
     break_clients({"3": "long"})
     federate(*ALL, "num_rounds=1", **GROUPED)
     asked = cut(sorted(map(str, range(60))))

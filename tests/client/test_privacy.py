@@ -18,9 +18,9 @@ from flapp.client import mods
 from flapp.config.load import compose, to_json
 from flapp.config.schema import Config, ConfigError, PrivacyConfig
 from flapp.strategy.fedavg import FedAvg
-from tests.conftest import Broken, break_off, read_lines
+from tests.conftest import Broken, Federate, break_off, read_lines
 from tests.support.noise import START, check_noise, length
-from tests.support.replies import Federate, Sent, changing, listen
+from tests.support.replies import Sent, changing, listen
 from tools.run import final_line
 
 pytest.importorskip("dp_accounting", reason='needs pip install -e ".[privacy]"')
@@ -96,7 +96,10 @@ def test_an_update_that_cannot_be_protected_is_not_released(start: Tensors, trai
 
 
 def release(train: Callable[[Tensors], Tensors], settings: Config, size: int = 2) -> Tensors:
-    """Send privacy_mod two tensors of a size, train as told, and return by how much what leaves differs from them."""
+    """Send privacy_mod two tensors of `size` numbers and train with `train`.
+
+    Return the difference between what it sends and what it received.
+    """
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     order = messages.Instructions("0", 1, messages.source_digest())
     start = {"a": np.full(size, 3.0, np.float32), "b": np.zeros(size, np.float32)}
@@ -180,7 +183,7 @@ def test_a_round_that_is_trained_again_counts_twice(federate: Federate, data_hom
     assert resumed["epsilon"] == spent(5)
 
 
-def test_rounds_that_resume_from_drops_stay_released(federate: Federate) -> None:
+def test_rounds_dropped_by_resume_from_still_count_as_released(federate: Federate) -> None:
     federate(*TOY, "checkpoint=all", "run_name=back", "checkpoint.replay=false")
     words = ("checkpoint=all", "run_name=back", "resume=true", "resume_from=1")
     replayed, _ = federate(*TOY, *words)

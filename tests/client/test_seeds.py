@@ -9,7 +9,8 @@ from flwr.app import Array, Message
 from flapp import client_app
 from flapp.config.load import derive_seed
 from flapp.messages import ARRAYS
-from tests.support.replies import Federate, Sent, changing, listen
+from tests.conftest import Federate
+from tests.support.replies import Sent, changing, listen
 
 DIGITS = ("model=linear", "clients=2", "num_rounds=2", "train.epochs=1", "train.schedule=constant")
 

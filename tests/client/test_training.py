@@ -109,7 +109,7 @@ def test_the_cosine_schedule_starts_at_lr_and_ends_near_zero() -> None:
     assert {scheduled_lr(0.1, "constant", r, 10) for r in range(1, 11)} == {0.1}
 
 
-def test_accumulated_batches_make_the_step_of_one_large_batch_and_what_is_left_a_last_step() -> None:
+def test_accumulated_batches_make_the_step_of_one_large_batch_and_leftover_batches_make_a_last_step() -> None:
     small, large = model(), model()
     halves = [(X[i : i + 4], Y[i : i + 4]) for i in (0, 4, 8, 12)]
     train(small, halves, build_optimizer(small, "sgd", 0.1), rules=StepRules(accumulate=2))

@@ -69,7 +69,7 @@ def test_damaged_data_are_an_error_in_one_line(home: Path) -> None:
     assert "meta.json is damaged" in refusal_of([f"home={home}", *WORDS])
 
 
-def test_what_is_about_to_be_prepared_is_left_open(home: Path) -> None:
+def test_shape_and_classes_are_not_read_while_preparing(home: Path) -> None:
     found = compose([f"home={home}", *WORDS], preparing=True).dataset
     assert (found.shape, found.classes, found.normalization) == ((), 0, "half")
     found = compose([f"home={home}", *WORDS, "dataset.shape=[9,9,3]"], preparing=True).dataset
@@ -78,7 +78,9 @@ def test_what_is_about_to_be_prepared_is_left_open(home: Path) -> None:
         compose(["dataset=regression"], preparing=True)
 
 
-def test_each_node_takes_them_from_its_own_home(home: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_each_node_reads_shape_and_classes_from_its_own_home(
+    home: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     run_config = {"overrides": f"home={elsewhere} {' '.join(WORDS)}"}
     config, _ = load(run_config, {"home": str(home)})

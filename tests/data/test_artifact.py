@@ -173,7 +173,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("writable", [True, False])
-def test_the_bytes_of_an_artifact_are_compared_once_by_one_process_where_it_can_leave_a_note(
+def test_the_bytes_of_an_artifact_are_hashed_once_if_the_result_can_be_saved(
     folder: Path, hashed: list[int], monkeypatch: pytest.MonkeyPatch, writable: bool
 ) -> None:
     if not writable:

@@ -1,4 +1,4 @@
-"""Decoding: torchvision's pixels, whatever the file; what cannot be read is said; the order and bytes are fixed."""
+"""Decoding: torchvision's pixels, whatever the file; what cannot be read is reported; the order and bytes are fixed."""
 
 import errno
 import io
@@ -152,7 +152,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_what_cannot_be_read_is_said_in_one_line(kind: str) -> None:
+def test_what_cannot_be_read_is_reported_in_one_line(kind: str) -> None:
     make, said = BAD[kind]
     found = decode(make(), (64, 64, 3))
     assert isinstance(found, str)

@@ -132,7 +132,7 @@ def test_a_link_to_an_image_of_the_source_is_followed(tmp_path: Path) -> None:
     assert len(raw["train"].names) + len(raw["test"].names) == 5
 
 
-def test_a_file_that_cannot_be_read_is_said_where_its_image_would_be(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_reported_where_its_image_would_be(tmp_path: Path) -> None:
     root = write(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "test/a/1.jpg")
     os.mkfifo(root / "train/a/pipe.jpg")
     with (root / "train/b/large.jpg").open("wb") as file:

@@ -62,7 +62,7 @@ def test_partitions_depend_on_the_seed() -> None:
         ({"kind": "pathological", "clients": 3, "classes_per_client": 2}, "cannot deal 10 classes to 3 clients with 2"),
     ],
 )
-def test_what_cannot_be_had_fails_with_the_numbers(settings: dict[str, object], message: str) -> None:
+def test_a_partition_that_cannot_be_made_fails_with_the_numbers(settings: dict[str, object], message: str) -> None:
     with pytest.raises(DataError, match=message):
         make_partition(train_labels=LABELS[0], test_labels=LABELS[1], seed=0, **settings)  # type: ignore[arg-type]
 

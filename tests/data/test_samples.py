@@ -129,7 +129,7 @@ def test_artifacts_that_were_possible_before_keep_their_digests_and_bytes(tmp_pa
     assert [open_artifact(tmp_path / name).digest[:16] for name in "ab"] == ["959ecafff5065380", "dce879c3e0b9bf8d"]
 
 
-def test_settings_of_images_are_refused_where_the_data_turn_out_to_be_none(tmp_path: Path) -> None:
+def test_image_settings_are_refused_for_other_data(tmp_path: Path) -> None:
     write(tmp_path, SAMPLES["float images"], LABELS["classes"], CLASSES)
     for setting, fix in {
         "dataset.augment=true": "dataset.augment=false",
@@ -255,7 +255,7 @@ def test_token_ids_of_padding_only_and_numbers_of_zero_are_no_fault(tmp_path: Pa
         assert all(check.ok for check in verify(tmp_path / str(n), None))
 
 
-def test_a_dataset_that_is_added_to_flapp_is_one_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_added_to_flapp_counts_as_built_in(monkeypatch: pytest.MonkeyPatch) -> None:
     assert named("stripes") == "dataset=custom dataset.name=stripes"
     monkeypatch.setitem(EMBEDDED, "stripes", EMBEDDED["digits"])
     assert is_own("stripes")

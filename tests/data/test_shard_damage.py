@@ -5,7 +5,6 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from flapp.data.shards import dataset as shard_dataset
 from flapp.data.shards.build import write_shards
 from flapp.data.shards.client import DistributedShardLoader
 from flapp.data.shards.manifest import Manifest
-from tests.support.leaf_files import flip
+from tests.support.leaf_files import change_meta, flip
 from tests.support.refusals import refused
 
 
@@ -24,11 +23,6 @@ def rewrite(path: Path, change: Callable[[np.ndarray, np.ndarray], tuple[np.ndar
     tensors = load_file(path)
     images, labels = change(tensors["images"], tensors["labels"])
     save_file({"images": np.ascontiguousarray(images), "labels": np.ascontiguousarray(labels)}, path)
-
-
-def restate(folder: Path, **values: Any) -> None:
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps(meta | values))
 
 
 def cut(path: Path, by: int) -> None:
@@ -45,12 +39,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing split": (lambda f: (f / "val.safetensors").unlink(), r"val\.safetensors cannot be read \(No such file"),
     "meta cut": (lambda f: cut(f / "meta.json", 50), r"meta\.json is damaged"),
     "meta a list": (lambda f: (f / "meta.json").write_text("[]"), "is not of a shard of format 1"),
-    "meta of a later format": (lambda f: restate(f, format_version=2), "format_version 2"),
-    "meta without counts": (lambda f: restate(f, num_samples=7), "num_samples is missing or of a wrong type"),
-    "meta of other writers": (lambda f: restate(f, writers=["me"]), "does not have the digest it states"),
-    "meta of another client": (lambda f: restate(f, client_id="1"), "does not have the digest it states"),
-    "wrong counts": (lambda f: restate(f, num_samples={"train": 9, "val": 4, "test": 4}), r"36 samples, .*json says 9"),
-    "wrong histogram": (lambda f: restate(f, label_hist=[36] + [0] * 61), "not the histogram of the training labels"),
+    "meta of a later format": (lambda f: change_meta(f, format_version=2), "format_version 2"),
+    "meta without counts": (lambda f: change_meta(f, num_samples=7), "num_samples is missing or of a wrong type"),
+    "meta of other writers": (lambda f: change_meta(f, writers=["me"]), "does not have the digest it states"),
+    "meta of another client": (lambda f: change_meta(f, client_id="1"), "does not have the digest it states"),
+    "wrong counts": (
+        lambda f: change_meta(f, num_samples={"train": 9, "val": 4, "test": 4}),
+        r"36 samples, .*json says 9",
+    ),
+    "wrong histogram": (
+        lambda f: change_meta(f, label_hist=[36] + [0] * 61),
+        "not the histogram of the training labels",
+    ),
     "file cut": (lambda f: cut(f / "train.safetensors", 9), r"train\.safetensors is damaged"),
     "pickled file": (lambda f: (f / "train.safetensors").write_bytes(pickle.dumps([{}])), "damaged"),
     "bit in an image": (lambda f: flip(f / "train.safetensors", 5000), r"train\.safetensors has SHA-256"),
@@ -80,7 +80,7 @@ def test_a_forged_meta_over_black_images_is_still_refused(shards: Manifest, tmp_
     loose = DistributedShardLoader(folder, strict_check=False)
     meta = json.loads((folder / "meta.json").read_text())
     sha256 = hashlib.sha256((folder / "train.safetensors").read_bytes()).hexdigest()
-    restate(folder, sha256=meta["sha256"] | {"train.safetensors": sha256}, digest=loose.digest)
+    change_meta(folder, sha256=meta["sha256"] | {"train.safetensors": sha256}, digest=loose.digest)
     with pytest.raises(DataError, match=r"every image of train\.safetensors is all zero"):
         DistributedShardLoader(folder)
 

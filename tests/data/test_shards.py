@@ -110,7 +110,7 @@ def test_a_faulty_mapping_is_refused(
         ({"strategy": "random", "clients": 2, "val_fraction": -0.1}, "at least 0"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(source: Path, tmp_path: Path, settings: dict[str, Any], said: str) -> None:
+def test_impossible_settings_are_refused(source: Path, tmp_path: Path, settings: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError, match=said):
         write_shards(source, tmp_path / "shards", **settings)
 

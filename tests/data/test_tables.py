@@ -15,19 +15,15 @@ from flapp.data.artifact import DataError
 from flapp.data.decode import UnreadableError, decode_splits
 from flapp.data.folder import divide
 from flapp.data.tables import Columns, open_tables
+from tests.support.pictures import encode
 from tests.support.poison import peak
 from tests.support.refusals import refused
-from tests.support.tables import NAMES, as_dataset, draw_images, png, write_parquet
+from tests.support.tables import NAMES, as_dataset, draw_images, write_parquet
 
 LABELS = np.arange(30) % 3
 IMAGES = draw_images(30)
-BYTES = [png(image) for image in IMAGES]
+BYTES = [encode(image) for image in IMAGES]
 Read = dict[str, tuple[np.ndarray, list[int]]]
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> None:
-    datasets.disable_progress_bars()
 
 
 def read(
@@ -112,7 +108,7 @@ def test_any_ranges_of_a_table_can_be_read_and_are_named_by_file_and_row(tmp_pat
 def test_columns_are_named_by_settings_where_they_cannot_be_told(tmp_path: Path) -> None:
     coarse, other = (LABELS + 1) % 3, draw_images(30, seed=1)
     path = write_parquet(
-        tmp_path / "a.parquet", left=BYTES, right=[png(image) for image in other], fine_label=LABELS, target=coarse
+        tmp_path / "a.parquet", left=BYTES, right=[encode(image) for image in other], fine_label=LABELS, target=coarse
     )
     with pytest.raises(
         DataError, match=r"a\.parquet has the columns left \(binary\), .*: .*dataset\.image_column=NAME"
@@ -195,9 +191,9 @@ def emptied(path: Path) -> None:
     pq.write_table(pq.read_table(path).slice(0, 0), path)
 
 
-def label(row: int, value: Any, kind: Any = None) -> Callable[[Path], None]:
+def label(row: int, value: Any) -> Callable[[Path], None]:
     values = [value if i == row else int(other) for i, other in enumerate(LABELS)]
-    return lambda path: rewrite(path, label=pa.array(values, kind))
+    return lambda path: rewrite(path, label=pa.array(values))
 
 
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {

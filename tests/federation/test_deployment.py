@@ -17,11 +17,11 @@ from flwr.app import Message
 
 from flapp.config.load import compose
 from flapp.config.schema import ConfigError
-from tests.conftest import read_lines
+from tests.conftest import Federate, read_lines
 from tests.support.commands import finish, start_tool
 from tests.support.own_runs import run
 from tests.support.projects import EDITED, EDITED_WORDS, SLOW, add_to_task, new_project, settings_in
-from tests.support.replies import Federate, drop, trained_in
+from tests.support.replies import drop, trained_in
 from tests.support.waiting import wait_for
 from tools.certificates import make_server_files, make_site_keys
 from tools.checkpoints import main as checkpoints
@@ -124,7 +124,7 @@ def digest_of(summary: str) -> str:
 
 
 def other_key(folder: Path) -> str:
-    """Return the reason for which who is registered as client 0 is refused."""
+    """Return the reason why the node registered as client 0 is refused."""
     return f"is registered as client 0 with a different key from the one pinned in {folder}/keys/client_0.pub"
 
 
@@ -193,10 +193,10 @@ def test_runs_at_once_end_in_the_bytes_of_other_runtimes_and_outsiders_are_kept_
     assert "SuperNode ID" not in wrong.read_text()
 
 
-def test_what_is_killed_is_named_and_takes_part_again_and_the_run_is_resumed_to_the_bytes_of_its_replies(
+def test_what_is_killed_is_named_and_takes_part_again_and_the_resumed_run_ends_in_the_model_of_the_replies_it_got(
     home: Path, federation: Federation, federate: Federate
 ) -> None:
-    """Killed are the SuperLink, then a client and a SuperNode in rounds; at last the run is interrupted."""
+    """The test kills the SuperLink, then a client and a SuperNode during rounds. Finally it interrupts the run."""
     words = ["experiment=toy_regression", "clients=2", f"code={home}/mine", "train.loss=slow:loss", "train.steps=25"]
     words += ["num_rounds=20", "evaluate.every=20", "train.optimizer=sgd", "train.momentum=0.9"]
     path, sites = home / "runs" / "killed", home / "federation"

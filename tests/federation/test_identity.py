@@ -12,8 +12,7 @@ from flapp.config.load import compose, differences, to_json
 from flapp.config.schema import ConfigError
 from flapp.server.client_keys import ClientKeys
 from flapp.server.roster import FederationError
-from tests.conftest import LocalGrid, read_lines
-from tests.support.replies import Federate
+from tests.conftest import Federate, LocalGrid, read_lines
 from tools.certificates import make_site_keys
 from tools.deployment.submit import failure, refusals
 

@@ -12,7 +12,6 @@ from torch import nn
 
 from flapp import client_app
 from flapp.base import cut_base, keep_base, load_base, receive_piece
-from flapp.checkpoint.manager import ChunkManager
 from flapp.checkpoint.tensors import digest_of
 from flapp.config.load import compose
 from flapp.data.artifact import write_artifact
@@ -22,6 +21,7 @@ from flapp.server import run
 from flapp.server.inline import CLIENT_APP, InlineGrid, start_forkserver
 from flapp.sums import WeightedSum, weighted_average
 from tests.conftest import Federate, break_off, read_clients, read_lines, run_app
+from tests.support.federations import nodes, state_after
 from tests.support.odd_model import CLASSES, LARGE, TOKENS, OddModel, build
 from tests.support.replies import Sent, listen
 
@@ -32,10 +32,6 @@ SETTINGS = (
 SINGLE, GROUPED = (*SETTINGS, "clients=4"), (*SETTINGS, "clients=40")
 OPTIMIZERS = ("fedadam", "fedyogi", "fedavgm")
 FLOAT32 = {torch.bfloat16: torch.float32}  # how dtypes travel
-
-
-def nodes(count: int) -> list[dict[str, Any]]:
-    return [{"partition-id": i, "num-partitions": count} for i in range(count)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,12 +50,6 @@ def odd_model(data_home: Path) -> Iterator[None]:
         yield
         for cached in (client_app.cached_model, client_app.cached_adapted_model):
             cached.cache_clear()
-
-
-def state_after(path: Path, server_round: int) -> dict[str, torch.Tensor]:
-    """Return the global model that the server saved with a round."""
-    with ChunkManager(path / "server_chunks.db", create=False) as store:
-        return store.reconstruct_model_from_chunks(server_round)
 
 
 def in_float64(found: Sent, key: str, counts: dict[str, int]) -> np.ndarray:

@@ -54,7 +54,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("code", "place", "what"), MODEL_MISTAKES)
-def test_a_mistake_in_the_model_is_one_line_with_file_and_line_before_round_1(
+def test_a_mistake_in_the_model_gives_a_one_line_error_with_file_and_line_before_round_1(
     tmp_path: Path, code: str, place: str, what: str
 ) -> None:
     folder = write_task(tmp_path / "mine", code)
@@ -64,7 +64,7 @@ def test_a_mistake_in_the_model_is_one_line_with_file_and_line_before_round_1(
 
 
 @pytest.mark.parametrize(("setting", "code", "place", "what"), MISTAKES)
-def test_a_mistake_in_other_code_is_one_line_with_file_and_line_before_round_1(
+def test_a_mistake_in_other_code_gives_a_one_line_error_with_file_and_line_before_round_1(
     tmp_path: Path, setting: str, code: str, place: str, what: str
 ) -> None:
     folder = write_task(tmp_path / "mine", code)

@@ -58,7 +58,7 @@ def test_each_template_learns_and_ends_in_the_same_bytes_in_groups_and_after_a_c
         (("train.optimizer=task:sgd",), ("train.optimizer=sgd", "train.momentum=0.9")),
     ],
 )
-def test_what_flapp_has_itself_gives_the_same_bytes_as_ones_own(
+def test_a_copy_of_a_built_in_function_gives_the_same_bytes(
     folder: Path, tmp_path: Path, own: tuple[str, ...], built_in: tuple[str, ...]
 ) -> None:
     base = ("dataset=digits", "partition=iid", "clients=2", *SMALL, "num_rounds=1", "train.weight_decay=0")
@@ -230,7 +230,7 @@ def test_a_model_that_changes_its_arguments_and_draws_buffers_is_the_same_everyw
     assert read_lines(path, "central")[-1]["accuracy"] == pytest.approx(summary["accuracy"])
 
 
-def test_a_dataset_is_not_taken_for_that_of_an_edited_function(tmp_path: Path) -> None:
+def test_data_made_before_a_function_was_edited_are_not_reused(tmp_path: Path) -> None:
     folder = new_project(tmp_path / "mine", "tabular")
     words = ("num_rounds=1", "train.steps=1")
     run(settings_in(folder, tmp_path, *words, "run_name=first"))

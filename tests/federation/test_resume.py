@@ -10,8 +10,7 @@ from flapp import client_app
 from flapp.checkpoint.manager import ChunkManager
 from flapp.config.schema import ConfigError
 from flapp.model.files import save_tensors
-from tests.conftest import break_off, read_lines
-from tests.support.replies import Federate
+from tests.conftest import Federate, break_off, read_lines
 
 TOY = ("experiment=toy_regression", "num_rounds=4", "evaluate.central=true")
 

@@ -16,8 +16,9 @@ from flapp.groups import GROUP, SUM, cut
 from flapp.messages import ARRAYS, TRAIN, view
 from flapp.server.roster import FederationError
 from flapp.strategy.robust import PER_CLIENT
-from tests.conftest import LocalGrid, break_off, read_clients, read_lines
-from tests.support.replies import Federate, Sent, changing, drop, failures, listen
+from tests.conftest import Federate, LocalGrid, break_off, read_clients, read_lines
+from tests.support.federations import nodes, note_groups
+from tests.support.replies import Sent, changing, drop, failures, listen
 from tests.test_docs import PAGES, ROOT
 
 DIGITS = ("model=linear", "partition=iid", "num_rounds=2", "train.steps=4", "evaluate.every=2")
@@ -25,10 +26,6 @@ FAST = (*DIGITS, "evaluate.personal_epochs=0", "checkpoint=off", "strategy.norm_
 NAMES = ("norm_bound", *PER_CLIENT)
 MANY = (*FAST, "clients=35")  # in groups of two, and a last one
 TWO_OF_TEN = ("0", "1")
-
-
-def nodes(count: int) -> list[dict[str, Any]]:
-    return [{"partition-id": i, "num-partitions": count} for i in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -166,20 +163,14 @@ def test_a_run_that_broke_off_is_resumed_to_the_same_bytes(
 def test_only_groups_with_an_update_to_clip_are_asked_again_and_nobody_trains_twice(
     federate: Federate, bad: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[list[str]] = []
+    asked = note_groups(monkeypatch)
     trained: list[str] = []
-    handle, fit = LocalGrid.handle, client_app.fit
-
-    def listen_in(grid: LocalGrid, message: Message) -> Message:
-        if message.metadata.message_type == TRAIN:
-            asked.append(list(message.content.config_records[GROUP]["client-id"]))  # type: ignore[arg-type]
-        return handle(grid, message)
+    fit = client_app.fit
 
     def count(*args: Any) -> Any:
         trained.append(args[1].client_id)
         return fit(*args)
 
-    monkeypatch.setattr(LocalGrid, "handle", listen_in)
     monkeypatch.setattr(client_app, "fit", count)
     words = (*MANY, *bad, "clients=34", "num_rounds=1", "checkpoint=recent", "strategy.robust=norm_bound")
     federate(*words, "strategy.fraction_evaluate=0.1", nodes=nodes(2), any_node=True)
@@ -190,9 +181,7 @@ def test_only_groups_with_an_update_to_clip_are_asked_again_and_nobody_trains_tw
     assert sorted(trained) == names
 
 
-def test_a_node_that_sends_the_sum_before_clipping_again_costs_its_group(
-    federate: Federate, bad: tuple[str, ...]
-) -> None:
+def test_a_node_that_repeats_its_unclipped_sum_costs_its_group(federate: Federate, bad: tuple[str, ...]) -> None:
     first: list[ArrayRecord] = []
 
     def tamper(_: str, reply: Message) -> Message:

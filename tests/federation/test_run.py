@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
+from tests.conftest import Federate
 from tests.support.commands import left_running, run
-from tests.support.replies import Federate
 from tools.deployment.processes import SuperLinkError
 from tools.deployment.submit import APP
 from tools.deployment.superlink import PrivateSuperLink
@@ -43,7 +43,7 @@ def test_a_wrong_setting_ends_with_one_line_and_starts_nothing(tmp_path: Path, a
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_busy_port_is_said_in_one_line() -> None:
+def test_a_busy_port_is_reported_in_one_line() -> None:
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
@@ -58,7 +58,7 @@ def test_the_last_lines_say_what_was_reached_and_where_it_lies() -> None:
     summary = {"rounds": 3, "seconds": 12.3, "accuracy": 0.5, "personal_accuracy": None, "loss": 1.25}
     text = final_line(summary | {"model_sha256": "ab", "run_dir": "/r"})
     model = "model /r/model.safetensors (of the last round, sha256 ab)"
-    report = "see them with: python -m tools.report /r --out report.html"
+    report = "see the results with: python -m tools.report /r --out report.html"
     assert text == f"finished 3 rounds in 12 s: accuracy 0.5000, test loss 1.2500\n{model}\nresults in /r\n{report}"
     chosen = {"objective_metric": "val_accuracy", "val_accuracy": 0.75, "val_loss": 9.0, "selected_round": 2}
     text = final_line(summary | chosen | {"model_sha256": "ab", "run_dir": "/r"})

@@ -14,10 +14,9 @@ import pytest
 from flwr.app import Array, Error, Message
 
 from flapp.messages import TRAIN, HeldArray
-from tests.conftest import read_lines
+from tests.conftest import Federate, read_lines
 from tests.support.commands import PYTORCHS, SECONDS, in_shared_memory, left_running, starting_runs
 from tests.support.projects import BERT, BERT_WORDS, EDITED, EDITED_WORDS, add_to_task, new_project, settings_in
-from tests.support.replies import Federate
 from tests.support.waiting import wait_for, wait_for_end
 from tools.checkpoints import main as checkpoints
 from tools.deployment import submit
@@ -72,7 +71,7 @@ def test_any_number_of_workers_gives_the_same_bytes_of_adapters_on_a_model_of_tr
     assert digest_of(run_inline(*words, workers=2)) == digest_of(run_inline(*words, workers=0))
 
 
-def test_an_array_over_a_models_numbers_travels_as_a_plain_array() -> None:
+def test_a_view_of_a_models_memory_travels_as_a_plain_array() -> None:
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
     held, plain = HeldArray(values), Array(values)
     assert held.deflate() == plain.deflate()

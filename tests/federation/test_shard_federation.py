@@ -12,10 +12,10 @@ from flapp import messages
 from flapp.data.shards.build import export_artifacts, write_shards
 from flapp.data.shards.manifest import load_manifest
 from flapp.server.roster import FederationError
-from tests.conftest import read_clients, read_lines
+from tests.conftest import Federate, read_clients, read_lines
 from tests.support.claims import set_claim
 from tests.support.leaf_files import Samples, as_leaf, write_leaf
-from tests.support.replies import Federate, changing, failures
+from tests.support.replies import changing, failures
 
 CLIENTS = 4
 
@@ -50,8 +50,8 @@ SHARDS = (
 )
 
 
-def at_sites(folder: Path, ids: str = "0123") -> list[dict[str, Any]]:
-    return [{"client-id": i, "shard-path": str(folder / "shards" / f"client_{i}")} for i in ids]
+def at_sites(folder: Path) -> list[dict[str, Any]]:
+    return [{"client-id": i, "shard-path": str(folder / "shards" / f"client_{i}")} for i in "0123"]
 
 
 def test_shards_at_sites_or_in_one_place_and_the_shared_artifact_give_the_same_bytes(

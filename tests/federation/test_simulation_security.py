@@ -22,6 +22,7 @@ from flwr.superlink.grid import InMemoryGrid
 
 from flapp import server_app
 from tests.conftest import LocalGrid
+from tests.support.networks import two_machines
 from tests.support.projects import SLOW, write_task
 from tests.support.strangers import as_stranger, get, listening, needs_root
 from tests.support.waiting import WAIT_SECONDS, wait_for
@@ -139,28 +140,10 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return (*words, "train.loss=task:loss", "deployment=simulation", "deployment.total_cpus=1")
 
 
-def ip(*words: str) -> None:
-    """Run the ip command."""
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
 def namespaces() -> Iterator[tuple[str, str]]:
     """Return two network namespaces, a simulation's and an attacker's, that see each other and nothing else."""
-    names = (f"flapp{os.getpid()}a", f"flapp{os.getpid()}b")
-    with contextlib.ExitStack() as stack:
-        try:
-            for name in names:
-                ip("netns", "add", name)
-                stack.callback(subprocess.run, ["ip", "netns", "del", name], check=False)
-            ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0", "netns", names[1])
-        except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"network namespaces are not permitted: {getattr(error, 'stderr', error)}")
-        for name, own, other in ((names[0], VICTIM, ATTACKER), (names[1], ATTACKER, VICTIM)):
-            ip("-n", name, "address", "add", f"{own}/24", "dev", "eth0")
-            for device in ("lo", "eth0"):
-                ip("-n", name, "link", "set", device, "up")
-            ip("-n", name, "route", "add", "default", "via", other)  # Ray takes the address of this route for its own
+    with two_machines(VICTIM, ATTACKER, is_routed=True) as names:  # Ray takes the address of its route for its own
         yield names
 
 

@@ -111,7 +111,9 @@ def test_what_pefts_format_cannot_hold_is_not_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("inner", "taken"), [("2", "1.2"), ("12", "1.12")])
-def test_a_head_whose_name_ends_an_adapted_layers_cannot_be_exported(inner: str, taken: str, tmp_path: Path) -> None:
+def test_a_head_is_not_exported_if_its_name_ends_the_name_of_an_adapted_layer(
+    inner: str, taken: str, tmp_path: Path
+) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ModuleDict({inner: nn.Linear(4, 4)}), nn.Linear(4, 2))
     add_lora(model, 2, 2.0, [taken])
     mark_only_lora_as_trainable(model)
@@ -119,7 +121,7 @@ def test_a_head_whose_name_ends_an_adapted_layers_cannot_be_exported(inner: str,
         export_adapter(model, tmp_path / "adapter", "base")
 
 
-def test_a_layer_whose_name_is_the_end_of_anothers_is_exported_alone(tmp_path: Path) -> None:
+def test_a_layer_whose_name_ends_the_name_of_another_is_exported_alone(tmp_path: Path) -> None:
     export_adapter(adapted("mlp"), tmp_path / "adapter", "base")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["target_modules"] == r"0|2\.1"

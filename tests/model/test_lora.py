@@ -47,7 +47,7 @@ def test_adapters_give_pefts_logits_and_take_pefts_steps(name: str, targets: tup
 
 @pytest.mark.parametrize(("name", "targets"), CASES)
 def test_training_changes_all_tensors_that_travel_and_each_adapter_counts(name: str, targets: tuple[str, ...]) -> None:
-    """The gradient of A is zero in the very first step, while B is: so this looks at the gradients of the second."""
+    """In the first step B is zero, so the gradient of A is zero. This test looks at the second step."""
     model = adapted(name, targets)
     before = bytes_of(frozen_of(model)), bytes_of(lora_state_dict(model))
     steps(model, name, 2)
@@ -208,7 +208,9 @@ def test_what_travels_is_all_that_another_model_of_the_same_base_needs() -> None
         ("vit_tiny", {"rank": 6, "targets": ["qkv", "head"]}, r"lora.rank=6 is more than heads.head \(64 -> 5\)"),
     ],
 )
-def test_adapters_that_cannot_be_say_why_and_leave_the_model_alone(name: str, lora: dict, message: str) -> None:
+def test_impossible_adapters_are_refused_with_the_reason_and_leave_the_model_alone(
+    name: str, lora: dict, message: str
+) -> None:
     model = base(name)
     with pytest.raises(ValueError, match=message):
         add_lora(model, **{"rank": 2, "alpha": 4.0} | lora)

@@ -73,7 +73,7 @@ def test_the_names_of_a_real_vit_b_16_are_ours_and_go_back(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["self_attention.out_proj", "mlp.linear_1", "block.self_attention.qkv"])
-def test_names_of_torchvisions_that_are_the_models_own_stay(name: str, tmp_path: Path) -> None:
+def test_own_tensors_with_names_like_torchvision_are_not_renamed(name: str, tmp_path: Path) -> None:
     def build() -> nn.Module:
         model, place, last = nn.Module(), "", name.split(".")[-1]
         for part in name.split(".")[:-1]:
@@ -125,7 +125,7 @@ def test_positions_in_bfloat16_are_interpolated_in_float32(tmp_path: Path) -> No
     assert torch.equal(*(model.state_dict()["encoder.pos_embedding"] for model in (wide, half)))
 
 
-def test_what_a_file_alone_does_not_say_is_told_as_assumed(tmp_path: Path) -> None:
+def test_what_a_file_alone_does_not_say_is_reported_as_assumed(tmp_path: Path) -> None:
     torch.save(torchvisions().state_dict(), tmp_path / "vit.pth")
     assert load_pretrained(ours(), tmp_path / "vit.pth").assumed == "4 heads, gelu, token"
     save_tensors(ours().state_dict(), tmp_path / "ours.safetensors", model="vit_tiny")
@@ -226,7 +226,7 @@ def test_one_flipped_bit_among_the_weights_is_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_pointer_of_git_lfs_is_told(suffix: str, tmp_path: Path) -> None:
+def test_a_pointer_of_git_lfs_is_reported(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"vit{suffix}"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
     with pytest.raises(ValueError, match="is a pointer of git-lfs, not the weights: get them with git lfs pull"):
@@ -234,7 +234,7 @@ def test_a_pointer_of_git_lfs_is_told(suffix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_missing_cut_or_foreign_file_is_one_line(suffix: str, tmp_path: Path) -> None:
+def test_a_missing_cut_or_foreign_file_gives_a_one_line_error(suffix: str, tmp_path: Path) -> None:
     path, whole = tmp_path / f"vit{suffix}", tmp_path / "whole"
     (torch.save if suffix == ".pth" else save_file)(SAME, whole)
     with pytest.raises(ValueError, match=f"{path} cannot be read .*No such file"):

@@ -175,7 +175,7 @@ def test_points_that_leave_a_component_without_a_layer_are_refused(tmp_path: Pat
 
 
 @pytest.mark.parametrize("text", ["", "2", "2-", "2:10", "a-b", "-1-2", "1-2-3", "2 - 10"])
-def test_points_in_other_words_are_refused(text: str) -> None:
+def test_badly_written_points_are_refused(text: str) -> None:
     assert parse_points("2-10") == (2, 10)
     with pytest.raises(ValueError, match="are not two numbers with a dash between, such as 2-10"):
         parse_points(text)

@@ -58,8 +58,8 @@ def base(stored: Path, tmp_path: Path) -> Path:
     return shutil.copytree(stored, tmp_path / "split")
 
 
-def pair(base: Path, component: str = "trunk", name: str = "x") -> tuple[Path, Path]:
-    weights = StorageManager.get_split_model_path(base, name, 1, 2, component)
+def pair(base: Path, component: str = "trunk") -> tuple[Path, Path]:
+    weights = StorageManager.get_split_model_path(base, "x", 1, 2, component)
     return weights, StorageManager.get_model_metadata_path(weights)
 
 
@@ -203,7 +203,7 @@ def test_components_of_different_models_are_not_mixed(base: Path, models: list[P
     ModelFactory.load_split_models(base, components=["trunk"])
 
 
-def test_an_unknown_component_and_a_name_that_is_none_are_refused(base: Path) -> None:
+def test_an_unknown_component_and_a_name_that_no_file_can_have_are_refused(base: Path) -> None:
     with pytest.raises(ValueError, match="component=middle is not known: choose one of bottom, trunk, top"):
         ModelFactory.load_split_models(base, components=["middle"])
     with pytest.raises(ValueError, match="component=middle is not known"):
@@ -213,7 +213,7 @@ def test_an_unknown_component_and_a_name_that_is_none_are_refused(base: Path) ->
             StorageManager.get_split_model_path(base, name, 1, 2, "top")
 
 
-def test_one_says_which_split_is_meant_where_there_are_several(base: Path, models: list[Path]) -> None:
+def test_a_name_or_points_are_needed_if_there_are_several_splits(base: Path, models: list[Path]) -> None:
     store(base, models[1], name="y")
     check_refused(base, r"has several splits \(x 1-2, y 1-2\): give the name and the points of one")
     assert ModelFactory.load_split_models(base, "y")[0].part.name == "y"

@@ -46,13 +46,13 @@ WRITTEN: dict[str, tuple[Callable[[Path], Theirs], str, str, Variant, str | None
 PLAIN = Variant()
 
 
-def ours(size: int = 32, classes: int = 5, variant: Variant = PLAIN) -> nn.Module:
+def ours(classes: int = 5, variant: Variant = PLAIN) -> nn.Module:
     torch.manual_seed(2)
-    return build_model("vit_ti_16", (size, size, 3), classes, variant=variant).eval()
+    return build_model("vit_ti_16", (32, 32, 3), classes, variant=variant).eval()
 
 
-def loaded(path: Path, variant: Variant, size: int = 32) -> nn.Module:
-    model = ours(size, variant=variant)
+def loaded(path: Path, variant: Variant) -> nn.Module:
+    model = ours(variant=variant)
     check_pretrained(layout_of(model), path)
     assert load_pretrained(model, path).head_loaded
     return model
@@ -280,7 +280,7 @@ CONFIGS = [*(("transformers", *row) for row in TRANSFORMERS), *(("timm", *row) f
 
 
 @pytest.mark.parametrize(("library", "changed", "said"), CONFIGS, ids=str)
-def test_a_config_that_our_vit_cannot_be_is_refused(
+def test_a_config_that_our_vit_cannot_represent_is_refused(
     written: Path, tmp_path: Path, library: str, changed: dict[str, Any], said: str
 ) -> None:
     folder = copy_of(written / library, tmp_path / "vit")
@@ -289,7 +289,7 @@ def test_a_config_that_our_vit_cannot_be_is_refused(
         describe(folder)
 
 
-def test_a_config_that_is_no_object_or_hostile_is_one_line(folder: Path) -> None:
+def test_a_config_that_is_no_object_or_hostile_gives_a_one_line_error(folder: Path) -> None:
     for text in (b"[]", b"3", b"", b"\xff", b"{", b"[" * 100_000, b'{"a": ' * 200 + b"1" + b"}" * 200):
         (folder / "config.json").write_bytes(text)
         with refused(ValueError, r"config.json (cannot be read|holds \w+, not settings)"):

@@ -111,7 +111,7 @@ def test_a_round_without_its_lines_is_refused_and_nothing_is_dropped(federate: F
     assert federate(*TOY, "run_name=lineless", "resume=true", "resume_from=3")[0]["status"] == "finished"
 
 
-def test_a_round_whose_best_one_is_gone_is_refused_where_the_run_ends_with_the_best(
+def test_going_back_is_refused_if_the_best_round_is_gone_and_select_is_best(
     federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = (*TOY, "evaluate.select=best", "run_name=best")
@@ -141,7 +141,7 @@ def test_clients_that_kept_later_rounds_keep_their_own_tensors_of_the_round_that
     assert not any(line["failures"] for line in read_lines(path, "train"))
 
 
-def test_going_back_before_other_source_was_taken_compares_with_the_source_before_it(
+def test_going_back_to_before_a_source_change_compares_with_the_old_source(
     federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = (*TOY, "run_name=mixed", "resume=true")

@@ -219,7 +219,7 @@ def test_settings_of_another_runtime_are_refused_with_the_one_they_are_for(words
         (["deployment.client_gpus=2"], 4, 2),
     ],
 )
-def test_there_are_as_many_workers_as_processors_and_gpus_allow(
+def test_there_are_as_many_workers_as_processors_and_gpus_allow_unless_their_number_is_given(
     monkeypatch: pytest.MonkeyPatch, words: list[str], gpus: int, workers: int
 ) -> None:
     monkeypatch.setattr("tools.deployment.submit.available_cpus", lambda: 4)
@@ -230,7 +230,9 @@ def test_there_are_as_many_workers_as_processors_and_gpus_allow(
 def test_more_workers_than_the_gpus_have_room_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     settings = compose(["home=/nowhere", TOY, "deployment.client_gpus=0.5", "deployment.workers=3"])
-    with pytest.raises(ConfigError, match="workers=3 take 0.5 of a GPU each, and there are 1: .*workers=2 or lower"):
+    with pytest.raises(
+        ConfigError, match="client_gpus=0.5 of a GPU, and this machine has 1 GPU: .*workers=2, or lower"
+    ):
         inline.count_workers(settings)
 
 

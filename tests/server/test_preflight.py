@@ -69,7 +69,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_said_with_the_fix_and_leaves_no_run(data_home: Path, words: list[str], line: str) -> None:
+def test_a_mistake_is_reported_with_the_fix_and_leaves_no_run(data_home: Path, words: list[str], line: str) -> None:
     with pytest.raises(ValueError, match=line) as caught:
         check(data_home, *words)
     assert "\n" not in str(caught.value)
@@ -145,7 +145,9 @@ def test_of_large_weights_only_names_and_shapes_are_read(
         check(data_home, "model=linear", f"model.pretrained={tmp_path}/other.safetensors")
 
 
-def test_shards_are_compared_with_their_manifest_and_none_at_all_is_too_few(shards: Manifest, tmp_path: Path) -> None:
+def test_shards_are_compared_with_their_manifest_and_a_run_without_any_shard_is_refused(
+    shards: Manifest, tmp_path: Path
+) -> None:
     words = ("experiment=femnist_fedavg", f"distributed_data.shard_path={shards.folder}")
     good = (*words, "clients=3", "partition=round_robin")
     check(tmp_path, *good)
@@ -330,7 +332,9 @@ def test_a_start_that_loses_its_name_while_it_is_made_leaves_no_folder(
     assert not list((data_home / "runs").glob(".*"))
 
 
-def test_reasons_come_first_once_and_short(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_begins_with_its_reasons_each_once_and_short(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any) -> Any:
         raise ConfigError("its disk is full: make room")
 
@@ -370,7 +374,7 @@ def test_a_sweep_in_which_no_run_began_leaves_no_folder(tmp_path: Path) -> None:
     assert (folder / "sweep.json").exists()
 
 
-def test_mistakes_of_a_sweep_are_one_line_a_job_and_leave_no_run(tmp_path: Path) -> None:
+def test_mistakes_of_a_sweep_give_a_one_line_error_per_job_and_leave_no_run(tmp_path: Path) -> None:
     done = run(tmp_path, "-m", "clients=500", "seed=0,1", "run_name=no")
     assert done.returncode == 1
     line = "error: partition=dirichlet cannot give each of clients=500"

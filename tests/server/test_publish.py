@@ -366,7 +366,7 @@ def test_a_new_field_is_withheld_until_it_is_listed() -> None:
     assert {"failed", publish.LATE} == set(publish.count_kinds(["failed: it has 12 samples", publish.LATE]))
 
 
-def test_a_node_that_died_is_told_as_such() -> None:
+def test_a_node_that_died_is_reported_as_such() -> None:
     died = "failed: its process ended before it answered (killed, or out of memory)"
     assert publish.count_kinds([died, died, "failed: loss 3.25"]) == {"failed": 1, died: 2}
     assert tell_reason(compose([TOTALS]).privacy, died.removeprefix("failed: ")) in died

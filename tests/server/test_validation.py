@@ -246,7 +246,7 @@ FAULTS: dict[str, tuple[str, float | None, str]] = {  # by client: the figure, i
 }
 
 
-def test_validation_figures_that_cannot_be_are_refused_by_name(federate: Federate, made: str) -> None:
+def test_impossible_validation_figures_are_refused_by_name(federate: Federate, made: str) -> None:
     def tamper(name: str, reply: Message) -> Message:
         numbers = reply.content.metric_records.get(METRICS, {})
         if name in FAULTS and "loss-sum" in numbers:
@@ -263,7 +263,7 @@ def test_validation_figures_that_cannot_be_are_refused_by_name(federate: Federat
     assert {failure["client"]: failure["reason"] for failure in failures} == said
 
 
-def test_a_claim_on_the_validation_samples_cannot_own_the_choice(
+def test_a_claim_on_the_validation_samples_cannot_dominate_the_choice(
     federate: Federate, data_home: Path, tmp_path: Path, made: str
 ) -> None:
     def tamper(name: str, reply: Message) -> Message:

@@ -161,7 +161,7 @@ def test_no_share_exceeds_the_bound_and_the_rest_keep_their_proportions(most: fl
     ("weights", "most", "capped"),
     [([3, 2, 1], 0.5, [3, 2, 1]), ([9, 1], 0.5, [9, 1]), ([9, 1, 1], None, [9, 1, 1]), ([1, 0, 0], 0.5, [1, 1, 1])],
 )
-def test_weights_within_the_bound_or_too_few_stay(
+def test_weights_stay_if_they_are_within_the_bound_or_fewer_than_three(
     weights: list[float], most: float | None, capped: list[float]
 ) -> None:
     assert cap_shares(weights, most) == capped

@@ -20,9 +20,9 @@ from flapp.server.roster import FederationError
 from flapp.server.run import initial_model
 from flapp.strategy.central import Central
 from flapp.sums import WeightedSum, clip
-from tests.conftest import LocalGrid, read_lines, run_app
+from tests.conftest import Federate, LocalGrid, read_lines, run_app
 from tests.support.noise import START, check_noise, length
-from tests.support.replies import Federate, Sent, changing, drop, failures, listen
+from tests.support.replies import Sent, changing, drop, failures, listen
 
 pytest.importorskip("dp_accounting", reason='needs pip install -e ".[privacy]"')
 

@@ -13,9 +13,8 @@ from flapp.config.load import compose
 from flapp.config.schema import ConfigError
 from flapp.server.releases import CentralLedger
 from flapp.strategy.central import Central, PrivateRounds
-from tests.conftest import Broken, break_off, read_lines
+from tests.conftest import Broken, Federate, break_off, read_lines
 from tests.support.leaf_files import content_of
-from tests.support.replies import Federate
 
 pytest.importorskip("dp_accounting", reason='needs pip install -e ".[privacy]"')
 
@@ -99,7 +98,7 @@ def done_multiplier(words: Sequence[str]) -> float:
     return central.plan_of(compose(list(words))).multiplier
 
 
-def test_rounds_that_resume_from_drops_stay_released_and_the_budget_counts_them(federate: Federate) -> None:
+def test_rounds_dropped_by_resume_from_still_count_as_released_and_against_the_budget(federate: Federate) -> None:
     words = (*TOY, "privacy.noise=secure", "privacy.noise_multiplier=2", "run_name=dropped", "checkpoint=all")
     spent = central.epsilon_of(2.0, 1.0, 4, 1e-5, "rdp")
     words = (*words, f"privacy.epsilon={spent}")  # of four releases
@@ -131,7 +130,7 @@ def test_a_resumed_run_keeps_its_noise_even_if_the_accountant_would_now_compute_
     assert {line["noise_multiplier"] for line in released_in(path)} == {multiplier}
 
 
-def test_what_a_start_left_that_was_killed_while_it_wrote_a_release_is_removed(federate: Federate) -> None:
+def test_leftovers_of_a_start_killed_while_writing_a_release_are_removed(federate: Federate) -> None:
     words = (*TOY, "privacy.noise=secure", "run_name=torn")
     break_off(federate, 2, "aggregate_evaluate", *words)
     left = federate(*words, "resume=true")[1] / ".release.safetensors.0123abcd.tmp"

@@ -19,8 +19,8 @@ from flapp.model.files import load_tensors
 from flapp.server.roster import FederationError
 from flapp.server.run import initial_model
 from flapp.strategy.lora_rules import RULES
-from tests.conftest import break_off, read_clients, read_lines
-from tests.support.replies import Federate, Sent, failures, listen, trained_in
+from tests.conftest import Federate, break_off, read_clients, read_lines
+from tests.support.replies import Sent, failures, listen, trained_in
 
 ADAPTERS = ("strategy=fedlora", "lora=default")
 LORA = (

@@ -12,7 +12,6 @@ from flwr.app import Message
 from torch import Tensor
 
 from flapp import architecture, client_app, messages
-from flapp.checkpoint.manager import ChunkManager
 from flapp.client.data import make_batches, open_client_data
 from flapp.config.load import compose, from_dict, read_yaml
 from flapp.config.schema import NodeConfig
@@ -20,9 +19,10 @@ from flapp.model.lora import adapted_layers, tail_norm
 from flapp.model.lora_layers import LoRALayer
 from flapp.server.run import initial_model
 from flapp.training import StepRules, TrainResult, build_optimizer, evaluate, train
-from tests.conftest import Tamper, break_off, read_lines
+from tests.conftest import Federate, Tamper, break_off, read_lines
 from tests.support.adapters import adapted, batch
-from tests.support.replies import Federate, changing, failures
+from tests.support.federations import state_after
+from tests.support.replies import changing, failures
 
 HETLORA = (
     *("strategy=fedlora", "lora=default", "lora.rank=4", "lora.alpha=8", "strategy.aggregation=hetlora"),
@@ -33,10 +33,10 @@ PRUNING = (*HETLORA, "lora.prune_gamma=0.5", "lora.prune_penalty=30")
 LAYER = "encoder.layers.encoder_layer_0.self_attention.qkv"
 
 
-def trained_adapters(seed: int = 0, rank: int = 4) -> torch.nn.Module:
+def trained_adapters() -> torch.nn.Module:
     """Return a small model with adapters whose B is not zero."""
-    model = adapted(rank=rank)
-    torch.manual_seed(seed)
+    model = adapted(rank=4)
+    torch.manual_seed(0)
     for layer in adapted_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     return model
@@ -142,7 +142,7 @@ def test_clients_that_prune_themselves_get_the_smaller_rank_from_then_on(federat
     for line, ranks in zip(read_lines(path, "evaluate"), found, strict=True):
         size = line["client_bytes_down"]
         assert sorted(size, key=lambda name: (size[name], name)) == sorted(ranks, key=lambda n: (ranks[n], n))
-    assert len(load_global(path)[f"{LAYER}.lora_A"]) == 4  # the global rank stays
+    assert len(state_after(path)[f"{LAYER}.lora_A"]) == 4  # the global rank stays
 
 
 @pytest.fixture(scope="module")
@@ -188,12 +188,6 @@ def test_the_rank_that_pruning_gives_is_accepted_in_all_layers_or_in_none(federa
         assert failures(path).keys() == {"1"}
 
 
-def load_global(path: Path) -> dict[str, Tensor]:
-    """Return the global model after the last round."""
-    with ChunkManager(path / "server_chunks.db", create=False) as store:
-        return store.reconstruct_model_from_chunks(store.rounds()[-1].round)
-
-
 @pytest.mark.parametrize("rule", ["hetlora", "flexlora", "flora"])
 def test_clients_test_the_global_model_at_their_own_rank_and_at_the_global_scale(federate: Federate, rule: str) -> None:
     losses: dict[str, float] = {}
@@ -207,7 +201,7 @@ def test_clients_test_the_global_model_at_their_own_rank_and_at_the_global_scale
     dealt = (f"strategy.aggregation={rule}", "lora.rank_by_client=[1,2,4]")
     _, path = federate(*HETLORA, *dealt, "num_rounds=2", "train.steps=5", tamper=tamper)
     settings = from_dict(read_yaml(path / "config.yaml"))
-    start, arrays = initial_model(settings).state_dict(), load_global(path)
+    start, arrays = initial_model(settings).state_dict(), state_after(path)
     plain = architecture.build(settings.model, settings.dataset)
     for number, rank in enumerate((1, 2, 4)):
         state = {}

@@ -14,9 +14,9 @@ from flapp.messages import ARRAYS, CLAIM, CLAIMS, METRICS, MOST_METRICS, NUM_EXA
 from flapp.server.roster import FederationError
 from flapp.strategy.aggregation import NormBound
 from flapp.strategy.fedavg import FedAvg
-from tests.conftest import Tamper, break_off, read_clients, read_lines
+from tests.conftest import Federate, Tamper, break_off, read_clients, read_lines
 from tests.support.claims import set_claim
-from tests.support.replies import Federate, Sent, changing, drop, failures, listen, trained_in
+from tests.support.replies import Sent, changing, drop, failures, listen, trained_in
 
 Change = Callable[[Message], object]
 DIGITS = ("model=linear", "clients=4", "num_rounds=2", "train.epochs=1", "evaluate.every=1")
@@ -169,7 +169,7 @@ def test_a_client_that_fails_does_not_change_what_the_others_count_for(federate:
     np.testing.assert_allclose(load_file(path / "model.safetensors")["fc.weight"].numpy(), expected, rtol=1e-6)
 
 
-def test_a_claim_on_the_test_samples_cannot_own_the_accuracy(
+def test_a_claim_on_the_test_samples_cannot_dominate_the_accuracy(
     federate: Federate, sites: dict[str, Any], tmp_path: Path
 ) -> None:
     def tamper(name: str, reply: Message) -> Message:
@@ -186,8 +186,8 @@ def test_a_claim_on_the_test_samples_cannot_own_the_accuracy(
     assert 0.5 + 0.5 * min(honest) <= line["accuracy"] <= 0.5 + 0.5 * max(honest)
 
 
-def set_tensor(value: np.ndarray, key: str = "fc.bias") -> Change:
-    return lambda reply: reply.content.array_records[ARRAYS].update({key: Array(value)})
+def set_tensor(value: np.ndarray) -> Change:
+    return lambda reply: reply.content.array_records[ARRAYS].update({"fc.bias": Array(value)})
 
 
 def set_metric(name: str, value: float) -> Change:
@@ -230,7 +230,7 @@ EVALUATE_FAULTS: dict[str, tuple[Change, str]] = {
 }
 
 
-def test_replies_that_cannot_be_are_left_out_by_name_and_change_nothing(federate: Federate) -> None:
+def test_impossible_replies_are_left_out_by_name_and_change_nothing(federate: Federate) -> None:
     def tamper(name: str, reply: Message) -> Message:
         if trained_in(reply) is not None and name in TRAIN_FAULTS:
             TRAIN_FAULTS[name][0](reply)

@@ -15,9 +15,9 @@ from flapp.model import layout as layouts
 from flapp.model.lora import layout_of
 from flapp.server.run import initial_model
 from flapp.strategy.lora_rules import RULES
-from tests.conftest import break_off, read_clients, read_lines
+from tests.conftest import Federate, break_off, read_clients, read_lines
 from tests.support.adapters import MODELS, Mixed
-from tests.support.replies import Federate, Sent, listen
+from tests.support.replies import Sent, listen
 
 Arrays = dict[str, np.ndarray]
 LAYERS = MODELS["mixed"].targets[0]

@@ -115,12 +115,12 @@ MODELS = {
 CASES = [(name, targets) for name, kind in MODELS.items() for targets in kind.targets]
 
 
-def batch(name: str, n: int = 6) -> tuple[Tensor, Tensor]:
-    """Return n inputs for a model of MODELS and their labels, always the same."""
+def batch(name: str) -> tuple[Tensor, Tensor]:
+    """Return six inputs for a model of MODELS and their labels, always the same."""
     draw, kind = torch.Generator().manual_seed(5), MODELS[name]
-    shape = (n, *kind.shape)
+    shape = (6, *kind.shape)
     inputs = torch.randint(0, 20, shape, generator=draw) if kind.is_text else torch.randn(shape, generator=draw)
-    return inputs, torch.arange(n) % kind.classes
+    return inputs, torch.arange(6) % kind.classes
 
 
 def base(name: str = "vit_tiny") -> nn.Module:

@@ -4,7 +4,6 @@ https://chromedevtools.github.io/devtools-protocol/ with --remote-debugging-pipe
 the end. Chromium reads them from file descriptor 3 and writes them to 4.
 """
 
-import base64
 import fcntl
 import json
 import os
@@ -85,11 +84,6 @@ class Chromium:
         found = self.ask("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
-
-    def screenshot(self, path: Path) -> None:
-        """Save the whole page as a PNG."""
-        found = self.ask("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(found["data"]))
 
     def complaints(self) -> list[str]:
         """Return console messages, exceptions and log entries since the page was opened."""

@@ -63,7 +63,7 @@ def words_of(command: str) -> list[str]:
 def composes(command: str) -> None:
     """Compose every job of a command of Hydra's words, as far as they are settings of flapp.
 
-    Of one's own data, shape and classes are given: they are not prepared here.
+    The user's own data are not prepared here, so shape and classes are given.
     """
     words = shlex.split(re.sub(r"^python -m tools\.\w+|--cfg job|--format json", "", command))
     jobs = [["dataset.shape=[32,32,3]"], ["dataset.classes=2"]] if "dataset=custom" in words else []

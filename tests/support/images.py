@@ -20,12 +20,12 @@ def write_split(folder: Path, images: np.ndarray, layout: str = "NHWC", source: 
     return folder
 
 
-def photographs(count: int = COUNT, channels: int = 3, size: int = 32) -> np.ndarray:
+def photographs(count: int = COUNT, channels: int = 3) -> np.ndarray:
     """Return images with flat areas, edges and noise, so that rounding and clipping both happen."""
     rng = np.random.default_rng(5)
-    images = rng.integers(0, 256, (count, size, size, channels), dtype=np.uint8)
-    images[::3, : size // 2] = 255
-    images[1::3, :, size // 2 :] = 0
+    images = rng.integers(0, 256, (count, 32, 32, channels), dtype=np.uint8)
+    images[::3, :16] = 255
+    images[1::3, :, 16:] = 0
     return images
 
 

@@ -15,7 +15,7 @@ SPLITS = ("train", "val", "test")
 
 
 def draw_samples(*counts: int, seed: int = 0, prefix: str = "f") -> Samples:
-    """Draw images, uint8 (n, 784), and labels for one writer a count; most pixels are white, as in FEMNIST."""
+    """Draw images, uint8 (n, 784), and labels for one writer per count; most pixels are white, as in FEMNIST."""
     rng = np.random.default_rng(seed)
     drawn = {}
     for number, count in enumerate(counts):
@@ -76,6 +76,12 @@ def rows_of(manifest: Manifest, *splits: str) -> Counter[tuple[int, bytes]]:
 def writers_of(manifest: Manifest) -> dict[str, list[str]]:
     """Return the writers in each client's meta.json."""
     return {c: json.loads((manifest.shard_path(c) / "meta.json").read_text())["writers"] for c in manifest}
+
+
+def change_meta(folder: Path, **values: Any) -> None:
+    """Change values in a folder's meta.json."""
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | values))
 
 
 def flip(path: Path, at: int) -> None:

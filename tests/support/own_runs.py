@@ -6,6 +6,7 @@ from typing import Any
 from flapp.config.schema import Config
 from tests import conftest
 from tests.conftest import LocalGrid, run_app
+from tests.support import federations
 from tests.support.refusals import refused
 
 SMALL = ("num_rounds=2", "evaluate.personal_epochs=0")
@@ -41,8 +42,7 @@ DIGITS = ("model=custom", "model.target=task:build_model", "dataset=digits", "pa
 
 def run(config: Config, nodes: Any = None, **grid: Any) -> tuple[dict[str, Any], Path]:
     """Run a federation, in a simulation unless nodes are given."""
-    simulated = [{"partition-id": i, "num-partitions": config.clients} for i in range(config.clients)]
-    local = LocalGrid({}, nodes or simulated, **grid)
+    local = LocalGrid({}, nodes or federations.nodes(config.clients), **grid)
     local.clients_here = nodes is None
     return run_app(config, local)
 

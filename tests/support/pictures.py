@@ -27,13 +27,13 @@ def encode(image: Image.Image | np.ndarray, kind: str = "PNG", **options: Any) -
     return file.getvalue()
 
 
-def write_pictures(folder: Path, classes: Sequence[str], count: int, side: int | None = None) -> Path:
-    """Write JPEGs of classes whose colours differ, of many sizes or of side x side, and return the folder."""
+def write_pictures(folder: Path, classes: Sequence[str], count: int) -> Path:
+    """Write JPEGs of classes whose colours differ, of many sizes, and return the folder."""
     for label, name in enumerate(classes):
         (folder / name).mkdir(parents=True)
         for number in range(count):
             rng = np.random.default_rng([label, number])
-            height, width = (side, side) if side else rng.integers(20, 60, 2)
+            height, width = rng.integers(20, 60, 2)
             pixels = rng.integers(0, 80, (height, width, 3), dtype=np.uint8)
             pixels[..., label % 3] += 60 + 30 * (label // 3)
             Image.fromarray(pixels).save(folder / name / f"{number:03d}.jpg")

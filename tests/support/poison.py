@@ -24,9 +24,10 @@ from tests.support.adapters import adapted
 from tests.support.cifar_files import write_cifar
 from tests.support.html_page import write_sweep
 from tests.support.leaf_files import as_leaf, draw_samples, write_leaf
+from tests.support.pictures import encode
 from tests.support.run_files import write_run
 from tests.support.split_models import write_vit
-from tests.support.tables import as_dataset, png, write_parquet
+from tests.support.tables import as_dataset, write_parquet
 
 DEEP = "[" * 5000 + "]" * 5000
 RAW = {  # JSON texts that json.dumps would not write, by placeholder
@@ -196,7 +197,7 @@ def write_real_files(folder: Path) -> None:
     pixels, of = rng.integers(1, 255, (40, 6, 7, 3)).astype(np.uint8), [f"w{label}" for label in labels]
     own = Source(Kind("own", (6, 7, 3), tuple("abcd"), "half"), {"train": Decoded(pixels, labels, of)})
     write_shards(own, folder / "own_shards", "round_robin", clients=2, seed=1)
-    write_parquet(folder / "tables" / "train.parquet", image=[png(image) for image in pixels], label=labels)
+    write_parquet(folder / "tables" / "train.parquet", image=[encode(image) for image in pixels], label=labels)
     as_dataset(pixels, labels % 3).save_to_disk(folder / "saved")
     write_cifar(folder / "cifar", images=4)
     export_adapter(adapted(), folder / "adapter" / "a", "base")

@@ -7,7 +7,6 @@ import numpy as np
 from flwr.app import ArrayRecord, Message
 
 from flapp.messages import ARRAYS
-from tests.conftest import Federate as Federate
 from tests.conftest import Tamper, read_lines
 
 Sent = list[tuple[str, dict[str, np.ndarray]]]

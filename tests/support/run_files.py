@@ -60,9 +60,9 @@ def add_lines(path: Path, *lines: Line) -> None:
     write_lines(path, [*map(json.loads, found), *lines])
 
 
-def add_store(path: Path, rounds: int, keep_rounds: int = 2) -> Path:
+def add_store(path: Path, rounds: int) -> Path:
     """Save a small model per round into a store; half of the model never changes."""
-    with ChunkManager(path, keep_rounds=keep_rounds) as store:
+    with ChunkManager(path, keep_rounds=2) as store:
         for server_round in range(1, rounds + 1):
             model = {"base": torch.zeros(5000), "head": torch.full((5000,), float(server_round))}
             store.save_model_chunks(model, server_round, {}, config_digest="c" * 64)

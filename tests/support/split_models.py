@@ -34,12 +34,12 @@ def write_gpt2(folder: Path, layers: int = 6, dtype: torch.dtype = torch.float32
     return GPT2LMHeadModel.from_pretrained(folder)
 
 
-def draw_ids(seed: int = 0) -> Tensor:
-    return torch.randint(0, 101, (3, 20), generator=torch.Generator().manual_seed(seed))
+def draw_ids() -> Tensor:
+    return torch.randint(0, 101, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
-def draw_images(size: int = 32) -> Tensor:
-    return torch.rand(3, 1, size, size, generator=torch.Generator().manual_seed(0))
+def draw_images() -> Tensor:
+    return torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Tables of images: parquet files written by pyarrow, and datasets of the `datasets` library."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,19 +8,13 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from flapp.data.shards.source import FEMNIST
 from tests.support.leaf_files import Samples
+from tests.support.pictures import encode
 
 NAMES = ["cat", "ant", "bee"]
-
-
-def png(pixels: np.ndarray) -> bytes:
-    """Return an image, uint8 (H, W, C) or (H, W), as PNG, which loses nothing."""
-    file = io.BytesIO()
-    Image.fromarray(pixels.squeeze()).save(file, "PNG")
-    return file.getvalue()
+datasets.disable_progress_bars()
 
 
 def draw_images(count: int, seed: int = 0, size: int = 8) -> np.ndarray:
@@ -38,16 +31,16 @@ def write_parquet(path: Path, row_group: int | None = None, **columns: Any) -> P
 def as_dataset(images: Sequence[np.ndarray], labels: Sequence[int], **more: Sequence[Any]) -> datasets.Dataset:
     """Return a dataset as users of `datasets` make one; columns that `more` has are added."""
     made = datasets.Dataset.from_dict(
-        {"image": [{"bytes": png(image), "path": None} for image in images], "label": list(labels), **more}
+        {"image": [{"bytes": encode(image), "path": None} for image in images], "label": list(labels), **more}
     )
     return made.cast_column("image", datasets.Image()).cast_column("label", datasets.ClassLabel(names=NAMES))
 
 
-def write_femnist(path: Path, samples: Samples, seed: int = 0) -> Path:
+def write_femnist(path: Path, samples: Samples) -> Path:
     """Write samples with the columns of flwrlabs/femnist; writers are mixed, each one's samples stay in order."""
     left = {name: iter(zip(*pair, strict=True)) for name, pair in samples.items()}
     names = [name for name, (_, labels) in samples.items() for _ in labels]
-    mixed = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+    mixed = [names[i] for i in np.random.default_rng(0).permutation(len(names))]
     rows = [next(left[name]) for name in mixed]
     features = datasets.Features(
         image=datasets.Image(),
@@ -56,7 +49,7 @@ def write_femnist(path: Path, samples: Samples, seed: int = 0) -> Path:
         character=datasets.ClassLabel(names=list(FEMNIST.classes)),
     )
     columns = {
-        "image": [{"bytes": png(image.reshape(28, 28)), "path": None} for image, _ in rows],
+        "image": [{"bytes": encode(image.reshape(28, 28)), "path": None} for image, _ in rows],
         "writer_id": mixed,
         "hsf_id": [3] * len(rows),
         "character": [int(label) for _, label in rows],

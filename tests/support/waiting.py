@@ -1,4 +1,4 @@
-"""Wait for other processes."""
+"""Wait for other processes, and end loops."""
 
 import time
 from collections.abc import Callable
@@ -7,6 +7,10 @@ from typing import Any
 from tools.deployment.superlink import SuperLink
 
 WAIT_SECONDS = 240
+
+
+class Stopped(Exception):
+    """What ends a loop that has no end."""
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = WAIT_SECONDS) -> Any:

@@ -94,7 +94,7 @@ def test_words_that_cannot_be_followed_are_refused_before_anything_is_measured(
 ) -> None:
     topic("bytes", lambda: pytest.fail("measured"))
     for words, message in (
-        (["bytes", "--json", str(tmp_path / "none" / "out.json")], "there is no folder for"),
+        (["bytes", "--json", str(tmp_path / "none" / "out.json")], "does not exist: make it first"),
         (["simulation", "bytes", "--short"], "bytes has no short form: leave out --short"),
     ):
         with pytest.raises(SystemExit):

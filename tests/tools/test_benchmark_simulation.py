@@ -104,7 +104,7 @@ def test_a_watched_command_is_measured_between_its_first_round_and_the_last_but_
     [
         ("raise SystemExit('error: no disk')", "it ended with status 1 before 4 rounds: error: no disk"),
         ("print('only this')", "it ended with status 0 before 4 rounds: only this"),
-        ("import time; time.sleep(60)", "it had 0 rounds when its time was over: raise LIMIT_SECONDS"),
+        ("import time; time.sleep(60)", "the command had finished 0 of 4 rounds after 2 s: raise LIMIT_SECONDS"),
     ],
 )
 def test_a_command_without_its_rounds_is_an_error_that_says_why(
@@ -152,7 +152,7 @@ def test_every_row_names_what_is_compared_and_has_a_ratio_and_a_target(measured:
         ("W1, inline, 10 of 1,000 clients, 2 workers, wall time", "1 worker", 1.0, 0.65),
         ("W1, inline, 10 clients, privacy=central, wall time", "privacy=none", 1.0, 1.10),
         ("W2, inline, 50 of 1,000 clients, 1 worker", "bare PyTorch loop", 1.5, 1.25),
-        ("W2, inline, 50 of 1,000 clients: metrics.jsonl a client and round", "-", 100.0, 150),
+        ("W2, inline, 50 of 1,000 clients: metrics.jsonl per client and round", "-", 100.0, 150),
         ("W3, inline, 10 clients with stores, 1 worker", "bare PyTorch loop without stores", 1.5, 1.10),
         ("W1, Ray, 10 of 1,000 clients", "stock Flower", 0.375, 1.0),
         ("W2, Ray, 50 of 1,000 clients", "stock Flower", 0.375, 1.0),

@@ -61,8 +61,8 @@ def refusal(run: Path, library: str, out: Path, capsys: pytest.CaptureFixture[st
     return error
 
 
-def draw_images(channels: int, size: int = 32) -> Tensor:
-    return torch.randn(4, channels, size, size, generator=torch.Generator().manual_seed(1))
+def draw_images(channels: int) -> Tensor:
+    return torch.randn(4, channels, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
@@ -73,9 +73,10 @@ def assert_same_logits(run: Path, theirs: Any, channels: int, expand: int = 0) -
     torch.testing.assert_close(found, open_run(run).model()(images), rtol=0, atol=1e-5)
 
 
-def open_torchvision(out: Path) -> nn.Module:
+def open_torchvision(out: Path, *sizes: int) -> nn.Module:
+    """Load what was written; `sizes` are those of torchvision's class, by default of vit_tiny."""
     norm = partial(nn.LayerNorm, eps=1e-6)
-    model = torchvision.models.VisionTransformer(32, 4, 3, 4, 64, 128, num_classes=10, norm_layer=norm)
+    model = torchvision.models.VisionTransformer(*(sizes or (32, 4, 3, 4, 64, 128)), num_classes=10, norm_layer=norm)
     model.load_state_dict(torch.load(out / "model.pth", weights_only=True))
     return model
 
@@ -285,15 +286,8 @@ def open_timm(out: Path) -> nn.Module:
     return timm.create_model(f"local-dir:{out}", pretrained=True)
 
 
-def open_tiny_of_torchvision(out: Path) -> nn.Module:
-    norm = partial(nn.LayerNorm, eps=1e-6)
-    model = torchvision.models.VisionTransformer(32, 16, 12, 3, 192, 768, num_classes=10, norm_layer=norm)
-    model.load_state_dict(torch.load(out / "model.pth", weights_only=True))
-    return model
-
-
 LIBRARIES: dict[str, tuple[str, Callable[..., Callable[[Tensor], Tensor]], Callable[[Path], nn.Module]]] = {
-    "torchvision": ("weights.pth", torchvisions, open_tiny_of_torchvision),
+    "torchvision": ("weights.pth", torchvisions, lambda out: open_torchvision(out, 32, 16, 12, 3, 192, 768)),
     "transformers": ("weights", transformerses, transformers.ViTForImageClassification.from_pretrained),
     "timm": ("weights", timms, open_timm),
 }

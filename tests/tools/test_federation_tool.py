@@ -16,7 +16,7 @@ import pytest
 
 from flapp.data.shards.manifest import Manifest
 from flapp.files import write_json
-from tests.support.waiting import wait_for
+from tests.support.waiting import Stopped, wait_for
 from tools import federation
 from tools.deployment import supervisor
 from tools.deployment.processes import TOKEN, Processes, SuperLinkError, answers, free_port
@@ -187,10 +187,6 @@ def test_a_supervisor_that_fails_stops_its_programs(watched: Supervisor, monkeyp
     with pytest.raises(OSError, match="the disk is full"):
         supervisor.supervise(watched.folder)
     assert Processes(watched.federation.token).running() == []
-
-
-class Stopped(Exception):
-    """What ends a loop that has no end."""
 
 
 def test_pauses_before_a_start_double_until_a_program_has_run_for_long(

@@ -20,7 +20,7 @@ def partition(tmp_path: Path, data_home: Path) -> tuple[Path, Path]:
     return path, folder
 
 
-def test_every_sample_is_counted_once_as_requested_up_to_rounding_without_those_held_out_and_drawn(
+def test_the_tables_count_each_sample_once_match_the_request_and_leave_out_held_out_samples(
     partition: tuple[Path, Path], tmp_path: Path
 ) -> None:
     from PIL import Image

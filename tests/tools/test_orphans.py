@@ -26,7 +26,7 @@ from flapp.messages import describe_error
 from flapp.server import run_names
 from flapp.server.roster import Roster
 from flapp.server.run_dir import RunDirectory
-from tests.conftest import LocalGrid, read_lines, run_app
+from tests.conftest import Federate, LocalGrid, read_lines, run_app
 from tests.support.commands import left_running
 from tests.support.waiting import wait_for
 from tools import runs
@@ -36,7 +36,6 @@ from tools.running.guard import guarded
 from tools.running.run_entries import RunsError
 from tools.running.stop import stop_run
 
-Federate = Callable[..., tuple[dict[str, Any], Path]]
 Start = Callable[..., subprocess.Popen[str]]
 TOY = (
     *("experiment=toy_regression", "evaluate.every=20", "num_rounds=20"),
@@ -106,9 +105,7 @@ def test_a_killed_program_leaves_no_process_and_no_folder(start: Start, tmp_path
     assert stranger.poll() is None
 
 
-def test_a_guard_leaves_alone_what_a_program_that_ends_by_itself_leaves_even_a_fork_with_its_pipe(
-    start: Start, tmp_path: Path
-) -> None:
+def test_a_guard_touches_nothing_if_its_program_ends_by_itself(start: Start, tmp_path: Path) -> None:
     folder = tmp_path / "kept"
     folder.mkdir()
     began = time.monotonic()
@@ -190,7 +187,7 @@ def test_a_look_at_a_run_does_not_keep_its_next_start_out(running: RunDirectory)
 
 @pytest.fixture(autouse=True)
 def kill_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait for a moment only until what does not end is killed."""
+    """Kill what does not end after half a second."""
     monkeypatch.setattr("tools.deployment.processes.STOP_SECONDS", 0.5)
 
 
@@ -213,7 +210,7 @@ def test_stop_ends_an_orphan_with_all_that_carries_its_token_and_says_how_to_con
     assert capsys.readouterr().out == f"{name} is not running\n"
 
 
-def test_stop_interrupts_the_command_where_it_lives_even_suspended(
+def test_stop_interrupts_the_command_if_it_still_runs_even_suspended(
     running: RunDirectory, orphan: Any, start: Start, tmp_path: Path
 ) -> None:
     owner = start_python(start, COMMAND, str(tmp_path / OWNER))
@@ -240,7 +237,7 @@ def test_stop_leaves_the_other_processes_of_a_shared_superlink_alone(running: Ru
     assert process.poll() is None
 
 
-def test_a_noted_process_of_a_pid_used_again_is_not_it(tmp_path: Path) -> None:
+def test_a_new_process_with_a_noted_pid_is_not_taken_for_the_old_one(tmp_path: Path) -> None:
     note_process(tmp_path / "note")
     assert noted_process(tmp_path / "note") == psutil.Process()
     pid, began = json.loads((tmp_path / "note").read_text())

@@ -18,15 +18,11 @@ from flapp.data.artifact import open_artifact, write_artifact
 from flapp.data.sources import cifar_files, cifar_sha256, ensure_artifacts, read_cifar
 from tests.support.cifar_files import write_cifar
 from tests.support.images import pil_resize
+from tests.support.leaf_files import content_of
 from tools import prepare_data
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = 20_000  # bytes: six images of 32x32x3
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Return every file below a folder by its path, with its bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def cifar(tmp_path: Path, *more: str) -> list[str]:
@@ -93,10 +89,10 @@ def test_kill_9_and_the_same_command_again_end_in_the_same_bytes(
     assert list((home / "data" / "cifar10").glob(f".{split}.*.tmp/images.npy"))
     monkeypatch.setattr(artifacts, "BLOCK_BYTES", BLOCK)
     assert prepare_data.main(command) == 0
-    disturbed = tree(home)
+    disturbed = content_of(home)
     shutil.rmtree(home)
     assert prepare_data.main(command) == 0
-    assert tree(home) == disturbed
+    assert content_of(home) == disturbed
 
 
 def test_prepared_data_is_left_alone_until_its_source_changes_and_overwrite_replaces_it(
@@ -164,7 +160,7 @@ def test_grey_and_embedded_images_are_materialised_too(tmp_path: Path) -> None:
     assert (native.images.shape, large.images.shape) == ((360, 32, 32, 1), (360, 1, 24, 24))
     # What the tool writes is what a run prepares by itself on first use.
     ensure_artifacts(tmp_path / "by itself", "digits")
-    assert tree(tmp_path / "by itself" / "digits" / "test") == tree(tmp_path / "data" / "digits" / "test")
+    assert content_of(tmp_path / "by itself" / "digits" / "test") == content_of(tmp_path / "data" / "digits" / "test")
 
 
 def test_a_failed_download_is_an_error_and_nothing_is_made_up(
@@ -208,8 +204,8 @@ REFUSED = {
     "dataset=cifar10": "dataset=cifar10 needs its files: add dataset.source=DIR",
     "dataset=cifar10 dataset.source=/nowhere": "/nowhere/data_batch_1 is missing",
     "dataset=digits dataset.download=true": "digits is embedded: leave out dataset.source",
-    "dataset=digits dataset.client_column=who": "dataset=digits has its own files, without dataset.client_column",
-    "dataset=cifar10 dataset.hub=a/b dataset.download=true": "dataset=cifar10 has its own files, without dataset.hub",
+    "dataset=digits dataset.client_column=who": "dataset.client_column does not apply to dataset=digits: leave",
+    "dataset=cifar10 dataset.hub=a/b dataset.download=true": "dataset.hub does not apply to dataset=cifar10",
     "dataset=digits dataset.shape=[8,8,1]": "shape [32, 32, 1] in 10 classes, not dataset.shape=[8, 8, 1]",
     "dataset=digits dataset.materialize=0": "dataset.materialize=0 is out of range",
     "dataset=custom dataset.name=birds dataset.shape=[8,8,3] dataset.classes=2": "dataset=birds needs its files: add",

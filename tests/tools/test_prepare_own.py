@@ -19,8 +19,9 @@ from flapp.data.artifact import DataError, open_artifact, read_meta
 from flapp.data.folder import open_folder
 from flapp.partitions import check_splits
 from tests.support import commands
+from tests.support.leaf_files import content_of
 from tests.support.pictures import draw, encode, write_pictures
-from tests.tools.test_prepare import refused, tree
+from tests.tools.test_prepare import refused
 from tools import partition_heatmap, prepare_data, verify_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +42,7 @@ def words(tmp_path: Path, *more: str) -> list[str]:
 def prepared(tmp_path: Path, *more: str) -> dict[str, bytes]:
     """Prepare the pictures and return the files of both artifacts."""
     assert prepare_data.main(words(tmp_path, *more)) == 0
-    return tree(tmp_path / "home" / "data" / "mine")
+    return content_of(tmp_path / "home" / "data" / "mine")
 
 
 def test_a_folder_of_images_is_prepared_and_trained_on_by_name_alone(tmp_path: Path) -> None:
@@ -102,7 +103,7 @@ def test_the_same_command_again_does_nothing_and_other_files_or_settings_are_ref
         )
     (source / "ant" / "000.jpg").write_bytes(encode(draw(20, 20), "JPEG"))
     assert "was made from other files or settings" in refused(capsys, words(tmp_path))
-    assert tree(folder) == before
+    assert content_of(folder) == before
     assert prepared(tmp_path, "overwrite=true") != before
     shutil.rmtree(folder / "test")
     assert prepared(tmp_path) == prepared(tmp_path, "overwrite=true")
@@ -120,7 +121,7 @@ def test_unreadable_images_end_the_command_or_are_left_out(
     assert len(lines) == 21
     assert all("it is not an image of a known format" in line for line in lines[:20])
     assert lines[20] == "  and 10 more"
-    assert tree(tmp_path / "home/data/mine") == before
+    assert content_of(tmp_path / "home/data/mine") == before
     prepared(tmp_path, "overwrite=true", "dataset.skip_unreadable=true")
     assert "30 images cannot be read and are left out" in capsys.readouterr().out
     labels = [open_artifact(tmp_path / "home/data/mine" / split).labels for split in ("train", "test")]
@@ -144,7 +145,7 @@ def test_nothing_is_written_unless_both_splits_are(
 
     monkeypatch.setattr(prepare_data, "write_rows", fail_at_the_second)
     assert refused(capsys, words(tmp_path, "overwrite=true", "seed=1")) == "error: the disk is full"
-    assert tree(tmp_path / "home/data/mine") == before
+    assert content_of(tmp_path / "home/data/mine") == before
     shutil.rmtree(tmp_path / "home/data/mine")
     assert refused(capsys, words(tmp_path)) == "error: the disk is full"
     assert not (tmp_path / "home/data/mine").exists()

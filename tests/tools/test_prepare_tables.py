@@ -4,7 +4,6 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,14 @@ from flapp.data.shards.manifest import load_manifest
 from flapp.partitions import prepared
 from tests.conftest import LocalGrid, run_app
 from tests.support.leaf_files import as_leaf, content_of, draw_samples, write_leaf
-from tests.support.tables import NAMES, as_dataset, draw_images, png, write_femnist, write_parquet
+from tests.support.pictures import encode
+from tests.support.tables import NAMES, as_dataset, draw_images, write_femnist, write_parquet
 from tests.tools import test_prepare
 from tools import prepare_data, verify_data
 
 ROOT = Path(__file__).resolve().parents[2]
 MINE = ("dataset=custom", "dataset.name=mine")
 WRITERS = (*MINE, "dataset.client_column=who", "partition=natural", "clients=3")
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +93,7 @@ def test_settings_of_femnist_count_for_leaf_too(tmp_path: Path, capsys: pytest.C
 def test_femnist_with_a_character_that_it_does_not_have_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    columns = {"image": [png(image) for image in draw_images(2, size=28)], "writer_id": ["a", "b"]}
+    columns = {"image": [encode(image) for image in draw_images(2, size=28)], "writer_id": ["a", "b"]}
     for values, said in (
         (["A", "ä"], "all.parquet has the unknown class ä in column character"),
         ([1, 62], "all.parquet row 1 has label 62 in column character, and labels are 0 to 61"),
@@ -146,7 +139,7 @@ def test_every_partition_by_writer_works_on_shards_alone(table: Path, tmp_path: 
 def test_a_test_split_of_the_source_stays_the_test_split_of_its_clients(tmp_path: Path) -> None:
     images, who = draw_images(40), [f"w{number % 4}" for number in range(40)]
     for split, rows in (("train", range(30)), ("test", range(30, 40))):
-        columns = {"image": [png(images[row]) for row in rows], "label": [row % 3 for row in rows]}
+        columns = {"image": [encode(images[row]) for row in rows], "label": [row % 3 for row in rows]}
         write_parquet(tmp_path / f"raw/{split}.parquet", **columns, who=[who[row] for row in rows])
     words = (*MINE, "dataset.client_column=who", "partition=natural", "clients=4")
     assert prepare(tmp_path, *words, f"dataset.source={tmp_path / 'raw'}") == 0
@@ -205,7 +198,7 @@ def test_settings_that_do_not_fit_a_table_are_refused_in_one_line(
 def test_columns_of_a_folder_of_images_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in "ab":
         (tmp_path / "raw" / name).mkdir(parents=True)
-        (tmp_path / "raw" / name / "0.png").write_bytes(png(draw_images(1)[0]))
+        (tmp_path / "raw" / name / "0.png").write_bytes(encode(draw_images(1)[0]))
     words = (*MINE, f"dataset.source={tmp_path / 'raw'}", "dataset.label_column=label")
     assert "has no parquet files, and only they have columns" in refused(capsys, tmp_path / "home", *words)
 
@@ -230,7 +223,7 @@ def test_a_dataset_of_the_hub_is_downloaded_once_and_read_from_home(
         assert one.digest == other.digest
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line_with_the_fix(
+def test_a_hub_that_cannot_be_reached_gives_a_one_line_error_with_the_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(name: str, cache_dir: str) -> None:

@@ -1,6 +1,5 @@
 """The progress of a run: bars of rounds and replies on a terminal, JSON lines if asked for, otherwise plain lines."""
 
-import io
 import json
 import os
 import re
@@ -15,17 +14,11 @@ from flapp.config.load import compose
 from flapp.config.schema import Config, ConfigError
 from tests.conftest import read_lines
 from tests.support.run_files import lines_of
+from tests.support.terminal import Terminal
 from tools import run
 from tools.running.progress import FORMAT, Progress, RoundReader, take_format
 
 TOY = ("experiment=toy_regression", "num_rounds=3", "evaluate.every=2")
-
-
-class Terminal(io.StringIO):
-    """What bars take for a terminal."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.fixture

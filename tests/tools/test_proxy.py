@@ -1,6 +1,5 @@
 """A SuperLink behind nginx on a test network: a site trains through it, and nothing else gets through."""
 
-import contextlib
 import http.client
 import json
 import os
@@ -14,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.superlink.routers.fleet.router import router
 
 from tests.conftest import read_lines
+from tests.support.networks import two_machines
 from tests.support.strangers import as_stranger
 from tests.support.waiting import wait_for
 from tools.certificates import make_server_files, make_site_keys
@@ -73,41 +72,15 @@ class Network:
             return {"success": False, "error-message": done.stdout + done.stderr}
 
 
-def ip(*words: str, check: bool = True) -> str:
-    return subprocess.run(["ip", *words], check=check, capture_output=True, text=True).stdout
-
-
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
     """Return two machines; whatever runs on them is stopped afterwards."""
-    if missing := [name for name in ("ip", "nginx") if shutil.which(name) is None]:
-        pytest.skip(f"{missing[0]} is not installed")
+    if shutil.which("nginx") is None:
+        pytest.skip("nginx is not installed")
     if os.geteuid() != 0:
         pytest.skip("network namespaces need root")
-    network = Network(f"flapp-{os.getpid()}-a", f"flapp-{os.getpid()}-b", tmp_path_factory.mktemp("proxy"))
-    machines = {network.server: f"{SERVER}/24", network.site: "10.77.0.2/24"}
-    try:
-        try:
-            for name in machines:
-                ip("netns", "add", name)
-            pair = ("link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", network.site)
-            ip("-n", network.server, *pair)
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
-        for name, address in machines.items():
-            ip("-n", name, "address", "add", address, "dev", "eth0")
-            for device in ("lo", "eth0"):
-                ip("-n", name, "link", "set", device, "up")
-        yield network
-    finally:
-        left = [psutil.Process(int(pid)) for name in machines for pid in ip("netns", "pids", name, check=False).split()]
-        for end in (psutil.Process.terminate, psutil.Process.kill):
-            for process in left:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    end(process)
-            _, left = psutil.wait_procs(left, timeout=10)
-        for name in machines:
-            ip("netns", "delete", name, check=False)
+    with two_machines(SERVER, "10.77.0.2") as names:
+        yield Network(*names, tmp_path_factory.mktemp("proxy"))
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,9 @@ def test_nothing_is_written_into_what_is_reported(home: Path, tmp_path: Path) ->
     assert state() == before
 
 
-def test_stores_are_added_up_and_a_sample_is_called_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stores_are_added_up_and_opened_stores_are_counted_if_only_some_are_opened(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = reading.read_run(home / "runs" / "whole")
     assert run.server is not None
     assert (run.server.rounds, run.server.logical_bytes, run.server.stored_bytes) == (2, 80_000, 60_000)
@@ -138,7 +140,11 @@ def test_a_running_run_says_where_it_is(tmp_path: Path) -> None:
 def test_a_run_of_an_older_flapp_is_shown_with_what_it_does_not_record(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs" / "old", rounds=3, old=True)
     page = report_on(tmp_path / "old.html", run)
-    for words in ("Only the times of the two exchanges", "No growth by round", "samples of each client and class"):
+    for words in (
+        "Only the times of training and evaluation",
+        "No growth by round",
+        "samples of each client and class",
+    ):
         assert words in page.said
     assert "names no best round" in page.said
     assert "Time by phase. Medians: train 0.5, evaluate 0.5" in page.alts
@@ -331,10 +337,10 @@ def test_other_files_and_folders_are_refused_in_one_line(tmp_path: Path, capsys:
     run = write_run(tmp_path / "runs" / "r", rounds=1, classes=0)
     (tmp_path / "nothing").mkdir()
     for arguments, reason in (
-        ([tmp_path / "nothing"], "is not a run and holds none"),
+        ([tmp_path / "nothing"], "is neither a run nor a folder of runs"),
         ([tmp_path / "absent"], "is not a folder"),
         ([run / "config.yaml"], "is not a folder"),
-        ([run, "--out", tmp_path / "no" / "out.html"], "out.html: make it first"),
+        ([run, "--out", tmp_path / "no" / "out.html"], "/no does not exist: make it first"),
     ):
         assert report.main(list(map(str, arguments))) == 1
         error = capsys.readouterr().err

@@ -56,7 +56,7 @@ def test_a_run_with_validation_figures_is_judged_by_them_and_shows_them(tmp_path
     write_lines(run, [{"kind": "evaluate", "round": i, "loss": 1.0 * i, "val_loss": 4.0 - i} for i in (1, 2, 3)])
     assert reading.read_run(run).best() == (3, 1.0)
     page = report_on(tmp_path / "r.html", run)
-    assert "The objective, and what makes a round the best, is validation loss." in page.said
+    assert "The objective is validation loss. It also decides which round is the best." in page.said
 
 
 def test_accuracy_is_set_against_all_bytes_up_to_its_round(tmp_path: Path) -> None:

@@ -14,17 +14,11 @@ import pytest
 
 from flapp.config.load import compose, to_yaml
 from tests.support.run_files import add_store, write_run
+from tests.support.terminal import Terminal
 from tools import runs
 from tools.running.run_entries import size_of
 
 Command = Callable[..., tuple[int, str, str]]
-
-
-class Terminal(io.StringIO):
-    """What asks take for a terminal."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.fixture
@@ -243,7 +237,7 @@ def test_a_symbolic_link_is_not_followed(home: Path, flapp_runs: Command, place:
     (home / place / "done").symlink_to(moved)
     status, _, error = flapp_runs("remove", "done", "--yes")
     assert status == 1
-    assert error == f"error: {home}/{place}/done is a symbolic link: remove it and what it points to yourself\n"
+    assert error == f"error: {home}/{place}/done is a symbolic link: remove the link and its target by hand\n"
     assert any(moved.iterdir())
     assert (home / "checkpoints" / "done").exists()
     assert (home / "runs" / "done").exists()

@@ -2,9 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,16 +12,16 @@ from flapp.files import sha256_of_file
 from flapp.model.split.factory import ModelFactory
 from flapp.model.split.files import COMPONENTS, StorageManager, read_metadata
 from flapp.server.roster import Roster
+from tests.conftest import Federate
 from tests.support.split_models import write_vit
 from tools import split_model
 
-Federate = Callable[..., tuple[dict[str, Any], Path]]
 ONE_ROUND = ("clients=2", "num_rounds=1", "train.steps=2", "evaluate.personal_epochs=0", "model.dropout=0.1")
 LORA = ("strategy=fedlora", "lora=default", "lora.rank=4", "strategy.aggregation=fedit")
 
 
-def auto(folder: Path, points: str = "1-2") -> tuple[str, ...]:
-    return ("split=auto", f"split.model_storage_dir={folder}", f"split.split_config={points}")
+def auto(folder: Path) -> tuple[str, ...]:
+    return ("split=auto", f"split.model_storage_dir={folder}", "split.split_config=1-2")
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +118,14 @@ def test_the_tool_refuses_in_one_line(run_dir: Path, tmp_path: Path, capsys: pyt
     for run, points, file, text, message in (
         (run_dir, "2 3", None, "", "split points 2 and 3 of a model of 3 layers are not possible"),
         (tmp_path / "nowhere", "1 2", None, "", f"nowhere {no_run}"),
-        (copy, "1 2", "metrics.json", '{"status": "failed"}', "is of a run that failed: resume it first"),
-        (copy, "1 2", "metrics.json", other, "metrics.json says 000000000000"),
+        (
+            copy,
+            "1 2",
+            "metrics.json",
+            '{"status": "failed"}',
+            "is not finished (status failed): resume it with resume=true",
+        ),
+        (copy, "1 2", "metrics.json", other, "metrics.json says 000000000000: restore it from a copy"),
         (copy, "1 2", "metrics.json", "", no_run),
         (copy, "1 2", "metrics.json", "[]", "config.yaml or metrics.json is damaged"),
         *((copy, "1 2", "config.yaml", text, no_run) for text in ("a: [", "a: 1", "[]", "")),

@@ -13,14 +13,11 @@ from typing import Any
 
 import pytest
 
+from tests.support.waiting import Stopped
 from tools import supernode
 from tools.supernode import CLIENT, INSTALL, NODE, Launcher, Pauses, replace_names
 
 ROOT = Path(supernode.__file__).parents[1]
-
-
-class Stopped(Exception):
-    """What ends a loop that has no end."""
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ from omegaconf import OmegaConf
 
 from flapp.config.load import compose, to_yaml
 from flapp.config.schema import ConfigError
-from tests.federation.test_run import TOY, Federate
+from tests.conftest import Federate
+from tests.federation.test_run import TOY
 from tests.support.commands import finish, left_running, run, start_tool
 from tests.support.waiting import wait_for
 from tools.deployment.processes import SWEEP, TOKEN, listens, reserve_port
@@ -243,7 +244,7 @@ def test_a_sweeper_that_searches_has_its_jobs_hold_out_validation_samples(tmp_pa
     assert sweep.as_job(compose([home]), of_job(0, tmp_path / "runs" / "s")).held_out == 0
     shards = sweep.as_job(compose([home, "experiment=femnist_fedavg"]), searched)
     assert shards.evaluate.validation_fraction is None
-    with pytest.raises(ConfigError, match=r"validation_fraction=0 makes that a figure of test samples: leave it out"):
+    with pytest.raises(ConfigError, match=r"validation_fraction=0 holds none out: leave it out"):
         sweep.as_job(compose([home, "evaluate.validation_fraction=0"]), searched)
 
 

@@ -13,6 +13,7 @@ from flapp.data import artifact as artifacts
 from flapp.data.artifact import open_artifact, write_artifact
 from flapp.data.images import materialize
 from flapp.data.sources import ensure_artifacts
+from tests.support.leaf_files import change_meta
 from tools import verify_data
 
 CLASSES = ["a", "b", "c"]
@@ -62,13 +63,8 @@ def test_good_data_passes_every_check(dataset: Path, capsys: pytest.CaptureFixtu
         assert failures(path) == {}
 
 
-def change_meta(split: Path, **changes: Any) -> None:
-    meta = json.loads((split / "meta.json").read_text())
-    (split / "meta.json").write_text(json.dumps(meta | changes))
-
-
 def save(name: str, change: Callable[[np.ndarray], np.ndarray], pickled: bool = False) -> Callable[[Path], None]:
-    """Return the damage of saving an array changed, with a proper header but without telling meta.json."""
+    """Return a function that saves a changed array with a proper header, but without telling meta.json."""
 
     def damage(split: Path) -> None:
         array = np.load(split / f"{name}.npy")
@@ -81,7 +77,7 @@ def save(name: str, change: Callable[[np.ndarray], np.ndarray], pickled: bool = 
 def rewrite(
     change: Callable[[np.ndarray, np.ndarray], Arrays], source: str = SHA256, **options: Any
 ) -> Callable[[Path], None]:
-    """Return the damage of preparing wrong data properly: every hash is right."""
+    """Return a function that prepares wrong data properly: every hash is right."""
 
     def damage(split: Path) -> None:
         images, labels = change(np.load(split / "images.npy"), np.load(split / "labels.npy"))
@@ -95,7 +91,7 @@ def drop_header(split: Path) -> None:
 
 
 def change_bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
-    """Return the damage of changing the bytes of images.npy."""
+    """Return a function that changes the bytes of images.npy."""
     return lambda split: (split / "images.npy").write_bytes(change((split / "images.npy").read_bytes()))
 
 
@@ -135,7 +131,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a class that is gone": (rewrite(lambda x, y: (x, y % 2)), "class balance", "class 'c' has no samples"),
     "an empty image": (rewrite(lambda x, y: (with_one(x, 33, 0), y)), "no empty images", "the first is 33"),
     "one image for all": (rewrite(lambda x, y: (x[:1].repeat(60, 0), y)), "pixel values", "images are the same"),
-    "floats cast to bytes": (rewrite(lambda x, y: (x // 128, y)), "pixel values", "were cast to uint8"),
+    "floats cast to bytes": (
+        rewrite(lambda x, y: (x // 128, y)),
+        "pixel values",
+        "were probably cast to uint8: multiply them by 255 first",
+    ),
 }
 
 
@@ -145,7 +145,7 @@ def copy_train(dataset: Path) -> None:
 
 
 def resize_wrongly(change: Callable[[np.ndarray, np.ndarray], Arrays], **options: Any) -> Callable[[Path], None]:
-    """Return the damage of writing other images of test at 16 pixels properly."""
+    """Return a function that writes other images of test at 16 pixels properly."""
 
     def damage(dataset: Path) -> None:
         rewrite(change, source=open_artifact(dataset / "test").digest, **{"layout": "NCHW"} | options)(
@@ -233,7 +233,7 @@ def test_json_holds_every_check(dataset: Path, capsys: pytest.CaptureFixture[str
     assert all(check["detail"] == verify_data.AFTER for check in failed[1:] if check["where"] == failed[0]["where"])
 
 
-def test_a_folder_that_is_not_there_fails_and_a_dataset_that_has_been_run_over_is_sound(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_there_fails_and_a_dataset_that_runs_have_used_is_sound(tmp_path: Path) -> None:
     assert "there is no such folder" in failures(tmp_path / "nowhere")["nowhere: folder"]
     folder = ensure_artifacts(tmp_path, "regression")
     (folder / "partitions").mkdir()

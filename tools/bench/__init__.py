@@ -28,7 +28,7 @@ class Row:
 
     @property
     def least(self) -> float:
-        """Return the limit: where none is given, the target relaxed by 20 %."""
+        """Return the limit: where none is given, the target relaxed by a factor of 1.2."""
         relaxed = self.target / SLACK if self.higher_is_better else self.target * SLACK
         return relaxed if self.limit is None else self.limit
 

@@ -1,7 +1,7 @@
 """A federation as a plain PyTorch loop: one process, one thread, the clients one after another, their weighted mean.
 
-This is what the benchmark compares simulations with, so it uses nothing of flapp but the class of the model. Client,
-batches and steps are flapp's, because both draw them from the same seeds: the final models agree but for rounding.
+This is what the benchmark compares simulations with, so it uses nothing of flapp but the class of the model. It uses
+the same clients, batches and steps as flapp, from the same seeds, so the final models are equal except for rounding.
 tools/bench/stock.py copies this file into the app that it makes, so it must import nothing of tools.
 
     python -m tools.bench.bare WORK.json ENDS        write a line to ENDS after each round
@@ -79,7 +79,7 @@ def train_client(model: nn.Module, work: Work, data: Data, client: int, server_r
 
 
 def draw_batches(work: Work, rows: Tensor, client: int, server_round: int) -> Iterator[Tensor]:
-    """Yield the rows of each batch, in an order drawn anew for each pass from flapp's seed for it."""
+    """Yield the rows of each batch. flapp's seed for this client and round gives a new order in each pass."""
     digest = hashlib.sha256(f"{work.seed}\0{client}\0{server_round}\0train\0order".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     size = work.train["batch_size"]
@@ -91,7 +91,10 @@ def draw_batches(work: Work, rows: Tensor, client: int, server_round: int) -> It
 
 
 def run(work: Work, ends: Path) -> dict[str, Tensor]:
-    """Train all rounds, each to the mean of its clients' models weighted by samples, and return the final model."""
+    """Train all rounds. Each ends with the mean of its clients' models, weighted by samples.
+
+    Return the final model.
+    """
     from safetensors.torch import load_file
 
     from flapp.model.build import build_model  # not here when stock.py has copied this file

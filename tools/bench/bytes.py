@@ -38,14 +38,17 @@ def rows(*words: str) -> list[Row]:
     for rule in RULES:
         sent = bytes_up(compose([*WORDS, *words, f"strategy.aggregation={rule}"]))
         in_turn = " and ".join(f"{count:,}" for count in dict.fromkeys(sent))
-        note = f"{in_turn}{' in turn' if len(set(sent)) > 1 else ''} of {whole:,} bytes a client and round"
+        note = f"{in_turn}{' in turn' if len(set(sent)) > 1 else ''} of {whole:,} bytes per client and round"
         ratio = len(sent) * whole / sum(sent)
         found.append(Row(f"bytes up, FedLoRA r=8, {rule}", "FedAvg, same ViT-B", ratio, 200, note=note, limit=150))
     return found
 
 
 def bytes_up(config: Config) -> list[int]:
-    """Return the bytes of the model in one client's replies to the first two rounds: some rules take turns."""
+    """Return the bytes of the model in one client's replies to the first two rounds.
+
+    There are two, because some rules send A and B in alternate rounds.
+    """
     model = initial_model(config)
     state = model.state_dict()
     sent, private = keys_of(config, model)

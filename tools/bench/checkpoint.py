@@ -63,7 +63,10 @@ def save_flat_pickled(path: Path, state: State) -> None:
 
 
 def chunk_saver(store: ChunkManager, whole: bool = False) -> Save:
-    """Return a function that saves round after round, each of them entirely new to the store if `whole`."""
+    """Return a function that saves one round after another.
+
+    With `whole`, it raises an error if some bytes of a round were already in the store.
+    """
     rounds = count()
 
     def save(state: State) -> None:

@@ -57,7 +57,10 @@ class Float32Memmap(Dataset[tuple[Tensor, int]]):
 
 
 def prepare(folder: Path) -> None:
-    """Write the same random images as torchvision's files, native and resized artifacts, and a raw float32 memmap."""
+    """Write one set of random images in four forms.
+
+    They are torchvision's files, an artifact as stored, one resized ahead, and a raw float32 memmap.
+    """
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (IMAGES, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, IMAGES)
     theirs = folder / CIFAR10.base_folder
@@ -124,7 +127,7 @@ def speed(folder: Path) -> list[Row]:
         Row(what, against, ratio["float32"], 10, note=exact),
         Row("the same", memmap, seconds["seed"] / seconds["float32"], 1, note="both in the page cache"),
         Row("native 32 -> 224, float32", against, ratio["native"], 4, note="PIL's bytes"),
-        Row("CPU saved a sample, float32", against, saved, 90, unit="%"),
+        Row("CPU saved per sample, float32", against, saved, 90, unit="%"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""CPU time a round of a simulation, against a bare PyTorch loop over the same work and against stock Flower.
+"""CPU time per round of a simulation, against a bare PyTorch loop over the same work and against stock Flower.
 
     python -m tools.benchmark simulation             1,000 clients; also 10,000 and 100,000; about 15 minutes
     python -m tools.benchmark simulation --short     100 and 2,000 clients, fewer rounds; under 3 minutes
@@ -42,25 +42,22 @@ TWO_WORKERS = ("deployment=inline", "deployment.workers=2")
 BARE, STOCK = "bare PyTorch loop", "stock Flower"
 NO_EVALUATION = ("evaluate.every=1000000", "strategy.fraction_evaluate=0.0001", "evaluate.personal_epochs=0")
 LIMIT_SECONDS = 600.0
-DRAWN = 50  # clients a round of W2
+DRAWN = 50  # clients per round of W2
 NUMBERS = itertools.count()
 Way = Callable[[], Usage]
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured: clients of W1 and W2, W1's sample, rounds that count, turns; and clients of the scale rows.
+    """How much is measured."""
 
-    rounds: of W1, W2 and W3, ray_rounds: of W1 and W2 in Ray; 0 leaves the row out.
-    """
-
-    clients: int
-    drawn: int
-    rounds: tuple[int, int, int]
-    ray_rounds: tuple[int, int]
-    turns: int
-    many: int
-    most: int
+    clients: int  # of W1 and W2
+    drawn: int  # clients that train in a round of W1
+    rounds: tuple[int, int, int]  # that count, of W1, W2 and W3
+    ray_rounds: tuple[int, int]  # that count, of W1 and W2 in Ray; 0 leaves the row of W1 out
+    turns: int  # how often each comparison is measured
+    many: int  # clients of the row about the cost of a round
+    most: int  # clients of the row about the time to start; 0 leaves it out
 
 
 LONG = Scale(clients=1000, drawn=10, rounds=(3, 100, 5), ray_rounds=(3, 20), turns=3, many=10_000, most=100_000)
@@ -116,7 +113,7 @@ class Workload:
 
 
 def as_work(config: Config, path: Path) -> Work:
-    """Return the same work as this config's for the bare loop; the parts and the start are written beside `path`."""
+    """Turn this config's work into a Work for the bare loop; the parts and the start are written beside `path`."""
     from safetensors.torch import save_file
 
     seed, dataset, parts = config.seed, config.dataset, open_partition(config).train
@@ -190,7 +187,7 @@ def at_most(what: str, against: str, target: float, unit: str = "x") -> Row:
 
 
 def compare(turns: int, ways: Mapping[str, Way], *rows: tuple[Row, Callable[..., float]]) -> list[Row]:
-    """Run ways in turn and return each row with its figure of their costs, given in the order of the ways.
+    """Run the ways in turn. Each row's function gets their costs, in this order, and returns the row's figure.
 
     The costs are the note of the first row. If a run fails, its error is the note of all rows.
     """
@@ -239,7 +236,7 @@ def linear_rows(home: Path, scale: Scale) -> list[Row]:
     """Compare W2 with the bare loop, and measure the growth of metrics.jsonl."""
     work = linear(home, scale.clients, DRAWN, scale.rounds[1])
     what = f"W2, inline, {DRAWN} of {scale.clients:,} clients"
-    size = at_most(f"{what}: metrics.jsonl a client and round", "-", 150, " B")
+    size = at_most(f"{what}: metrics.jsonl per client and round", "-", 150, " B")
     ways: dict[str, Way] = {"bare": work.run_bare, "one worker": work.run_flapp}
     row = at_most(f"{what}, 1 worker", BARE, 1.25)
     return compare(scale.turns, ways, (row, cpu), (size, lambda *_: line_bytes(home / "runs", work) / DRAWN))
@@ -275,7 +272,7 @@ def ray_rows(home: Path, scale: Scale) -> list[Row]:
 
 
 def scale_rows(home: Path, scale: Scale) -> list[Row]:
-    """Compare rounds of the same size among few clients and among many, and how long many take to start."""
+    """Compare few clients with many: the cost of a round of equal size, and the time to start."""
 
     def ways(few: int, many: int, counted: int, samples: int) -> dict[str, Way]:
         counts = {"few": few, "many": many}

@@ -18,7 +18,7 @@ from tools.bench import bare
 from tools.deployment.processes import SuperLinkError, available_cpus
 from tools.deployment.superlink import CONNECTION, PrivateSuperLink, SuperLink
 
-LOOK_SECONDS, STATUS_SECONDS, RUN_SECONDS = 0.5, 15, 600  # the status as rarely as tools.run asks
+LOOK_SECONDS, STATUS_SECONDS, RUN_SECONDS = 0.5, 15, 600  # asks for Flower's status as rarely as tools.run does
 PROJECT = """
 [project]
 name = "stock"

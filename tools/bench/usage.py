@@ -93,7 +93,7 @@ def watch(command: Sequence[str], path: Path, mark: bytes, rounds: int, limit: f
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         tree = ProcessTree(process.pid)
         try:
-            moments, pss = follow(process, tree, partial(count_lines, path, mark), (1, rounds - 1), started + limit)
+            moments, pss = follow(process, tree, partial(count_lines, path, mark), (1, rounds - 1), limit)
         finally:
             end(process, tree)
         if process.returncode or len(moments) < 2:
@@ -108,16 +108,20 @@ def watch(command: Sequence[str], path: Path, mark: bytes, rounds: int, limit: f
 
 
 def follow(
-    process: "subprocess.Popen[bytes]", tree: ProcessTree, done: Callable[[], int], at: Sequence[int], deadline: float
+    process: "subprocess.Popen[bytes]", tree: ProcessTree, done: Callable[[], int], at: Sequence[int], limit: float
 ) -> tuple[list[tuple[float, float]], int]:
     """Follow a process to its end; return the time and its CPU seconds when `at` rounds are done, and its peak PSS."""
     moments: list[tuple[float, float]] = []
     sampled, measured, pss = 0.0, 0.0, 0
+    began = time.monotonic()
     while process.poll() is None:
         now = time.monotonic()
-        if now > deadline:
-            raise CommandError(f"it had {done()} rounds when its time was over: raise LIMIT_SECONDS")
         reached = done()
+        if now > began + limit:
+            rounds = at[-1] + 1
+            raise CommandError(
+                f"the command had finished {reached} of {rounds} rounds after {limit:g} s: raise LIMIT_SECONDS"
+            )
         while len(moments) < len(at) and reached >= at[len(moments)]:
             moments.append((now, tree.cpu()))
         if now > sampled + SAMPLE_SECONDS:  # so that processes that end meanwhile are known

@@ -77,7 +77,7 @@ def protect(name: str) -> None:
     if getattr(module, "uvicorn", None) is not uvicorn:
         sys.exit(
             f"error: flapp cannot keep other users out of Flower {package_version}, whose {name} does not use "
-            "uvicorn: install the version of Flower that flapp was tested with"
+            "uvicorn: install the version of Flower that flapp was tested with (see flwr in pyproject.toml)"
         )
 
     def run(app: Any, **options: Any) -> None:

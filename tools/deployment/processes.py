@@ -1,4 +1,4 @@
-"""Find and stop processes, and what programs of Flower need to start: environments, ports, paths.
+"""Find and stop processes. Provide what Flower's programs need to start: environments, ports, paths.
 
 Everything that a SuperLink, a SuperNode or Ray starts inherits a token in its environment. By this token a process is
 found even when its parent is gone.
@@ -23,7 +23,7 @@ SWEEP, OWNER = "FLAPP_SWEEP", "owner"  # the folder of one command, and a file i
 # The last two make Flower open more ports, which answer everybody.
 NOT_PASSED_ON = ("PYTHONPATH", "RAY_ADDRESS", "FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_INTERNAL_GRPC_FLEET_API")
 STOP_SECONDS, KILL_SECONDS = 5, 30
-CLOCK_SECONDS = 5  # by which the system's clock, and with it the start of a process, may be adjusted
+CLOCK_SECONDS = 5  # a process's start time may shift by this much when the system's clock is adjusted
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -32,7 +32,7 @@ class SuperLinkError(RuntimeError):
 
 
 class Processes:
-    """All processes but this one that have a token, or one that begins with it, in an environment variable."""
+    """All other processes whose environment variable starts with this token."""
 
     def __init__(self, token: str, variable: str = TOKEN) -> None:
         self.token = token
@@ -146,10 +146,10 @@ def answers(address: str) -> bool:
         return False
 
 
-def listens(process: int, port: int) -> bool:
-    """Return whether this very process listens on a port of this machine."""
+def listens(pid: int, port: int) -> bool:
+    """Return whether the process with this pid listens on a port of this machine."""
     with contextlib.suppress(psutil.Error):
-        sockets = psutil.Process(process).net_connections("tcp4")
+        sockets = psutil.Process(pid).net_connections("tcp4")
         return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in sockets)
     return False
 

@@ -30,7 +30,7 @@ REPLACED = "run {} ended before its first round was complete, so it starts again
 
 
 class RunError(RuntimeError):
-    """A run that did not finish, said in one line; `summary` is its metrics.json if it wrote one."""
+    """A run did not finish; the message is one line. `summary` is its metrics.json if it wrote one."""
 
     def __init__(self, text: str, summary: dict[str, Any] | None = None) -> None:
         super().__init__(text)
@@ -160,16 +160,20 @@ def count_cpus(config: Config) -> int:
     """Return the processors for the clients; raises ConfigError if one client needs more."""
     settings = config.deployment
     if settings.client_cpus > (cpus := settings.total_cpus or available_cpus()):
-        raise ConfigError(f"deployment.client_cpus={settings.client_cpus} is more than the {cpus} there are")
+        fix = "lower it, or raise deployment.total_cpus" if settings.total_cpus else "lower it"
+        raise ConfigError(
+            f"deployment.client_cpus={settings.client_cpus} is more than the {cpus} processors of this run: {fix}"
+        )
     return cpus
 
 
 def follow(
     superlink: SuperLink, run_id: str, config: Config, earlier: dict[str, Any] | None, before: Stamp
 ) -> dict[str, Any]:
-    """Show a run's progress until it ends, and return its summary; raises RunError when Flower alone says it ended.
+    """Show a run's progress until it ends, and return its summary.
 
-    earlier: the summary of an earlier start, which stays in the folder until the run is resumed; before: see Watcher.
+    Raises RunError when Flower says that the run ended but metrics.json is missing. earlier: the summary of an earlier
+    start, which stays in the folder until the run is resumed; before: see Watcher.
     """
     warn_of_size(config)
     path = config.runs_dir / config.run_name / "metrics.json"
@@ -202,7 +206,7 @@ def check_summary(summary: dict[str, Any], path: Path) -> dict[str, Any]:
     needed = ("rounds", "seconds", "model_sha256", "run_dir")
     odd = sound_summary(summary)[1] + [key for key in needed if summary.get(key) is None]
     if odd:
-        raise ConfigError(f"{path} is damaged ({odd[0]}): restore it from a copy, or remove it to end the run again")
+        raise ConfigError(f"{path} has no usable {odd[0]}: restore it from a copy, or remove it and resume the run")
     return summary
 
 

@@ -201,8 +201,8 @@ def app_folder() -> Iterator[Path]:
 def ray_environment(ray_address: str | None) -> dict[str, str]:
     """Return the environment that makes Ray require a token, because Ray listens on all addresses of this machine.
 
-    A Ray of the run's own gets a fresh token; the run inherits that of another cluster from this process. Raises
-    SuperLinkError for a Ray that does not know tokens.
+    If the run starts Ray, it makes a new token. For another cluster, the run takes the token from this process's
+    environment. Raises SuperLinkError for a Ray that does not know tokens.
     """
     if Version(found := version("ray")) < Version(RAY_WITH_TOKENS):
         raise SuperLinkError(

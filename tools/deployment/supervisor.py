@@ -36,8 +36,8 @@ FACTS, SEEN, LOG = "federation.json", "supervisor.json", "log.txt"
 SUPERLINK, KEYS = "superlink", "keys"
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 FIRST_PAUSE, LONGEST_PAUSE, SETTLED_SECONDS = 1.0, 60.0, 60.0
-# The SuperLink counts a killed SuperNode as online for up to 60 s. If it were back just then, nobody would report the
-# messages that it has lost, and a round would wait for them until strategy.timeout.
+# The SuperLink counts a killed SuperNode as online for up to 60 s. If it came back within that time, nobody would
+# report the messages that it has lost, and a round would wait for them until strategy.timeout.
 KILLED_PAUSE = 70.0
 LOOK_SECONDS, STOP_SECONDS, REGISTRARS = 0.3, 8.0, 4
 FAST_SUPERNODE = (sys.executable, "-P", str(Path(__file__).parents[1] / "supernode.py"))
@@ -235,7 +235,7 @@ class Supervisor:
             was_killed = status < 0 and -status not in STOPPING  # by a signal, before it could leave the federation
             if name != SUPERLINK and self.federation.tls and was_killed:
                 pause = KILLED_PAUSE
-            say(f"{name} (pid {process.pid}) ended with {status}; again in {pause:g} s")
+            say(f"{name} (pid {process.pid}) ended with {status}; it restarts in {pause:g} s")
             self.seen.programs[name].pid = None
             self.note()
             await asyncio.sleep(pause)

@@ -27,8 +27,8 @@ def write_peft(run: FinishedRun, folder: Path) -> str:
     if not (adapter / CONFIG).exists():
         rule = run.config.strategy.aggregation
         raise ValueError(
-            f"{adapter} is missing, because strategy.aggregation={rule} leaves none that PEFT can hold: "
-            "export the whole model, with --to transformers, timm, torchvision or onnx"
+            f"{adapter} is missing: PEFT's format cannot hold the adapter of this model with "
+            f"strategy.aggregation={rule}; export the whole model, with --to transformers, timm, torchvision or onnx"
         )
     base = {**run.model().state_dict(), **_read_base(run)}
     if run.config.model.name not in SIZES:

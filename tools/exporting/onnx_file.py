@@ -1,4 +1,4 @@
-"""A model as ONNX, compared with PyTorch by onnxruntime."""
+"""Write a model as ONNX; its outputs in onnxruntime are compared with PyTorch's."""
 
 import json
 import logging
@@ -36,7 +36,8 @@ def write_onnx(run: FinishedRun, folder: Path) -> str:
         raise ValueError(f"--to onnx needs {error.name}: pip install -e '.[onnx]'") from error
 
     model, samples, path = run.model(), take_samples(run, COMPARED), folder / "model.onnx"
-    if run.config.model.name in SIZES:  # a ViT also takes grey images as equal channels; the file takes what it has
+    if run.config.model.name in SIZES:
+        # A ViT repeats a grey image's channel; the ONNX file does not, so it is done here.
         samples = samples.expand(-1, input_size(run)[1], -1, -1).contiguous()
     _trace(model, samples[:2], path)
     file = onnx.load(path)

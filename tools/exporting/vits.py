@@ -26,9 +26,10 @@ def input_size(run: FinishedRun) -> tuple[int, int]:
 
 
 def write_torchvision(run: FinishedRun, folder: Path) -> str:
-    """Write model.pth, a state dict of torchvision's VisionTransformer; raises ValueError for what that cannot be.
+    """Write model.pth, a state dict of torchvision's VisionTransformer.
 
-    torchvision takes RGB only. The kernel of a grey model is shared out among three equal channels.
+    Raises ValueError for a model that torchvision cannot represent. torchvision takes RGB only. The kernel of a grey
+    model is shared out among three equal channels.
     """
     (size, channels), variant = input_size(run), run.config.model.variant.filled()
     if channels not in (1, 3):

@@ -1,2 +1,5 @@
-"""The page that tools.report writes: reading.py reads a run (run.py), charts.py and drawing.py draw its figures,
-sections.py and several.py say the rest, in the HTML of markup.py."""
+"""The page that tools.report writes.
+
+reading.py reads a run into the class of run.py. charts.py and drawing.py draw figures. sections.py and several.py write
+the text. markup.py makes HTML.
+"""

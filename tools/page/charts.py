@@ -151,7 +151,7 @@ def _traffic(run: Run) -> list[Picture | None]:
 
 
 def _per_round(run: Run, *keys: str) -> Points:
-    """Return the MB of each round in all its exchanges."""
+    """Return the MB of each round in all its steps."""
     total: Counter[int] = Counter()
     for kind in run.lines:
         for key in keys:

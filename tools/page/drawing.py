@@ -171,7 +171,10 @@ def draw_stack(name: str, title: str, ylabel: str, parts: dict[str, Points]) -> 
 
 
 def grouped(table: np.ndarray, most: int) -> tuple[np.ndarray, int]:
-    """Return a table of at most `most` rows, each the sum of equally many neighbours, and how many these are."""
+    """Add up neighbouring rows until at most `most` are left.
+
+    Return the table and how many rows were added up; the last one may have fewer.
+    """
     size = -(-len(table) // most)
     return np.add.reduceat(table, np.arange(0, len(table), size)), size
 
@@ -192,10 +195,10 @@ def draw_classes(run: Run) -> Picture | None:
     draw_table(axes, table, [str(i * beside) for i in range(table.shape[1])], top, SMALLEST if fits else None)
     if len(held) <= 30:
         axes.set_yticks(range(len(held)), list(held))
-    notes = [f"Each row is the sum of {together} of the {len(held):,} clients, by id."] if together > 1 else []
-    notes += [f"Each column is the sum of {beside} classes."] if beside > 1 else []
+    notes = [f"Each row is the sum of up to {together} of the {len(held):,} clients, by id."] if together > 1 else []
+    notes += [f"Each column is the sum of up to {beside} classes."] if beside > 1 else []
     if together > 1:
-        axes.set_ylabel(f"clients, {together} a row")
+        axes.set_ylabel(f"clients, {together} per row")
     total = int(table.sum())
     return finish(
         "classes", axes, f"{len(held)} clients, {total:,} training samples in all", " ".join(notes), wide=wide

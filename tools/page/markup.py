@@ -6,7 +6,7 @@ from string import Template
 
 from tools.page.drawing import FOLDER, Picture
 
-LONG = 44  # characters of a cell that may be broken
+LONG = 44  # characters; a longer cell may break into lines
 
 
 class Html(str):

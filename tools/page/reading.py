@@ -15,6 +15,7 @@ from typing import Any
 from flapp.checkpoint.chunks import CheckpointError
 from flapp.checkpoint.manager import ChunkManager
 from flapp.config.load import read_yaml
+from flapp.server.run_names import METRICS, STORE
 from flapp.server.summary import read_line, sound_summary
 from flapp.untrusted import MOST_BYTES, check_regular, printable
 from flapp.untrusted import read_json as parse_file
@@ -22,7 +23,7 @@ from tools.cli import by_number
 from tools.deployment.superlink import ANSI
 from tools.page.run import Clients, Job, Run, Stores, names_of, number
 
-METRICS, HELD, STORE = "metrics.jsonl", "clients.jsonl", "server_chunks.db"  # flapp.server.run_dir would import PyTorch
+HELD = "clients.jsonl"  # flapp.server.run_dir would import PyTorch
 RUN_FILES = ("config.yaml", METRICS, "metrics.json")
 STORES_OPENED = 50
 LOG_BYTES, LOG_LINES = 32_768, 40
@@ -69,7 +70,10 @@ def _read_sweep(path: Path) -> tuple[list[tuple[Path, str]], list[Job]]:
         overrides, status, error = (str(outcome.get(key) or "") for key in ("overrides", "status", "error"))
         jobs.append(Job(str(outcome.get("job", index)), overrides, status, error, number(outcome, "objective")))
     if not below and not jobs:
-        raise ReportError(f"{path} is not a run and holds none: there is no {', '.join(RUN_FILES)} in it or just below")
+        raise ReportError(
+            f"{path} is neither a run nor a folder of runs (none of {', '.join(RUN_FILES)} is there): "
+            "give a folder below home/runs"
+        )
     return [(folder, folder.name) for folder in below], jobs
 
 

@@ -13,7 +13,8 @@ from flapp.server.observer import PHASES
 from flapp.server.summary import is_finite, is_number
 from tools.cli import by_number
 
-OWN_NAMES = ("run_name", "resume", "resume_from", "resume_anyway")  # settings in which any two runs may differ
+# Settings that say nothing about the experiment, so they are not compared.
+OWN_NAMES = ("run_name", "resume", "resume_from", "resume_anyway")
 PLACES = ("home", "deployment.", "split.")  # settings, or the groups of them, that say where a run took place
 MOST_NAMED, LONGEST_NAME = 3, 38  # settings in the name of a run in legends, and its characters
 SPLITS = ("train", "val", "test")
@@ -136,7 +137,7 @@ class Run:
         return int(rounds[at]), float(values[at])
 
     def phases(self) -> dict[str, Points]:
-        """Return rounds and seconds by phase; of a run without `round` lines those of its two exchanges."""
+        """Return rounds and seconds by phase; of a run without `round` lines those of training and evaluation."""
         if self.lines.get("round"):
             found = {name: self.series("round", f"phases.{name}") for name in PHASES}
         else:
@@ -208,7 +209,7 @@ def _brief(value: Any) -> str:
 
 
 def differing(runs: list[Run]) -> list[str]:
-    """Name the settings in which runs differ, except those in which any two runs differ."""
+    """Name the settings in which these runs differ. The run's name and the resume settings do not count."""
     known = [run for run in runs if run.config]
     keys = sorted({key for run in known for key in run.config} - set(OWN_NAMES))
     return [key for key in keys if len({repr(run.config.get(key)) for run in known}) > 1]

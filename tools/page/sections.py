@@ -76,8 +76,11 @@ def scores_of(run: Run) -> dict[str, object]:
 
 
 def objectives(runs: Iterable[Run]) -> Html:
-    said = ", ".join(sorted({in_words(run.objective) for run in runs}))
-    return note(f"The objective, and what makes a round the best, is {said}.") if said else Html()
+    if not (names := sorted({in_words(run.objective) for run in runs})):
+        return Html()
+    if len(names) > 1:
+        return note(f"The objectives are {', '.join(names)}. They also decide which round is the best.")
+    return note(f"The objective is {names[0]}. It also decides which round is the best.")
 
 
 def alerts(run: Run, name: str = "") -> Html:
@@ -96,7 +99,7 @@ def alerts(run: Run, name: str = "") -> Html:
         text = f"Resumed anyway after round {after}, though this had changed: {listing(changed, '; ')}."
         said.append(tag("p", tag("b", name), text, class_="warning"))
     if refused := max(len(run.roster("refused")), int(run.summary.get("refused_count") or 0)):
-        where = "" if run.withholds else " Section Left out has the reasons."
+        where = "" if run.withholds else " The section “Left out” gives the reasons."
         said.append(note(f"{name}Clients or nodes refused: {refused:,}.{where}"))
     for line in run.lines.get("stop", ())[-1:]:
         best, patience = line.get("best_round"), line.get("patience")
@@ -189,7 +192,8 @@ def times(run: Run, drawn: Sequence[Picture]) -> Html:
     if run.lines.get("round"):
         said = _coverage(run)
     else:
-        said = f"{NO_ROUND_LINES} Only the times of the two exchanges are known, from the first message to the last."
+        known = "the times of training and evaluation are known, from the first message to the last"
+        said = f"{NO_ROUND_LINES} Only {known}."
     return join([figures(drawn, found), note(said)])
 
 
@@ -232,8 +236,8 @@ def _store_column(found: Stores) -> dict[str, str]:
         "files": f"{found.files:,}",
         "size of files": in_bytes(found.file_bytes),
         "rounds kept": f"{found.rounds:,}",
-        "models in them": in_bytes(logical) if found.opened else NONE,
-        "stored once": in_bytes(stored) if found.opened else NONE,
+        "bytes of the models": in_bytes(logical) if found.opened else NONE,
+        "bytes stored, without repeats": in_bytes(stored) if found.opened else NONE,
         "deduplication": f"x {logical / stored:.2f}" if stored else NONE,
     }
 
@@ -248,16 +252,16 @@ def left_out(run: Run) -> Html:
     for (kind, reason), who in failures[:MOST_REASONS]:
         names = sorted({name for _, name in who}, key=by_number)
         rows.append([kind, reason, f"{len(who):,}", ranges(at for at, _ in who), listing(names)])
-    parts = [table(["exchange", "reason", "times", "rounds", "clients"], rows, (2,))]
+    parts = [table(["step of the round", "reason", "times", "rounds", "clients"], rows, (2,))]
     if (more := len(failures) - MOST_REASONS) > 0:
         parts.append(note(f"{more} more reasons, each given less often, are not shown."))
     for key, title in (("refused", "refused"), ("warnings", "let in with a warning")):
         by_reason: dict[str, list[str]] = {}
         for name, reason in run.roster(key).items():
             by_reason.setdefault(str(reason), []).append(name)
-        parts.append(table([title, "because it"], [[listing(names), reason] for reason, names in by_reason.items()]))
+        parts.append(table([title, "reason"], [[listing(names), reason] for reason, names in by_reason.items()]))
     rows = [[name, f"{times:,}"] for name, times in told.absent.most_common()]
-    parts.append(clients_table(["absent", "exchanges"], rows))
+    parts.append(clients_table(["absent", "times"], rows))
     capped = sorted(told.capped.items(), key=lambda item: -max(item[1])[0])
     rows = [[name, f"{max(found)[0]:.1%}", ranges(at for _, at in found)] for name, found in capped]
     parts.append(clients_table(["capped", "claimed share of the samples", "rounds"], rows))
@@ -288,7 +292,7 @@ def counts_of_left_out(run: Run) -> Html:
             is_state = kind in ("roster", "refused")  # whose lines say who is refused at that moment
             if times := at[-1][1] if is_state else sum(count for _, count in at):
                 rows.append([kind, reason, f"{times:,}", ranges(number for number, count in at if count)])
-    return table(["exchange", "what", "times", "rounds"], rows, (2,)) or note("No client was left out.")
+    return table(["step of the round", "what", "times", "rounds"], rows, (2,)) or note("No client was left out.")
 
 
 def withheld(what: str) -> Html:
@@ -343,7 +347,10 @@ def log(run: Run) -> Html:
     if run.status == "finished":
         return Html()
     if not run.log:
-        return note("There is no log.txt: only tools.run leaves one, when the run has ended.")
+        return note(
+            "There is no log.txt. `flwr run` writes none. "
+            "Without deployment=inline, tools.run writes it when the run ends."
+        )
     return tag("pre", "\n".join(run.log))
 
 
@@ -367,7 +374,7 @@ def digits(value: float | None) -> str:
 
 
 def brief(value: float | None) -> str:
-    """Return a number in three digits, or all before its point."""
+    """Return a number with three significant digits, or as a whole number from 100 on."""
     if value is None:
         return NONE
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
@@ -383,7 +390,7 @@ def benchmarks(path: Path) -> Html:
             status = {"met": "finished", "within limit": "unfinished"}.get(row.verdict, "failed")
             rows.append([badge(cell, status) if cell == row.verdict else cell for cell in row.cells()])
         machine = facts(found["machine"].items())
-        took = f"Measured in {found['seconds']:.0f} s, ratios by medians of interleaved turns."
+        took = f"The measurements took {found['seconds']:.0f} s. Ratios of times compare medians of interleaved runs."
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         raise ReportError(f"{path} is not a file of tools.benchmark: write one with its --json") from None
     return section("Benchmarks", table(HEADS, rows, (2, 3, 4)), note(took), machine)

@@ -134,7 +134,7 @@ def legend(runs: list[Run]) -> Html:
 def unended(runs: list[Run]) -> Html:
     """Return how to read the charts of settings, and which runs are not in them."""
     lacking = ", ".join(run.label for run in runs if run.final(run.objective) is None)
-    said = "A dot is a run, the line joins their medians."
+    said = "Each dot is a run. The line joins the medians of the values."
     return note(f"{said} Runs without an objective are not drawn: {lacking}." if lacking else said)
 
 

@@ -78,9 +78,11 @@ def read_finished(run: Path) -> dict[str, Any]:
         raise ValueError(f"{run} is not the directory of a finished run ({reason})") from error
     status, said = (printable(summary.get(key)) for key in ("status", "model_sha256"))
     if status != "finished":
-        raise ValueError(f"{run} is of a run that {status}: resume it first, with resume=true")
+        raise ValueError(f"the run in {run} is not finished (status {status}): resume it with resume=true")
     if said != digest:
-        raise ValueError(f"{run / MODEL} has SHA-256 {digest[:12]}, metrics.json says {said}")
+        raise ValueError(
+            f"{run / MODEL} has SHA-256 {digest[:12]}, metrics.json says {said[:12]}: restore it from a copy"
+        )
     return config
 
 

@@ -26,6 +26,7 @@ from flapp.config.rules import count_messages
 from flapp.config.schema import Config, ConfigError
 from flapp.data.artifact import Stamp
 from flapp.server.inline import CLIENT_APP, SERVER_NODE, InlineGrid, start_forkserver
+from tools.cli import count
 from tools.deployment.processes import SWEEP
 from tools.deployment.submit import count_cpus, failure, warn_of_size
 from tools.running.progress import Watcher, read_json
@@ -89,7 +90,10 @@ def run_inline(config: Config, before: Stamp) -> dict[str, Any]:
 
 
 def count_workers(config: Config) -> int:
-    """Return how many worker processes a run has; raises ConfigError for more than the processors or GPUs allow."""
+    """Return how many worker processes a run has.
+
+    Raises ConfigError if the GPUs have no room for them, or if one client needs more processors than there are.
+    """
     settings = config.deployment
     most = min(count_cpus(config) // settings.client_cpus, count_messages(config))
     if settings.workers == 0 or not settings.client_gpus:
@@ -99,9 +103,10 @@ def count_workers(config: Config) -> int:
     gpus = torch.cuda.device_count()
     fit = int(gpus / settings.client_gpus)
     if fit < (settings.workers or 1):
+        fixes = f"set deployment.workers={fit}, or lower" if fit else "lower" if gpus else "set"
         raise ConfigError(
-            f"deployment.workers={settings.workers} take {settings.client_gpus:g} of a GPU each, and there are {gpus}: "
-            f"set deployment.workers={fit} or lower deployment.client_gpus"
+            f"each worker needs deployment.client_gpus={settings.client_gpus:g} of a GPU, and this machine has "
+            f"{count(gpus, 'GPU')}: {fixes} deployment.client_gpus{'' if gpus else '=0'}"
         )
     return settings.workers or min(most, fit)
 

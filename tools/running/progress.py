@@ -145,9 +145,10 @@ def latest(found: dict[str, Any]) -> dict[str, str]:
 
 
 class Progress:
-    """Show the progress of a run at each `look`: bars of rounds and replies on a terminal, else a line per round.
+    """Show the progress of a run at each `look`: bars of rounds and replies on a terminal, otherwise lines.
 
-    plain: print a line per round on a terminal too, because a debugger may ask for input there.
+    There is a line per round, about 20 in all in a long run. plain: print lines on a terminal too, because a debugger
+    may ask for input there.
     """
 
     def __init__(self, config: Config, path: Path, plain: bool = False) -> None:

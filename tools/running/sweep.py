@@ -158,8 +158,9 @@ def validated(config: Config) -> Config:
         return config
     if (fraction := config.evaluate.validation_fraction) is not None:
         raise ConfigError(
-            f"a sweeper that searches goes by the objective, and evaluate.validation_fraction={fraction:g} makes that "
-            f"a figure of test samples: leave it out (which holds out {VALIDATION_FRACTION:g}) or set another fraction"
+            "this sweeper chooses by the objective, which needs validation samples, and "
+            f"evaluate.validation_fraction={fraction:g} holds none out: leave it out (then it is "
+            f"{VALIDATION_FRACTION:g}) or set another fraction"
         )
     return replace(config, evaluate=replace(config.evaluate, validation_fraction=VALIDATION_FRACTION))
 
