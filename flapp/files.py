@@ -1,6 +1,6 @@
 """Write files atomically: each file appears whole or not at all, and is on disk when the function returns.
 
-Files that must be whole are written by `replacing` or `replacing_folder`.
+Files that must be whole are written by `replacing` or `replacing_folder`. `stamp` tells whether a file has changed.
 Reading files that somebody else may have written is in untrusted.py.
 """
 
@@ -10,10 +10,12 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+Stamp = tuple[tuple[str | int, ...], ...]  # of files: it changes when one is written or removed
 
 
 @contextmanager
@@ -99,3 +101,16 @@ def sha256_of_file(path: Path) -> str:
 
 def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def stamp(folder: Path, names: Sequence[str]) -> Stamp:
+    """Return the stamp of files in a folder."""
+    return tuple(stamp_of(os.path.join(folder, name)) for name in names)
+
+
+def stamp_of(path: str) -> tuple[str | int, ...]:
+    """Return a file's path, inode, size and times; only the path if there is no such file."""
+    with suppress(OSError):
+        facts = os.stat(path)
+        return path, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
+    return (path,)

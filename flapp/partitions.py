@@ -12,17 +12,16 @@ from flapp.data.artifact import (
     FILES,
     Artifact,
     DataError,
-    Stamp,
     check_samples,
     kind_of,
     open_verified,
     read_meta,
     refuse_rows,
-    stamp_of,
 )
 from flapp.data.partition import Partition, hold_out, load_partition
 from flapp.data.shards.manifest import load_manifest
 from flapp.data.sources import MADE_BY, check_preparation, ensure_artifacts, is_own, named
+from flapp.files import Stamp, stamp_of
 
 
 def open_partition(config: Config) -> Partition:

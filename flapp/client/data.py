@@ -18,12 +18,13 @@ from torch import Tensor
 
 from flapp.config.schema import Config, ConfigError, DatasetConfig, NodeConfig
 from flapp.custom import own, source_digest, versions
-from flapp.data.artifact import Stamp, check_samples, check_settings, stamp
+from flapp.data.artifact import check_samples, check_settings
 from flapp.data.loader import ClientLoader
 from flapp.data.offline import OfflineDataset
 from flapp.data.partition import label_histogram
 from flapp.data.shards.client import SHARD_FILES, DistributedShardLoader
 from flapp.data.shards.dataset import ShardStream
+from flapp.files import Stamp, stamp
 from flapp.messages import Claim
 from flapp.partitions import cached_partition, stamp_of_shared_files
 from flapp.training import Batches

@@ -14,7 +14,7 @@ from flapp.client.data import ClientData, check_lives_here, open_client_data
 from flapp.config.load import load
 from flapp.config.schema import Config, NodeConfig
 from flapp.custom import enable
-from flapp.data.artifact import Stamp
+from flapp.files import Stamp
 from flapp.groups import Asked
 from flapp.listing import WITHHELD
 from flapp.messages import ARRAYS, INSTRUCTIONS, Instructions, MessageError, unpack_instructions

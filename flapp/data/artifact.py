@@ -6,7 +6,6 @@ docs/formats.md describes its files. Clients attest the digest of an artifact as
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -19,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from flapp import __version__
-from flapp.files import replacing_folder
+from flapp.files import Stamp, replacing_folder, stamp
 from flapp.untrusted import open_npy, printable, read_json
 
 FORMAT_VERSION = 1
@@ -37,7 +36,6 @@ BLOCK_BYTES = 16 << 20
 DIGEST_OF_BLOCKS = ([("uint8", 4), ("int64", 1)], [("float32", 2), ("float32", 1)])  # dtypes and axes: see `digest`
 
 ReadRows = Callable[[int, int], np.ndarray]
-Stamp = tuple[tuple[str | int, ...], ...]
 
 _compared: set[Stamp] = set()
 
@@ -233,7 +231,7 @@ def open_verified(folder: Path) -> Artifact:
 
     Raises DataError naming what is wrong.
     """
-    artifact, found = open_artifact(folder), stamp(folder)
+    artifact, found = open_artifact(folder), stamp(folder, FILES)
     if found not in _compared:
         with ExitStack() as stack:
             note = None
@@ -251,13 +249,8 @@ def open_verified(folder: Path) -> Artifact:
 
 def is_verified(folder: Path) -> bool:
     """Say whether the bytes of the split in `folder` have been compared since they were last written."""
-    found = stamp(folder)
+    found = stamp(folder, FILES)
     return found in _compared or _is_noted(folder, found)
-
-
-def stamp(folder: Path, files: Sequence[str] = FILES) -> Stamp:
-    """Return the path, inode, size and times of files in `folder`, which change when one is written or removed."""
-    return tuple(stamp_of(os.path.join(folder, name)) for name in files)
 
 
 def check_arrays(
@@ -381,14 +374,6 @@ def _block_rows(row_bytes: int) -> int:
 
 def _sha256(block: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(block).data).hexdigest()
-
-
-def stamp_of(path: str) -> tuple[str | int, ...]:
-    """Return the part of a stamp that is about one file; it is only the path if there is no such file."""
-    with suppress(OSError):
-        facts = os.stat(path)
-        return path, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
-    return (path,)
 
 
 def _note(folder: Path) -> Path:

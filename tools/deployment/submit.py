@@ -12,7 +12,7 @@ from flapp.architecture import find_oversize
 from flapp.config.load import to_json
 from flapp.config.rules import count_messages
 from flapp.config.schema import Config, ConfigError
-from flapp.data.artifact import Stamp, stamp
+from flapp.files import Stamp, stamp
 from flapp.listing import WITHHELD, by_reason
 from flapp.server.journals import Origin
 from flapp.server.preflight import check_run

@@ -24,7 +24,7 @@ from flwr.common.logger import FLOWER_LOGGER, ConsoleHandler, log
 from flapp.config.load import to_json
 from flapp.config.rules import count_messages
 from flapp.config.schema import Config, ConfigError
-from flapp.data.artifact import Stamp
+from flapp.files import Stamp
 from flapp.server.inline import CLIENT_APP, SERVER_NODE, InlineGrid, start_forkserver
 from tools.cli import count
 from tools.deployment.processes import SWEEP

@@ -28,7 +28,7 @@ from typing import Any
 from tqdm import tqdm
 
 from flapp.config.schema import Config, ConfigError
-from flapp.data.artifact import Stamp, stamp
+from flapp.files import Stamp, stamp
 from flapp.listing import by_kind, by_reason, name_clients
 from flapp.server.summary import in_short, read_line
 from flapp.untrusted import printable

@@ -11,9 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from flapp.data.artifact import DataError, Stamp, check_settings, refusing, stamp
+from flapp.data.artifact import DataError, check_settings, refusing
 from flapp.data.shards.client import REMEDY, SPLITS, digest_of
 from flapp.data.shards.source import Kind, read_kind
+from flapp.files import Stamp, stamp
 from flapp.untrusted import parse_json, printable, read_bytes, read_json
 
 FORMAT_VERSION = 2  # 1 had an index, clients.idx
