@@ -211,7 +211,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     r"for key in .*": registers,
     r"ray start .*": is_ray,
     r"pip install (-e (\.|[\"']\.\[[a-z,]+\][\"'])|torch torchvision --index-url \S+)": is_installed,
-    r"python -m pytest( -m \"not slow\"| -n 3)?|pre-commit install|\.ci/run|mypy": is_known,
+    r"python -m pytest( -m \"not slow\"| -n 4)?|pre-commit install|\.ci/run|mypy": is_known,
     r"ruff check \.|ruff format --check \.|mkdocs (serve|build --strict)|python -m tools\.configuration": is_known,
     r"cd mine|export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1": is_known,
     r"lint-imports|python3 -m venv \.venv|\. \.venv/bin/activate": is_known,
