@@ -32,6 +32,7 @@ def test_a_shard_says_what_it_holds(
     assert tuple(shard.label_hist) == shards["2"].label_hist
     assert shard.label_hist == np.bincount(load_file(path / "train.safetensors")["labels"], minlength=62).tolist()
     assert shard.digest == shards["2"].digest
+    assert shard.last_modified == max(file.stat().st_mtime for file in path.iterdir())
     counts = "{train} train, {val} val, {test} test samples".format(**shard.num_samples)
     assert f"client 2: {counts} from {path}" in caplog.text
     other = write_shards(source, tmp_path / "other", "round_robin", clients=3, seed=2)

@@ -51,8 +51,9 @@ class DistributedShardLoader:
 
     A shard whose meta.json does not fit its tensors or expected_client_id is refused; with strict_check=False there is
     only a warning, and what the tensors say is used. streaming reads block by block. kind: the shape of the images, and
-    the classes; num_samples: by split; label_hist: training samples of each class; digest: the SHA-256 that names
-    client and content. Raises DataError for a shard that is missing or cannot be read at all.
+    the classes; num_samples: by split; label_hist: training samples of each class; last_modified: seconds since the
+    epoch; digest: the SHA-256 that names client and content. Raises DataError for a shard that is missing or cannot be
+    read at all.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class DistributedShardLoader:
         self.label_hist: list[int] = real["label_hist"]
         self.sha256: dict[str, str] = real["sha256"]
         self.digest = digest_of(meta | real)
+        self.last_modified = max((self.path / name).stat().st_mtime for name in SHARD_FILES)
         counts = ", ".join(f"{count} {split}" for split, count in self.num_samples.items())
         log.info("client %s: %s samples from %s", self.client_id, counts, self.path)
 
