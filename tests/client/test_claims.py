@@ -20,7 +20,7 @@ from flapp.messages import (
     unpack_claims,
     unpack_piece,
 )
-from tests.support.claims import set_claim
+from tests.support.replies import set_claim
 
 THREE = [
     Claim("0", 5, 1, 2, (2, 0, 3), "a" * 64, "b" * 64, "c" * 64, "Python 3"),

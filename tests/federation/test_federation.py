@@ -19,8 +19,7 @@ from flapp.model.layout import LAYOUTS
 from flapp.model.lora import layout_of
 from flapp.server.roster import FederationError
 from tests.conftest import Federate, read_clients, read_lines
-from tests.support.claims import set_claim
-from tests.support.replies import Sent, changing, drop, failures, listen
+from tests.support.replies import Sent, changing, drop, failures, listen, set_claim
 
 DIGITS = ("model=linear", "clients=4", "num_rounds=2", "train.epochs=1", "evaluate.every=1")
 TOY = ("experiment=toy_regression", "num_rounds=2")

@@ -13,9 +13,8 @@ from flapp.data.shards.build import export_artifacts, write_shards
 from flapp.data.shards.manifest import load_manifest
 from flapp.server.roster import FederationError
 from tests.conftest import Federate, read_clients, read_lines
-from tests.support.claims import set_claim
 from tests.support.leaf_files import Samples, as_leaf, write_leaf
-from tests.support.replies import changing, failures
+from tests.support.replies import changing, failures, set_claim
 
 CLIENTS = 4
 

@@ -22,9 +22,8 @@ from flapp.server.publish import published, tell_reason
 from flapp.server.roster import FederationError
 from tests.conftest import Federate, break_off, read_clients, read_lines, refusal_of
 from tests.server.test_roster import Nodes, claim_of, gather
-from tests.support.claims import set_claim
 from tests.support.html_page import report_on
-from tests.support.replies import trained_in
+from tests.support.replies import set_claim, trained_in
 from tools.deployment.submit import refusals
 from tools.running.progress import Progress
 

@@ -17,7 +17,7 @@ from flapp.messages import METRICS, NUM_EXAMPLES
 from flapp.server.roster import FederationError
 from flapp.server.summary import Summary
 from tests.conftest import Federate, read_clients, read_lines
-from tests.support.claims import set_claim
+from tests.support.replies import set_claim
 
 CLASSES, SEEDS, TEST = 3, 20, 30
 MADE = (

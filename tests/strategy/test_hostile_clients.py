@@ -15,8 +15,7 @@ from flapp.server.roster import FederationError
 from flapp.strategy.aggregation import NormBound
 from flapp.strategy.fedavg import FedAvg
 from tests.conftest import Federate, Tamper, break_off, read_clients, read_lines
-from tests.support.claims import set_claim
-from tests.support.replies import Sent, changing, drop, failures, listen, trained_in
+from tests.support.replies import Sent, changing, drop, failures, listen, set_claim, trained_in
 
 Change = Callable[[Message], object]
 DIGITS = ("model=linear", "clients=4", "num_rounds=2", "train.epochs=1", "evaluate.every=1")

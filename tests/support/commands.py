@@ -1,6 +1,7 @@
 """Run our tools as a user does: as commands, from a folder outside the checkout."""
 
 import getpass
+import io
 import os
 import shutil
 import subprocess
@@ -17,6 +18,13 @@ from tools.deployment.submit import APP
 
 SECONDS = 400  # generous, for a busy machine
 PYTORCHS = {f"torchinductor_{getpass.getuser()}"}  # PyTorch's cache folder, which it makes in every temporary folder
+
+
+class Terminal(io.StringIO):
+    """What bars and questions take for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def start_tool(home: Path, module: str, *words: str, **settings: Any) -> "subprocess.Popen[str]":

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Message, RecordDict
 
-from flapp.messages import ARRAYS
+from flapp.messages import ARRAYS, CLAIMS
 from tests.conftest import Tamper, read_lines
 
 Sent = list[tuple[str, dict[str, np.ndarray]]]
@@ -48,3 +49,20 @@ def failures(path: Path, server_round: int = 1, kind: str = "train") -> dict[str
     """Return why clients were left out of a round, by client."""
     line = next(line for line in read_lines(path, kind) if line["round"] == server_round)
     return {failure["client"]: failure["reason"] for failure in line["failures"]}
+
+
+def set_claim(content: RecordDict, client_id: str, /, **values: Any) -> None:
+    """Change fields of a client's claim, named as in Claim; content without a claim of this client stays unchanged."""
+    record: Any = content.config_records.get(CLAIMS)
+    if record is None or client_id not in record["client-id"]:
+        return
+    index = record["client-id"].index(client_id)
+    if "label_hist" in values:
+        counts, sizes = list(values.pop("label_hist")), record["classes"]
+        start = sum(sizes[:index])
+        before, after = record["label-hist"][:start], record["label-hist"][start + sizes[index] :]
+        record["label-hist"] = [*before, *counts, *after]
+        values["classes"] = len(counts)
+    for name, value in values.items():
+        column = record[name.replace("_", "-")]
+        record[name.replace("_", "-")] = [*column[:index], value, *column[index + 1 :]]

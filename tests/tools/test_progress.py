@@ -13,8 +13,8 @@ import pytest
 from flapp.config.load import compose
 from flapp.config.schema import Config, ConfigError
 from tests.conftest import read_lines
+from tests.support.commands import Terminal
 from tests.support.run_files import lines_of
-from tests.support.terminal import Terminal
 from tools import run
 from tools.running.progress import FORMAT, Progress, RoundReader, take_format
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from flapp.config.load import compose, to_yaml
+from tests.support.commands import Terminal
 from tests.support.run_files import add_store, write_run
-from tests.support.terminal import Terminal
 from tools import runs
 from tools.running.run_entries import size_of
 
