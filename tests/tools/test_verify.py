@@ -168,7 +168,7 @@ BETWEEN: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "other classes": (lambda d: change_meta(d / "test", classes=["a", "b", "d"]), "test: fits train", "other classes"),
     "another shape": (other_shape, "test: fits train", "[16, 4, 3] is another shape than train's"),
     "other labels at 16 pixels": (resize_wrongly(lambda x, y: (x, np.roll(y, 1))), RESIZED, "was not made from"),
-    "other pixels at 16": (resize_wrongly(lambda x, y: (x ^ 1, y)), RESIZED, "differs from PIL's resize by 1 levels"),
+    "other pixels at 16": (resize_wrongly(lambda x, y: (x ^ 4, y)), RESIZED, "differs from PIL's resize by 4 levels"),
     "pixels instead of planes": (
         resize_wrongly(lambda x, y: (x.transpose(0, 2, 3, 1), y), layout="NHWC"),
         "test@16: shape and layout",
