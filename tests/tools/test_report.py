@@ -249,7 +249,7 @@ def test_refused_and_capped_clients_and_ignored_changes_are_shown(tmp_path: Path
     assert "Resumed anyway after round 2, though this had changed: source digest was 1, is 2." in head
     assert "Clients or nodes refused: 1." in head
     assert "node 7 has an <odd> key" in left_out
-    assert "capped claimed share of the samples rounds 1 80.0% 1-3" in left_out
+    assert "capped claimed share of the samples rounds 1 80.0% 1 to 3" in left_out
     assert any(alt.startswith("Length of updates. median 2.5 at 1") for alt in page.alts)
     assert "accuracy personal rank training s failures" in said
 
@@ -267,9 +267,9 @@ def test_clients_that_a_robust_average_clipped_or_did_not_take_are_shown(tmp_pat
     said = " ".join(report_on(tmp_path / "r.html", run).said.split())
     left_out = said.partition("Left out")[2].partition("Digests")[0]
     if name == "norm_bound":
-        assert "clipped times smallest factor rounds 1 3 0.167 1-3 2 1 0.25 3" in left_out
+        assert "clipped times smallest factor rounds 1 3 0.167 1 to 3 2 1 0.25 3" in left_out
     else:
-        assert "not taken by multi_krum times rounds 2 3 1-3 0 1 2" in left_out
+        assert "not taken by multi_krum times rounds 2 3 1 to 3 0 1 2" in left_out
     assert "No client failed" not in left_out
 
 
