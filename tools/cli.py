@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Container, Iterable, Sequence
 from functools import wraps
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ COMMANDS = {  # name: module, what it does
 }
 INTERRUPTED = 130
 MOST_TEXT, MOST_CELL = 2000, 1000  # characters of an error, and of a cell of a table
+MOST_TEXTS = 3
 Found = tuple[dict[str, Any], Iterable[str]]  # what a command found, as JSON and as lines to print
 
 
@@ -98,6 +99,12 @@ def count(number: int, word: str) -> str:
     return f"{number:,} {word}{'s' * (number != 1)}"
 
 
+def some(texts: list[str]) -> str:
+    """Return the first few texts in one line, and the number of the others."""
+    more = f"; and {len(texts) - MOST_TEXTS} more" if len(texts) > MOST_TEXTS else ""
+    return "; ".join(texts[:MOST_TEXTS]) + more
+
+
 def in_bytes(size: int) -> str:
     """Return a size as people read it, in powers of ten."""
     for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
@@ -123,14 +130,6 @@ def usage() -> str:
     )
 
 
-def installed_version() -> str:
-    """Return the version of the installed package."""
-    try:
-        return version("flapp")
-    except PackageNotFoundError:
-        return "not installed (pip install -e .)"
-
-
 def main() -> int:
     """Run the command given on the command line; returns the exit status."""
     words = sys.argv[1:]
@@ -138,7 +137,7 @@ def main() -> int:
         print(usage())
         return 0 if words else 2
     if words[0] in ("-V", "--version"):
-        print(f"flapp {installed_version()}")
+        print(f"flapp {version('flapp')}")
         return 0
     if words[0] not in COMMANDS:
         print(f"error: {words[0]} is not a command of flapp: choose one of {', '.join(COMMANDS)}", file=sys.stderr)

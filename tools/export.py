@@ -25,7 +25,6 @@ LIBRARIES = ("torchvision", "transformers", "timm", "peft", "onnx")
 
 def export(run: FinishedRun, library: str, out: Path) -> str:
     """Write the model for a library into `out`, whole or not at all, and return how to load it; raises ValueError."""
-    _check_out(out)
     from tools.exporting import adapters, onnx_file, vits
 
     writers = {
@@ -35,8 +34,11 @@ def export(run: FinishedRun, library: str, out: Path) -> str:
         "peft": adapters.write_peft,
         "onnx": onnx_file.write_onnx,
     }
-    missing = [folder for folder in out.parents if not folder.exists()]
+    missing = [folder for folder in out.parents if not os.path.exists(folder)]
     try:
+        is_empty = out.is_dir() and not out.is_symlink() and not any(out.iterdir()) and not out.samefile(".")
+        if os.path.lexists(out) and not is_empty:
+            raise ValueError(f"--out {out} is not a new or empty folder: name a new folder with --out")
         with replacing_folder(out, is_new=True) as partial:
             usage = writers[library](run, partial)
             write_json(partial / "classes.json", list(run.classes))
@@ -45,31 +47,11 @@ def export(run: FinishedRun, library: str, out: Path) -> str:
             with suppress(OSError):
                 folder.rmdir()
         if isinstance(error, OSError):
-            raise ValueError(f"--out {out} cannot be written ({error.strerror or error}): name a new folder") from error
+            reason = error.strerror or error
+            raise ValueError(f"--out {out} cannot be written ({reason}): name a new folder with --out") from error
         raise
     # The double quote makes repr use single quotes, as the lines of `usage` do.
     return usage.format(out=repr(f'"{out}')[2:-1])
-
-
-def _check_out(out: Path) -> None:
-    """Raise ValueError for a path that cannot become a new folder; nothing is made."""
-    folder = Path(os.path.abspath(out))
-    fault = ""
-    try:
-        if folder.is_symlink():
-            fault = "is a link"
-        elif folder in (Path.cwd(), *Path.cwd().parents):
-            fault = "is the current folder, or contains it"
-        elif folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
-            fault = "is not an empty folder"
-        else:
-            above = next(each for each in folder.parents if os.path.lexists(each))
-            if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-                fault = f"cannot be made, because {above} is not a folder that you can write to"
-    except OSError as error:
-        fault = f"cannot be made ({error.strerror})"
-    if fault:
-        raise ValueError(f"--out {out} {fault}: name a new folder with --out")
 
 
 @errors_in_one_line(OSError, ValueError)

@@ -25,7 +25,7 @@ from flapp.config.load import CONF, expand_words, explain, from_tree, name_overr
 from flapp.config.schema import Config, ConfigError
 from flapp.privacy import describe_plan
 from flapp.server.summary import in_short, in_words
-from tools.cli import as_called, count
+from tools.cli import as_called, count, some
 from tools.deployment.processes import SIGNALS, SuperLinkError
 from tools.deployment.submit import RunError, is_here, refusals, run_once
 from tools.running import sweep
@@ -66,7 +66,6 @@ Exit status: 0 if every run finished, 1 if one failed or was refused (one line s
 """
 NOTES = {"personal_accuracy": " (of each client's own model)"}
 STOPPED = "interrupted: everything that was started has been stopped"
-MOST_TEXTS = 3
 
 
 def job(tree: DictConfig) -> float | None:
@@ -156,12 +155,6 @@ def seconds(run: float, command: float | None) -> str:
     if command is None:
         return whole
     return f"{whole} ({last} {'with start-up' if command >= run else 'in this start'})"
-
-
-def some(texts: list[str]) -> str:
-    """Return the first few texts in one line, and the number of the others."""
-    more = f"; and {len(texts) - MOST_TEXTS} more" if len(texts) > MOST_TEXTS else ""
-    return "; ".join(texts[:MOST_TEXTS]) + more
 
 
 def main() -> int:

@@ -203,8 +203,8 @@ def test_the_report_says_what_is_withheld(run_both: dict[str, Found], tmp_path: 
     said = " ".join(page.said.split())
     for words in (
         *("Withheld by privacy.publish=totals: samples, accuracy and seconds of each client",),
-        *("Withheld by privacy.publish=totals: who was left out, and why", "sent a reply that does not count 2 1-2"),
-        *("Withheld by privacy.publish=totals: the spread over clients", "train absent 2 1-2", "roster refused 1 0"),
+        *("Withheld by privacy.publish=totals: who was left out, and why", "sent a reply that does not count 2 1, 2"),
+        *("Withheld by privacy.publish=totals: the spread over clients", "train absent 2 1, 2", "roster refused 1 0"),
     ):
         assert words in said, words
     assert "are not recorded" not in said

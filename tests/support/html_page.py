@@ -23,6 +23,7 @@ class Page(HTMLParser):
         self.said, self.alts, self.fetched, self.open = "", [], [], []
         self.feed(self.html)
         self.close()
+        self.said = " ".join(self.said.split())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)

@@ -17,7 +17,6 @@ from flapp.data.decode import Decoded
 from flapp.data.partition import make_partition, save_partition
 from flapp.data.shards.build import write_shards
 from flapp.data.shards.source import Kind, Source
-from flapp.files import sha256_of_file
 from flapp.model.adapter_files import export_adapter
 from flapp.model.split.factory import ModelFactory
 from tests.support.adapters import adapted
@@ -26,7 +25,7 @@ from tests.support.html_page import write_sweep
 from tests.support.leaf_files import as_leaf, draw_samples, write_leaf
 from tests.support.pictures import encode
 from tests.support.run_files import write_run
-from tests.support.split_models import write_vit
+from tests.support.split_models import write_vit_run
 from tests.support.tables import as_dataset, write_parquet
 
 DEEP = "[" * 5000 + "]" * 5000
@@ -201,14 +200,7 @@ def write_real_files(folder: Path) -> None:
     as_dataset(pixels, labels % 3).save_to_disk(folder / "saved")
     write_cifar(folder / "cifar", images=4)
     export_adapter(adapted(), folder / "adapter" / "a", "base")
-    mine = folder / "whole" / "mine"
-    write_vit(mine / "model.safetensors", size=8, dropout=0.1)
-    facts = {"status": "finished", "model_sha256": sha256_of_file(mine / "model.safetensors")}
-    (mine / "metrics.json").write_text(json.dumps(facts))
-    model = {"name": "vit_tiny", "image_size": None, "dropout": 0.1, "channels": None, "pretrained": None}
-    dataset = {"name": "mine", "shape": [8, 8, 1], "classes": 10, "normalization": "half", "source": None}
-    dataset |= {"download": False, "materialize": None, "augment": False}
-    (mine / "config.yaml").write_text(json.dumps({"run_name": "sweep/0", "model": model, "dataset": dataset}))
+    mine = write_vit_run(folder / "whole" / "mine", size=8)
     ModelFactory.create_split_models("vit", mine / "model.safetensors", 1, 2, "cpu", folder / "split", True)
     up = {"token": "ab" * 16, "address": "127.0.0.1:9", "tls": False, "clients": ["0", "1"], "shards": None}
     (folder / "up").mkdir()

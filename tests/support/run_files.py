@@ -54,10 +54,20 @@ def write_lines(path: Path, lines: Iterable[Line], name: str = "metrics.jsonl") 
     (path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def lines_in(path: Path) -> list[Line]:
+    """Return the lines of the metrics.jsonl of a run directory."""
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
 def add_lines(path: Path, *lines: Line) -> None:
     """Add lines to the metrics.jsonl of a run directory."""
-    found = (path / "metrics.jsonl").read_text().splitlines()
-    write_lines(path, [*map(json.loads, found), *lines])
+    write_lines(path, [*lines_in(path), *lines])
+
+
+def change_train(path: Path, server_round: int, **values: Any) -> None:
+    """Change values of the line about the training of a round."""
+    keys = {"kind": "train", "round": server_round}
+    write_lines(path, [line | values if keys.items() <= line.items() else line for line in lines_in(path)])
 
 
 def add_store(path: Path, rounds: int) -> Path:

@@ -1,5 +1,6 @@
 """Small models to split, as files, and helpers for their components."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flapp.files import sha256_of_file
 from flapp.model.files import save_tensors
 from flapp.model.split.component import SplitModel
 from flapp.model.vit import ViT
@@ -19,6 +21,18 @@ def write_vit(path: Path, name: str = "vit_tiny", seed: int = 0, size: int = 32,
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(model.state_dict(), path, model=name, shape=[size, size, 1], classes=10)
     return model
+
+
+def write_vit_run(path: Path, size: int = 32, **config: Any) -> Path:
+    """Write what tools read of a finished run whose model is a ViT, and return its folder."""
+    write_vit(path / "model.safetensors", size=size, dropout=0.1)
+    facts = {"status": "finished", "model_sha256": sha256_of_file(path / "model.safetensors")}
+    (path / "metrics.json").write_text(json.dumps(facts))
+    model = {"name": "vit_tiny", "image_size": None, "dropout": 0.1, "channels": None, "pretrained": None}
+    dataset = {"name": "mine", "shape": [size, size, 1], "classes": 10, "normalization": "half", "source": None}
+    dataset |= {"download": False, "materialize": None, "augment": False}
+    (path / "config.yaml").write_text(json.dumps({"run_name": "sweep/0", "model": model, "dataset": dataset} | config))
+    return path
 
 
 def write_gpt2(folder: Path, layers: int = 6, dtype: torch.dtype = torch.float32, **config: Any) -> nn.Module:

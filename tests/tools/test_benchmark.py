@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.html_page import report_on
 from tests.support.run_files import write_run
+from tests.tools.conftest import Refusal
 from tools import benchmark, report
 from tools.bench import Row, bytes
 from tools.benchmark import describe_machine
@@ -158,23 +159,19 @@ def test_the_report_shows_the_table_and_the_machine(topic: Callable[..., None], 
     run = write_run(tmp_path / "runs" / "one", rounds=2)
     page = report_on(tmp_path / "page.html", run, "--benchmark", tmp_path / "out.json")
     assert page.open == []
-    said = " ".join(page.said.split())
-    assert "near b 1.70x 2x 1.67x within limit noisy bad <b> 1.60x 2x 1.67x MISSED" in said
-    assert "none - - 3x 2.5x not measured no disk" in said
-    assert describe_machine()["processor"] in said
+    assert "near b 1.70x 2x 1.67x within limit noisy bad <b> 1.60x 2x 1.67x MISSED" in page.said
+    assert "none - - 3x 2.5x not measured no disk" in page.said
+    assert describe_machine()["processor"] in page.said
     verdicts = ('"status finished">met', '"status unfinished">within', '"status failed">MISSED', '"status failed">not')
     assert all(verdict in page.html for verdict in verdicts)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"rows": [{"what": 1}]}', '{"rows": [], "machine": {}}'])
-def test_a_file_that_is_not_a_benchmark_is_refused_in_one_line(
-    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_that_is_not_a_benchmark_is_refused_in_one_line(content: str, tmp_path: Path, refusal: Refusal) -> None:
     (tmp_path / "out.json").write_text(content)
     run = write_run(tmp_path / "runs" / "one", rounds=2)
-    words = [str(run), "--out", str(tmp_path / "page.html"), "--benchmark", str(tmp_path / "out.json")]
-    assert report.main(words) == 1
-    assert "out.json is not a file of tools.benchmark: " in capsys.readouterr().err
+    error = refusal(report.main, run, "--out", tmp_path / "page.html", "--benchmark", tmp_path / "out.json")
+    assert "out.json is not a file of tools.benchmark: " in error
     assert not (tmp_path / "page.html").exists()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
+from tests.tools.conftest import Refusal
 from tools.certificates import main, make_server_files, make_site_keys
 
 
@@ -57,13 +58,13 @@ def test_another_host_and_another_ca_are_refused(tmp_path: Path) -> None:
         shake_hands(tmp_path / "a", tmp_path / "b" / "ca.crt", "fl.example.org")
 
 
-def test_a_ca_without_its_key_makes_no_certificates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_ca_without_its_key_makes_no_certificates(tmp_path: Path, refusal: Refusal) -> None:
     make_server_files(tmp_path, ["one.example.org"])
     key = (tmp_path / "ca.key").read_bytes()
     for missing, there in (("ca.key", "ca.crt"), ("ca.crt", "ca.key")):
         (tmp_path / missing).rename(tmp_path / "elsewhere")
-        assert main(["server", str(tmp_path), "--host", "one.example.org"]) == 1
-        assert capsys.readouterr().err.startswith(f"error: {tmp_path}/{there} has no {missing} beside it")
+        error = refusal(main, "server", tmp_path, "--host", "one.example.org")
+        assert error.startswith(f"error: {tmp_path}/{there} has no {missing} beside it")
         (tmp_path / "elsewhere").rename(tmp_path / missing)
     assert (tmp_path / "ca.key").read_bytes() == key
 

@@ -25,6 +25,7 @@ from tests.conftest import Federate
 from tests.support.own_runs import run as run_own
 from tests.support.projects import add_to_task, new_project, settings_in
 from tests.support.vits import timms, torchvisions, transformerses
+from tests.tools.conftest import Refusal
 from tools import export
 from tools.exporting import vits
 from tools.exporting.onnx_file import take_samples
@@ -53,12 +54,10 @@ def written(run: Path, library: str, folder: Path) -> Path:
     return out
 
 
-def refusal(run: Path, library: str, out: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    assert export.main([str(run), "--to", library, "--out", str(out)]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    return error
+@pytest.fixture
+def refused(refusal: Refusal) -> Refusal:
+    """Return a function that exports a run, which must fail with one line of error, and returns that line."""
+    return lambda run, library, out: refusal(export.main, run, "--to", library, "--out", out)
 
 
 def draw_images(channels: int) -> Tensor:
@@ -89,11 +88,14 @@ def test_torchvision_takes_the_grey_images_of_a_grey_model_as_three_equal_channe
     assert_same_logits(grey, open_torchvision(written(grey, "torchvision", tmp_path)), 1, expand=3)
 
 
-@pytest.mark.parametrize(("kind", "channels"), [("grey", 1), ("adapted", 3)])
-def test_transformers_loads_a_vit_with_its_classes_and_normalization(
-    kind: str, channels: int, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    run: Path = request.getfixturevalue(kind)
+@pytest.fixture(params=[("grey", 1), ("adapted", 3)], ids=["grey", "adapted"])
+def vit(request: pytest.FixtureRequest) -> tuple[Path, int]:
+    """Return a run with a ViT, and the channels of its images."""
+    return request.getfixturevalue(request.param[0]), request.param[1]
+
+
+def test_transformers_loads_a_vit_with_its_classes_and_normalization(vit: tuple[Path, int], tmp_path: Path) -> None:
+    run, channels = vit
     out = written(run, "transformers", tmp_path)
     model, facts = transformers.ViTForImageClassification.from_pretrained(out, output_loading_info=True)
     assert not any(facts.values())
@@ -103,11 +105,8 @@ def test_transformers_loads_a_vit_with_its_classes_and_normalization(
     assert list(processor.image_mean) == list(processor.image_std) == [0.5] * channels
 
 
-@pytest.mark.parametrize(("kind", "channels"), [("grey", 1), ("adapted", 3)])
-def test_timm_loads_a_vit_with_its_normalization(
-    kind: str, channels: int, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    run: Path = request.getfixturevalue(kind)
+def test_timm_loads_a_vit_with_its_normalization(vit: tuple[Path, int], tmp_path: Path) -> None:
+    run, channels = vit
     model = timm.create_model(f"local-dir:{written(run, 'timm', tmp_path)}", pretrained=True)
     assert_same_logits(run, model, channels)
     config = timm.data.resolve_data_config(model.pretrained_cfg)
@@ -135,10 +134,9 @@ def test_onnxruntime_gives_the_logits_of_a_batch_of_any_size(
     assert session.get_inputs()[0].shape[1:] == [channels, 32, 32]
     for count in (1, 7):
         images = draw_images(channels)[:1].repeat(count, 1, 1, 1)
-        (found,) = session.run(None, {"samples": images.numpy()})
         with torch.no_grad():
             expected = open_run(run).model()(images).numpy()
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(session.run(None, {"samples": images.numpy()})[0], expected, rtol=0, atol=1e-5)
     facts = session.get_modelmeta().custom_metadata_map
     assert json.loads(facts["classes"]) == list("0123456789")
     assert json.loads(facts["mean"]) == [0.5]
@@ -177,11 +175,10 @@ def test_peft_puts_an_adapter_on_a_network_of_ones_own(own: Any, tmp_path: Path)
         torch.testing.assert_close(model(samples), opened.model()(samples), rtol=0, atol=1e-5)
 
 
-def test_a_run_whose_own_code_has_changed_is_refused_with_the_file(own: Any, tmp_path: Path, capsys: Any) -> None:
+def test_a_run_whose_own_code_has_changed_is_refused_with_the_file(own: Any, tmp_path: Path, refused: Refusal) -> None:
     folder, run = own("vision")
     add_to_task(folder, "x = 1")
-    error = refusal(run, "onnx", tmp_path / "out", capsys)
-    assert "task.py" in error
+    assert "task.py" in refused(run, "onnx", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -199,10 +196,10 @@ def test_a_run_whose_own_code_has_changed_is_refused_with_the_file(own: Any, tmp
     ],
 )
 def test_what_a_library_cannot_hold_is_refused_by_name(
-    settings: tuple[str, ...], library: str, named: str, federate: Federate, tmp_path: Path, capsys: Any
+    settings: tuple[str, ...], library: str, named: str, federate: Federate, tmp_path: Path, refused: Refusal
 ) -> None:
     run = federate(*SHORT, *settings)[1]
-    assert named in refusal(run, library, tmp_path / "out", capsys)
+    assert named in refused(run, library, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -214,14 +211,14 @@ def test_other_settings_of_a_vit_travel(federate: Federate, tmp_path: Path) -> N
     assert_same_logits(quick, transformers.ViTForImageClassification.from_pretrained(out), 1)
 
 
-def test_a_folder_with_files_stays_as_it_is(grey: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_folder_with_files_stays_as_it_is(grey: Path, tmp_path: Path, refused: Refusal) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    assert str(tmp_path) in refusal(grey, "timm", tmp_path, capsys)
+    assert str(tmp_path) in refused(grey, "timm", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_an_out_that_cannot_become_a_new_folder_is_named_and_stays(
-    grey: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    grey: Path, tmp_path: Path, refused: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("mine")
@@ -230,15 +227,15 @@ def test_an_out_that_cannot_become_a_new_folder_is_named_and_stays(
     monkeypatch.chdir(tmp_path / "empty")
     before = sorted(tmp_path.rglob("*"))
     for out in (tmp_path / "link", tmp_path / "dangling", Path("."), Path(".."), tmp_path / "file" / "sub"):
-        error = refusal(grey, "timm", out, capsys)
+        error = refused(grey, "timm", out)
         assert error.startswith(f"error: --out {out} ")
-        assert error.endswith("name a new folder with --out\n")
-    refusal(grey, "peft", tmp_path / "a" / "b", capsys)
+        assert error.endswith("name a new folder with --out")
+    refused(grey, "peft", tmp_path / "a" / "b")
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_second_of_two_exports_into_one_folder_fails(
-    grey: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    grey: Path, tmp_path: Path, refused: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, write = tmp_path / "out", vits.write_timm
 
@@ -248,7 +245,7 @@ def test_the_second_of_two_exports_into_one_folder_fails(
         return write(run, folder)
 
     monkeypatch.setattr(vits, "write_timm", write_late)
-    assert "name a new folder" in refusal(grey, "timm", out, capsys)
+    assert "name a new folder" in refused(grey, "timm", out)
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "first"]
 
 
@@ -260,26 +257,20 @@ def test_the_printed_lines_load_the_model_whatever_its_path_is(grey: Path, tmp_p
     assert_same_logits(grey, names["model"], 1, expand=3)
 
 
-def test_a_base_that_is_gone_is_named(federate: Federate, tmp_path: Path, capsys: Any) -> None:
+def test_a_base_that_is_gone_is_named(federate: Federate, tmp_path: Path, refused: Refusal) -> None:
     run = federate(*SHORT, *LORA, RGB, "seed=77")[1]
     digest = json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     shutil.rmtree(open_run(run).config.models_dir / digest)
-    assert "frozen weights" in refusal(run, "peft", tmp_path / "out", capsys)
-
-
-def test_an_unfinished_run_is_refused(grey: Path, tmp_path: Path, capsys: Any) -> None:
-    copy = Path(shutil.copytree(grey, tmp_path / "copy"))
-    summary = json.loads((copy / "metrics.json").read_text())
-    (copy / "metrics.json").write_text(json.dumps(summary | {"status": "failed"}))
-    assert "resume=true" in refusal(copy, "timm", tmp_path / "out", capsys)
-    assert "not the directory of a finished run" in refusal(tmp_path, "timm", tmp_path / "out", capsys)
+    assert "frozen weights" in refused(run, "peft", tmp_path / "out")
 
 
 @pytest.mark.parametrize("names", ["[1, 2]", '["one"]', "{", '{"a": 1}'])
-def test_a_damaged_list_of_classes_is_named_with_the_fix(names: str, grey: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_damaged_list_of_classes_is_named_with_the_fix(
+    names: str, grey: Path, tmp_path: Path, refused: Refusal
+) -> None:
     copy = Path(shutil.copytree(grey, tmp_path / "copy"))
     (copy / "classes.json").write_text(names)
-    assert "remove it" in refusal(copy, "timm", tmp_path / "out", capsys)
+    assert "remove it" in refused(copy, "timm", tmp_path / "out")
 
 
 def open_timm(out: Path) -> nn.Module:

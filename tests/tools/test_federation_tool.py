@@ -17,6 +17,7 @@ import pytest
 from flapp.data.shards.manifest import Manifest
 from flapp.files import write_json
 from tests.support.waiting import Stopped, wait_for
+from tests.tools.conftest import Refusal
 from tools import federation
 from tools.deployment import supervisor
 from tools.deployment.processes import TOKEN, Processes, SuperLinkError, answers, free_port
@@ -43,33 +44,24 @@ def described(**changes: Any) -> Federation:
     return Federation(**facts | {"shards": None, "homes": False, "threads": 1} | changes)
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Return the line with which the tool refuses."""
-    assert federation.main(list(arguments)) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
-def test_what_cannot_be_brought_up_is_refused_in_one_line(
-    shards: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_brought_up_is_refused_in_one_line(shards: Manifest, tmp_path: Path, refusal: Refusal) -> None:
     up = ("up", "--folder", str(tmp_path / "f"))
-    assert refusal(capsys, *up) == "error: how many clients? give --clients N, or --shards DIR"
-    assert "make it with python -m tools.prepare_data" in refusal(capsys, *up, "--shards", str(tmp_path))
+    assert refusal(federation.main, *up) == "error: how many clients? give --clients N, or --shards DIR"
+    assert "make it with python -m tools.prepare_data" in refusal(federation.main, *up, "--shards", str(tmp_path))
     for command in ("down", "status"):
-        assert refusal(capsys, command, *up[1:]).startswith(f"error: {tmp_path}/f has no federation")
+        assert refusal(federation.main, command, *up[1:]).startswith(f"error: {tmp_path}/f has no federation")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        line = refusal(capsys, *up, "--clients", "1", "--port", port)
+        line = refusal(federation.main, *up, "--clients", "1", "--port", port)
     assert line == f"error: --port {port} is in use on 127.0.0.1: choose another, or leave it out for a free one"
     folder = shards.path.parent
     up += ("--shards", str(folder))
-    assert refusal(capsys, *up, "--clients", "5").endswith("holds 3: leave --clients out")
+    assert refusal(federation.main, *up, "--clients", "5").endswith("holds 3: leave --clients out")
     file = folder / "client_1" / "train.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert "client 1" in refusal(capsys, *up)
+    assert "client 1" in refusal(federation.main, *up)
     assert not (tmp_path / "f").exists()
 
 
@@ -83,11 +75,11 @@ def test_what_cannot_be_brought_up_is_refused_in_one_line(
     ],
 )
 def test_a_federation_that_another_version_described_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
+    tmp_path: Path, refusal: Refusal, changes: dict[str, Any], said: str
 ) -> None:
     facts = described().model_dump() | changes
     write_json(tmp_path / FACTS, {key: value for key, value in facts.items() if value is not ...})
-    line = refusal(capsys, "status", "--folder", str(tmp_path))
+    line = refusal(federation.main, "status", "--folder", str(tmp_path))
     assert line.startswith(f"error: {tmp_path}/{FACTS} is not what this flapp writes ({said}")
 
 
@@ -231,15 +223,13 @@ def test_a_killed_site_rests_until_the_superlink_has_noticed_unless_it_returns_a
         asyncio.run(watched.keep("client_0", lambda: ["sh", "-c", ends]))
 
 
-def test_a_supervisor_in_the_foreground_is_found_and_stopped(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_supervisor_in_the_foreground_is_found_and_stopped(tmp_path: Path, refusal: Refusal) -> None:
     words = ["up", "--folder", str(tmp_path), "--clients", "1", "--foreground"]
     command = [sys.executable, "-m", "tools.federation", *words]
     attached = subprocess.Popen(command, cwd=federation.APP, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for((tmp_path / SEEN).exists)
-        assert "has a federation that runs" in refusal(capsys, *words[:-1])
+        assert "has a federation that runs" in refusal(federation.main, *words[:-1])
         assert federation.main(["down", "--folder", str(tmp_path)]) == 0
         assert attached.wait(30) == 0
     finally:
@@ -310,17 +300,17 @@ def test_a_supernode_counts_as_online_by_its_present_living_process_only(
 
 
 def test_a_federation_says_whether_it_was_taken_down_or_its_supervisor_killed(
-    started: Seen, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    started: Seen, tmp_path: Path, refusal: Refusal
 ) -> None:
     status = ("status", "--folder", str(tmp_path))
     killed = f"error: the supervisor of {tmp_path} (pid {os.getpid()}) was killed and its programs have been stopped"
-    assert refusal(capsys, *status) == f"{killed}: {supervisor.UP}"
+    assert refusal(federation.main, *status) == f"{killed}: {supervisor.UP}"
     token = read_federation(tmp_path).token
     left = subprocess.Popen(SLEEP, env={TOKEN: token})
     wait_for(Processes(token).running)
     said = f"is gone, and 1 of its processes still run (pids {left.pid}): take the federation down"
-    assert said in refusal(capsys, *status)
+    assert said in refusal(federation.main, *status)
     left.kill()
     left.wait()
     (tmp_path / SEEN).unlink()
-    assert refusal(capsys, *status) == f"error: the federation of {tmp_path} is down: {supervisor.UP}"
+    assert refusal(federation.main, *status) == f"error: the federation of {tmp_path} is down: {supervisor.UP}"

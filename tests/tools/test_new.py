@@ -11,24 +11,21 @@ from flapp.config.load import own_choices, project_words
 from flapp.config.schema import ConfigError
 from tests.support.commands import finish, start_tool
 from tests.support.projects import new_project, settings_in
+from tests.tools.conftest import Refusal
 from tools import new
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.parametrize("name", ["Mine", "1st", "my-model", "tools", "digits", "digits_fedavg", "task"])
-def test_a_name_that_does_not_fit_is_refused_and_nothing_is_made(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert new.main([str(tmp_path / name)]) == 1
-    assert name in capsys.readouterr().err
+def test_a_name_that_does_not_fit_is_refused_and_nothing_is_made(name: str, tmp_path: Path, refusal: Refusal) -> None:
+    assert name in refusal(new.main, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_exists_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_exists_is_left_alone(tmp_path: Path, refusal: Refusal) -> None:
     (tmp_path / "mine").mkdir()
-    assert new.main([str(tmp_path / "mine")]) == 1
-    assert "exists" in capsys.readouterr().err
+    assert "exists" in refusal(new.main, tmp_path / "mine")
     assert list((tmp_path / "mine").iterdir()) == []
 
 

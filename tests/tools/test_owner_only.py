@@ -39,14 +39,19 @@ def server() -> Iterator[tuple[int, list[str]]]:
         thread.join()
 
 
+def ask(connection: socket.socket) -> bytes:
+    """Send a request and return the start of the answer, up to its status."""
+    connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    return connection.recv(12)
+
+
 def test_a_server_answers_its_owner(server: tuple[int, list[str]]) -> None:
     port, served = server
     assert get(port) == (200, "welcome")
     with socket.socket(socket.AF_INET6) as mapped:  # such a connection stands in /proc/net/tcp6
         mapped.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         mapped.connect((f"::ffff:{HOST}", port))
-        mapped.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert mapped.recv(100).startswith(b"HTTP/1.1 200")
+        assert ask(mapped) == b"HTTP/1.1 200"
     assert served == ["http", "http"]
 
 
@@ -79,8 +84,7 @@ def test_a_server_that_cannot_look_up_a_user_refuses(
 
     monkeypatch.setattr(os, "dup", fail)
     with socket.create_connection((HOST, port), timeout=10) as connection:
-        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert connection.recv(12) == b"HTTP/1.1 403"
+        assert ask(connection) == b"HTTP/1.1 403"
     assert served == []
 
 
@@ -94,8 +98,7 @@ def test_a_port_that_another_user_takes_over_is_looked_up_again(server: tuple[in
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # no waiting after close
             connection.bind((HOST, source))
             connection.connect((HOST, port))
-            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-            return connection.recv(12)
+            return ask(connection)
 
     with socket.create_server((HOST, 0)) as probe:
         source = probe.getsockname()[1]

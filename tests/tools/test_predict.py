@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 from torchvision import transforms
 
 from tests.conftest import Federate
+from tests.tools.conftest import Refusal
 from tools import predict
 from tools.running.finished import open_run
 
@@ -33,14 +35,19 @@ def photo(tmp_path: Path) -> Path:
     return path
 
 
-def lines_of(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[str]]:
-    captured = capsys.readouterr()
-    return captured.out.splitlines(), captured.err.splitlines()
+@pytest.fixture
+def predicted(run: Path, photo: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
+    """Return a function that classifies the photo with these options and returns the lines that are printed."""
+
+    def call(*words: str) -> list[str]:
+        assert predict.main([str(run), str(photo), *words]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    return call
 
 
-def test_probabilities_are_those_of_torchvisions_eval_transform(run: Path, photo: Path, capsys: Any) -> None:
-    assert predict.main([str(run), str(photo), "--json"]) == 0
-    (line,), _ = lines_of(capsys)
+def test_probabilities_are_those_of_torchvisions_eval_transform(run: Path, photo: Path, predicted: Any) -> None:
+    (line,) = predicted("--json")
     steps = (transforms.Grayscale(), transforms.Resize(32), transforms.CenterCrop(32), transforms.Resize(48))
     inputs = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])(Image.open(photo))
     with torch.no_grad():
@@ -50,15 +57,13 @@ def test_probabilities_are_those_of_torchvisions_eval_transform(run: Path, photo
     assert list(found) == [str(digit) for digit in expected.argsort(descending=True).tolist()]
 
 
-def test_the_most_probable_classes_come_first_under_their_names(run: Path, photo: Path, capsys: Any) -> None:
+def test_the_most_probable_classes_come_first_under_their_names(run: Path, photo: Path, predicted: Any) -> None:
     (run / "classes.json").write_text(json.dumps([f"digit {n}" for n in range(10)]))
-    assert predict.main([str(run), str(photo), "--top", "2"]) == 0
-    (line,), _ = lines_of(capsys)
+    (line,) = predicted("--top", "2")
     path, _, shown = line.partition(": ")
     (first, more), (second, less) = (part.rsplit(" ", 1) for part in shown.split(", "))
     assert path == str(photo)
-    assert first.startswith("digit ")
-    assert second.startswith("digit ")
+    assert all(name.startswith("digit ") for name in (first, second))
     assert first != second
     assert float(more) >= float(less)
 
@@ -70,25 +75,21 @@ def test_images_that_cannot_be_read_are_named_and_the_others_classified(run: Pat
     os.mkfifo(pipe)
     bad = [text, pipe, cut, photo.with_name("missing.png"), photo.parent]
     assert predict.main([str(run), *map(str, bad), str(photo)]) == 1
-    shown, errors = lines_of(capsys)
-    assert len(shown) == 1
-    assert shown[0].startswith(f"{photo}: ")
+    (shown,), errors = map(str.splitlines, capsys.readouterr())
+    assert shown.startswith(f"{photo}: ")
     assert all(str(path) in error for path, error in zip(bad, errors, strict=True))
 
 
-def test_a_run_without_classes_of_images_is_refused(federate: Federate, photo: Path, capsys: Any) -> None:
-    assert predict.main([str(federate("experiment=toy_regression", "num_rounds=1")[1]), str(photo)]) == 1
-    _, (error,) = lines_of(capsys)
-    assert "images with classes" in error
+def test_a_run_without_classes_of_images_is_refused(federate: Federate, photo: Path, refusal: Refusal) -> None:
+    run = federate("experiment=toy_regression", "num_rounds=1")[1]
+    assert "images with classes" in refusal(predict.main, run, photo)
 
 
-def test_classes_are_numbers_where_the_run_did_not_know_their_names(run: Path, photo: Path, capsys: Any) -> None:
+def test_classes_are_numbers_where_the_run_did_not_know_their_names(run: Path, predicted: Any) -> None:
     (run / "classes.json").unlink(missing_ok=True)
-    assert predict.main([str(run), str(photo), "--json"]) == 0
-    (line,), _ = lines_of(capsys)
+    (line,) = predicted("--json")
     assert set(json.loads(line)["classes"]) == set("0123456789")
 
 
-def test_options_may_stand_between_images(run: Path, photo: Path, capsys: Any) -> None:
-    assert predict.main([str(run), str(photo), "--json", str(photo)]) == 0
-    assert len(lines_of(capsys)[0]) == 2
+def test_options_may_stand_between_images(photo: Path, predicted: Any) -> None:
+    assert len(predicted("--json", str(photo))) == 2

@@ -19,6 +19,7 @@ from flapp.data.sources import cifar_files, cifar_sha256, ensure_artifacts, read
 from tests.support.cifar_files import write_cifar
 from tests.support.images import pil_resize
 from tests.support.leaf_files import content_of
+from tests.tools.conftest import Refusal
 from tools import prepare_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,17 +31,6 @@ def cifar(tmp_path: Path, *more: str) -> list[str]:
     if not (tmp_path / "raw").exists():
         write_cifar(tmp_path / "raw")
     return ["dataset=cifar10", f"dataset.source={tmp_path / 'raw'}", f"home={tmp_path / 'home'}", *more]
-
-
-def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
-    """Run the tool, which must refuse with one line, and return that line."""
-    capsys.readouterr()
-    assert prepare_data.main(arguments) == 1
-    lines = capsys.readouterr().err.splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert lines[-1] == errors[0]
-    return errors[0]
 
 
 def test_cifar_is_prepared_at_native_resolution_and_resized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +86,7 @@ def test_kill_9_and_the_same_command_again_end_in_the_same_bytes(
 
 
 def test_prepared_data_is_left_alone_until_its_source_changes_and_overwrite_replaces_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], refusal: Refusal
 ) -> None:
     command, folder = cifar(tmp_path, "dataset.materialize=16"), tmp_path / "home" / "data" / "cifar10"
 
@@ -113,21 +103,18 @@ def test_prepared_data_is_left_alone_until_its_source_changes_and_overwrite_repl
     assert prepare_data.main(command) == 0
     shutil.rmtree(tmp_path / "raw")
     write_cifar(tmp_path / "raw", seed=1)
-    assert refused(capsys, command).endswith("train was made from other files: add overwrite=true to replace it")
+    assert refusal(prepare_data.main, *command).endswith(
+        "train was made from other files: add overwrite=true to replace it"
+    )
     assert prepare_data.main(cifar(tmp_path, "overwrite=true")) == 0
-    assert "train@16 was made from other files" in refused(capsys, command)
+    assert "train@16 was made from other files" in refusal(prepare_data.main, *command, has_begun=True)
     assert prepare_data.main([*command, "overwrite=true"]) == 0
     assert not before & digests()
 
 
 @pytest.mark.parametrize(("size", "off_by", "allowed"), [(48, 1, False), (299, 2, True), (299, 5, False)])
 def test_images_that_differ_from_pils_are_refused_and_leave_nothing(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    size: int,
-    off_by: int,
-    allowed: bool,
+    tmp_path: Path, refusal: Refusal, monkeypatch: pytest.MonkeyPatch, size: int, off_by: int, allowed: bool
 ) -> None:
     def resize_by_pil_and_a_bit(images: torch.Tensor, size: int) -> torch.Tensor:
         resized = np.stack([pil_resize(image, size) for image in images.permute(0, 2, 3, 1).numpy()])
@@ -140,7 +127,8 @@ def test_images_that_differ_from_pils_are_refused_and_leave_nothing(
     if allowed:
         assert prepare_data.main(command) == 0
         return
-    assert f"at {size} pixels differs from PIL's resize by {off_by} levels" in refused(capsys, command)
+    error = refusal(prepare_data.main, *command, has_begun=True)
+    assert f"at {size} pixels differs from PIL's resize by {off_by} levels" in error
     assert [path.name for path in folder.iterdir()] == ["train"]
 
 
@@ -164,7 +152,7 @@ def test_grey_and_embedded_images_are_materialised_too(tmp_path: Path) -> None:
 
 
 def test_a_failed_download_is_an_error_and_nothing_is_made_up(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from urllib.error import URLError
 
@@ -177,7 +165,7 @@ def test_a_failed_download_is_an_error_and_nothing_is_made_up(
         raise URLError("no network\nhere")
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", fail)
-    error = refused(capsys, ["dataset=cifar100", "dataset.download=true", f"home={tmp_path}"])
+    error = refusal(prepare_data.main, "dataset=cifar100", "dataset.download=true", f"home={tmp_path}")
     assert "cifar100 cannot be downloaded into" in error
     assert "no network here" in error
     assert asked == [(tmp_path / "raw", True)]
@@ -205,23 +193,17 @@ REFUSED = {
     "dataset=cifar10 dataset.source=/nowhere": "/nowhere/data_batch_1 is missing",
     "dataset=digits dataset.download=true": "digits is embedded: leave out dataset.source",
     "dataset=digits dataset.client_column=who": "dataset.client_column does not apply to dataset=digits: leave",
-    "dataset=cifar10 dataset.hub=a/b dataset.download=true": "dataset.hub does not apply to dataset=cifar10",
     "dataset=digits dataset.shape=[8,8,1]": "shape [32, 32, 1] in 10 classes, not dataset.shape=[8, 8, 1]",
     "dataset=digits dataset.materialize=0": "dataset.materialize=0 is out of range",
-    "dataset=custom dataset.name=birds dataset.shape=[8,8,3] dataset.classes=2": "dataset=birds needs its files: add",
     "experiment=toy_regression dataset.materialize=24": "dataset.materialize=24 resizes images, dataset=regression has",
-    "dataset=digit": "dataset=digit is not known: choose one of",
     "dataset=digits overwrite=yes": "overwrite=yes must be true or false",
-    "dataset=digits overwrit=true": "overwrit is not a setting",
     "dataset=digits home=/dev/null/home": "Not a directory",
 }
 
 
 @pytest.mark.parametrize("command", REFUSED)
-def test_what_cannot_be_prepared_is_refused_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
-) -> None:
-    assert REFUSED[command] in refused(capsys, [f"home={tmp_path}", *command.split()])
+def test_what_cannot_be_prepared_is_refused_in_one_line(tmp_path: Path, refusal: Refusal, command: str) -> None:
+    assert REFUSED[command] in refusal(prepare_data.main, f"home={tmp_path}", *command.split())
     assert not list(tmp_path.rglob("meta.json"))
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from flapp.config.load import compose
 from flapp.config.schema import Config, ConfigError
 from tests.conftest import read_lines
 from tests.support.commands import Terminal
-from tests.support.run_files import lines_of
+from tests.support.run_files import lines_of, write_lines
 from tools import run
-from tools.running.progress import FORMAT, Progress, RoundReader, take_format
+from tools.running.progress import FORMAT, Progress, RoundReader, take_format, watched
 
 TOY = ("experiment=toy_regression", "num_rounds=3", "evaluate.every=2")
 
@@ -47,8 +48,18 @@ def as_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FORMAT, "text")
 
 
-def json_lines(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines()]
+def write_rounds(folder: Path, *trained: dict[str, Any]) -> None:
+    """Write a round for each of these lines about its training."""
+    rounds = [({"kind": "train", "loss": 0.5} | train, {"kind": "round", "seconds": 0.5}) for train in trained]
+    write_lines(folder, (line | {"round": number} for number, lines in enumerate(rounds, 1) for line in lines))
+
+
+def look_at(settings: Config, folder: Path) -> str:
+    """Show all rounds of a run as new, and return the bar of rounds."""
+    with Progress(settings, settings.runs_dir / "none") as progress:
+        progress.reader.path = folder / "metrics.jsonl"
+        progress.look()
+        return str(progress.rounds)
 
 
 @pytest.mark.parametrize(
@@ -105,12 +116,10 @@ def test_json_lines_say_what_each_round_reached(
     with Progress(settings, folder) as resumed:
         resumed.look()
     assert capsys.readouterr() == ("", "")
-    with Progress(settings, settings.runs_dir / "none") as progress:
-        progress.reader.path = folder / "metrics.jsonl"
-        progress.look()
+    look_at(settings, folder)
     said, errors = capsys.readouterr()
     assert errors == ""
-    found = json_lines(said)
+    found = [json.loads(line) for line in said.splitlines()]
     assert [(line["event"], line["run_name"], line["round"]) for line in found] == [
         ("round", "watched", number) for number in (1, 2, 3)
     ]
@@ -144,17 +153,12 @@ def test_clients_that_a_round_leaves_out_are_named_with_the_reason_until_others_
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], settings: Config, folder: Path, bars: bool
 ) -> None:
     failures = [{}, {"1": "sent no reply in time"}, {"1": "sent no reply in time"}, {}, {"0": "NaN", "2": "NaN"}]
-    with (folder / "metrics.jsonl").open("w") as file:
-        for number, reasons in enumerate(failures, 1):
-            failed = [{"client": client, "reason": reason} for client, reason in reasons.items()]
-            for line in ({"kind": "train", "loss": 0.5, "failures": failed}, {"kind": "round", "seconds": 0.5}):
-                file.write(json.dumps(line | {"round": number}) + "\n")
     if bars:
         monkeypatch.setattr(sys, "stderr", Terminal())
-    with Progress(settings, settings.runs_dir / "none") as progress:
-        progress.reader.path = folder / "metrics.jsonl"
-        progress.look()
-        said = sys.stderr.getvalue() if isinstance(sys.stderr, Terminal) else capsys.readouterr().err
+    failed = [[{"client": client, "reason": reason} for client, reason in each.items()] for each in failures]
+    write_rounds(folder, *({"failures": each} for each in failed))
+    look_at(settings, folder)
+    said = sys.stderr.getvalue() if isinstance(sys.stderr, Terminal) else capsys.readouterr().err
     told = re.findall(r"round \d+ left out .*", said)
     assert told == ["round 2 left out client 1: sent no reply in time", "round 5 left out clients 0, 2: NaN"]
 
@@ -163,14 +167,8 @@ def test_clients_that_a_robust_average_clips_or_does_not_take_are_named_until_ot
     capsys: pytest.CaptureFixture[str], settings: Config, folder: Path
 ) -> None:
     found = [{}, {"clipped": {"1": 0.1}}, {"clipped": {"1": 0.3}}, {}, {"left_out": ["0", "1", "2"]}]
-    with (folder / "metrics.jsonl").open("w") as file:
-        for number, told in enumerate(found, 1):
-            for line in ({"kind": "train", "loss": 0.5, **told}, {"kind": "round", "seconds": 0.5}):
-                file.write(json.dumps(line | {"round": number}) + "\n")
-    krum = replace(settings, strategy=replace(settings.strategy, robust="krum"))
-    with Progress(krum, settings.runs_dir / "none") as progress:
-        progress.reader.path = folder / "metrics.jsonl"
-        progress.look()
+    write_rounds(folder, *found)
+    look_at(replace(settings, strategy=replace(settings.strategy, robust="krum")), folder)
     said = capsys.readouterr().err
     assert re.findall(r".* clipped .*|.*not take.*", said) == [
         "round 2 clipped client 1",
@@ -182,17 +180,10 @@ def test_clients_that_a_robust_average_clips_or_does_not_take_are_named_until_ot
     ("rounds", "told"), [(20, [*range(1, 21)]), (21, [*range(2, 21, 2), 21]), (1000, [*range(50, 1001, 50)])]
 )
 def test_a_long_run_prints_about_twenty_lines(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    settings: Config,
-    folder: Path,
-    rounds: int,
-    told: list[int],
+    capsys: pytest.CaptureFixture[str], settings: Config, folder: Path, rounds: int, told: list[int]
 ) -> None:
-    lines = [json.dumps({"kind": "round", "round": number, "seconds": 0.5}) for number in range(1, rounds + 1)]
-    with Progress(replace(settings, num_rounds=rounds), folder) as progress:
-        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-        progress.look()
+    write_lines(folder, ({"kind": "round", "round": number, "seconds": 0.5} for number in range(1, rounds + 1)))
+    look_at(replace(settings, num_rounds=rounds), folder)
     assert capsys.readouterr().err.splitlines() == [f"round {number} of {rounds}: 0.5 s" for number in told]
 
 
@@ -222,23 +213,15 @@ def test_bars_show_rounds_with_figures_and_the_replies_of_the_phase(
 def test_epsilon_so_far_is_in_json_lines_in_plain_lines_and_beside_the_bar(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], settings: Config, folder: Path
 ) -> None:
-    lines = ({"kind": "train", "loss": 0.5, "epsilon": 3.0741}, {"kind": "round", "seconds": 0.5})
-    content = "".join(json.dumps(line | {"round": 1}) + "\n" for line in lines)
-
-    def shown() -> str:
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-        with Progress(settings, folder) as progress:
-            (folder / "metrics.jsonl").write_text(content)
-            progress.look()
-            bar = str(progress.rounds) if isinstance(sys.stderr, Terminal) else ""
-        return bar or "".join(capsys.readouterr())
-
-    assert shown() == "round 1 of 3: train loss 0.5000, epsilon 3.074, 0.5 s\n"
+    write_rounds(folder, {"epsilon": 3.0741})
+    look_at(settings, folder)
+    assert capsys.readouterr() == ("", "round 1 of 3: train loss 0.5000, epsilon 3.074, 0.5 s\n")
     monkeypatch.setenv(FORMAT, "json")
-    assert json.loads(shown())["epsilon"] == 3.0741
+    look_at(settings, folder)
+    assert json.loads(capsys.readouterr().out)["epsilon"] == 3.0741
     monkeypatch.setenv(FORMAT, "text")
     monkeypatch.setattr(sys, "stderr", Terminal())
-    assert "epsilon=3.074" in shown()
+    assert "epsilon=3.074" in look_at(settings, folder)
 
 
 def test_the_last_lines_say_epsilon_whose_it_is_and_that_seeded_noise_is_for_experiments() -> None:
@@ -252,6 +235,20 @@ def test_the_last_lines_say_epsilon_whose_it_is_and_that_seeded_noise_is_for_exp
     assert line() == "epsilon 7.999 (delta 1e-05) for the client that released the most updates"
     assert line(privacy="central", privacy_noise="secure") == "epsilon 7.999 (delta 1e-05)"
     assert "seeded noise, for experiments only" in line(privacy="central", privacy_noise="seeded")
+
+
+def test_the_last_round_is_shown_before_an_error_of_the_run_goes_on(
+    capsys: pytest.CaptureFixture[str], settings: Config, folder: Path
+) -> None:
+    def fail() -> None:
+        with watched(settings, before=()):
+            write_rounds(folder, {})
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert "round 1 of 3" in capsys.readouterr().err
+    assert "progress" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_resumed_run_is_not_shown_what_the_earlier_start_said(

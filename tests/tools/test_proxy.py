@@ -21,6 +21,7 @@ from tests.conftest import read_lines
 from tests.support.networks import two_machines
 from tests.support.strangers import as_stranger
 from tests.support.waiting import wait_for
+from tests.tools.conftest import Refusal
 from tools.certificates import make_server_files, make_site_keys
 from tools.deployment.processes import environment, program
 from tools.deployment.submit import APP
@@ -176,28 +177,23 @@ def test_the_calls_that_are_passed_on_are_flowers_own() -> None:
     assert paths == {*CALLS, "register-node", "unregister-node"}
 
 
-def test_what_nginx_could_not_use_is_refused_with_the_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def refusal(*words: str) -> str:
-        assert main(list(words)) == 1
-        return capsys.readouterr().err
-
+def test_what_nginx_could_not_use_is_refused_with_the_fix(tmp_path: Path, refusal: Refusal) -> None:
     folder = tmp_path / "a"
-    fix = f"python -m tools.certificates server {folder} --host NAME\n"
-    assert refusal(str(folder)) == f"error: {folder}/ca.crt is missing: {fix}"
+    fix = f"python -m tools.certificates server {folder} --host NAME"
+    assert refusal(main, folder) == f"error: {folder}/ca.crt is missing: {fix}"
     make_server_files(folder, ["fl.example.org"])
-    assert refusal(str(folder), "--listen", "8000") == "error: --listen 8000 is not an address: give HOST:PORT\n"
-    assert "not an address" in refusal(str(folder), "--listen", "0.0.0.0:8000; user root")
+    assert refusal(main, folder, "--listen", "8000") == "error: --listen 8000 is not an address: give HOST:PORT"
+    assert "not an address" in refusal(main, folder, "--listen", "0.0.0.0:8000; user root")
     folder.rename(tmp_path / "b; c")
-    assert "use a folder with a plain name" in refusal(str(tmp_path / "b; c"))
+    assert "use a folder with a plain name" in refusal(main, tmp_path / "b; c")
 
 
 def test_a_certificate_made_by_hand_that_is_not_for_localhost_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refusal: Refusal
 ) -> None:
     monkeypatch.setattr("tools.certificates.LOOPBACK", ())
     make_server_files(tmp_path, ["fl.example.org"])
-    assert main([str(tmp_path)]) == 1
-    assert "server.crt is not for localhost, where nginx reaches the SuperLink: python" in capsys.readouterr().err
+    assert "server.crt is not for localhost, where nginx reaches the SuperLink: python" in refusal(main, tmp_path)
     monkeypatch.undo()
     make_server_files(tmp_path, ["fl.example.org"])  # the fix
     assert main([str(tmp_path)]) == 0

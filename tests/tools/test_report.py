@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tests.support.html_page import Page, report_on, write_sweep
-from tests.support.run_files import MODEL_BYTES, add_lines, add_store, write_lines, write_run
+from tests.support.run_files import MODEL_BYTES, add_lines, add_store, change_train, lines_in, write_lines, write_run
+from tests.tools.conftest import Refusal
 from tools import report
 from tools.page import reading, several
 from tools.page.charts import compare
@@ -110,7 +111,7 @@ def test_a_run_that_has_only_a_config_says_what_it_lacks(tmp_path: Path) -> None
         *("No round has begun", "metrics.jsonl cannot be read", "Nothing has been evaluated", "No bytes are recorded"),
         *("No times are recorded", "store is not in the run", "model not recorded"),
     ):
-        assert words in " ".join(page.said.split())
+        assert words in page.said
     assert page.alts == []
 
 
@@ -152,7 +153,7 @@ def test_a_run_of_an_older_flapp_is_shown_with_what_it_does_not_record(tmp_path:
 
 def test_a_resumed_run_is_read_through_all_its_starts(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs" / "resumed", rounds=4, classes=0)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = lines_in(run)
     again = lines[0] | {"round": 2, "refused": {"9": "is <not> known"}, "warnings": {"1": "odd"}}
     write_lines(run, [*lines[:7], again, *lines[7:]])
     read = reading.read_run(run)
@@ -185,7 +186,7 @@ def test_several_runs_are_compared_in_what_they_differ(tmp_path: Path) -> None:
     assert any(alt.startswith("Accuracy. A ") and "; B " in alt for alt in page.alts)
     per_megabyte = 0.9 / (3 * 3 * 3 * MODEL_BYTES / 1e6)
     assert page.said.count(f"{per_megabyte:.3g}") == 2
-    overview = " ".join(page.said.partition("Runs")[2].partition("Side by side")[0].split())
+    overview = page.said.partition("Runs")[2].partition("Side by side")[0]
     assert "run settings name model status" in overview
     assert "clients 3" in overview
 
@@ -215,7 +216,7 @@ def test_an_objective_without_a_column_of_its_own_gets_one(tmp_path: Path) -> No
             write_run(tmp_path / objective / str(seed), 1, 3, 4, seed=seed, evaluate={"objective": objective})
             for seed in (0, 1)
         ]
-        assert f"personal {heads}" in " ".join(report_on(tmp_path / "two.html", *runs).said.split())
+        assert f"personal {heads}" in report_on(tmp_path / "two.html", *runs).said
 
 
 def test_legends_name_the_settings_in_which_runs_differ_or_else_the_runs(tmp_path: Path) -> None:
@@ -236,58 +237,47 @@ def test_legends_name_the_settings_in_which_runs_differ_or_else_the_runs(tmp_pat
 
 def test_refused_and_capped_clients_and_ignored_changes_are_shown(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs" / "r", rounds=3, clients=3)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        if line["kind"] == "train":
-            line |= {"capped": {"1": 0.5 + line["round"] / 10}, "update_norm": 2.5, "client_ranks": {"2": 3}}
-    lines.append({"kind": "refused", "round": 3, "time": 4.0, "refused": {"node 7": "has an <odd> key"}})
-    lines.append({"kind": "resumed_anyway", "round": 2, "time": 4.0, "changed": ["source digest was 1, is 2"]})
-    write_lines(run, lines)
+    for number in (1, 2, 3):
+        change_train(run, number, capped={"1": 0.5 + number / 10}, update_norm=2.5, client_ranks={"2": 3})
+    add_lines(run, {"kind": "refused", "round": 3, "time": 4.0, "refused": {"node 7": "has an <odd> key"}})
+    add_lines(run, {"kind": "resumed_anyway", "round": 2, "time": 4.0, "changed": ["source digest was 1, is 2"]})
     page = report_on(tmp_path / "r.html", run)
-    said = " ".join(page.said.split())
-    head, left_out = said.partition("Summary")[0], said.partition("Left out")[2].partition("Digests")[0]
+    head, left_out = page.said.partition("Summary")[0], page.said.partition("Left out")[2].partition("Digests")[0]
     assert "Resumed anyway after round 2, though this had changed: source digest was 1, is 2." in head
     assert "Clients or nodes refused: 1." in head
     assert "node 7 has an <odd> key" in left_out
-    assert "capped claimed share of the samples rounds 1 80.0% 1-3" in left_out
+    assert "capped claimed share of the samples rounds 1 80.0% 1 to 3" in left_out
     assert any(alt.startswith("Length of updates. median 2.5 at 1") for alt in page.alts)
-    assert "accuracy personal rank training s failures" in said
+    assert "accuracy personal rank training s failures" in page.said
 
 
 @pytest.mark.parametrize("name", ["norm_bound", "multi_krum"])
 def test_clients_that_a_robust_average_clipped_or_did_not_take_are_shown(tmp_path: Path, name: str) -> None:
     run = write_run(tmp_path / "runs" / "r", rounds=3, clients=3, strategy={"name": "fedavg", "robust": name})
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        if line["kind"] == "train" and name == "norm_bound":
-            line["clipped"] = {"1": 0.5 / line["round"]} | ({"2": 0.25} if line["round"] == 3 else {})
-        elif line["kind"] == "train":
-            line["left_out"] = ["0", "2"] if line["round"] == 2 else ["2"]
-    write_lines(run, lines)
-    said = " ".join(report_on(tmp_path / "r.html", run).said.split())
-    left_out = said.partition("Left out")[2].partition("Digests")[0]
+    for number in (1, 2, 3):
+        clipped = {"1": 0.5 / number} | ({"2": 0.25} if number == 3 else {})
+        left_out = ["0", "2"] if number == 2 else ["2"]
+        change_train(run, number, **({"clipped": clipped} if name == "norm_bound" else {"left_out": left_out}))
+    left_out = report_on(tmp_path / "r.html", run).said.partition("Left out")[2].partition("Digests")[0]
     if name == "norm_bound":
-        assert "clipped times smallest factor rounds 1 3 0.167 1-3 2 1 0.25 3" in left_out
+        assert "clipped times smallest factor rounds 1 3 0.167 1 to 3 2 1 0.25 3" in left_out
     else:
-        assert "not taken by multi_krum times rounds 2 3 1-3 0 1 2" in left_out
+        assert "not taken by multi_krum times rounds 2 3 1 to 3 0 1 2" in left_out
     assert "No client failed" not in left_out
 
 
 def test_the_privacy_that_was_spent_is_in_the_summary_and_in_the_overview_of_runs_that_have_one(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "runs" / name, 3, 3, seed=seed) for seed, name in enumerate(("private", "plain"))]
-    lines = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        if line["kind"] == "train":
-            line["epsilon"] = 1.25 * line["round"]
-    stop = {"kind": "stop", "round": 3, "time": 7, "metric": "epsilon", "value": 3.75, "budget": 4.0}
-    write_lines(runs[0], [*lines, stop])
-    said = [" ".join(report_on(tmp_path / "one.html", run).said.split()) for run in runs]
+    for number in (1, 2, 3):
+        change_train(runs[0], number, epsilon=1.25 * number)
+    add_lines(runs[0], {"kind": "stop", "round": 3, "time": 7, "metric": "epsilon", "value": 3.75, "budget": 4.0})
+    said = [report_on(tmp_path / "one.html", run).said for run in runs]
     assert "epsilon 3.75" in said[0].partition("Summary")[2]
     assert "Stopped early after round 3: epsilon is 3.75, one more round would exceed 4" in said[0]
     assert "epsilon" not in said[1]
-    both, overview = " ".join(report_on(tmp_path / "two.html", *runs).said.split()), "loss epsilon best round"
+    both, overview = report_on(tmp_path / "two.html", *runs).said, "loss epsilon best round"
     assert overview in both
-    assert overview not in " ".join(report_on(tmp_path / "plain.html", runs[1], runs[1]).said.split())
+    assert overview not in report_on(tmp_path / "plain.html", runs[1], runs[1]).said
 
 
 def test_a_run_without_lines_has_refusals_and_changes_of_its_summary(tmp_path: Path) -> None:
@@ -333,7 +323,7 @@ def test_pictures_are_exported_as_png(tmp_path: Path) -> None:
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
 
 
-def test_other_files_and_folders_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_files_and_folders_are_refused_in_one_line(tmp_path: Path, refusal: Refusal) -> None:
     run = write_run(tmp_path / "runs" / "r", rounds=1, classes=0)
     (tmp_path / "nothing").mkdir()
     for arguments, reason in (
@@ -342,11 +332,7 @@ def test_other_files_and_folders_are_refused_in_one_line(tmp_path: Path, capsys:
         ([run / "config.yaml"], "is not a folder"),
         ([run, "--out", tmp_path / "no" / "out.html"], "/no does not exist: make it first"),
     ):
-        assert report.main(list(map(str, arguments))) == 1
-        error = capsys.readouterr().err
-        assert error.startswith("error: ")
-        assert reason in error
-        assert error.count("\n") == 1
+        assert reason in refusal(report.main, *arguments)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from tests.support.run_files import add_lines, add_store, write_lines, write_run
 from tools.page import reading
 from tools.page.charts import by_traffic
 from tools.page.drawing import grouped
-from tools.page.sections import ranges
+from tools.page.sections import rounds
 
 
 def test_the_page_names_stores_that_cannot_be_read_or_are_being_written(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_failures_are_grouped_by_reason(tmp_path: Path) -> None:
     failed = found.failures["train", "sent NaN"]
     assert sorted(failed) == [(at, client) for at in (2, 3, 5) for client in ("0", "1")]
     assert found.absent == {"2": 3}
-    assert ranges(at for at, _ in failed) == "2-3, 5"
+    assert rounds(at for at, _ in failed) == "2, 3, 5"
 
 
 def test_what_clients_hold_is_read_from_clients_jsonl_or_the_roster_of_an_earlier_version(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from flapp.config.load import compose, to_yaml
 from tests.support.commands import Terminal
 from tests.support.run_files import add_store, write_run
+from tests.tools.conftest import Refusal
 from tools import runs
 from tools.running.run_entries import size_of
 
@@ -163,9 +163,8 @@ def test_show_writes_the_figures_with_their_units(home: Path, flapp_runs: Comman
 
 
 @pytest.mark.parametrize("command", ["show", "stop"])
-def test_a_sweep_is_refused_with_the_name_of_one_of_its_runs(home: Path, flapp_runs: Command, command: str) -> None:
-    status, _, error = flapp_runs(command, "sweep")
-    assert (status, error) == (1, "error: sweep is a sweep: name one of its runs, such as sweep/0\n")
+def test_a_sweep_is_refused_with_the_name_of_one_of_its_runs(home: Path, refusal: Refusal, command: str) -> None:
+    assert refusal(runs.main, command, "sweep") == "error: sweep is a sweep: name one of its runs, such as sweep/0"
 
 
 def test_remove_takes_the_run_and_its_stores_and_nothing_else(home: Path, flapp_runs: Command) -> None:
@@ -206,51 +205,43 @@ def test_remove_asks_on_a_terminal(
     assert (home / "runs" / "done").exists() == (answer != "y\n")
 
 
-def test_remove_wants_yes_without_a_terminal_and_no_run_that_is_running(home: Path, flapp_runs: Command) -> None:
+def test_remove_wants_yes_without_a_terminal_and_no_run_that_is_running(home: Path, refusal: Refusal) -> None:
     before = files_in(home)
-    status, _, error = flapp_runs("remove", "done")
-    assert status == 1
-    assert error.endswith("there is no terminal to ask on: add --yes to remove done\n")
+    assert refusal(runs.main, "remove", "done").endswith("no terminal to ask on: add --yes to remove done")
     with (home / "runs" / "sweep" / "7" / "metrics.jsonl").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        status, _, error = flapp_runs("remove", "done", "sweep", "--yes")
-    assert (status, error) == (1, "error: sweep/7 is running: stop it first with `flapp runs stop sweep/7`\n")
+        error = refusal(runs.main, "remove", "done", "sweep", "--yes")
+    assert error == "error: sweep/7 is running: stop it first with `flapp runs stop sweep/7`"
     assert files_in(home) == before
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../data", "done/../../data", "/etc", "/", "~/x", "./../runs/done"])
-def test_a_name_that_leads_out_of_the_runs_is_refused(home: Path, flapp_runs: Command, name: str) -> None:
+def test_a_name_that_leads_out_of_the_runs_is_refused(home: Path, refusal: Refusal, name: str) -> None:
     write_run(home / "data")  # looks like a run, and lies elsewhere
     before = files_in(home)
     for command in (["remove", "--yes"], ["stop"], ["show"]):
-        status, _, error = flapp_runs(*command, name.replace("/etc", str(home / "data")))
-        assert status == 1
-        assert error.startswith("error: ")
-        assert error.count("\n") == 1
+        refusal(runs.main, *command, name.replace("/etc", str(home / "data")))
     assert files_in(home) == before
 
 
 @pytest.mark.parametrize("place", ["runs", "checkpoints"])
-def test_a_symbolic_link_is_not_followed(home: Path, flapp_runs: Command, place: str) -> None:
+def test_a_symbolic_link_is_not_followed(home: Path, refusal: Refusal, place: str) -> None:
     moved = home.parent / "moved"
     shutil.move(home / place / "done", moved)
     (home / place / "done").symlink_to(moved)
-    status, _, error = flapp_runs("remove", "done", "--yes")
-    assert status == 1
-    assert error == f"error: {home}/{place}/done is a symbolic link: remove the link and its target by hand\n"
+    error = refusal(runs.main, "remove", "done", "--yes")
+    assert error == f"error: {home}/{place}/done is a symbolic link: remove the link and its target by hand"
     assert any(moved.iterdir())
     assert (home / "checkpoints" / "done").exists()
     assert (home / "runs" / "done").exists()
 
 
 @pytest.mark.parametrize("command", ["show", "stop", "remove"])
-def test_what_is_not_a_run_is_refused(home: Path, flapp_runs: Command, command: str) -> None:
+def test_what_is_not_a_run_is_refused(home: Path, refusal: Refusal, command: str) -> None:
     (home / "runs" / "photos").mkdir()
     (home / "runs" / "photos" / "one.jpg").write_text("x")
-    yes: list[Any] = ["--yes"] if command == "remove" else []
-    status, _, error = flapp_runs(command, "photos", *yes)
-    assert status == 1
-    assert error == f"error: photos is not a run in {home}/runs: see the names with `flapp runs list`\n"
+    error = refusal(runs.main, command, "photos", *["--yes"] * (command == "remove"))
+    assert error == f"error: photos is not a run in {home}/runs: see the names with `flapp runs list`"
     assert (home / "runs" / "photos" / "one.jpg").exists()
 
 

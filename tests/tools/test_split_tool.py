@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flapp.files import sha256_of_file
 from flapp.model.split.factory import ModelFactory
 from flapp.model.split.files import COMPONENTS, StorageManager, read_metadata
 from flapp.server.roster import Roster
 from tests.conftest import Federate
-from tests.support.split_models import write_vit
+from tests.support.split_models import write_vit, write_vit_run
+from tests.tools.conftest import Refusal
 from tools import split_model
 
 ONE_ROUND = ("clients=2", "num_rounds=1", "train.steps=2", "evaluate.personal_epochs=0", "model.dropout=0.1")
@@ -27,16 +27,7 @@ def auto(folder: Path) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return what the tool reads of a finished run."""
-    path = tmp_path_factory.mktemp("runs") / "mine"
-    write_vit(path / "model.safetensors", dropout=0.1)
-    facts = {"status": "finished", "model_sha256": sha256_of_file(path / "model.safetensors")}
-    (path / "metrics.json").write_text(json.dumps(facts))
-    model = {"name": "vit_tiny", "image_size": None, "dropout": 0.1, "channels": None, "pretrained": None}
-    dataset = {"name": "mine", "shape": [32, 32, 1], "classes": 10, "normalization": "half", "source": None}
-    dataset |= {"download": False, "materialize": None, "augment": False}
-    config = {"run_name": "sweep/0", "model": model, "dataset": dataset, "of_an_older_version": True}
-    (path / "config.yaml").write_text(json.dumps(config))
-    return path
+    return write_vit_run(tmp_path_factory.mktemp("runs") / "mine", of_an_older_version=True)
 
 
 @pytest.mark.parametrize("settings", [ONE_ROUND, ONE_ROUND + LORA], ids=["fedavg", "fedlora"])
@@ -86,7 +77,7 @@ def test_a_run_that_broke_off_while_its_model_was_stored_is_resumed(
 
 
 def test_the_tool_splits_a_finished_run_and_checks_it(
-    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refusal: Refusal
 ) -> None:
     arguments = [str(run_dir), "--points", "1", "2", "--out", str(tmp_path), "--check"]
     assert split_model.main(arguments) == 0
@@ -97,34 +88,27 @@ def test_the_tool_splits_a_finished_run_and_checks_it(
         assert read_metadata(path).config["dropout"] == 0.1
     assert "checked: top(trunk(bottom(x))) is the whole model's output, bit for bit" in out
     assert err == ""
-    assert split_model.main(arguments) == 1
-    assert "sweep-0_1-2_bottom.safetensors exists already" in capsys.readouterr().err
+    assert "sweep-0_1-2_bottom.safetensors exists already" in refusal(split_model.main, *arguments)
     assert split_model.main([*arguments, "--overwrite"]) == 0
 
 
 def test_the_check_finds_components_that_are_not_the_model(
-    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, tmp_path: Path, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = write_vit(tmp_path / "other.safetensors", seed=1)
     monkeypatch.setattr(split_model, "load_model", lambda *_: whole)
-    assert split_model.main([str(run_dir), "--points", "1", "2", "--out", str(tmp_path), "--check"]) == 1
-    assert "the components do not give the whole model's output" in capsys.readouterr().err
+    error = refusal(split_model.main, run_dir, "--points", 1, 2, "--out", tmp_path, "--check")
+    assert "the components do not give the whole model's output" in error
 
 
-def test_the_tool_refuses_in_one_line(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tool_refuses_in_one_line(run_dir: Path, tmp_path: Path, refusal: Refusal) -> None:
     copy = shutil.copytree(run_dir, tmp_path / "run")
     no_run = "is not the directory of a finished run"
     other = json.dumps({"status": "finished", "model_sha256": "0" * 64})
     for run, points, file, text, message in (
         (run_dir, "2 3", None, "", "split points 2 and 3 of a model of 3 layers are not possible"),
         (tmp_path / "nowhere", "1 2", None, "", f"nowhere {no_run}"),
-        (
-            copy,
-            "1 2",
-            "metrics.json",
-            '{"status": "failed"}',
-            "is not finished (status failed): resume it with resume=true",
-        ),
+        (copy, "1 2", "metrics.json", '{"status": "failed"}', "(status failed): resume it with resume=true"),
         (copy, "1 2", "metrics.json", other, "metrics.json says 000000000000: restore it from a copy"),
         (copy, "1 2", "metrics.json", "", no_run),
         (copy, "1 2", "metrics.json", "[]", "config.yaml or metrics.json is damaged"),
@@ -132,10 +116,5 @@ def test_the_tool_refuses_in_one_line(run_dir: Path, tmp_path: Path, capsys: pyt
     ):
         if file:
             (run / file).write_text(text)
-        assert split_model.main([str(run), "--points", *points.split(), "--out", str(tmp_path / "out")]) == 1
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.startswith("error: ")
-        assert message in err
-        assert err.count("\n") == 1
+        assert message in refusal(split_model.main, run, "--points", *points.split(), "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -23,7 +23,7 @@ from tools.deployment.processes import HOST, Processes, SuperLinkError, availabl
 from tools.deployment.superlink import APP as APP
 from tools.deployment.superlink import CONNECTION, PrivateSuperLink, SuperLink, app_folder
 from tools.deployment.supervisor import KEYS, describe_down, install_app, read_federation, superlink_of
-from tools.running.progress import CONFIG, LOOK_SECONDS, Watcher, read_json
+from tools.running.progress import CONFIG, LOOK_SECONDS, read_json, watched
 
 STATUS_SECONDS, END_SECONDS = 15, 60
 REPLACED = "run {} ended before its first round was complete, so it starts again (its log.txt is kept)"
@@ -173,12 +173,12 @@ def follow(
     """Show a run's progress until it ends, and return its summary.
 
     Raises RunError when Flower says that the run ended but metrics.json is missing. earlier: the summary of an earlier
-    start, which stays in the folder until the run is resumed; before: see Watcher.
+    start, which stays in the folder until the run is resumed; before: see watched.
     """
     warn_of_size(config)
     path = config.runs_dir / config.run_name / "metrics.json"
     asked = time.monotonic()
-    with Watcher(config, before):
+    with watched(config, before):
         while (summary := read_json(path)) is None or summary == earlier:
             superlink.check_alive()
             if time.monotonic() - asked > STATUS_SECONDS:

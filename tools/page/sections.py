@@ -6,17 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
+from flapp.listing import list_names
 from flapp.server.summary import in_words
 from flapp.untrusted import read_json
 from tools.bench import HEADS, Row
-from tools.cli import by_number, count, in_bytes
+from tools.cli import by_number, count, in_bytes, some
 from tools.page.charts import MB
 from tools.page.drawing import Picture
 from tools.page.markup import Html, facts, figures, folded, join, note, section, table, tag
 from tools.page.reading import STORES_OPENED, ReportError
 from tools.page.run import Run, Stores, number
 
-MOST_REASONS, MOST_CLIENTS, MOST_NAMES = 20, 20, 12
+MOST_REASONS, MOST_CLIENTS = 20, 20
 NONE = "-"
 NO_ROUND_LINES = "metrics.jsonl has no line for a whole round: an older flapp wrote it, or no round was completed."
 Pictures = Mapping[str, Sequence[Picture]]
@@ -96,7 +97,7 @@ def alerts(run: Run, name: str = "") -> Html:
     if starts:
         said.append(note(f"{name}Resumed after round {', '.join(map(str, starts))}."))
     for after, changed in run.resumed_anyway():
-        text = f"Resumed anyway after round {after}, though this had changed: {listing(changed, '; ')}."
+        text = f"Resumed anyway after round {after}, though this had changed: {some(changed)}."
         said.append(tag("p", tag("b", name), text, class_="warning"))
     if refused := max(len(run.roster("refused")), int(run.summary.get("refused_count") or 0)):
         where = "" if run.withholds else " The section “Left out” gives the reasons."
@@ -251,7 +252,7 @@ def left_out(run: Run) -> Html:
     rows = []
     for (kind, reason), who in failures[:MOST_REASONS]:
         names = sorted({name for _, name in who}, key=by_number)
-        rows.append([kind, reason, f"{len(who):,}", ranges(at for at, _ in who), listing(names)])
+        rows.append([kind, reason, f"{len(who):,}", rounds(at for at, _ in who), list_names(names)])
     parts = [table(["step of the round", "reason", "times", "rounds", "clients"], rows, (2,))]
     if (more := len(failures) - MOST_REASONS) > 0:
         parts.append(note(f"{more} more reasons, each given less often, are not shown."))
@@ -259,21 +260,21 @@ def left_out(run: Run) -> Html:
         by_reason: dict[str, list[str]] = {}
         for name, reason in run.roster(key).items():
             by_reason.setdefault(str(reason), []).append(name)
-        parts.append(table([title, "reason"], [[listing(names), reason] for reason, names in by_reason.items()]))
+        parts.append(table([title, "reason"], [[list_names(names), reason] for reason, names in by_reason.items()]))
     rows = [[name, f"{times:,}"] for name, times in told.absent.most_common()]
     parts.append(clients_table(["absent", "times"], rows))
     capped = sorted(told.capped.items(), key=lambda item: -max(item[1])[0])
-    rows = [[name, f"{max(found)[0]:.1%}", ranges(at for _, at in found)] for name, found in capped]
+    rows = [[name, f"{max(found)[0]:.1%}", rounds(at for _, at in found)] for name, found in capped]
     parts.append(clients_table(["capped", "claimed share of the samples", "rounds"], rows))
     if capped:
         limit = run.config.get("strategy.max_weight_share", NONE)
         parts.append(note(f"A client counts for at most strategy.max_weight_share={limit} of a round."))
     rows = [
-        [name, f"{len(found):,}", brief(min(found)[0]), ranges(at for _, at in found)]
+        [name, f"{len(found):,}", brief(min(found)[0]), rounds(at for _, at in found)]
         for name, found in sorted(told.clipped.items(), key=often_first)
     ]
     parts.append(clients_table(["clipped", "times", "smallest factor", "rounds"], rows, (1, 2)))
-    rows = [[n, f"{len(found):,}", ranges(found)] for n, found in sorted(told.not_taken.items(), key=often_first)]
+    rows = [[n, f"{len(found):,}", rounds(found)] for n, found in sorted(told.not_taken.items(), key=often_first)]
     parts.append(clients_table([f"not taken by {run.config.get('strategy.robust', NONE)}", "times", "rounds"], rows))
     return join(parts) or note("No client failed, was refused, absent or capped.")
 
@@ -291,7 +292,7 @@ def counts_of_left_out(run: Run) -> Html:
         for reason, at in found.items():
             is_state = kind in ("roster", "refused")  # whose lines say who is refused at that moment
             if times := at[-1][1] if is_state else sum(count for _, count in at):
-                rows.append([kind, reason, f"{times:,}", ranges(number for number, count in at if count)])
+                rows.append([kind, reason, f"{times:,}", rounds(number for number, count in at if count)])
     return table(["step of the round", "what", "times", "rounds"], rows, (2,)) or note("No client was left out.")
 
 
@@ -311,20 +312,8 @@ def often_first(item: tuple[str, Sequence[object]]) -> tuple[int, object]:
     return -len(item[1]), by_number(item[0])
 
 
-def ranges(numbers: Iterable[int]) -> str:
-    """Write 1, 2, 3, 7 as 1-3, 7."""
-    spans: list[list[int]] = []
-    for each in sorted(set(numbers)):
-        if spans and each == spans[-1][1] + 1:
-            spans[-1][1] = each
-        else:
-            spans.append([each, each])
-    return listing([str(low) if low == high else f"{low}-{high}" for low, high in spans])
-
-
-def listing(names: Sequence[str], between: str = ", ") -> str:
-    shown, more = between.join(names[:MOST_NAMES]), len(names) - MOST_NAMES
-    return f"{shown} and {more:,} more" if more > 0 else shown
+def rounds(numbers: Iterable[int]) -> str:
+    return list_names([str(each) for each in sorted(set(numbers))])
 
 
 def settings(run: Run) -> Html:

@@ -29,7 +29,7 @@ from flapp.server.inline import CLIENT_APP, SERVER_NODE, InlineGrid, start_forks
 from tools.cli import count
 from tools.deployment.processes import SWEEP
 from tools.deployment.submit import count_cpus, failure, warn_of_size
-from tools.running.progress import Watcher, read_json
+from tools.running.progress import read_json, watched
 
 LONGEST_TMPDIR = 107 - len("/flapp-12345678/listener-12345678")  # bytes; a socket's path has at most 107 on Linux
 
@@ -59,7 +59,7 @@ def prepare(config: Config) -> None:
 def run_inline(config: Config, before: Stamp) -> dict[str, Any]:
     """Run a federation to its end and return its metrics.json; raises RunError, or the ServerApp's own error.
 
-    before: see Watcher.
+    before: see watched.
     """
     from flapp import server_app  # imported late because it imports PyTorch: report mistakes first
     from flapp.training import keep_freed_memory
@@ -75,7 +75,7 @@ def run_inline(config: Config, before: Stamp) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):  # each large reply is an open file until the round ends
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    with logged(path / "log.txt") as open_log, Watcher(config, before, plain=workers == 0):
+    with logged(path / "log.txt") as open_log, watched(config, before, plain=workers == 0):
         grid = InlineGrid(run_config, nodes, workers, run_id, path / "log.txt", find_devices(config, workers), open_log)
         with grid:
             try:

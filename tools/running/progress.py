@@ -19,8 +19,8 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -230,37 +230,31 @@ class Progress:
         self.replies.set_description(f"round {now['round']} {now['phase']}" if now["round"] else "clients join")
 
 
-class Watcher:
+@contextmanager
+def watched(config: Config, before: Stamp, plain: bool = False) -> Iterator[None]:
     """Show a run's progress from a thread while the block runs.
 
     before: the stamp of config.yaml when the command began. A resumed run writes that file again when it has dropped
     the rounds after the one it resumes from; until then the files are those of an earlier start.
     """
+    path = config.runs_dir / config.run_name
+    progress, ended = Progress(config, path, plain), threading.Event()
 
-    def __init__(self, config: Config, before: Stamp, plain: bool = False) -> None:
-        self.path, self.before = config.runs_dir / config.run_name, before
-        self.progress = Progress(config, self.path, plain)
-        self.ended = threading.Event()
-        self.thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+    def watch() -> None:
+        is_last = False
+        with progress:
+            while not is_last:
+                is_last = ended.wait(LOOK_SECONDS)
+                try:
+                    if stamp(path, CONFIG) != before:
+                        progress.look()
+                except Exception as error:  # noqa: BLE001 - watching must not end the run, which may be writing
+                    logging.getLogger("flwr").debug("progress: %s", error)
 
-    def __enter__(self) -> "Watcher":
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.ended.set()
-        self.thread.join()
-        with self.progress:
-            self._look()
-
-    def _watch(self) -> None:
-        while not self.ended.wait(LOOK_SECONDS):
-            self._look()
-
-    def _look(self) -> None:
-        if stamp(self.path, CONFIG) == self.before:
-            return
-        try:
-            self.progress.look()
-        except Exception as error:  # noqa: BLE001 - watching must not end the run, whose files may be being written
-            logging.getLogger("flwr").debug("progress: %s", error)
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
