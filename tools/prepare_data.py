@@ -33,15 +33,7 @@ from tqdm import tqdm
 
 from flapp.config.load import compose
 from flapp.config.schema import WRITER_PARTITIONS, Config, ConfigError
-from flapp.data.artifact import (
-    DataError,
-    arrays_sha256,
-    locked,
-    open_artifact,
-    remove_leftovers,
-    resized_folder,
-    write_rows,
-)
+from flapp.data.artifact import DataError, arrays_sha256, locked, open_artifact, resized_folder, write_rows, writing
 from flapp.data.decode import Decoded, RawSplit, UnreadableError, decode_splits
 from flapp.data.folder import open_folder
 from flapp.data.shards.build import export_artifacts, write_shards
@@ -59,7 +51,6 @@ from flapp.data.sources import (
 )
 from flapp.data.table_files import download_dataset, find_tables
 from flapp.data.tables import Columns, open_tables
-from flapp.files import replacing_folder
 from tools.cli import as_called, errors_in_one_line
 
 SPLITS = ("train", "test")
@@ -217,8 +208,7 @@ def write_own(
     with ExitStack() as stack:
         for split, images in decoded.items():
             target = folder / split
-            remove_leftovers(target)
-            into = stack.enter_context(replacing_folder(target))
+            into = stack.enter_context(writing(target))
             write = partial(write_rows, target, images.read_rows, images.images.shape, images.labels, classes)
             write = partial(write, normalization=normalization, into=into, preparation=preparation)
             with bar(split, len(images.labels)) as progress:
