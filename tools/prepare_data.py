@@ -37,7 +37,7 @@ from flapp.data.artifact import DataError, arrays_sha256, locked, open_artifact,
 from flapp.data.decode import Decoded, RawSplit, UnreadableError, decode_splits
 from flapp.data.folder import open_folder
 from flapp.data.shards.build import export_artifacts, write_shards
-from flapp.data.shards.source import FEMNIST, Kind
+from flapp.data.shards.source import FEMNIST, read_kind
 from flapp.data.shards.source import Source as ShardSource
 from flapp.data.sources import (
     EMBEDDED,
@@ -51,6 +51,7 @@ from flapp.data.sources import (
 )
 from flapp.data.table_files import download_dataset, find_tables
 from flapp.data.tables import Columns, open_tables
+from flapp.untrusted import one_line
 from tools.cli import as_called, errors_in_one_line
 
 SPLITS = ("train", "test")
@@ -296,8 +297,12 @@ def prepare_shards(settings: Config, overwrite: bool) -> Iterator[str]:
         raw, classes = open_raw(settings, files)
         decoded, lines = decode_all(settings, raw)
         yield from lines
-        own = Kind(dataset.name, decoded["train"].shape, tuple(classes), dataset.normalization)
-        source = ShardSource(FEMNIST if is_femnist else own, decoded, progress=True)
+        facts = {"shape": decoded["train"].shape, "classes": classes, "normalization": dataset.normalization}
+        try:
+            kind = read_kind({"dataset": dataset.name, **facts})
+        except ValueError as error:
+            raise DataError(f"{files} cannot become shards, {one_line(error)}: set dataset.shape") from error
+        source = ShardSource(kind, decoded, progress=True)
     manifest = write_shards(
         source,
         settings.shards_dir,

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from flapp import __version__
 from flapp.files import Stamp, replacing_folder, stamp
-from flapp.untrusted import open_npy, printable, read_json
+from flapp.untrusted import one_line, open_npy, printable, read_json
 
 FORMAT_VERSION = 1
 LAYOUTS = ("NHWC", "NCHW")
@@ -56,8 +56,7 @@ def refusing(path: Path, fix: str, missing: str = "") -> Iterator[None]:
             raise DataError(missing) from None
         raise DataError(f"{path} cannot be read ({error.strerror or error}): {fix}") from error
     except (ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-        said = printable(error if isinstance(error, ValueError | SafetensorError) else repr(error))
-        raise DataError(f"{path} is damaged ({said}): {fix}") from error
+        raise DataError(f"{path} is damaged ({one_line(error)}): {fix}") from error
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,18 @@ def test_settings_that_do_not_fit_a_table_are_refused_in_one_line(
     assert REFUSED[words] in said
 
 
+def test_images_with_a_side_that_shards_cannot_hold_are_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = [encode(np.full((1, 70_000, 3), 7, np.uint8))] * 6
+    source = write_parquet(tmp_path / "long.parquet", image=images, label=[0, 1] * 3, who=[0, 1, 2] * 2)
+    words = ("dataset.client_column=who", "partition=natural", "clients=3")
+    said = refused(capsys, tmp_path, *MINE, f"dataset.source={source}", *words)
+    assert "long.parquet cannot become shards, shape.1: " in said
+    assert "65536, got 70000: set dataset.shape" in said
+    assert not (tmp_path / "data/mine").exists()
+
+
 def test_columns_of_a_folder_of_images_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in "ab":
         (tmp_path / "raw" / name).mkdir(parents=True)
