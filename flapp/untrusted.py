@@ -18,6 +18,7 @@ from tokenize import TokenError
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 MOST_BYTES = 32 << 20  # of one JSON text; Python's objects take up to 15 times as much memory
 MOST_CONTAINERS = 1_000_000  # lists and objects in it
@@ -155,3 +156,15 @@ def printable(value: object, most: int = 300) -> str:
     """Return text on one line without control characters, cut off at `most` characters."""
     text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(value)[: most + 1])
     return text if len(text) <= most else text[:most] + "..."
+
+
+def one_line(error: Exception) -> str:
+    """Return what an error says; of pydantic's, the first place with a fault, what must be there, and what is."""
+    if not isinstance(error, ValidationError):
+        return printable(repr(error) if isinstance(error, LookupError) else error)
+    fault = error.errors(include_url=False)[0]
+    place, found = ".".join(map(str, fault["loc"])), fault["input"]
+    said = f"{place}: " * bool(place) + fault["msg"].removeprefix("Value error, ")
+    if fault["type"] != "missing":
+        said += f", got {repr(found) if isinstance(found, str | int | float | None) else f'a {type(found).__name__}'}"
+    return printable(said)

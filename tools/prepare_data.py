@@ -33,19 +33,11 @@ from tqdm import tqdm
 
 from flapp.config.load import compose
 from flapp.config.schema import WRITER_PARTITIONS, Config, ConfigError
-from flapp.data.artifact import (
-    DataError,
-    arrays_sha256,
-    locked,
-    open_artifact,
-    remove_leftovers,
-    resized_folder,
-    write_rows,
-)
+from flapp.data.artifact import DataError, arrays_sha256, locked, open_artifact, resized_folder, write_rows, writing
 from flapp.data.decode import Decoded, RawSplit, UnreadableError, decode_splits
 from flapp.data.folder import open_folder
 from flapp.data.shards.build import export_artifacts, write_shards
-from flapp.data.shards.source import FEMNIST, Kind
+from flapp.data.shards.source import FEMNIST, read_kind
 from flapp.data.shards.source import Source as ShardSource
 from flapp.data.sources import (
     EMBEDDED,
@@ -59,7 +51,7 @@ from flapp.data.sources import (
 )
 from flapp.data.table_files import download_dataset, find_tables
 from flapp.data.tables import Columns, open_tables
-from flapp.files import replacing_folder
+from flapp.untrusted import one_line
 from tools.cli import as_called, errors_in_one_line
 
 SPLITS = ("train", "test")
@@ -217,8 +209,7 @@ def write_own(
     with ExitStack() as stack:
         for split, images in decoded.items():
             target = folder / split
-            remove_leftovers(target)
-            into = stack.enter_context(replacing_folder(target))
+            into = stack.enter_context(writing(target))
             write = partial(write_rows, target, images.read_rows, images.images.shape, images.labels, classes)
             write = partial(write, normalization=normalization, into=into, preparation=preparation)
             with bar(split, len(images.labels)) as progress:
@@ -306,8 +297,12 @@ def prepare_shards(settings: Config, overwrite: bool) -> Iterator[str]:
         raw, classes = open_raw(settings, files)
         decoded, lines = decode_all(settings, raw)
         yield from lines
-        own = Kind(dataset.name, decoded["train"].shape, tuple(classes), dataset.normalization)
-        source = ShardSource(FEMNIST if is_femnist else own, decoded, progress=True)
+        facts = {"shape": decoded["train"].shape, "classes": classes, "normalization": dataset.normalization}
+        try:
+            kind = read_kind({"dataset": dataset.name, **facts})
+        except ValueError as error:
+            raise DataError(f"{files} cannot become shards, {one_line(error)}: set dataset.shape") from error
+        source = ShardSource(kind, decoded, progress=True)
     manifest = write_shards(
         source,
         settings.shards_dir,

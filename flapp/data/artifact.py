@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from flapp import __version__
 from flapp.files import Stamp, replacing_folder, stamp
-from flapp.untrusted import open_npy, printable, read_json
+from flapp.untrusted import one_line, open_npy, printable, read_json
 
 FORMAT_VERSION = 1
 LAYOUTS = ("NHWC", "NCHW")
@@ -56,8 +56,7 @@ def refusing(path: Path, fix: str, missing: str = "") -> Iterator[None]:
             raise DataError(missing) from None
         raise DataError(f"{path} cannot be read ({error.strerror or error}): {fix}") from error
     except (ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-        said = printable(error if isinstance(error, ValueError | SafetensorError) else repr(error))
-        raise DataError(f"{path} is damaged ({said}): {fix}") from error
+        raise DataError(f"{path} is damaged ({one_line(error)}): {fix}") from error
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,20 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path)
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder, which becomes `folder` when the block ends; see replacing_folder.
+
+    Raises DataError when the disk fails. What killed writers of `folder` left is removed.
+    """
+    try:
+        remove_leftovers(folder)
+        with replacing_folder(folder) as partial:
+            yield partial
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written ({error.strerror or error}): fix that and try again") from error
+
+
 def check_space(folder: Path, needed: int) -> None:
     """Raise DataError if the disk of `folder` has fewer than `needed` bytes free."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -167,9 +180,9 @@ def write_rows(
 ) -> None:
     """Write one split as write_artifact does, block by block: read(start, stop) returns these rows; `shape` is of all.
 
-    progress(n) is called for every n samples written. normalization: the one that runs must use. into: an empty folder
-    to write to, which the caller then renames to `folder`. preparation: marks the splits that are written together.
-    Raises DataError for wrong arrays and when the disk is full or fails.
+    progress(n) is called for every n samples written. normalization: the one that runs must use. into: the folder
+    of a caller's own writing(folder). preparation: marks the splits that are written together. Raises DataError for
+    wrong arrays and when the disk is full or fails.
     """
     shape = tuple(shape)
     check_arrays(str(folder), dtype, shape, labels, len(classes), layout)
@@ -188,16 +201,11 @@ def write_rows(
     meta: dict[str, Any] = {"format_version": FORMAT_VERSION, "writer": f"flapp {__version__}"}
     more = {"layout": layout, "normalization": normalization, "preparation": preparation}
     meta |= {key: value for key, value in more.items() if value not in ("NHWC", None, "")}
-    try:
-        if into is None:
-            remove_leftovers(folder)
-        with replacing_folder(folder) if into is None else nullcontext(into) as partial:
-            meta["images"] = _write_npy(partial / "images.npy", shape, dtype, blocks())
-            meta["labels"] = _write_npy(partial / "labels.npy", labels.shape, labels.dtype, blocks_of(labels))
-            meta |= {"classes": list(classes), "source_sha256": source_sha256, "complete": True}
-            (partial / "meta.json").write_text(json.dumps(meta, indent=1))
-    except OSError as error:
-        raise DataError(f"{folder} cannot be written ({error.strerror or error}): fix that and try again") from error
+    with nullcontext(into) if into else writing(folder) as partial:
+        meta["images"] = _write_npy(partial / "images.npy", shape, dtype, blocks())
+        meta["labels"] = _write_npy(partial / "labels.npy", labels.shape, labels.dtype, blocks_of(labels))
+        meta |= {"classes": list(classes), "source_sha256": source_sha256, "complete": True}
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
 def _write_npy(path: Path, shape: tuple[int, ...], dtype: np.dtype, blocks: Iterable[np.ndarray]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from threading import Lock
 from typing import IO
@@ -49,14 +50,14 @@ _large = Lock()
 class RawSplit:
     """The images of one split of a source, before they are decoded.
 
-    names: what a message calls each image: its path, or a parquet file and row. labels: int64 (N,). read(start, stop)
-    returns the encoded images of a range; it is called in one thread, for ranges that follow one another. sha256: names
-    the source of the split. clients: the client of each sample, empty if the source names none.
+    name(i): what a message calls image i: its path, or a parquet file and row. labels: int64 (N,). images() reads the
+    encoded images anew, one after the other, in one thread. sha256: names the source of the split. clients: the client
+    of each sample, empty if the source names none.
     """
 
-    names: Sequence[str]
+    name: Callable[[int], str]
     labels: np.ndarray
-    read: Callable[[int, int], Sequence[Encoded]]
+    images: Callable[[], Iterator[Encoded]]
     sha256: str
     clients: Sequence[str] = ()
 
@@ -208,10 +209,10 @@ class _Found:
         """Take note of an image; raises DataError if it has a different size from those before."""
         height, width, channels = pixels.shape
         if not self.first:
-            self.size, self.first = (height, width), split.names[row]
+            self.size, self.first = (height, width), split.name(row)
         if self.size != (height, width):
             raise DataError(
-                f"{self.first} has {self.size[0]}x{self.size[1]} pixels (height x width) and {split.names[row]} has "
+                f"{self.first} has {self.size[0]}x{self.size[1]} pixels (height x width) and {split.name(row)} has "
                 f"{height}x{width}: add the shape that all shall have, such as dataset.shape=[224,224,3]"
             )
         self.all_grey &= channels == 1
@@ -248,16 +249,18 @@ def _decode_all(
         return [decode(each, shape) for each in encoded]
 
     pending: deque[Future[list[Pixels]]] = deque()
-    total, start, count, decoded = len(split.labels), 0, 1, int(np.prod(shape)) if shape else 0
+    images, total, start, count = split.images(), len(split.labels), 0, 1
+    decoded = int(np.prod(shape)) if shape else 0
     pool = ThreadPoolExecutor(workers)
     try:
         while start < total or pending:
             if start < total and len(pending) < 2 * workers:
-                stop = min(start + count, total)
-                encoded = split.read(start, stop)
+                encoded = list(islice(images, count))
+                if not encoded:
+                    raise DataError(f"{split.name(start)} is gone, the source changed while it was read: start again")
                 pending.append(pool.submit(decode_block, encoded))
                 each = sum(map(len, encoded)) // len(encoded) + decoded
-                start, count = stop, min(2 * count, MOST_BLOCK, max(1, BLOCK_BYTES // max(1, each)))
+                start, count = start + len(encoded), min(2 * count, MOST_BLOCK, max(1, BLOCK_BYTES // max(1, each)))
                 continue
             block = pending.popleft().result()
             decoded = max([decoded, *(pixels.nbytes for pixels in block if isinstance(pixels, np.ndarray))])
@@ -280,7 +283,7 @@ def _store(
         file = tempfile.TemporaryFile(dir=scratch, buffering=BLOCK_BYTES)  # noqa: SIM115
         for row, pixels in enumerate(images):
             if isinstance(pixels, str):
-                bad.append(f"{printable(split.names[row])} ({pixels})")
+                bad.append(f"{printable(split.name(row))} ({pixels})")
                 continue
             if any_size:
                 found.add(split, row, pixels)

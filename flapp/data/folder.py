@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 
 from flapp.data.artifact import DataError
-from flapp.data.decode import Encoded, RawSplit, count_cores, read_image
+from flapp.data.decode import RawSplit, count_cores, read_image
 from flapp.files import sha256_of_file
 from flapp.untrusted import check_regular, printable
 
@@ -170,10 +170,7 @@ def _open_split(
                 digest.update(f"{sha256}  ".encode() + os.fsencode(path.relative_to(folder)) + b"\n")
             progress(len(some))
 
-    def read(start: int, stop: int) -> list[Encoded]:
-        return [read_image(path) for path in paths[start:stop]]
-
-    return RawSplit([str(path) for path in paths], labels, read, digest.hexdigest())
+    return RawSplit(lambda row: str(paths[row]), labels, lambda: map(read_image, paths), digest.hexdigest())
 
 
 def _sha256(path: Path) -> str:

@@ -5,6 +5,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flapp.data.artifact import NORMALIZATIONS, DataError, open_artifact, resized_folder, write_rows
+from flapp.data.artifact import NORMALIZATIONS, DataError, open_artifact, resized_folder, write_rows, writing
+from flapp.untrusted import open_npy
 
 COMPARED = 64  # images that are compared with PIL
 # F.interpolate on uint8 gives PIL's bytes for images of these sides (MNIST's, FEMNIST's, CIFAR's), except at these
@@ -89,18 +91,15 @@ def materialize(folder: Path, size: int, progress: Callable[[int], object] = lam
     if not native.has_images or native.layout != "NHWC":
         raise DataError(f"{folder} does not hold images as they were prepared: resize the split itself")
 
-    compared = _spread(len(native.images))
-
     def read(start: int, stop: int) -> np.ndarray:
-        resized = resize(torch.from_numpy(native.images[start:stop]).permute(0, 3, 1, 2), size).numpy()
-        for index in compared:
-            if start <= index < stop:
-                _compare(native.images[index], resized[index - start], index)
-        return resized
+        return resize(torch.from_numpy(native.images[start:stop]).permute(0, 3, 1, 2), size).numpy()
 
     shape = (len(native.images), native.images.shape[3], size, size)
     target = resized_folder(folder, size)
-    write_rows(target, read, shape, native.labels, native.classes, native.digest, "NCHW", progress)
+    with writing(target) as partial:
+        about = (shape, native.labels, native.classes, native.digest, "NCHW", progress)
+        write_rows(target, read, *about, into=partial)
+        compare_with_pil(native.images, open_npy(partial / "images.npy"), size)
     return target
 
 
@@ -109,27 +108,18 @@ def compare_with_pil(native: np.ndarray, resized: np.ndarray, size: int) -> None
 
     Raises DataError for the first that differs.
     """
-    if resized.shape != (len(native), native.shape[3], size, size):
-        raise DataError(f"resized images of shape {resized.shape} are not those of {native.shape} at {size} pixels")
-    for index in _spread(len(native)):
-        _compare(native[index], resized[index], index)
-
-
-def _spread(count: int) -> list[int]:
-    return np.unique(np.linspace(0, count - 1, COMPARED).astype(int)).tolist()
-
-
-def _compare(native: np.ndarray, planes: np.ndarray, index: int) -> None:
-    """Compare an image (H, W, C) that was resized to planes (C, size, size) with PIL's resize."""
     from PIL import Image
 
-    (height, width, _), size = native.shape, planes.shape[-1]
+    count, height, width, channels = native.shape
+    if resized.shape != (count, channels, size, size):
+        raise DataError(f"resized images of shape {resized.shape} are not those of {native.shape} at {size} pixels")
     is_exact = height == width and height in EXACT_SIDES and size not in INEXACT_SIZES
     allowed = 0 if is_exact else MOST_LEVELS
-    for channel, plane in enumerate(planes):  # PIL resizes each channel by itself and has no images of two channels
-        image = Image.fromarray(np.ascontiguousarray(native[:, :, channel]))
+    compared = np.unique(np.linspace(0, count - 1, COMPARED).astype(int)).tolist()
+    for index, channel in product(compared, range(channels)):  # PIL has no images of two channels
+        image = Image.fromarray(np.ascontiguousarray(native[index, :, :, channel]))
         wanted = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).astype(np.int16)
-        if (difference := int(np.abs(wanted - plane).max())) > allowed:
+        if (difference := int(np.abs(wanted - resized[index, channel]).max())) > allowed:
             found = f"image {index} at {size} pixels differs from PIL's resize by {difference} levels"
             fix = "leave dataset.materialize out, or use a torch build whose resize agrees with PIL"
             raise DataError(f"{found}, {allowed} are allowed: {fix}")

@@ -111,16 +111,14 @@ def _read_partition(path: Path, known: dict[str, int]) -> Partition:
     for split, count in known.items():
         if (held := lengths[f"{split}_indices"]) != count:
             raise ValueError(f"{split}_indices has {held:,} entries, the dataset has {count:,} samples")
-    if {lengths[f"{split}_offsets"] for split in splits} != {lengths["requested"] + 1}:
-        raise ValueError(f"its arrays are of different numbers of clients: {lengths}")
-    parts = {}
+    parts, clients = {}, lengths["requested"]
     for split in splits:
         indices, offsets = saved[f"{split}_indices"], saved[f"{split}_offsets"]
-        if offsets[0] != 0 or offsets[-1] != len(indices) or (np.diff(offsets) < 0).any():
-            raise ValueError(f"{split}_offsets do not cut {split}_indices into parts")
         samples = len(indices) if split == "test" else sum(lengths[f"{s}_indices"] for s in splits if s != "test")
-        if len(indices) and not (indices.min() >= 0 and indices.max() < samples):
-            raise ValueError(f"{split}_indices are from {indices.min()} to {indices.max()}, of {samples} samples")
+        cuts = len(offsets) == clients + 1 and offsets[0] == 0 and offsets[-1] == len(indices)
+        if not (cuts and (np.diff(offsets) >= 0).all() and ((indices >= 0) & (indices < samples)).all()):
+            wanted = f"the parts of {samples:,} samples for {clients:,} clients"
+            raise ValueError(f"{split}_indices and {split}_offsets are not {wanted}")
         parts[split] = tuple(np.split(indices, offsets[1:-1]))
     return Partition(requested=saved["requested"], **parts)
 

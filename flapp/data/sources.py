@@ -8,15 +8,16 @@ import hashlib
 import io
 import pickle
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field, InstanceOf, TypeAdapter, ValidationError
 
 from flapp.data.artifact import DataError, check_arrays, kind_of, locked, open_artifact, refusing, write_artifact
-from flapp.untrusted import printable, read_bytes
+from flapp.untrusted import one_line, printable, read_bytes
 
 Split = tuple[np.ndarray, np.ndarray]
 Make = Callable[[], tuple[dict[str, Split], list[str]]]  # returns each split's samples and labels, and the class names
@@ -129,37 +130,27 @@ def check_preparation(folder: Path, train: str, test: str) -> None:
         raise DataError(f"{found}: prepare both again with the same prepare_data command and overwrite=true")
 
 
+_Arrays = tuple[InstanceOf[np.ndarray], InstanceOf[np.ndarray]]
+_Splits = Annotated[dict[Literal["train", "test"], _Arrays], Field(min_length=2)]
+_MADE = TypeAdapter(tuple[_Splits, Sequence[str]])
+
+
 def check_made(name: str, made: Any) -> tuple[dict[str, Split], list[str]]:
     """Return what a function has made as dataset `name`; raises DataError unless it is as a Make must return it."""
-    form = "the function must return ({'train': (samples, labels), 'test': (samples, labels)}, class names)"
-    if not isinstance(made, tuple) or len(made) != 2:
-        raise DataError(f"dataset {name} was made as {_kind(made)}: {form}")
-    splits, classes = made
-    if not isinstance(splits, dict) or set(splits) != set(SPLITS):
-        found = f"splits {printable(list(splits))}" if isinstance(splits, dict) else _kind(splits)
-        raise DataError(f"dataset {name} was made with {found}, it needs train and test: {form}")
-    if not isinstance(classes, list | tuple) or not all(isinstance(word, str) for word in classes):
-        found = _kind(classes) if not isinstance(classes, list | tuple) else f"{printable(classes)}"
-        raise DataError(f"dataset {name} has as class names {found}: return a list of texts, or [] without classes")
-    for split, arrays in splits.items():
-        where = f"dataset {name}: {split}"
-        if not isinstance(arrays, tuple | list) or len(arrays) != 2:
-            raise DataError(f"{where} was made as {_kind(arrays)}, it needs (samples, labels): {form}")
-        for what, array in zip(("samples", "labels"), arrays, strict=True):
-            if not isinstance(array, np.ndarray):
-                raise DataError(f"{where} has as {what} {_kind(array)}: make it a numpy array")
-        check_arrays(where, arrays[0].dtype, arrays[0].shape, arrays[1], len(classes))
-    kinds = [[kind_of(array.dtype, array.shape) for array in splits[split]] for split in SPLITS]
+    try:
+        found, classes = _MADE.validate_python(made)
+    except ValidationError as error:
+        form = "({'train': (samples, labels), 'test': (samples, labels)}, class names)"
+        fix = f"the function must return {form}, numpy arrays and a list of texts, [] without classes"
+        raise DataError(f"dataset {name} was made with a fault, {one_line(error)}: {fix}") from None
+    splits: dict[str, Split] = {"train": found["train"], "test": found["test"]}
+    for split, (samples, labels) in splits.items():
+        check_arrays(f"dataset {name}: {split}", samples.dtype, samples.shape, labels, len(classes))
+    kinds = [[kind_of(array.dtype, array.shape) for array in arrays] for arrays in splits.values()]
     for what, train, test in zip(("samples", "labels"), *kinds, strict=True):
         if train != test:
             raise DataError(f"dataset {name} has {what} {train} in train and {test} in test: make both alike")
-    return {split: (splits[split][0], splits[split][1]) for split in SPLITS}, list(classes)
-
-
-def _kind(value: Any) -> str:
-    """Return the type of a value, and the length of a tuple or list."""
-    length = f" of {len(value)}" if isinstance(value, tuple | list) else ""
-    return f"a {type(value).__name__}{length}"
+    return splits, list(classes)
 
 
 @dataclass(frozen=True)

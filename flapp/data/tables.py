@@ -13,9 +13,9 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +70,13 @@ def open_tables(
         origin = {split: f"{split} of {test_fraction} by {seed}" for split in rows}
         tables, labels = dict.fromkeys(rows, tables[whole]), dict.fromkeys(rows, labels[whole])
         clients = dict.fromkeys(rows, clients[whole])
-    splits = {}
+    splits, root = {}, (source if source.is_dir() else source.parent).resolve()
     for split, chosen in rows.items():
-        images = _Images(tables[split], str(found.image), chosen, source)
+        images = partial(_images, tables[split], str(found.image), chosen, root)
         facts = [origin[split], found.image, found.label, found.client, [table.sha256 for table in tables[split]]]
         sha256 = hashlib.sha256(json.dumps([*facts, names]).encode()).hexdigest()
         whose = [clients[split][row] for row in chosen] if clients[split] else ()
-        splits[split] = RawSplit(_Rows(tables[split], chosen), labels[split][chosen], images.read, sha256, whose)
+        splits[split] = RawSplit(_naming(tables[split], chosen), labels[split][chosen], images, sha256, whose)
     return splits, names
 
 
@@ -236,74 +236,48 @@ def _check_range(files: Sequence[Table], column: str, labels: np.ndarray, classe
     bad = (labels < 0) | (labels >= (classes or np.inf))
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
-        found = f"{_Rows(files, np.arange(len(labels)))[row]} has label {labels[row]} in column {column}"
+        found = f"{_naming(files, np.arange(len(labels)))(row)} has label {labels[row]} in column {column}"
         wanted = f"labels are 0 to {classes - 1}" if classes else "labels are not below 0"
         raise DataError(f"{found}, and {wanted}: correct it, or remove the row")
 
 
-class _Rows(Sequence[str]):
-    """The names that messages use for some rows of several files, taken as one table."""
+def _naming(tables: Sequence[Table], rows: np.ndarray) -> Callable[[int], str]:
+    """Return what gives the names that messages use for some rows of several files, taken as one table."""
+    starts = np.cumsum([0, *(table.count for table in tables)])
 
-    def __init__(self, tables: Sequence[Table], rows: np.ndarray) -> None:
-        self.tables = tables
-        self.rows = rows
-        self.starts = np.cumsum([0, *(table.count for table in tables)])
+    def name(index: int) -> str:
+        number = int(np.searchsorted(starts, rows[index], "right")) - 1
+        return f"{tables[number].path} row {rows[index] - starts[number]}"
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        row = int(self.rows[index])
-        number = int(np.searchsorted(self.starts, row, "right")) - 1
-        return f"{self.tables[number].path} row {row - self.starts[number]}"
+    return name
 
 
-class _Images:
-    """Read the encoded images in some rows, in ascending order, of several files; a batch is in memory."""
+def _images(tables: Sequence[Table], column: str, rows: np.ndarray, root: Path) -> Iterator[Encoded]:
+    """Yield the encoded images in some rows, in ascending order, of several files; a batch is in memory."""
+    first = 0  # row of a batch
+    for table in tables:
+        for (batch,) in table.read_columns([column]):
+            here, rows = np.split(rows, [np.searchsorted(rows, first + len(batch))])
+            for value in batch.take(here - first):
+                yield _encoded(value.as_py(), root)
+            first += len(batch)
 
-    def __init__(self, tables: Sequence[Table], column: str, rows: np.ndarray, root: Path) -> None:
-        self.tables = tables
-        self.column = column
-        self.rows = rows
-        self.root = (root if root.is_dir() else root.parent).resolve()
-        self._at = 0  # where the next range is read on
-        self._stream = self._from(0)
 
-    def read(self, start: int, stop: int) -> list[Encoded]:
-        """Return the images of a range of the rows; a range that follows the one before is read on from there."""
-        if start != self._at:
-            self._stream = self._from(start)
-        found = list(islice(self._stream, len(self.rows[start:stop])))
-        self._at = start + len(found)
-        if self._at < min(stop, len(self.rows)):
-            raise DataError(f"{self.tables[-1].path} was changed while it was read: start again")
-        return found
-
-    def _from(self, start: int) -> Iterator[Encoded]:
-        """Yield the images of the rows from `start` on."""
-        first, rows = 0, self.rows[start:]  # the first row of a batch, and the rows that are still to come
-        for table in self.tables:
-            for (batch,) in table.read_columns([self.column]):
-                here, rows = np.split(rows, [np.searchsorted(rows, first + len(batch))])
-                for value in batch.take(here - first):
-                    yield self._encoded(value.as_py())
-                first += len(batch)
-
-    def _encoded(self, value: Any) -> Encoded:
-        """Return the bytes of an image, or why there are none."""
-        path = None
-        if isinstance(value, dict):
-            value, path = value.get("bytes"), value.get("path")
-        if value is not None:
-            return value
-        if path is None:
-            return "the table has no image there"
-        said = f"the table has only the path {printable(path, 80)}"
-        try:
-            file = Path(os.path.realpath(self.root / path))
-        except ValueError as error:  # it has a zero byte
-            return f"{said}, which cannot be read: {error}"
-        if not file.is_relative_to(self.root):
-            return f"{said}, which is outside {self.root}"
-        read = read_image(file)
-        return f"{said}, which cannot be read: {read}" if isinstance(read, str) else read
+def _encoded(value: Any, root: Path) -> Encoded:
+    """Return the bytes of an image, or why there are none; root: the only folder in which a path is read."""
+    path = None
+    if isinstance(value, dict):
+        value, path = value.get("bytes"), value.get("path")
+    if value is not None:
+        return value
+    if path is None:
+        return "the table has no image there"
+    said = f"the table has only the path {printable(path, 80)}"
+    try:
+        file = Path(os.path.realpath(root / path))
+    except ValueError as error:  # it has a zero byte
+        return f"{said}, which cannot be read: {error}"
+    if not file.is_relative_to(root):
+        return f"{said}, which is outside {root}"
+    read = read_image(file)
+    return f"{said}, which cannot be read: {read}" if isinstance(read, str) else read

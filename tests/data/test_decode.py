@@ -6,6 +6,7 @@ import struct
 import threading
 import time
 import zlib
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,7 @@ from tests.support.pictures import draw, encode
 
 
 def split_of(*encoded: Encoded, clients: tuple[str, ...] = ()) -> RawSplit:
-    names = [f"image {number}" for number in range(len(encoded))]
-    return RawSplit(names, np.arange(len(encoded)), lambda start, stop: encoded[start:stop], "a source", clients)
+    return RawSplit("image {}".format, np.arange(len(encoded)), lambda: iter(encoded), "a source", clients)
 
 
 def decoded(tmp_path: Path, *encoded: Encoded, shape: Any = None, skip: bool = False, workers: int = 2) -> Decoded:
@@ -211,12 +211,12 @@ def test_few_images_are_read_ahead_and_large_ones_decoded_singly(
     images, ahead, at_once, counts = [encode(draw(40, 40, n)) for n in range(60)], [0], [0], threading.Lock()
     read = done = inside = 0
 
-    def read_some(start: int, stop: int) -> list[bytes]:
+    def read_each() -> Iterator[bytes]:
         nonlocal read
-        assert start == read
-        read = stop
-        ahead.append(read - done)
-        return images[start:stop]
+        for image in images:
+            read += 1
+            ahead.append(read - done)
+            yield image
 
     def progress(count: int) -> None:
         nonlocal done
@@ -235,7 +235,7 @@ def test_few_images_are_read_ahead_and_large_ones_decoded_singly(
     monkeypatch.setattr(decoding, "to_shape", slowly)
     monkeypatch.setattr(decoding, "LARGE_PIXELS", 1000)
     monkeypatch.setattr(decoding, "BLOCK_BYTES", 2 * (len(images[0]) + 16 * 16 * 3))
-    split = RawSplit([""] * 60, np.zeros(60, np.int64), read_some, "")
+    split = RawSplit(str, np.zeros(60, np.int64), read_each, "")
     decode_splits({"train": split}, (16, 16, 3), False, tmp_path, progress, workers=3)
     assert (done, max(at_once)) == (60, 1)
     assert max(ahead) <= 2 * 3 * 3  # of six jobs, each of about two images

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from flapp.data.artifact import DataError
-from flapp.data.partition import load_partition, make_partition
+from flapp.data.partition import Partition, load_partition, make_partition, save_partition
+from tests.support.refusals import refused
 
 LABELS = np.random.default_rng(1).integers(0, 10, 2000), np.random.default_rng(2).integers(0, 10, 500)
 
@@ -82,3 +84,27 @@ def test_a_saved_partition_is_read_back_not_drawn_again(tmp_path: Path) -> None:
     for a, b in zip([*drawn.train, *drawn.test], [*read.train, *read.test], strict=True):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(drawn.requested, read.requested)
+
+
+@pytest.mark.parametrize(
+    ("split", "change"),
+    [
+        ("train", {"train_offsets": [0, 2, 4, 6]}),
+        ("test", {"test_offsets": [0, 3, 2]}),
+        ("test", {"test_offsets": [1, 2, 2]}),
+        ("test", {"test_offsets": [0, 1, 1]}),
+        ("train", {"train_indices": [0, 1, 2, 3, 4, 6]}),
+        ("train", {"train_indices": [-1, 1, 2, 3, 4, 5]}),
+        ("train", {"requested": [[0.5]]}),
+    ],
+)
+def test_a_saved_partition_that_does_not_cut_the_samples_into_parts_is_refused(
+    tmp_path: Path, split: str, change: dict[str, list[int]]
+) -> None:
+    path = tmp_path / "one.safetensors"
+    parts = (np.arange(3), np.arange(3, 6)), (np.arange(1), np.arange(1, 2))
+    save_partition(path, Partition(*parts, np.full((2, 1), 3.0)))
+    assert len(load_partition(path).train) == 2
+    save_file(load_file(path) | {name: np.array(values) for name, values in change.items()}, path)
+    with refused(DataError, rf"one\.safetensors is damaged \({split}_indices and .* the parts of .* delete it"):
+        load_partition(path)

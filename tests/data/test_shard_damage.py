@@ -38,9 +38,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing meta": (lambda f: (f / "meta.json").unlink(), r"meta\.json is missing"),
     "missing split": (lambda f: (f / "val.safetensors").unlink(), r"val\.safetensors cannot be read \(No such file"),
     "meta cut": (lambda f: cut(f / "meta.json", 50), r"meta\.json is damaged"),
-    "meta a list": (lambda f: (f / "meta.json").write_text("[]"), "is not of a shard of format 1"),
-    "meta of a later format": (lambda f: change_meta(f, format_version=2), "format_version 2"),
-    "meta without counts": (lambda f: change_meta(f, num_samples=7), "num_samples is missing or of a wrong type"),
+    "meta a list": (lambda f: (f / "meta.json").write_text("[]"), r"meta\.json is damaged .*make it again with"),
+    "meta of a later format": (lambda f: change_meta(f, format_version=2), "format_version: .* got 2"),
+    "meta without counts": (lambda f: change_meta(f, num_samples=7), "num_samples: .* got 7"),
     "meta of other writers": (lambda f: change_meta(f, writers=["me"]), "does not have the digest it states"),
     "meta of another client": (lambda f: change_meta(f, client_id="1"), "does not have the digest it states"),
     "wrong counts": (

@@ -96,13 +96,22 @@ def test_a_table_without_a_test_split_is_divided_as_a_folder_is(tmp_path: Path, 
     assert np.array_equal(whole["train"][0], IMAGES)
 
 
-def test_any_ranges_of_a_table_can_be_read_and_are_named_by_file_and_row(tmp_path: Path) -> None:
+def test_the_images_of_a_table_can_be_read_again_and_are_named_by_file_and_row(tmp_path: Path) -> None:
     raw, _ = open_tables(in_many_files(tmp_path), Columns(), 0.2, 0)
     train = raw["train"]
-    for start, stop in ((0, 3), (3, 9), (9, 9), (2, 20), (0, 20), (19, 20), (5, 6)):
-        assert train.read(start, stop) == BYTES[start:stop]
-    assert train.names[7] == f"{tmp_path}/data/train-00001-of-00004.parquet row 2"
-    assert len(train.names) == 20
+    assert next(train.images()) == BYTES[0]
+    for _ in range(2):
+        assert list(train.images()) == BYTES[:20]
+    for row in (0, 4, 5, 7, 19):
+        assert train.name(row) == f"{tmp_path}/data/train-0000{row // 5}-of-00004.parquet row {row % 5}"
+
+
+def test_a_table_that_loses_rows_while_it_is_read_is_named_with_the_first_row_that_is_gone(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", image=BYTES, label=LABELS)
+    raw, _ = open_tables(path, Columns(), None, 0)
+    write_parquet(path, image=BYTES[:25], label=LABELS[:25])
+    with refused(DataError, r"a\.parquet row 25 is gone, the source changed while it was read: start again"):
+        decode_splits(raw, None, False, tmp_path)
 
 
 def test_columns_are_named_by_settings_where_they_cannot_be_told(tmp_path: Path) -> None:
@@ -147,7 +156,7 @@ def test_an_image_that_is_only_a_path_is_read_in_the_folder_and_nowhere_else(tmp
     (folder / "a/0.png").write_bytes(BYTES[0])
     (tmp_path / "1.png").write_bytes(BYTES[1])
     raw, _ = open_tables(folder, Columns(), None, 0)
-    first, outside, missing, circle, zero = raw["train"].read(0, 5)
+    first, outside, missing, circle, zero = raw["train"].images()
     assert first == BYTES[0]
     assert "outside" in str(outside)
     assert "No such file" in str(missing)
@@ -267,7 +276,7 @@ def test_clients_are_whole_numbers_or_texts_and_go_with_their_rows(tmp_path: Pat
         raw, _ = open_tables(path, Columns(client="who"), 0.2, 0)
         clients = {image: str(value) for image, value in zip(BYTES, values, strict=True)}
         for split in raw.values():
-            assert list(split.clients) == [clients[bytes(image)] for image in split.read(0, len(split.labels))]
+            assert list(split.clients) == [clients[bytes(image)] for image in split.images()]
 
 
 def test_a_large_row_group_is_read_in_bounded_memory(tmp_path: Path) -> None:
@@ -275,7 +284,7 @@ def test_a_large_row_group_is_read_in_bounded_memory(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", image=[draw.bytes(200_000) for _ in range(1000)], label=[0, 1] * 500)
     raw, _ = open_tables(path, Columns(), None, 0)
     before = peak()
-    assert sum(len(raw["train"].read(start, start + 10)[0]) for start in range(0, 1000, 10)) == 100 * 200_000
+    assert sum(map(len, raw["train"].images())) == 1000 * 200_000
     assert peak() - before < 100 << 20
 
 

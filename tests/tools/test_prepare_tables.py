@@ -197,6 +197,18 @@ def test_settings_that_do_not_fit_a_table_are_refused_in_one_line(
     assert REFUSED[words] in said
 
 
+def test_images_with_a_side_that_shards_cannot_hold_are_refused_before_anything_is_written(
+    tmp_path: Path, refused: Refusal
+) -> None:
+    images = [encode(np.full((1, 70_000, 3), 7, np.uint8))] * 6
+    source = write_parquet(tmp_path / "long.parquet", image=images, label=[0, 1] * 3, who=[0, 1, 2] * 2)
+    words = ("dataset.client_column=who", "partition=natural", "clients=3")
+    said = refused(tmp_path, *MINE, f"dataset.source={source}", *words)
+    assert "long.parquet cannot become shards, shape.1: " in said
+    assert "65536, got 70000: set dataset.shape" in said
+    assert not (tmp_path / "data/mine").exists()
+
+
 def test_a_dataset_of_the_hub_is_downloaded_once_and_read_from_home(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

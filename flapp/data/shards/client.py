@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pydantic
 from safetensors import safe_open
 
 from flapp.data.artifact import DataError, refusing
-from flapp.data.shards.source import Kind, block_rows, read_kind
+from flapp.data.shards.source import Kind, Text, block_rows, read_kind
 from flapp.files import replacing_folder, sha256_of_file
 from flapp.untrusted import check_safetensors, printable, read_json
 
@@ -31,15 +32,6 @@ SHARD_FILES = ("meta.json", *(f"{split}.safetensors" for split in SPLITS))
 REMEDY = "python -m tools.prepare_data dataset=DATASET dataset.source=DIR clients=N partition=natural"
 AGAIN = f"make it again with {REMEDY}"
 MOST_HEADER = 64 << 10  # bytes; ours has about 150
-_META_TYPES: dict[str, Any] = {
-    "client_id": str,
-    "num_samples": dict,
-    "label_hist": list,
-    "writers": list,
-    "sha256": dict,
-    "recipe": dict,
-    "digest": str,
-}
 
 Part = tuple[str, np.ndarray, np.ndarray]  # split, images, labels
 
@@ -104,20 +96,27 @@ class DistributedShardLoader:
         return ShardSplit(path, self.normalization, self.sha256[path.name], self.kind)
 
 
+@pydantic.dataclasses.dataclass(config={"strict": True})
+class _Meta:
+    """What the meta.json of a shard must have, whatever else it says."""
+
+    format_version: Literal[1]
+    client_id: Text
+    num_samples: dict[str, Any]
+    label_hist: list[Any]
+    writers: list[str]
+    sha256: dict[str, Any]
+    recipe: dict[str, Any]
+    digest: str
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
     """Read the meta.json of a shard; raises DataError when it is missing or is not one."""
     path = folder / "meta.json"
     with refusing(path, AGAIN, f"no shard at {folder} (meta.json is missing): make it with {REMEDY}"):
         meta = read_json(path)
-    said = meta if isinstance(meta, dict) else {}
-    wrong = [key for key, kind in _META_TYPES.items() if not isinstance(said.get(key), kind)]
-    if (version := said.get("format_version", "missing")) != FORMAT_VERSION:
-        fault = f"format_version {version}"
-    elif wrong or not said["client_id"].isprintable() or not all(isinstance(name, str) for name in said["writers"]):
-        fault = f"{(wrong or ['client_id or writers'])[0]} is missing or of a wrong type"
-    else:
-        return said
-    raise DataError(f"{path} is not of a shard of format {FORMAT_VERSION} ({printable(fault)}): make it with {REMEDY}")
+        _Meta(**meta)
+    return meta
 
 
 def write_shard(

@@ -12,16 +12,18 @@ JSON is parsed once, one writer at a time, into a temporary file of pixels: memo
 import re
 import tempfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import ijson
 import numpy as np
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
 from flapp.data.artifact import DataError, refusing
 from flapp.data.decode import Decoded
 from flapp.data.shards.source import FEMNIST, Source
-from flapp.untrusted import check_regular, open_npy, printable
+from flapp.untrusted import check_regular, one_line, open_npy, printable
 
 CLASSES = len(FEMNIST.classes)
 SIDE = FEMNIST.shape[0]
@@ -59,6 +61,14 @@ def open_source(folder: Path, progress: bool = False, scratch: Path | None = Non
     if not reader.files:
         raise DataError(f"{files[0]} and its neighbours hold no users: point dataset.source at LEAF's output")
     return reader.source(bool(test), progress)
+
+
+@dataclass(config=ConfigDict(strict=True))
+class _Samples:
+    """One user's images, as rows of pixels, and labels."""
+
+    x: list[Annotated[list[float], Field(min_length=PIXELS, max_length=PIXELS)]]
+    y: list[Annotated[int, Field(ge=0, lt=CLASSES)]]
 
 
 class _LeafReader:
@@ -115,27 +125,16 @@ class _LeafReader:
         if not user.isprintable():
             raise DataError(f"{path} has control characters in the name {printable(repr(user), 80)}: rename it")
         who = f"{path}: user {user}"
-        if not isinstance(data, dict) or not {"x", "y"} <= data.keys():
-            raise DataError(f"{who} has no x or no y: it is not LEAF JSON")
-        rows, labels = data["x"], data["y"]
-        if not isinstance(rows, list) or not isinstance(labels, list):
-            raise DataError(f"{who} has something else instead of a list in x or y: it is not LEAF JSON")
-        for label in labels:
-            if type(label) is not int or not 0 <= label < CLASSES:
-                found = f"{who} has label {printable(repr(label))}, FEMNIST has 0 to {CLASSES - 1}"
-                raise DataError(f"{found}: correct the label")
-        if len(rows) != len(labels):
-            raise DataError(f"{who} has {len(rows)} images in x and {len(labels)} labels in y: {AGAIN}")
-        for number, row in enumerate(rows):
-            if not isinstance(row, list) or not set(map(type, row)) <= {int, float}:
-                found = f"{who} has something else than a row of pixels in x (image {number})"
-                raise DataError(f"{found}: it is not LEAF JSON")
-            if len(row) != PIXELS:
-                raise DataError(f"{who} has an image of {len(row)} pixels, not {PIXELS} (image {number}): {AGAIN}")
-        self.pixels.write(self._to_grey(who, np.array(rows, dtype=np.float64).reshape(-1, PIXELS)).data)
-        self.labels.append(np.array(labels, dtype=np.int64))
-        self.users += [user] * len(labels)
-        return len(labels)
+        try:
+            held = _Samples(**data)
+        except (ValidationError, TypeError) as error:
+            raise DataError(f"{who} is not as LEAF writes it, {one_line(error)}: correct it, or {AGAIN}") from None
+        if len(held.x) != len(held.y):
+            raise DataError(f"{who} has {len(held.x)} images in x and {len(held.y)} labels in y: {AGAIN}")
+        self.pixels.write(self._to_grey(who, np.array(held.x, dtype=np.float64).reshape(-1, PIXELS)).data)
+        self.labels.append(np.array(held.y, dtype=np.int64))
+        self.users += [user] * len(held.y)
+        return len(held.y)
 
     def _to_grey(self, who: str, pixels: np.ndarray) -> np.ndarray:
         """Turn pixels, float64 (n, 784), into uint8, finding out their scale first; refuse those out of range."""

@@ -6,14 +6,17 @@ A manifest is read and checked whole, once in a process for as long as its files
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, NonNegativeInt, Strict
+from pydantic.dataclasses import dataclass
 
 from flapp.data.artifact import DataError, check_settings, refusing
 from flapp.data.shards.client import REMEDY, SPLITS, digest_of
-from flapp.data.shards.source import Kind, read_kind
+from flapp.data.shards.source import Kind, Text, read_kind
 from flapp.files import Stamp, stamp
 from flapp.untrusted import parse_json, printable, read_bytes, read_json
 
@@ -23,16 +26,19 @@ MOST_LINES = 256 << 20  # bytes of clients.jsonl; 100,000 clients have about 40 
 AGAIN = f"make the shards with {REMEDY} overwrite=true"
 
 
-@dataclass(frozen=True)
+_Split = Annotated[str, Field(pattern=f"^({'|'.join(SPLITS)})$")]
+
+
+@dataclass(frozen=True, config=ConfigDict(strict=True))
 class ShardRecord:
     """What one client must hold; shard: its folder, relative to the manifest's; writers: how many."""
 
-    client_id: str
-    shard: str
-    num_samples: Mapping[str, int]
-    label_hist: tuple[int, ...]
-    writers: int
-    digest: str
+    client_id: Text
+    shard: Text
+    num_samples: Annotated[dict[_Split, NonNegativeInt], Field(min_length=len(SPLITS))]
+    label_hist: Annotated[tuple[NonNegativeInt, ...], Strict(False)]  # JSON has a list
+    writers: NonNegativeInt
+    digest: Text
 
 
 class Manifest(dict[str, ShardRecord]):
@@ -158,14 +164,7 @@ def _read_records(path: Path, facts: dict[str, Any]) -> dict[str, ShardRecord]:
 
 
 def _parse(line: bytes) -> ShardRecord:
-    values = parse_json(line)
-    record = ShardRecord(**values | {"label_hist": tuple(values["label_hist"])})
-    counts = [record.num_samples[split] for split in SPLITS]
-    if not all(type(n) is int and n >= 0 for n in [*counts, *record.label_hist, record.writers]):
-        raise ValueError("one of its numbers is below zero or not whole")
-    texts = (record.client_id, record.shard, record.digest)
-    if not all(isinstance(text, str) and text.isprintable() for text in texts):
-        raise ValueError(f"one of {texts} is not text, or has control characters")
+    record = ShardRecord(**parse_json(line))
     shard = Path(record.shard)
     if shard.is_absolute() or ".." in shard.parts:
         raise ValueError(f"the shard of client {record.client_id} is {shard}, outside the manifest's folder")

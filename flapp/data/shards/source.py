@@ -3,12 +3,12 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+import pydantic
+from pydantic import AfterValidator, Field, Strict
 from tqdm import tqdm
-
-from flapp.data.artifact import NORMALIZATIONS
 
 if TYPE_CHECKING:
     from flapp.data.decode import Decoded  # imports PIL, which clients do without
@@ -19,17 +19,27 @@ BLOCK_BYTES = 16 << 20
 NONE = np.empty(0, np.int64)
 
 
-@dataclass(frozen=True)
+def _check_printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it has control characters")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_printable)]
+_Side = Annotated[int, Field(gt=0, le=LONGEST_SIDE)]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config={"strict": True})
 class Kind:
     """What all samples of a dataset are: images, uint8 (H, W, C), in classes with names.
 
     normalization: the one that runs must use, None if they may use any.
     """
 
-    dataset: str
-    shape: tuple[int, ...]
-    classes: tuple[str, ...]
-    normalization: str | None = None
+    dataset: Text
+    shape: Annotated[tuple[_Side, _Side, _Side], Strict(False)]  # JSON has lists
+    classes: Annotated[tuple[Text, ...], Field(min_length=1, max_length=MOST_CLASSES), Strict(False)]
+    normalization: Literal["none", "half", "imagenet"] | None = None
 
     @property
     def stored(self) -> tuple[int, ...]:
@@ -59,21 +69,9 @@ FEMNIST = Kind("femnist", (28, 28, 1), tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWX
 
 def read_kind(facts: Mapping[str, Any]) -> Kind:
     """Return the kind that meta.json or manifest.json states; raises ValueError if it states none."""
-    dataset, normalization = facts.get("dataset", FEMNIST.dataset), facts.get("normalization")
-    if dataset == FEMNIST.dataset:
+    if facts.get("dataset", FEMNIST.dataset) == FEMNIST.dataset:
         return FEMNIST
-    shape, classes = facts.get("shape"), facts.get("classes")
-    if not isinstance(shape, list) or not isinstance(classes, list):
-        raise ValueError("it does not say the shape and the classes of its samples")
-    if not all(isinstance(text, str) and text.isprintable() for text in (dataset, *classes)):
-        raise ValueError("its dataset or one of its classes is not text, or has control characters")
-    if normalization not in (None, *NORMALIZATIONS):
-        raise ValueError("its normalization is unknown")
-    if len(shape) != 3 or not all(type(side) is int and 0 < side <= LONGEST_SIDE for side in shape):
-        raise ValueError(f"its shape {shape} is not [height, width, channels]")
-    if not 0 < len(classes) <= MOST_CLASSES:
-        raise ValueError(f"it has {len(classes)} classes")
-    return Kind(str(dataset), tuple(shape), tuple(classes), normalization)
+    return Kind(**facts)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from flapp.files import replacing, sha256_of_file, write_json
 from flapp.model.files import FORMAT_VERSION, read_tensors, save_tensors
-from flapp.untrusted import check_regular, printable, read_json
+from flapp.untrusted import check_regular, one_line, printable, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -186,11 +186,7 @@ def read_metadata(path: str | Path) -> Metadata:
     except OSError as error:
         raise ValueError(_unreadable(where, error, "weights need their metadata")) from error
     except (ValueError, TypeError) as error:
-        said: object = error
-        if isinstance(error, ValidationError):
-            fault = error.errors(include_url=False)[0]
-            said = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
-        raise ValueError(f"{where} is damaged ({printable(said)}): store the split again") from error
+        raise ValueError(f"{where} is damaged ({one_line(error)}): store the split again") from error
     if metadata.sha256 != found:
         found = f"{path} has SHA-256 {found[:12]}, {where.name} says {metadata.sha256[:12]}"
         raise ValueError(f"{found}: one of them was changed, store the split again")
