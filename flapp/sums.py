@@ -138,11 +138,11 @@ def clip(sent: Tensors, trained: Tensors, norm: float) -> Tensors | None:
         change = _change(old, trained[key].reshape(-1)[part])
         np.multiply(change, factor, out=change)
         new[:] = np.add(old, change, out=change)
-        return _squares(_change(old, new))
+        return squares(_change(old, new))
 
     with np.errstate(over="ignore", invalid="ignore"):
-        squares = sum(over_blocks({key: values.size for key, values in found.items()}, shorten))
-    if not math.sqrt(squares) <= limit:  # values so large that rounding to their dtype made the update too long
+        total = sum(over_blocks({key: values.size for key, values in found.items()}, shorten))
+    if not math.sqrt(total) <= limit:  # values so large that rounding to their dtype made the update too long
         return {key: _shortened_towards(sent[key], after, factor) for key, after in trained.items()}
     return {key: values.reshape(trained[key].shape) for key, values in found.items()}
 
@@ -156,12 +156,12 @@ def update_length(sent: Tensors, trained: Tensors) -> float:
     for most in (np.float32, np.float64):  # squares beyond float32 are rare
 
         def measure(key: str, part: slice, most: type = most) -> float:
-            return _squares(_change(sent[key].reshape(-1)[part], trained[key].reshape(-1)[part], most))
+            return squares(_change(sent[key].reshape(-1)[part], trained[key].reshape(-1)[part], most))
 
         with np.errstate(over="ignore", invalid="ignore"):
-            squares = sum(over_blocks(sizes, measure))
-        if math.isfinite(squares):
-            return math.sqrt(squares)
+            total = sum(over_blocks(sizes, measure))
+        if math.isfinite(total):
+            return math.sqrt(total)
     raise FloatingPointError("the update is not finite, so it cannot be clipped: lower train.lr")
 
 
@@ -170,7 +170,7 @@ def _change(before: np.ndarray, after: np.ndarray, most: type = np.float32) -> n
     return np.subtract(after, before, dtype=most if after.dtype == np.float32 else np.float64)
 
 
-def _squares(values: np.ndarray) -> float:
+def squares(values: np.ndarray) -> float:
     """Return the sum of squares. Rows are short, so that the relative error of float32 sums stays below 1e-5."""
     whole = values.size // ROW * ROW
     rows, rest = values[:whole].reshape(-1, ROW), values[whole:].astype(np.float64)
