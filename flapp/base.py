@@ -1,12 +1,10 @@
 """Store the frozen base of adapters on disk, as home/models/<digest>/base.safetensors.
 
-The digest covers the tensors only, not the file that they came from. A node receives a base in pieces and collects them
-beside it, in <digest>.pieces-<node id>/<index>.safetensors. When all pieces are there and their digest is correct, they
-become the base.
+The digest covers the tensors only, not the file that they came from. A node that receives a base stores it only if its
+digest is correct.
 """
 
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-PIECE_BYTES = 16 << 20
 DAMAGED = "damaged"  # in place of the digest of a file that cannot be read
 
 
@@ -76,41 +73,13 @@ def load_base(models: Path, digest: str) -> dict[str, "Tensor"]:
     return load_tensors(path)[0]
 
 
-def cut_base(tensors: Mapping[str, "Tensor"]) -> Iterator[dict[str, "Tensor"]]:
-    """Cut a base into pieces of whole tensors, each of about PIECE_BYTES."""
-    piece: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        piece[key] = tensor
-        if sum(t.nbytes for t in piece.values()) >= PIECE_BYTES:
-            yield piece
-            piece = {}
-    if piece:
-        yield piece
-
-
-def receive_piece(
-    models: Path, digest: str, node_id: int, index: int, count: int, tensors: Mapping[str, "Tensor"]
-) -> int:
-    """Save a piece, store the base when all pieces have arrived, and return how many are still missing.
-
-    Nodes that share a home gather their pieces separately. The first node to have them all puts the base in place.
-    """
-    folder = base_path(models, digest).parent.with_suffix(f".pieces-{node_id}")
-    if find_base(models, digest) == digest:
-        shutil.rmtree(folder, ignore_errors=True)
-        return 0
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(tensors, folder / f"{index}.safetensors")
-    pieces = [folder / f"{i}.safetensors" for i in range(count)]
-    if missing := sum(not piece.exists() for piece in pieces):
-        return missing
-    whole = {key: tensor for piece in pieces for key, tensor in load_tensors(piece)[0].items()}
-    shutil.rmtree(folder)
-    if (found := digest_of(whole)) != digest:
+def receive_base(models: Path, digest: str, tensors: Mapping[str, "Tensor"]) -> None:
+    """Store a base that has arrived; raises BaseError when it has another digest than the server named."""
+    base_path(models, digest)  # before anything is read or written, the name must be a digest
+    if (found := digest_of(tensors)) != digest:
         what = f"the base that arrived has digest {found[:12]}, the server's is {digest[:12]}"
         raise BaseError(f"{what}: it is sent again in the next round")
-    keep_base(models, whole)
-    return 0
+    keep_base(models, tensors)
 
 
 def base_path(models: Path, digest: str) -> Path:

@@ -18,17 +18,18 @@ deviations. This adds less than 1e-16 to delta for each tensor element and round
 import logging
 import math
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from flapp.config.load import derive_seed
 from flapp.config.schema import Config, ConfigError, PrivacyConfig
+from flapp.privacy import dp_accounting
 
 STEPS = 10_000  # z is a multiple of 1 / STEPS
 LEAST_COUNT_NOISE = 1 / 20  # of the expected number of clients, as Andrew et al. recommend
@@ -89,13 +90,8 @@ def spent(settings: PrivacyConfig, plan: Plan, rounds: int) -> float:
 def affordable(settings: PrivacyConfig, plan: Plan, most: int) -> int:
     """Return how many rounds the budget privacy.epsilon is enough for, at most `most`."""
     if spent(settings, plan, most) <= settings.epsilon:
-        return most
-    enough, too_many = 0, most
-    while too_many - enough > 1:
-        middle = (enough + too_many) // 2
-        is_enough = spent(settings, plan, middle) <= settings.epsilon
-        enough, too_many = (middle, too_many) if is_enough else (enough, middle)
-    return enough
+        return most  # as usual, and a search would take several times as long
+    return bisect_right(range(most), settings.epsilon, key=lambda n: spent(settings, plan, n + 1))
 
 
 def describe_central(config: Config) -> str:
@@ -147,8 +143,7 @@ def secure_normals(count: int) -> np.ndarray:
 @lru_cache(maxsize=64)
 def _least_multiplier(epsilon: float, delta: float, accountant: str, sampling: float, rounds: int) -> float:
     """Return the least z, a multiple of 1 / STEPS, with which so many rounds stay within the budget."""
-    package = _package()
-    from dp_accounting.mechanism_calibration import NoBracketIntervalFoundError
+    package = dp_accounting("central")
 
     def search(kind: str, low: float, high: float) -> float:
         bracket = package.LowerEndpointAndGuess(low, high)
@@ -167,7 +162,7 @@ def _least_multiplier(epsilon: float, delta: float, accountant: str, sampling: f
         with _quiet():
             z = search("rdp", 0.1, 1.0)
             z = search("pld", z / 2, z) if accountant == "pld" else z
-    except NoBracketIntervalFoundError as error:
+    except package.mechanism_calibration.NoBracketIntervalFoundError as error:
         raise ConfigError(
             f"privacy.epsilon={epsilon:g} needs a noise multiplier below 0.1 or above 1e8: choose another, or set "
             "privacy.noise_multiplier"
@@ -176,31 +171,15 @@ def _least_multiplier(epsilon: float, delta: float, accountant: str, sampling: f
 
 
 def _event(z: float, sampling: float) -> Any:
-    package = _package()
+    package = dp_accounting("central")
     event = package.GaussianDpEvent(z)
     return package.PoissonSampledDpEvent(sampling, event) if sampling < 1 else event
 
 
 def _accountant(kind: str) -> Callable[[], Any]:
     """Return the class of an accountant; both take neighbours to differ by one client that is there or not."""
-    if kind == "pld":
-        from dp_accounting.pld import PLDAccountant
-
-        return PLDAccountant
-    from dp_accounting.rdp import RdpAccountant
-
-    return RdpAccountant
-
-
-def _package() -> ModuleType:
-    try:
-        import dp_accounting  # imports SciPy, which is slow
-    except ImportError as error:
-        raise ConfigError(
-            f"privacy=central needs the package dp-accounting on the server ({error}): "
-            'pip install -e ".[privacy]", or set privacy=none'
-        ) from error
-    return dp_accounting
+    package = dp_accounting("central")
+    return package.pld.PLDAccountant if kind == "pld" else package.rdp.RdpAccountant
 
 
 @contextmanager

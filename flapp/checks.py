@@ -2,19 +2,31 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from math import isfinite
 
 import numpy as np
 from flwr.app import Array
 
 from flapp.custom import NAME
-from flapp.messages import NUM_EXAMPLES, SUMS, TRAIN, VAL, WITHIN_CLIP, Answer, Claim, MessageError, one_line, view
+from flapp.messages import (
+    NUM_EXAMPLES,
+    SUMS,
+    TRAIN,
+    VAL,
+    WITHIN_CLIP,
+    Answer,
+    Claim,
+    MessageError,
+    one_line,
+    view,
+    views,
+)
+from flapp.sums import over_blocks, squares, update_length
 
 LARGEST = 1.8e19  # beyond it a square overflows float32, so that no optimiser can continue
-BLOCK = 1 << 17  # elements: a float64 block near the level-2 cache
 SMALL = 1 << 10  # elements: so few that BLAS computes their product in one thread
-SMALL_BLOCK = 1 << 16  # float32 elements; two such blocks fit into the level-2 cache
+BLOCK = 1 << 16  # float32 elements; two such blocks fit into the level-2 cache
 LOSS_SUMS = {f"{start}{kind}loss-sum" for start in ("", VAL) for kind in ("", "personal-")}
 METRIC = re.compile(f"({VAL})?(personal-)?{SUMS}{NAME.pattern}")  # of evaluate.metrics
 NEVER_NEGATIVE = {"train-loss", "seconds", *LOSS_SUMS}
@@ -127,13 +139,16 @@ def check_update(
 
     trained: a client's tensors; expected: those it was sent. Raises MessageError as find_fault and find_norm_fault say.
     """
-    squares = _squared_length(trained, expected) if trained.keys() == expected.keys() else math.nan
-    norm = squares**0.5
+    norm = _squared_length(trained, expected) ** 0.5 if trained.keys() == expected.keys() else math.nan
     # A short update has no infinite or too large value, because the tensors sent have none.
     if not norm < LARGEST / 100:
         if fault := find_fault(trained, expected):
             raise MessageError(fault)
-        norm = update_norm(floating_pairs(trained, expected))
+        after = {key: values for key, values in views(trained).items() if values.dtype.kind == "f"}
+        try:
+            norm = update_length(views(expected), after)
+        except FloatingPointError:  # for a float64 model whose own tensors are that large
+            norm = math.inf
     if fault := find_norm_fault(norm, limit, multiple, fix):
         raise MessageError(fault)
     return norm
@@ -141,7 +156,7 @@ def check_update(
 
 def _squared_length(trained: Mapping[str, Array], expected: Mapping[str, Array]) -> float:
     """Return the squared length of an update; NaN or infinite where a value is, or where a tensor does not fit."""
-    squares = 0.0
+    total = 0.0
     with np.errstate(over="ignore", invalid="ignore"):
         for key, sent in expected.items():
             try:
@@ -150,45 +165,22 @@ def _squared_length(trained: Mapping[str, Array], expected: Mapping[str, Array])
                 return math.nan
             if after.shape != before.shape or after.dtype != before.dtype:
                 return math.nan
-            if after.dtype == np.float32:
-                squares += _squared_distance(after.reshape(-1), before.reshape(-1))
-            elif after.dtype.kind == "f":
-                squares += update_norm([(after, before)]) ** 2
-    return squares
+            if after.dtype.kind == "f":
+                total += _squared_distance(after.reshape(-1), before.reshape(-1))
+    return total
 
 
 def _squared_distance(after: np.ndarray, before: np.ndarray) -> float:
+    dtype = np.float32 if after.dtype == np.float32 else np.float64
     if after.size <= SMALL:
-        change = after - before
+        change = np.subtract(after, before, dtype=dtype)
         return float(change @ change)
-    squares, buffer = 0.0, np.empty(min(SMALL_BLOCK, after.size), np.float32)
-    for start in range(0, after.size, SMALL_BLOCK):
-        part = slice(start, start + SMALL_BLOCK)
-        block = np.subtract(after[part], before[part], out=buffer[: after.size - start])
-        squares += float(np.einsum("i,i->", block, block))
-    return squares
-
-
-def update_norm(tensors: Iterable[tuple[np.ndarray, np.ndarray]], weight: float = 1.0) -> float:
-    """Return the Euclidean length of an update, given as pairs (trained, received) of tensors, in float64.
-
-    weight: multiplies the received tensors first; for a weighted sum it is the sum of the weights.
-    """
-    squares, buffer = 0.0, np.empty(0)
-    for trained, received in tensors:
-        after, before = trained.reshape(-1), received.reshape(-1)
-        if buffer.size < min(BLOCK, after.size):
-            buffer = np.empty(min(BLOCK, after.size))
-        for start in range(0, after.size, BLOCK):
-            part = slice(start, start + BLOCK)
-            block = buffer[: after[part].size]
-            if weight == 1.0:
-                np.subtract(after[part], before[part], out=block, dtype=np.float64)
-            else:
-                np.multiply(before[part], -weight, out=block, dtype=np.float64)
-                np.add(block, after[part], out=block)
-            squares += float(np.einsum("i,i->", block, block))
-    return squares**0.5
+    total, buffer = 0.0, np.empty(min(BLOCK, after.size), dtype)
+    for start in range(0, after.size, BLOCK):
+        part = slice(start, start + BLOCK)
+        block = np.subtract(after[part], before[part], out=buffer[: after.size - start], dtype=dtype)
+        total += float(np.einsum("i,i->", block, block))
+    return total
 
 
 def find_norm_fault(norm: float, limit: float, multiple: float | None, fix: str = RAISE_LIMIT) -> str | None:
@@ -210,7 +202,7 @@ def find_sum_fault(total: Mapping[str, Array], sent: Mapping[str, Array], weight
     """
     if total.keys() != sent.keys():
         return "it has other tensors than the model"
-    pairs, size = [], 0.0
+    pairs, size = {}, 0.0
     for key, array in total.items():
         try:
             values, before = view(array), view(sent[key])
@@ -219,9 +211,15 @@ def find_sum_fault(total: Mapping[str, Array], sent: Mapping[str, Array], weight
         if values.shape != before.shape or values.dtype != np.float64:
             return f"its {key} is {values.dtype} {list(values.shape)}, not float64 {list(before.shape)}"
         if before.dtype.kind == "f":
-            pairs.append((values, before))
+            pairs[key] = values.reshape(-1), before.reshape(-1)
             size = max(size, float(np.abs(before).max(initial=0)) * before.size**0.5)
-    length = update_norm(pairs, weight)
+
+    def measure(key: str, part: slice) -> float:
+        values, before = pairs[key]
+        return squares(values[part] - np.multiply(before[part], weight, dtype=np.float64))
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        length = math.sqrt(sum(over_blocks({key: values.size for key, (values, _) in pairs.items()}, measure)))
     if length <= most * (1 + 1e-4) + 1e-9 * weight * size * len(pairs) ** 0.5:
         return None  # such a sum has no infinite or too large value, because the tensors sent have none
     faults = ((key, find_value_fault(view(array), LARGEST * weight)) for key, array in total.items())

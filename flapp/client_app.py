@@ -9,12 +9,12 @@ from functools import lru_cache, partial
 from logging import DEBUG, INFO, WARNING
 
 import torch
-from flwr.app import Array, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.logger import update_console_handler
 
 from flapp.architecture import adapt, build, choose_device, pruned_rank
-from flapp.base import find_base, load_base, receive_piece
+from flapp.base import find_base, load_base, receive_base
 from flapp.client.data import clients_at, make_batches
 from flapp.client.mods import checkpoint_mod, describe, group_mod, name_errors_mod, own_mods_mod, privacy_mod
 from flapp.client.store import private_key
@@ -23,7 +23,6 @@ from flapp.config.load import derive_seed, load
 from flapp.config.schema import Config, ConfigError, DatasetConfig, ModelConfig
 from flapp.custom import own
 from flapp.messages import (
-    METRICS,
     NUM_EXAMPLES,
     SUMS,
     VAL,
@@ -36,7 +35,6 @@ from flapp.messages import (
     pack_reply,
     unpack_arrays,
     unpack_instructions,
-    unpack_piece,
     views,
 )
 from flapp.model.files import to_numpy
@@ -90,13 +88,12 @@ def make_claim(task: Task) -> Claim:
 
 
 @app.query("base")
-def keep_piece(message: Message, context: Context) -> Message:
-    """Keep a piece of the frozen base, which is put in place when all pieces have come."""
-    base = unpack_instructions(message).base
+def take_base(message: Message, context: Context) -> Message:
+    """Store the frozen base, which the train messages build on."""
+    digest = unpack_instructions(message).base
     config, _ = load(context.run_config, context.node_config)
-    index, count, arrays = unpack_piece(message.content)
-    missing = receive_piece(config.models_dir, base, context.node_id, index, count, arrays.to_torch_state_dict())
-    return Message(RecordDict({METRICS: MetricRecord({"missing": missing})}), reply_to=message)
+    receive_base(config.models_dir, digest, as_tensors(unpack_arrays(message.content)))
+    return Message(RecordDict(), reply_to=message)
 
 
 @app.train()

@@ -2,7 +2,7 @@
 
     type          server to client                       client to server
     query.attest  order                                  claims: columns, an entry for each client at the node
-    query.base    order, piece, arrays (of the base)     metrics (pieces still missing)
+    query.base    order, arrays (the base)               nothing
     train         order, arrays (the global model)       arrays (the trained model), metrics, claim
     evaluate      order, arrays                          metrics, claim
 
@@ -28,13 +28,13 @@ from flapp.custom import source_digest
 from flapp.untrusted import printable, read_npy_header
 
 ATTEST, BASE, TRAIN, EVALUATE = "query.attest", "query.base", "train", "evaluate"
-ARRAYS, INSTRUCTIONS, METRICS, CLAIM, CLAIMS, PIECE = "arrays", "order", "metrics", "claim", "claims", "piece"
+ARRAYS, INSTRUCTIONS, METRICS, CLAIM, CLAIMS = "arrays", "order", "metrics", "claim", "claims"
 NUM_EXAMPLES, REPLAYED = "num-examples", "replayed"
 VAL = "val-"  # begins the names of metrics of validation samples
 WITHIN_CLIP = "within-clip"  # whether an update was at most as long as the clipping norm, 1 or 0
 CLIPPING_NORM = "clipping_norm"
 SUMS = "sum-"  # begins the names of the sums of evaluate.metrics, after val- and personal-
-LONGEST_TEXT, MOST_METRICS, MOST_CLASSES, MOST_PIECES = 500, 1024, 1 << 16, 1 << 16  # in one message
+LONGEST_TEXT, MOST_METRICS, MOST_CLASSES = 500, 1024, 1 << 16  # in one message
 LOST = {  # the meaning of Flower's own error codes; other errors have a reason of their own
     ErrorCode.NODE_UNAVAILABLE: "its node stopped answering (killed, out of memory, or disconnected)",
     ErrorCode.MESSAGE_UNAVAILABLE: "its node left the federation, or did not answer before the message expired",
@@ -138,22 +138,6 @@ def unpack_arrays(content: RecordDict) -> ArrayRecord:
     if not isinstance(record, ArrayRecord):
         raise MessageError("the message carries no arrays")
     return record
-
-
-def pack_piece(node_id: int, asked: Instructions, index: int, count: int, arrays: ArrayRecord) -> Message:
-    """Build the message that carries piece `index` of `count` of the base that the instructions name."""
-    message = pack_instructions(node_id, BASE, asked, arrays)
-    message.content[PIECE] = ConfigRecord({"index": index, "count": count})
-    return message
-
-
-def unpack_piece(content: RecordDict) -> tuple[int, int, ArrayRecord]:
-    """Read a piece of the base: its index, the number of pieces, and the tensors."""
-    record = content.config_records.get(PIECE, ConfigRecord())
-    index, count = record.get("index"), record.get("count")
-    if type(index) is not int or type(count) is not int or not 0 <= index < count <= MOST_PIECES:
-        raise MessageError(f"the message's piece is number {index!r} of {count!r}")
-    return index, count, unpack_arrays(content)
 
 
 def pack_claims(message: Message, claims: list[Claim]) -> Message:

@@ -37,8 +37,8 @@ def total_epsilon(settings: PrivacyConfig, releases: int) -> float:
     """Return the epsilon, at settings.delta, of so many releases of a client; raises ConfigError as find_sigma does."""
     if releases == 0:
         return 0.0
-    multiplier = _noise_multiplier(settings.epsilon, settings.delta)
-    return float(_gaussian().get_epsilon_gaussian(multiplier / sqrt(releases), settings.delta))
+    multiplier = _noise_multiplier(settings.epsilon, settings.delta) / sqrt(releases)
+    return float(dp_accounting("local").gaussian_mechanism.get_epsilon_gaussian(multiplier, settings.delta))
 
 
 def describe_plan(settings: PrivacyConfig, num_rounds: int) -> str:
@@ -92,14 +92,16 @@ def _update(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 @lru_cache(maxsize=8)
 def _noise_multiplier(epsilon: float, delta: float) -> float:
     """Return sigma / sensitivity of the analytic Gaussian mechanism."""
-    return float(_gaussian().get_sigma_gaussian(epsilon, delta))
+    return float(dp_accounting("local").gaussian_mechanism.get_sigma_gaussian(epsilon, delta))
 
 
-def _gaussian() -> ModuleType:
+def dp_accounting(kind: str) -> ModuleType:
+    """Return the package dp-accounting; raises ConfigError, for privacy=`kind`, where it is not installed."""
     try:
-        from dp_accounting import gaussian_mechanism  # imports SciPy, which is slow
+        import dp_accounting  # imports SciPy, which is slow
     except ImportError as error:
         raise ConfigError(
-            f'privacy=local needs the package dp-accounting ({error}): pip install -e ".[privacy]", or set privacy=none'
+            f"privacy={kind} needs the package dp-accounting{' on the server' if kind == 'central' else ''} ({error}): "
+            'pip install -e ".[privacy]", or set privacy=none'
         ) from error
-    return gaussian_mechanism
+    return dp_accounting

@@ -46,20 +46,17 @@ class WeightedSum:
         """
         if is_new := not self._totals:
             self._totals = {key: np.empty(array.shape) for key, array in groups[0][0][0].items()}
-        _for_each_key(list(self._totals), self._totals, lambda key: self._add_tensor(key, groups, is_new))
+        flat = {key: [_flat(key, group) for group in groups] for key in self._totals}
 
-    def _add_tensor(self, key: str, groups: Sequence[Sequence[Weighted]], is_new: bool) -> None:
-        total = self._totals[key].reshape(-1)
-        flat = [[(view(arrays[key]).reshape(-1), weight) for arrays, weight in group] for group in groups]
-        part_sum, product = np.empty(min(BLOCK, total.size)), np.empty(min(BLOCK, total.size))
-        for part in _blocks(total.size):
-            block, size, rest = total[part], part.stop - part.start, flat
+        def add_block(key: str, part: slice) -> None:
+            block, rest = self._totals[key].reshape(-1)[part], flat[key]
             if is_new:
-                _sum_group(flat[0], part, block, product[:size])
-                rest = flat[1:]
+                _sum_group(rest[0], part, block)
+                rest = rest[1:]
             for group in rest:
-                _sum_group(group, part, part_sum[:size], product[:size])
-                np.add(block, part_sum[:size], out=block)
+                np.add(block, _sum_group(group, part, np.empty(block.size)), out=block)
+
+        over_blocks({key: total.size for key, total in self._totals.items()}, add_block)
 
     def mean(self, weight: float, like: Mapping[str, Array]) -> ArrayRecord:
         """Return the sum divided by the total weight, in the dtypes of `like`, and free the sum.
@@ -67,19 +64,14 @@ class WeightedSum:
         Integers are rounded to the nearest, and stay as in `like` where no client has moved them; booleans become true
         where clients with more than half of the weight have true.
         """
-        found: dict[str, Array] = {}
-
-        def divide(key: str) -> None:
-            before = view(like[key]).reshape(-1)
-            total = self._totals.pop(key).reshape(-1)
-            flat = np.empty(total.size, before.dtype)
-            for part in _blocks(total.size):
-                flat[part] = _divided(total[part], weight, before[part])
-            found[key] = pack(flat.reshape(like[key].shape))
-
-        keys = list(self._totals)
-        _for_each_key(keys, dict(self._totals), divide)
-        return as_record({key: found[key] for key in keys})
+        found = ArrayRecord()
+        for key in list(self._totals):  # one after another, so that each sum is freed before the next mean is made
+            total, before = self._totals.pop(key).reshape(-1), view(like[key])
+            flat, mean = before.reshape(-1), np.empty(before.size, before.dtype)
+            for part in _blocks(mean.size):
+                mean[part] = _divided(total[part], weight, flat[part])
+            found[key] = pack(mean.reshape(before.shape))
+        return found
 
     def unrounded_mean(self, weight: float, keys: Sequence[str]) -> dict[str, np.ndarray]:
         """Return the means of some tensors in float64."""
@@ -88,20 +80,16 @@ class WeightedSum:
 
 def weighted_average(records: Sequence[ArrayRecord], weights: Sequence[float]) -> ArrayRecord:
     """Return sum_k w_k x_k / sum_k w_k of every tensor; give the records sorted by client id, not as they arrived."""
-    total, found = float(np.sum(weights, dtype=np.float64)), dict[str, Array]()
+    total = float(np.sum(weights, dtype=np.float64))
+    flat = {key: _flat(key, list(zip(records, weights, strict=True))) for key in records[0]}
+    found = {key: np.empty(values.shape, values.dtype) for key, values in views(records[0]).items()}
 
-    def average(key: str) -> None:
-        flat = [(view(record[key]).reshape(-1), weight) for record, weight in zip(records, weights, strict=True)]
-        result = np.empty(flat[0][0].size, flat[0][0].dtype)
-        block_sum, product = np.empty(min(BLOCK, result.size)), np.empty(min(BLOCK, result.size))
-        for part in _blocks(result.size):
-            block = block_sum[: part.stop - part.start]
-            _sum_group(flat, part, block, product[: part.stop - part.start])
-            result[part] = _divided(block, total, flat[0][0][part])
-        found[key] = pack(result.reshape(records[0][key].shape))
+    def average(key: str, part: slice) -> None:
+        block = _sum_group(flat[key], part, np.empty(part.stop - part.start))
+        found[key].reshape(-1)[part] = _divided(block, total, flat[key][0][0][part])
 
-    _for_each_key(list(records[0]), views(records[0]), average)
-    return as_record({key: found[key] for key in records[0]})
+    over_blocks({key: values.size for key, values in found.items()}, average)
+    return as_record({key: pack(found.pop(key)) for key in records[0]})
 
 
 def clip_update(trained: Mapping[str, Array], sent: Mapping[str, Array], factor: float) -> ArrayRecord:
@@ -138,11 +126,11 @@ def clip(sent: Tensors, trained: Tensors, norm: float) -> Tensors | None:
         change = _change(old, trained[key].reshape(-1)[part])
         np.multiply(change, factor, out=change)
         new[:] = np.add(old, change, out=change)
-        return _squares(_change(old, new))
+        return squares(_change(old, new))
 
     with np.errstate(over="ignore", invalid="ignore"):
-        squares = sum(over_blocks({key: values.size for key, values in found.items()}, shorten))
-    if not math.sqrt(squares) <= limit:  # values so large that rounding to their dtype made the update too long
+        total = sum(over_blocks({key: values.size for key, values in found.items()}, shorten))
+    if not math.sqrt(total) <= limit:  # values so large that rounding to their dtype made the update too long
         return {key: _shortened_towards(sent[key], after, factor) for key, after in trained.items()}
     return {key: values.reshape(trained[key].shape) for key, values in found.items()}
 
@@ -156,12 +144,12 @@ def update_length(sent: Tensors, trained: Tensors) -> float:
     for most in (np.float32, np.float64):  # squares beyond float32 are rare
 
         def measure(key: str, part: slice, most: type = most) -> float:
-            return _squares(_change(sent[key].reshape(-1)[part], trained[key].reshape(-1)[part], most))
+            return squares(_change(sent[key].reshape(-1)[part], trained[key].reshape(-1)[part], most))
 
         with np.errstate(over="ignore", invalid="ignore"):
-            squares = sum(over_blocks(sizes, measure))
-        if math.isfinite(squares):
-            return math.sqrt(squares)
+            total = sum(over_blocks(sizes, measure))
+        if math.isfinite(total):
+            return math.sqrt(total)
     raise FloatingPointError("the update is not finite, so it cannot be clipped: lower train.lr")
 
 
@@ -170,7 +158,7 @@ def _change(before: np.ndarray, after: np.ndarray, most: type = np.float32) -> n
     return np.subtract(after, before, dtype=most if after.dtype == np.float32 else np.float64)
 
 
-def _squares(values: np.ndarray) -> float:
+def squares(values: np.ndarray) -> float:
     """Return the sum of squares. Rows are short, so that the relative error of float32 sums stays below 1e-5."""
     whole = values.size // ROW * ROW
     rows, rest = values[:whole].reshape(-1, ROW), values[whole:].astype(np.float64)
@@ -212,31 +200,19 @@ def _divided(block: np.ndarray, weight: float, before: np.ndarray) -> np.ndarray
         return np.where(is_unmoved, before, np.rint(block).astype(before.dtype))
 
 
-def _sum_group(
-    group: Sequence[tuple[np.ndarray, float]], part: slice, part_sum: np.ndarray, product: np.ndarray
-) -> None:
-    """Write the weighted sum of one block of a group's tensors to part_sum."""
+def _flat(key: str, group: Sequence[Weighted]) -> list[tuple[np.ndarray, float]]:
+    return [(view(arrays[key]).reshape(-1), weight) for arrays, weight in group]
+
+
+def _sum_group(group: Sequence[tuple[np.ndarray, float]], part: slice, part_sum: np.ndarray) -> np.ndarray:
+    """Write the weighted sum of one block of a group's tensors to part_sum, and return it."""
     out = part_sum
     for values, weight in group:
         np.copyto(out, values[part])  # a cast of its own is faster than one inside multiply
         if weight != 1.0:
             np.multiply(out, weight, out=out)
-        if out is product:
-            np.add(part_sum, product, out=part_sum)
-        out = product
-
-
-def _for_each_key(keys: list[str], sizes: Mapping[str, np.ndarray], work: Callable[[str], None]) -> None:
-    """Call work(key) for every key, in two threads where that pays."""
-    if sum(sizes[key].size for key in keys) < WORTH_THREADS:
-        for key in keys:
-            work(key)
-        return
-    by_size = sorted(keys, key=lambda key: sizes[key].size)  # dealt in turn: equal work a thread
-
-    def work_all(some: list[str]) -> None:
-        for key in some:
-            work(key)
-
-    with ThreadPoolExecutor(THREADS) as threads:
-        list(threads.map(work_all, [by_size[start::THREADS] for start in range(THREADS)]))
+        if out is part_sum:
+            out = np.empty(part_sum.size)
+        else:
+            np.add(part_sum, out, out=part_sum)
+    return part_sum

@@ -13,26 +13,28 @@ from dataclasses import dataclass, field
 from logging import INFO, WARNING
 from typing import Any
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import Message
 from flwr.common import log
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
-from flapp.base import DAMAGED, Base, cut_base
+from flapp.base import DAMAGED, Base
 from flapp.config.load import derive_seed
 from flapp.config.rules import sample_size
 from flapp.custom import source_digest
 from flapp.listing import by_reason, list_names, name_clients
 from flapp.messages import (
     ATTEST,
+    BASE,
     Claim,
     Instructions,
     MessageError,
+    as_record,
     describe_error,
     one_line,
     pack,
     pack_instructions,
-    pack_piece,
+    size_of,
     unpack_claims,
 )
 from flapp.model.files import to_numpy
@@ -40,6 +42,7 @@ from flapp.server.client_keys import ClientKeys
 from flapp.server.journals import ClientLedger
 
 POLL_SECONDS = 0.5
+BYTES_PER_TIMEOUT = 16 << 20  # of a base: sending may take the timeout once more for each of these
 
 
 class FederationError(RuntimeError):
@@ -195,23 +198,24 @@ class Roster:
         self.refused |= silent
         return found
 
-    def _answers(self, messages: list[Message]) -> list[tuple[int, Message]]:
-        """Send messages and return the answers, each with the node asked; Flower itself answers for nodes that left."""
-        replies = self.grid.send_and_receive(messages, timeout=self.timeout)
+    def _answers(self, messages: list[Message], share: int = 1) -> list[tuple[int, Message]]:
+        """Send messages and return the answers that come within `share` times the timeout, each with the node asked.
+
+        Flower itself answers for nodes that left.
+        """
+        replies = self.grid.send_and_receive(messages, timeout=self.timeout * share)
         asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
         return [(asked[reply.metadata.reply_to_message_id], reply) for reply in replies]
 
     def _send_base(self, node_ids: list[int]) -> None:
-        """Send the base in pieces to nodes that lack it; failures show when the nodes are attested again."""
+        """Send the base to nodes that lack it; failures show when the nodes are attested again."""
         assert self.base is not None
         log(INFO, "sending base %s to %d nodes", self.base_digest[:12], len(node_ids))
-        pieces = list(cut_base(self.base.tensors))
-        for index, piece in enumerate(pieces):
-            arrays = ArrayRecord({key: pack(to_numpy(tensor)) for key, tensor in piece.items()})
-            sent = [pack_piece(node_id, self.order(0), index, len(pieces), arrays) for node_id in node_ids]
-            for node_id, reply in self._answers(sent):
-                if reply.has_error():
-                    log(WARNING, "node %d did not take the base: %s", node_id, self.tell(describe_error(reply.error)))
+        arrays = as_record({key: pack(to_numpy(tensor)) for key, tensor in self.base.tensors.items()})
+        sent = [pack_instructions(node_id, BASE, self.order(0), arrays) for node_id in node_ids]
+        for node_id, reply in self._answers(sent, share=1 + size_of(arrays) // BYTES_PER_TIMEOUT):
+            if reply.has_error():
+                log(WARNING, "node %d did not take the base: %s", node_id, self.tell(describe_error(reply.error)))
 
     def _admit(self, found: list[Member]) -> None:
         """Accept expected clients with valid claims; if two new nodes claim the same id, accept neither."""

@@ -18,7 +18,6 @@ from flapp.messages import (
     MessageError,
     pack_claims,
     unpack_claims,
-    unpack_piece,
 )
 from tests.support.replies import set_claim
 
@@ -126,9 +125,3 @@ def test_the_time_to_read_claims_grows_with_their_number_and_not_with_its_square
 
     few, many = (min(seconds(count) for _ in range(3)) for count in (500, 8_000))
     assert many < 64 * few  # 16 times as many; the square would be 256
-
-
-def test_a_base_in_too_many_pieces_is_refused() -> None:
-    content = RecordDict({"piece": ConfigRecord({"index": 0, "count": 10**12}), "arrays": ArrayRecord({})})
-    with pytest.raises(MessageError, match="number 0 of 1000000000000"):
-        unpack_piece(content)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from flapp import client_app
-from flapp.base import cut_base, keep_base, load_base, receive_piece
+from flapp.base import keep_base, load_base, receive_base
 from flapp.checkpoint.tensors import digest_of
 from flapp.config.load import compose
 from flapp.data.artifact import write_artifact
@@ -199,11 +199,8 @@ def test_tensors_over_one_memory_are_written_each_on_its_own(tmp_path: Path) -> 
 def test_a_base_of_bfloat16_and_tied_tensors_reaches_a_client_whole(tmp_path: Path) -> None:
     state = OddModel().state_dict()
     base = keep_base(tmp_path / "server", state)
-    pieces = list(cut_base(base.tensors))
-    for index, piece in enumerate(pieces):
-        arrays = {key: torch.from_numpy(view(pack(to_numpy(tensor))).copy()) for key, tensor in piece.items()}
-        left = receive_piece(tmp_path / "client", base.digest, 1, index, len(pieces), arrays)
-    assert left == 0
+    sent = {key: pack(to_numpy(tensor)) for key, tensor in base.tensors.items()}
+    receive_base(tmp_path / "client", base.digest, client_app.as_tensors(sent))
     client = OddModel()
     for parameter in client.parameters():
         nn.init.zeros_(parameter)

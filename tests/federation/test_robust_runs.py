@@ -11,11 +11,11 @@ from flwr.app import ArrayRecord, Message
 from safetensors.numpy import load_file
 
 from flapp import client_app
-from flapp.checks import update_norm
 from flapp.groups import GROUP, SUM, cut
 from flapp.messages import ARRAYS, TRAIN, view
 from flapp.server.roster import FederationError
 from flapp.strategy.robust import PER_CLIENT
+from flapp.sums import update_length
 from tests.conftest import Federate, LocalGrid, break_off, read_clients, read_lines
 from tests.support.federations import nodes, note_groups
 from tests.support.replies import Sent, changing, drop, failures, listen
@@ -87,7 +87,7 @@ def test_norm_bound_is_the_mean_of_clipped_updates_in_float64(federate: Federate
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalGrid, "handle", handle)
         _, path = federate(*words, tamper=listen(seen))
-    norms = {name: update_norm((arrays[key], sent[key]) for key in sent) for name, arrays in seen}
+    norms = {name: update_length(sent, arrays) for name, arrays in seen}
     bound = 0.9 * sorted(norms.values())[4]  # the lower of the two in the middle
     factors = {name: min(1.0, bound / norm) for name, norm in norms.items()}
     counts = {name: line["train"] for name, line in read_clients(path).items()}

@@ -10,8 +10,8 @@ from flwr.serverapp.strategy import FedAdam, FedAvgM, FedYogi
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from flwr.supercore.task_identity import TaskIdentity
 
-from flapp.checks import find_fault, find_value_fault, update_norm
-from flapp.messages import pack, view
+from flapp.checks import check_update, find_fault, find_value_fault
+from flapp.messages import MessageError, pack, view
 from flapp.strategy import aggregation
 from flapp.strategy.aggregation import NormBound, cap_shares, spread
 from flapp.strategy.server_optimizer import ServerOptimizer
@@ -125,14 +125,25 @@ def test_the_spread_is_numpys_percentiles() -> None:
     assert spread({}) == {}
 
 
-def test_the_length_of_an_update_is_numpys() -> None:
+@pytest.mark.parametrize("size", [1.0, 1e16, 9e18], ids=str)
+def test_the_length_of_an_update_is_numpys(size: float) -> None:
     rng = np.random.default_rng(0)
-    shapes = (((1 << 17) + 3, "f4"), ((2, 3), "f2"))
-    pairs = [(rng.normal(size=s).astype(t), rng.normal(size=s).astype(t)) for s, t in shapes]
-    exact = np.concatenate([(a.astype(np.float64) - b).ravel() for a, b in pairs])
-    assert update_norm(pairs) == pytest.approx(np.linalg.norm(exact), rel=1e-12)
-    assert update_norm([(np.float32([3e38]), np.float32([-3e38]))]) == pytest.approx(6e38, rel=1e-6)
-    assert update_norm([]) == 0.0
+    shapes = (((1 << 17) + 3, "f4"), ((70_000,), "f8"), ((2, 3), "f2"), ((0, 3), "f4"), ((), "f4"))
+    before = {f"{i}": rng.normal(size=shape).astype(kind) for i, (shape, kind) in enumerate(shapes)}
+    after = {key: rng.normal(size=values.shape).astype(values.dtype) for key, values in before.items()}
+    after["0"][5] = size
+    exact = np.concatenate([(after[key].astype(np.float64) - before[key]).ravel() for key in before])
+    sent, trained = ({key: pack(values) for key, values in each.items()} for each in (before, after))
+    whole = {"n": pack(np.array([3]))}
+    found = check_update(trained | {"n": pack(np.array([9]))}, sent | whole, math.inf)
+    assert found == pytest.approx(np.linalg.norm(exact), rel=1e-5)
+    assert check_update(whole, whole, 0.0) == 0.0
+
+
+def test_an_update_from_values_that_nobody_can_square_is_too_long() -> None:
+    sent, trained = ({"x": pack(np.array([value, 1.0]))} for value in (1e300, 0.0))
+    with pytest.raises(MessageError, match=r"sent an update of length inf, the limit is 1e\+09"):
+        check_update(trained, sent, 1e9)
 
 
 def test_the_limit_follows_the_medians_of_the_last_two_rounds() -> None:

@@ -1,6 +1,7 @@
 """FedLoRA: adapters and head travel, the base never changes, and every rule does what its name says."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -171,15 +172,14 @@ def test_a_client_that_lost_its_private_factors_says_so(federate: Federate, data
 def test_a_client_without_the_base_gets_it_once_and_one_with_another_is_refused(
     federate: Federate, data_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
-    real = client_app.receive_piece
+    asked: list[Path] = []
+    real = client_app.receive_base
 
-    def receive(models: Path, digest: str, *rest: Any) -> int:
-        asked.append(1)
-        return real(models, digest, *rest)
+    def receive(models: Path, *rest: Any) -> None:
+        asked.append(models.parent)
+        real(models, *rest)
 
-    monkeypatch.setattr(client_app, "receive_piece", receive)
-    monkeypatch.setattr(base, "PIECE_BYTES", 100_000)
+    monkeypatch.setattr(client_app, "receive_base", receive)
     homes = [tmp_path / f"site_{i}" for i in range(3)]
     settings = (*LORA, "num_rounds=1")
     here, _ = federate(*settings)
@@ -188,12 +188,10 @@ def test_a_client_without_the_base_gets_it_once_and_one_with_another_is_refused(
     nodes = [{"client-id": str(i), "home": str(home)} for i, home in enumerate(homes)]
     away, path = federate(*settings, nodes=nodes)
     assert away["model_sha256"] == here["model_sha256"]
-    pieces = len(asked)
-    assert pieces >= 6
-    assert pieces % 3 == 0
+    assert sorted(asked) == homes
     again, _ = federate(*settings, nodes=nodes)
     assert again["model_sha256"] == here["model_sha256"]
-    assert len(asked) == pieces
+    assert len(asked) == 3
 
     stored = next((homes[1] / "models").glob("*/base.safetensors"))
     tensors, _ = load_tensors(stored)
@@ -223,24 +221,50 @@ def test_a_run_is_not_resumed_over_another_base(federate: Federate, tmp_path: Pa
 
 def test_a_base_may_not_lie_outside_the_models_folder(tmp_path: Path) -> None:
     with pytest.raises(base.BaseError, match="is not the digest of a base"):
-        base.receive_piece(tmp_path / "models", "../" * 3 + "etc/x", 1, 0, 1, {})
+        base.receive_base(tmp_path / "models", "../" * 3 + "etc/x", {})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pieces_of_another_base_are_not_kept_and_those_that_come_twice_put_one_base_in_place(tmp_path: Path) -> None:
+def test_a_base_that_was_damaged_on_the_way_is_refused_and_sent_again(
+    federate: Federate, data_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    asked: list[Path] = []
+    real = client_app.receive_base
+
+    def damage(models: Path, digest: str, tensors: dict[str, torch.Tensor]) -> None:
+        asked.append(models)
+        key = min(tensors)
+        real(models, digest, tensors if len(asked) > 1 else tensors | {key: tensors[key] + 1})
+        assert [path.name for path in models.iterdir()] == [digest]
+
+    monkeypatch.setattr(client_app, "receive_base", damage)
+    federate(*LORA, "num_rounds=1")  # prepares the data
+    homes = [tmp_path / "site_0", tmp_path / "site_1"]
+    for home in homes:
+        shutil.copytree(data_home / "data" / "digits", home / "data" / "digits")
+    nodes = [{"client-id": str(i), "home": str(home)} for i, home in enumerate(homes)]
+    summary, path = federate(*LORA, "clients=2", nodes=nodes)
+    assert summary["status"] == "finished"
+    assert asked == [asked[0], *({home / "models" for home in homes} - {asked[0]}), asked[0]]
+    assert re.search("did not take the base: the base that arrived has digest .*: it is sent again", caplog.text)
+    assert len(read_lines(path, "roster")[0]["refused"]) == 1
+    assert read_lines(path, "train")[-1]["client_bytes_up"].keys() == {"0", "1"}
+
+
+def test_another_base_is_not_kept_and_one_that_comes_twice_is_stored_once(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.full((3,), float(i)) for i in range(3)}
     digest = digest_of(tensors)
     with pytest.raises(base.BaseError, match=f"has digest .*, the server's is {digest[:12]}"):
-        base.receive_piece(tmp_path, digest, 3, 0, 1, {"t": torch.zeros(3)})
-    assert base.find_base(tmp_path, digest) == ""
-    pieces = [{key: tensor} for key, tensor in tensors.items()]
-    for node, index in ((1, 0), (2, 0), (1, 2), (1, 2), (2, 1)):
-        assert base.receive_piece(tmp_path, digest, node, index, 3, pieces[index]) > 0
-    assert base.receive_piece(tmp_path, digest, 1, 1, 3, pieces[1]) == 0
-    assert base.receive_piece(tmp_path, digest, 2, 2, 3, pieces[2]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == [digest]
+        base.receive_base(tmp_path, digest, tensors | {"t1": torch.zeros(3)})
+    assert list(tmp_path.iterdir()) == []
+    base.receive_base(tmp_path, digest, tensors)
+    stored = base.base_path(tmp_path, digest)
+    before = stored.stat()
+    base.receive_base(tmp_path, digest, tensors)
+    assert stored.stat() == before
+    assert list(tmp_path.rglob("*")) == [stored.parent, stored]
     assert base.load_base(tmp_path, digest).keys() == tensors.keys()
-    base.base_path(tmp_path, digest).write_bytes(b"cut")
+    stored.write_bytes(b"cut")
     with pytest.raises(base.BaseError, match=r"base\.safetensors is damaged: remove it and restart this client"):
         base.load_base(tmp_path, digest)
 
