@@ -233,55 +233,6 @@ def test_a_claim_of_other_validation_samples_than_the_partition_gives_is_refused
     assert refused == {"1": f"claims {val} validation samples, the partition gives it 4"}
 
 
-FAULTS: dict[str, tuple[str, float | None, str]] = {  # by client: the figure, its value, and the reason
-    "0": ("val-correct", 3, "sent val-correct=3, which must be from 0 to its 2 samples"),
-    "1": ("val-correct", -1, "sent val-correct=-1, which must be from 0 to its 2 samples"),
-    "2": ("val-loss-sum", -1.0, "sent val-loss-sum=-1.0, which is never below 0"),
-    "3": ("val-loss-sum", 1e39 * 2, "sent val-loss-sum=2e+39, which is beyond the largest number allowed (6.81e+38)"),
-    "4": ("val-loss-sum", float("nan"), "sent val-loss-sum=nan"),
-    "5": ("val-personal-correct", 3, "sent val-personal-correct=3, which must be from 0 to its 2 samples"),
-    "6": ("val-loss-sum", None, "sent no val-loss-sum"),
-    "7": ("val-correct", None, "sent no val-correct"),
-    "8": ("val-personal-loss-sum", None, "sent no val-personal-loss-sum"),
-}
-
-
-def test_impossible_validation_figures_are_refused_by_name(federate: Federate, made: str) -> None:
-    def tamper(name: str, reply: Message) -> Message:
-        numbers = reply.content.metric_records.get(METRICS, {})
-        if name in FAULTS and "loss-sum" in numbers:
-            metric, value, _ = FAULTS[name]
-            del numbers[metric]
-            if value is not None:
-                numbers[metric] = value
-        return reply
-
-    few = ("clients=10", "evaluate.validation_fraction=0.5")
-    _, path = federate(*MADE, made, BEST, *few, tamper=tamper)
-    failures = read_lines(path, "evaluate")[0]["failures"]
-    said = {name: reason for name, (_, _, reason) in FAULTS.items()}
-    assert {failure["client"]: failure["reason"] for failure in failures} == said
-
-
-def test_a_claim_on_the_validation_samples_cannot_dominate_the_choice(
-    federate: Federate, data_home: Path, tmp_path: Path, made: str
-) -> None:
-    def tamper(name: str, reply: Message) -> Message:
-        set_claim(reply.content, "0", val=10**12)
-        if name == "0" and "loss-sum" in (numbers := reply.content.metric_records.get(METRICS, {})):
-            numbers["val-correct"] = 10**12
-        return reply
-
-    nodes = [{"client-id": str(i), "home": str(data_home)} for i in range(4)]
-    settings = ("clients=4", "num_rounds=2", f"home={tmp_path}", "evaluate.personal_epochs=0")
-    _, path = federate(*MADE, made, BEST, *settings, nodes=nodes, tamper=tamper)
-    line = read_lines(path, "evaluate")[0]
-    honest = [line["val_accuracy_by_client"][name] for name in "123"]
-    assert line["val_capped"] == {"0": 1.0}
-    assert "capped" not in line
-    assert 0.5 + 0.5 * min(honest) <= line["val_accuracy"] <= 0.5 + 0.5 * max(honest)
-
-
 def test_validation_figures_are_sums_over_clients(federate: Federate, made: str) -> None:
     seen: dict[str, dict[str, float]] = {}
 
