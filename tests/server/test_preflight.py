@@ -30,7 +30,6 @@ from flapp.strategy.phase import Phase
 from tests.conftest import Broken, Federate, LocalGrid, break_off, run_app
 from tests.support.commands import left_running, run
 from tools.deployment import submit
-from tools.running import sweep
 
 TOY = ("experiment=toy_regression", "num_rounds=2")
 LORA = ("strategy=fedlora", "lora=default")
@@ -359,19 +358,6 @@ def test_a_round_without_replies_says_why_first(federate: Federate, monkeypatch:
     monkeypatch.setattr(Phase, "_accept", refuse)
     with pytest.raises(FederationError, match=r"^round 1: clients 0 to 2: is odd \(0 of 3 clients gave a valid train"):
         federate(*TOY)
-
-
-def test_a_sweep_in_which_no_run_began_leaves_no_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "runs" / "s"
-    folder.mkdir(parents=True)
-    (folder / "multirun.yaml").touch()  # Hydra's
-    failed = {"job": 0, "overrides": ["seed=0"], "status": "failed", "error": "why"}
-    assert "failed: why" in sweep.conclude([failed | {"folder": str(folder)}])
-    assert not folder.exists()
-    (folder / "0").mkdir(parents=True)
-    (folder / "0" / "config.yaml").touch()
-    sweep.conclude([failed | {"folder": str(folder)}])
-    assert (folder / "sweep.json").exists()
 
 
 def test_mistakes_of_a_sweep_give_a_one_line_error_per_job_and_leave_no_run(tmp_path: Path) -> None:
