@@ -74,7 +74,10 @@ LONG = "x" * (LONGEST_TEXT + 1)
             (column("classes", wrong), HISTOGRAM)
             for wrong in ([3, 3], [3, 0, 4], [3, 0, 2], [4, -1, 3], [3.0, 0.0, 3.0], 6)
         ),
-        *((column("label-hist", wrong), HISTOGRAM) for wrong in ([2, 0, 3, 4, 0], [2.0, 0.0, 3.0, 4.0, 0.0, 0.0], 6)),
+        *(
+            (column("label-hist", wrong), HISTOGRAM)
+            for wrong in ([2, 0, 3, 4, 0], [2.0, 0.0, 3.0, 4.0, 0.0, 0.0], ["a"] * 6, 6)
+        ),
         (entry("label_hist", [-1, 5, 0]), HISTOGRAM),
         (entry("label_hist", [0] * (MOST_CLASSES + 1)), HISTOGRAM),
         *(

@@ -118,6 +118,11 @@ def test_only_nodes_that_are_there_serve_clients(nodes: Nodes) -> None:
     assert [own.node_of(name, 1) for name in "0145"] == [0, 0, 2, 2]
 
 
+def test_a_claim_without_a_histogram_is_refused(nodes: Nodes) -> None:
+    nodes.claims[0] = [replace(claim_of("0"), label_hist=()), claim_of("1")]
+    assert gather(nodes).refused == {"0": "claims a histogram of 0 classes, the dataset has 2"}
+
+
 def test_a_node_with_unreadable_claims_keeps_only_its_own_clients_out(nodes: Nodes) -> None:
     assert nodes.claims[0] is not None
     nodes.claims[0].append(replace(claim_of("0"), versions="v" * 501))
