@@ -178,12 +178,3 @@ def test_a_model_in_half_precision_trains_and_is_resumed_to_the_same_bytes(
     for line in lines:  # what is folded into a float16 weight is rounded there
         error = line["aggregation_error"]
         assert error is None if rule == "fedsa" else (error < 2e-3) == (rule in ("ffa", "rolora", "flora", "fedex"))
-
-
-def test_groups_of_clients_end_in_the_same_bytes_as_single_messages(federate: Federate) -> None:
-    words = (*SETTINGS, "strategy.aggregation=fedex", "clients=33", "partition=iid", "checkpoint=off")
-    words = (*words, "train.steps=1", "evaluate.every=2", "strategy.fraction_evaluate=0.1")
-    nodes = [{"partition-id": i, "num-partitions": 3} for i in range(3)]
-    single, _ = federate(*words)
-    grouped, _ = federate(*words, nodes=nodes, any_node=True)
-    assert grouped["model_sha256"] == single["model_sha256"]
