@@ -21,7 +21,6 @@ from flapp.strategy.fedavg import FedAvg
 from tests.conftest import Broken, Federate, break_off, read_lines
 from tests.support.noise import START, check_noise, length
 from tests.support.replies import Sent, changing, listen
-from tools.run import final_line
 
 pytest.importorskip("dp_accounting", reason='needs pip install -e ".[privacy]"')
 
@@ -145,15 +144,6 @@ def test_a_clients_store_holds_the_noisy_update_only(federate: Federate, data_ho
     assert {k: t.numpy().tobytes() for k, t in tensors.items()} == {k: v.tobytes() for k, v in dict(seen)["1"].items()}
 
 
-def test_every_round_and_the_summary_say_the_epsilon_so_far(federate: Federate) -> None:
-    done, path = federate(*TOY)
-    expected = [spent(releases) for releases in range(1, 5)]
-    assert [line["epsilon"] for line in read_lines(path, "train")] == expected
-    assert (done["epsilon"], done["delta"]) == (expected[-1], 1e-5)
-    said = f"epsilon {expected[-1]:.4g} (delta 1e-05) for the client that released the most updates"
-    assert said in final_line({"accuracy": None, **done}).splitlines()
-
-
 def test_the_client_that_was_asked_most_often_counts(federate: Federate) -> None:
     words = ("strategy.fraction_train=0.34", "num_rounds=5")
     done, path = federate(*TOY, *words)
@@ -233,13 +223,15 @@ def test_without_its_package_both_sides_refuse_to_start(federate: Federate, monk
         federate(*TOY)
 
 
-def test_the_server_says_before_round_one_what_is_protected(
+def test_the_server_says_before_round_one_what_is_protected_and_then_the_epsilon_so_far(
     federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr("flapp.server.run.log", lambda level, text, *values: said.append(text % values))
-    federate(*TOY)
-    total = spent(4)
-    assert f"epsilon is 10 for one round and {total:.4g} for a client that trains in all 4 rounds" in said[0]
+    done, path = federate(*TOY)
+    expected = [spent(releases) for releases in range(1, 5)]
+    assert [line["epsilon"] for line in read_lines(path, "train")] == expected
+    assert (done["epsilon"], done["delta"]) == (expected[-1], 1e-5)
+    assert f"epsilon is 10 for one round and {expected[-1]:.4g} for a client that trains in all 4 rounds" in said[0]
     for what in ("numbers of samples", "label histograms", "training losses", "evaluation results", "errors"):
         assert what in said[1]
