@@ -97,26 +97,30 @@ def test_the_servers_own_test_chooses_nothing(data_home: Path) -> None:
     ("settings", "held"),
     [
         ((), 0),
-        (("evaluate.validation_fraction=0.25",), 5),
-        ((BEST,), 4),
-        (("stopping.metric=loss", "stopping.patience=1"), 4),
-        ((BEST, "evaluate.validation_fraction=0.5"), 10),
+        (("evaluate.validation_fraction=0.25",), 0.25),
+        ((BEST,), 0.2),
+        (("stopping.metric=loss", "stopping.patience=1"), 0.2),
+        ((BEST, "evaluate.validation_fraction=0.5"), 0.5),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_samples_are_held_out_where_something_chooses_or_it_is_asked_for(
-    federate: Federate, made: str, settings: tuple[str, ...], held: int
+    settings: tuple[str, ...], held: float
 ) -> None:
-    summary, path = federate(*MADE, made, *settings)
+    assert compose([*MADE, "dataset.name=made", *settings]).held_out == held
+
+
+def test_held_out_samples_are_measured_and_give_the_objective(federate: Federate, made: str) -> None:
+    summary, path = federate(*MADE, made, BEST)
     clients = read_clients(path)
-    samples = [[clients[name][split] for split in ("train", "val", "test")] for name in "01"]
-    assert samples == [[20 - held, held, 10]] * 2
-    assert ("val_loss" in summary) == ("val_loss" in read_lines(path, "evaluate")[0]) == bool(held)
-    assert summary["objective"] == summary["val_accuracy" if held else "accuracy"]
+    assert [[clients[name][split] for split in ("train", "val", "test")] for name in "01"] == [[16, 4, 10]] * 2
+    assert "val_loss" in summary.keys() & read_lines(path, "evaluate")[0].keys()
+    assert summary["objective"] == summary["val_accuracy"]
 
 
 def test_a_run_that_chooses_nothing_ends_in_the_bytes_of_one_without_validation(federate: Federate, made: str) -> None:
     plain, _ = federate(*MADE, made)
+    assert "val_loss" not in plain
     without, _ = federate(*MADE, made, "evaluate.validation_fraction=0")
     with_some, _ = federate(*MADE, made, "evaluate.validation_fraction=0.2")
     assert plain["model_sha256"] == without["model_sha256"] != with_some["model_sha256"]
