@@ -134,17 +134,13 @@ def test_robust_averages_of_adapters_are_the_same_in_groups(
     assert {"0", "1"} <= set(line["clipped"] if name == "norm_bound" else line.get("left_out", "01"))
 
 
-@pytest.mark.parametrize("optimizer", ["fedadam", "fedavgm"])
-def test_a_server_optimizer_steps_along_the_robust_average(
-    federate: Federate, bad: tuple[str, ...], optimizer: str
-) -> None:
-    words = (*FAST, *bad, f"strategy.server_optimizer={optimizer}", "num_rounds=1")
+def test_a_server_optimizer_steps_along_the_robust_average(federate: Federate, bad: tuple[str, ...]) -> None:
+    words = (*FAST, *bad, "strategy.server_optimizer=fedavgm", "num_rounds=1")
     _, robust = federate(*words, "strategy.robust=median")
     _, plain = federate(*words)
     _, alone = federate(*FAST, *bad, "num_rounds=1", "strategy.robust=median")
     assert not np.array_equal(last_model(robust), last_model(plain))
-    if optimizer == "fedavgm":  # its first step is the average itself
-        np.testing.assert_allclose(last_model(robust), last_model(alone), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(last_model(robust), last_model(alone), rtol=1e-5, atol=1e-7)  # as its first step is
 
 
 @pytest.mark.parametrize("name", ["norm_bound", "krum"])
