@@ -75,14 +75,6 @@ def test_the_bytes_depend_on_seed_and_weighting_but_not_on_nodes_or_the_order_of
         assert federate(*DIGITS, setting)[0]["model_sha256"] != digits[0]["model_sha256"]
 
 
-def test_two_nodes_with_one_client_id_are_both_left_out_and_the_rest_goes_on(federate: Federate) -> None:
-    without, _ = federate(*DIGITS, *FEWER, nodes=sites("013"))
-    twins, path = federate(*DIGITS, *FEWER, nodes=sites("01223"))
-    assert twins["model_sha256"] == without["model_sha256"]
-    refused = read_lines(path, "roster")[0]["refused"]
-    assert refused == {"2": "2 nodes claim this client id: give each site its own"}
-
-
 def test_one_failing_client_of_ten_is_named_and_the_run_goes_on(
     federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -209,30 +209,6 @@ def test_a_summary_names_the_first_refused_and_counts_the_rest(federate: Federat
     assert len(read_lines(path, "roster")[0]["refused"]) == 25
 
 
-def test_of_two_claims_for_one_id_a_faulty_one_does_not_keep_the_sound_one_out(federate: Federate, honest: str) -> None:
-    nodes = [*at("0", "1", "2"), {"client-id": "2", "home": "/dev/null/home"}]
-    twins, path = federate(*TOY, nodes=nodes)
-    assert twins["model_sha256"] == honest
-    assert read_lines(path, "roster")[0]["refused"] == {}
-
-
-def test_a_site_that_comes_back_as_a_new_node_is_let_in_once_its_old_node_is_gone(
-    federate: Federate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = iter(range(1000))
-
-    def online(grid: LocalGrid) -> list[int]:
-        *first, old, new = grid.nodes
-        look = next(asked)
-        return [*first, old] if look == 0 else [*first, old, new] if look == 1 else [*first, new]
-
-    monkeypatch.setattr(LocalGrid, "get_node_ids", online)
-    _, path = federate(*TOY, "evaluate.every=1", nodes=at("0", "1", "2", "2"))
-    first, second = read_lines(path, "train")
-    assert (first["replies"], second["replies"]) == (3, 3)
-    assert [line["absent"] for line in read_lines(path, "train")] == [[], []]
-
-
 def test_the_error_of_a_failed_run_says_who_was_refused_once() -> None:
     refused = {"node 7": "has a key that is pinned for no client in /keys"}
     said = "refused: node 7: has a key that is pinned for no client in /keys"
