@@ -180,6 +180,12 @@ def break_off(run: Callable[..., Any], server_round: int, place: str, *overrides
             run(*overrides)
 
 
+def break_and_resume(run: Federate, server_round: int, place: str, *overrides: str) -> tuple[dict[str, Any], Path]:
+    """Run a federation that breaks off as in break_off, resume it, and return what the resumed run gives."""
+    break_off(run, server_round, place, *overrides)
+    return run(*overrides, "resume=true")
+
+
 def read_lines(path: Path, kind: str) -> list[dict[str, Any]]:
     """Return the lines of one kind from a run directory's metrics.jsonl."""
     lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())

@@ -18,7 +18,7 @@ from flapp.client import mods
 from flapp.config.load import compose, to_json
 from flapp.config.schema import Config, ConfigError, PrivacyConfig
 from flapp.strategy.fedavg import FedAvg
-from tests.conftest import Broken, Federate, break_off, read_lines
+from tests.conftest import Broken, Federate, break_and_resume, break_off, read_lines
 from tests.support.noise import START, check_noise, length
 from tests.support.replies import Sent, changing, listen
 
@@ -156,8 +156,7 @@ def test_the_client_that_was_asked_most_often_counts(federate: Federate) -> None
 def test_a_resumed_run_whose_clients_replay_has_the_epsilon_of_an_undisturbed_one(federate: Federate) -> None:
     whole, whole_path = federate(*TOY)
     for place in ("_receive", "aggregate_train", "facts"):
-        break_off(federate, 3, place, *TOY, f"run_name=private{place}")
-        resumed, path = federate(*TOY, f"run_name=private{place}", "resume=true")
+        resumed, path = break_and_resume(federate, 3, place, *TOY, f"run_name=private{place}")
         assert resumed["epsilon"] == whole["epsilon"]
         told = [[line["epsilon"] for line in read_lines(each, "train")] for each in (path, whole_path)]
         assert told[0] == told[1]

@@ -16,7 +16,7 @@ from flapp.groups import GROUP, SUM, cut
 from flapp.messages import ARRAYS, TRAIN, view
 from flapp.server.roster import FederationError
 from flapp.strategy.robust import PER_CLIENT
-from tests.conftest import Federate, LocalGrid, break_off, read_clients, read_lines
+from tests.conftest import Federate, LocalGrid, break_and_resume, read_clients, read_lines
 from tests.support.federations import nodes, note_groups
 from tests.support.replies import Sent, changing, drop, failures, listen
 from tests.test_docs import PAGES, ROOT
@@ -150,9 +150,8 @@ def test_a_run_that_broke_off_is_resumed_to_the_same_bytes(
 ) -> None:
     words = (*(MANY if grid else FAST), *bad, "checkpoint=recent", f"strategy.robust={name}")
     whole, _ = federate(*words, **grid)
-    run_name = f"run_name=broken-{name}-{len(grid)}"
-    break_off(partial(federate, **grid), 2, "aggregate_train", *words, run_name)
-    resumed, _ = federate(*words, run_name, "resume=true", **grid)
+    words = (*words, f"run_name=broken-{name}-{len(grid)}")
+    resumed, _ = break_and_resume(partial(federate, **grid), 2, "aggregate_train", *words)
     assert resumed["model_sha256"] == whole["model_sha256"]
 
 

@@ -20,7 +20,7 @@ from flapp.model.files import load_tensors
 from flapp.server import publish
 from flapp.server.publish import published, tell_reason
 from flapp.server.roster import FederationError
-from tests.conftest import Federate, break_off, read_clients, read_lines, refusal_of
+from tests.conftest import Federate, break_and_resume, break_off, read_clients, read_lines, refusal_of
 from tests.server.test_roster import Nodes, claim_of, gather
 from tests.support.html_page import report_on
 from tests.support.replies import set_claim, trained_in
@@ -266,8 +266,7 @@ def test_totals_go_with_noise(federate: Federate, data_home: Path, kind: str) ->
 def test_a_run_that_broke_off_is_resumed_to_the_bytes_of_one_that_publishes_all(federate: Federate, place: str) -> None:
     whole, _ = federate(*TOY)
     run = (*TOY, TOTALS, f"run_name=totals-{place}")
-    break_off(federate, 2, place, *run)
-    resumed, path = federate(*run, "resume=true")
+    resumed, path = break_and_resume(federate, 2, place, *run)
     assert resumed["model_sha256"] == whole["model_sha256"]
     assert "there is no" not in (path / "metrics.jsonl").read_text()
     assert {"train", "labels"} & keys_in(list(read_clients(path).values())) == set()

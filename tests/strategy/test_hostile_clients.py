@@ -14,7 +14,7 @@ from flapp.messages import ARRAYS, CLAIM, CLAIMS, METRICS, MOST_METRICS, NUM_EXA
 from flapp.server.roster import FederationError
 from flapp.strategy.aggregation import NormBound
 from flapp.strategy.fedavg import FedAvg
-from tests.conftest import Federate, Tamper, break_off, read_clients, read_lines
+from tests.conftest import Federate, Tamper, break_and_resume, read_clients, read_lines
 from tests.support.replies import Sent, changing, drop, failures, listen, set_claim, trained_in
 
 Change = Callable[[Message], object]
@@ -133,10 +133,8 @@ def test_a_resumed_run_bounds_updates_as_before(federate: Federate, monkeypatch:
     assert len(limits) == 4
     expected = limits[2]
     assert len(expected) == 2
-    break_off(federate, 3, "aggregate_train", *settings, "run_name=bounded")
-    limits.clear()
-    resumed, _ = federate(*settings, "run_name=bounded", "resume=true")
-    assert limits[0] == expected
+    resumed, _ = break_and_resume(federate, 3, "aggregate_train", *settings, "run_name=bounded")
+    assert limits[-2] == expected
     assert resumed["model_sha256"] == whole["model_sha256"]
 
 

@@ -15,7 +15,7 @@ from flapp.model import layout as layouts
 from flapp.model.lora import layout_of
 from flapp.server.run import initial_model
 from flapp.strategy.lora_rules import RULES
-from tests.conftest import Federate, break_off, read_clients, read_lines
+from tests.conftest import Federate, break_and_resume, read_clients, read_lines
 from tests.support.adapters import MODELS, Mixed
 from tests.support.replies import Sent, listen
 
@@ -169,8 +169,7 @@ def test_a_model_in_half_precision_trains_and_is_resumed_to_the_same_bytes(
     whole, path = federate(*settings)
     lines = read_lines(path, "train")
     assert not any(line["failures"] for line in lines)
-    break_off(federate, 3, "aggregate_train", *settings, f"run_name=half-{rule}")
-    resumed, _ = federate(*settings, f"run_name=half-{rule}", "resume=true")
+    resumed, _ = break_and_resume(federate, 3, "aggregate_train", *settings, f"run_name=half-{rule}")
     assert resumed["model_sha256"] == whole["model_sha256"]
     final, start = load_file(path / "model.safetensors"), Half().state_dict()
     assert {key: tensor.dtype for key, tensor in final.items()} == {key: t.dtype for key, t in start.items()}
