@@ -14,7 +14,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from hydra._internal.config_repository import ConfigRepository
 
-from flapp import server_app
+from flapp import client_app, server_app
 from flapp.config.load import CONF, compose, to_json
 from flapp.config.schema import Config, ConfigError
 from flapp.data.shards.build import write_shards
@@ -159,6 +159,21 @@ def federate(data_home: Path) -> Federate:
         return run_app(settings, LocalGrid({}, nodes, order, tamper, names, keys, any_node))
 
     return run
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Return a list that grows by (client, round) whenever a client really trains."""
+    found: list[tuple[str, int]] = []
+    real = client_app.fit
+
+    def fit(*args: Any) -> Any:
+        if args[-1] == "train":
+            found.append((args[1].client_id, args[1].instructions.server_round))
+        return real(*args)
+
+    monkeypatch.setattr(client_app, "fit", fit)
+    return found
 
 
 class Broken(RuntimeError):

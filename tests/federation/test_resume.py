@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from flapp import client_app
 from flapp.checkpoint.manager import ChunkManager
 from flapp.config.schema import ConfigError
 from flapp.model.files import save_tensors
@@ -19,21 +18,6 @@ TOY = ("experiment=toy_regression", "num_rounds=4", "evaluate.central=true")
 def whole(federate: Federate) -> tuple[dict[str, Any], Path]:
     """Return the summary and the folder of an undisturbed run."""
     return federate(*TOY, "run_name=whole")
-
-
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Return a list that grows by (client, round) whenever a client really trains."""
-    found: list[tuple[str, int]] = []
-    real = client_app.fit
-
-    def fit(*args: Any) -> Any:
-        if args[-1] == "train":
-            found.append((args[1].client_id, args[1].instructions.server_round))
-        return real(*args)
-
-    monkeypatch.setattr(client_app, "fit", fit)
-    return found
 
 
 @pytest.mark.parametrize("place", ["aggregate_train", "aggregate_evaluate", "configure_evaluate", "facts"])

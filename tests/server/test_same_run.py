@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flapp import client_app, server_app
+from flapp import server_app
 from flapp.config.load import compose
 from flapp.config.schema import ConfigError
 from flapp.custom import source_digest
@@ -67,9 +67,9 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_is_not_resumed_over_data_that_was_prepared_anew_unless_it_is_to_go_on_anyway(
-    federate: Federate, home: Path, monkeypatch: pytest.MonkeyPatch
+    federate: Federate, home: Path, trained: list[tuple[str, int]]
 ) -> None:
-    settings = (*TOY, f"home={home}", "run_name=other-data", "evaluate.personal_epochs=0")
+    settings = (*TOY, f"home={home}", "run_name=other-data")
     break_off(federate, 3, "aggregate_train", *settings)
     prepare_other_data(home)
     with pytest.raises(ConfigError) as caught:
@@ -83,16 +83,9 @@ def test_a_run_is_not_resumed_over_data_that_was_prepared_anew_unless_it_is_to_g
     assert not [line for line in read_lines(path, "train") if line["round"] > 2]
     with pytest.raises(ConfigError, match="its data changed"):  # a refusal changes nothing
         federate(*settings, "resume=true")
-    trained: list[int] = []
-    real = client_app.fit
-
-    def fit(*args: Any) -> Any:
-        trained.append(args[1].instructions.server_round)
-        return real(*args)
-
-    monkeypatch.setattr(client_app, "fit", fit)
+    trained.clear()
     summary, _ = federate(*settings, "resume=true", "resume_anyway=true")
-    assert trained.count(3) == 3  # nobody answers from its store
+    assert [client for client, number in trained if number == 3] == ["0", "1", "2"]  # nobody answers from its store
     (note,) = summary["resumed_anyway"]
     assert note["round"] == 2
     assert [text.split(":")[0] for text in note["changed"]] == ["client 0", "client 1", "client 2"]
