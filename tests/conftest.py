@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
+from flwr.supercore.task_identity import TaskIdentity
 from hydra._internal.config_repository import ConfigRepository
 
 from flapp import client_app, server_app
@@ -110,6 +111,12 @@ def keep_log_handlers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logging.config, "_clearExistingHandlers", lambda: None)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def identify_task() -> None:
+    """Give this process the identity without which Flower makes no message."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from flapp.messages import (
     ATTEST,
@@ -32,7 +31,6 @@ Change = Callable[[RecordDict], object]
 
 def answer(claims: list[Claim]) -> RecordDict:
     """Return what a node with these clients answers."""
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     return pack_claims(Message(RecordDict(), dst_node_id=1, message_type=ATTEST), claims).content
 
 

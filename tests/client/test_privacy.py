@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 from scipy.stats import norm
 
 from flapp import messages, privacy
@@ -99,7 +98,6 @@ def release(train: Callable[[Tensors], Tensors], settings: Config, size: int = 2
 
     Return the difference between what it sends and what it received.
     """
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     order = messages.Instructions("0", 1, messages.source_digest())
     start = {"a": np.full(size, 3.0, np.float32), "b": np.zeros(size, np.float32)}
     message = messages.pack_instructions(1, messages.TRAIN, order, ArrayRecord({k: Array(v) for k, v in start.items()}))

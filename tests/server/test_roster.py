@@ -8,7 +8,6 @@ import pytest
 from flwr.app import Error, Message
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 
 from flapp.custom import source_digest
 from flapp.messages import Claim, pack_claims
@@ -25,7 +24,6 @@ class Nodes:
     """What a roster needs of a grid: nodes, each of which answers with its claims. `asked` notes who was asked."""
 
     def __init__(self, **claims: list[Claim] | None) -> None:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self.claims = {int(name.removeprefix("n")): found for name, found in claims.items()}
         self.asked: list[int] = []
 
