@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,12 @@ from flapp.model.layout import LAYOUTS
 from flapp.model.lora import layout_of
 from flapp.server.roster import FederationError
 from tests.conftest import Federate, read_clients, read_lines
+from tests.support.federations import nodes, sites
 from tests.support.replies import Sent, changing, drop, failures, listen
 
 DIGITS = ("model=linear", "clients=4", "num_rounds=2", "train.epochs=1", "evaluate.every=1")
 TOY = ("experiment=toy_regression", "num_rounds=2")
 FEWER = ("strategy.min_clients=2", "strategy.wait_for_clients=0.1")
-
-
-def sites(ids: Sequence[str]) -> list[dict[str, Any]]:
-    """Return nodes that say which client they are."""
-    return [{"client-id": name} for name in ids]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +62,7 @@ def test_the_bytes_depend_on_seed_and_weighting_but_not_on_nodes_or_the_order_of
     federate: Federate, digits: tuple[dict[str, Any], Path]
 ) -> None:
     other_order, _ = federate(*DIGITS, order=1)
-    shared, path = federate(*DIGITS, nodes=[{"partition-id": i, "num-partitions": 2} for i in range(2)])
+    shared, path = federate(*DIGITS, nodes=nodes(2))
     named, _ = federate(*DIGITS, nodes=sites("2031"))
     assert {run["model_sha256"] for run in (other_order, shared, named)} == {digits[0]["model_sha256"]}
     assert read_lines(path, "roster")[0]["clients"] == 4

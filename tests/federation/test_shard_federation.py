@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Message
 
 from flapp import messages
 from flapp.data.shards.build import export_artifacts, write_shards
@@ -14,7 +13,7 @@ from flapp.data.shards.manifest import load_manifest
 from flapp.server.roster import FederationError
 from tests.conftest import Federate, read_clients, read_lines
 from tests.support.leaf_files import Samples, as_leaf, write_leaf
-from tests.support.replies import changing, failures, set_claim
+from tests.support.replies import changing, failures, lying
 
 CLIENTS = 4
 
@@ -110,12 +109,7 @@ def test_the_server_refuses_claims_that_are_not_the_manifests(federate: Federate
         "2": ({"val": 99}, "claims 99 val samples, the manifest says"),
         "3": ({"shard_digest": "0" * 64}, "its shard has digest 000000000000, the manifest says"),
     }
-
-    def tamper(name: str, reply: Message) -> Message:
-        for client, (values, _) in lies.items():
-            set_claim(reply.content, client, **values)
-        return reply
-
+    tamper = lying({client: values for client, (values, _) in lies.items()})
     _, path = federate(*SHARDS, "num_rounds=1", tamper=tamper)
     refused = read_lines(path, "roster")[0]["refused"]
     assert refused.keys() == lies.keys()
@@ -124,11 +118,8 @@ def test_the_server_refuses_claims_that_are_not_the_manifests(federate: Federate
 
 
 def test_without_strict_check_the_server_warns_and_goes_on(federate: Federate, femnist: Path) -> None:
-    def tamper(name: str, reply: Message) -> Message:
-        set_claim(reply.content, "3", val=99)
-        return reply
-
-    _, path = federate(*SHARDS, "num_rounds=1", "distributed_data.strict_check=false", tamper=tamper)
+    settings = (*SHARDS, "num_rounds=1", "distributed_data.strict_check=false")
+    _, path = federate(*settings, tamper=lying({"3": {"val": 99}}))
     line = read_lines(path, "roster")[0]
     assert line["refused"] == {}
     assert "claims 99 val samples" in line["warnings"]["3"]

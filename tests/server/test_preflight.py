@@ -29,6 +29,7 @@ from flapp.server.run_names import is_failed_start
 from flapp.strategy.phase import Phase
 from tests.conftest import Broken, Federate, LocalGrid, break_off, run_app
 from tests.support.commands import left_running, run
+from tests.support.federations import nodes
 from tools.deployment import submit
 
 TOY = ("experiment=toy_regression", "num_rounds=2")
@@ -236,12 +237,8 @@ def test_tools_run_checks_before_it_starts_anything(data_home: Path, monkeypatch
 def test_the_server_of_a_simulation_checks_before_it_asks_anyone(
     tmp_path: Path, data_home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class GridHere(LocalGrid):
-        """A grid whose clients are on this machine."""
-
-        clients_here = True
-
-    grid = GridHere({}, [{"partition-id": 0, "num-partitions": 1}])
+    grid = LocalGrid({}, nodes(1))
+    grid.clients_here = True
     with pytest.raises(ValueError, match="cannot give each of clients=500"):
         run_app(settings(tmp_path, "clients=500"), grid)
     assert grid.sent == []

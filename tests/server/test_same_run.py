@@ -21,6 +21,7 @@ from flapp.server import journals, run_dir
 from flapp.server.journals import ClientLedger
 from flapp.server.roster import FederationError
 from tests.conftest import Federate, break_off, read_lines
+from tests.support.federations import nodes
 from tests.support.leaf_files import as_leaf, draw_samples, write_leaf
 from tools.run import final_line
 
@@ -144,17 +145,16 @@ def test_what_each_client_had_is_recorded_once_and_those_that_join_later_are_add
     federate: Federate, home: Path
 ) -> None:
     late = ("strategy.min_clients=2", "strategy.wait_for_clients=0.1", f"home={home}", "run_name=late")
-    nodes = [{"partition-id": i, "num-partitions": 3} for i in range(3)]
 
     def two(*words: str) -> Any:
-        return federate(*words, nodes=nodes[:2])
+        return federate(*words, nodes=nodes(3)[:2])
 
     break_off(two, 3, "aggregate_train", *TOY, *late)
     path = home / "runs" / "late" / "clients.jsonl"
     assert [line["client"] for line in lines_of(path)] == ["0", "1"]
     with path.open("a") as file:
         file.write('{"round": 0, "client": "1", "shard_di')  # the power went while a line was written
-    federate(*TOY, *late, "resume=true", nodes=nodes)
+    federate(*TOY, *late, "resume=true", nodes=nodes(3))
     assert [(line["client"], line["round"]) for line in lines_of(path)] == [("0", 0), ("1", 0), ("2", 2)]
     assert len({line["shard_digest"] for line in lines_of(path)}) == 3
 

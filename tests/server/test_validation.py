@@ -17,7 +17,7 @@ from flapp.messages import METRICS, NUM_EXAMPLES
 from flapp.server.roster import FederationError
 from flapp.server.summary import Summary
 from tests.conftest import Federate, read_clients, read_lines
-from tests.support.replies import set_claim
+from tests.support.replies import lying
 
 CLASSES, SEEDS, TEST = 3, 20, 30
 MADE = (
@@ -228,11 +228,7 @@ def test_settings_that_leave_nothing_to_choose_by_are_refused(words: str, messag
 def test_a_claim_of_other_validation_samples_than_the_partition_gives_is_refused(
     federate: Federate, made: str, val: int
 ) -> None:
-    def tamper(name: str, reply: Message) -> Message:
-        set_claim(reply.content, "1", val=val)
-        return reply
-
-    _, path = federate(*MADE, made, BEST, tamper=tamper)
+    _, path = federate(*MADE, made, BEST, tamper=lying({"1": {"val": val}}))
     refused = read_lines(path, "roster")[0]["refused"]
     assert refused == {"1": f"claims {val} validation samples, the partition gives it 4"}
 
