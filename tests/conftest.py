@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
+from flwr.supercore.task_identity import TaskIdentity
 from hydra._internal.config_repository import ConfigRepository
 
-from flapp import server_app
+from flapp import client_app, server_app
 from flapp.config.load import CONF, compose, to_json
 from flapp.config.schema import Config, ConfigError
 from flapp.data.shards.build import write_shards
@@ -113,6 +114,12 @@ def keep_log_handlers() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def identify_task() -> None:
+    """Give this process the identity without which Flower makes no message."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+
+
+@pytest.fixture(scope="session", autouse=True)
 def read_conf_once() -> Iterator[None]:
     """Keep our own conf/ in memory once Hydra has read it: reading the files takes half of the time of compose.
 
@@ -161,6 +168,21 @@ def federate(data_home: Path) -> Federate:
     return run
 
 
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Return a list that grows by (client, round) whenever a client really trains."""
+    found: list[tuple[str, int]] = []
+    real = client_app.fit
+
+    def fit(*args: Any) -> Any:
+        if args[-1] == "train":
+            found.append((args[1].client_id, args[1].instructions.server_round))
+        return real(*args)
+
+    monkeypatch.setattr(client_app, "fit", fit)
+    return found
+
+
 class Broken(RuntimeError):
     """The error with which tests break off a run."""
 
@@ -178,6 +200,12 @@ def break_off(run: Callable[..., Any], server_round: int, place: str, *overrides
         patch.setattr(FedAvg, place, stand_in)
         with pytest.raises(Broken):
             run(*overrides)
+
+
+def break_and_resume(run: Federate, server_round: int, place: str, *overrides: str) -> tuple[dict[str, Any], Path]:
+    """Run a federation that breaks off as in break_off, resume it, and return what the resumed run gives."""
+    break_off(run, server_round, place, *overrides)
+    return run(*overrides, "resume=true")
 
 
 def read_lines(path: Path, kind: str) -> list[dict[str, Any]]:

@@ -22,7 +22,6 @@ import pytest
 
 from flapp.config.load import ConfigError, compose
 from flapp.config.plain import setting_types
-from tests.conftest import LocalGrid, run_app
 from tests.support.doc_commands import (
     CHECKS,
     PAGES,
@@ -40,6 +39,7 @@ from tests.support.doc_commands import (
     pasted,
     words_of,
 )
+from tests.support.own_runs import run
 from tools import cli, configuration
 
 OWN_DATA = ROOT / "docs" / "own_data.md"
@@ -149,9 +149,9 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """
     folder = tmp_path_factory.mktemp("user")
     runs = folder / ".flapp" / "runs"
-    run_in_process(f"home={folder / '.flapp'}", "run_name=mine", "evaluate.every=20", *SMALL)
+    run(compose([f"home={folder / '.flapp'}", "run_name=mine", "evaluate.every=20", *SMALL]))
     shutil.copytree(runs / "mine", runs / "other")
-    run_in_process(f"home={folder / '.flapp'}", "run_name=adapted", *ADAPTED, *SMALL, "num_rounds=1")
+    run(compose([f"home={folder / '.flapp'}", "run_name=adapted", *ADAPTED, *SMALL, "num_rounds=1"]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(folder))
         patch.setenv("DB", str(folder / ".flapp/checkpoints/mine/client_0/client_0_chunks.db"))
@@ -159,11 +159,6 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (digit,) = [block for block in blocks("python") if "digit.png" in block]
         exec(compile(digit, "export.md", "exec"), {})
         yield folder
-
-
-def run_in_process(*words: str) -> None:
-    nodes = [{"partition-id": i, "num-partitions": 2} for i in range(2)]
-    run_app(compose(list(words)), LocalGrid({}, nodes))
 
 
 @pytest.mark.parametrize(
@@ -197,7 +192,8 @@ def test_the_page_of_your_own_data_works_from_top_to_bottom(user: Path) -> None:
         for command in block.splitlines() if language == "bash" else ():
             _, _, module, *words = words_of(command)
             if module == "tools.run":
-                run_in_process(f"home={user / '.flapp'}", *words, *SMALL, "num_rounds=1", f"run_name=page-{len(done)}")
+                words += [f"home={user / '.flapp'}", *SMALL, "num_rounds=1", f"run_name=page-{len(done)}"]
+                run(compose(words))
             else:
                 home = [f"home={user / '.flapp'}"] if module == "tools.prepare_data" else []
                 assert importlib.import_module(module).main([*words, *home]) == 0

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from flapp.checkpoint.chunks import CheckpointError
 from flapp.checkpoint.manager import ChunkManager
@@ -34,7 +33,6 @@ class Client:
     """A client whose app adds 1 to the model, and `private` to what it keeps to itself."""
 
     def __init__(self, settings: Config, folder: Path, private: bool = False) -> None:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self.settings = settings
         self.node_config: dict[str, Any] = {"client-id": "0", "checkpoint-dir": str(folder)}
         self.private = private

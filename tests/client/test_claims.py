@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from flapp.messages import (
     ATTEST,
@@ -31,7 +30,6 @@ Change = Callable[[RecordDict], object]
 
 def answer(claims: list[Claim]) -> RecordDict:
     """Return what a node with these clients answers."""
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     return pack_claims(Message(RecordDict(), dst_node_id=1, message_type=ATTEST), claims).content
 
 
@@ -73,7 +71,10 @@ LONG = "x" * (LONGEST_TEXT + 1)
             (column("classes", wrong), HISTOGRAM)
             for wrong in ([3, 3], [3, 0, 4], [3, 0, 2], [4, -1, 3], [3.0, 0.0, 3.0], 6)
         ),
-        *((column("label-hist", wrong), HISTOGRAM) for wrong in ([2, 0, 3, 4, 0], [2.0, 0.0, 3.0, 4.0, 0.0, 0.0], 6)),
+        *(
+            (column("label-hist", wrong), HISTOGRAM)
+            for wrong in ([2, 0, 3, 4, 0], [2.0, 0.0, 3.0, 4.0, 0.0, 0.0], ["a"] * 6, 6)
+        ),
         (entry("label_hist", [-1, 5, 0]), HISTOGRAM),
         (entry("label_hist", [0] * (MOST_CLASSES + 1)), HISTOGRAM),
         *(

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 from scipy.stats import norm
 
 from flapp import messages, privacy
@@ -18,10 +17,9 @@ from flapp.client import mods
 from flapp.config.load import compose, to_json
 from flapp.config.schema import Config, ConfigError, PrivacyConfig
 from flapp.strategy.fedavg import FedAvg
-from tests.conftest import Broken, Federate, break_off, read_lines
+from tests.conftest import Broken, Federate, break_and_resume, break_off, read_lines
 from tests.support.noise import START, check_noise, length
 from tests.support.replies import Sent, changing, listen
-from tools.run import final_line
 
 pytest.importorskip("dp_accounting", reason='needs pip install -e ".[privacy]"')
 
@@ -100,7 +98,6 @@ def release(train: Callable[[Tensors], Tensors], settings: Config, size: int = 2
 
     Return the difference between what it sends and what it received.
     """
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     order = messages.Instructions("0", 1, messages.source_digest())
     start = {"a": np.full(size, 3.0, np.float32), "b": np.zeros(size, np.float32)}
     message = messages.pack_instructions(1, messages.TRAIN, order, ArrayRecord({k: Array(v) for k, v in start.items()}))
@@ -145,15 +142,6 @@ def test_a_clients_store_holds_the_noisy_update_only(federate: Federate, data_ho
     assert {k: t.numpy().tobytes() for k, t in tensors.items()} == {k: v.tobytes() for k, v in dict(seen)["1"].items()}
 
 
-def test_every_round_and_the_summary_say_the_epsilon_so_far(federate: Federate) -> None:
-    done, path = federate(*TOY)
-    expected = [spent(releases) for releases in range(1, 5)]
-    assert [line["epsilon"] for line in read_lines(path, "train")] == expected
-    assert (done["epsilon"], done["delta"]) == (expected[-1], 1e-5)
-    said = f"epsilon {expected[-1]:.4g} (delta 1e-05) for the client that released the most updates"
-    assert said in final_line({"accuracy": None, **done}).splitlines()
-
-
 def test_the_client_that_was_asked_most_often_counts(federate: Federate) -> None:
     words = ("strategy.fraction_train=0.34", "num_rounds=5")
     done, path = federate(*TOY, *words)
@@ -166,8 +154,7 @@ def test_the_client_that_was_asked_most_often_counts(federate: Federate) -> None
 def test_a_resumed_run_whose_clients_replay_has_the_epsilon_of_an_undisturbed_one(federate: Federate) -> None:
     whole, whole_path = federate(*TOY)
     for place in ("_receive", "aggregate_train", "facts"):
-        break_off(federate, 3, place, *TOY, f"run_name=private{place}")
-        resumed, path = federate(*TOY, f"run_name=private{place}", "resume=true")
+        resumed, path = break_and_resume(federate, 3, place, *TOY, f"run_name=private{place}")
         assert resumed["epsilon"] == whole["epsilon"]
         told = [[line["epsilon"] for line in read_lines(each, "train")] for each in (path, whole_path)]
         assert told[0] == told[1]
@@ -233,13 +220,15 @@ def test_without_its_package_both_sides_refuse_to_start(federate: Federate, monk
         federate(*TOY)
 
 
-def test_the_server_says_before_round_one_what_is_protected(
+def test_the_server_says_before_round_one_what_is_protected_and_then_the_epsilon_so_far(
     federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr("flapp.server.run.log", lambda level, text, *values: said.append(text % values))
-    federate(*TOY)
-    total = spent(4)
-    assert f"epsilon is 10 for one round and {total:.4g} for a client that trains in all 4 rounds" in said[0]
+    done, path = federate(*TOY)
+    expected = [spent(releases) for releases in range(1, 5)]
+    assert [line["epsilon"] for line in read_lines(path, "train")] == expected
+    assert (done["epsilon"], done["delta"]) == (expected[-1], 1e-5)
+    assert f"epsilon is 10 for one round and {expected[-1]:.4g} for a client that trains in all 4 rounds" in said[0]
     for what in ("numbers of samples", "label histograms", "training losses", "evaluation results", "errors"):
         assert what in said[1]

@@ -1,13 +1,11 @@
 """Artifacts: written whole or not at all, compared with their hashes once, and never trusted further than these go."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +16,6 @@ import pytest
 from flapp.data import artifact as artifacts
 from flapp.data.artifact import DataError, open_artifact, open_verified, write_artifact, write_rows
 from flapp.data.offline import OfflineDataset
-from flapp.data.sources import ensure_artifacts
 from tests.support.refusals import refused
 
 CLASSES = ["a", "b", "c"]
@@ -211,17 +208,3 @@ def test_a_note_cut_off_or_of_other_files_is_ignored(
         hashed.clear()
         open_verified(folder)
         assert hashed, text
-
-
-def test_clients_that_start_together_prepare_the_digits_once(tmp_path: Path) -> None:
-    def prepare(_: int) -> int:
-        return (ensure_artifacts(tmp_path, "digits") / "train" / "images.npy").stat().st_ino
-
-    with ThreadPoolExecutor(4) as clients:  # locks of files hold between threads as between processes
-        inodes = list(clients.map(prepare, range(4)))
-    assert len(set(inodes)) == 1  # a second preparation would have replaced the file
-    train, test = (open_artifact(tmp_path / "digits" / split, verify=True) for split in ("train", "test"))
-    assert len(train.labels) + len(test.labels) == 1797
-    assert (train.images.shape[1:], train.images.max()) == ((32, 32, 1), 255)
-    meta = json.loads((tmp_path / "digits" / "train" / "meta.json").read_text())
-    assert (meta["format_version"], meta["complete"]) == (1, True)

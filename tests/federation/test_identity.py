@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
@@ -13,15 +12,12 @@ from flapp.config.schema import ConfigError
 from flapp.server.client_keys import ClientKeys
 from flapp.server.roster import FederationError
 from tests.conftest import Federate, LocalGrid, read_lines
+from tests.support.federations import sites
 from tools.certificates import make_site_keys
 from tools.deployment.submit import failure, refusals
 
 TOY = ("experiment=toy_regression", "num_rounds=2", "checkpoint=off", "deployment=local")
 SHORT = ("strategy.min_clients=2", "strategy.wait_for_clients=0.1")
-
-
-def at(*ids: str) -> list[dict[str, Any]]:
-    return [{"client-id": name} for name in ids]
 
 
 def make_key(path: Path) -> bytes:
@@ -53,7 +49,7 @@ def stolen(tmp_path: Path) -> bytes:
 @pytest.fixture(scope="module")
 def honest(federate: Federate) -> str:
     """Return the SHA-256 of the model that clients "0" to "2" train."""
-    return str(federate(*TOY, nodes=at("0", "1", "2"))[0]["model_sha256"])
+    return str(federate(*TOY, nodes=sites("012"))[0]["model_sha256"])
 
 
 def pinned(pins: Path) -> tuple[str, ...]:
@@ -94,7 +90,7 @@ def test_who_claims_to_be_another_client_is_refused_and_the_holder_of_the_key_ta
     names.insert(place, "client_0")
     ids = ["0", "1", "2"]
     ids.insert(place, "0")
-    summary, path = federate(*pinned(pins), nodes=at(*ids), keys=keys, names=names if kind == "named" else None)
+    summary, path = federate(*pinned(pins), nodes=sites(ids), keys=keys, names=names if kind == "named" else None)
     assert summary["model_sha256"] == honest
     (intruder,) = (node for node, held in grids[0].keys.items() if held == key)
     refused = {f"node {intruder}": reason.format(pins=pins)}
@@ -107,8 +103,8 @@ def test_who_claims_to_be_another_client_is_refused_and_the_holder_of_the_key_ta
 def test_without_its_holder_a_client_is_missing_and_not_the_intruder(
     federate: Federate, pins: Path, own: list[bytes], stolen: bytes
 ) -> None:
-    two, _ = federate(*TOY, *SHORT, nodes=at("1", "2"))
-    nodes, keys, names = at("0", "1", "2"), [stolen, *own[1:]], ["client_0", "client_1", "client_2"]
+    two, _ = federate(*TOY, *SHORT, nodes=sites("12"))
+    nodes, keys, names = sites("012"), [stolen, *own[1:]], ["client_0", "client_1", "client_2"]
     summary, path = federate(*pinned(pins), *SHORT, nodes=nodes, keys=keys, names=names)
     assert summary["model_sha256"] == two["model_sha256"]
     assert [line["absent"] for line in read_lines(path, "train")] == [["0"], ["0"]]
@@ -131,7 +127,7 @@ def test_an_intruder_that_comes_during_the_run_is_reported_and_the_client_return
     monkeypatch.setattr(LocalGrid, "get_node_ids", online)
     settings = (*pinned(pins), "num_rounds=5", "evaluate.every=5")
     names = ["client_0", "client_1", "client_2", "client_0"]
-    _, path = federate(*settings, nodes=at("0", "1", "2", "0"), keys=[*own, stolen], names=names)
+    _, path = federate(*settings, nodes=sites("0120"), keys=[*own, stolen], names=names)
     assert [line["absent"] for line in read_lines(path, "train")] == [[], ["0"], ["0"], [], []]
     assert [line["replies"] for line in read_lines(path, "train")] == [3, 2, 2, 3, 3]
     assert read_lines(path, "roster")[0]["refused"] == {}
@@ -146,12 +142,12 @@ def test_an_intruder_that_comes_during_the_run_is_reported_and_the_client_return
 def test_a_client_without_a_pinned_key_is_refused_by_name(federate: Federate, pins: Path, own: list[bytes]) -> None:
     (pins / "client_1.pub").unlink()
     reason = f"has no pinned key: copy its site.pub to {pins}/client_1.pub"
-    summary, path = federate(*pinned(pins), nodes=at("0", "1", "2"), keys=own)
+    summary, path = federate(*pinned(pins), nodes=sites("012"), keys=own)
     assert nodes_of(path)["1"] == reason
     assert read_lines(path, "train")[0]["replies"] == 2
     assert f"refused: client 1: {reason}" in refusals(summary)
     own[1] = make_key(pins / "client_1.pub")  # the fix
-    _, path = federate(*pinned(pins), nodes=at("0", "1", "2"), keys=own)
+    _, path = federate(*pinned(pins), nodes=sites("012"), keys=own)
     assert read_lines(path, "train")[0]["replies"] == 3
 
 
@@ -203,34 +199,10 @@ def test_a_run_with_the_former_setting_for_names_can_be_resumed() -> None:
 
 
 def test_a_summary_names_the_first_refused_and_counts_the_rest(federate: Federate) -> None:
-    summary, path = federate(*TOY, "clients=30", *SHORT, nodes=at("0", "1", *map(str, range(100, 125))))
+    summary, path = federate(*TOY, "clients=30", *SHORT, nodes=sites(["0", "1", *map(str, range(100, 125))]))
     assert len(summary["refused"]) == 20
     assert refusals(summary).endswith("; and 5 more")
     assert len(read_lines(path, "roster")[0]["refused"]) == 25
-
-
-def test_of_two_claims_for_one_id_a_faulty_one_does_not_keep_the_sound_one_out(federate: Federate, honest: str) -> None:
-    nodes = [*at("0", "1", "2"), {"client-id": "2", "home": "/dev/null/home"}]
-    twins, path = federate(*TOY, nodes=nodes)
-    assert twins["model_sha256"] == honest
-    assert read_lines(path, "roster")[0]["refused"] == {}
-
-
-def test_a_site_that_comes_back_as_a_new_node_is_let_in_once_its_old_node_is_gone(
-    federate: Federate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = iter(range(1000))
-
-    def online(grid: LocalGrid) -> list[int]:
-        *first, old, new = grid.nodes
-        look = next(asked)
-        return [*first, old] if look == 0 else [*first, old, new] if look == 1 else [*first, new]
-
-    monkeypatch.setattr(LocalGrid, "get_node_ids", online)
-    _, path = federate(*TOY, "evaluate.every=1", nodes=at("0", "1", "2", "2"))
-    first, second = read_lines(path, "train")
-    assert (first["replies"], second["replies"]) == (3, 3)
-    assert [line["absent"] for line in read_lines(path, "train")] == [[], []]
 
 
 def test_the_error_of_a_failed_run_says_who_was_refused_once() -> None:

@@ -1,6 +1,7 @@
 """Models with bfloat16 and other dtypes, tied weights, and tensors without dimensions or elements."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from flapp.model.files import load_tensors, read_tensors, save_tensors, to_numpy
 from flapp.server import run
 from flapp.server.inline import CLIENT_APP, InlineGrid, start_forkserver
 from flapp.sums import WeightedSum, weighted_average
-from tests.conftest import Federate, break_off, read_clients, read_lines, run_app
+from tests.conftest import Federate, break_and_resume, read_clients, read_lines, run_app
 from tests.support.federations import nodes, state_after
 from tests.support.odd_model import CLASSES, LARGE, TOKENS, OddModel, build
 from tests.support.replies import Sent, listen
@@ -104,9 +105,8 @@ def test_a_resumed_run_ends_in_the_same_bytes(federate: Federate, optimizer: str
     if optimizer:
         words.append("strategy.server_lr=0.05")
     whole, path = federate(*words)
-    name = f"run_name=odd-{optimizer}"
-    break_off(federate, 3, "aggregate_train", *words, name)  # after round 2; the clients' stores have round 3
-    resumed, again = federate(*words, name, "resume=true")
+    words.append(f"run_name=odd-{optimizer}")  # it breaks off after round 2, and the clients' stores have round 3
+    resumed, again = break_and_resume(federate, 3, "aggregate_train", *words)
     for server_round in (3, 4):
         assert digest_of(state_after(again, server_round)) == digest_of(state_after(path, server_round))
     assert resumed["model_sha256"] == whole["model_sha256"]
@@ -121,12 +121,9 @@ def test_groups_single_messages_and_a_resume_in_groups_end_in_the_same_bytes(fed
     in_groups: dict[str, Any] = {"nodes": nodes(3), "any_node": True}
     grouped, _ = federate(*words, **in_groups)
     assert grouped["model_sha256"] == single["model_sha256"]
-
-    def in_three(*words: str) -> Any:
-        return federate(*words, **in_groups)
-
-    break_off(in_three, 3, "aggregate_train", *words, "run_name=odd-groups")
-    assert in_three(*words, "run_name=odd-groups", "resume=true")[0]["model_sha256"] == single["model_sha256"]
+    in_three = partial(federate, **in_groups)
+    resumed, _ = break_and_resume(in_three, 3, "aggregate_train", *words, "run_name=odd-groups")
+    assert resumed["model_sha256"] == single["model_sha256"]
 
 
 def test_the_sums_of_groups_are_float64_numpys(federate: Federate) -> None:

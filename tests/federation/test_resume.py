@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from flapp import client_app
 from flapp.checkpoint.manager import ChunkManager
 from flapp.config.schema import ConfigError
 from flapp.model.files import save_tensors
-from tests.conftest import Federate, break_off, read_lines
+from tests.conftest import Federate, break_and_resume, break_off, read_lines
 
 TOY = ("experiment=toy_regression", "num_rounds=4", "evaluate.central=true")
 
@@ -19,21 +18,6 @@ TOY = ("experiment=toy_regression", "num_rounds=4", "evaluate.central=true")
 def whole(federate: Federate) -> tuple[dict[str, Any], Path]:
     """Return the summary and the folder of an undisturbed run."""
     return federate(*TOY, "run_name=whole")
-
-
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Return a list that grows by (client, round) whenever a client really trains."""
-    found: list[tuple[str, int]] = []
-    real = client_app.fit
-
-    def fit(*args: Any) -> Any:
-        if args[-1] == "train":
-            found.append((args[1].client_id, args[1].instructions.server_round))
-        return real(*args)
-
-    monkeypatch.setattr(client_app, "fit", fit)
-    return found
 
 
 @pytest.mark.parametrize("place", ["aggregate_train", "aggregate_evaluate", "configure_evaluate", "facts"])
@@ -64,8 +48,8 @@ def test_without_replay_a_client_trains_again_to_the_same_bytes(
     federate: Federate, whole: tuple[dict[str, Any], Path], trained: list[tuple[str, int]], setting: str
 ) -> None:
     settings = (*TOY, setting, f"run_name={setting.replace('=', '-')}")
-    break_off(federate, 2, "aggregate_train", *settings)
-    assert federate(*settings, "resume=true")[0]["model_sha256"] == whole[0]["model_sha256"]
+    resumed, _ = break_and_resume(federate, 2, "aggregate_train", *settings)
+    assert resumed["model_sha256"] == whole[0]["model_sha256"]
     assert [client for client, number in trained if number == 2] == ["0", "1", "2"] * 2
 
 

@@ -121,13 +121,6 @@ def test_a_head_is_not_exported_if_its_name_ends_the_name_of_an_adapted_layer(
         export_adapter(model, tmp_path / "adapter", "base")
 
 
-def test_a_layer_whose_name_ends_the_name_of_another_is_exported_alone(tmp_path: Path) -> None:
-    export_adapter(adapted("mlp"), tmp_path / "adapter", "base")
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["target_modules"] == r"0|2\.1"
-    assert config["modules_to_save"] == ["2.2", "3"]
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

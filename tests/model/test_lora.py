@@ -181,20 +181,6 @@ def test_the_head_travels_beside_the_adapters_and_so_does_a_frozen_a() -> None:
     assert (set(lora_state_dict(model)), set(frozen_of(model))) == keys
 
 
-def test_buffers_travel_since_training_changes_them() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-    add_lora(model, 2, 2.0, ("0",))
-    mark_only_lora_as_trainable(model)
-    assert {"1.running_mean", "1.running_var", "1.num_batches_tracked", "2.weight"} <= set(lora_state_dict(model))
-    assert set(frozen_of(model)) == {"0.weight", "0.bias", "1.weight", "1.bias"}
-
-
-def test_what_travels_is_all_that_another_model_of_the_same_base_needs() -> None:
-    trained, fresh = adapted(n=2), adapted()
-    fresh.load_state_dict(lora_state_dict(trained), strict=False)
-    assert torch.equal(logits(fresh), logits(trained))
-
-
 @pytest.mark.parametrize(
     ("name", "lora", "message"),
     [
@@ -361,8 +347,6 @@ def test_pytorchs_fast_path_for_transformers_does_not_skip_adapters() -> None:
         assert not torch.allclose(before, fresh(x), atol=0.1)
         ours, theirs = (each[0](x, src_key_padding_mask=padding)[~padding] for each in (model, fresh))
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="self_attn.out_proj, which is NonDynamicallyQuantizableLinear"):
-        add_lora(fresh, 2, 2.0, ["out_proj"])
 
 
 def test_transformers_is_not_imported_to_look_for_its_layers() -> None:

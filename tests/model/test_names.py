@@ -110,13 +110,6 @@ def test_our_layers_are_all_modules_of_transformers() -> None:
     assert sorted(name for layer in layers for name in modules_in_transformers(layer)) == sorted(theirs)
 
 
-def test_timms_norm_behind_the_mean_of_the_tokens_is_our_last_norm() -> None:
-    theirs = timms(global_pool="avg")
-    state = to_timm(ours().state_dict(), "mean")
-    theirs.load_state_dict(state)
-    assert from_any(state)[1].keys() == ours().state_dict().keys()
-
-
 def test_q_k_and_v_that_are_not_alike_are_not_joined() -> None:
     state = to_transformers(shapes(ours().state_dict()))
     key = "vit.encoder.layer.1.attention.attention.key.weight"

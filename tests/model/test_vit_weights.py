@@ -114,11 +114,6 @@ def test_weights_of_another_size_name_the_model_to_choose(tmp_path: Path) -> Non
         wide = layout_of(build_model("vit_b_16", (32, 32, 3), 5))
     with pytest.raises(ValueError, match="has the weights of vit_ti_16, the model is vit_b_16: set model=vit_ti_16"):
         check_pretrained(wide, tmp_path / "timm.safetensors")
-    for name, said in (
-        ("vit_large_patch16_224", "a ViT of patch 16, 24 layers, width 1024 and mlp width 4096, which flapp does not"),
-        ("vit_base_patch32_224", "a ViT of patch 32, 12 layers, width 768 .* give weights of one of vit_tiny"),
-    ):
-        assert said.split(" .* ")[0] in timm_says(name)
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -29,8 +29,8 @@ from flapp.server.run_names import is_failed_start
 from flapp.strategy.phase import Phase
 from tests.conftest import Broken, Federate, LocalGrid, break_off, run_app
 from tests.support.commands import left_running, run
+from tests.support.federations import nodes
 from tools.deployment import submit
-from tools.running import sweep
 
 TOY = ("experiment=toy_regression", "num_rounds=2")
 LORA = ("strategy=fedlora", "lora=default")
@@ -57,13 +57,9 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["dataset.shape=[8,8,1]"], r"shape \[32, 32, 1\] in 10 classes, .* set dataset.shape=\[32,32,1\]"),
         (["dataset.classes=9"], r"settings say \[32, 32, 1\] in 9: set .* dataset.classes=10"),
         (["clients=500"], r"cannot give each of clients=500 partition.min_size=10 of 1437 .* to at most 143"),
-        (["clients=100", "partition.alpha=0.1"], "raise partition.alpha, lower partition.min_size or take fewer"),
         (["partition=pathological", "partition.classes_per_client=11"], "set partition.classes_per_client between"),
         (["partition=natural"], r"partition=natural has no .*: make it with python -m tools.prepare_data"),
         (["experiment=femnist_fedavg", "distributed_data.manifest=/none"], "no manifest at .*: make the shards with"),
-        (["model.image_size=30"], "4-pixel patches, which do not divide 30: set model.image_size to a multiple of 4"),
-        ([*LORA, "lora.targets=[query]"], "lora.targets=query matches no layer of the model: choose among .*qkv"),
-        ([*LORA, "lora.rank=65"], r"lora.rank=65 is more than .*: lower lora.rank"),
         (["deployment.client_gpus=99"], r"deployment.client_gpus=99 is more than the \d GPUs there are: lower it"),
         (["deployment=local", "deployment.client_keys=/none"], "deployment.client_keys=/none: .* give a folder of"),
     ],
@@ -241,12 +237,8 @@ def test_tools_run_checks_before_it_starts_anything(data_home: Path, monkeypatch
 def test_the_server_of_a_simulation_checks_before_it_asks_anyone(
     tmp_path: Path, data_home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class GridHere(LocalGrid):
-        """A grid whose clients are on this machine."""
-
-        clients_here = True
-
-    grid = GridHere({}, [{"partition-id": 0, "num-partitions": 1}])
+    grid = LocalGrid({}, nodes(1))
+    grid.clients_here = True
     with pytest.raises(ValueError, match="cannot give each of clients=500"):
         run_app(settings(tmp_path, "clients=500"), grid)
     assert grid.sent == []
@@ -359,19 +351,6 @@ def test_a_round_without_replies_says_why_first(federate: Federate, monkeypatch:
     monkeypatch.setattr(Phase, "_accept", refuse)
     with pytest.raises(FederationError, match=r"^round 1: clients 0 to 2: is odd \(0 of 3 clients gave a valid train"):
         federate(*TOY)
-
-
-def test_a_sweep_in_which_no_run_began_leaves_no_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "runs" / "s"
-    folder.mkdir(parents=True)
-    (folder / "multirun.yaml").touch()  # Hydra's
-    failed = {"job": 0, "overrides": ["seed=0"], "status": "failed", "error": "why"}
-    assert "failed: why" in sweep.conclude([failed | {"folder": str(folder)}])
-    assert not folder.exists()
-    (folder / "0").mkdir(parents=True)
-    (folder / "0" / "config.yaml").touch()
-    sweep.conclude([failed | {"folder": str(folder)}])
-    assert (folder / "sweep.json").exists()
 
 
 def test_mistakes_of_a_sweep_give_a_one_line_error_per_job_and_leave_no_run(tmp_path: Path) -> None:

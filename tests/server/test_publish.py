@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from flapp.model.files import load_tensors
 from flapp.server import publish
 from flapp.server.publish import published, tell_reason
 from flapp.server.roster import FederationError
-from tests.conftest import Federate, break_off, read_clients, read_lines, refusal_of
+from tests.conftest import Federate, break_and_resume, break_off, read_clients, read_lines, refusal_of
 from tests.server.test_roster import Nodes, claim_of, gather
+from tests.support.federations import nodes, sites
 from tests.support.html_page import report_on
-from tests.support.replies import set_claim, trained_in
+from tests.support.replies import lying, set_claim, trained_in
 from tools.deployment.submit import refusals
 from tools.running.progress import Progress
 
@@ -80,14 +81,13 @@ def run_both(federate: Federate) -> dict[str, Found]:
             raise ValueError(f"the loss is {LOSS}")
         return real(*args)
 
-    nodes = [{"partition-id": i, "num-partitions": 8} for i in range(7)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(client_app, "fit", fit)
         for kind in ("all", "totals"):
             lines.clear()
             logging.getLogger("flwr").addHandler(handler)
             words = (*BASE, *ODD, f"privacy.publish={kind}")
-            summary, path = federate(*words, nodes=nodes, tamper=odd_clients)
+            summary, path = federate(*words, nodes=nodes(8)[:7], tamper=odd_clients)
             logging.getLogger("flwr").removeHandler(handler)
             found[kind] = summary, path, "\n".join(lines)
     return found
@@ -266,8 +266,7 @@ def test_totals_go_with_noise(federate: Federate, data_home: Path, kind: str) ->
 def test_a_run_that_broke_off_is_resumed_to_the_bytes_of_one_that_publishes_all(federate: Federate, place: str) -> None:
     whole, _ = federate(*TOY)
     run = (*TOY, TOTALS, f"run_name=totals-{place}")
-    break_off(federate, 2, place, *run)
-    resumed, path = federate(*run, "resume=true")
+    resumed, path = break_and_resume(federate, 2, place, *run)
     assert resumed["model_sha256"] == whole["model_sha256"]
     assert "there is no" not in (path / "metrics.jsonl").read_text()
     assert {"train", "labels"} & keys_in(list(read_clients(path).values())) == set()
@@ -276,12 +275,7 @@ def test_a_run_that_broke_off_is_resumed_to_the_bytes_of_one_that_publishes_all(
 def test_a_resumed_run_finds_out_that_data_changed(federate: Federate) -> None:
     run = (*TOY, TOTALS, "run_name=totals-changed")
     break_off(federate, 2, "facts", *run)
-
-    def tamper(name: str, reply: Message) -> Message:
-        if reply.has_content():
-            set_claim(reply.content, "1", shard_digest="f" * 64)
-        return reply
-
+    tamper = lying({"1": {"shard_digest": "f" * 64}})
     with pytest.raises(ConfigError, match="client 1: its data changed since the run began"):
         federate(*run, "resume=true", tamper=tamper)
     _, path = federate(*run, "resume=true", "resume_anyway=true", tamper=tamper)
@@ -315,11 +309,7 @@ def test_a_run_that_fails_says_how_many_failed_and_not_who(federate: Federate, c
 
 
 def test_a_run_that_cannot_start_names_clients_but_not_their_numbers(federate: Federate, data_home: Path) -> None:
-    def tamper(name: str, reply: Message) -> Message:
-        set_claim(reply.content, "1", train=98765, label_hist=())
-        set_claim(reply.content, "2", source_digest="e" * 64)
-        return reply
-
+    tamper = lying({"1": {"train": 98765, "label_hist": ()}, "2": {"source_digest": "e" * 64}})
     with pytest.raises(FederationError, match="client 1: privacy.publish=totals hides why: a trial") as caught:
         federate(*TOY, TOTALS, "run_name=totals-refused", "strategy.min_clients=2", tamper=tamper)
     assert "client 2: runs other source (eeeeeeeeeeee)" in str(caught.value)
@@ -345,13 +335,12 @@ def test_shards_of_simulated_clients_log_no_samples_and_those_of_a_site_do(
         *("partition=round_robin", f"distributed_data.shard_path={tmp_path / 'shards'}"),
     ]
     caplog.set_level(logging.INFO)
-    site: Callable[[int], dict[str, Any]] = lambda i: {"client-id": str(i)}  # noqa: E731
-    for more, nodes, is_told in (
+    for more, given, is_told in (
         ([TOTALS, "run_name=totals-shards"], None, False),
-        ([TOTALS, "run_name=totals-sites"], [site(i) for i in range(3)], True),
+        ([TOTALS, "run_name=totals-sites"], sites("012"), True),
     ):
         caplog.clear()
-        federate(*words, *more, nodes=nodes)
+        federate(*words, *more, nodes=given)
         assert ("samples from" in caplog.text) == is_told
 
 

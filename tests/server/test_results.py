@@ -1,7 +1,6 @@
 """What a run leaves for people: where the time went, and events that say what metrics.jsonl says."""
 
 import json
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from flapp.config.schema import ConfigError
 from flapp.server import observer, run, run_dir
 from flapp.server.observer import PHASES, Observer
 from flapp.server.roster import Roster
@@ -127,14 +125,3 @@ def test_events_say_what_the_lines_say_also_of_a_resumed_run(federate: Federate,
     assert events["evaluate/loss_spread/p90"] == spread
     assert [step for step, _ in events["round/phases/save"]] == [1, 2, 3]
     assert not [tag for tag in events if "client" in tag and tag != "roster/clients"]
-
-
-def test_without_its_package_events_are_refused_before_round_one(
-    federate: Federate, monkeypatch: pytest.MonkeyPatch, data_home: Path
-) -> None:
-    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(ConfigError, match=r'needs the package tensorboard, .*pip install -e "\.\[tensorboard\]"'):
-        federate(*TOY, "run_name=eventless", "results.tensorboard=true")
-    assert not (data_home / "runs" / "eventless").exists()

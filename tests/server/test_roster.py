@@ -8,7 +8,6 @@ import pytest
 from flwr.app import Error, Message
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 
 from flapp.custom import source_digest
 from flapp.messages import Claim, pack_claims
@@ -25,7 +24,6 @@ class Nodes:
     """What a roster needs of a grid: nodes, each of which answers with its claims. `asked` notes who was asked."""
 
     def __init__(self, **claims: list[Claim] | None) -> None:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self.claims = {int(name.removeprefix("n")): found for name, found in claims.items()}
         self.asked: list[int] = []
 
@@ -108,6 +106,32 @@ def test_clients_whose_node_left_are_missing_and_not_drawn_until_it_is_back(node
     assert roster.sample(1.0, 0) == []
 
 
+def test_two_nodes_with_one_client_id_are_both_left_out_and_the_rest_goes_on(nodes: Nodes) -> None:
+    nodes.claims[7] = [claim_of("4")]
+    roster = gather(nodes)
+    assert roster.refused == {"4": "2 nodes claim this client id: give each site its own"}
+    assert roster.members.keys() == {"0", "1", "2", "3", "5"}
+
+
+def test_of_two_claims_for_one_id_a_faulty_one_does_not_keep_the_sound_one_out(nodes: Nodes) -> None:
+    nodes.claims[7] = [replace(claim_of("4"), fault="its data is missing")]
+    roster = gather(nodes)
+    assert roster.refused == {}
+    assert roster.node_of("4", 0) == 2
+
+
+def test_a_site_that_comes_back_as_a_new_node_is_let_in_once_its_old_node_is_gone(nodes: Nodes) -> None:
+    roster = gather(nodes)
+    nodes.claims[7] = nodes.claims[2]
+    roster.refresh()
+    assert "claims client 5, which another node already has" in roster.refused["node 7"]
+    assert roster.node_of("5", 0) == 2
+    del nodes.claims[2]
+    roster.refresh()
+    assert (roster.refused, roster.missing()) == ({}, [])
+    assert [roster.node_of(name, 0) for name in "45"] == [7, 7]
+
+
 def test_only_nodes_that_are_there_serve_clients(nodes: Nodes) -> None:
     roster = gather(nodes, any_node=True)
     assert [roster.node_of("0", index) for index in range(4)] == [0, 1, 2, 0]
@@ -116,6 +140,11 @@ def test_only_nodes_that_are_there_serve_clients(nodes: Nodes) -> None:
     assert [roster.node_of("0", index) for index in range(4)] == [0, 2, 0, 2]
     own = gather(nodes)
     assert [own.node_of(name, 1) for name in "0145"] == [0, 0, 2, 2]
+
+
+def test_a_claim_without_a_histogram_is_refused(nodes: Nodes) -> None:
+    nodes.claims[0] = [replace(claim_of("0"), label_hist=()), claim_of("1")]
+    assert gather(nodes).refused == {"0": "claims a histogram of 0 classes, the dataset has 2"}
 
 
 def test_a_node_with_unreadable_claims_keeps_only_its_own_clients_out(nodes: Nodes) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flapp import client_app, server_app
+from flapp import server_app
 from flapp.config.load import compose
 from flapp.config.schema import ConfigError
 from flapp.custom import source_digest
@@ -21,6 +21,7 @@ from flapp.server import journals, run_dir
 from flapp.server.journals import ClientLedger
 from flapp.server.roster import FederationError
 from tests.conftest import Federate, break_off, read_lines
+from tests.support.federations import nodes
 from tests.support.leaf_files import as_leaf, draw_samples, write_leaf
 from tools.run import final_line
 
@@ -67,9 +68,9 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_is_not_resumed_over_data_that_was_prepared_anew_unless_it_is_to_go_on_anyway(
-    federate: Federate, home: Path, monkeypatch: pytest.MonkeyPatch
+    federate: Federate, home: Path, trained: list[tuple[str, int]]
 ) -> None:
-    settings = (*TOY, f"home={home}", "run_name=other-data", "evaluate.personal_epochs=0")
+    settings = (*TOY, f"home={home}", "run_name=other-data")
     break_off(federate, 3, "aggregate_train", *settings)
     prepare_other_data(home)
     with pytest.raises(ConfigError) as caught:
@@ -83,16 +84,9 @@ def test_a_run_is_not_resumed_over_data_that_was_prepared_anew_unless_it_is_to_g
     assert not [line for line in read_lines(path, "train") if line["round"] > 2]
     with pytest.raises(ConfigError, match="its data changed"):  # a refusal changes nothing
         federate(*settings, "resume=true")
-    trained: list[int] = []
-    real = client_app.fit
-
-    def fit(*args: Any) -> Any:
-        trained.append(args[1].instructions.server_round)
-        return real(*args)
-
-    monkeypatch.setattr(client_app, "fit", fit)
+    trained.clear()
     summary, _ = federate(*settings, "resume=true", "resume_anyway=true")
-    assert trained.count(3) == 3  # nobody answers from its store
+    assert [client for client, number in trained if number == 3] == ["0", "1", "2"]  # nobody answers from its store
     (note,) = summary["resumed_anyway"]
     assert note["round"] == 2
     assert [text.split(":")[0] for text in note["changed"]] == ["client 0", "client 1", "client 2"]
@@ -151,17 +145,16 @@ def test_what_each_client_had_is_recorded_once_and_those_that_join_later_are_add
     federate: Federate, home: Path
 ) -> None:
     late = ("strategy.min_clients=2", "strategy.wait_for_clients=0.1", f"home={home}", "run_name=late")
-    nodes = [{"partition-id": i, "num-partitions": 3} for i in range(3)]
 
     def two(*words: str) -> Any:
-        return federate(*words, nodes=nodes[:2])
+        return federate(*words, nodes=nodes(3)[:2])
 
     break_off(two, 3, "aggregate_train", *TOY, *late)
     path = home / "runs" / "late" / "clients.jsonl"
     assert [line["client"] for line in lines_of(path)] == ["0", "1"]
     with path.open("a") as file:
         file.write('{"round": 0, "client": "1", "shard_di')  # the power went while a line was written
-    federate(*TOY, *late, "resume=true", nodes=nodes)
+    federate(*TOY, *late, "resume=true", nodes=nodes(3))
     assert [(line["client"], line["round"]) for line in lines_of(path)] == [("0", 0), ("1", 0), ("2", 2)]
     assert len({line["shard_digest"] for line in lines_of(path)}) == 3
 

@@ -8,7 +8,6 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvgM, FedYogi
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
-from flwr.supercore.task_identity import TaskIdentity
 
 from flapp.checks import check_update, find_fault, find_value_fault
 from flapp.messages import MessageError, pack, view
@@ -236,7 +235,6 @@ AVERAGES = [{"w": START["w"] + RNG.normal(size=(3, 2)).astype(np.float32), "step
 
 FLOWERS = {"fedadam": FedAdam, "fedyogi": FedYogi}
 OPTIMIZERS = [*FLOWERS, "fedavgm"]
-TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # no message is made without
 
 
 def record(tensors: dict[str, np.ndarray]) -> ArrayRecord:

@@ -21,6 +21,7 @@ from flapp.server.run import initial_model
 from flapp.strategy.central import Central
 from flapp.sums import WeightedSum, clip
 from tests.conftest import Federate, LocalGrid, read_lines, run_app
+from tests.support.federations import nodes
 from tests.support.noise import START, check_noise, length
 from tests.support.replies import Sent, changing, drop, failures, listen
 
@@ -260,7 +261,7 @@ def test_a_federation_that_all_clients_have_left_ends_with_its_budget_unspent(da
             grid.nodes.clear()
         return reply
 
-    grid = LocalGrid({}, [{"partition-id": i, "num-partitions": 3} for i in range(3)], tamper=leave)
+    grid = LocalGrid({}, nodes(3), tamper=leave)
     with pytest.raises(FederationError, match="round 2: no client is present"):
         run_app(settings, grid)
     assert len((data_home / "runs" / "deserted" / "releases.jsonl").read_text().splitlines()) == 1

@@ -13,7 +13,7 @@ from flapp.config.load import compose
 from flapp.config.schema import ConfigError
 from flapp.server.releases import CentralLedger
 from flapp.strategy.central import Central, PrivateRounds
-from tests.conftest import Broken, Federate, break_off, read_lines
+from tests.conftest import Broken, Federate, break_and_resume, break_off, read_lines
 from tests.support.leaf_files import content_of
 
 pytest.importorskip("dp_accounting", reason='needs pip install -e ".[privacy]"')
@@ -132,8 +132,8 @@ def test_a_resumed_run_keeps_its_noise_even_if_the_accountant_would_now_compute_
 
 def test_leftovers_of_a_start_killed_while_writing_a_release_are_removed(federate: Federate) -> None:
     words = (*TOY, "privacy.noise=secure", "run_name=torn")
-    break_off(federate, 2, "aggregate_evaluate", *words)
-    left = federate(*words, "resume=true")[1] / ".release.safetensors.0123abcd.tmp"
+    _, path = break_and_resume(federate, 2, "aggregate_evaluate", *words)
+    left = path / ".release.safetensors.0123abcd.tmp"
     left.write_bytes(b"half")
     federate(*words, "resume=true")
     assert not left.exists()

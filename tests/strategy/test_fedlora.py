@@ -20,7 +20,7 @@ from flapp.model.files import load_tensors
 from flapp.server.roster import FederationError
 from flapp.server.run import initial_model
 from flapp.strategy.lora_rules import RULES
-from tests.conftest import Federate, break_off, read_clients, read_lines
+from tests.conftest import Federate, break_and_resume, break_off, read_clients, read_lines
 from tests.support.replies import Sent, failures, listen, trained_in
 
 ADAPTERS = ("strategy=fedlora", "lora=default")
@@ -149,9 +149,8 @@ def test_a_broken_run_is_resumed_to_the_same_bytes(federate: Federate, settings:
     """They have among them everything that carries state from step to step, or draws at random."""
     settings = (*LORA, "num_rounds=4", "evaluate.every=4", "train.steps=2", *settings)
     whole, _ = federate(*settings)
-    name = f"run_name=lora-{abs(hash(settings))}"
-    break_off(federate, 3, "aggregate_train", *settings, name)
-    resumed, path = federate(*settings, name, "resume=true")
+    settings = (*settings, f"run_name=lora-{abs(hash(settings))}")
+    resumed, path = break_and_resume(federate, 3, "aggregate_train", *settings)
     assert resumed["model_sha256"] == whole["model_sha256"]
     assert not any(line["failures"] for line in read_lines(path, "train"))
 

@@ -19,7 +19,7 @@ from flapp.model.lora import adapted_layers, tail_norm
 from flapp.model.lora_layers import LoRALayer
 from flapp.server.run import initial_model
 from flapp.training import StepRules, TrainResult, build_optimizer, evaluate, train
-from tests.conftest import Federate, Tamper, break_off, read_lines
+from tests.conftest import Federate, Tamper, break_and_resume, read_lines
 from tests.support.adapters import adapted, batch
 from tests.support.federations import state_after
 from tests.support.replies import changing, failures
@@ -164,8 +164,7 @@ def test_a_run_with_pruned_clients_is_resumed(
 ) -> None:
     settings = (*PRUNING, "num_rounds=4", f"run_name=pruned-{place}")
     assert any(rank < 4 for rank in ranks_sent(pruned[1])[1].values())
-    break_off(federate, 3, place, *settings)
-    resumed, again = federate(*settings, "resume=true")
+    resumed, again = break_and_resume(federate, 3, place, *settings)
     assert resumed["model_sha256"] == pruned[0]["model_sha256"]
     assert ranks_sent(again)[-1] == ranks_sent(pruned[1])[-1]
 

@@ -14,7 +14,7 @@ from flapp.messages import ARRAYS, CLAIM, CLAIMS, METRICS, MOST_METRICS, NUM_EXA
 from flapp.server.roster import FederationError
 from flapp.strategy.aggregation import NormBound
 from flapp.strategy.fedavg import FedAvg
-from tests.conftest import Federate, Tamper, break_off, read_clients, read_lines
+from tests.conftest import Federate, Tamper, break_and_resume, read_clients, read_lines
 from tests.support.replies import Sent, changing, drop, failures, listen, set_claim, trained_in
 
 Change = Callable[[Message], object]
@@ -133,10 +133,8 @@ def test_a_resumed_run_bounds_updates_as_before(federate: Federate, monkeypatch:
     assert len(limits) == 4
     expected = limits[2]
     assert len(expected) == 2
-    break_off(federate, 3, "aggregate_train", *settings, "run_name=bounded")
-    limits.clear()
-    resumed, _ = federate(*settings, "run_name=bounded", "resume=true")
-    assert limits[0] == expected
+    resumed, _ = break_and_resume(federate, 3, "aggregate_train", *settings, "run_name=bounded")
+    assert limits[-2] == expected
     assert resumed["model_sha256"] == whole["model_sha256"]
 
 
@@ -168,21 +166,28 @@ def test_a_client_that_fails_does_not_change_what_the_others_count_for(federate:
     np.testing.assert_allclose(load_file(path / "model.safetensors")["fc.weight"].numpy(), expected, rtol=1e-6)
 
 
-def test_a_claim_on_the_test_samples_cannot_dominate_the_accuracy(
+def test_a_claim_on_the_test_or_validation_samples_cannot_dominate_the_accuracy(
     federate: Federate, sites: dict[str, Any], tmp_path: Path
 ) -> None:
     def tamper(name: str, reply: Message) -> Message:
         set_claim(reply.content, "0", test=10**12)
-        if name == "0" and "loss-sum" in (numbers := reply.content.metric_records.get(METRICS, MetricRecord())):
-            numbers[NUM_EXAMPLES] = numbers["correct"] = 10**12
+        set_claim(reply.content, "1", val=10**12)
+        if "loss-sum" in (numbers := reply.content.metric_records.get(METRICS, MetricRecord())):
+            if name == "0":
+                numbers[NUM_EXAMPLES] = numbers["correct"] = 10**12
+            elif name == "1":
+                numbers["val-correct"] = 10**12
         return reply
 
-    _, path = federate(*ONE_ROUND, f"home={tmp_path}", "train.steps=1", **sites, tamper=tamper)
+    settings = (f"home={tmp_path}", "train.steps=1", "evaluate.validation_fraction=0.2")
+    _, path = federate(*ONE_ROUND, *settings, **sites, tamper=tamper)
     (line,) = read_lines(path, "evaluate")
-    honest = [line["accuracy_by_client"][name] for name in "123"]
-    assert line["accuracy_by_client"]["0"] == 1.0
-    assert line["capped"] == {"0": 1.0}
-    assert 0.5 + 0.5 * min(honest) <= line["accuracy"] <= 0.5 + 0.5 * max(honest)
+    for kind, liar in (("", "0"), ("val_", "1")):
+        honest = [value for name, value in line[f"{kind}accuracy_by_client"].items() if name != liar]
+        assert len(honest) == 3
+        assert line[f"{kind}accuracy_by_client"][liar] == 1.0
+        assert line[f"{kind}capped"] == {liar: 1.0}
+        assert 0.5 + 0.5 * min(honest) <= line[f"{kind}accuracy"] <= 0.5 + 0.5 * max(honest)
 
 
 def set_tensor(value: np.ndarray) -> Change:
@@ -191,6 +196,10 @@ def set_tensor(value: np.ndarray) -> Change:
 
 def set_metric(name: str, value: float) -> Change:
     return lambda reply: reply.content.metric_records[METRICS].update({name: value})
+
+
+def drop_metric(name: str) -> Change:
+    return lambda reply: reply.content.metric_records[METRICS].pop(name)
 
 
 TRAIN_FAULTS: dict[str, tuple[Change, str]] = {  # of clients 1 to 14: the change, and how the reason begins
@@ -224,8 +233,17 @@ EVALUATE_FAULTS: dict[str, tuple[Change, str]] = {
     "3": (set_metric("personal-loss-sum", -1.0), "sent personal-loss-sum=-1.0"),
     "4": (set_metric("correct", 10**6), "sent correct=1000000, which must be from 0 to its"),
     "5": (set_metric("personal-correct", -1), "sent personal-correct=-1, which must be from 0 to its"),
-    "6": (lambda reply: reply.content.metric_records[METRICS].pop("personal-correct"), "sent no personal-correct"),
+    "6": (drop_metric("personal-correct"), "sent no personal-correct"),
     "7": (lambda reply: reply.content.update({ARRAYS: ArrayRecord({"w": Array(np.zeros(3))})}), "sent 1 records that"),
+    "8": (set_metric("val-correct", 10**6), "sent val-correct=1000000, which must be from 0 to its"),
+    "9": (set_metric("val-correct", -1), "sent val-correct=-1, which must be from 0 to its"),
+    "10": (set_metric("val-loss-sum", -1.0), "sent val-loss-sum=-1.0, which is never below 0"),
+    "11": (set_metric("val-loss-sum", 1e300), "sent val-loss-sum=1e+300, which is beyond the largest"),
+    "12": (set_metric("val-loss-sum", float("nan")), "sent val-loss-sum=nan"),
+    "13": (set_metric("val-personal-correct", 10**6), "sent val-personal-correct=1000000, which must be from 0 to its"),
+    "14": (drop_metric("val-loss-sum"), "sent no val-loss-sum"),
+    "15": (drop_metric("val-correct"), "sent no val-correct"),
+    "16": (drop_metric("val-personal-loss-sum"), "sent no val-personal-loss-sum"),
 }
 
 
@@ -237,7 +255,7 @@ def test_impossible_replies_are_left_out_by_name_and_change_nothing(federate: Fe
             EVALUATE_FAULTS[name][0](reply)
         return reply
 
-    settings = (*DIGITS, "clients=17", "train.steps=2")
+    settings = (*DIGITS, "clients=17", "train.steps=2", "evaluate.validation_fraction=0.5")
     without, _ = federate(*settings, tamper=changing(*TRAIN_FAULTS, change=drop))
     bad, path = federate(*settings, tamper=tamper)
     assert bad["model_sha256"] == without["model_sha256"]
@@ -250,6 +268,9 @@ def test_impossible_replies_are_left_out_by_name_and_change_nothing(federate: Fe
             assert [reasons[name] for name, (_, reason) in faults.items() if not reasons[name].startswith(reason)] == []
             assert line["replies"] == 17 - len(faults)
     assert f"at most {MOST_METRICS} are read" in failures(path)["14"]
+    held = read_clients(path)["8"]
+    assert held["val"] != held["test"]
+    assert f"to its {held['val']} samples" in failures(path, kind="evaluate")["8"]
 
 
 def test_reasons_are_cut_to_one_printable_line(federate: Federate) -> None:

@@ -15,7 +15,7 @@ from flapp.model import layout as layouts
 from flapp.model.lora import layout_of
 from flapp.server.run import initial_model
 from flapp.strategy.lora_rules import RULES
-from tests.conftest import Federate, break_off, read_clients, read_lines
+from tests.conftest import Federate, break_and_resume, read_clients, read_lines
 from tests.support.adapters import MODELS, Mixed
 from tests.support.replies import Sent, listen
 
@@ -169,8 +169,7 @@ def test_a_model_in_half_precision_trains_and_is_resumed_to_the_same_bytes(
     whole, path = federate(*settings)
     lines = read_lines(path, "train")
     assert not any(line["failures"] for line in lines)
-    break_off(federate, 3, "aggregate_train", *settings, f"run_name=half-{rule}")
-    resumed, _ = federate(*settings, f"run_name=half-{rule}", "resume=true")
+    resumed, _ = break_and_resume(federate, 3, "aggregate_train", *settings, f"run_name=half-{rule}")
     assert resumed["model_sha256"] == whole["model_sha256"]
     final, start = load_file(path / "model.safetensors"), Half().state_dict()
     assert {key: tensor.dtype for key, tensor in final.items()} == {key: t.dtype for key, t in start.items()}
@@ -178,12 +177,3 @@ def test_a_model_in_half_precision_trains_and_is_resumed_to_the_same_bytes(
     for line in lines:  # what is folded into a float16 weight is rounded there
         error = line["aggregation_error"]
         assert error is None if rule == "fedsa" else (error < 2e-3) == (rule in ("ffa", "rolora", "flora", "fedex"))
-
-
-def test_groups_of_clients_end_in_the_same_bytes_as_single_messages(federate: Federate) -> None:
-    words = (*SETTINGS, "strategy.aggregation=fedex", "clients=33", "partition=iid", "checkpoint=off")
-    words = (*words, "train.steps=1", "evaluate.every=2", "strategy.fraction_evaluate=0.1")
-    nodes = [{"partition-id": i, "num-partitions": 3} for i in range(3)]
-    single, _ = federate(*words)
-    grouped, _ = federate(*words, nodes=nodes, any_node=True)
-    assert grouped["model_sha256"] == single["model_sha256"]

@@ -1,5 +1,6 @@
 """Nodes of a federation, the groups that they are asked for, and the models that its server saves."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ from tests.conftest import LocalGrid
 def nodes(count: int) -> list[dict[str, Any]]:
     """Return the settings of the nodes of a simulation."""
     return [{"partition-id": i, "num-partitions": count} for i in range(count)]
+
+
+def sites(ids: Iterable[str]) -> list[dict[str, Any]]:
+    """Return the settings of nodes that say which client they are."""
+    return [{"client-id": name} for name in ids]
 
 
 def note_groups(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:

@@ -34,6 +34,17 @@ def drop(reply: Message) -> None:
     del reply.content[ARRAYS]
 
 
+def lying(claims: dict[str, dict[str, Any]]) -> Tamper:
+    """Return a tamper function that changes fields of these clients' claims, as set_claim does."""
+
+    def tamper(_: str, reply: Message) -> Message:
+        for client_id, values in claims.items():
+            set_claim(reply.content, client_id, **values)
+        return reply
+
+    return tamper
+
+
 def listen(seen: Sent) -> Tamper:
     """Return a tamper function that changes nothing and notes every trained model."""
 

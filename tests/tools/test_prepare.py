@@ -146,6 +146,7 @@ def test_grey_and_embedded_images_are_materialised_too(tmp_path: Path) -> None:
     assert prepare_data.main(command) == 0
     native, large = (open_artifact(tmp_path / "data" / "digits" / name) for name in ("test", "test@24"))
     assert (native.images.shape, large.images.shape) == ((360, 32, 32, 1), (360, 1, 24, 24))
+    assert native.images.max() == 255
     # What the tool writes is what a run prepares by itself on first use.
     ensure_artifacts(tmp_path / "by itself", "digits")
     assert content_of(tmp_path / "by itself" / "digits" / "test") == content_of(tmp_path / "data" / "digits" / "test")

@@ -178,6 +178,9 @@ def test_a_sweep_resumes_only_jobs_that_have_begun_and_is_not_run_again_once_fin
     jobs = [sweep.as_job(replace(settings, resume=True), of_job(number, folder)) for number in range(2)]
     assert [(job.run_name, job.resume) for job in jobs] == [("s/0", True), ("s/1", False)]
     finished = {"job": 0, "folder": str(folder), "overrides": ["seed=0"], "status": "finished", "run_dir": "/r"}
+    (folder / "0" / "config.yaml").touch()
+    sweep.conclude([finished | {"status": "failed", "error": "why"}])  # it has begun, so the sweep is written down
+    assert (folder / "sweep.json").exists()
     sweep.conclude([finished])
     written = (folder / "sweep.json").read_text()
     assert json.loads(written)[0]["overrides"] == "seed=0"
