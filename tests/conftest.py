@@ -14,7 +14,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from hydra._internal.config_repository import ConfigRepository
 
-from flapp import server_app
+from flapp import groups, server_app
 from flapp.config.load import CONF, compose, to_json
 from flapp.config.schema import Config, ConfigError
 from flapp.data.shards.build import write_shards
@@ -159,6 +159,12 @@ def federate(data_home: Path) -> Federate:
         return run_app(settings, LocalGrid({}, nodes, order, tamper, names, keys, any_node))
 
     return run
+
+
+@pytest.fixture
+def in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut clients into groups of two, as 32 or more are, so that a few clients show what groups do."""
+    monkeypatch.setattr(groups, "group_size", lambda clients: 2)
 
 
 class Broken(RuntimeError):
