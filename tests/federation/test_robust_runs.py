@@ -53,11 +53,10 @@ def honest(federate: Federate) -> np.ndarray:
     return last_model(federate(*FAST, "num_rounds=1", tamper=changing(*TWO_OF_TEN, change=drop))[1])
 
 
-@pytest.mark.parametrize("attack", ["scale", "flip", "constant"])
 def test_two_of_ten_clients_cannot_pull_a_robust_average_away(
-    federate: Federate, project: Path, honest: np.ndarray, attack: str
+    federate: Federate, project: Path, honest: np.ndarray
 ) -> None:
-    words = (*FAST, "num_rounds=1", f"code={project}", f"train.mods=[attack:{attack}]")
+    words = (*FAST, "num_rounds=1", f"code={project}", "train.mods=[attack:constant]")
     apart = {}
     for name in ("none", *NAMES):
         _, path = federate(*words, f"strategy.robust={name}")
@@ -119,10 +118,9 @@ def test_groups_and_single_nodes_end_in_the_same_bytes_in_any_order(
 
 
 @pytest.mark.usefixtures("in_pairs")
-@pytest.mark.parametrize("rule", ["fedit", "ffa", "rolora"])
-@pytest.mark.parametrize("name", ["norm_bound", "median", "multi_krum"])
+@pytest.mark.parametrize(("name", "rule"), [("norm_bound", "fedit"), ("median", "ffa"), ("multi_krum", "rolora")])
 def test_robust_averages_of_adapters_are_the_same_in_groups(
-    federate: Federate, bad: tuple[str, ...], rule: str, name: str
+    federate: Federate, bad: tuple[str, ...], name: str, rule: str
 ) -> None:
     words = (
         *("experiment=digits_fedlora", "model=linear", "model.pretrained=null", "lora.targets=[fc]", "lora.rank=4"),
@@ -149,14 +147,13 @@ def test_a_server_optimizer_steps_along_the_robust_average(
 
 
 @pytest.mark.usefixtures("in_pairs")
-@pytest.mark.parametrize("name", ["norm_bound", "krum"])
-@pytest.mark.parametrize("grid", [{}, {"nodes": nodes(2), "any_node": True}], ids=["single", "groups"])
+@pytest.mark.parametrize(("name", "grid"), [("norm_bound", {"nodes": nodes(2), "any_node": True}), ("krum", {})])
 def test_a_run_that_broke_off_is_resumed_to_the_same_bytes(
     federate: Federate, bad: tuple[str, ...], name: str, grid: dict[str, Any]
 ) -> None:
     words = (*(MANY if grid else FAST), *bad, "checkpoint=recent", f"strategy.robust={name}")
     whole, _ = federate(*words, **grid)
-    run_name = f"run_name=broken-{name}-{len(grid)}"
+    run_name = f"run_name=broken-{name}"
     break_off(partial(federate, **grid), 2, "aggregate_train", *words, run_name)
     resumed, _ = federate(*words, run_name, "resume=true", **grid)
     assert resumed["model_sha256"] == whole["model_sha256"]
