@@ -30,7 +30,6 @@ SETTINGS = (
     *("partition=iid", "num_rounds=4", "train.batch_size=3", "train.optimizer=sgd", "train.lr=0.1", "evaluate.every=4"),
 )
 SINGLE, GROUPED = (*SETTINGS, "clients=4"), (*SETTINGS, "clients=5", "train.steps=2")
-OPTIMIZERS = ("fedadam", "fedyogi", "fedavgm")
 FLOAT32 = {torch.bfloat16: torch.float32}  # how dtypes travel
 
 
@@ -98,9 +97,9 @@ def test_the_odd_model_learns(federate: Federate) -> None:
     assert load_file(path / "model.safetensors")["seen"].item() == 8 * 3 * 60
 
 
-@pytest.mark.parametrize("optimizer", [None, *OPTIMIZERS])
+@pytest.mark.parametrize("optimizer", [None, "fedadam"])
 def test_a_resumed_run_ends_in_the_same_bytes(federate: Federate, optimizer: str | None) -> None:
-    words = [*SINGLE, "evaluate.central=true", f"strategy.server_optimizer={optimizer or 'null'}"]
+    words = [*SINGLE, "train.steps=4", "evaluate.central=true", f"strategy.server_optimizer={optimizer or 'null'}"]
     if optimizer:
         words.append("strategy.server_lr=0.05")
     whole, path = federate(*words)
