@@ -15,7 +15,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.task_identity import TaskIdentity
 from hydra._internal.config_repository import ConfigRepository
 
-from flapp import client_app, server_app
+from flapp import client_app, groups, server_app
 from flapp.config.load import CONF, compose, to_json
 from flapp.config.schema import Config, ConfigError
 from flapp.data.shards.build import write_shards
@@ -181,6 +181,12 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
     monkeypatch.setattr(client_app, "fit", fit)
     return found
+
+
+@pytest.fixture
+def in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut clients into groups of two, as 32 or more are, so that a few clients show what groups do."""
+    monkeypatch.setattr(groups, "group_size", lambda clients: 2)
 
 
 class Broken(RuntimeError):

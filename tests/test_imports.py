@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from flapp.checkpoint.manager import ChunkManager
 from flapp.config.load import CONF, compose, to_json
 from flapp.data.shards.build import write_shards
 from flapp.data.sources import ensure_artifacts
@@ -23,10 +24,12 @@ CLIENT = """
 import json, sys
 from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from torch import nn
 from flapp import client_app
 from flapp.architecture import build
 from flapp.config.load import load
 from flapp.messages import TRAIN, Instructions, pack_instructions, source_digest
+from flapp.model.lora import add_lora, layout_of
 
 TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
 for run_config, site in json.loads(sys.argv[1]):
@@ -36,6 +39,9 @@ for run_config, site in json.loads(sys.argv[1]):
     message.metadata.__dict__["_message_id"] = "1"
     reply = client_app.app(message, Context(1, 1, site, RecordDict(), run_config))
     assert not reply.has_error(), reply.error
+model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4))
+add_lora(model, 2, 2.0, ["*"])  # which looks for transformers' layers
+layout_of(model)
 print(json.dumps(sorted(sys.modules)))
 """
 
@@ -75,26 +81,37 @@ from tools import run
 outcomes = []
 for words in json.loads(sys.argv[1]):
     sys.argv = ["run", *words]
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.redirect_stderr(io.StringIO()) as said:
         status = run.main()
+    assert shown.getvalue() == ""
     outcomes.append([status, said.getvalue(), sorted({"flwr", "torch", "torchvision"} & set(sys.modules))])
 print(json.dumps(outcomes))
 """
 START = """
 import json, sys
 from pathlib import Path
+from flapp.checkpoint.manager import ChunkManager
 from flapp.config.load import compose
+from flapp.data import DistributedShardLoader
+from flapp.data.shards.build import write_shards
 from flapp.server.preflight import check_run
 from tools.running.overview import overview
 
-for words in json.loads(sys.argv[1]):
+runs, rounds, source, shards = json.loads(sys.argv[1])
+for words in runs:
     settings = compose(words)
     check_run(settings, clients_here=True, quick=True)
     overview(settings)
+with ChunkManager(Path(rounds), create=False) as store:
+    assert store.rounds()[0].metrics == {"loss": 1.5}
+    assert store.verify().problems == ()
+DistributedShardLoader(write_shards(Path(source), Path(shards), "natural").shard_path("0"))
 print(json.dumps(sorted({"sklearn", "torch", "torchvision"} & set(sys.modules))))
 """
 LORA = "strategy=fedlora lora=default"
 MISTAKES = (  # words, and what is said; only the last needs PyTorch
+    ("num_round=3", "num_round is not a setting: did you mean num_rounds?"),
+    ("deployment.client_cpus=9999", "deployment.client_cpus=9999 is more than the"),
     ("model.image_size=30", "set model.image_size to a multiple of 4"),
     ("split=auto split.split_config=1-9", "split.split_config=1-9 does not go with model=vit_tiny"),
     (f"{LORA} lora.targets=[nope]", "lora.targets=nope matches no layer of the model: choose among"),
@@ -138,6 +155,11 @@ def test_a_mistake_is_said_before_anything_slow_is_imported(home: Path) -> None:
     assert not (home / "runs").exists()
 
 
-def test_a_command_checks_and_describes_its_run_without_pytorch(home: Path) -> None:
-    asked = [[f"home={home}", "run_name=no", *words.split()] for words in (LORA, "model=cnn")]
-    assert in_a_new_process(START, asked) == []
+def test_runs_are_checked_stores_read_and_shards_prepared_without_pytorch(
+    home: Path, source: Path, tmp_path: Path
+) -> None:
+    runs = [[f"home={home}", "run_name=no", *words.split()] for words in (LORA, "model=cnn")]
+    with ChunkManager(tmp_path / "chunks.db") as store:
+        store.save_model_chunks({"w": torch.ones(3)}, 0, {"loss": 1.5})
+    paths = [str(path) for path in (tmp_path / "chunks.db", source, tmp_path / "shards")]
+    assert in_a_new_process(START, [runs, *paths]) == []

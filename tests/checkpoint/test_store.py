@@ -1,8 +1,5 @@
 """A store's rounds and its file: small, bounded, and refused when it is not ours."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -130,15 +127,3 @@ def test_settings_and_round_numbers_out_of_range_are_refused(store: ChunkManager
     with pytest.raises(CheckpointError, match="metrics of round 0 are not JSON"):
         store.save_model_chunks(tensors(0), 0, {"loss": object()})
     assert store.rounds() == []
-
-
-def test_looking_at_a_store_does_not_import_torch(store: ChunkManager) -> None:
-    store.save_model_chunks(tensors(0), 0, {"loss": 1.5})
-    program = f"""
-import json, sys
-from flapp.checkpoint.manager import ChunkManager
-with ChunkManager({str(store.path)!r}, create=False) as store:
-    print(json.dumps([store.rounds()[0].metrics, store.verify().problems, "torch" in sys.modules]))
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [{"loss": 1.5}, [], False]

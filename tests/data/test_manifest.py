@@ -37,10 +37,10 @@ def test_every_client_is_found_in_counting_order(written: Manifest) -> None:
 
 
 def test_many_clients_are_read_once_and_fast_but_not_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_manifest(tmp_path, [record(str(i)) for i in range(10_000)], {"strategy": "natural"})
+    write_manifest(tmp_path, [record(str(i)) for i in range(3000)], {"strategy": "natural"})
     started = time.process_time()
     found = load_manifest(tmp_path)
-    assert time.process_time() - started < 2  # 0.3 s on a quiet machine
+    assert time.process_time() - started < 0.6  # 0.1 s on a quiet machine
     assert load_manifest(tmp_path / "manifest.json") is found
     monkeypatch.setattr(manifest, "MOST_LINES", 1000)
     manifest._load.cache_clear()

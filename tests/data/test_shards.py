@@ -161,17 +161,6 @@ def test_every_form_of_the_source_gives_the_same_shards(source: Path, samples: S
     assert rows_of(made[0], *SPLITS) == rows_of(made[2], *SPLITS) == rows_of(made[3], *SPLITS)
 
 
-def test_preparing_shards_needs_no_torch(source: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from flapp.data import DistributedShardLoader;"
-        "from flapp.data.shards.build import write_shards;"
-        "m = write_shards(Path(sys.argv[1]), Path(sys.argv[2]), 'natural');"
-        "DistributedShardLoader(m.shard_path('0')); print('torch' in sys.modules)"
-    )
-    command = [sys.executable, "-c", code, str(source), str(tmp_path / "shards")]
-    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "False\n"
-
-
 def test_the_exported_artifacts_hold_the_samples_of_the_shards(shards: Manifest, tmp_path: Path) -> None:
     path = export_artifacts(shards.path, tmp_path / "femnist")
     partition = load_partition(path)

@@ -21,7 +21,10 @@ from tests.conftest import Federate, read_clients, read_lines
 from tests.support.federations import nodes, sites
 from tests.support.replies import Sent, changing, drop, failures, listen
 
-DIGITS = ("model=linear", "clients=4", "num_rounds=2", "train.epochs=1", "evaluate.every=1")
+DIGITS = (
+    *("model=linear", "clients=4", "num_rounds=2", "train.epochs=1"),
+    *("evaluate.every=1", "evaluate.personal_epochs=0"),
+)
 TOY = ("experiment=toy_regression", "num_rounds=2")
 FEWER = ("strategy.min_clients=2", "strategy.wait_for_clients=0.1")
 
@@ -51,7 +54,7 @@ def test_a_run_leaves_its_files_and_figures_that_agree(digits: tuple[dict[str, A
 
 
 def test_federated_training_learns(federate: Federate) -> None:
-    summary, path = federate(*DIGITS, "num_rounds=6", "train.epochs=3")
+    summary, path = federate(*DIGITS, "num_rounds=6", "train.epochs=3", "evaluate.personal_epochs=1")
     assert summary["accuracy"] > 0.8
     losses = [line["loss"] for line in read_lines(path, "evaluate")]
     assert losses[-1] < losses[0]

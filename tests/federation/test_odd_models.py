@@ -30,8 +30,7 @@ SETTINGS = (
     *("dataset=custom", "dataset.name=tokens", "dataset.shape=[6]", f"dataset.classes={CLASSES}", "model=linear"),
     *("partition=iid", "num_rounds=4", "train.batch_size=3", "train.optimizer=sgd", "train.lr=0.1", "evaluate.every=4"),
 )
-SINGLE, GROUPED = (*SETTINGS, "clients=4"), (*SETTINGS, "clients=40")
-OPTIMIZERS = ("fedadam", "fedyogi", "fedavgm")
+SINGLE, GROUPED = (*SETTINGS, "clients=4"), (*SETTINGS, "clients=5", "train.steps=2")
 FLOAT32 = {torch.bfloat16: torch.float32}  # how dtypes travel
 
 
@@ -99,9 +98,9 @@ def test_the_odd_model_learns(federate: Federate) -> None:
     assert load_file(path / "model.safetensors")["seen"].item() == 8 * 3 * 60
 
 
-@pytest.mark.parametrize("optimizer", [None, *OPTIMIZERS])
+@pytest.mark.parametrize("optimizer", [None, "fedadam"])
 def test_a_resumed_run_ends_in_the_same_bytes(federate: Federate, optimizer: str | None) -> None:
-    words = [*SINGLE, "evaluate.central=true", f"strategy.server_optimizer={optimizer or 'null'}"]
+    words = [*SINGLE, "train.steps=4", "evaluate.central=true", f"strategy.server_optimizer={optimizer or 'null'}"]
     if optimizer:
         words.append("strategy.server_lr=0.05")
     whole, path = federate(*words)
@@ -114,10 +113,11 @@ def test_a_resumed_run_ends_in_the_same_bytes(federate: Federate, optimizer: str
     assert norms[0] == norms[1]
 
 
+@pytest.mark.usefixtures("in_pairs")
 def test_groups_single_messages_and_a_resume_in_groups_end_in_the_same_bytes(federate: Federate) -> None:
     words = (*GROUPED, "checkpoint=off")
     single, path = federate(*words)
-    assert {line["replies"] for line in read_lines(path, "train")} == {40}
+    assert {line["replies"] for line in read_lines(path, "train")} == {5}
     in_groups: dict[str, Any] = {"nodes": nodes(3), "any_node": True}
     grouped, _ = federate(*words, **in_groups)
     assert grouped["model_sha256"] == single["model_sha256"]
@@ -126,6 +126,7 @@ def test_groups_single_messages_and_a_resume_in_groups_end_in_the_same_bytes(fed
     assert resumed["model_sha256"] == single["model_sha256"]
 
 
+@pytest.mark.usefixtures("in_pairs")
 def test_the_sums_of_groups_are_float64_numpys(federate: Federate) -> None:
     seen: Sent = []
     words = (*GROUPED, "num_rounds=1", "evaluate.every=1", "checkpoint=off")
@@ -139,6 +140,7 @@ def test_the_sums_of_groups_are_float64_numpys(federate: Federate) -> None:
         np.testing.assert_allclose(saved[key].numpy(), average, rtol=2e-7, atol=1e-12)
 
 
+@pytest.mark.usefixtures("in_pairs")
 def test_workers_end_in_the_same_bytes(tmp_path: Path, data_home: Path, federate: Federate) -> None:
     words = (*GROUPED, "num_rounds=2", "evaluate.every=2", "checkpoint=off")
     single, _ = federate(*words)

@@ -47,31 +47,31 @@ MISTAKES = [
     ("dataset.augment", "def f(inputs, generator):\n    return inputs[:1]", "task.py, line 1", "return inputs"),
     ("train.optimizer", "def f(parameters, lr):\n    pass", "task.py, line 1", "Optimizer"),
     ("train.mods", "f = [1]", "train.mods=task:f", "cannot be called"),
-    ("dataset.name=made dataset.target", "def f():\n    return [1]", "made", "return ({"),
+    ("dataset.name=unmade dataset.target", "def f():\n    return [1]", "unmade", "return ({"),
     ("dataset.name=digits dataset.target", "def f():\n    pass", "dataset.name=digits", "choose another dataset.name"),
-    ("dataset.name=made dataset.target", "def f():\n    return open('/no')", "task.py, line 2", "No such file"),
+    ("dataset.name=unmade dataset.target", "def f():\n    return open('/no')", "task.py, line 2", "No such file"),
 ]
 
 
 @pytest.mark.parametrize(("code", "place", "what"), MODEL_MISTAKES)
 def test_a_mistake_in_the_model_gives_a_one_line_error_with_file_and_line_before_round_1(
-    tmp_path: Path, code: str, place: str, what: str
+    tmp_path: Path, data_home: Path, code: str, place: str, what: str
 ) -> None:
     folder = write_task(tmp_path / "mine", code)
-    text = refusal(settings_in(folder, tmp_path, *DIGITS, "run_name=bad"))
+    text = refusal(settings_in(folder, data_home, *DIGITS, "run_name=bad"))
     assert place in text
     assert what in text
 
 
 @pytest.mark.parametrize(("setting", "code", "place", "what"), MISTAKES)
 def test_a_mistake_in_other_code_gives_a_one_line_error_with_file_and_line_before_round_1(
-    tmp_path: Path, setting: str, code: str, place: str, what: str
+    tmp_path: Path, data_home: Path, setting: str, code: str, place: str, what: str
 ) -> None:
     folder = write_task(tmp_path / "mine", code)
     (folder / "network.py").write_text(dedent(TASK))
     target = "[task:f]" if setting == "train.mods" else "task:f"
     words = (*DIGITS, "model.target=network:build_model", *f"{setting}={target}".split(), "run_name=bad")
-    text = refusal(settings_in(folder, tmp_path, *words))
+    text = refusal(settings_in(folder, data_home, *words))
     assert place in text
     assert what in text
 

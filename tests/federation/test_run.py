@@ -27,22 +27,6 @@ def test_the_app_bundle_holds_the_app_and_its_conf_but_no_tools() -> None:
     assert not [name for name in names if name.startswith(("tools", "tests"))]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        (["num_round=3"], "error: num_round is not a setting: did you mean num_rounds?"),
-        (["deployment.client_cpus=9999"], "error: deployment.client_cpus=9999 is more than the"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-def test_a_wrong_setting_ends_with_one_line_and_starts_nothing(tmp_path: Path, arguments: list[str], line: str) -> None:
-    done = run(tmp_path, *arguments)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(line)
-    assert done.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_busy_port_is_reported_in_one_line() -> None:
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
@@ -86,6 +70,3 @@ def test_a_run_by_command_gives_the_bytes_of_the_run_in_process(tmp_path: Path, 
     assert re.search(r"^INFO \d{4}-\d\d-\d\d [\d:,]+: +\[ROUND 2/2\]$", log, re.MULTILINE)
     assert "\x1b" not in log
     assert left_running(tmp_path) == []
-    again = run(tmp_path, "run_name=one")
-    assert again.returncode == 1
-    assert "run_name=one is taken" in again.stderr

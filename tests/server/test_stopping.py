@@ -107,8 +107,8 @@ def test_a_run_ends_with_its_last_round_or_without_a_finite_evaluation_all_the_s
 
 @pytest.mark.parametrize(
     "settings",
-    [TOY, *((*FOLDS, f"strategy.aggregation={rule}") for rule in ("fedit", "flora", "fedex"))],
-    ids=["fedavg", "fedit", "flora", "fedex"],
+    [TOY, *((*FOLDS, f"strategy.aggregation={rule}") for rule in ("flora", "fedex"))],
+    ids=["fedavg", "flora", "fedex"],
 )
 def test_the_best_rounds_bytes_are_those_of_a_run_that_ended_there(
     federate: Federate, losses: Callable[[Sequence[float]], None], settings: tuple[str, ...]

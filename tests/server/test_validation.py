@@ -19,7 +19,7 @@ from flapp.server.summary import Summary
 from tests.conftest import Federate, read_clients, read_lines
 from tests.support.replies import lying
 
-CLASSES, SEEDS, TEST = 3, 20, 30
+CLASSES, SEEDS, TEST = 3, 8, 30
 MADE = (
     *("dataset=custom", "dataset.shape=[4,4,1]", f"dataset.classes={CLASSES}", "partition=iid", "model=linear"),
     *("clients=2", "train.optimizer=sgd", "train.schedule=constant", "train.batch_size=8", "checkpoint=off"),

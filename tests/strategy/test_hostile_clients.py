@@ -18,9 +18,12 @@ from tests.conftest import Federate, Tamper, break_and_resume, read_clients, rea
 from tests.support.replies import Sent, changing, drop, failures, listen, set_claim, trained_in
 
 Change = Callable[[Message], object]
-DIGITS = ("model=linear", "clients=4", "num_rounds=2", "train.epochs=1", "evaluate.every=1")
-ONE_ROUND = (*DIGITS, "num_rounds=1", "evaluate.personal_epochs=0")
-TEN = ("model=linear", "num_rounds=4", "evaluate.every=4", "evaluate.personal_epochs=0")
+DIGITS = (
+    *("model=linear", "clients=4", "num_rounds=2", "train.epochs=1"),
+    *("evaluate.every=1", "evaluate.personal_epochs=0"),
+)
+ONE_ROUND = (*DIGITS, "num_rounds=1")
+TEN = ("model=linear", "num_rounds=4", "train.epochs=1", "evaluate.every=4", "evaluate.personal_epochs=0")
 
 
 def fill(value: float) -> Change:
@@ -255,7 +258,13 @@ def test_impossible_replies_are_left_out_by_name_and_change_nothing(federate: Fe
             EVALUATE_FAULTS[name][0](reply)
         return reply
 
-    settings = (*DIGITS, "clients=17", "train.steps=2", "evaluate.validation_fraction=0.5")
+    settings = (
+        *DIGITS,
+        "clients=17",
+        "train.steps=2",
+        "evaluate.personal_epochs=1",
+        "evaluate.validation_fraction=0.5",
+    )
     without, _ = federate(*settings, tamper=changing(*TRAIN_FAULTS, change=drop))
     bad, path = federate(*settings, tamper=tamper)
     assert bad["model_sha256"] == without["model_sha256"]

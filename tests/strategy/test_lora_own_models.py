@@ -160,7 +160,7 @@ class Half(nn.Module):
         return self.out(self.dense(self.turned(x.bfloat16()).half()).float()) * self.scale
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ["flora", "flexlora", "rolora", "fedsa"])
 def test_a_model_in_half_precision_trains_and_is_resumed_to_the_same_bytes(
     federate: Federate, monkeypatch: pytest.MonkeyPatch, rule: str
 ) -> None:
@@ -176,4 +176,4 @@ def test_a_model_in_half_precision_trains_and_is_resumed_to_the_same_bytes(
     assert torch.equal(final["out.weight"], final["embed.weight"])
     for line in lines:  # what is folded into a float16 weight is rounded there
         error = line["aggregation_error"]
-        assert error is None if rule == "fedsa" else (error < 2e-3) == (rule in ("ffa", "rolora", "flora", "fedex"))
+        assert error is None if rule == "fedsa" else (error < 2e-3) == (rule in ("flora", "rolora"))

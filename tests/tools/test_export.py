@@ -1,5 +1,6 @@
 """tools.export: each library loads what was written and gives the logits of the run's final model."""
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -35,16 +36,23 @@ SHORT = ("clients=2", "num_rounds=1", "train.steps=1", "evaluate.personal_epochs
 LORA = ("strategy=fedlora", "lora=default", "lora.rank=2", "lora.targets=[qkv,proj,mlp.0,mlp.3,conv_proj]")
 RGB = "model.channels=3"
 FEDSA = ("strategy.aggregation=fedsa", "evaluate.objective=personal_accuracy")
+Trained = Callable[..., Path]  # what the fixture `trained` gives
 
 
 @pytest.fixture(scope="module")
-def grey(federate: Federate) -> Path:
-    return federate(*SHORT)[1]
+def trained(federate: Federate) -> Trained:
+    """Return a function that returns a run with these settings, trained once for all tests."""
+    return functools.cache(lambda *words: federate(*SHORT, *words)[1])
 
 
 @pytest.fixture(scope="module")
-def adapted(federate: Federate) -> Path:
-    return federate(*SHORT, *LORA, RGB)[1]
+def grey(trained: Trained) -> Path:
+    return trained()
+
+
+@pytest.fixture(scope="module")
+def adapted(trained: Trained) -> Path:
+    return trained(*LORA, RGB)
 
 
 def written(run: Path, library: str, folder: Path) -> Path:
@@ -124,11 +132,11 @@ def test_peft_puts_the_adapter_on_the_base_in_transformers(adapted: Path, tmp_pa
     assert not torch.allclose(without, open_run(adapted).model()(draw_images(3)), atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [(*LORA, RGB), ("model=cnn",), ("model.pooling=mean",)])
+@pytest.mark.parametrize("settings", [(*LORA, RGB), ("model=cnn",)])
 def test_onnxruntime_gives_the_logits_of_a_batch_of_any_size(
-    settings: tuple[str, ...], federate: Federate, tmp_path: Path
+    settings: tuple[str, ...], trained: Trained, tmp_path: Path
 ) -> None:
-    run = federate(*SHORT, *settings)[1]
+    run = trained(*settings)
     session = onnxruntime.InferenceSession(written(run, "onnx", tmp_path) / "model.onnx")
     channels = open_run(run).config.model.channels or 1
     assert session.get_inputs()[0].shape[1:] == [channels, 32, 32]
@@ -196,17 +204,16 @@ def test_a_run_whose_own_code_has_changed_is_refused_with_the_file(own: Any, tmp
     ],
 )
 def test_what_a_library_cannot_hold_is_refused_by_name(
-    settings: tuple[str, ...], library: str, named: str, federate: Federate, tmp_path: Path, refused: Refusal
+    settings: tuple[str, ...], library: str, named: str, trained: Trained, tmp_path: Path, refused: Refusal
 ) -> None:
-    run = federate(*SHORT, *settings)[1]
-    assert named in refused(run, library, tmp_path / "out")
+    assert named in refused(trained(*settings), library, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_settings_of_a_vit_travel(federate: Federate, tmp_path: Path) -> None:
-    mean = federate(*SHORT, "model.pooling=mean")[1]
+def test_other_settings_of_a_vit_travel(trained: Trained, tmp_path: Path) -> None:
+    mean = trained("model.pooling=mean")
     assert_same_logits(mean, timm.create_model(f"local-dir:{written(mean, 'timm', tmp_path)}", pretrained=True), 1)
-    quick = federate(*SHORT, "model.activation=quick_gelu", "model.layer_norm_eps=0.001")[1]
+    quick = trained("model.activation=quick_gelu", "model.layer_norm_eps=0.001")
     out = written(quick, "transformers", tmp_path)
     assert_same_logits(quick, transformers.ViTForImageClassification.from_pretrained(out), 1)
 

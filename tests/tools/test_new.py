@@ -53,7 +53,6 @@ def test_the_commands_of_the_page_work_in_a_new_project(tmp_path: Path) -> None:
     assert new.main([str(tmp_path / "mine")]) == 0
     small = ("clients=2", "num_rounds=1", "train.steps=1", "evaluate.personal_epochs=0", "deployment.workers=0")
     for words in (
-        ("-m", "run_name=sweep", "seed=0,1", *small),
         ("run_name=kwargs", "-m", "model.kwargs.width=4,8", *small),
         ("run_name=adapted", "lora=default", "strategy=fedlora", "lora.targets=[conv2,head]", *small),
         ("--cfg", "job", *small),

@@ -20,6 +20,7 @@ from flapp.data.folder import open_folder
 from flapp.partitions import check_splits
 from tests.support import commands
 from tests.support.leaf_files import content_of
+from tests.support.own_runs import run
 from tests.support.pictures import draw, encode, write_pictures
 from tests.tools.conftest import Refusal
 from tools import partition_heatmap, prepare_data, verify_data
@@ -69,10 +70,7 @@ def test_a_folder_of_images_is_prepared_and_trained_on_by_name_alone(tmp_path: P
         for row, pixels in enumerate(artifact.images):
             assert np.array_equal(pixels, np.asarray(usual(Image.open(found.name(row)))))
     few = ["clients=2", "num_rounds=2", "model=cnn", "evaluate.personal_epochs=0", "run_name=own"]
-    done = commands.run(home, *given, *few)
-    assert done.returncode == 0, done.stderr
-    settings = json.loads((home / "runs/own/metrics.json").read_text())
-    assert settings["accuracy"] > 0.5
+    assert run(compose([f"home={home}", *given, *few]))[0]["accuracy"] > 0.5
     assert "shape:\n  - 32\n  - 32\n  - 3\n" in (home / "runs/own/config.yaml").read_text()
     (partition,) = (folder / "partitions").glob("*.safetensors")
     assert verify_data.main([str(folder), "--full"]) == 0

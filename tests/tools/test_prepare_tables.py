@@ -124,7 +124,7 @@ def test_a_client_column_gives_shards_and_a_shared_artifact_that_end_in_the_same
     assert streamed["status"] == "finished"
 
 
-@pytest.mark.parametrize("kind", ["natural", "round_robin", "random", "manual"])
+@pytest.mark.parametrize("kind", ["natural", "manual"])
 def test_every_partition_by_writer_works_on_shards_alone(table: Path, tmp_path: Path, kind: str) -> None:
     (tmp_path / "who.json").write_text('{"0": ["site 2"], "1": ["site 0", "site 1"]}')
     words = (f"partition={kind}", "clients=2", "distributed_data.enabled=true")
