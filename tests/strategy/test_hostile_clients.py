@@ -169,7 +169,7 @@ def test_a_client_that_fails_does_not_change_what_the_others_count_for(federate:
     np.testing.assert_allclose(load_file(path / "model.safetensors")["fc.weight"].numpy(), expected, rtol=1e-6)
 
 
-def test_a_claim_on_the_test_or_validation_samples_cannot_dominate_the_accuracy(
+def test_a_claim_on_the_test_samples_cannot_dominate_the_accuracy(
     federate: Federate, sites: dict[str, Any], tmp_path: Path
 ) -> None:
     def tamper(name: str, reply: Message) -> Message:
