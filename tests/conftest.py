@@ -100,9 +100,8 @@ def refusal_of(overrides: list[str]) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that have slow tests, so that with -n no process is left alone with one of them."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Begin with the folders whose tests start programs, so that with -n no process is left alone with a long file."""
+    items.sort(key=lambda item: item.path.parent.name not in ("federation", "tests", "tools"))
 
 
 @pytest.fixture(scope="session", autouse=True)

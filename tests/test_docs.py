@@ -51,6 +51,7 @@ SMALL = ("clients=2", "train.steps=1", "train.batch_size=2", "evaluate.personal_
 ADAPTED = ("strategy=fedlora", "lora=default", "model.channels=3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", dict.fromkeys([*pasted(), *mentioned()]))
 def test_every_command_is_of_a_known_kind_and_is_understood(command: str) -> None:
     fitting = [check for pattern, check in CHECKS.items() if re.fullmatch(pattern, command)]
@@ -116,6 +117,7 @@ def test_configuration_files_are_well_formed() -> None:
     assert all(map(json.loads, blocks("json")))
 
 
+@pytest.mark.slow
 def test_the_page_of_settings_is_up_to_date_and_explains_each() -> None:
     assert PAGES[configuration.PAGE] == configuration.page(), "run python -m tools.configuration"
     assert "|  |" not in PAGES[configuration.PAGE], "a setting has no comment in conf/config.yaml"
@@ -133,6 +135,7 @@ def test_the_tests_that_run_the_attacks_are_there() -> None:
     assert found >= 25
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("material"), reason="needs mkdocs-material (the extra docs)")
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(ROOT / "mkdocs.yml"), "-d", str(tmp_path)]
@@ -161,6 +164,7 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [each for each in dict.fromkeys([*pasted(), *mentioned()]) if READS_RUNS.match(each) and not has_placeholder(each)],
@@ -184,6 +188,7 @@ def test_every_python_block_runs_by_itself(user: Path, number: int) -> None:
     exec(compile(block, f"Python block {number + 1}", "exec"), {"__name__": "__main__"})
 
 
+@pytest.mark.slow
 def test_the_page_of_your_own_data_works_from_top_to_bottom(user: Path) -> None:
     done = []
     for language, block in re.findall(r"^```(python|bash)\n(.*?)^```", PAGES[OWN_DATA], re.DOTALL | re.MULTILINE):

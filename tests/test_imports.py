@@ -55,6 +55,7 @@ def in_a_new_process(code: str, facts: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_clients_over_artifacts_and_shards_import_nothing_heavy_but_pytorch(tmp_path: Path) -> None:
     for dataset in ("regression", "digits"):
         ensure_artifacts(tmp_path / "data", dataset)
@@ -143,6 +144,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+@pytest.mark.slow
 def test_a_mistake_is_said_before_anything_slow_is_imported(home: Path) -> None:
     common = [f"home={home}", "run_name=no"]
     asked = [[*common, *words.format(home=home).split()] for words, _ in MISTAKES]
@@ -155,6 +157,7 @@ def test_a_mistake_is_said_before_anything_slow_is_imported(home: Path) -> None:
     assert not (home / "runs").exists()
 
 
+@pytest.mark.slow
 def test_runs_are_checked_stores_read_and_shards_prepared_without_pytorch(
     home: Path, source: Path, tmp_path: Path
 ) -> None:

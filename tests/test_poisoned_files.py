@@ -136,6 +136,7 @@ def test_yaml_that_to_yaml_never_writes_is_refused(tmp_path: Path, text: str, re
 NOT_NUMBERS: list[Any] = ["text", "1e3", [1], {"a": 1}, True, float("inf"), None]
 
 
+@pytest.mark.slow
 def test_other_things_in_place_of_numbers_are_named_in_the_report(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs" / "r", 2, 2, 2)
     summary = json.loads((run / "metrics.json").read_text())

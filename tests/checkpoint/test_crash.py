@@ -38,6 +38,7 @@ def kill_at_a_random_moment(children: Nursery, rng: random.Random) -> int | None
     return int(heard[-1][1]) if heard else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "times"), [(9000, 15), (400_000, 5)])
 def test_killed_saves_keep_every_acknowledged_round(path: Path, children: Nursery, size: int, times: int) -> None:
     """Kill so many times, or more if none of the kills has met a save that has begun."""

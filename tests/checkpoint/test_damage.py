@@ -91,6 +91,7 @@ def ask_damaged(path: Path, fully: bool) -> bool:
     return lost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "times"),
     [

@@ -86,6 +86,7 @@ def test_no_power_cut_loses_an_acknowledged_round_or_halves_one(
     assert count_losses(save_on_a_power_disk(tmp_path, rounds, size), tmp_path, cuts, seed=size) == 0
 
 
+@pytest.mark.slow
 def test_a_power_cut_while_recovering_from_a_power_cut_loses_nothing(tmp_path: Path) -> None:
     first, rng, recovered = save_on_a_power_disk(tmp_path, 8), random.Random(1), 0
     while recovered < 6:
@@ -109,6 +110,7 @@ def test_a_power_cut_while_recovering_from_a_power_cut_loses_nothing(tmp_path: P
         shutil.rmtree(left)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_power_cuts_catch_a_store_that_promises_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breakage: str
@@ -210,6 +212,7 @@ def test_a_save_on_a_disk_that_fails_anywhere_says_so_and_keeps_older_rounds(
     assert len(kinds) > 50
 
 
+@pytest.mark.slow
 def test_a_disk_that_cannot_be_read_gives_no_tensors_but_one_line(two_rounds: Path) -> None:
     assert "read" in failures(two_rounds, ("read",), lambda manager: manager.reconstruct_model_from_chunks(2))
     assert "read" in failures(two_rounds, ("read",), lambda manager: save_rounds(manager, 3))

@@ -39,6 +39,7 @@ def test_a_cut_has_every_client_once_in_order_and_at_most_31_groups(count: int) 
     assert len(found) == count if count < 32 else 16 <= len(found) <= 31
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("weighting", "counts"), [("num-examples", (1, 50)), ("alignment", (2,))])
 def test_groups_and_messages_end_in_the_same_bytes(federate: Federate, weighting: str, counts: tuple[int, ...]) -> None:
     words = (*WIDE, f"strategy.weighting={weighting}")
@@ -49,6 +50,7 @@ def test_groups_and_messages_end_in_the_same_bytes(federate: Federate, weighting
         assert {line["replies"] for line in read_lines(path, "train")} == {49}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_pairs")
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_ends_in_the_same_bytes_in_groups(federate: Federate, rule: str) -> None:
@@ -105,6 +107,7 @@ def break_clients(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]],
     return faults.update
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [3, 30])
 def test_failing_clients_are_named_and_cost_their_group_nothing(
     federate: Federate, break_clients: Callable[[dict[str, str]], None], monkeypatch: pytest.MonkeyPatch, size: int

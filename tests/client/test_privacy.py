@@ -124,6 +124,7 @@ def test_the_mod_clips_and_adds_the_noise_as_the_config_says() -> None:
     assert variance == pytest.approx(privacy.find_sigma(settings_of(0.5, 0.001, 4.0)) ** 2, rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [(), ("strategy=fedlora", "lora=default", "lora.targets=[fc]", "train.steps=1")])
 def test_noise_is_added_and_the_run_goes_to_its_end(federate: Federate, settings: tuple[str, ...]) -> None:
     noisy, path = federate(*DIGITS, *settings)
@@ -151,6 +152,7 @@ def test_the_client_that_was_asked_most_often_counts(federate: Federate) -> None
     assert done["epsilon"] == spent(most)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_whose_clients_replay_has_the_epsilon_of_an_undisturbed_one(federate: Federate) -> None:
     whole, whole_path = federate(*TOY)
     for place in ("_receive", "aggregate_train", "facts"):
@@ -160,6 +162,7 @@ def test_a_resumed_run_whose_clients_replay_has_the_epsilon_of_an_undisturbed_on
         assert told[0] == told[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["checkpoint=off", "checkpoint=recent"])
 def test_a_round_that_is_trained_again_counts_twice(federate: Federate, data_home: Path, setting: str) -> None:
     name = f"again-{setting.replace('=', '-')}"
@@ -170,6 +173,7 @@ def test_a_round_that_is_trained_again_counts_twice(federate: Federate, data_hom
     assert resumed["epsilon"] == spent(5)
 
 
+@pytest.mark.slow
 def test_rounds_dropped_by_resume_from_still_count_as_released(federate: Federate) -> None:
     federate(*TOY, "checkpoint=all", "run_name=back", "checkpoint.replay=false")
     words = ("checkpoint=all", "run_name=back", "resume=true", "resume_from=1")

@@ -48,6 +48,7 @@ NEEDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_in_conf_composes_and_builds_its_model(group: str, choice: str, tmp_path: Path) -> None:
     save_tensors(build_model("vit_tiny", (8, 8, 3), 5).state_dict(), tmp_path / "model.safetensors")

@@ -208,6 +208,7 @@ def test_the_thread_ends_however_the_iteration_does(dataset: OfflineDataset) -> 
     assert not loader_threads()
 
 
+@pytest.mark.slow
 def test_a_program_may_end_in_the_middle_of_an_epoch(folder: Path) -> None:
     program = (
         "import sys, numpy; from flapp.data import OfflineDataset; from flapp.data.loader import ClientLoader\n"

@@ -120,6 +120,7 @@ print("\\n".join(sorted(paths)))
 """
 
 
+@pytest.mark.slow
 def test_a_client_opens_files_in_its_own_folder_only_and_needs_no_other(shards: Manifest, tmp_path: Path) -> None:
     path = shards.shard_path("1").rename(tmp_path / "alone")
     shutil.rmtree(shards.folder)

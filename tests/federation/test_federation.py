@@ -53,6 +53,7 @@ def test_a_run_leaves_its_files_and_figures_that_agree(digits: tuple[dict[str, A
     assert summary["bytes_down"] == 2 * summary["bytes_up"]  # training and evaluation
 
 
+@pytest.mark.slow
 def test_federated_training_learns(federate: Federate) -> None:
     summary, path = federate(*DIGITS, "num_rounds=6", "train.epochs=3", "evaluate.personal_epochs=1")
     assert summary["accuracy"] > 0.8
@@ -61,6 +62,7 @@ def test_federated_training_learns(federate: Federate) -> None:
     assert summary["personal_accuracy"] is not None
 
 
+@pytest.mark.slow
 def test_the_bytes_depend_on_seed_and_weighting_but_not_on_nodes_or_the_order_of_replies(
     federate: Federate, digits: tuple[dict[str, Any], Path]
 ) -> None:
@@ -170,6 +172,7 @@ def test_batchnorm_buffers_are_averaged_and_counts_stay_whole_numbers(
     assert final["norm.num_batches_tracked"].item() == round(float(mean("norm.num_batches_tracked")))
 
 
+@pytest.mark.slow
 def test_a_personal_test_that_diverges_leaves_the_global_one_standing(federate: Federate) -> None:
     summary, path = federate(*DIGITS, "train.optimizer=sgd", "evaluate.personal_lr=1e30", "evaluate.personal_epochs=20")
     assert summary["accuracy"] is not None

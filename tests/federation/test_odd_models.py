@@ -91,6 +91,7 @@ def test_the_global_model_is_the_average_of_the_clients_and_the_final_one_has_th
     assert torch.equal(final["narrow.weight"], final["again.weight"])
 
 
+@pytest.mark.slow
 def test_the_odd_model_learns(federate: Federate) -> None:
     summary, path = federate(*SINGLE, "num_rounds=8", "train.epochs=3", "evaluate.central=true", "train.clip_norm=5")
     assert summary["accuracy"] > 0.9
@@ -98,6 +99,7 @@ def test_the_odd_model_learns(federate: Federate) -> None:
     assert load_file(path / "model.safetensors")["seen"].item() == 8 * 3 * 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [None, "fedadam"])
 def test_a_resumed_run_ends_in_the_same_bytes(federate: Federate, optimizer: str | None) -> None:
     words = [*SINGLE, "train.steps=4", "evaluate.central=true", f"strategy.server_optimizer={optimizer or 'null'}"]
@@ -113,6 +115,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(federate: Federate, optimizer: str
     assert norms[0] == norms[1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_pairs")
 def test_groups_single_messages_and_a_resume_in_groups_end_in_the_same_bytes(federate: Federate) -> None:
     words = (*GROUPED, "checkpoint=off")
@@ -140,6 +143,7 @@ def test_the_sums_of_groups_are_float64_numpys(federate: Federate) -> None:
         np.testing.assert_allclose(saved[key].numpy(), average, rtol=2e-7, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_pairs")
 def test_workers_end_in_the_same_bytes(tmp_path: Path, data_home: Path, federate: Federate) -> None:
     words = (*GROUPED, "num_rounds=2", "evaluate.every=2", "checkpoint=off")

@@ -130,6 +130,7 @@ def test_a_site_tries_the_code_on_its_own_samples_before_the_first_round(tmp_pat
         run(config, nodes=nodes)
 
 
+@pytest.mark.slow
 def test_code_beside_packages_is_known_by_its_files_and_large_packages_by_version(tmp_path: Path) -> None:
     config = compose(
         ["model=custom", "model.target=torchvision.models:resnet18", "model.kwargs.num_classes=10"], tmp_path

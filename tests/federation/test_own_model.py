@@ -47,6 +47,7 @@ def test_each_template_learns_and_ends_in_the_same_bytes_in_groups_and_after_a_c
     assert checkpoints(["verify", str(tmp_path / "checkpoints")]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "built_in"),
     [
@@ -100,6 +101,7 @@ def models(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_pairs")
 @pytest.mark.parametrize("case", ADAPTED)
 def test_adapters_on_each_model_end_in_the_same_bytes_and_peft_takes_them(
@@ -126,6 +128,7 @@ def test_adapters_on_each_model_end_in_the_same_bytes_and_peft_takes_them(
         assert torch.allclose(outputs_of(adapted, inputs), outputs_of(merged.eval(), inputs), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_scores_of_sums_are_those_of_all_samples_at_once(tmp_path: Path) -> None:
     project = new_project(tmp_path / "mine", "vision")
     config = settings_in(project, tmp_path, "run_name=scored", "num_rounds=1", "evaluate.central=true")
@@ -145,6 +148,7 @@ def test_scores_of_sums_are_those_of_all_samples_at_once(tmp_path: Path) -> None
     assert line["scores"]["balanced_accuracy"] == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_augmentation_depends_on_seed_and_client_only(folder: Path, tmp_path: Path) -> None:
     words = (*DIGITS, "dataset.augment=task:noise")
     digests = [
@@ -155,6 +159,7 @@ def test_augmentation_depends_on_seed_and_client_only(folder: Path, tmp_path: Pa
     assert digests[0] == digests[1] != plain["model_sha256"]
 
 
+@pytest.mark.slow
 def test_mods_wrap_training_and_evaluation_of_each_client_in_order(folder: Path, tmp_path: Path) -> None:
     mods = """
         CALLS = []
@@ -175,6 +180,7 @@ def test_mods_wrap_training_and_evaluation_of_each_client_in_order(folder: Path,
     assert sys.modules["task"].CALLS == ["outer", "inner"] * 6
 
 
+@pytest.mark.slow
 def test_a_strategy_of_ones_own_combines_the_models(folder: Path, tmp_path: Path) -> None:
     stubborn = """
         from flapp.strategy.fedavg import FedAvg
@@ -193,6 +199,7 @@ def test_a_strategy_of_ones_own_combines_the_models(folder: Path, tmp_path: Path
     assert "not a subclass of FedAvg" in text
 
 
+@pytest.mark.slow
 def test_edited_code_is_refused_on_resume_by_the_names_of_the_files(folder: Path, tmp_path: Path) -> None:
     (folder / "helper.py").write_text("X = 1\n")
     (folder / "task.py").write_text("import helper\n" + (folder / "task.py").read_text())
@@ -207,6 +214,7 @@ def test_edited_code_is_refused_on_resume_by_the_names_of_the_files(folder: Path
     assert resumed["model_sha256"] == undisturbed["model_sha256"]
 
 
+@pytest.mark.slow
 def test_a_model_that_changes_its_arguments_and_draws_buffers_is_the_same_everywhere(tmp_path: Path) -> None:
     code = """
         import torch
@@ -232,6 +240,7 @@ def test_a_model_that_changes_its_arguments_and_draws_buffers_is_the_same_everyw
     assert read_lines(path, "central")[-1]["accuracy"] == pytest.approx(summary["accuracy"])
 
 
+@pytest.mark.slow
 def test_data_made_before_a_function_was_edited_are_not_reused(tmp_path: Path) -> None:
     folder = new_project(tmp_path / "mine", "tabular")
     words = ("num_rounds=1", "train.steps=1")

@@ -52,6 +52,7 @@ def honest(federate: Federate) -> np.ndarray:
     return last_model(federate(*FAST, "num_rounds=1", tamper=changing(*TWO_OF_TEN, change=drop))[1])
 
 
+@pytest.mark.slow
 def test_two_of_ten_clients_cannot_pull_a_robust_average_away(
     federate: Federate, project: Path, honest: np.ndarray
 ) -> None:
@@ -98,6 +99,7 @@ def test_norm_bound_is_the_mean_of_clipped_updates_in_float64(federate: Federate
     assert line["update_norm"] == pytest.approx(sorted(norms.values())[4], rel=1e-4)  # before clipping
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_pairs")
 @pytest.mark.parametrize("name", NAMES)
 def test_groups_and_single_nodes_end_in_the_same_bytes_in_any_order(
@@ -132,6 +134,7 @@ def test_robust_averages_of_adapters_are_the_same_in_groups(
     assert {"0", "1"} <= set(line["clipped"] if name == "norm_bound" else line.get("left_out", "01"))
 
 
+@pytest.mark.slow
 def test_a_server_optimizer_steps_along_the_robust_average(federate: Federate, bad: tuple[str, ...]) -> None:
     words = (*FAST, *bad, "strategy.server_optimizer=fedavgm", "num_rounds=1")
     _, robust = federate(*words, "strategy.robust=median")
@@ -141,6 +144,7 @@ def test_a_server_optimizer_steps_along_the_robust_average(federate: Federate, b
     np.testing.assert_allclose(last_model(robust), last_model(alone), rtol=1e-5, atol=1e-7)  # as its first step is
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_pairs")
 @pytest.mark.parametrize(("name", "grid"), [("norm_bound", {"nodes": nodes(2), "any_node": True}), ("krum", {})])
 def test_a_run_that_broke_off_is_resumed_to_the_same_bytes(

@@ -65,6 +65,7 @@ def test_shards_at_sites_or_in_one_place_and_the_shared_artifact_give_the_same_b
     assert read_lines(path, "roster")[0]["clients"] == CLIENTS
 
 
+@pytest.mark.slow
 def test_femnist_over_shards_learns(federate: Federate, femnist: Path) -> None:
     summary, path = federate(*SHARDS, "model=cnn", "num_rounds=4", "train.lr=0.05", "evaluate.personal_epochs=0")
     losses = [line["loss"] for line in read_lines(path, "evaluate")]
@@ -72,6 +73,7 @@ def test_femnist_over_shards_learns(federate: Federate, femnist: Path) -> None:
     assert summary["accuracy"] > 0.3  # chance is 0.1 over the ten classes drawn
 
 
+@pytest.mark.slow
 def test_the_best_round_by_the_shards_validation_samples_costs_no_training_sample(
     federate: Federate, femnist: Path
 ) -> None:

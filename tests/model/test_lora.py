@@ -107,6 +107,7 @@ def test_adapters_are_drawn_from_the_callers_generator_and_only_from_it() -> Non
     assert 0.9 * bound < a.abs().max() <= bound  # type: ignore[operator, union-attr]
 
 
+@pytest.mark.slow
 def test_compiled_adapters_give_the_same_outputs_and_gradients() -> None:
     model, inputs = adapted("linear", n=2), batch("linear")[0]
     compiled = torch.compile(model, backend="aot_eager")

@@ -58,6 +58,7 @@ def loaded(path: Path, variant: Variant) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WRITTEN)
 def test_a_vit_of_another_library_gives_its_logits(kind: str, tmp_path: Path) -> None:
     write, part, library, variant, normalization = WRITTEN[kind]
@@ -69,6 +70,7 @@ def test_a_vit_of_another_library_gives_its_logits(kind: str, tmp_path: Path) ->
         torch.testing.assert_close(loaded(path, variant)(images()), theirs(images()), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_head_of_other_classes_or_none_stays_as_the_seed_made_it(tmp_path: Path) -> None:
     transformerses(tmp_path / "seven", classes=7)
     vit_model(tmp_path / "model")
@@ -82,6 +84,7 @@ def test_a_head_of_other_classes_or_none_stays_as_the_seed_made_it(tmp_path: Pat
         assert torch.equal(model.heads.head.weight, ours().heads.head.weight)  # type: ignore[union-attr, arg-type]
 
 
+@pytest.mark.slow
 def test_a_model_that_differs_from_what_its_weights_say_is_refused_with_the_setting(tmp_path: Path) -> None:
     transformerses(tmp_path / "tf", hidden_act="quick_gelu")
     timms(tmp_path / "mean", global_pool="avg")

@@ -35,6 +35,7 @@ def held(path: Path) -> list[int]:
         return [kept.round for kept in store.rounds()]
 
 
+@pytest.mark.slow
 def test_a_run_that_saved_a_poisoned_round_goes_on_from_the_round_before_to_the_undisturbed_bytes(
     federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,6 +64,7 @@ def test_a_run_that_saved_a_poisoned_round_goes_on_from_the_round_before_to_the_
         assert rounds_of(path, kind) == rounds_of(whole_path, kind)
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_back_to_a_round_that_it_holds_and_comes_to_its_end_again(
     federate: Federate, monkeypatch: pytest.MonkeyPatch, data_home: Path
 ) -> None:
@@ -141,6 +143,7 @@ def test_clients_that_kept_later_rounds_keep_their_own_tensors_of_the_round_that
     assert not any(line["failures"] for line in read_lines(path, "train"))
 
 
+@pytest.mark.slow
 def test_going_back_to_before_a_source_change_compares_with_the_old_source(
     federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

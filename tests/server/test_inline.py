@@ -70,6 +70,7 @@ def pid_of(reply: Message) -> int:
 # Messages and workers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("bytes_of_model", [80, 4 * LEAST_BYTES])
 def test_a_model_arrives_and_comes_back_as_it_was_sent(start: Start, workers: int, bytes_of_model: int) -> None:
@@ -104,6 +105,7 @@ def test_a_client_that_changes_what_it_received_changes_nothing_of_the_servers(s
     assert set(after.content.array_records["arrays"]) == {"w", "scalar", "empty"}
 
 
+@pytest.mark.slow
 def test_descriptors_and_mappings_are_closed_when_replies_are_gone(start: Start) -> None:
     grid, process = start(2), psutil.Process()
     ask(grid, *(say(FIRST, "work", model()) for _ in range(4)))
@@ -165,6 +167,7 @@ def test_without_workers_a_breakpoint_stops_in_the_main_thread_of_this_process(
     assert reached == [(os.getpid(), True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clients", [3, 70])
 def test_a_worker_killed_in_a_round_costs_its_clients_that_round_by_name(
     start: Start, tmp_path: Path, clients: int

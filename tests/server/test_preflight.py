@@ -106,6 +106,7 @@ def test_the_base_of_the_digits_comes_with_the_command_that_makes_it(
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.slow
 def test_weights_and_adapters_that_do_not_fit_are_refused_by_name(data_home: Path, federate: Federate) -> None:
     words = (*LORA, "num_rounds=1", "clients=2", "train.steps=1", "evaluate.personal_epochs=0")
     _, path = federate(*words)
@@ -262,6 +263,7 @@ def test_a_failed_start_does_not_keep_its_name(federate: Federate, data_home: Pa
         federate(*TOY, "run_name=fails_first")
 
 
+@pytest.mark.slow
 def test_a_failed_start_is_resumed_from_the_beginning_with_any_settings_unless_its_store_is_damaged(
     federate: Federate, data_home: Path
 ) -> None:
@@ -353,6 +355,7 @@ def test_a_round_without_replies_says_why_first(federate: Federate, monkeypatch:
         federate(*TOY)
 
 
+@pytest.mark.slow
 def test_mistakes_of_a_sweep_give_a_one_line_error_per_job_and_leave_no_run(tmp_path: Path) -> None:
     done = run(tmp_path, "-m", "clients=500", "seed=0,1", "run_name=no")
     assert done.returncode == 1

@@ -67,6 +67,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(text) for text in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_over_data_that_was_prepared_anew_unless_it_is_to_go_on_anyway(
     federate: Federate, home: Path, trained: list[tuple[str, int]]
 ) -> None:
@@ -108,6 +109,7 @@ def test_a_run_that_went_on_anyway_says_so_for_ever_and_goes_on_with_its_new_dat
     ]
 
 
+@pytest.mark.slow
 def test_an_array_that_was_edited_is_refused_by_name_in_a_first_run_and_a_resumed_one(
     federate: Federate, home: Path
 ) -> None:
@@ -188,6 +190,7 @@ def test_edited_source_is_refused_by_both_digests_and_the_names_of_the_files(
     assert f"resumed anyway after round 2: {said}\n" in final_line(summary)
 
 
+@pytest.mark.slow
 def test_other_versions_or_nothing_recorded_are_a_warning(
     federate: Federate, monkeypatch: pytest.MonkeyPatch, data_home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -214,6 +217,7 @@ def test_other_versions_or_nothing_recorded_are_a_warning(
     assert [line["round"] for line in lines_of(path / "clients.jsonl")] == [2, 2, 2]
 
 
+@pytest.mark.slow
 def test_a_new_run_inside_the_folder_of_another_is_refused_and_so_is_one_around_others(
     federate: Federate, home: Path
 ) -> None:

@@ -125,6 +125,7 @@ def test_the_best_rounds_bytes_are_those_of_a_run_that_ended_there(
         assert [kept.round for kept in store.rounds()] == [2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("losses")
 def test_a_run_broken_off_before_or_after_its_best_round_or_its_stop_ends_in_the_same_bytes(federate: Federate) -> None:
     def finish(*_: Any) -> None:

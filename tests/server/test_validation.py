@@ -47,6 +47,7 @@ def made(data_home: Path) -> str:
     return write_dataset(data_home, "made", labels_of(40), labels_of(20, 1))
 
 
+@pytest.mark.slow
 def test_on_labels_of_pure_noise_the_best_round_is_no_better_than_chance(federate: Federate, data_home: Path) -> None:
     ended, by_test = [], []
     for seed in range(SEEDS):

@@ -97,6 +97,7 @@ def test_a_budget_that_no_noise_meets_is_refused_with_a_line() -> None:
         central.plan_of(compose([*TOY, "privacy.epsilon=1e6"]))
 
 
+@pytest.mark.slow
 def test_the_least_noise_spends_the_budget_in_the_planned_rounds_and_less_would_exceed_it() -> None:
     for accountant in ("rdp", "pld"):
         config = compose([*TOY, "privacy.epsilon=3", f"privacy.accountant={accountant}"])
@@ -167,6 +168,7 @@ def test_adaptive_clipping_follows_the_quantile_and_its_noise_is_paid_for() -> N
     assert noisy("privacy.clipping=adaptive", "privacy.noise_multiplier=3").plan.count_noise == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["fedavg", "fedit", "ffa", "rolora"])
 def test_what_clients_send_is_clipped_over_all_tensors_by_every_rule(federate: Federate, rule: str) -> None:
     words = LORA_TOY if rule != "fedavg" else (*TOY, "evaluate.every=3")
@@ -216,6 +218,7 @@ def test_groups_on_any_node_and_on_nodes_of_their_own_end_alike(federate: Federa
     assert (len(set(lines[0])) == 3) == ("privacy.clipping=adaptive" in words)
 
 
+@pytest.mark.slow
 def test_clients_are_drawn_independently_and_a_round_without_any_is_noise_only(federate: Federate) -> None:
     words = ("strategy.fraction_train=0.2", "num_rounds=12", "evaluate.every=12", "privacy.noise_multiplier=3")
     done, path = federate(*TOY, *words)

@@ -42,6 +42,7 @@ def factors(keys: Any) -> set[str]:
     return {key.rpartition("_")[2] for key in keys if ".lora_" in key}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_each_rule_trains_and_leaves_the_base_as_it_was(federate: Federate, rule: str) -> None:
     seen: Sent = []
@@ -105,6 +106,7 @@ def test_rows_that_nobody_trains_are_drawn_anew_so_that_they_can_learn(federate:
         assert tensors[f"{layer}.lora_B"].any(dim=0).tolist() == [True, True, False, False]
 
 
+@pytest.mark.slow
 def test_private_factors_stay_with_their_client_and_personalise_it(federate: Federate, data_home: Path) -> None:
     summary, path = federate(*LORA, *FEDSA, "train.steps=10", "run_name=fedsa")
     assert summary["personal_accuracy"] != summary["accuracy"]
@@ -120,6 +122,7 @@ def test_private_factors_stay_with_their_client_and_personalise_it(federate: Fed
     assert not np.array_equal(kept[0][key], kept[1][key])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -152,6 +155,7 @@ def test_a_client_that_lost_its_private_factors_says_so(federate: Federate, data
     assert "has lost its private tensors of round 1: bring back its checkpoint store" in failures(path, 2)["1"]
 
 
+@pytest.mark.slow
 def test_a_client_without_the_base_gets_it_once_and_one_with_another_is_refused(
     federate: Federate, data_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +192,7 @@ def test_a_client_without_the_base_gets_it_once_and_one_with_another_is_refused(
     }
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_over_another_base(federate: Federate, tmp_path: Path) -> None:
     _, first = federate(*LORA, "num_rounds=1")
     _, other = federate(*LORA, "num_rounds=1", "seed=5")
@@ -208,6 +213,7 @@ def test_a_base_may_not_lie_outside_the_models_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_base_that_was_damaged_on_the_way_is_refused_and_sent_again(
     federate: Federate, data_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
@@ -252,6 +258,7 @@ def test_another_base_is_not_kept_and_one_that_comes_twice_is_stored_once(tmp_pa
         base.load_base(tmp_path, digest)
 
 
+@pytest.mark.slow
 def test_the_final_model_is_plain_and_the_adapter_exported_where_it_is_all_that_changed(federate: Federate) -> None:
     _, path = federate(*LORA, "num_rounds=1")
     assert {file.name for file in (path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
@@ -262,6 +269,7 @@ def test_the_final_model_is_plain_and_the_adapter_exported_where_it_is_all_that_
     assert not (folded / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_weightings_compose_with_adapters(federate: Federate) -> None:
     settings, weightings = (*LORA, "num_rounds=1"), ("num-examples", "uniform", "alignment")
     digests = {federate(*settings, f"strategy.weighting={name}")[0]["model_sha256"] for name in weightings}

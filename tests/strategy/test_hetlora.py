@@ -135,6 +135,7 @@ def test_pruning_rounds_down_and_stops_at_the_least_rank(gamma: object, least: i
     assert architecture.pruned_rank(lora, rank) == pruned
 
 
+@pytest.mark.slow
 def test_clients_that_prune_themselves_get_the_smaller_rank_from_then_on(federate: Federate) -> None:
     summary, path = federate(*PRUNING, "lora.rank_by_client=[4,2,4]", "num_rounds=4")
     assert summary["status"] == "finished"
@@ -156,6 +157,7 @@ def pruned(federate: Federate) -> tuple[dict[str, Any], Path]:
     return federate(*PRUNING, "num_rounds=4")
 
 
+@pytest.mark.slow
 def test_clients_prune_by_a_heavy_penalty_in_any_order(federate: Federate, pruned: tuple[dict[str, Any], Path]) -> None:
     _, light = federate(*HETLORA, "lora.prune_gamma=0.5")
     assert ranks_sent(light)[-1]["0"] == 4
@@ -163,6 +165,7 @@ def test_clients_prune_by_a_heavy_penalty_in_any_order(federate: Federate, prune
     assert federate(*PRUNING, "num_rounds=4", order=1)[0]["model_sha256"] == pruned[0]["model_sha256"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["aggregate_train", "aggregate_evaluate"])
 def test_a_run_with_pruned_clients_is_resumed(
     federate: Federate, pruned: tuple[dict[str, Any], Path], place: str

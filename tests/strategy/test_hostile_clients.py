@@ -80,6 +80,7 @@ def claiming(client_id: str, samples: int) -> Tamper:
     return tamper
 
 
+@pytest.mark.slow
 def test_three_hostile_clients_of_ten_are_named_and_change_nothing(
     federate: Federate, origin: dict[str, np.ndarray]
 ) -> None:
@@ -121,6 +122,7 @@ def test_an_update_far_longer_than_the_others_is_left_out_in_any_round(
     assert not failures(path, 1) | failures(path, 2)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_bounds_updates_as_before(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
     limits: list[list[float]] = []  # what each round measures updates by
     real = NormBound.limit
@@ -250,6 +252,7 @@ EVALUATE_FAULTS: dict[str, tuple[Change, str]] = {
 }
 
 
+@pytest.mark.slow
 def test_impossible_replies_are_left_out_by_name_and_change_nothing(federate: Federate) -> None:
     def tamper(name: str, reply: Message) -> Message:
         if trained_in(reply) is not None and name in TRAIN_FAULTS:

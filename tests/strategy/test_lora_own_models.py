@@ -85,6 +85,7 @@ def product_by_rule(rule: str, clients: list[tuple[float, Arrays]], layer: str) 
     return mean_b @ mean_a
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_adds_its_product_to_each_weight_in_the_weights_own_shape(federate: Federate, rule: str) -> None:
     seen: Sent = []
@@ -160,6 +161,7 @@ class Half(nn.Module):
         return self.out(self.dense(self.turned(x.bfloat16()).half()).float()) * self.scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["flora", "flexlora", "rolora", "fedsa"])
 def test_a_model_in_half_precision_trains_and_is_resumed_to_the_same_bytes(
     federate: Federate, monkeypatch: pytest.MonkeyPatch, rule: str

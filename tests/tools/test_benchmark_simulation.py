@@ -22,6 +22,7 @@ BURN = "import time\nwhile time.process_time() < 0.6: pass\n"
 DIGITS = ("experiment=digits_fedavg", "clients=12", "strategy.fraction_train=0.17", "checkpoint=off", "train.epochs=1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "tolerance"),
     [
@@ -69,6 +70,7 @@ def test_a_client_of_the_stock_app_trains_as_the_bare_loop_does(
     assert reply.content["metrics"]["num-examples"] == 10
 
 
+@pytest.mark.slow
 def test_the_cpu_time_of_children_and_of_processes_that_have_ended_counts(tmp_path: Path) -> None:
     script = f"import subprocess, sys, time; subprocess.run([sys.executable, '-c', {BURN!r} + 'time.sleep(1)'])"
     command = f"{script}; open({str(tmp_path / 'done')!r}, 'w'); time.sleep(60)"
@@ -81,6 +83,7 @@ def test_the_cpu_time_of_children_and_of_processes_that_have_ended_counts(tmp_pa
     assert tree.cpu() >= 0.6
 
 
+@pytest.mark.slow
 def test_a_watched_command_is_measured_between_its_first_round_and_the_last_but_one(tmp_path: Path) -> None:
     ends = tmp_path / "ends"
     command = (
@@ -99,6 +102,7 @@ def test_a_watched_command_is_measured_between_its_first_round_and_the_last_but_
     assert used.pss > 1 << 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "error"),
     [

@@ -132,6 +132,7 @@ def test_peft_puts_the_adapter_on_the_base_in_transformers(adapted: Path, tmp_pa
     assert not torch.allclose(without, open_run(adapted).model()(draw_images(3)), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [(*LORA, RGB), ("model=cnn",)])
 def test_onnxruntime_gives_the_logits_of_a_batch_of_any_size(
     settings: tuple[str, ...], trained: Trained, tmp_path: Path
@@ -161,6 +162,7 @@ def own(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
     return train
 
 
+@pytest.mark.slow
 def test_a_network_whose_number_of_samples_onnx_fixes_takes_one_at_a_time(own: Any, tmp_path: Path) -> None:
     run = own("text")[1]  # over token ids, with a GRU
     session = onnxruntime.InferenceSession(written(run, "onnx", tmp_path) / "model.onnx")
@@ -291,6 +293,7 @@ LIBRARIES: dict[str, tuple[str, Callable[..., Callable[[Tensor], Tensor]], Calla
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_weights_of_a_library_are_trained_for_a_round_and_taken_back(
     library: str, data_home: Path, tmp_path: Path

@@ -223,6 +223,7 @@ def test_a_killed_site_rests_until_the_superlink_has_noticed_unless_it_returns_a
         asyncio.run(watched.keep("client_0", lambda: ["sh", "-c", ends]))
 
 
+@pytest.mark.slow
 def test_a_supervisor_in_the_foreground_is_found_and_stopped(tmp_path: Path, refusal: Refusal) -> None:
     words = ["up", "--folder", str(tmp_path), "--clients", "1", "--foreground"]
     command = [sys.executable, "-m", "tools.federation", *words]

@@ -48,6 +48,7 @@ def test_the_page_shows_the_template_as_it_is(tmp_path: Path) -> None:
     assert f"```python\n{task}```" in (DOCS / "own_model.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_work_in_a_new_project(tmp_path: Path) -> None:
     """Flags may stand before, between and after settings."""
     assert new.main([str(tmp_path / "mine")]) == 0

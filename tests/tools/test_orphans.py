@@ -89,6 +89,7 @@ with guarded("FLAPP_ORPHAN", sys.argv[1], Path(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_program_leaves_no_process_and_no_folder(start: Start, tmp_path: Path) -> None:
     folder = tmp_path / "flapp-x"
     for each in (folder, tmp_path / "flapp-x-superlink", tmp_path / "another"):

@@ -47,6 +47,7 @@ def prepared(tmp_path: Path, *more: str) -> dict[str, bytes]:
     return content_of(tmp_path / "home" / "data" / "mine")
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_is_prepared_and_trained_on_by_name_alone(tmp_path: Path) -> None:
     source, home = write_pictures(tmp_path / "pictures", CLASSES, 60), tmp_path / "home"
     home.mkdir()
@@ -85,6 +86,7 @@ def test_splits_of_the_source_are_kept(tmp_path: Path) -> None:
     assert (len(train.labels), test.labels.tolist(), test.classes) == (15, [0, 0, 1, 1], tuple(CLASSES))
 
 
+@pytest.mark.slow
 def test_the_same_command_again_does_nothing_and_other_files_or_settings_are_refused(
     tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], refusal: Refusal
 ) -> None:
@@ -222,6 +224,7 @@ def kill_between_the_renames(tmp_path: Path, *more: str) -> None:
     assert subprocess.run([sys.executable, "-c", script, *words(tmp_path, *more)], cwd=ROOT).returncode == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["seed", "file"])
 def test_splits_of_two_preparations_are_refused_by_whoever_opens_both(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], refusal: Refusal, changed: str

@@ -106,6 +106,7 @@ def test_femnist_with_a_character_that_it_does_not_have_is_refused(tmp_path: Pat
         assert said in refused(tmp_path / "home", *words)
 
 
+@pytest.mark.slow
 def test_a_client_column_gives_shards_and_a_shared_artifact_that_end_in_the_same_model(
     table: Path, tmp_path: Path
 ) -> None:
@@ -246,6 +247,7 @@ def test_a_hub_that_cannot_be_reached_gives_a_one_line_error_with_the_fix(
     assert "add dataset.hub=OWNER/NAME" in refused(tmp_path, *MINE, "dataset.download=true")
 
 
+@pytest.mark.slow
 def test_without_pyarrow_one_line_says_what_to_install(table: Path, tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['pyarrow'] = sys.modules['datasets'] = None\n"

@@ -210,6 +210,7 @@ def test_the_summary_names_model_dataset_clients_and_strategy(tmp_path: Path) ->
     assert "strategy fedlora, fedit" in report_on(tmp_path / "two.html", *runs).said
 
 
+@pytest.mark.slow
 def test_an_objective_without_a_column_of_its_own_gets_one(tmp_path: Path) -> None:
     for objective, heads in (("val_accuracy", "loss objective best round"), ("loss", "loss best round")):
         runs = [
@@ -219,6 +220,7 @@ def test_an_objective_without_a_column_of_its_own_gets_one(tmp_path: Path) -> No
         assert f"personal {heads}" in report_on(tmp_path / "two.html", *runs).said
 
 
+@pytest.mark.slow
 def test_legends_name_the_settings_in_which_runs_differ_or_else_the_runs(tmp_path: Path) -> None:
     settings = [(0, 0.1, True), (0, 0.5, True), (1, 0.5, False)]
     runs = [
@@ -266,6 +268,7 @@ def test_clients_that_a_robust_average_clipped_or_did_not_take_are_shown(tmp_pat
     assert "No client failed" not in left_out
 
 
+@pytest.mark.slow
 def test_the_privacy_that_was_spent_is_in_the_summary_and_in_the_overview_of_runs_that_have_one(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "runs" / name, 3, 3, seed=seed) for seed, name in enumerate(("private", "plain"))]
     for number in (1, 2, 3):
@@ -310,6 +313,7 @@ def test_a_sweep_shows_its_settings_and_the_jobs_that_failed(sweep: Path) -> Non
     assert not any("run_name" in alt for alt in page.alts)
 
 
+@pytest.mark.slow
 def test_pictures_are_exported_as_png(tmp_path: Path) -> None:
     from PIL import Image
 

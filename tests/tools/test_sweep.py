@@ -220,6 +220,7 @@ def test_a_reserved_port_is_nobody_elses_until_a_server_listens_there() -> None:
             assert not listens(os.getpid(), port)
 
 
+@pytest.mark.slow
 @needs_joblib
 def test_of_four_jobs_two_at_a_time_one_fails_and_three_count(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "four"
