@@ -1,4 +1,4 @@
-"""flapp: a Flower application for federated image models."""
+"""flapp: a Flower application for federated training, of image models and of your own."""
 
 from collections.abc import Callable, Mapping
 from importlib import import_module

@@ -90,7 +90,7 @@ def spent(settings: PrivacyConfig, plan: Plan, rounds: int) -> float:
 def affordable(settings: PrivacyConfig, plan: Plan, most: int) -> int:
     """Return how many rounds the budget privacy.epsilon is enough for, at most `most`."""
     if spent(settings, plan, most) <= settings.epsilon:
-        return most  # as usual, and a search would take several times as long
+        return most  # the common case is checked first: a search takes several times as long
     return bisect_right(range(most), settings.epsilon, key=lambda n: spent(settings, plan, n + 1))
 
 

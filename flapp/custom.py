@@ -31,12 +31,12 @@ from flapp.untrusted import printable
 INSTALLED = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib", "stdlib")}
 MOST_FILES = 500  # of a package whose source is compared; a larger one is known by its version
 NAME = re.compile(r"[A-Za-z0-9_]{1,60}")  # of a metric
-# Part of the app: a site must allow them by name, because they have much besides targets.
+# Packages inside the app. A site must allow them by name, because most of their code is not meant to be a target.
 RESERVED = ("flapp", "tools")
 LONGEST_TEXT = 300  # characters of an error of the user's own code
 PACKAGE = Path(__file__).resolve().parent
 
-_imported: dict[str, str] = {}  # the digest of each module's source when it was imported
+_imported: dict[str, str] = {}  # by top-level module: the digest of the run's own code when `enable` last saw it
 _own_files: set[str] = set()  # that were compared, and whose lines are shown where an error comes from
 _allowed: set[str] = set()  # modules that targets may use at a deployed site; empty elsewhere
 

@@ -40,8 +40,8 @@ def replacing(path: Path, mode: int | None = None) -> Iterator[Path]:
 def replacing_folder(folder: Path, is_new: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder beside `folder`, and rename it to `folder` when the block ends.
 
-    A folder that is there already is replaced. Where the block raises, it stays as it was. is_new: a folder that has
-    content by then, which another process may have written, stays; raises OSError for it.
+    A folder that is there already is replaced. If the block raises, it stays as it was. is_new: raise OSError if the
+    folder has content when the block ends. Another process may have written this content, so it stays.
     """
     partial = _beside(folder)
     old = folder.with_name(f"{partial.name}.old")

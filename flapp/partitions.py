@@ -64,7 +64,7 @@ def stamp_of_shared_files(config: Config) -> Stamp:
 
 @lru_cache(maxsize=8)
 def _shared_files(config: Config) -> tuple[list[str], str]:
-    """Return the paths of the files of both splits, and of a partition by writer: messages look them up."""
+    """Return the paths of the files of both splits, and of a partition by writer; each message needs them."""
     folder = config.data_dir / config.dataset.name
     splits = [str(folder / split / name) for split in ("train", "test") for name in FILES]
     return splits, str(folder / "partitions" / f"{config.partition.kind}.safetensors")

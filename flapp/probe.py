@@ -141,7 +141,8 @@ def _count(
 ) -> dict[str, float]:
     """Return the metrics of samples.
 
-    The outputs are replaced by the right answers: an untrained model may get every answer wrong.
+    With one class label a sample, the outputs are replaced by the right answers, because an untrained model may get
+    every answer wrong.
     """
     setting = f"evaluate.metrics={config.evaluate.metrics}"
     outputs = outputs_of(model, inputs)

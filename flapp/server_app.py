@@ -24,7 +24,10 @@ update_console_handler(timestamps=True)  # in the process that runs the app
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run a federation by the config in run_config. Errors are raised, once metrics.json of an open run has them."""
+    """Run a federation by the config in run_config.
+
+    An error is first written to metrics.json, if the run's folder is open, and then raised.
+    """
     config = load_config(grid, context)
     warn_of_open_ray(grid)
     try:

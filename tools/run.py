@@ -60,8 +60,8 @@ round). A finished run cannot be given more rounds.
 Accuracy and loss are measured on the test samples of all clients. Personal accuracy is that of each client's own model:
 the global model after fine-tuning on the client's samples (evaluate.personal_epochs), or, with
 strategy.aggregation=fedsa, with the adapter parts that the client keeps to itself.
-Two times are printed. The time of the run begins with the first message to a client and ends with the last result. The
-other is that of the whole command.
+Two times are printed. The time of the run begins when its folder is opened, before the model is built, and ends when
+the model is saved. The other is that of the whole command.
 Exit status: 0 if every run finished, 1 if one failed or was refused (one line says why), 130 if interrupted.
 """
 NOTES = {"personal_accuracy": " (of each client's own model)"}

@@ -88,7 +88,7 @@ def serve_group(message: Message, context: Context, call_next: ClientAppCallable
 def examine(reply: Message, kind: str, group: Group, asked: Asked, expected: Mapping[str, Array], fix: str) -> Answer:
     """Return a client's answer; raises MessageError for a reply that the server would reject, with the same reason.
 
-    fix: what to do about an update that is too long, for the reason.
+    fix: the end of the reason for an update that is too long; it says what to do about it.
 
     Numbers and tensors are examined here only for a sum. Otherwise the server, which receives them, does it.
     """
@@ -159,9 +159,9 @@ def checkpoint_mod(message: Message, context: Context, call_next: ClientAppCalla
 def privacy_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Clip a client's update if the config says so; with privacy=local, also add noise to it.
 
-    This mod is inside checkpoint_mod. So a client's store holds only what leaves the client, which sends exactly that
-    again. Flower's LocalDpMod is not used. Its sigma is right only for an epsilon below 1. It fails for an update of
-    zero. It does not change tensors without dimensions, nor an update that contains a NaN.
+    This mod is inside checkpoint_mod. So a client's store holds only what leaves the client. If the client is asked
+    again, it sends exactly the same bytes. Flower's LocalDpMod is not used. Its sigma is right only for an epsilon
+    below 1. It fails for an update of zero. It does not change tensors without dimensions, nor an update with a NaN.
     """
     if message.metadata.message_type != TRAIN or (task := read_task(message, context)).config.privacy.kind == "none":
         return call_next(message, context)

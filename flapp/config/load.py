@@ -37,7 +37,8 @@ CHANGEABLE_ON_RESUME = (  # a resumed run may change these: they do not affect t
     *("distributed_data.shard_path", "distributed_data.manifest"),
     *("model.pretrained", "lora.adapter"),  # paths of the files to start from; a base is compared by its digest
 )
-# It does not affect the model; older runs lack the setting and behaved as with this value.
+# A resumed run must keep this setting, though it does not affect the model. Runs of an older flapp lack it: they
+# behaved as with this value.
 KEPT_ON_RESUME = {"privacy.publish": "all"}
 MOST_YAML = 256 << 10  # bytes of a run's config.yaml, which has a few kB
 MOST_NODES = 20_000  # keys and values in it; OmegaConf takes seconds for as many

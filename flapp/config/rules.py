@@ -330,7 +330,7 @@ def group_size(clients: int) -> int:
 
 
 def count_messages(config: Config) -> int:
-    """Return the most messages of a phase in which nodes can serve any client."""
+    """Return the largest number of messages that a phase sends when any node can serve any client."""
     drawn = (config.strategy.fraction_train, config.strategy.fraction_evaluate)
     counts = [sample_size(fraction, config.clients) for fraction in drawn]
     return max(-(-count // group_size(count)) for count in counts)

@@ -85,7 +85,7 @@ def materialize(folder: Path, size: int, progress: Callable[[int], object] = lam
     """Write the images in `folder`, resized to size x size, as the artifact `<folder>@<size>`, uint8 NCHW.
 
     Its source_sha256 is the digest of the artifact in `folder`. progress(n) is called for every n images written.
-    Raises DataError when one of 64 images, spread over all, is not what PIL makes of the same image.
+    Raises DataError when one of 64 images, spread over all, differs from PIL's by more than compare_with_pil allows.
     """
     native = open_artifact(folder, verify=True)
     if not native.has_images or native.layout != "NHWC":
@@ -106,7 +106,8 @@ def materialize(folder: Path, size: int, progress: Callable[[int], object] = lam
 def compare_with_pil(native: np.ndarray, resized: np.ndarray, size: int) -> None:
     """Compare 64 images, spread over all of native (N, H, W, C) and resized (N, C, size, size), with PIL's resize.
 
-    Raises DataError for the first that differs.
+    Raises DataError for the first that differs by more than rounding: MOST_LEVELS, or 0 for EXACT_SIDES except at
+    INEXACT_SIZES.
     """
     from PIL import Image
 

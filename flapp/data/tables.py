@@ -135,7 +135,7 @@ def _only(found: Sequence[str], names: Sequence[str]) -> str | None:
 
 
 def _plain_type(name: str) -> str:
-    """Return the type of the values of a dictionary, and any other as it is."""
+    """Return the value type of Arrow's dictionary type, and any other type as it is."""
     return name.removeprefix("dictionary<values=").partition(",")[0]
 
 
@@ -242,7 +242,7 @@ def _check_range(files: Sequence[Table], column: str, labels: np.ndarray, classe
 
 
 def _naming(tables: Sequence[Table], rows: np.ndarray) -> Callable[[int], str]:
-    """Return what gives the names that messages use for some rows of several files, taken as one table."""
+    """Return a function that names rows[i] for messages; the files count as one table."""
     starts = np.cumsum([0, *(table.count for table in tables)])
 
     def name(index: int) -> str:

@@ -73,7 +73,7 @@ class Observer:
     def append(self, kind: str, server_round: int, **values: Any) -> None:
         """Add a line to metrics.jsonl; later lines of a kind do not replace earlier ones.
 
-        All that files and commands say of a round comes from this line.
+        All that files and commands say of a round comes from these lines.
         """
         whole = {"kind": kind, "round": server_round, "time": self.seconds(), **values}
         line = finite(published(self.config.privacy, whole))

@@ -1,7 +1,7 @@
 """The run directory: everything that a run leaves behind, under home/runs/<run_name>; docs/formats.md describes it.
 
 A round is complete when server_chunks.db holds it. A resumed run drops the lines of later rounds and continues. With
-resume_from it also drops the rounds after that one, from every file but releases.jsonl, which counts what is known.
+resume_from it also drops the rounds after that one, from every file but releases.jsonl: what is released stays counted.
 """
 
 import difflib

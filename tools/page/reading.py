@@ -23,7 +23,7 @@ from tools.cli import by_number
 from tools.deployment.superlink import ANSI
 from tools.page.run import Clients, Job, Run, Stores, names_of, number
 
-HELD = "clients.jsonl"  # flapp.server.run_dir would import PyTorch
+HELD = "clients.jsonl"  # as flapp.server.journals names it
 RUN_FILES = ("config.yaml", METRICS, "metrics.json")
 STORES_OPENED = 50
 LOG_BYTES, LOG_LINES = 32_768, 40

@@ -5,7 +5,7 @@ Every JSON line has `event` and `run_name` (null if the settings were refused), 
     started    rounds, and what the run is about to do: see running/overview.py
     round      round, rounds, train_loss; loss, accuracy, personal_accuracy (null unless evaluated); scores by name;
                bytes_up, bytes_down and seconds of this round; failures, the reason for each client that was left out;
-               with strategy.robust, clipped (factors by client) and left_out (clients that Krum did not take)
+               with strategy.robust, clipped (factors by client) and left_out (clients that Krum did not take);
                with privacy, epsilon so far; with privacy.publish=totals, in place of what names clients,
                failure_kinds (how many clients for each kind of reason), clipped_count and left_out_count
     finished   summary: what metrics.json says
@@ -147,8 +147,8 @@ def latest(found: dict[str, Any]) -> dict[str, str]:
 class Progress:
     """Show the progress of a run at each `look`: bars of rounds and replies on a terminal, otherwise lines.
 
-    There is a line per round, about 20 in all in a long run. plain: print lines on a terminal too, because a debugger
-    may ask for input there.
+    Up to 20 rounds have a line each. A longer run prints about 20 lines. plain: print lines on a terminal too, because
+    a debugger may ask for input there.
     """
 
     def __init__(self, config: Config, path: Path, plain: bool = False) -> None:

@@ -103,7 +103,7 @@ def interrupt_jobs() -> None:
     if SWEEP not in os.environ:
         return
     folder = Path(os.environ[SWEEP])
-    (folder / INTERRUPTED).touch()  # launchers hand out further jobs
+    (folder / INTERRUPTED).touch()  # launchers still hand out jobs, which stop when they see this file
     for process in _job_processes(folder):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
