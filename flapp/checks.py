@@ -24,7 +24,7 @@ from flapp.messages import (
 )
 from flapp.sums import over_blocks, squares, update_length
 
-LARGEST = 1.8e19  # beyond it a square overflows float32, so that no optimiser can continue
+LARGEST = 1.8e19  # beyond it a square overflows float32, so that no optimizer can continue
 SMALL = 1 << 10  # elements: so few that BLAS computes their product in one thread
 BLOCK = 1 << 16  # float32 elements; two such blocks fit into the level-2 cache
 LOSS_SUMS = {f"{start}{kind}loss-sum" for start in ("", VAL) for kind in ("", "personal-")}
