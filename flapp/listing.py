@@ -41,7 +41,7 @@ def list_names(names: Sequence[str], most: int = 12) -> str:
     """List names, with three or more consecutive numbers as `0 to 9`; a long list ends with the number of the rest."""
     runs: list[list[str]] = []
     for name in names:
-        if runs and name.isdecimal() and runs[-1][-1].isdecimal() and int(name) == int(runs[-1][-1]) + 1:
+        if runs and _is_next(name, runs[-1][-1]):
             runs[-1].append(name)
         else:
             runs.append([name])
@@ -50,3 +50,9 @@ def list_names(names: Sequence[str], most: int = 12) -> str:
         parts += [(f"{run[0]} to {run[-1]}", len(run))] if len(run) > 2 else [(name, 1) for name in run]
     left = sum(count for _, count in parts[most:])
     return ", ".join(text for text, _ in parts[:most]) + (f" and {left} more" if left else "")
+
+
+def _is_next(name: str, before: str) -> bool:
+    """Say whether two names are consecutive numbers; int() refuses those of more than 4,300 digits."""
+    are_numbers = all(each.isdecimal() and len(each) < 20 for each in (name, before))
+    return are_numbers and int(name) == int(before) + 1

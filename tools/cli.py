@@ -113,9 +113,10 @@ def in_bytes(size: int) -> str:
     return f"{size} B"
 
 
-def by_number(name: str) -> list[tuple[str, int]]:
-    """Return a key that sorts client 2 before client 10."""
-    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
+def by_number(name: str) -> list[tuple[str, int, str]]:
+    """Return a key that sorts client 2 before client 10; a number may have any length."""
+    parts = [(text, digits.lstrip("0")) for text, digits in re.findall(r"(\D*)(\d*)", name)]
+    return [(text, len(digits), digits) for text, digits in parts]
 
 
 def usage() -> str:

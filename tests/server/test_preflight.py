@@ -341,6 +341,7 @@ def test_an_error_begins_with_its_reasons_each_once_and_short(
     assert str(submit.failure(summary)) == str(caught.value)
     assert list_names(["0", "2", "3", "4", "9", "10", "site"]) == "0, 2 to 4, 9, 10, site"
     assert list_names([str(i) for i in range(0, 40, 2)], most=3) == "0, 2, 4 and 17 more"
+    assert list_names(["9" * 5000, "9" * 5001]) == f"{'9' * 5000}, {'9' * 5001}"  # int() takes 4,300 digits
     reasons = {str(i): "rare" if i == 0 else "common" for i in range(5)} | {"5": "odd"}
     assert by_reason(reasons) == "client 0: rare; clients 1 to 4: common; client 5: odd"
     assert by_reason(reasons, most=1) == "clients 1 to 4: common; and 2 more reasons"

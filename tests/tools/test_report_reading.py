@@ -7,6 +7,7 @@ import pytest
 
 from tests.support.html_page import report_on
 from tests.support.run_files import add_lines, add_store, write_lines, write_run
+from tools.cli import by_number
 from tools.page import reading
 from tools.page.charts import by_traffic
 from tools.page.drawing import grouped
@@ -115,3 +116,8 @@ def test_many_clients_are_drawn_as_sums_of_neighbours(count: int, rows: int, tog
     assert (found.shape, size) == ((rows, 62), together)
     assert np.array_equal(found[3], table[3 * size : 4 * size].sum(axis=0))
     assert found.sum() == table.sum()
+
+
+def test_names_are_sorted_by_their_numbers_however_long() -> None:
+    names = ["10", "2", "9" * 5000, "007", "site 10", "site 9"]
+    assert sorted(names, key=by_number) == ["2", "007", "10", "9" * 5000, "site 9", "site 10"]

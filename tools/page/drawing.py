@@ -227,7 +227,7 @@ def draw_setting(key: str, values: Sequence[str], results: Sequence[float], obje
     return finish(f"setting-{key}", axes, f"Medians: {words}")
 
 
-def _as_number(name: str) -> tuple[float, list[tuple[str, int]]]:
+def _as_number(name: str) -> tuple[float, list[tuple[str, int, str]]]:
     try:
         return float(name), []
     except ValueError:
