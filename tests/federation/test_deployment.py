@@ -135,62 +135,34 @@ def register_as_client_0(folder: Path, federation: Federation, keys: Path) -> st
         return str(superlink.flwr("supernode", "register", str(keys / "site.pub"), "--name", "client_0")["node-id"])
 
 
-@pytest.fixture
-def outsider(federation: Federation, tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Return a function that starts a SuperNode of one's own and returns the file of all that it says."""
+@pytest.fixture(scope="module")
+def outsider(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], Path]]:
+    """Return a function that starts a SuperNode with the key in a folder and returns the file of all that it says."""
+    federation, folder = read_federation(home / "federation"), tmp_path_factory.mktemp("outsiders")
     processes = Processes(f"{federation.token}-outsider")
 
-    def start(name: str, *secrets: Path) -> Path:
-        ca, key = map(str, secrets)
+    def start(keys: Path) -> Path:
         command = [program("flower-supernode"), "--superlink", federation.address, "--isolation", "subprocess"]
         command += ["--node-config", 'client-id="0"', "--host", HOST, "--port", str(free_port())]
-        command += ["--root-certificates", ca, "--auth-supernode-private-key", key]
-        env = environment(tmp_path / name, processes.token)
-        with (tmp_path / f"{name}.txt").open("wb") as said:
-            subprocess.Popen(command, env=env, cwd=tmp_path, stdout=said, stderr=said)
-        return tmp_path / f"{name}.txt"
+        command += ["--root-certificates", str(home / "federation" / "ca.crt")]
+        command += ["--auth-supernode-private-key", str(keys / "site.key")]
+        with (folder / f"{keys.name}.txt").open("wb") as said:
+            env = environment(folder / keys.name, processes.token)
+            subprocess.Popen(command, env=env, cwd=folder, stdout=said, stderr=said)
+        return folder / f"{keys.name}.txt"
 
     yield start
     processes.stop()
 
 
-def test_private_keys_of_a_federation_are_for_their_owner_only(home: Path) -> None:
-    keys = sorted((home / "federation").rglob("*.key"))
-    assert [key.name for key in keys] == ["ca.key", "site.key", "site.key", "server.key"]
-    assert {key.stat().st_mode & 0o777 for key in keys} == {0o600}
-
-
-def test_plain_http_and_other_authorities_are_refused(federation: Federation, tmp_path: Path) -> None:
-    with pytest.raises((urllib.error.URLError, ConnectionError)):
-        urllib.request.urlopen(f"http://{federation.address}/", timeout=5)
-    make_server_files(tmp_path, [HOST])
-    context = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
-    with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
-        urllib.request.urlopen(f"https://{federation.address}/", timeout=5, context=context)
-
-
-def test_runs_at_once_end_in_the_bytes_of_other_runtimes_and_outsiders_are_kept_out(
-    home: Path, federation: Federation, outsider: Callable[..., Path], tmp_path: Path
-) -> None:
-    """The outsiders have a wrong CA, a strange key, or a registered key and another client's name."""
-    folder = home / "federation"
-    make_server_files(tmp_path, [HOST])
-    make_site_keys(tmp_path / "strange")
-    node = register_as_client_0(folder, federation, tmp_path / "known")
-    strange = outsider("strange", folder / "ca.crt", tmp_path / "strange" / "site.key")
-    wrong = outsider("wrong", tmp_path / "ca.crt", folder / "client_0" / "site.key")
-    known = outsider("known", folder / "ca.crt", tmp_path / "known" / "site.key")
-    wait_for(lambda: "SuperNode ID" in known.read_text())
-    wait_for(lambda: len(online_nodes(folder, federation)) == 3)  # the two, and the one that is registered
-    wait_for(lambda: "Failed to activate SuperNode" in strange.read_text())
-    started = {name: submit(home, name, *words.split()) for name, words in CASES.items()}
-    for name, process in started.items():
-        status, said, error = finish(process)
-        assert status == 0, error
-        assert said.splitlines()[-1] == f"refused: node {node}: {other_key(folder)}"
-        assert digest_of(said) == run_here(home, f"{name}-here", *CASES[name].split())
-    assert len(online_nodes(folder, federation)) == 3
-    assert "SuperNode ID" not in wrong.read_text()
+@pytest.fixture(scope="module")
+def intruder(home: Path, outsider: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the id of a node that runs, and that is registered with a key of its own under the name of client 0."""
+    keys, folder = tmp_path_factory.mktemp("keys") / "intruder", home / "federation"
+    node = register_as_client_0(folder, read_federation(folder), keys)
+    said = outsider(keys)
+    wait_for(lambda: "SuperNode ID" in said.read_text())
+    return node
 
 
 def test_what_is_killed_is_named_and_takes_part_again_and_the_resumed_run_ends_in_the_model_of_the_replies_it_got(
@@ -242,6 +214,37 @@ def test_what_is_killed_is_named_and_takes_part_again_and_the_resumed_run_ends_i
     assert checkpoints(["verify", str(home / "checkpoints")]) == 0
 
 
+def test_private_keys_of_a_federation_are_for_their_owner_only(home: Path) -> None:
+    keys = sorted((home / "federation").rglob("*.key"))
+    assert [key.name for key in keys] == ["ca.key", "site.key", "site.key", "server.key"]
+    assert {key.stat().st_mode & 0o777 for key in keys} == {0o600}
+
+
+def test_plain_http_and_other_authorities_are_refused(federation: Federation, tmp_path: Path) -> None:
+    with pytest.raises((urllib.error.URLError, ConnectionError)):
+        urllib.request.urlopen(f"http://{federation.address}/", timeout=5)
+    make_server_files(tmp_path, [HOST])
+    context = ssl.create_default_context(cafile=str(tmp_path / "ca.crt"))
+    with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
+        urllib.request.urlopen(f"https://{federation.address}/", timeout=5, context=context)
+
+
+def test_runs_at_once_end_in_the_bytes_of_other_runtimes_and_strange_keys_are_kept_out(
+    home: Path, outsider: Callable[[Path], Path], intruder: str, tmp_path: Path
+) -> None:
+    """One key is not registered; the other one is, under another client's name."""
+    make_site_keys(tmp_path / "strange")
+    strange = outsider(tmp_path / "strange")
+    started = {name: submit(home, name, *words.split()) for name, words in CASES.items()}
+    for name, process in started.items():
+        status, said, error = finish(process)
+        assert status == 0, error
+        assert said.splitlines()[-1] == f"refused: node {intruder}: {other_key(home / 'federation')}"
+        assert digest_of(said) == run_here(home, f"{name}-here", *CASES[name].split())
+    assert "Failed to activate SuperNode" in strange.read_text()
+    assert "SuperNode ID" not in strange.read_text()
+
+
 def test_more_clients_than_sites_are_refused_before_the_run(home: Path) -> None:
     settings = compose([f"home={home}", "deployment=local", "experiment=toy_regression", "clients=5", "run_name=many"])
     with pytest.raises(ConfigError, match="has 2: set clients=2$"):
@@ -249,21 +252,17 @@ def test_more_clients_than_sites_are_refused_before_the_run(home: Path) -> None:
     assert not (home / "runs" / "many").exists()
 
 
-def test_whoever_unregisters_a_client_and_takes_its_name_does_not_take_its_place(
-    home: Path, federation: Federation, outsider: Callable[..., Path], federate: Federate, tmp_path: Path
+def test_whoever_unregisters_a_client_and_has_its_name_does_not_take_its_place(
+    home: Path, federation: Federation, intruder: str, federate: Federate
 ) -> None:
     folder = home / "federation"
     honest = re.findall(r"SuperNode ID: (\d+)", (folder / "client_0" / "log.txt").read_text())[-1]
     with SuperLink(federation.address, folder / "ca.crt") as superlink:
         superlink.flwr("supernode", "unregister", honest)
-    node = register_as_client_0(folder, federation, tmp_path / "intruder")
-    intruder = outsider("intruder", folder / "ca.crt", tmp_path / "intruder" / "site.key")
-    wait_for(lambda: "SuperNode ID" in intruder.read_text())
-    wait_for(lambda: len(online_nodes(folder, federation)) == 2)
     few = ("experiment=toy_regression", "clients=2", "num_rounds=1", "strategy.min_clients=1", "checkpoint=off")
     status, said, error = finish(submit(home, "taken", *few, "strategy.wait_for_clients=5"))
     assert status == 0, error
-    assert said.splitlines()[-1] == f"refused: node {node}: {other_key(folder)}"
+    assert said.splitlines()[-1] == f"refused: node {intruder}: {other_key(folder)}"
     assert [line["absent"] for line in read_lines(home / "runs" / "taken", "train")] == [["0"]]
     alone, _ = federate(*few, "deployment=local", "strategy.wait_for_clients=0.1", nodes=[{"client-id": "1"}])
     assert digest_of(said) == alone["model_sha256"]
