@@ -17,7 +17,7 @@ from flapp.listing import WITHHELD, by_reason
 from flapp.server.journals import Origin
 from flapp.server.preflight import check_run
 from flapp.server.run_dir import SUMMARY, check_resumable, check_source
-from flapp.server.run_names import check_new, restarts
+from flapp.server.run_names import check_new, find_holder, restarts
 from flapp.server.summary import sound_summary
 from tools.deployment.processes import HOST, Processes, SuperLinkError, available_cpus
 from tools.deployment.superlink import APP as APP
@@ -25,7 +25,7 @@ from tools.deployment.superlink import CONNECTION, PrivateSuperLink, SuperLink, 
 from tools.deployment.supervisor import KEYS, describe_down, install_app, read_federation, superlink_of
 from tools.running.progress import CONFIG, LOOK_SECONDS, read_json, watched
 
-STATUS_SECONDS, END_SECONDS = 15, 60
+STATUS_SECONDS, END_SECONDS, LEAVE_SECONDS = 15, 60, 60
 REPLACED = "run {} ended before its first round was complete, so it starts again (its log.txt is kept)"
 
 
@@ -79,10 +79,22 @@ def run_once(config: Config, on_start: Callable[[], object] = lambda: None) -> d
         except BaseException:
             if kind != "simulation":  # whose run ends with its SuperLink
                 superlink.stop_run(run_id)
+                if here:
+                    wait_until_left(path)  # otherwise resuming at once would be refused
             raise
         finally:
             if path.is_dir() and here:
                 superlink.save_log(run_id, path / "log.txt")
+
+
+def wait_until_left(path: Path) -> bool:
+    """Wait until no process holds the run in a folder; return False if one still does after LEAVE_SECONDS."""
+    end = time.monotonic() + LEAVE_SECONDS
+    while is_held := find_holder(path) is not None:
+        if time.monotonic() > end:
+            break
+        time.sleep(LOOK_SECONDS)
+    return not is_held
 
 
 def check_start(config: Config, starts_again: bool) -> None:

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,8 @@ import psutil
 from flapp.config.load import from_dict, read_yaml
 from flapp.server.run_names import METRICS, find_holder
 from tools.deployment.processes import OWNER, SWEEP, TOKEN, Processes, SuperLinkError, noted_process
-from tools.deployment.submit import choose_superlink
+from tools.deployment.submit import LEAVE_SECONDS, choose_superlink, wait_until_left
 from tools.running.run_entries import RunsError
-
-LEAVE_SECONDS, LOOK_SECONDS = 60, 0.2
 
 
 def stop_run(path: Path) -> list[int] | None:
@@ -29,14 +26,9 @@ def stop_run(path: Path) -> list[int] | None:
     values = read_yaml(path / "config.yaml")
     kind = values["deployment"]["kind"]
     stopped = stop_submitted(values, holder) if kind == "superlink" else stop_command(path, kind, holder)
-    end = time.monotonic() + LEAVE_SECONDS
-    while find_holder(path) is not None:
-        if time.monotonic() > end:
-            pid = holder.get("pid")
-            raise RunsError(
-                f"{path.name} still runs after {LEAVE_SECONDS} s (pid {pid}): end that process with kill -9"
-            )
-        time.sleep(LOOK_SECONDS)
+    if not wait_until_left(path):
+        pid = holder.get("pid")
+        raise RunsError(f"{path.name} still runs after {LEAVE_SECONDS} s (pid {pid}): end that process with kill -9")
     return stopped
 
 
