@@ -55,7 +55,7 @@ def test_a_run_leaves_its_files_and_figures_that_agree(digits: tuple[dict[str, A
 
 @pytest.mark.slow
 def test_federated_training_learns(federate: Federate) -> None:
-    summary, path = federate(*DIGITS, "num_rounds=6", "train.epochs=3", "evaluate.personal_epochs=1")
+    summary, path = federate(*DIGITS, "num_rounds=4", "train.epochs=3", "evaluate.personal_epochs=1")
     assert summary["accuracy"] > 0.8
     losses = [line["loss"] for line in read_lines(path, "evaluate")]
     assert losses[-1] < losses[0]
@@ -174,7 +174,7 @@ def test_batchnorm_buffers_are_averaged_and_counts_stay_whole_numbers(
 
 @pytest.mark.slow
 def test_a_personal_test_that_diverges_leaves_the_global_one_standing(federate: Federate) -> None:
-    summary, path = federate(*DIGITS, "train.optimizer=sgd", "evaluate.personal_lr=1e30", "evaluate.personal_epochs=20")
+    summary, path = federate(*DIGITS, "train.optimizer=sgd", "evaluate.personal_lr=1e30", "evaluate.personal_epochs=2")
     assert summary["accuracy"] is not None
     assert summary["personal_accuracy"] is None
     assert failures(path, kind="evaluate") == {}

@@ -93,10 +93,10 @@ def test_the_global_model_is_the_average_of_the_clients_and_the_final_one_has_th
 
 @pytest.mark.slow
 def test_the_odd_model_learns(federate: Federate) -> None:
-    summary, path = federate(*SINGLE, "num_rounds=8", "train.epochs=3", "evaluate.central=true", "train.clip_norm=5")
+    summary, path = federate(*SINGLE, "num_rounds=6", "train.epochs=3", "evaluate.central=true", "train.clip_norm=5")
     assert summary["accuracy"] > 0.9
     assert read_lines(path, "central")[-1]["accuracy"] == summary["accuracy"]
-    assert load_file(path / "model.safetensors")["seen"].item() == 8 * 3 * 60
+    assert load_file(path / "model.safetensors")["seen"].item() == 6 * 3 * 60
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ def test_each_template_learns_and_ends_in_the_same_bytes_in_groups_and_after_a_c
 ) -> None:
     project = new_project(tmp_path / "mine", template)
     words = ("partition=iid", "num_rounds=2", "evaluate.every=2")
-    learned, _ = run(settings_in(project, tmp_path, "run_name=learned", *words, "clients=3", "train.epochs=5"))
+    learned, _ = run(settings_in(project, tmp_path, "run_name=learned", *words, "clients=3", "train.epochs=2"))
     assert learned["accuracy"] > 0.6
     assert 0 < min(learned["scores"].values()) <= 1
     words += ("clients=5", "train.steps=1", "evaluate.personal_epochs=0")

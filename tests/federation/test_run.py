@@ -58,15 +58,15 @@ def test_the_last_lines_tell_the_time_of_the_run_from_that_of_the_command() -> N
 
 
 @pytest.mark.slow
-def test_a_run_by_command_gives_the_bytes_of_the_run_in_process(tmp_path: Path, federate: Federate) -> None:
-    done = run(tmp_path, "model=linear", "num_rounds=2", "clients=4", "run_name=one")
+def test_a_run_by_command_gives_the_bytes_of_the_run_in_process(data_home: Path, federate: Federate) -> None:
+    expected, _ = federate("model=linear", "num_rounds=2", "clients=4")
+    done = run(data_home, "model=linear", "num_rounds=2", "clients=4", "run_name=one")
     assert done.returncode == 0, done.stderr
-    path = tmp_path / "runs" / "one"
+    path = data_home / "runs" / "one"
     assert f"results in {path}" in done.stdout.splitlines()
     summary = json.loads((path / "metrics.json").read_text())
-    expected, _ = federate("model=linear", "num_rounds=2", "clients=4")
     assert summary["model_sha256"] == expected["model_sha256"]
     log = (path / "log.txt").read_text()
     assert re.search(r"^INFO \d{4}-\d\d-\d\d [\d:,]+: +\[ROUND 2/2\]$", log, re.MULTILINE)
     assert "\x1b" not in log
-    assert left_running(tmp_path) == []
+    assert left_running(data_home) == []

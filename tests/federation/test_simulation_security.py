@@ -208,17 +208,16 @@ def test_code_from_another_machine_runs_in_a_simulation_only_with_its_token(
 ) -> None:
     inside = os.readlink(f"/proc/{raylet.pid}/ns/net")
     right = {key: value for key, value in raylet.environ().items() if key.startswith("RAY_AUTH")}
-    tokens: tuple[dict[str, str], ...] = ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}, right)
+    tokens = ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}, right)
 
     def try_with(number: int) -> str:
         return attack(namespaces[1], raylet, tmp_path / str(number), **tokens[number])
 
-    with ThreadPoolExecutor(3) as threads:
-        *refused, answer = threads.map(try_with, range(3))
+    with ThreadPoolExecutor(2) as threads:
+        refused, answer = threads.map(try_with, range(2))
     assert answer == inside
-    for said in refused:
-        assert inside not in said
-        assert "InvalidAuthToken" in said, said
+    assert inside not in refused
+    assert "InvalidAuthToken" in refused, refused
 
 
 @pytest.mark.slow
