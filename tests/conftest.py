@@ -1,10 +1,11 @@
 """The in-process grid: the real ServerApp, strategy and ClientApp, without processes in between."""
 
-import copy
 import itertools
 import json
 import logging.config
+import pickle
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -133,7 +134,7 @@ def compose_each_choice_once() -> Iterator[None]:
     """
     list_files, compose_files = loader.create_defaults_list, ConfigLoaderImpl._compose_config_from_defaults_list
     lists: dict[str, DefaultsList] = {}
-    trees: dict[str, DictConfig] = {}
+    trees: dict[str, bytes] = {}
 
     def is_own(repository: IConfigRepository) -> bool:
         return all(source.path == str(CONF) for source in repository.get_sources() if source.scheme() == "file")
@@ -154,13 +155,19 @@ def compose_each_choice_once() -> Iterator[None]:
             return compose_files(self, defaults, repo)
         key = str(defaults)
         if key not in trees:
-            trees[key] = compose_files(self, defaults, repo)
-        return copy.deepcopy(trees[key])  # because Hydra changes it
+            trees[key] = pickle.dumps(compose_files(self, defaults, repo))
+        return pickle.loads(trees[key])  # a new one, because Hydra changes it
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "create_defaults_list", create_defaults_list)
         patch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", compose_config)
         yield
+
+
+@pytest.fixture(autouse=True)
+def keep_import_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the folders of users' own code off the import path after each test."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
 
 @pytest.fixture(scope="session")
