@@ -2,9 +2,6 @@
 
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +13,7 @@ import pytest
 from flapp.data import artifact as artifacts
 from flapp.data.artifact import DataError, open_artifact, open_verified, write_artifact, write_rows
 from flapp.data.offline import OfflineDataset
+from tests.support.killed import die, killed
 from tests.support.refusals import refused
 
 CLASSES = ["a", "b", "c"]
@@ -88,19 +86,8 @@ def test_what_is_replaced_stays_until_the_new_one_is_whole(
     assert [path.name for path in folder.parent.iterdir()] == ["train"]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import numpy as np
-from flapp.data.artifact import write_rows
-die = lambda start, stop: os.kill(os.getpid(), signal.SIGKILL)
-write_rows(Path(sys.argv[1]), die, (9, 2, 2, 1), np.arange(9), "x" * 9, "source")
-"""
-
-
 def test_a_killed_writer_leaves_nothing_that_its_successor_does_not_remove(folder: Path, arrays: Arrays) -> None:
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder)], check=False, timeout=120)
-    assert killed.returncode == -signal.SIGKILL
+    killed(lambda: write_rows(folder, die, arrays[0].shape, arrays[1], CLASSES, "source"))  # type: ignore[arg-type]
     assert len(list(folder.parent.iterdir())) == 2
     assert np.array_equal(open_artifact(folder, verify=True).images, arrays[0])
     write_artifact(folder, *arrays, CLASSES)

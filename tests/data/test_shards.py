@@ -2,8 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from flapp.data.shards.build import export_artifacts, write_shards
 from flapp.data.shards.client import DistributedShardLoader
 from flapp.data.shards.manifest import Manifest
 from flapp.data.shards.source import FEMNIST
+from tests.support.killed import die, killed
 from tests.support.leaf_files import (
     SPLITS,
     Samples,
@@ -192,27 +191,18 @@ def test_an_export_leaves_no_partition_of_other_samples_behind(source: Path, tmp
     assert not stale.exists()
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from flapp.data.shards.build import write_shards
-event, part = sys.argv[3:]
-def die(name, args):
-    if name == event and part in str(args[0]):
-        os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(die)
-write_shards(Path(sys.argv[1]), Path(sys.argv[2]), "natural", seed=1)
-"""
-
-
 @pytest.mark.parametrize(
     ("event", "part"),
     [("open", "val.safetensors"), ("os.rename", ".client_4."), ("open", "/manifest.json"), ("os.rename", "/.killed.")],
 )
 def test_kill_9_and_the_same_command_again_end_alike(source: Path, tmp_path: Path, event: str, part: str) -> None:
     out = tmp_path / "killed"
-    command = [sys.executable, "-c", KILLED, str(source), str(out), event, part]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+
+    def write() -> None:
+        sys.addaudithook(lambda name, args: die() if name == event and part in str(args[0]) else None)
+        write_shards(source, out, "natural", seed=1)
+
+    killed(write)
     assert not out.exists()
     write_shards(source, out, "natural", seed=1)
     write_shards(source, tmp_path / "whole", "natural", seed=1)

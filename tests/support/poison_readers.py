@@ -88,15 +88,15 @@ FUZZED: dict[str, tuple[str, Callable[[Path], object], int]] = {
     "run": (
         "runs/r/config.yaml runs/r/metrics.jsonl runs/r/metrics.json runs/r/progress.json",
         lambda folder: read_report(folder / "runs" / "r"),
-        15,
+        7,
     ),
-    "sweep": ("sweep.json 0/metrics.json 0/metrics.jsonl", read_report, 8),
+    "sweep": ("sweep.json 0/metrics.json 0/metrics.jsonl", read_report, 4),
     "set": (
         "train/meta.json train/images.npy test/labels.npy test/meta.json",
         lambda folder: ask(verify_data.main, folder),
         60,
     ),
-    "partition": ("part.safetensors test/meta.json", read_partition, 30),
+    "partition": ("part.safetensors test/meta.json", read_partition, 15),
     "shards": (SHARDS, read_shards, 60),
     "own_shards": (SHARDS, read_shards, 60),
     "tables": ("train.parquet", read_table, 60),

@@ -1,8 +1,8 @@
 """tools.prepare_data from tables: artifacts, and shards of the clients that a column names."""
 
 import logging
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from flapp.config.load import compose
+from flapp.data import table_files, tables
 from flapp.data.artifact import DataError, open_artifact
 from flapp.data.shards.client import DistributedShardLoader
 from flapp.data.shards.manifest import load_manifest
@@ -23,7 +24,6 @@ from tests.support.tables import NAMES, as_dataset, draw_images, write_femnist, 
 from tests.tools.conftest import Refusal
 from tools import prepare_data, verify_data
 
-ROOT = Path(__file__).resolve().parents[2]
 MINE = ("dataset=custom", "dataset.name=mine")
 WRITERS = (*MINE, "dataset.client_column=who", "partition=natural", "clients=3")
 
@@ -247,21 +247,17 @@ def test_a_hub_that_cannot_be_reached_gives_a_one_line_error_with_the_fix(
     assert "add dataset.hub=OWNER/NAME" in refused(tmp_path, *MINE, "dataset.download=true")
 
 
-@pytest.mark.slow
-def test_without_pyarrow_one_line_says_what_to_install(table: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['pyarrow'] = sys.modules['datasets'] = None\n"
-        "from tools import prepare_data; sys.exit(prepare_data.main(sys.argv[1:]))"
-    )
-    words = [f"home={tmp_path}", *MINE]
+def test_without_pyarrow_one_line_says_what_to_install(
+    table: Path, tmp_path: Path, refused: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("pyarrow", "datasets"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for module in (table_files, tables):
+        runpy.run_path(str(module.__file__))  # they can be imported
     for more, said in (
         ([f"dataset.source={table}"], f"{table} is a table, and pyarrow, which reads tables, is missing"),
         (["dataset.hub=a/b", "dataset.download=true"], "a/b is downloaded by the datasets library, which is missing"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-c", code, *words, *more], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 1
-        assert said in done.stderr
-        assert 'pip install -e ".[data]"' in done.stderr
-        assert done.stderr.count("\n") == 1
+        line = refused(tmp_path, *MINE, *more)
+        assert said in line
+        assert 'pip install -e ".[data]"' in line
