@@ -233,18 +233,12 @@ def find_sources(settings: Config, overwrite: bool) -> dict[str, Source]:
     if not (dataset.source or dataset.download):
         raise ConfigError(f"dataset={name} needs its files: add dataset.source=DIR, or dataset.download=true")
     raw, folder = Path(dataset.source or Path(settings.home) / "raw"), settings.data_dir / name
-    load = {split: partial(load_cifar, name, raw, split) for split in SPLITS}
+    load = {split: partial(read_cifar, name, raw, split) for split in SPLITS}
     if dataset.download and not overwrite and is_prepared(folder):  # do not download again just to compare
         return {split: (open_artifact(folder / split).source_sha256, load[split]) for split in SPLITS}
     if dataset.download:
         download_cifar(name, raw)
     return {split: (cifar_sha256(cifar_files(name, raw, split)), load[split]) for split in SPLITS}
-
-
-def load_cifar(name: str, raw: Path, split: str) -> Content:
-    """Read one split of CIFAR's files, whose planes become pixels."""
-    planes, labels, classes = read_cifar(name, cifar_files(name, raw, split))
-    return planes.transpose(0, 2, 3, 1), labels, classes
 
 
 def write_native(folder: Path, load: Callable[[], Content], sha256: str, shape: Sequence[int], classes: int) -> None:

@@ -34,17 +34,14 @@ class Job(NamedTuple):
     draws: Tensor | None
 
 
-class Buffers:
-    """Named memory that is allocated on first use and overwritten from then on."""
+Buffers = dict[str, Tensor]  # memory that is allocated on first use and overwritten from then on
 
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
 
-    def take(self, name: str, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return (count, *shape) of the buffer `name`; the first call, which needs the largest count, allocates it."""
-        if name not in self.tensors:
-            self.tensors[name] = torch.empty((count, *shape), dtype=dtype)
-        return self.tensors[name][:count]
+def take(buffers: Buffers, name: str, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return (count, *shape) of the buffer `name`; the first call, which needs the largest count, allocates it."""
+    if name not in buffers:
+        buffers[name] = torch.empty((count, *shape), dtype=dtype)
+    return buffers[name][:count]
 
 
 class ClientLoader:
@@ -176,7 +173,7 @@ class ClientLoader:
             will_need(self.source.images, job.next_rows)
         if self.output == "uint8":
             return self._read(job.rows, job.draws, slot), labels
-        inputs = slot.take("inputs", len(job.rows), self.shape, torch.float32)
+        inputs = take(slot, "inputs", len(job.rows), self.shape, torch.float32)
         if self._is_as_wanted and job.draws is None:
             stored = torch.from_numpy(self.source.images)
             for row, target in zip(job.rows.tolist(), inputs, strict=True):
@@ -192,7 +189,7 @@ class ClientLoader:
 
     def _read(self, rows: Tensor, draws: Tensor | None, buffers: Buffers) -> Tensor:
         """Read, augment and resize images: uint8 (n, C, H, W), in `buffers` if they are as stored."""
-        stored = buffers.take("stored", len(rows), self.source.images.shape[1:], torch.uint8)
+        stored = take(buffers, "stored", len(rows), self.source.images.shape[1:], torch.uint8)
         pixels = read_rows(self.source, rows, out=stored)
         if draws is not None:
             pixels = augment(pixels, draws)

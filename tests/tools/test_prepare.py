@@ -37,9 +37,9 @@ def test_cifar_is_prepared_at_native_resolution_and_resized(tmp_path: Path, caps
     for split, count in (("train", 100), ("test", 20)):
         native, large = (open_artifact(folder / name, verify=True) for name in (split, f"{split}@48"))
         paths = cifar_files("cifar10", tmp_path / "raw", split)
-        planes, labels, _ = read_cifar("cifar10", paths)
+        images, labels, _ = read_cifar("cifar10", tmp_path / "raw", split)
         assert native.images.shape == (count, 32, 32, 3)
-        assert np.array_equal(native.images, planes.transpose(0, 2, 3, 1))
+        assert np.array_equal(native.images, images)
         assert native.labels.tolist() == large.labels.tolist() == labels.tolist()
         assert native.source_sha256 == cifar_sha256(paths)
         assert (large.layout, large.images.shape, large.images.dtype) == ("NCHW", (count, 3, 48, 48), np.uint8)
