@@ -256,10 +256,9 @@ def test_poisoned_files_are_read_or_refused(
     assert peak() - before < 500 * MIB
 
 
-@pytest.mark.parametrize("poisoned", [1, 4])
-def test_what_is_poisoned_in_a_run_is_named_in_its_report_or_left_out(tmp_path: Path, poisoned: int) -> None:
+def test_what_is_poisoned_in_a_run_is_named_in_its_report_or_left_out(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs" / "r", 1, 2, 2)
-    for name in ("config.yaml", "metrics.json", "metrics.jsonl", "progress.json")[:poisoned]:
+    for name in ("config.yaml", "metrics.json", "metrics.jsonl", "progress.json"):
         (run / name).write_text(DEEP + "\n")
     ask(report.main, run, "--out", tmp_path / "r.html")
     assert "config.yaml cannot be read" in (tmp_path / "r.html").read_text()
