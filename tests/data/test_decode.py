@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -272,10 +273,7 @@ def test_a_shape_that_no_image_has_is_refused(tmp_path: Path, shape: tuple[int, 
 def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="bytes free|free: make room"):
         decoded(tmp_path, encode(draw(9, 9)), shape=(1 << 24, 1 << 24, 3))
-
-    def fail(**_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(decoding.tempfile, "TemporaryFile", fail)
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(decoding.tempfile, "TemporaryFile", full)
     with pytest.raises(DataError, match=f"{tmp_path} cannot hold the decoded images \\(No space left on device\\)"):
         decoded(tmp_path, encode(draw(9, 9)), shape=(4, 4, 3))

@@ -4,6 +4,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -191,18 +192,13 @@ def made(samples: Any = None, labels: Any = None, **change: Any) -> Any:
 
 
 def test_a_dataset_that_a_function_makes_is_made_once(tmp_path: Path) -> None:
-    calls: list[int] = []
-
-    def make() -> Any:
-        calls.append(1)
-        return made()
-
+    make = Mock(side_effect=made)
     with pytest.raises(ZeroDivisionError):
         ensure_artifacts(tmp_path, "own", lambda: 1 / 0)
     assert not (tmp_path / "own").exists()
     with ThreadPoolExecutor(4) as clients:
         folders = set(clients.map(lambda _: ensure_artifacts(tmp_path, "own", make), range(4)))
-    assert (folders, len(calls)) == ({tmp_path / "own"}, 1)
+    assert (folders, make.call_count) == ({tmp_path / "own"}, 1)
     train, test = (open_artifact(tmp_path / "own" / split, verify=True) for split in ("train", "test"))
     assert (train.images.shape, test.images.shape, train.classes) == ((6, 4), (3, 4), tuple(CLASSES))
 

@@ -3,7 +3,7 @@
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -140,17 +140,12 @@ def test_a_failed_download_is_an_error_and_nothing_is_made_up(
 
     import torchvision
 
-    asked: list[Any] = []
-
-    def fail(root: Path, train: bool, download: bool) -> None:
-        asked.append((root, download))
-        raise URLError("no network\nhere")
-
-    monkeypatch.setattr(torchvision.datasets, "CIFAR100", fail)
+    asked = Mock(side_effect=URLError("no network\nhere"))
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", asked)
     error = refusal(prepare_data.main, "dataset=cifar100", "dataset.download=true", f"home={tmp_path}")
     assert "cifar100 cannot be downloaded into" in error
     assert "no network here" in error
-    assert asked == [(tmp_path / "raw", True)]
+    asked.assert_called_once_with(tmp_path / "raw", train=False, download=True)
     assert not (tmp_path / "data" / "cifar100").exists()
 
 

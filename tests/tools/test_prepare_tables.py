@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -233,10 +234,8 @@ def test_a_dataset_of_the_hub_is_downloaded_once_and_read_from_home(
 def test_a_hub_that_cannot_be_reached_gives_a_one_line_error_with_the_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refusal
 ) -> None:
-    def fail(name: str, cache_dir: str) -> None:
-        raise ConnectionError(f"Couldn't reach '{name}'\non the Hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    fault = ConnectionError("Couldn't reach 'flwrlabs/femnist'\non the Hub")
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=fault))
     said = refused(tmp_path, "dataset=femnist", "dataset.download=true", "partition=natural", "clients=3")
     assert "flwrlabs/femnist cannot be downloaded (Couldn't reach 'flwrlabs/femnist' on the Hub)" in said
     assert "check the name and the network, or download the files elsewhere and set dataset.source" in said
