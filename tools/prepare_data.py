@@ -189,10 +189,8 @@ def find_files(settings: Config, overwrite: bool) -> Path:
     if dataset.download:
         raise ConfigError(f"dataset={name} is downloaded from the Hugging Face hub: add dataset.hub=OWNER/NAME")
     if dataset.source is None:
-        raise ConfigError(
-            f"dataset={name} needs its files: add dataset.source=DIR"
-            + (", or dataset.download=true" if hub else NO_FILES)
-        )
+        others = ", or dataset.download=true" if hub else NO_FILES
+        raise ConfigError(f"dataset={name} needs its files: add dataset.source=DIR{others}")
     return Path(dataset.source)
 
 
@@ -244,15 +242,13 @@ def find_sources(settings: Config, overwrite: bool) -> dict[str, Source]:
 def write_native(folder: Path, load: Callable[[], Content], sha256: str, shape: Sequence[int], classes: int) -> None:
     """Write the artifact of a split; raises DataError if its images are not what the settings say."""
     images, labels, names = load()
-    found = list(images.shape[1:])
-    if (found, len(names)) != (list(shape), classes):
-        raise DataError(
-            f"{folder.parent.name} has images of shape {found} in {len(names)} classes, not "
-            f"dataset.shape={list(shape)} and dataset.classes={classes}: set both to match the files"
-        )
+    if ((*images.shape[1:],), len(names)) != ((*shape,), classes):
+        found = f"{folder.parent.name} has images of shape {list(images.shape[1:])} in {len(names)} classes"
+        asked = f"dataset.shape={list(shape)} and dataset.classes={classes}"
+        raise DataError(f"{found}, not {asked}: set both to match the files")
     with bar(folder.name, len(labels)) as progress:
-        rows, dtype = (lambda a, b: images[a:b]), images.dtype
-        write_rows(folder, rows, images.shape, labels, names, sha256, progress=progress, dtype=dtype)
+        write = partial(write_rows, progress=progress, dtype=images.dtype)
+        write(folder, lambda a, b: images[a:b], images.shape, labels, names, sha256)
 
 
 def is_made(folder: Path, source_sha256: str, overwrite: bool, source: str = "files") -> bool:
