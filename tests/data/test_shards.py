@@ -176,19 +176,17 @@ def test_the_exported_artifacts_hold_the_samples_of_the_shards(shards: Manifest,
     assert sum(map(len, partition.train)) == shards.facts["totals"]["train"]
 
 
-def test_a_shard_that_is_not_the_manifests_is_not_exported(source: Path, shards: Manifest, tmp_path: Path) -> None:
-    other = write_shards(source, tmp_path / "other", "round_robin", clients=3, seed=9)
+def test_an_export_leaves_no_partition_of_other_samples_and_reads_only_shards_of_the_manifest(
+    source: Path, shards: Manifest, tmp_path: Path
+) -> None:
+    stale = export_artifacts(shards.path, tmp_path / "data")
+    other = write_shards(source, tmp_path / "other", "random", clients=3, seed=9)
+    export_artifacts(other.path, tmp_path / "data")
+    assert not stale.exists()
     os.rename(shards.shard_path("1"), tmp_path / "aside")
     os.rename(other.shard_path("1"), shards.folder / "client_1")
     with pytest.raises(DataError, match="is not the shard that"):
         export_artifacts(shards.path, tmp_path / "femnist")
-
-
-def test_an_export_leaves_no_partition_of_other_samples_behind(source: Path, tmp_path: Path) -> None:
-    first = write_shards(source, tmp_path / "a", "round_robin", 3)
-    stale = export_artifacts(first.path, tmp_path / "data")
-    export_artifacts(write_shards(source, tmp_path / "b", "random", 3).path, tmp_path / "data")
-    assert not stale.exists()
 
 
 @pytest.mark.parametrize(

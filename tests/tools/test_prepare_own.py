@@ -86,6 +86,9 @@ def test_the_same_command_again_does_nothing_and_other_files_or_settings_are_ref
 ) -> None:
     prepared(tmp_path)
     folder = tmp_path / "home/data/mine"
+    by_writer = folder / "partitions/natural.safetensors"
+    by_writer.parent.mkdir()
+    by_writer.write_bytes(b"of these samples")
     inodes = {path: path.stat().st_ino for path in folder.rglob("*")}
     capsys.readouterr()
     before = prepared(tmp_path)
@@ -99,6 +102,7 @@ def test_the_same_command_again_does_nothing_and_other_files_or_settings_are_ref
     assert "was made from other files or settings" in refusal(prepare_data.main, *words(tmp_path))
     assert content_of(folder) == before
     assert prepared(tmp_path, "overwrite=true") != before
+    assert not by_writer.exists()
     shutil.rmtree(folder / "test")
     assert prepared(tmp_path) == prepared(tmp_path, "overwrite=true")
 
@@ -143,22 +147,10 @@ def test_nothing_is_written_unless_both_splits_are(
     assert [path.name for path in (tmp_path / "home/data").iterdir() if path.is_file()] == ["mine.lock"]
 
 
-def test_partitions_by_writer_of_what_is_replaced_are_removed(tmp_path: Path, source: Path) -> None:
-    prepared(tmp_path)
-    stale = tmp_path / "home/data/mine/partitions/natural.safetensors"
-    stale.parent.mkdir()
-    stale.write_bytes(b"of other samples")
-    prepared(tmp_path)
-    assert stale.exists()
-    prepared(tmp_path, "overwrite=true")
-    assert not stale.exists()
-
-
 REFUSED = {
     "dataset.name=other dataset.source=null": "dataset=other needs its files: add dataset.source=DIR",
     "dataset.classes=4": "has 5 classes, not 4: leave dataset.classes out",
     "dataset.shape=null": "add the shape that all shall have, such as dataset.shape=[224,224,3]",
-    "dataset.shape=[16,16]": "dataset.shape=[16, 16] is not of images: give [height,width,1] or [height,width,3]",
     "dataset.shape=[16,16,1] dataset.normalization=imagenet": "imagenet needs 3 channels, the images have 1: leave it",
     "dataset.source=nowhere": "nowhere cannot be read (No such file or directory)",
     "dataset.name=../mine": "dataset.name='../mine' must be the name of a folder in",

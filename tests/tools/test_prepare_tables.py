@@ -63,15 +63,6 @@ def run(home: Path, name: str, *words: str) -> dict[str, Any]:
     return run_app(settings, LocalGrid({}, nodes))[0]
 
 
-def test_a_table_becomes_an_artifact_and_later_commands_need_only_its_name(table: Path, tmp_path: Path) -> None:
-    assert prepare(tmp_path, *MINE, f"dataset.source={table}") == 0
-    train, test = (open_artifact(tmp_path / "data/mine" / split, verify=True) for split in ("train", "test"))
-    assert (train.classes, len(train.labels), len(test.labels)) == (tuple(NAMES), 72, 18)
-    assert prepare(tmp_path, *MINE, f"dataset.source={table}") == 0
-    settings = compose([f"home={tmp_path}", *MINE]).dataset
-    assert (settings.shape, settings.classes, settings.normalization) == ((8, 8, 3), 3, "half")
-
-
 def test_femnist_from_parquet_gives_the_bytes_of_the_same_samples_from_leaf(tmp_path: Path) -> None:
     samples = draw_samples(20, 12, 30, 11, 10, 2, 25)
     sources = {
@@ -211,7 +202,7 @@ def test_images_with_a_side_that_shards_cannot_hold_are_refused_before_anything_
     assert not (tmp_path / "data/mine").exists()
 
 
-def test_a_dataset_of_the_hub_is_downloaded_once_and_read_from_home(
+def test_a_table_of_the_hub_is_downloaded_once_and_later_commands_need_only_the_name_of_its_artifact(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub = tmp_path / "hub/owner/name"
@@ -228,7 +219,10 @@ def test_a_dataset_of_the_hub_is_downloaded_once_and_read_from_home(
     assert prepare(whole, *MINE, f"dataset.source={table}") == 0
     for split in ("train", "test"):
         one, other = (open_artifact(path / "data/mine" / split) for path in (home, whole))
-        assert one.digest == other.digest
+        assert (one.digest, len(one.labels)) == (other.digest, 72 if split == "train" else 18)
+        assert one.classes == tuple(NAMES)
+    settings = compose([f"home={home}", *MINE]).dataset
+    assert (settings.shape, settings.classes, settings.normalization) == ((8, 8, 3), 3, "half")
 
 
 def test_a_hub_that_cannot_be_reached_gives_a_one_line_error_with_the_fix(
