@@ -58,12 +58,12 @@ def what_is_left(path: Path) -> Digests | None:
         return None
 
 
-def count_losses(disk: PowerDisk, folder: Path, cuts: int, seed: int = 0) -> int:
+def count_losses(disk: PowerDisk, folder: Path, cuts: int) -> int:
     """Cut the power before operations drawn at random.
 
     Count the stores that match neither the state before the save nor the state after it.
     """
-    rng, losses = random.Random(seed), 0
+    rng, losses = random.Random(0), 0
     for cut in range(cuts):
         left = folder / f"after-{cut}"
         left.mkdir()
