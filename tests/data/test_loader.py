@@ -153,20 +153,20 @@ def test_uint8_batches_become_the_same_input_wherever_they_are_normalized(datase
     assert torch.equal(torch.cat([native.to_input(resize(pixels, 64)) for pixels, _ in native]), expected)
 
 
-@pytest.mark.parametrize("output", ["float32", "uint8"])
-def test_an_artifact_resized_ahead_gives_the_same_batches(folder: Path, output: str) -> None:
+@pytest.mark.parametrize(("output", "size"), [("float32", 96), ("float32", 128), ("uint8", 96)])
+def test_an_artifact_resized_ahead_gives_the_same_batches(folder: Path, output: str, size: int) -> None:
     def batches() -> Tensor:
-        loader = ClientLoader(OfflineDataset(folder), np.arange(COUNT)[::-1], 8, 3, 96, output=output)
+        loader = ClientLoader(OfflineDataset(folder), np.arange(COUNT)[::-1], 8, 3, size, output=output)
         sources.append((loader.source.path.name, loader.source.layout))
         return epoch(loader)[0]
 
     sources: list[tuple[str, str]] = []
     on_the_fly = batches()
-    sample = OfflineDataset(folder, image_size=96)[4][0]
-    write_resized(folder, 96, photographs())
+    sample = OfflineDataset(folder, image_size=size)[4][0]
+    write_resized(folder, size, photographs())
     assert torch.equal(batches(), on_the_fly)
-    assert torch.equal(OfflineDataset(folder, image_size=96)[4][0], sample)
-    assert sources == [("train", "NHWC"), ("train@96", "NCHW")]
+    assert torch.equal(OfflineDataset(folder, image_size=size)[4][0], sample)
+    assert sources == [("train", "NHWC"), (f"train@{size}", "NCHW")]
     assert OfflineDataset(folder, image_size=64).artifact_at(64).path == folder
 
 
