@@ -20,7 +20,7 @@ from flapp.untrusted import check_regular, parse_json, printable, read_json
 BATCH_BYTES = 8 << 20  # encoded images in memory
 IMAGE_ROWS = 1024
 BATCH_ROWS = 1 << 16  # of other columns
-BUFFER_BYTES = 1 << 20  # of a parquet file, read at a time; without it a whole row group is read
+BUFFER_BYTES = 1 << 20  # of a parquet file, read at a time; without it, or with pre_buffer, a whole row group is read
 BYTES = ("binary", "large_binary", "binary_view")
 TEXTS = ("string", "large_string", "string_view")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
