@@ -189,10 +189,8 @@ def find_files(settings: Config, overwrite: bool) -> Path:
     if dataset.download:
         raise ConfigError(f"dataset={name} is downloaded from the Hugging Face hub: add dataset.hub=OWNER/NAME")
     if dataset.source is None:
-        raise ConfigError(
-            f"dataset={name} needs its files: add dataset.source=DIR"
-            + (", or dataset.download=true" if hub else NO_FILES)
-        )
+        others = ", or dataset.download=true" if hub else NO_FILES
+        raise ConfigError(f"dataset={name} needs its files: add dataset.source=DIR{others}")
     return Path(dataset.source)
 
 
@@ -233,7 +231,7 @@ def find_sources(settings: Config, overwrite: bool) -> dict[str, Source]:
     if not (dataset.source or dataset.download):
         raise ConfigError(f"dataset={name} needs its files: add dataset.source=DIR, or dataset.download=true")
     raw, folder = Path(dataset.source or Path(settings.home) / "raw"), settings.data_dir / name
-    load = {split: partial(load_cifar, name, raw, split) for split in SPLITS}
+    load = {split: partial(read_cifar, name, raw, split) for split in SPLITS}
     if dataset.download and not overwrite and is_prepared(folder):  # do not download again just to compare
         return {split: (open_artifact(folder / split).source_sha256, load[split]) for split in SPLITS}
     if dataset.download:
@@ -241,24 +239,16 @@ def find_sources(settings: Config, overwrite: bool) -> dict[str, Source]:
     return {split: (cifar_sha256(cifar_files(name, raw, split)), load[split]) for split in SPLITS}
 
 
-def load_cifar(name: str, raw: Path, split: str) -> Content:
-    """Read one split of CIFAR's files, whose planes become pixels."""
-    planes, labels, classes = read_cifar(name, cifar_files(name, raw, split))
-    return planes.transpose(0, 2, 3, 1), labels, classes
-
-
 def write_native(folder: Path, load: Callable[[], Content], sha256: str, shape: Sequence[int], classes: int) -> None:
     """Write the artifact of a split; raises DataError if its images are not what the settings say."""
     images, labels, names = load()
-    found = list(images.shape[1:])
-    if (found, len(names)) != (list(shape), classes):
-        raise DataError(
-            f"{folder.parent.name} has images of shape {found} in {len(names)} classes, not "
-            f"dataset.shape={list(shape)} and dataset.classes={classes}: set both to match the files"
-        )
+    if ((*images.shape[1:],), len(names)) != ((*shape,), classes):
+        found = f"{folder.parent.name} has images of shape {list(images.shape[1:])} in {len(names)} classes"
+        asked = f"dataset.shape={list(shape)} and dataset.classes={classes}"
+        raise DataError(f"{found}, not {asked}: set both to match the files")
     with bar(folder.name, len(labels)) as progress:
-        rows, dtype = (lambda a, b: images[a:b]), images.dtype
-        write_rows(folder, rows, images.shape, labels, names, sha256, progress=progress, dtype=dtype)
+        write = partial(write_rows, progress=progress, dtype=images.dtype)
+        write(folder, lambda a, b: images[a:b], images.shape, labels, names, sha256)
 
 
 def is_made(folder: Path, source_sha256: str, overwrite: bool, source: str = "files") -> bool:

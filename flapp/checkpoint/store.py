@@ -163,9 +163,8 @@ class Store(Database):
                 raise ValueError("the digest of its date, metrics and digests differs from the one saved")
             values = dict(parse_json(metrics, surrogates=True))
         except (ValueError, TypeError, RecursionError) as error:
-            raise CheckpointError(
-                f"{self.path}: round {number}: its metadata is damaged ({error}): {RESTORE}"
-            ) from None
+            found = f"{self.path}: round {number}: its metadata is damaged ({error})"
+            raise CheckpointError(f"{found}: {RESTORE}") from None
         sizes = "SELECT count(*), coalesce(sum(size), 0) FROM chunk_metadata WHERE round = ?"
         return Round(number, created_at, values, *digests, *self.execute(sizes, number)[0])
 

@@ -303,11 +303,9 @@ def check_settings(
         fault = f"{where} was prepared with dataset.normalization={found[2]}, the settings say {settings[2]}"
         raise DataError(f"{fault}: leave dataset.normalization out, or prepare it again with overwrite=true")
     if (list(found[0]), found[1]) != (list(settings[0]), settings[1]):
-        raise DataError(
-            f"{where} has samples of shape {list(found[0])} in {found[1]} classes, the settings say "
-            f"{list(settings[0])} in {settings[1]}: set dataset.shape={str(list(found[0])).replace(' ', '')} "
-            f"dataset.classes={found[1]}"
-        )
+        fault = f"{where} has samples of shape {list(found[0])} in {found[1]} classes"
+        fix = f"set dataset.shape={str(list(found[0])).replace(' ', '')} dataset.classes={found[1]}"
+        raise DataError(f"{fault}, the settings say {list(settings[0])} in {settings[1]}: {fix}")
 
 
 def refuse_rows(artifact: Artifact, given: Mapping[str, Any]) -> None:

@@ -115,19 +115,19 @@ def decode_splits(
     if shape is not None:
         check_space(scratch / "images", total * int(np.prod(shape)))
     scratch.mkdir(parents=True, exist_ok=True)
-    found, bad, kept = _Found(), list[str](), {}
+    shapes, bad, kept = dict[tuple[int, ...], str](), list[str](), {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's, about metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for name, split in raw.items():
             images = _decode_all(split, shape, workers or count_cores(), progress)
-            kept[name] = _store(split, images, shape is None, found, bad, scratch)
+            kept[name] = _store(split, images, shapes if shape is None else None, bad, scratch)
     if bad and not skip_unreadable:
         raise UnreadableError(bad, total)
     if empty := [name for name, (_, rows) in kept.items() if not rows]:
         raise DataError(f"{empty[0]}: none of {len(raw[empty[0]].labels):,} images can be read: repair or replace them")
-    size = tuple(shape) if shape is not None else (*found.size, 3)
-    channels = size[2] if shape is not None or not found.all_grey else 1
+    size = tuple(shape) if shape is not None else (*next(iter(shapes))[:2], 3)
+    channels = size[2] if shape is not None else max(found[2] for found in shapes)
     decoded = {}
     for name, (file, rows) in kept.items():
         pixels = np.memmap(file, np.uint8, "r", shape=(len(rows), *size))[..., :channels]
@@ -197,25 +197,16 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-@dataclass
-class _Found:
-    """What the images have in common, if no shape is given."""
-
-    size: tuple[int, int] = (0, 0)  # height and width
-    first: str = ""  # the name of the image with that size
-    all_grey: bool = True
-
-    def add(self, split: RawSplit, row: int, pixels: np.ndarray) -> None:
-        """Take note of an image; raises DataError if it has a different size from those before."""
-        height, width, channels = pixels.shape
-        if not self.first:
-            self.size, self.first = (height, width), split.name(row)
-        if self.size != (height, width):
+def _note_shape(shapes: dict[tuple[int, ...], str], pixels: np.ndarray, split: RawSplit, row: int) -> None:
+    """Add the shape of an image and its name; raises DataError if its size is not that of the images before."""
+    if pixels.shape not in shapes:
+        name = shapes[pixels.shape] = split.name(row)
+        (first, first_name), *_ = shapes.items()
+        if first[:2] != pixels.shape[:2]:
             raise DataError(
-                f"{self.first} has {self.size[0]}x{self.size[1]} pixels (height x width) and {split.name(row)} has "
-                f"{height}x{width}: add the shape that all shall have, such as dataset.shape=[224,224,3]"
+                f"{first_name} has {first[0]}x{first[1]} pixels (height x width) and {name} has {pixels.shape[0]}x"
+                f"{pixels.shape[1]}: add the shape that all shall have, such as dataset.shape=[224,224,3]"
             )
-        self.all_grey &= channels == 1
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
@@ -271,11 +262,12 @@ def _decode_all(
 
 
 def _store(
-    split: RawSplit, images: Iterator[Pixels], any_size: bool, found: _Found, bad: list[str], scratch: Path
+    split: RawSplit, images: Iterator[Pixels], shapes: dict[tuple[int, ...], str] | None, bad: list[str], scratch: Path
 ) -> tuple[IO[bytes], list[int]]:
     """Write all readable images to a file without a name; return the file, and the rows of these images in the split.
 
-    With any_size they must have one size, and are stored with three channels. `bad` gets a line on each other image.
+    With `shapes`, which names the first image of each shape, they must have one size, and are stored with three
+    channels. `bad` gets a line on each other image.
     """
     rows = []
     try:
@@ -285,8 +277,8 @@ def _store(
             if isinstance(pixels, str):
                 bad.append(f"{printable(split.name(row))} ({pixels})")
                 continue
-            if any_size:
-                found.add(split, row, pixels)
+            if shapes is not None:
+                _note_shape(shapes, pixels, split, row)
                 pixels = pixels.repeat(3, axis=2) if pixels.shape[2] == 1 else pixels
             rows.append(row)
             file.write(np.ascontiguousarray(pixels).data)

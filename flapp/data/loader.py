@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import cycle
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,25 +25,15 @@ AUGMENT_SEED = 0x5EED  # makes the random numbers of the augmentation independen
 Batch = tuple[Tensor, Tensor]
 
 
-class Job(NamedTuple):
-    """The rows of one batch, the rows of the batch after it, and random numbers for the augmentation."""
-
-    rows: Tensor
-    next_rows: Tensor
-    draws: Tensor | None
+Job = tuple[Tensor, Tensor, Tensor | None]  # rows of a batch and of the one after it, and draws for the augmentation
+Buffers = dict[str, Tensor]  # memory that is allocated on first use and overwritten from then on
 
 
-class Buffers:
-    """Named memory that is allocated on first use and overwritten from then on."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
-
-    def take(self, name: str, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return (count, *shape) of the buffer `name`; the first call, which needs the largest count, allocates it."""
-        if name not in self.tensors:
-            self.tensors[name] = torch.empty((count, *shape), dtype=dtype)
-        return self.tensors[name][:count]
+def take(buffers: Buffers, name: str, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return (count, *shape) of the buffer `name`; the first call, which needs the largest count, allocates it."""
+    if name not in buffers:
+        buffers[name] = torch.empty((count, *shape), dtype=dtype)
+    return buffers[name][:count]
 
 
 class ClientLoader:
@@ -139,7 +128,7 @@ class ClientLoader:
         batches = order.split(self.batch_size)
         draws = self._draw_augmentation().split(self.batch_size) if self.augment else [None] * len(batches)
         following = [*batches[1:], order[:0]]
-        return [Job(*parts) for parts in zip(batches, following, draws, strict=True)]
+        return list(zip(batches, following, draws, strict=True))
 
     def _draw_augmentation(self) -> Tensor:
         """Draw flip, top and left of each sample as int64 (samples, 3)."""
@@ -169,30 +158,31 @@ class ClientLoader:
 
     def _make(self, job: Job, slot: Buffers, scratch: Buffers) -> Batch:
         """Make one batch, its inputs in `slot`; intermediate results are in `scratch`."""
-        labels = self.dataset.labels[job.rows]
+        rows, next_rows, draws = job
+        labels = self.dataset.labels[rows]
         if not self.dataset.has_images:
-            return torch.index_select(self.dataset.images, 0, job.rows), labels
+            return torch.index_select(self.dataset.images, 0, rows), labels
         if self._is_cold:
-            will_need(self.source.images, job.next_rows)
+            will_need(self.source.images, next_rows)
         if self.output == "uint8":
-            return self._read(job.rows, job.draws, slot), labels
-        inputs = slot.take("inputs", len(job.rows), self.shape, torch.float32)
-        if self._is_as_wanted and job.draws is None:
+            return self._read(rows, draws, slot), labels
+        inputs = take(slot, "inputs", len(rows), self.shape, torch.float32)
+        if self._is_as_wanted and draws is None:
             stored = torch.from_numpy(self.source.images)
-            for row, target in zip(job.rows.tolist(), inputs, strict=True):
+            for row, target in zip(rows.tolist(), inputs, strict=True):
                 normalize(stored[row : row + 1], self.dataset.normalization, target.unsqueeze(0), self.exact)
             return inputs, labels
         piece = max(1, CACHED_VALUES // math.prod(self.shape))
         for start in range(0, len(inputs), 4 * piece):
             part = slice(start, start + 4 * piece)
-            pixels = self._read(job.rows[part], None if job.draws is None else job.draws[part], scratch)
+            pixels = self._read(rows[part], None if draws is None else draws[part], scratch)
             for images, target in zip(pixels.split(piece), inputs[part].split(piece), strict=True):
                 normalize(images, self.dataset.normalization, target, self.exact)
         return inputs, labels
 
     def _read(self, rows: Tensor, draws: Tensor | None, buffers: Buffers) -> Tensor:
         """Read, augment and resize images: uint8 (n, C, H, W), in `buffers` if they are as stored."""
-        stored = buffers.take("stored", len(rows), self.source.images.shape[1:], torch.uint8)
+        stored = take(buffers, "stored", len(rows), self.source.images.shape[1:], torch.uint8)
         pixels = read_rows(self.source, rows, out=stored)
         if draws is not None:
             pixels = augment(pixels, draws)

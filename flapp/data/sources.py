@@ -194,18 +194,18 @@ def cifar_sha256(paths: list[Path]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def read_cifar(name: str, paths: list[Path]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Read and check the files of a split, as listed by cifar_files.
+def read_cifar(name: str, source: Path, split: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Read and check the files of a split in the folder `source`.
 
-    Returns planes uint8 (n, 3, 32, 32), labels int64 (n,) and the class names; raises DataError naming file and fault.
+    Returns images uint8 (n, 32, 32, 3), labels int64 (n,) and the class names; raises DataError naming file and fault.
     """
-    facts, meta = CIFAR[name], paths[-1]
+    facts, (*paths, meta) = CIFAR[name], cifar_files(name, source, split)
     names = _read(meta).get(facts.names)
     if not isinstance(names, list) or not names or not all(isinstance(word, bytes) for word in names):
         raise DataError(f"{meta} has no list {facts.names.decode()!r} of class names: is it a file of {name}?")
-    parts = [_read_images(path, facts.labels, len(names)) for path in paths[:-1]]
+    parts = [_read_images(path, facts.labels, len(names)) for path in paths]
     planes, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return planes, labels, tuple(word.decode("utf-8", "replace") for word in names)
+    return planes.transpose(0, 2, 3, 1), labels, tuple(word.decode("utf-8", "replace") for word in names)
 
 
 def download_cifar(name: str, root: Path) -> None:

@@ -20,7 +20,7 @@ from flapp.untrusted import check_regular, parse_json, printable, read_json
 BATCH_BYTES = 8 << 20  # encoded images in memory
 IMAGE_ROWS = 1024
 BATCH_ROWS = 1 << 16  # of other columns
-BUFFER_BYTES = 1 << 20  # of a parquet file, read at a time; without it a whole row group is read
+BUFFER_BYTES = 1 << 20  # of a parquet file, read at a time; without it, or with pre_buffer, a whole row group is read
 BYTES = ("binary", "large_binary", "binary_view")
 TEXTS = ("string", "large_string", "string_view")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -74,16 +74,12 @@ class Table:
                     array.validate(full=True)
                 yield arrays
 
-    @property
-    def _is_arrow(self) -> bool:
-        return self.path.suffix == ".arrow"
-
     def _read_head(self) -> tuple[Any, int]:
         """Return the schema and the number of rows."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        if self._is_arrow:
+        if self.path.suffix == ".arrow":
             with pa.memory_map(str(self.path)) as file, pa.ipc.open_stream(file) as stream:
                 return stream.schema, sum(batch.num_rows for batch in stream)
         with pq.ParquetFile(self.path) as table:
@@ -93,11 +89,11 @@ class Table:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        if self._is_arrow:
+        if self.path.suffix == ".arrow":
             with pa.memory_map(str(self.path)) as file, pa.ipc.open_stream(file) as stream:
                 yield from (batch.select(columns) for batch in stream)
             return
-        with pq.ParquetFile(self.path, buffer_size=BUFFER_BYTES) as table:
+        with pq.ParquetFile(self.path, buffer_size=BUFFER_BYTES, pre_buffer=False) as table:
             size = BATCH_ROWS if set(columns).isdisjoint(self.image_columns) else _image_rows(table.metadata)
             yield from table.iter_batches(size, columns=list(columns))
 

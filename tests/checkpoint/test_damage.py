@@ -91,12 +91,11 @@ def ask_damaged(path: Path, fully: bool) -> bool:
     return lost
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "times"),
     [
-        *((flip_a_bit, 60), (flip_a_bit_of_the_header, 30), (flip_a_bit_of_a_page_head, 40), (spoil_text, 20)),
-        *((lose_the_end, 20), (zero_a_sector, 20), (swap_two_sectors, 20)),
+        *((flip_a_bit, 32), (flip_a_bit_of_the_header, 16), (flip_a_bit_of_a_page_head, 24), (spoil_text, 12)),
+        *((lose_the_end, 12), (zero_a_sector, 12), (swap_two_sectors, 12)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

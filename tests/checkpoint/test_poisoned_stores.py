@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from flapp.checkpoint import chunks
 from flapp.checkpoint.chunks import Part, Spec, encode_parts, facts_digest, round_digest
 from flapp.checkpoint.manager import ChunkManager
 from tests.support.checkpoint_rounds import ask_every_command, edit, refused
@@ -27,13 +28,13 @@ def restate(path: Path, tensors: int) -> None:
     with closing(sqlite3.connect(path)) as db, db:
         ((digest, size),) = db.execute("SELECT hash, size FROM chunk_metadata").fetchall()
         db.execute("DELETE FROM chunk_metadata")
-        chunks = []
+        written = []
         for i in range(tensors):
             parts = [Part(f"layer{i}", 0, size, Spec("uint8", (size,)))]
             db.execute("INSERT INTO chunk_metadata VALUES (1, ?, ?, ?, ?)", (i, digest, encode_parts(parts), size))
-            chunks.append((digest, parts))
+            written.append((digest, parts))
         ((*facts, _, _),) = db.execute("SELECT * FROM rounds").fetchall()
-        record = [*facts, round_digest(chunks)]
+        record = [*facts, round_digest(written)]
         db.execute("UPDATE rounds SET model_digest = ?, facts_digest = ?", (record[-1], facts_digest(*record)))
 
 
@@ -64,8 +65,11 @@ def test_a_model_of_equal_bytes_is_loaded_as_it_was_saved(path: Path) -> None:
         assert store.verify().problems == ()
 
 
-def test_a_larger_model_of_equal_bytes_is_loaded_into_a_model_of_its_size(path: Path) -> None:
-    model = nn.Linear(1 << 13, 6 << 10, bias=False)  # 192 MiB
+def test_a_larger_model_of_equal_bytes_is_loaded_into_a_model_of_its_size(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "ALWAYS_BELIEVED", MIB)
+    model = nn.Linear(1 << 11, 2 << 10, bias=False)  # 16 MiB
     nn.init.zeros_(model.weight)
     save(path, model.state_dict())
     nn.init.ones_(model.weight)
@@ -136,10 +140,6 @@ ODD_ROWS = [
     "UPDATE chunk_metadata SET chunk_id = x'00'",
     "UPDATE chunk_metadata SET round = 'text'",
     "UPDATE chunk_metadata SET parts = replace(hex(zeroblob(4000)), '0', '[')",
-    "UPDATE chunk_metadata SET parts = replace(parts, '[[0', '[[-1')",
-    "UPDATE chunk_metadata SET parts = replace(parts, '[[0', '[[true')",
-    "UPDATE chunk_metadata SET parts = replace(parts, '9,[9]', '1e99,[1e99]')",
-    "UPDATE chunk_metadata SET parts = replace(parts, '[9]', '[1' || replace(hex(zeroblob(3000)), '0', '1') || ']')",
     "UPDATE chunk_metadata SET parts = replace(parts, '\"a\"', '\"\\u001b[2J\\n\"')",
     "UPDATE chunk_data SET data = 'text'",
     "UPDATE chunk_data SET hash = 'text'",

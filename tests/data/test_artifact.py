@@ -2,13 +2,11 @@
 
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ import pytest
 from flapp.data import artifact as artifacts
 from flapp.data.artifact import DataError, open_artifact, open_verified, write_artifact, write_rows
 from flapp.data.offline import OfflineDataset
+from tests.support.killed import die, killed
 from tests.support.refusals import refused
 
 CLASSES = ["a", "b", "c"]
@@ -88,19 +87,8 @@ def test_what_is_replaced_stays_until_the_new_one_is_whole(
     assert [path.name for path in folder.parent.iterdir()] == ["train"]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import numpy as np
-from flapp.data.artifact import write_rows
-die = lambda start, stop: os.kill(os.getpid(), signal.SIGKILL)
-write_rows(Path(sys.argv[1]), die, (9, 2, 2, 1), np.arange(9), "x" * 9, "source")
-"""
-
-
 def test_a_killed_writer_leaves_nothing_that_its_successor_does_not_remove(folder: Path, arrays: Arrays) -> None:
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder)], check=False, timeout=120)
-    assert killed.returncode == -signal.SIGKILL
+    killed(lambda: write_rows(folder, die, arrays[0].shape, arrays[1], CLASSES, "source"))  # type: ignore[arg-type]
     assert len(list(folder.parent.iterdir())) == 2
     assert np.array_equal(open_artifact(folder, verify=True).images, arrays[0])
     write_artifact(folder, *arrays, CLASSES)
@@ -161,17 +149,16 @@ def test_damage_is_named(folder: Path, name: str, change: Callable[[bytes], byte
 
 
 @pytest.fixture
-def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that grows whenever an artifact's arrays are hashed."""
-    found: list[int] = []
-    real = artifacts.damaged_blocks
-    monkeypatch.setattr(artifacts, "damaged_blocks", lambda array, *rest: found.append(1) or real(array, *rest))
+def hashed(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Return what is called whenever an artifact's array is hashed."""
+    found = Mock(wraps=artifacts.damaged_blocks)
+    monkeypatch.setattr(artifacts, "damaged_blocks", found)
     return found
 
 
 @pytest.mark.parametrize("writable", [True, False])
 def test_the_bytes_of_an_artifact_are_hashed_once_if_the_result_can_be_saved(
-    folder: Path, hashed: list[int], monkeypatch: pytest.MonkeyPatch, writable: bool
+    folder: Path, hashed: Mock, monkeypatch: pytest.MonkeyPatch, writable: bool
 ) -> None:
     if not writable:
         folder.with_name("train.verified.json").mkdir()  # stands for a folder in which no file can be made
@@ -179,12 +166,12 @@ def test_the_bytes_of_an_artifact_are_hashed_once_if_the_result_can_be_saved(
         monkeypatch.setattr(artifacts, "_compared", set())  # as a new process has it
         for _ in range(2):
             open_verified(folder)
-        assert len(hashed) == (2 if writable else 2 * (process + 1))
+        assert hashed.call_count == (2 if writable else 2 * (process + 1))
 
 
-def test_an_artifact_whose_files_were_touched_is_compared_again(folder: Path, hashed: list[int]) -> None:
+def test_an_artifact_whose_files_were_touched_is_compared_again(folder: Path, hashed: Mock) -> None:
     open_verified(folder)
-    hashed.clear()
+    hashed.reset_mock()
     path = folder / "images.npy"
     facts, whole = path.stat(), path.read_bytes()
     path.write_bytes(flip(whole))
@@ -194,17 +181,17 @@ def test_an_artifact_whose_files_were_touched_is_compared_again(folder: Path, ha
             use(folder)
     path.write_bytes(whole)
     open_verified(folder)
-    assert hashed
+    assert hashed.called
 
 
 def test_a_note_cut_off_or_of_other_files_is_ignored(
-    folder: Path, hashed: list[int], monkeypatch: pytest.MonkeyPatch
+    folder: Path, hashed: Mock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_verified(folder)
     note = folder.with_name("train.verified.json")
     for text in ("", note.read_text()[:40], "[[1]]", note.read_text().replace("1", "2")):
         note.write_text(text)
         monkeypatch.setattr(artifacts, "_compared", set())
-        hashed.clear()
+        hashed.reset_mock()
         open_verified(folder)
-        assert hashed, text
+        assert hashed.called, text

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -129,10 +130,9 @@ def test_the_first_frame_of_an_animation_is_taken() -> None:
 
 def png_that_claims(width: int, height: int) -> bytes:
     """Return a PNG whose header says a size, with hardly any data."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = b"IDAT" + zlib.compress(bytes(1000))
-    chunks = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (header, data, b"IEND")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+    content = encode(draw(9, 9))
+    header = b"IHDR" + struct.pack(">II", width, height) + content[24:29]
+    return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
 
 
 BAD = {
@@ -272,10 +272,7 @@ def test_a_shape_that_no_image_has_is_refused(tmp_path: Path, shape: tuple[int, 
 def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="bytes free|free: make room"):
         decoded(tmp_path, encode(draw(9, 9)), shape=(1 << 24, 1 << 24, 3))
-
-    def fail(**_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(decoding.tempfile, "TemporaryFile", fail)
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(decoding.tempfile, "TemporaryFile", full)
     with pytest.raises(DataError, match=f"{tmp_path} cannot hold the decoded images \\(No space left on device\\)"):
         decoded(tmp_path, encode(draw(9, 9)), shape=(4, 4, 3))

@@ -3,13 +3,12 @@
 import os
 import random
 import re
-from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from flapp.data import folder as folders
 from flapp.data.artifact import DataError
 from flapp.data.decode import MOST_BYTES
 from flapp.data.folder import open_folder
@@ -41,20 +40,7 @@ def test_classes_and_images_are_ordered_by_the_bytes_of_names(tmp_path: Path, mo
     assert (raw["test"].labels.tolist(), raw["test"].labels.dtype) == ([0, 1], np.int64)
     assert list(raw["train"].images()) == [f"train/{path}".encode() for path in order]
     real = os.scandir
-
-    class Shuffled:
-        def __init__(self, path: Path) -> None:
-            with real(path) as scan:
-                self.entries = list(scan)
-            random.shuffle(self.entries)
-
-        def __enter__(self) -> Iterator[os.DirEntry[str]]:
-            return iter(self.entries)
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-    monkeypatch.setattr(folders.os, "scandir", Shuffled)
+    monkeypatch.setattr(os, "scandir", lambda path: nullcontext(sorted(real(path), key=lambda _: random.random())))
     for _ in range(5):
         assert open_folder(root, 0.2, 0)[0]["train"].sha256 == raw["train"].sha256
 
@@ -209,7 +195,7 @@ def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: p
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)
 
-    monkeypatch.setattr(folders.os, "scandir", scan)
+    monkeypatch.setattr(os, "scandir", scan)
     with pytest.raises(DataError, match=f"{root}/b cannot be read \\(Permission denied\\): point dataset.source at"):
         open_folder(root, 0.2, 0)
 

@@ -4,6 +4,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -142,9 +143,10 @@ def test_image_settings_are_refused_for_other_data(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=reason):
             open_partition(config)
     dataset = OfflineDataset(tmp_path / "data/own/train")
-    for given, fix in (({"augment": True}, "augment=False"), ({"image_size": 8}, "image_size=None")):
+    loader_settings = {"augment": True, "image_size": 8, "output": "uint8"}
+    for given, fix in zip(loader_settings.items(), ("augment=False", "image_size=None", "output=float32"), strict=True):
         with pytest.raises(DataError, match=f"set {fix}"):
-            ClientLoader(dataset, np.arange(3), 2, seed=0, **given)  # type: ignore[arg-type]
+            ClientLoader(dataset, np.arange(3), 2, seed=0, **dict([given]))  # type: ignore[arg-type]
     for given, fix in (({"transform": abs}, "transform=None"), ({"normalization": "imagenet"}, "normalization='half'")):
         with pytest.raises(DataError, match=f"set {fix}"):
             OfflineDataset(tmp_path / "data/own/train", **given)  # type: ignore[arg-type]
@@ -190,18 +192,13 @@ def made(samples: Any = None, labels: Any = None, **change: Any) -> Any:
 
 
 def test_a_dataset_that_a_function_makes_is_made_once(tmp_path: Path) -> None:
-    calls: list[int] = []
-
-    def make() -> Any:
-        calls.append(1)
-        return made()
-
+    make = Mock(side_effect=made)
     with pytest.raises(ZeroDivisionError):
         ensure_artifacts(tmp_path, "own", lambda: 1 / 0)
     assert not (tmp_path / "own").exists()
     with ThreadPoolExecutor(4) as clients:
         folders = set(clients.map(lambda _: ensure_artifacts(tmp_path, "own", make), range(4)))
-    assert (folders, len(calls)) == ({tmp_path / "own"}, 1)
+    assert (folders, make.call_count) == ({tmp_path / "own"}, 1)
     train, test = (open_artifact(tmp_path / "own" / split, verify=True) for split in ("train", "test"))
     assert (train.images.shape, test.images.shape, train.classes) == ((6, 4), (3, 4), tuple(CLASSES))
 
@@ -238,15 +235,18 @@ def test_what_a_function_makes_wrongly_is_named_and_not_written(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("samples", "name", "reason"),
+    ("samples", "labels", "name", "reason"),
     [
-        (np.zeros((9, 3), np.float32), "pixel values", "all samples are the same"),
-        (np.array([[np.nan, 1]] + [[0.0, 2]] * 8), "pixel values", "1 samples hold NaN"),
-        (np.array([[0, 0.0]] + [[1.0, 2]] * 8), "no empty images", "1 samples are all zero"),
+        (np.zeros((9, 3), np.float32), np.arange(9) % 3, "pixel values", "all samples are the same"),
+        (np.array([[np.nan, 1]] + [[0.0, 2]] * 8), np.arange(9) % 3, "pixel values", "1 samples hold NaN"),
+        (np.array([[0, 0.0]] + [[1.0, 2]] * 8), np.arange(9) % 3, "no empty images", "1 samples are all zero"),
+        (np.eye(9, 4), np.array([0, 1, np.inf], np.float32).repeat(3), "label range", "label 6 is NaN or infinite"),
     ],
 )
-def test_faults_of_other_samples_are_found(tmp_path: Path, samples: np.ndarray, name: str, reason: str) -> None:
-    write_artifact(tmp_path / "train", samples, np.arange(9) % 3, CLASSES)
+def test_faults_of_other_samples_are_found(
+    tmp_path: Path, samples: np.ndarray, labels: np.ndarray, name: str, reason: str
+) -> None:
+    write_artifact(tmp_path / "train", samples, labels, CLASSES if labels.dtype == np.int64 else [])
     found = {check.name: check.detail for check in verify(tmp_path / "train", None) if not check.ok}
     assert reason in found[name]
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from flapp.data.shards.build import export_artifacts, write_shards
 from flapp.data.shards.client import DistributedShardLoader
 from flapp.data.shards.manifest import Manifest
 from flapp.data.shards.source import FEMNIST
+from tests.support.killed import die, killed
 from tests.support.leaf_files import (
     SPLITS,
     Samples,
@@ -177,32 +176,17 @@ def test_the_exported_artifacts_hold_the_samples_of_the_shards(shards: Manifest,
     assert sum(map(len, partition.train)) == shards.facts["totals"]["train"]
 
 
-def test_a_shard_that_is_not_the_manifests_is_not_exported(source: Path, shards: Manifest, tmp_path: Path) -> None:
-    other = write_shards(source, tmp_path / "other", "round_robin", clients=3, seed=9)
+def test_an_export_leaves_no_partition_of_other_samples_and_reads_only_shards_of_the_manifest(
+    source: Path, shards: Manifest, tmp_path: Path
+) -> None:
+    stale = export_artifacts(shards.path, tmp_path / "data")
+    other = write_shards(source, tmp_path / "other", "random", clients=3, seed=9)
+    export_artifacts(other.path, tmp_path / "data")
+    assert not stale.exists()
     os.rename(shards.shard_path("1"), tmp_path / "aside")
     os.rename(other.shard_path("1"), shards.folder / "client_1")
     with pytest.raises(DataError, match="is not the shard that"):
         export_artifacts(shards.path, tmp_path / "femnist")
-
-
-def test_an_export_leaves_no_partition_of_other_samples_behind(source: Path, tmp_path: Path) -> None:
-    first = write_shards(source, tmp_path / "a", "round_robin", 3)
-    stale = export_artifacts(first.path, tmp_path / "data")
-    export_artifacts(write_shards(source, tmp_path / "b", "random", 3).path, tmp_path / "data")
-    assert not stale.exists()
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from flapp.data.shards.build import write_shards
-event, part = sys.argv[3:]
-def die(name, args):
-    if name == event and part in str(args[0]):
-        os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(die)
-write_shards(Path(sys.argv[1]), Path(sys.argv[2]), "natural", seed=1)
-"""
 
 
 @pytest.mark.parametrize(
@@ -211,8 +195,12 @@ write_shards(Path(sys.argv[1]), Path(sys.argv[2]), "natural", seed=1)
 )
 def test_kill_9_and_the_same_command_again_end_alike(source: Path, tmp_path: Path, event: str, part: str) -> None:
     out = tmp_path / "killed"
-    command = [sys.executable, "-c", KILLED, str(source), str(out), event, part]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+
+    def write() -> None:
+        sys.addaudithook(lambda name, args: die() if name == event and part in str(args[0]) else None)
+        write_shards(source, out, "natural", seed=1)
+
+    killed(write)
     assert not out.exists()
     write_shards(source, out, "natural", seed=1)
     write_shards(source, tmp_path / "whole", "natural", seed=1)

@@ -191,7 +191,7 @@ def write_real_files(folder: Path) -> None:
         images = rng.integers(1, 255, (40, 8, 8, 1)).astype(np.uint8)
         write_artifact(folder / "set" / split, images, np.roll(labels, i), list("abcd"), "a" * 64)
     save_partition(folder / "set" / "part.safetensors", make_partition("iid", labels, labels, 3, 0))
-    leaf = write_leaf(folder / "leaf", as_leaf(draw_samples(20, 12, 30)))
+    leaf = write_leaf(folder / "leaf", as_leaf(draw_samples(6, 5, 7)))
     write_shards(leaf, folder / "shards", "round_robin", clients=2, seed=1)
     pixels, of = rng.integers(1, 255, (40, 6, 7, 3)).astype(np.uint8), [f"w{label}" for label in labels]
     own = Source(Kind("own", (6, 7, 3), tuple("abcd"), "half"), {"train": Decoded(pixels, labels, of)})

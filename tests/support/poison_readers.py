@@ -11,7 +11,7 @@ from flapp.data.decode import decode_splits
 from flapp.data.shards.client import digest_of
 from flapp.data.shards.leaf import open_source
 from flapp.data.shards.manifest import load_manifest
-from flapp.data.sources import cifar_files, read_cifar
+from flapp.data.sources import read_cifar
 from flapp.data.tables import Columns, open_tables
 from flapp.files import sha256_of_file
 from flapp.model.adapter_files import import_adapter
@@ -53,7 +53,7 @@ def read_whole(folder: Path) -> None:
 
 
 def read_cifar_batch(folder: Path) -> str:
-    return refuses(DataError, lambda: read_cifar("cifar10", cifar_files("cifar10", folder, "test")))
+    return refuses(DataError, lambda: read_cifar("cifar10", folder, "test"))
 
 
 def read_partition(folder: Path) -> None:
@@ -88,15 +88,15 @@ FUZZED: dict[str, tuple[str, Callable[[Path], object], int]] = {
     "run": (
         "runs/r/config.yaml runs/r/metrics.jsonl runs/r/metrics.json runs/r/progress.json",
         lambda folder: read_report(folder / "runs" / "r"),
-        15,
+        7,
     ),
-    "sweep": ("sweep.json 0/metrics.json 0/metrics.jsonl", read_report, 8),
+    "sweep": ("sweep.json 0/metrics.json 0/metrics.jsonl", read_report, 4),
     "set": (
         "train/meta.json train/images.npy test/labels.npy test/meta.json",
         lambda folder: ask(verify_data.main, folder),
         60,
     ),
-    "partition": ("part.safetensors test/meta.json", read_partition, 30),
+    "partition": ("part.safetensors test/meta.json", read_partition, 15),
     "shards": (SHARDS, read_shards, 60),
     "own_shards": (SHARDS, read_shards, 60),
     "tables": ("train.parquet", read_table, 60),

@@ -28,12 +28,14 @@ def write_parquet(path: Path, row_group: int | None = None, **columns: Any) -> P
     return path
 
 
-def as_dataset(images: Sequence[np.ndarray], labels: Sequence[int], **more: Sequence[Any]) -> datasets.Dataset:
+def as_dataset(
+    images: Sequence[np.ndarray], labels: Sequence[int], names: Sequence[str] = NAMES, **more: Sequence[Any]
+) -> datasets.Dataset:
     """Return a dataset as users of `datasets` make one; columns that `more` has are added."""
     made = datasets.Dataset.from_dict(
         {"image": [{"bytes": encode(image), "path": None} for image in images], "label": list(labels), **more}
     )
-    return made.cast_column("image", datasets.Image()).cast_column("label", datasets.ClassLabel(names=NAMES))
+    return made.cast_column("image", datasets.Image()).cast_column("label", datasets.ClassLabel(names=list(names)))
 
 
 def write_femnist(path: Path, samples: Samples) -> Path:
@@ -42,18 +44,8 @@ def write_femnist(path: Path, samples: Samples) -> Path:
     names = [name for name, (_, labels) in samples.items() for _ in labels]
     mixed = [names[i] for i in np.random.default_rng(0).permutation(len(names))]
     rows = [next(left[name]) for name in mixed]
-    features = datasets.Features(
-        image=datasets.Image(),
-        writer_id=datasets.Value("string"),
-        hsf_id=datasets.Value("int64"),
-        character=datasets.ClassLabel(names=list(FEMNIST.classes)),
-    )
-    columns = {
-        "image": [{"bytes": encode(image.reshape(28, 28)), "path": None} for image, _ in rows],
-        "writer_id": mixed,
-        "hsf_id": [3] * len(rows),
-        "character": [int(label) for _, label in rows],
-    }
+    images, labels = [image.reshape(28, 28) for image, _ in rows], [int(label) for _, label in rows]
+    made = as_dataset(images, labels, FEMNIST.classes, writer_id=mixed, hsf_id=[3] * len(rows))
     path.parent.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+    made.rename_column("label", "character").to_parquet(path)
     return path

@@ -1,11 +1,9 @@
 """tools.prepare_data: raw files to artifacts; after kill -9 the same command ends in the same bytes."""
 
 import shutil
-import signal
-import subprocess
-import sys
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,12 +16,10 @@ from flapp.data.artifact import open_artifact, write_artifact
 from flapp.data.sources import cifar_files, cifar_sha256, ensure_artifacts, read_cifar
 from tests.support.cifar_files import write_cifar
 from tests.support.images import pil_resize
+from tests.support.killed import die, killed
 from tests.support.leaf_files import content_of
 from tests.tools.conftest import Refusal
 from tools import prepare_data
-
-ROOT = Path(__file__).resolve().parents[2]
-BLOCK = 20_000  # bytes: six images of 32x32x3
 
 
 def cifar(tmp_path: Path, *more: str) -> list[str]:
@@ -41,9 +37,9 @@ def test_cifar_is_prepared_at_native_resolution_and_resized(tmp_path: Path, caps
     for split, count in (("train", 100), ("test", 20)):
         native, large = (open_artifact(folder / name, verify=True) for name in (split, f"{split}@48"))
         paths = cifar_files("cifar10", tmp_path / "raw", split)
-        planes, labels, _ = read_cifar("cifar10", paths)
+        images, labels, _ = read_cifar("cifar10", tmp_path / "raw", split)
         assert native.images.shape == (count, 32, 32, 3)
-        assert np.array_equal(native.images, planes.transpose(0, 2, 3, 1))
+        assert np.array_equal(native.images, images)
         assert native.labels.tolist() == large.labels.tolist() == labels.tolist()
         assert native.source_sha256 == cifar_sha256(paths)
         assert (large.layout, large.images.shape, large.images.dtype) == ("NCHW", (count, 3, 48, 48), np.uint8)
@@ -52,33 +48,16 @@ def test_cifar_is_prepared_at_native_resolution_and_resized(tmp_path: Path, caps
             assert np.array_equal(pil_resize(small, 48), resized.transpose(1, 2, 0))
 
 
-KILLED = f"""
-import os, signal, sys
-from flapp.data import artifact
-from tools import prepare_data
-artifact.BLOCK_BYTES = {BLOCK}
-class Bar(prepare_data.tqdm):
-    def __init__(self, desc, **settings):
-        super().__init__(desc=desc, **settings)
-        self.split = desc
-    def update(self, n=1):
-        if self.split == sys.argv[1]:
-            os.kill(os.getpid(), signal.SIGKILL)
-prepare_data.tqdm = Bar
-sys.exit(prepare_data.main(sys.argv[2:]))
-"""
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "test@48"])
 def test_kill_9_and_the_same_command_again_end_in_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
 ) -> None:
     command, home = cifar(tmp_path, "dataset.materialize=48"), tmp_path / "home"
-    killed = subprocess.run([sys.executable, "-c", KILLED, split, *command], cwd=ROOT, check=False, timeout=120)
-    assert killed.returncode == -signal.SIGKILL
+    monkeypatch.setattr(artifacts, "BLOCK_BYTES", 20_000)  # six images of 32x32x3
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, "bar", lambda name, total: nullcontext(die if name == split else int))
+        killed(lambda: prepare_data.main(command))
     assert list((home / "data" / "cifar10").glob(f".{split}.*.tmp/images.npy"))
-    monkeypatch.setattr(artifacts, "BLOCK_BYTES", BLOCK)
     assert prepare_data.main(command) == 0
     disturbed = content_of(home)
     shutil.rmtree(home)
@@ -161,17 +140,12 @@ def test_a_failed_download_is_an_error_and_nothing_is_made_up(
 
     import torchvision
 
-    asked: list[Any] = []
-
-    def fail(root: Path, train: bool, download: bool) -> None:
-        asked.append((root, download))
-        raise URLError("no network\nhere")
-
-    monkeypatch.setattr(torchvision.datasets, "CIFAR100", fail)
+    asked = Mock(side_effect=URLError("no network\nhere"))
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", asked)
     error = refusal(prepare_data.main, "dataset=cifar100", "dataset.download=true", f"home={tmp_path}")
     assert "cifar100 cannot be downloaded into" in error
     assert "no network here" in error
-    assert asked == [(tmp_path / "raw", True)]
+    asked.assert_called_once_with(tmp_path / "raw", train=False, download=True)
     assert not (tmp_path / "data" / "cifar100").exists()
 
 

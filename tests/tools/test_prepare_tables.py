@@ -1,17 +1,19 @@
 """tools.prepare_data from tables: artifacts, and shards of the clients that a column names."""
 
 import logging
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
 import pytest
 
 from flapp.config.load import compose
+from flapp.data import table_files, tables
 from flapp.data.artifact import DataError, open_artifact
 from flapp.data.shards.client import DistributedShardLoader
 from flapp.data.shards.manifest import load_manifest
@@ -23,7 +25,6 @@ from tests.support.tables import NAMES, as_dataset, draw_images, write_femnist, 
 from tests.tools.conftest import Refusal
 from tools import prepare_data, verify_data
 
-ROOT = Path(__file__).resolve().parents[2]
 MINE = ("dataset=custom", "dataset.name=mine")
 WRITERS = (*MINE, "dataset.client_column=who", "partition=natural", "clients=3")
 
@@ -60,15 +61,6 @@ def run(home: Path, name: str, *words: str) -> dict[str, Any]:
     settings = compose([f"home={home}", f"run_name={name}", "model=linear", "num_rounds=2", *words])
     nodes = [{"partition-id": i, "num-partitions": settings.clients} for i in range(settings.clients)]
     return run_app(settings, LocalGrid({}, nodes))[0]
-
-
-def test_a_table_becomes_an_artifact_and_later_commands_need_only_its_name(table: Path, tmp_path: Path) -> None:
-    assert prepare(tmp_path, *MINE, f"dataset.source={table}") == 0
-    train, test = (open_artifact(tmp_path / "data/mine" / split, verify=True) for split in ("train", "test"))
-    assert (train.classes, len(train.labels), len(test.labels)) == (tuple(NAMES), 72, 18)
-    assert prepare(tmp_path, *MINE, f"dataset.source={table}") == 0
-    settings = compose([f"home={tmp_path}", *MINE]).dataset
-    assert (settings.shape, settings.classes, settings.normalization) == ((8, 8, 3), 3, "half")
 
 
 def test_femnist_from_parquet_gives_the_bytes_of_the_same_samples_from_leaf(tmp_path: Path) -> None:
@@ -210,7 +202,7 @@ def test_images_with_a_side_that_shards_cannot_hold_are_refused_before_anything_
     assert not (tmp_path / "data/mine").exists()
 
 
-def test_a_dataset_of_the_hub_is_downloaded_once_and_read_from_home(
+def test_a_table_of_the_hub_is_downloaded_once_and_later_commands_need_only_the_name_of_its_artifact(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub = tmp_path / "hub/owner/name"
@@ -227,16 +219,17 @@ def test_a_dataset_of_the_hub_is_downloaded_once_and_read_from_home(
     assert prepare(whole, *MINE, f"dataset.source={table}") == 0
     for split in ("train", "test"):
         one, other = (open_artifact(path / "data/mine" / split) for path in (home, whole))
-        assert one.digest == other.digest
+        assert (one.digest, len(one.labels)) == (other.digest, 72 if split == "train" else 18)
+        assert one.classes == tuple(NAMES)
+    settings = compose([f"home={home}", *MINE]).dataset
+    assert (settings.shape, settings.classes, settings.normalization) == ((8, 8, 3), 3, "half")
 
 
 def test_a_hub_that_cannot_be_reached_gives_a_one_line_error_with_the_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refusal
 ) -> None:
-    def fail(name: str, cache_dir: str) -> None:
-        raise ConnectionError(f"Couldn't reach '{name}'\non the Hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    fault = ConnectionError("Couldn't reach 'flwrlabs/femnist'\non the Hub")
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=fault))
     said = refused(tmp_path, "dataset=femnist", "dataset.download=true", "partition=natural", "clients=3")
     assert "flwrlabs/femnist cannot be downloaded (Couldn't reach 'flwrlabs/femnist' on the Hub)" in said
     assert "check the name and the network, or download the files elsewhere and set dataset.source" in said
@@ -247,21 +240,17 @@ def test_a_hub_that_cannot_be_reached_gives_a_one_line_error_with_the_fix(
     assert "add dataset.hub=OWNER/NAME" in refused(tmp_path, *MINE, "dataset.download=true")
 
 
-@pytest.mark.slow
-def test_without_pyarrow_one_line_says_what_to_install(table: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['pyarrow'] = sys.modules['datasets'] = None\n"
-        "from tools import prepare_data; sys.exit(prepare_data.main(sys.argv[1:]))"
-    )
-    words = [f"home={tmp_path}", *MINE]
+def test_without_pyarrow_one_line_says_what_to_install(
+    table: Path, tmp_path: Path, refused: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("pyarrow", "datasets"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for module in (table_files, tables):
+        runpy.run_path(str(module.__file__))  # they can be imported
     for more, said in (
         ([f"dataset.source={table}"], f"{table} is a table, and pyarrow, which reads tables, is missing"),
         (["dataset.hub=a/b", "dataset.download=true"], "a/b is downloaded by the datasets library, which is missing"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-c", code, *words, *more], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 1
-        assert said in done.stderr
-        assert 'pip install -e ".[data]"' in done.stderr
-        assert done.stderr.count("\n") == 1
+        line = refused(tmp_path, *MINE, *more)
+        assert said in line
+        assert 'pip install -e ".[data]"' in line
