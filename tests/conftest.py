@@ -1,9 +1,9 @@
 """The in-process grid: the real ServerApp, strategy and ClientApp, without processes in between."""
 
+import copy
 import itertools
 import json
 import logging.config
-import pickle
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -134,7 +134,7 @@ def compose_each_choice_once() -> Iterator[None]:
     """
     list_files, compose_files = loader.create_defaults_list, ConfigLoaderImpl._compose_config_from_defaults_list
     lists: dict[str, DefaultsList] = {}
-    trees: dict[str, bytes] = {}
+    trees: dict[str, DictConfig] = {}
 
     def is_own(repository: IConfigRepository) -> bool:
         return all(source.path == str(CONF) for source in repository.get_sources() if source.scheme() == "file")
@@ -155,8 +155,8 @@ def compose_each_choice_once() -> Iterator[None]:
             return compose_files(self, defaults, repo)
         key = str(defaults)
         if key not in trees:
-            trees[key] = pickle.dumps(compose_files(self, defaults, repo))
-        return pickle.loads(trees[key])  # a new one, because Hydra changes it
+            trees[key] = compose_files(self, defaults, repo)
+        return copy.deepcopy(trees[key])  # because Hydra changes it
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "create_defaults_list", create_defaults_list)
