@@ -43,7 +43,8 @@ from flapp.privacy import find_sigma
 from flapp.probe import optimizer_of, probe
 from flapp.training import StepRules, evaluate, keep_freed_memory, scheduled_lr, train
 
-app = ClientApp(mods=[group_mod, name_errors_mod, checkpoint_mod, privacy_mod, own_mods_mod])
+# name_errors_mod is there twice: for a group's message as a whole, and for each client of the group.
+app = ClientApp(mods=[name_errors_mod, group_mod, name_errors_mod, checkpoint_mod, privacy_mod, own_mods_mod])
 update_console_handler(timestamps=True)  # in the process that runs the app
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # tensors over arrays are only read
 
