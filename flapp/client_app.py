@@ -41,9 +41,10 @@ from flapp.model.files import to_numpy
 from flapp.model.lora import adapted_layers, tail_norm, truncate_state
 from flapp.privacy import find_sigma
 from flapp.probe import optimizer_of, probe
-from flapp.training import StepRules, TrainResult, evaluate, keep_freed_memory, scheduled_lr, train
+from flapp.training import StepRules, evaluate, keep_freed_memory, scheduled_lr, train
 
-app = ClientApp(mods=[group_mod, name_errors_mod, checkpoint_mod, privacy_mod, own_mods_mod])
+# name_errors_mod is there twice: for a group's message as a whole, and for each client of the group.
+app = ClientApp(mods=[name_errors_mod, group_mod, name_errors_mod, checkpoint_mod, privacy_mod, own_mods_mod])
 update_console_handler(timestamps=True)  # in the process that runs the app
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # tensors over arrays are only read
 
@@ -107,10 +108,10 @@ def train_round(message: Message, context: Context) -> Message:
     lr = scheduled_lr(config.train.lr, config.train.schedule, instructions.server_round, config.num_rounds)
     learn = partial(fit, model, task, lr, config.train.epochs, config.train.steps, "train")
     if config.lora.prune_gamma is None:
-        result, state = learn(), model.state_dict()
+        loss, state = learn(), model.state_dict()
     else:
-        result, state = prune(model, config, learn)
-    metrics = {NUM_EXAMPLES: claim.train, "train-loss": result.loss, "seconds": time.monotonic() - started}
+        loss, state = prune(model, config, learn)
+    metrics = {NUM_EXAMPLES: claim.train, "train-loss": loss, "seconds": time.monotonic() - started}
     if instructions.private:
         kept = {key: pack(to_numpy(state[key])) for key in instructions.private}
         context.state[private_key(task.client_id)] = as_record(kept)
@@ -118,18 +119,16 @@ def train_round(message: Message, context: Context) -> Message:
     return pack_reply(message, claim, metrics, as_record(trained))
 
 
-def prune(
-    model: torch.nn.Module, config: Config, learn: Callable[..., TrainResult]
-) -> tuple[TrainResult, dict[str, torch.Tensor]]:
+def prune(model: torch.nn.Module, config: Config, learn: Callable[..., float]) -> tuple[float, dict[str, torch.Tensor]]:
     """Train with a penalty on the last ranks, and cut them off if they weigh less afterwards (HetLoRA's self-pruning).
 
-    Return the result of training, and the state dict in the rank that this client has from now on.
+    Return the training loss, and the state dict in the rank that this client has from now on.
     """
     rank = pruned_rank(config.lora, next(iter(adapted_layers(model).values())).rank)
     before = tail_norm(model, rank).item()
-    result = learn(lambda: config.lora.prune_penalty * tail_norm(model, rank))
+    loss = learn(lambda: config.lora.prune_penalty * tail_norm(model, rank))
     state = model.state_dict()
-    return result, truncate_state(state, rank) if tail_norm(model, rank).item() < before else state
+    return loss, truncate_state(state, rank) if tail_norm(model, rank).item() < before else state
 
 
 @app.evaluate()
@@ -222,8 +221,11 @@ def fit(
     steps: int | None,
     purpose: str,
     penalty: Callable[[], torch.Tensor] | None = None,
-) -> TrainResult:
-    """Train in place; shuffling and dropout are drawn from (seed, client, round, purpose), whoever runs it."""
+) -> float:
+    """Train in place and return the mean loss.
+
+    Shuffling and dropout are drawn from (seed, client, round, purpose), whoever runs it.
+    """
     settings, key = task.config.train, (task.config.seed, task.client_id, task.instructions.server_round, purpose)
     seeds = [derive_seed(*key, use) for use in ("order", "noise")]
     batches = make_batches(task.config, task.data, "train", device_of(model), seeds[0])

@@ -79,14 +79,9 @@ def cached_partition(config: Config, files: Stamp) -> Partition:
     folder = dataset / "partitions"
     if config.partition.kind in WRITER_PARTITIONS:
         return read_writer_partition(config, folder / f"{config.partition.kind}.safetensors")
-    settings = {
-        "kind": config.partition.kind,
-        "clients": config.clients,
-        "seed": config.partition.seed,
-        "alpha": config.partition.alpha,
-        "min_size": config.partition.min_size,
-        "classes_per_client": config.partition.classes_per_client,
-    }
+    names = ("seed", "alpha", "min_size", "classes_per_client")
+    settings: dict[str, Any] = {"kind": config.partition.kind, "clients": config.clients}
+    settings |= {name: getattr(config.partition, name) for name in names}
     key = derive_seed(*settings.values(), *[artifact.digest for artifact in artifacts])
     path = folder / f"{config.partition.kind}-{key:016x}.safetensors"
     labels = {"train_labels": artifacts[0].labels, "test_labels": artifacts[1].labels}

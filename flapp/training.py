@@ -1,6 +1,7 @@
 """The local loop: train a model on a client's batches, and evaluate it. Plain PyTorch."""
 
 import ctypes
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -20,15 +21,6 @@ Count = Callable[[Any, Tensor], Mapping[str, float | Tensor]]  # of the same: su
 T = TypeVar("T", bound=Optimizer)
 
 MALLOC_OPTIONS = ((-4, 0), (-1, (1 << 31) - 1), (-2, 1 << 26))  # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """The result of training: mean loss per sample seen, samples seen (once in each epoch), batches."""
-
-    loss: float
-    samples: int
-    steps: int
 
 
 @dataclass(frozen=True)
@@ -138,11 +130,11 @@ def train(
     steps: int | None = None,
     seed: int = 0,
     rules: StepRules = StepRules(),
-) -> TrainResult:
+) -> float:
     """Train in place for `epochs` passes over `batches`, or for exactly `steps` batches if given.
 
-    seed fixes dropout: torch's global generators, which are restored afterwards. Raises ValueError when there is no
-    batch, and FloatingPointError when the loss is not finite.
+    Returns the mean loss per sample seen, once in each pass. seed fixes dropout: torch's global generators, which are
+    restored afterwards. Raises ValueError when there is no batch, and FloatingPointError when the loss is not finite.
     """
     device = next(model.parameters()).device
     total, samples, done = torch.zeros((), dtype=torch.float64, device=device), 0, 0
@@ -172,7 +164,7 @@ def train(
     mean = total.item() / samples
     if not math.isfinite(mean):
         raise FloatingPointError(f"the training loss is {mean} after {done} steps: lower train.lr")
-    return TrainResult(mean, samples, done)
+    return mean
 
 
 @torch.inference_mode()
@@ -211,16 +203,14 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _repeat(batches: Batches, epochs: int, steps: int | None) -> Batches:
-    done, passes = 0, 0
-    while passes < epochs if steps is None else done < steps:
-        start = done
-        for batch in batches:
+    done = 0
+    for _ in range(epochs) if steps is None else itertools.count():
+        before = done
+        for done, batch in enumerate(batches, before + 1):
             yield batch
-            done += 1
             if done == steps:
                 return
-        passes += 1
-        if done == start:
+        if done == before:
             return
 
 

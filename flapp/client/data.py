@@ -130,36 +130,25 @@ def make_batches(config: Config, data: ClientData, split: str, device: torch.dev
     if isinstance(dataset, ShardStream):
         return ShardStream(dataset.path, dataset.normalization, size, seed, kind=dataset.kind)
     if split == "train" and seed is not None and (function := own(config, "dataset.augment")):
-        return Augmented(ClientLoader(dataset, rows, size, seed, config.model.image_size), function)
+        loader = ClientLoader(dataset, rows, size, seed, config.model.image_size)
+        return Changed(loader, lambda inputs: function(inputs, loader.augment_generator))
     augment = config.dataset.augment is True and split == "train"
     on_device = device.type == "cuda" and dataset.has_images
     output = "uint8" if on_device else "float32"
     loader = ClientLoader(dataset, rows, size, seed, config.model.image_size, output, augment=augment)
-    return OnDevice(loader, device) if on_device else loader
+    return Changed(loader, lambda pixels: loader.to_input(pixels.to(device))) if on_device else loader
 
 
 @dataclass(frozen=True)
-class OnDevice:
-    """Iterate over a uint8 loader, normalizing each batch on the device."""
+class Changed:
+    """Iterate over a loader, changing the inputs of each batch."""
 
     loader: ClientLoader
-    device: torch.device
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for pixels, labels in self.loader:
-            yield self.loader.to_input(pixels.to(self.device)), labels
-
-
-@dataclass(frozen=True)
-class Augmented:
-    """Iterate over a loader, changing each batch by the user's own function of (inputs, generator)."""
-
-    loader: ClientLoader
-    function: Callable[[Tensor, torch.Generator | None], Tensor]
+    change: Callable[[Tensor], Tensor]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for inputs, labels in self.loader:
-            yield self.function(inputs, self.loader.augment_generator), labels
+            yield self.change(inputs), labels
 
 
 @lru_cache(maxsize=8)

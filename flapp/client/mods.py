@@ -47,19 +47,11 @@ T = TypeVar("T")
 def group_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Handle a group's message: call the app once for each client of the group, and send one reply for all of them.
 
-    If a client fails, the reply says which one and why, and the other clients are still used. This mod is the outermost
-    one: everything inside is an app for a single client.
+    If a client fails, the reply says which one and why, and the other clients are still used. Everything inside this
+    mod is an app for a single client.
     """
     if not message.has_content() or GROUP not in message.content:
         return call_next(message, context)
-    try:
-        return serve_group(message, context, call_next)
-    except Exception as error:  # noqa: BLE001 - the boundary of a node: no message may end its process
-        return answer_with_error(message, error)
-
-
-def serve_group(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Return the answer to a group's message; raises MessageError for a message that cannot be read."""
     task, group, arrays = read_task(message, context), unpack_group(message), unpack_arrays(message.content)
     fix = TOO_LONG if task.instructions.clipping_norm else RAISE_LIMIT
     total, answers = WeightedSum(), []
@@ -108,7 +100,7 @@ def name_errors_mod(message: Message, context: Context, call_next: ClientAppCall
     """Answer with the fault in one line when handling a message raises."""
     try:
         return call_next(message, context)
-    except Exception as error:  # noqa: BLE001 - the boundary of a client: no message may end its process
+    except Exception as error:  # noqa: BLE001 - the boundary of a client or node: no message may end its process
         return answer_with_error(message, error)
 
 
