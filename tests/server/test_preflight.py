@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 import sys
@@ -28,9 +29,10 @@ from flapp.server.run_dir import RunDirectory
 from flapp.server.run_names import is_failed_start
 from flapp.strategy.phase import Phase
 from tests.conftest import Broken, Federate, LocalGrid, break_off, run_app
-from tests.support.commands import left_running, run
 from tests.support.federations import nodes
+from tools import run
 from tools.deployment import submit
+from tools.running import inline
 
 TOY = ("experiment=toy_regression", "num_rounds=2")
 LORA = ("strategy=fedlora", "lora=default")
@@ -356,12 +358,17 @@ def test_a_round_without_replies_says_why_first(federate: Federate, monkeypatch:
         federate(*TOY)
 
 
-@pytest.mark.slow
-def test_mistakes_of_a_sweep_give_a_one_line_error_per_job_and_leave_no_run(tmp_path: Path) -> None:
-    done = run(tmp_path, "-m", "clients=500", "seed=0,1", "run_name=no")
-    assert done.returncode == 1
+def test_mistakes_of_a_sweep_give_a_one_line_error_per_job_and_leave_no_run(
+    data_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging, "root", logging.RootLogger(logging.WARNING))  # Hydra configures it
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(inline, "run_inline", lambda *_: pytest.fail("a run was started"))
+    words = [f"home={data_home}", "-m", "clients=500", "seed=0,1", "run_name=no"]
+    monkeypatch.setattr(sys, "argv", ["tools/run.py", *words])
+    assert run.main() == 1
     line = "error: partition=dirichlet cannot give each of clients=500"
-    assert [text.startswith(line) for text in done.stderr.splitlines()] == [True, True], done.stderr
-    assert not (tmp_path / "runs" / "no").exists()
-    assert not list((tmp_path / "runs").glob(".*"))
-    assert left_running(tmp_path) == []
+    said = capsys.readouterr().err
+    assert [text.startswith(line) for text in said.splitlines()] == [True, True], said
+    assert not (data_home / "runs" / "no").exists()
+    assert not list((data_home / "runs").glob(".*"))

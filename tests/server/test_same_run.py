@@ -217,14 +217,13 @@ def test_other_versions_or_nothing_recorded_are_a_warning(
     assert [line["round"] for line in lines_of(path / "clients.jsonl")] == [2, 2, 2]
 
 
-@pytest.mark.slow
-def test_a_new_run_inside_the_folder_of_another_is_refused_and_so_is_one_around_others(
-    federate: Federate, home: Path
-) -> None:
+def test_a_new_run_inside_the_folder_of_another_is_refused_and_so_is_one_around_others(tmp_path: Path) -> None:
     """A run named a/adapter would be deleted when run a leaves its own adapter there."""
 
     def attempt(name: str) -> Path:
-        return federate(*TOY, "num_rounds=1", f"home={home}", f"run_name={name}")[1]
+        run = run_dir.RunDirectory.create(compose([*TOY, f"home={tmp_path}", f"run_name={name}"]))
+        run.finish("0" * 64)
+        return run.path
 
     for setting in ("resume_anyway=true", "resume_from=2"):
         with pytest.raises(ConfigError, match=f"{setting} has no effect without resume=true: add it"):
