@@ -67,7 +67,7 @@ def test_the_line_of_a_round_is_its_last_and_says_what_the_store_took(federate: 
 
 
 def test_clients_jsonl_says_who_holds_how_much_of_what(federate: Federate) -> None:
-    _, path = federate(*DIGITS, "num_rounds=1")
+    _, path = federate(*DIGITS, "num_rounds=1", "train.steps=1", "evaluate.personal_epochs=0")
     clients = read_clients(path)
     assert list(clients) == ["0", "1", "2"]
     assert all(line["kind"] == "client" and len(line["shard_digest"]) == 64 for line in clients.values())
