@@ -357,11 +357,11 @@ def test_a_round_without_replies_says_why_first(federate: Federate, monkeypatch:
 
 
 @pytest.mark.slow
-def test_mistakes_of_a_sweep_give_a_one_line_error_per_job_and_leave_no_run(tmp_path: Path) -> None:
-    done = run(tmp_path, "-m", "clients=500", "seed=0,1", "run_name=no")
+def test_mistakes_of_a_sweep_give_a_one_line_error_per_job_and_leave_no_run(data_home: Path) -> None:
+    done = run(data_home, "-m", "clients=500", "seed=0,1", "run_name=no")
     assert done.returncode == 1
     line = "error: partition=dirichlet cannot give each of clients=500"
     assert [text.startswith(line) for text in done.stderr.splitlines()] == [True, True], done.stderr
-    assert not (tmp_path / "runs" / "no").exists()
-    assert not list((tmp_path / "runs").glob(".*"))
-    assert left_running(tmp_path) == []
+    assert not (data_home / "runs" / "no").exists()
+    assert not list((data_home / "runs").glob(".*"))
+    assert left_running(data_home) == []
