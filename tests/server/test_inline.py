@@ -22,7 +22,7 @@ from flapp.groups import cut
 from flapp.messages import describe_error, views
 from flapp.server.inline import CLIENT_APP, SERVER_NODE, InlineGrid, start_forkserver
 from flapp.server.shared_arrays import LEAST_BYTES
-from tests.conftest import read_lines, run_app
+from tests.conftest import Federate, read_lines, run_app
 from tests.support.commands import PYTORCHS, SECONDS, in_shared_memory, left_running, starting_runs
 from tests.support.inline_app import say
 from tests.support.waiting import wait_for
@@ -130,13 +130,17 @@ def test_a_worker_that_dies_loses_only_the_message_it_was_handling(start: Start)
     assert len(psutil.Process().children(recursive=True)) >= 2
 
 
-def test_a_worker_goes_on_when_its_client_raises_and_is_replaced_when_it_is_killed_or_no_longer_waited_for(
+def test_a_worker_goes_on_when_its_client_raises_or_at_ctrl_c_and_is_replaced_when_killed_or_no_longer_waited_for(
     start: Start,
 ) -> None:
     grid = start(1)
     first, failed, last = ask(grid, say(FIRST, "work"), say(FIRST, "raise"), say(FIRST, "work"))
     assert (failed.error.code, failed.error.reason) == (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "OSError: no disk")
     assert pid_of(first) == pid_of(last)
+    for process in psutil.Process().children(recursive=True):
+        process.send_signal(signal.SIGINT)  # as a terminal does with Ctrl-C, which is for this process only
+    (again,) = ask(grid, say(FIRST, "work"))
+    assert pid_of(again) == pid_of(first)
     os.kill(pid_of(last), signal.SIGKILL)  # while it is idle
     wait_for(lambda: not grid._workers[0].process.is_alive(), SECONDS)
     (second,) = ask(grid, say(FIRST, "work"))
@@ -271,38 +275,26 @@ def test_a_temporary_folder_with_too_long_a_path_is_refused_before_anything_star
 
 
 @pytest.fixture
-def tool(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Return a function that starts tools.run in a process group of its own, with a home and a temporary folder."""
+def start_run(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Return a function that starts tools.run with a home and a temporary folder of its own."""
     with starting_runs(tmp_path) as start:
-        yield lambda *words: start(TOY, *words, start_new_session=True)
+        yield start
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return the SHA-256 of the model that the long run ends with."""
-    settings = compose([*LONG, f"home={tmp_path_factory.mktemp('whole')}", "run_name=whole"])
-    return str(run_app(settings, InlineGrid({}, [NODE]))[0]["model_sha256"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("how", "workers"), [(signal.SIGINT, 2), ("runs stop", 0)])  # test_runtimes.py kills
-def test_a_run_that_is_ended_leaves_nothing_and_is_resumed_to_the_same_bytes(
-    tool: Callable[..., Any], tmp_path: Path, undisturbed: str, how: Any, workers: int
+@pytest.mark.slow  # test_runtimes.py kills
+def test_a_run_that_is_stopped_leaves_nothing_and_is_resumed_to_the_same_bytes(
+    start_run: Callable[..., Any], tmp_path: Path, federate: Federate
 ) -> None:
     path = tmp_path / "runs" / "ended"
-    process = tool(*LONG[1:], "run_name=ended", f"deployment.workers={workers}")
+    process = start_run(*LONG, "run_name=ended", "deployment.workers=2")
     metrics = path / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and '"round": 3' in metrics.read_text(), SECONDS)
     processes = left_running(tmp_path)
-    assert len(processes) >= (4 if workers else 1)  # the command, the fork server and two workers
+    assert len(processes) >= 4  # the command, the fork server and two workers
     assert not [each for process in processes for each in process.net_connections("inet")]
     shared = in_shared_memory(processes)
-    if how == "runs stop":
-        assert process.pid in (stop_run(path) or ())
-    else:
-        os.killpg(process.pid, how)  # as a terminal does
+    assert process.pid in (stop_run(path) or ())
     _, said = process.communicate(timeout=SECONDS)
-    assert how == "runs stop" or process.returncode == 130  # stop_run has read it, as only a parent can
     error, hint = said.splitlines()[-2:]
     assert error == "interrupted: everything that was started has been stopped"
     assert "run_name=ended resume=true" in hint
@@ -310,8 +302,8 @@ def test_a_run_that_is_ended_leaves_nothing_and_is_resumed_to_the_same_bytes(
     wait_for(lambda: not left_running(tmp_path), SECONDS)
     assert not shared & set(os.listdir("/dev/shm"))
     wait_for(lambda: {each.name for each in (tmp_path / "tmp").iterdir()} <= PYTORCHS, SECONDS)
-    settings = compose([*LONG, f"home={tmp_path}", "run_name=ended", "resume=true"])
-    assert run_app(settings, InlineGrid({}, [NODE]))[0]["model_sha256"] == undisturbed
+    resumed, _ = federate(*LONG, f"home={tmp_path}", "run_name=ended", "resume=true")
+    assert resumed["model_sha256"] == federate(*LONG)[0]["model_sha256"]
 
 
 def test_an_exception_of_a_client_is_in_the_log_with_its_traceback(
