@@ -291,7 +291,7 @@ def test_optuna_searches_on_after_failed_trials(tmp_path: Path, limit: float, fa
 def test_two_runs_at_once_prepare_one_dataset_and_end_in_the_bytes_of_runs_alone(
     tmp_path: Path, federate: Federate
 ) -> None:
-    settings = ("model=linear", "num_rounds=1", "clients=4", "train.steps=1", "deployment.workers=0")
+    settings = (TOY, "num_rounds=1", "deployment.workers=0")
     done = run(tmp_path, *TWO_AT_A_TIME, *settings, "seed=0,1", "run_name=two")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "two"
