@@ -210,13 +210,13 @@ def test_the_page_of_your_own_data_works_from_top_to_bottom(user: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_sweep_and_its_report_run_as_pasted_into_a_shell(tmp_path: Path) -> None:
-    """Only the rounds and the processes are fewer than in the page."""
+    """Only the training is shorter than in the page."""
     lines = [command for command in pasted() if re.search(r"run_name=lrs|runs/lrs", command)]
     assert len(lines) == 2
     env = {key: value for key, value in os.environ.items() if key != "FLAPP_HOME"}
     env |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    fewer = 'case "$*" in *tools.run*) set -- "$@" num_rounds=2 deployment.workers=0;; esac'
-    script = "\n".join(["set -e", f'python() {{ {fewer}; {shlex.quote(sys.executable)} "$@"; }}', *lines])
+    shorter = f'case "$*" in *tools.run*) set -- "$@" num_rounds=2 deployment.workers=0 {" ".join(SMALL)};; esac'
+    script = "\n".join(["set -e", f'python() {{ {shorter}; {shlex.quote(sys.executable)} "$@"; }}', *lines])
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1100)
     assert done.returncode == 0, done.stderr
     assert "lr=0.003" in (tmp_path / "sweep.html").read_text()

@@ -83,12 +83,12 @@ def choices(group: str, default: dict[str, Any]) -> str:
     for path in sorted((CONF / group).glob("[!_]*.yaml")):
         head = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ")]
         what = " ".join(line for line in head if not line.startswith("@package"))
-        words = [
-            f"`{key}={value_in_words(value)}`"
-            for key, value in flat(composed(f"{group}='{path.stem}'")).items()
-            if value != default.get(key) and key not in ("run_name", "experiment")
-        ]
-        rows.append((f"`{group}={path.stem}`", what, "(the default)" if path.stem == chosen else ", ".join(words)))
+        words = ["(the default)"]
+        if path.stem != chosen:
+            values = flat(composed(f"{group}='{path.stem}'"))
+            own = [key for key in values if values[key] != default.get(key) and key not in ("run_name", "experiment")]
+            words = [f"`{key}={value_in_words(values[key])}`" for key in own]
+        rows.append((f"`{group}={path.stem}`", what, ", ".join(words)))
     return markdown(("choice", "what it is", "differs by"), rows)
 
 

@@ -53,17 +53,16 @@ def test_the_commands_of_the_page_work_in_a_new_project(tmp_path: Path) -> None:
     """Flags may stand before, between and after settings."""
     assert new.main([str(tmp_path / "mine")]) == 0
     small = ("clients=2", "num_rounds=1", "train.steps=1", "evaluate.personal_epochs=0", "deployment.workers=0")
-    for words in (
-        ("run_name=kwargs", "-m", "model.kwargs.width=4,8", *small),
-        ("run_name=adapted", "lora=default", "strategy=fedlora", "lora.targets=[conv2,head]", *small),
-        ("--cfg", "job", *small),
+    adapted = ("run_name=adapted", "lora=default", "strategy=fedlora", "lora.targets=[conv2,head]")
+    for folder, words in (
+        ("mine", ("run_name=kwargs", "-m", "model.kwargs.width=4,8")),
+        ("mine", ("--cfg", "job")),
+        (".", (f"code={tmp_path / 'mine'}", "experiment=mine", *adapted)),
     ):
-        status, said, error = finish(start_tool(tmp_path, "run", *words, cwd=tmp_path / "mine"))
+        status, said, error = finish(start_tool(tmp_path, "run", *words, *small, cwd=tmp_path / folder))
         assert status == 0, error
         assert "task:build_model" in said or "finished" in said
     assert (tmp_path / "runs" / "kwargs" / "1" / "model.safetensors").exists()
-    status, _, error = finish(start_tool(tmp_path, "run", f"code={tmp_path / 'mine'}", "experiment=mine", *small))
-    assert status == 0, error
 
 
 def test_settings_of_other_projects_are_left_alone_and_damaged_ones_are_named(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from flapp.server.roster import Roster
 from flapp.server.run_dir import RunDirectory
 from tests.conftest import Federate, LocalGrid, read_lines, run_app
 from tests.support.commands import left_running
+from tests.support.federations import nodes
 from tests.support.waiting import wait_for
 from tools import runs
 from tools.deployment.processes import OWNER, SWEEP, TOKEN, Processes, note_process, noted_process
@@ -282,7 +283,7 @@ def test_errors_of_flower_and_ray_say_in_plain_words_that_a_client_died() -> Non
 
 def test_a_node_that_died_before_it_said_who_it_is_is_refused_under_its_own_id(data_home: Path) -> None:
     settings = compose([f"home={data_home}", "experiment=toy_regression", "run_name=joining"])
-    grid = LocalGrid({"config-json": to_json(settings)}, [{"partition-id": i, "num-partitions": 3} for i in range(3)])
+    grid = LocalGrid({"config-json": to_json(settings)}, nodes(3))
     dead = next(iter(grid.nodes))
 
     def answer(reply: Message) -> Message:
@@ -364,6 +365,5 @@ def test_a_run_killed_while_starting_ends_by_itself_and_one_whose_guard_sleeps_i
     finally:
         guard.resume()
     check_all_is_gone()
-    nodes = [{"partition-id": i, "num-partitions": resumed.clients} for i in range(resumed.clients)]
-    summary, _ = run_app(resumed, LocalGrid({}, nodes))
+    summary, _ = run_app(resumed, LocalGrid({}, nodes(resumed.clients)))
     assert summary["model_sha256"] == federate(*TOY)[0]["model_sha256"]

@@ -13,7 +13,7 @@ from tests.support.strangers import as_stranger, get, listening, needs_root
 from tests.support.waiting import WAIT_SECONDS, wait_for
 from tools import federation, runs
 from tools.deployment.processes import HOST, Processes
-from tools.deployment.supervisor import UP, read_federation
+from tools.deployment.supervisor import UP, Program, read_federation
 
 pytestmark = pytest.mark.slow
 
@@ -52,29 +52,29 @@ def test_what_is_killed_in_a_federation_is_not_online_and_ends_with_its_supervis
         seen = federation.read_seen(folder)
         return seen is not None and seen.ready and not federation.find_silent(folder, seen)
 
-    def supernode() -> psutil.Process:
+    def supernodes(restarts: int) -> list[psutil.Process]:
+        def programs() -> list[Program]:
+            seen = federation.read_seen(folder)
+            assert seen is not None
+            return [seen.programs[name] for name in ("client_0", "client_1")]
+
+        wait_for(lambda: all(program.restarts == restarts for program in programs()))
         wait_for(lambda: has_said_its_id() and look()[0] == 0)
-        seen = federation.read_seen(folder)
-        assert seen is not None
-        return psutil.Process(seen.programs["client_1"].pid)
+        return [psutil.Process(program.pid) for program in programs()]
 
     processes = Processes(read_federation(folder).token)
     supervisor = federation.find_supervisor(folder)
     assert supervisor is not None
-    victim = supernode()
+    other, victim = supernodes(restarts=0)
     supervisor.suspend()  # or the SuperNode is back before anybody can look
     victim.kill()
     status, facts = look()
+    (superexec,) = (child for child in other.children() if "superexec" in child.cmdline())
+    superexec.kill()  # whose SuperNode ends with it
     supervisor.resume()
     assert (status, facts["online"], facts["missing"]) == (1, 1, ["client_1"])
-    victim.wait(WAIT_SECONDS)
-    wait_for(lambda: (seen := federation.read_seen(folder)) and seen.programs["client_1"].restarts >= 1)
-    victim = supernode()  # another node: Flower lists the dead one for up to a minute
-    (superexec,) = (child for child in victim.children() if "superexec" in child.cmdline())
-    superexec.kill()
-    victim.wait(WAIT_SECONDS)
-    wait_for(lambda: (seen := federation.read_seen(folder)) and seen.programs["client_1"].restarts >= 2)
-    supernode()
+    psutil.wait_procs([other, victim], WAIT_SECONDS)
+    supernodes(restarts=1)  # other nodes: Flower lists the dead ones for up to a minute
     words = ("experiment=toy_regression", "deployment=local", "clients=1", "num_rounds=1000", "run_name=shared")
     run = start_tool(home, "run", *words)
     metrics = home / "runs" / "shared" / "metrics.jsonl"

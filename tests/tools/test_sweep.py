@@ -291,7 +291,7 @@ def test_optuna_searches_on_after_failed_trials(tmp_path: Path, limit: float, fa
 def test_two_runs_at_once_prepare_one_dataset_and_end_in_the_bytes_of_runs_alone(
     tmp_path: Path, federate: Federate
 ) -> None:
-    settings = ("model=linear", "num_rounds=1", "clients=4", "deployment.workers=0")
+    settings = (TOY, "num_rounds=1", "deployment.workers=0")
     done = run(tmp_path, *TWO_AT_A_TIME, *settings, "seed=0,1", "run_name=two")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "two"
@@ -307,8 +307,8 @@ def test_two_runs_at_once_prepare_one_dataset_and_end_in_the_bytes_of_runs_alone
 @pytest.mark.slow
 @needs_joblib
 def test_an_interrupted_sweep_leaves_no_process_behind_and_goes_on(tmp_path: Path) -> None:
-    words = [TOY, "num_rounds=20", "seed=0,1,2", "run_name=stopped"]
-    process = start_tool(tmp_path, "run", *TWO_AT_A_TIME, *words)
+    words = [TOY, "num_rounds=20", "evaluate.every=20", "seed=0,1,2", "run_name=stopped"]
+    process = start_tool(tmp_path, "run", *TWO_AT_A_TIME, *words, "deployment.workers=1")
     for number in range(2):
         progress = tmp_path / "runs" / "stopped" / str(number) / "progress.json"
         wait_for(lambda progress=progress: progress.exists() or process.poll() is not None)
@@ -317,7 +317,7 @@ def test_an_interrupted_sweep_leaves_no_process_behind_and_goes_on(tmp_path: Pat
     assert status == 130, said
     assert "interrupted: everything that was started has been stopped" in said.splitlines()
     assert left_running(tmp_path) == []
-    done = run(tmp_path, *TWO_AT_A_TIME, *words, "resume=true", "deployment.workers=0")
+    done = run(tmp_path, "-m", *words, "resume=true", "deployment.workers=0")
     assert done.returncode == 0, done.stderr
     outcomes = json.loads((tmp_path / "runs" / "stopped" / "sweep.json").read_text())
     assert [outcome["status"] for outcome in outcomes] == ["finished"] * 3

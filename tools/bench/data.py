@@ -117,10 +117,8 @@ def speed(folder: Path) -> list[Row]:
     busy = {name: t / images[name] for name, t in measure(pair, repeats=15, clock=time.process_time).items()}
     ratio = {name: seconds["torchvision"] / seconds[name] for name in epochs}
     saved = 100 * (1 - busy["float32"] / busy["torchvision"])
-    against, memmap = (
-        "torchvision CIFAR10 + PIL Resize + ToTensor + Normalize",
-        "a raw float32 memmap, 4 times the bytes",
-    )
+    against = "torchvision CIFAR10 + PIL Resize + ToTensor + Normalize"
+    memmap = "a raw float32 memmap, 4 times the bytes"
     what, exact = "float32 normalized batch from resized-ahead uint8", f"{ratio['exact']:.1f}x with exact=True"
     return [
         Row("uint8 batch from resized-ahead images", against, ratio["uint8"], 50),

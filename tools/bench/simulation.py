@@ -81,14 +81,9 @@ class Workload:
     def run_flapp(self, *runtime: str) -> Usage:
         """Run flapp by its own command, in its own simulation with one worker unless another runtime is given."""
         path = self.home / "runs" / f"{self.name}-{next(NUMBERS)}"
-        words = [
-            *self.words,
-            *NO_EVALUATION,
-            *(runtime or INLINE),
-            f"num_rounds={self.rounds}",
-            f"run_name={path.name}",
-        ]
-        command = [sys.executable, "-m", "tools.run", f"home={self.home}", *words, "--format", "json"]
+        words = [*self.words, *NO_EVALUATION, *(runtime or INLINE), f"num_rounds={self.rounds}"]
+        words += [f"home={self.home}", f"run_name={path.name}", "--format", "json"]
+        command = [sys.executable, "-m", "tools.run", *words]
         return watch(command, path / "metrics.jsonl", b'"kind": "round"', self.rounds, LIMIT_SECONDS)
 
     def run_bare(self, module: str = "bare", *arguments: str) -> Usage:

@@ -49,11 +49,8 @@ def compare(writers: int) -> Row:
         ways = {"theirs": partial(start_theirs, Path(folder) / "theirs"), "ours": partial(start_ours, config)}
         seconds = measure({name: for_each_client(way) for name, way in ways.items()})
     figures = " and ".join(f"{1e3 * seconds[name]:.1f} ms" for name in ways)
-    what, note = (
-        f"client start to first batch, shard of {IMAGES} images",
-        f"{writers * IMAGES:,} images in all; {figures}",
-    )
-    against, ratio = "flwr-datasets' natural partition", seconds["theirs"] / seconds["ours"]
+    what, against = f"client start to first batch, shard of {IMAGES} images", "flwr-datasets' natural partition"
+    note, ratio = f"{writers * IMAGES:,} images in all; {figures}", seconds["theirs"] / seconds["ours"]
     return Row(f"{what}, {writers:,} writers", against, ratio, 100, note=note)
 
 

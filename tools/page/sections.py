@@ -77,8 +77,7 @@ def scores_of(run: Run) -> dict[str, object]:
 
 
 def objectives(runs: Iterable[Run]) -> Html:
-    if not (names := sorted({in_words(run.objective) for run in runs})):
-        return Html()
+    names = sorted({in_words(run.objective) for run in runs})
     if len(names) > 1:
         return note(f"The objectives are {', '.join(names)}. They also decide which round is the best.")
     return note(f"The objective is {names[0]}. It also decides which round is the best.")
