@@ -32,7 +32,6 @@ LORA = ("model=vit_tiny", "lora=default", "strategy=fedlora", "num_rounds=2", "c
 LORA_TOY = (*LORA, "train.batch_size=2", "evaluate.personal_epochs=0", "privacy=central", "evaluate.every=2")
 MODEL = {"a": np.full(3, 2.0, np.float32), "b": np.zeros((2, 2), np.float32), "c": np.array(1.0, np.float32)}
 Tensors = Mapping[str, np.ndarray]
-ACCOUNTS = [(1.0, 0.01, 1000, 1e-6), (2.0, 1.0, 20, 1e-5)]  # noise, sampling, rounds, delta
 
 
 def noisy(*words: str) -> Central:
@@ -55,8 +54,10 @@ def released(
     return server.make_release(number, current, list(model), total, metrics, {"loss": None})
 
 
-@pytest.mark.parametrize(("z", "sampling", "rounds", "delta"), ACCOUNTS)
-@pytest.mark.parametrize("kind", ["rdp", "pld"])
+@pytest.mark.parametrize(
+    ("z", "sampling", "rounds", "delta", "kind"),
+    [(1.0, 0.01, 1000, 1e-6, "rdp"), (2.0, 1.0, 20, 1e-5, "rdp"), (2.0, 1.0, 20, 1e-5, "pld")],
+)
 def test_epsilon_is_that_of_dp_accounting(z: float, sampling: float, rounds: int, delta: float, kind: str) -> None:
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
     from dp_accounting.pld import PLDAccountant
@@ -97,13 +98,12 @@ def test_a_budget_that_no_noise_meets_is_refused_with_a_line() -> None:
         central.plan_of(compose([*TOY, "privacy.epsilon=1e6"]))
 
 
-@pytest.mark.slow
 def test_the_least_noise_spends_the_budget_in_the_planned_rounds_and_less_would_exceed_it() -> None:
     for accountant in ("rdp", "pld"):
-        config = compose([*TOY, "privacy.epsilon=3", f"privacy.accountant={accountant}"])
+        config = compose([*TOY, "privacy.epsilon=0.5", f"privacy.accountant={accountant}"])
         z = central.plan_of(config).multiplier
-        assert central.epsilon_of(z, 1.0, 3, 1e-5, accountant) <= 3.0
-        assert central.epsilon_of(z - 4e-4, 1.0, 3, 1e-5, accountant) > 3.0
+        assert central.epsilon_of(z, 1.0, 3, 1e-5, accountant) <= 0.5
+        assert central.epsilon_of(z - 4e-4, 1.0, 3, 1e-5, accountant) > 0.5
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, 1.0, 10.0, 100.0, 1e30])

