@@ -27,16 +27,8 @@ def timms(**kwargs: Any) -> nn.Module:
 
 
 def config() -> ViTConfig:
-    return ViTConfig(
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=128,
-        image_size=8,
-        patch_size=4,
-        num_labels=5,
-        layer_norm_eps=1e-6,
-    )
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+    return ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=5, layer_norm_eps=1e-6)
 
 
 def transformerses() -> nn.Module:
@@ -91,10 +83,8 @@ def test_names_in_memory_of_transformers_5_and_those_of_a_vit_model_are_read(tmp
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     backbone = ViTModel(config())
     backbone.save_pretrained(tmp_path)
-    names = {name for name in found if not name.startswith("heads.")} | {
-        "vit.pooler.dense.weight",
-        "vit.pooler.dense.bias",
-    }
+    names = {name for name in found if not name.startswith("heads.")}
+    names |= {"vit.pooler.dense.weight", "vit.pooler.dense.bias"}
     for state in (load_file(tmp_path / "model.safetensors"), backbone.state_dict()):
         library, found = from_any(state)
         assert library == "transformers"

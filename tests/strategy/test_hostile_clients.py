@@ -89,20 +89,13 @@ def test_three_hostile_clients_of_ten_are_named_and_change_nothing(
     absent = changing("2", "8", change=drop)
     without, _ = federate(*TEN, tamper=lambda name, reply: absent(name, lie(name, reply)))
     attacked, path = federate(*TEN, tamper=lambda name, reply: huge(name, flipped(name, lie(name, reply))))
-    assert [failures(path, number).keys() for number in (1, 2)] == [{"2", "8"}] * 2
+    for number in (1, 2):
+        assert failures(path, number).keys() == {"2", "8"}
+        assert "whose squares overflow float32" in failures(path, number)["2"]
     (roster,) = read_lines(path, "roster")
     assert roster["refused"].keys() == {"5"}
     assert "claims 1000000000000 training samples, the partition gives it" in roster["refused"]["5"]
     assert attacked["model_sha256"] == without["model_sha256"]
-
-
-def test_one_huge_but_finite_model_in_round_one_is_left_out(federate: Federate) -> None:
-    without, _ = federate(*DIGITS, tamper=changing("1", change=drop))
-    attacked, path = federate(*DIGITS, tamper=changing("1", change=fill(3e38)))
-    assert attacked["model_sha256"] == without["model_sha256"]
-    for number in (1, 2):
-        assert failures(path, number).keys() == {"1"}
-        assert "whose squares overflow float32" in failures(path, number)["1"]
 
 
 @pytest.mark.parametrize("first", [1, 2])
@@ -116,8 +109,9 @@ def test_an_update_far_longer_than_the_others_is_left_out_in_any_round(
         {"3"} if number >= first else set() for number in (1, 2)
     ]
     assert "raise strategy.norm_limit" in failures(path, 2)["3"]
-    _, path = federate(*DIGITS, "strategy.norm_limit=null", tamper=loud)
-    assert not failures(path, 1) | failures(path, 2)
+    if first == 1:
+        _, path = federate(*DIGITS, "strategy.norm_limit=null", tamper=loud)
+        assert not failures(path, 1) | failures(path, 2)
 
 
 @pytest.mark.slow
@@ -260,11 +254,8 @@ def test_impossible_replies_are_left_out_by_name_and_change_nothing(federate: Fe
         return reply
 
     settings = (
-        *DIGITS,
-        "clients=17",
-        "train.steps=2",
-        "evaluate.personal_epochs=1",
-        "evaluate.validation_fraction=0.5",
+        *(*DIGITS, "clients=17", "train.steps=2"),
+        *("evaluate.personal_epochs=1", "evaluate.validation_fraction=0.5"),
     )
     without, _ = federate(*settings, tamper=changing(*TRAIN_FAULTS, change=drop))
     bad, path = federate(*settings, tamper=tamper)
