@@ -92,10 +92,6 @@ def test_torchvision_loads_a_vit_with_adapters_merged(adapted: Path, tmp_path: P
     assert_same_logits(adapted, open_torchvision(written(adapted, "torchvision", tmp_path)), 3)
 
 
-def test_torchvision_takes_the_grey_images_of_a_grey_model_as_three_equal_channels(grey: Path, tmp_path: Path) -> None:
-    assert_same_logits(grey, open_torchvision(written(grey, "torchvision", tmp_path)), 1, expand=3)
-
-
 @pytest.fixture(params=[("grey", 1), ("adapted", 3)], ids=["grey", "adapted"])
 def vit(request: pytest.FixtureRequest) -> tuple[Path, int]:
     """Return a run with a ViT, and the channels of its images."""
