@@ -17,7 +17,7 @@ from torch import nn
 from flapp.data.artifact import NORMALIZATIONS as OURS
 from flapp.model.adapter_files import export_merged
 from flapp.model.build import build_model
-from flapp.model.files import save_tensors
+from flapp.model.files import save_tensors, shapes_of
 from flapp.model.layout import Variant
 from flapp.model.lora import add_lora, layout_of
 from flapp.model.pretrained import check_pretrained, load_pretrained
@@ -121,19 +121,10 @@ def test_weights_of_another_size_name_the_model_to_choose(tmp_path: Path) -> Non
         check_pretrained(wide, tmp_path / "timm.safetensors")
 
 
-def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-
-
 def said_of(found: dict[str, tuple[int, ...]]) -> str:
     with refused(ValueError) as caught:
         describe_shapes(Path("/nowhere/x.safetensors"), found)
     return str(caught.value)
-
-
-def timm_says(name: str, **changed: Any) -> str:
-    with torch.device("meta"):
-        return said_of(shapes(timm.create_model(name, **changed)))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +151,9 @@ def timm_says(name: str, **changed: Any) -> str:
     ],
 )
 def test_timms_other_networks_are_refused_by_name(name: str, changed: dict[str, Any], said: str) -> None:
-    assert said in timm_says(name, **changed)
+    with torch.device("meta"):
+        model = timm.create_model(name, **changed)
+    assert said in said_of(shapes_of(model.state_dict()))
 
 
 TORCHVISIONS = {
@@ -178,7 +171,7 @@ TORCHVISIONS = {
 @pytest.mark.parametrize("name", TORCHVISIONS)
 def test_torchvisions_other_networks_are_refused_by_name(name: str) -> None:
     with torch.device("meta"):
-        found = shapes(getattr(torchvision.models, name)())
+        found = shapes_of(getattr(torchvision.models, name)().state_dict())
     assert TORCHVISIONS[name] in said_of(found)
     if name.startswith("vit"):
         assert "a layer before the head (pre_logits)" in said_of(found | {"heads.pre_logits.weight": (8, 8)})
@@ -250,8 +243,6 @@ TRANSFORMERS: list[tuple[dict[str, Any], str]] = [
     ({"hidden_act": ["gelu"]}, "says hidden_act="),
     ({"layer_norm_eps": "x"}, "says layer_norm_eps='x' is no epsilon"),
     ({"layer_norm_eps": float("nan")}, "says layer_norm_eps=nan"),
-    ({"layer_norm_eps": float("inf")}, "says layer_norm_eps=inf"),
-    ({"layer_norm_eps": True}, "says layer_norm_eps=True"),
     ({"layer_norm_eps": 0}, "says layer_norm_eps=0.0"),
     ({"image_size": [16, 64]}, r"says images of \[16, 64\] pixels: flapp's ViTs take square images only"),
     ({"image_size": 64}, "says images of 64 pixels, and the position embeddings are for 32"),
