@@ -127,11 +127,9 @@ class PrivateRounds(FedAvg):
 
     def draw(self, kind: str, server_round: int, fraction: float) -> list[str]:
         """Draw the clients of a training phase as the accountant assumes, and others as usual."""
-        return (
-            self.central.draw(self.roster, server_round)
-            if kind == TRAIN
-            else super().draw(kind, server_round, fraction)
-        )
+        if kind == TRAIN:
+            return self.central.draw(self.roster, server_round)
+        return super().draw(kind, server_round, fraction)
 
     def instructions(self, kind: str, server_round: int) -> dict[str, Any]:
         """Name the length to which clients clip what they train."""
