@@ -77,22 +77,6 @@ def test_epsilon_of_the_cifar10_benchmark_of_pfl_research_is_the_one_it_is_publi
     assert central.epsilon_of(0.713778, 0.001, 1500, 1e-6, "rdp") == pytest.approx(2.0, rel=0.01)
 
 
-def test_the_noise_for_a_budget_in_a_large_federation_is_that_of_dp_accounting() -> None:
-    """Compare with dp-accounting for 10^6 clients, each drawn with 0.001, 1,500 rounds, epsilon 2 and delta 10^-7."""
-    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent, calibrate_dp_mechanism
-    from dp_accounting.rdp import RdpAccountant
-
-    def poisson(z: float) -> Any:
-        return PoissonSampledDpEvent(0.001, GaussianDpEvent(z))
-
-    sizes = ("clients=1000000", "strategy.fraction_train=0.001", "num_rounds=1500")
-    config = compose([*TOY, *sizes, "privacy.epsilon=2", "privacy.delta=1e-7"])
-    plan = central.plan_of(config)
-    assert RdpAccountant().compose(poisson(plan.multiplier), 1500).get_epsilon(1e-7) == pytest.approx(2.0, rel=0.01)
-    theirs = calibrate_dp_mechanism(RdpAccountant, lambda z: SelfComposedDpEvent(poisson(z), 1500), 2.0, 1e-7)
-    assert plan.multiplier == pytest.approx(theirs, rel=0.01)
-
-
 def test_a_budget_that_no_noise_meets_is_refused_with_a_line() -> None:
     with pytest.raises(ConfigError, match=r"privacy.epsilon=1e\+06 needs a noise multiplier below 0.1 or above 1e8"):
         central.plan_of(compose([*TOY, "privacy.epsilon=1e6"]))

@@ -173,9 +173,8 @@ class Half(nn.Module):
         return self.out(self.dense(self.turned(x.bfloat16()).half()).float()) * self.scale
 
 
-RESUMED = {  # among them, whatever carries state from step to step or draws at random
+RESUMED = {  # among them, what carries state from step to step or draws at random; test_odd_models.py has fedadam
     "flora": ("strategy.fraction_train=0.7",),
-    "fedit": ("strategy.server_optimizer=fedadam", "strategy.server_lr=0.01"),
     "rolora": ("checkpoint=off", "train.optimizer=sgd", "train.momentum=0.9"),
     "fedsa": (),
 }
