@@ -186,7 +186,7 @@ def test_a_run_whose_own_code_has_changed_is_refused_with_the_file(own: Any, tmp
 @pytest.mark.parametrize(
     ("settings", "library", "named"),
     [
-        (("model=cnn",), "timm", "model=cnn"),
+        (("model=linear",), "timm", "model=linear"),
         ((), "peft", "no adapters"),
         ((*LORA, RGB, "strategy.aggregation=flora"), "peft", "strategy.aggregation=flora"),
         ((*LORA, RGB, *FEDSA), "timm", "fedsa"),
