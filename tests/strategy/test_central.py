@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message
+from torch import nn, zeros
 
 from flapp import central
 from flapp.config.load import compose
@@ -265,31 +266,27 @@ def test_the_clipping_norm_stays_within_bounds_whatever_the_noise_says() -> None
     assert central.next_clip(1.0, settings, 5.0) == pytest.approx(central.SHORTEST_CLIP)
 
 
-def test_tied_weights_are_refused_by_name(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch import nn
+def tie(model: nn.Module) -> None:
+    model.again = nn.Linear(1, 1)
+    model.again.weight = next(model.parameters())
 
-    def tied(config: Config) -> nn.Module:
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (tie, r" and again.weight are one tensor.*: use a model without tied weights, or"),
+        (lambda model: model.register_buffer("centre", zeros(2)), "and centre is not trained .* such as GroupNorm in"),
+        (lambda model: model.add_module("norm", nn.BatchNorm1d(2)), "num_batches_tracked, which is of int64: choose a"),
+    ],
+)
+def test_a_tensor_that_central_privacy_does_not_cover_is_refused_by_name(
+    federate: Federate, monkeypatch: pytest.MonkeyPatch, change: Callable[[nn.Module], object], message: str
+) -> None:
+    def changed(config: Config) -> nn.Module:
         model = initial_model(config)
-        model.again = nn.Linear(1, 1)
-        model.again.weight = next(model.parameters())
+        change(model)
         return model
 
-    monkeypatch.setattr("flapp.server.run.initial_model", tied)
-    with pytest.raises(ConfigError, match=r" and again.weight are one tensor.*: use a model without tied weights, or"):
-        federate(*TOY)
-
-
-def test_a_tensor_that_is_not_trained_is_refused_by_name(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch import nn, zeros
-
-    def with_buffer(config: Config) -> nn.Module:
-        model = initial_model(config)
-        model.register_buffer("centre", zeros(2))
-        return model
-
-    monkeypatch.setattr("flapp.server.run.initial_model", with_buffer)
-    with pytest.raises(ConfigError, match=r"and centre is not trained .* such as GroupNorm in place of BatchNorm"):
-        federate(*TOY)
-    monkeypatch.setattr("flapp.server.run.initial_model", lambda config: nn.Sequential(nn.BatchNorm1d(2)))
-    with pytest.raises(ValueError, match="num_batches_tracked, which is of int64: choose a model whose tensors are"):
+    monkeypatch.setattr("flapp.server.run.initial_model", changed)
+    with pytest.raises(ValueError, match=message):
         federate(*TOY)
