@@ -8,13 +8,11 @@ from flapp.model.layout import SIZES, Variant, input_of, variant_fault
 from flapp.model.networks import LeafCNN, Linear
 from flapp.model.vit import ViT
 
-
-def _cnn(name: str, image_size: int, channels: int, classes: int, dropout: float) -> nn.Module:
-    return LeafCNN(image_size, channels, classes, dropout)
-
-
 Builder = Callable[[str, int, int, int, float], nn.Module]
-BUILDERS: dict[str, Builder] = {**dict.fromkeys(SIZES, ViT), "cnn": _cnn}  # each has its layout in layout.LAYOUTS
+BUILDERS: dict[str, Builder] = {  # each has its layout in layout.LAYOUTS
+    **dict.fromkeys(SIZES, ViT),
+    "cnn": lambda _name, *given: LeafCNN(*given),
+}
 
 
 def build_model(

@@ -7,7 +7,6 @@ mode. `SelfAttention` always calls both of its layers.
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -83,12 +82,6 @@ class Encoder(nn.Module):
             self.layers.add_module(f"encoder_layer_{i}", EncoderBlock(width, heads, mlp, dropout))
         self.ln = nn.LayerNorm(width, EPSILON)
 
-    def blocks(self) -> Iterator[EncoderBlock]:
-        """Yield the layers."""
-        for block in self.layers:
-            assert isinstance(block, EncoderBlock)
-            yield block
-
 
 class ViT(nn.Module):
     """One of SIZES for square images (N, channels, H, W), whose side must be a multiple of the patch.
@@ -114,16 +107,14 @@ class ViT(nn.Module):
             nn.init.zeros_(module.bias)
         if channels != 3:
             self.conv_proj = nn.Conv2d(channels, width, self.patch_size, stride=self.patch_size)
-        for block in self.encoder.blocks():
+        for block in self.encoder.layers:
             block.self_attention = SelfAttention(width, heads)
         nn.init.trunc_normal_(head.weight, std=0.02)
 
     def set_variant(self, variant: Variant) -> None:
         """Set activation, epsilon and pooling, which the tensors do not show. Draw nothing and change no tensor."""
         self.variant = variant
-        for block in self.encoder.blocks():
-            vary_block(block, variant)
-        vary_norm(self.encoder.ln, variant)
+        vary(self, variant)
 
     def forward(self, images: Tensor) -> Tensor:
         tokens = embed(images, self.conv_proj, self.class_token, self.encoder.pos_embedding)
@@ -145,13 +136,10 @@ def pool(tokens: Tensor, norm: nn.Module, variant: Variant) -> Tensor:
     return norm(tokens[:, 1:].mean(dim=1)) if variant.pooling == "mean" else norm(tokens)[:, 0]
 
 
-def vary_block(block: EncoderBlock, variant: Variant) -> None:
-    """Give a layer the epsilon and the activation of a variant."""
-    vary_norm(block.ln_1, variant)
-    vary_norm(block.ln_2, variant)
-    block.mlp[1] = QuickGELU() if variant.activation == "quick_gelu" else nn.GELU()
-
-
-def vary_norm(norm: nn.LayerNorm, variant: Variant) -> None:
-    """Give a layer norm the epsilon of a variant."""
-    norm.eps = variant.layer_norm_eps or EPSILON
+def vary(model: nn.Module, variant: Variant) -> None:
+    """Give all norms in a model, or in a part of one, the epsilon of a variant, and all layers its activation."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = variant.layer_norm_eps or EPSILON
+        elif isinstance(module, MLPBlock):
+            module[1] = QuickGELU() if variant.activation == "quick_gelu" else nn.GELU()

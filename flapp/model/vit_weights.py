@@ -102,9 +102,10 @@ def describe_shapes(file: Path, shapes: Mapping[str, Shape]) -> ViTWeights:
     if kind not in (None, "vit"):
         said = f"model_type {kind}, architectures {config.get('architectures')}"
         raise ValueError(f"{file} is of another network: config.json beside it says {_said(said)}; {_fix()}")
-    if library is None and (prefix := _prefix_of(shapes)):
+    prefix = next((each for each in PREFIXES if any(name.startswith(each) for name in shapes)), None)
+    if library is None and prefix:
         raise ValueError(f"{file} has {prefix} in front of its names: save the tensors under their names without it")
-    network = _network_of(shapes)
+    network = next((what for pattern, what in NETWORKS.items() if _any(pattern, shapes)), None)
     if network or library is None:
         seen = f"looks like {network}" if network else f"has tensors of another network, first {_said(min(shapes))}"
         raise ValueError(f"{file} {seen}, which is no ViT that flapp has; {_fix()}")
@@ -189,16 +190,6 @@ def check_normalization_of(weights: ViTWeights, given: str, channels: int) -> No
         return
     fix = f"set dataset.normalization={said}"
     raise ValueError(f"{weights.path} was made with dataset.normalization={said}, got {given}: {fix}")
-
-
-def _network_of(names: Collection[str]) -> str | None:
-    """Return what network weights with these names are of, as far as that is known."""
-    return next((what for pattern, what in NETWORKS.items() if _any(pattern, names)), None)
-
-
-def _prefix_of(names: Collection[str]) -> str | None:
-    """Return what a wrapper of training code has put in front of names."""
-    return next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in names)), None)
 
 
 def _oddity_of(library: str, found: Container[str], names: Collection[str], positions: int) -> str | None:

@@ -103,10 +103,7 @@ class ClipBound(NormBound):
 
 
 class PrivateRounds(FedAvg):
-    """Train rounds with central privacy: random clients, clipped updates, and a noisy average of fixed divisor.
-
-    It is combined with FedAvg or FedLoRA by `private`.
-    """
+    """Train rounds with random clients, clipped updates and noisy averages; `private` combines it with a strategy."""
 
     def __init__(self, *args: Any, central: Central, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -127,11 +124,9 @@ class PrivateRounds(FedAvg):
 
     def draw(self, kind: str, server_round: int, fraction: float) -> list[str]:
         """Draw the clients of a training phase as the accountant assumes, and others as usual."""
-        return (
-            self.central.draw(self.roster, server_round)
-            if kind == TRAIN
-            else super().draw(kind, server_round, fraction)
-        )
+        if kind == TRAIN:
+            return self.central.draw(self.roster, server_round)
+        return super().draw(kind, server_round, fraction)
 
     def instructions(self, kind: str, server_round: int) -> dict[str, Any]:
         """Name the length to which clients clip what they train."""

@@ -18,11 +18,6 @@ from flapp.model.pretrained import load_pretrained
 from tests.support.adapters import CASES, MODELS, adapted, base, frozen_of, in_peft, logits
 
 
-def edit(folder: Path, **settings: Any) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-
-
 @pytest.mark.parametrize(("name", "targets"), CASES)
 def test_peft_loads_our_adapter_and_gives_the_same_logits(name: str, targets: tuple[str, ...], tmp_path: Path) -> None:
     from peft import PeftModel
@@ -140,7 +135,8 @@ def test_a_head_is_not_exported_if_its_name_ends_the_name_of_an_adapted_layer(
 )
 def test_an_adapter_that_is_something_else_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     export_adapter(adapted(n=1), tmp_path / "adapter", "base")
-    edit(tmp_path / "adapter", **settings)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     model, before = adapted(), adapted()
     with pytest.raises(ValueError, match=message):
         import_adapter(model, tmp_path / "adapter")

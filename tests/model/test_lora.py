@@ -326,11 +326,6 @@ def test_a_head_that_shares_its_weight_stays_frozen_and_so_do_models_without_a_h
     assert [key for key in lora_state_dict(convolutions) if "lora_" not in key] == list(layout_of(convolutions).buffers)
 
 
-def test_a_head_that_is_a_target_trains_its_adapter_only() -> None:
-    model = adapted("mixed", ("conv", "head"))
-    assert {key for key in lora_state_dict(model) if key.startswith("head")} == {"head.lora_A", "head.lora_B"}
-
-
 def test_pytorchs_fast_path_for_transformers_does_not_skip_adapters() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     model = nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Linear(8, 2))

@@ -1,6 +1,6 @@
 """The names of a ViT's tensors, against those that torchvision, timm and transformers give them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,12 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import VisionTransformer
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from flapp.model.build import build_model
+from flapp.model.files import shapes_of
 from flapp.model.names import from_any, modules_in_transformers, to_timm, to_torchvision, to_transformers
 from tests.support.vits import draw
 
@@ -27,16 +28,8 @@ def timms(**kwargs: Any) -> nn.Module:
 
 
 def config() -> ViTConfig:
-    return ViTConfig(
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=128,
-        image_size=8,
-        patch_size=4,
-        num_labels=5,
-        layer_norm_eps=1e-6,
-    )
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+    return ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=5, layer_norm_eps=1e-6)
 
 
 def transformerses() -> nn.Module:
@@ -46,10 +39,6 @@ def transformerses() -> nn.Module:
 def ours() -> nn.Module:
     torch.manual_seed(2)
     return draw(build_model("vit_tiny", (8, 8, 3), 5))
-
-
-def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 BOTH: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Any]]]] = {
@@ -78,7 +67,7 @@ def test_a_library_takes_our_weights_gives_our_logits_and_our_names_come_back(li
     found, back = from_any(there(own))
     assert (found, list(back)) == (library, list(own))
     assert all(torch.equal(back[name], tensor) for name, tensor in own.items())
-    assert from_any(there(shapes(own))) == (library, shapes(own))
+    assert from_any(there(shapes_of(own))) == (library, shapes_of(own))
 
 
 def test_names_in_memory_of_transformers_5_and_those_of_a_vit_model_are_read(tmp_path: Path) -> None:
@@ -91,10 +80,8 @@ def test_names_in_memory_of_transformers_5_and_those_of_a_vit_model_are_read(tmp
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     backbone = ViTModel(config())
     backbone.save_pretrained(tmp_path)
-    names = {name for name in found if not name.startswith("heads.")} | {
-        "vit.pooler.dense.weight",
-        "vit.pooler.dense.bias",
-    }
+    names = {name for name in found if not name.startswith("heads.")}
+    names |= {"vit.pooler.dense.weight", "vit.pooler.dense.bias"}
     for state in (load_file(tmp_path / "model.safetensors"), backbone.state_dict()):
         library, found = from_any(state)
         assert library == "transformers"
@@ -111,7 +98,7 @@ def test_our_layers_are_all_modules_of_transformers() -> None:
 
 
 def test_q_k_and_v_that_are_not_alike_are_not_joined() -> None:
-    state = to_transformers(shapes(ours().state_dict()))
+    state = to_transformers(shapes_of(ours().state_dict()))
     key = "vit.encoder.layer.1.attention.attention.key.weight"
     for odd in ((63, 64), ()):
         found = from_any(state | {key: odd})[1]
@@ -128,7 +115,7 @@ def test_what_is_no_vit_keeps_its_names() -> None:
 
 
 def test_a_tensor_under_two_spellings_is_one_too_many() -> None:
-    own = shapes(ours().state_dict())
+    own = shapes_of(ours().state_dict())
     layer, written = "encoder.layers.encoder_layer_0", to_transformers(own)
     for state, name in (
         (to_torchvision(own), f"{layer}.mlp.linear_1.weight"),

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from flapp.data.artifact import NORMALIZATIONS as OURS
 from flapp.model.adapter_files import export_merged
 from flapp.model.build import build_model
-from flapp.model.files import save_tensors
+from flapp.model.files import save_tensors, shapes_of
 from flapp.model.layout import Variant
 from flapp.model.lora import add_lora, layout_of
 from flapp.model.pretrained import check_pretrained, load_pretrained
@@ -89,26 +90,27 @@ def test_a_model_that_differs_from_what_its_weights_say_is_refused_with_the_sett
     transformerses(tmp_path / "tf", hidden_act="quick_gelu")
     timms(tmp_path / "mean", global_pool="avg")
     timms(tmp_path / "token")
-    quick = Variant(1e-12, "quick_gelu")
+    model, quick = ours(), Variant(1e-12, "quick_gelu")
     for name, variant, fix in (
         ("tf", Variant(), r"layer_norm_eps=1e-12, this one has 1e-06: set model.layer_norm_eps=1e-12$"),
         ("tf", Variant(1e-12), "activation=quick_gelu, this one has gelu: set model.activation=quick_gelu"),
-        ("tf", Variant(1e-12, "quick_gelu", "mean"), "pooling=token, this one has mean: set model.pooling=token"),
+        ("tf", replace(quick, pooling="mean"), "pooling=token, this one has mean: set model.pooling=token"),
         ("mean", Variant(), "pooling=mean, this one has token: set model.pooling=mean"),
         ("mean", Variant(pooling="token"), "set model.pooling=mean"),
         ("token", Variant(pooling="mean"), "set model.pooling=token"),
     ):
-        model = ours(variant=variant)
+        model.set_variant(variant)  # type: ignore[operator]
         with pytest.raises(ValueError, match=fix):
             check_pretrained(layout_of(model), tmp_path / name)
         with pytest.raises(ValueError, match=fix):
             load_pretrained(model, tmp_path / name)
     load_pretrained(ours(variant=quick), tmp_path / "tf")
-    # A head that is new may see what is asked for, but nothing is assumed.
-    load_pretrained(ours(classes=7, variant=Variant(pooling="token")), tmp_path / "mean")
-    load_pretrained(ours(classes=7, variant=Variant(pooling="mean")), tmp_path / "token")
+    other = ours(classes=7)
     with pytest.raises(ValueError, match="set model.pooling=mean"):
-        load_pretrained(ours(classes=7), tmp_path / "mean")
+        load_pretrained(other, tmp_path / "mean")
+    for name, pooling in (("mean", "token"), ("token", "mean")):  # but a head that is new may see what is asked for
+        other.set_variant(Variant(pooling=pooling))  # type: ignore[operator]
+        load_pretrained(other, tmp_path / name)
 
 
 def test_weights_of_another_size_name_the_model_to_choose(tmp_path: Path) -> None:
@@ -119,19 +121,10 @@ def test_weights_of_another_size_name_the_model_to_choose(tmp_path: Path) -> Non
         check_pretrained(wide, tmp_path / "timm.safetensors")
 
 
-def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-
-
 def said_of(found: dict[str, tuple[int, ...]]) -> str:
     with refused(ValueError) as caught:
         describe_shapes(Path("/nowhere/x.safetensors"), found)
     return str(caught.value)
-
-
-def timm_says(name: str, **changed: Any) -> str:
-    with torch.device("meta"):
-        return said_of(shapes(timm.create_model(name, **changed)))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +151,9 @@ def timm_says(name: str, **changed: Any) -> str:
     ],
 )
 def test_timms_other_networks_are_refused_by_name(name: str, changed: dict[str, Any], said: str) -> None:
-    assert said in timm_says(name, **changed)
+    with torch.device("meta"):
+        model = timm.create_model(name, **changed)
+    assert said in said_of(shapes_of(model.state_dict()))
 
 
 TORCHVISIONS = {
@@ -176,7 +171,7 @@ TORCHVISIONS = {
 @pytest.mark.parametrize("name", TORCHVISIONS)
 def test_torchvisions_other_networks_are_refused_by_name(name: str) -> None:
     with torch.device("meta"):
-        found = shapes(getattr(torchvision.models, name)())
+        found = shapes_of(getattr(torchvision.models, name)().state_dict())
     assert TORCHVISIONS[name] in said_of(found)
     if name.startswith("vit"):
         assert "a layer before the head (pre_logits)" in said_of(found | {"heads.pre_logits.weight": (8, 8)})
@@ -248,8 +243,6 @@ TRANSFORMERS: list[tuple[dict[str, Any], str]] = [
     ({"hidden_act": ["gelu"]}, "says hidden_act="),
     ({"layer_norm_eps": "x"}, "says layer_norm_eps='x' is no epsilon"),
     ({"layer_norm_eps": float("nan")}, "says layer_norm_eps=nan"),
-    ({"layer_norm_eps": float("inf")}, "says layer_norm_eps=inf"),
-    ({"layer_norm_eps": True}, "says layer_norm_eps=True"),
     ({"layer_norm_eps": 0}, "says layer_norm_eps=0.0"),
     ({"image_size": [16, 64]}, r"says images of \[16, 64\] pixels: flapp's ViTs take square images only"),
     ({"image_size": 64}, "says images of 64 pixels, and the position embeddings are for 32"),

@@ -1,6 +1,5 @@
-"""FedLoRA: adapters and head travel, the base never changes, and every rule does what its name says."""
+"""FedLoRA: what clients keep, are sent and send back; test_lora_own_models.py has what each rule computes."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -12,76 +11,44 @@ import torch
 from flwr.app import Message
 from safetensors.torch import load_file
 
-from flapp import base, client_app, messages
+from flapp import base, client_app
 from flapp.checkpoint.manager import ChunkManager
 from flapp.checkpoint.tensors import digest_of
-from flapp.config.load import compose, from_dict, to_json
 from flapp.model.files import load_tensors
 from flapp.server.roster import FederationError
-from flapp.server.run import initial_model
-from flapp.strategy.lora_rules import RULES
-from tests.conftest import Federate, break_and_resume, break_off, read_clients, read_lines
+from tests.conftest import Federate, break_off, read_lines
+from tests.support.federations import sites, state_after
 from tests.support.replies import Sent, failures, listen, trained_in
+from tests.support.split_models import write_vit
 
-ADAPTERS = ("strategy=fedlora", "lora=default")
 LORA = (
-    *(*ADAPTERS, "lora.rank=4", "lora.alpha=8", "clients=3", "num_rounds=2", "evaluate.every=1"),
+    *("strategy=fedlora", "lora=default", "lora.rank=4", "lora.alpha=8", "clients=3", "num_rounds=2"),
     *("train.steps=3", "evaluate.personal_epochs=0", "train.schedule=constant", "model.image_size=16"),
 )
 FEDSA = ("strategy.aggregation=fedsa", "evaluate.objective=personal_accuracy")
-EXACT = ("ffa", "rolora", "flora", "fedex")
-HEAD = {"heads.head.weight", "heads.head.bias"}
 
 
-def by(rule: str) -> tuple[str, ...]:
-    """Return the settings that choose a rule."""
-    return FEDSA if rule == "fedsa" else (f"strategy.aggregation={rule}",)
+def homes_with_digits(folder: Path, data_home: Path, count: int) -> list[Path]:
+    """Return homes of so many nodes, each with the prepared data and nothing else."""
+    homes = [folder / f"site_{i}" for i in range(count)]
+    for home in homes:
+        shutil.copytree(data_home / "data" / "digits", home / "data" / "digits")
+    return homes
 
 
-def factors(keys: Any) -> set[str]:
-    return {key.rpartition("_")[2] for key in keys if ".lora_" in key}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rule", RULES)
-def test_each_rule_trains_and_leaves_the_base_as_it_was(federate: Federate, rule: str) -> None:
-    seen: Sent = []
-    summary, path = federate(*LORA, *by(rule), "evaluate.central=true", tamper=listen(seen))
-    lines = read_lines(path, "train")
-    assert not any(line["failures"] for line in lines)
-    for number in (1, 2):
-        for _, sent in seen[3 * (number - 1) : 3 * number]:
-            assert factors(sent) == RULES[rule].travels(number)
-            assert {key for key in sent if ".lora_" not in key} == HEAD
-    untouched = load_file(path / "model.safetensors")
-    start = initial_model(from_dict(json.loads(to_json(compose([*LORA, "home=/nowhere"])))))
-    for key, tensor in start.state_dict().items():
-        if ".lora_" not in key and key not in HEAD and not key.endswith(("qkv.weight", "proj.weight")):
-            assert untouched[key].numpy().tobytes() == tensor.numpy().tobytes(), key
-    central = read_lines(path, "central")[-1]
-    assert summary["accuracy"] == central["accuracy"]
-    assert summary["loss"] == pytest.approx(central["loss"], rel=1e-6)
-    for line in lines:
-        error = line["aggregation_error"]
-        assert error is None if rule == "fedsa" else (error < 1e-5) == (rule in EXACT)
-    counts = {name: line["train"] for name, line in read_clients(path).items()}
-    assert len(set(counts.values())) > 1
-    for key in HEAD:
-        exact = sum(np.float64(sent[key]) * counts[name] for name, sent in seen[3:]) / sum(counts.values())
-        np.testing.assert_array_equal(untouched[key].numpy(), exact.astype(np.float32))
-    one, two = seen[0][1], seen[1][1]
-    assert not any(np.array_equal(one[key], two[key]) for key in one)  # every tensor is trained
-    assert summary["bytes_up"] == sum(len(messages.pack(v).data) for _, sent in seen for v in sent.values())
-    assert sum(lines[0]["client_bytes_up"].values()) == lines[0]["bytes_up"]
+def nodes_of(homes: list[Path]) -> list[dict[str, Any]]:
+    return [site | {"home": str(home)} for site, home in zip(sites("012"), homes, strict=False)]
 
 
 @pytest.mark.parametrize("rule", ["flora", "fedex"])
 def test_the_error_of_a_round_is_that_of_the_model_that_is_stored(federate: Federate, rule: str) -> None:
     seen: Sent = []
-    _, path = federate(*LORA, *by(rule), "lora.alpha=0.01", "strategy.weighting=uniform", tamper=listen(seen))
-    with ChunkManager(path / "server_chunks.db", create=False) as store:
-        rounds = [store.reconstruct_model_from_chunks(number) for number in (1, 2)]
-    before, after = ({key: tensor.double().numpy() for key, tensor in each.items()} for each in rounds)
+    _, path = federate(
+        *LORA, f"strategy.aggregation={rule}", "lora.alpha=0.01", "strategy.weighting=uniform", tamper=listen(seen)
+    )
+    before, after = (
+        {key: tensor.double().numpy() for key, tensor in state_after(path, number).items()} for number in (1, 2)
+    )
     squares = np.zeros(2)
     for key in [key.removesuffix("A") for key in after if key.endswith(".lora_A")]:
         weight = key.removesuffix("lora_") + "weight"
@@ -96,9 +63,8 @@ def test_the_error_of_a_round_is_that_of_the_model_that_is_stored(federate: Fede
 
 @pytest.mark.parametrize("rule", ["flexlora", "hetlora"])
 def test_rows_that_nobody_trains_are_drawn_anew_so_that_they_can_learn(federate: Federate, rule: str) -> None:
-    _, path = federate(*LORA, "clients=1", "lora.rank_by_client=[2]", f"strategy.aggregation={rule}")
-    with ChunkManager(path / "server_chunks.db", create=False) as store:
-        tensors = store.reconstruct_model_from_chunks(2)
+    _, path = federate(*LORA, "clients=1", "num_rounds=1", "lora.rank_by_client=[2]", f"strategy.aggregation={rule}")
+    tensors = state_after(path)
     layers = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
     assert len(layers) == 6
     for layer in layers:
@@ -120,26 +86,6 @@ def test_private_factors_stay_with_their_client_and_personalise_it(federate: Fed
     key = "encoder.layers.encoder_layer_0.self_attention.qkv.lora_B"
     assert key not in load_file(path / "model.safetensors")
     assert not np.array_equal(kept[0][key], kept[1][key])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ("strategy.aggregation=flora", "strategy.fraction_train=0.7"),
-        ("strategy.aggregation=rolora", "checkpoint=off", "train.optimizer=sgd", "train.momentum=0.9"),
-        ("strategy.server_optimizer=fedadam", "strategy.server_lr=0.01", "model.dropout=0.2"),
-    ],
-    ids=" ".join,
-)
-def test_a_broken_run_is_resumed_to_the_same_bytes(federate: Federate, settings: tuple[str, ...]) -> None:
-    """They have among them what carries state from step to step or draws at random, apart from private factors."""
-    settings = (*LORA, "num_rounds=4", "evaluate.every=4", "train.steps=2", *settings)
-    whole, _ = federate(*settings)
-    settings = (*settings, f"run_name=lora-{abs(hash(settings))}")
-    resumed, path = break_and_resume(federate, 3, "aggregate_train", *settings)
-    assert resumed["model_sha256"] == whole["model_sha256"]
-    assert not any(line["failures"] for line in read_lines(path, "train"))
 
 
 def test_a_client_that_lost_its_private_factors_says_so(federate: Federate, data_home: Path) -> None:
@@ -167,12 +113,10 @@ def test_a_client_without_the_base_gets_it_once_and_one_with_another_is_refused(
         real(models, *rest)
 
     monkeypatch.setattr(client_app, "receive_base", receive)
-    homes = [tmp_path / f"site_{i}" for i in range(3)]
     settings = (*LORA, "num_rounds=1")
     here, _ = federate(*settings)
-    for home in homes:
-        shutil.copytree(data_home / "data" / "digits", home / "data" / "digits")
-    nodes = [{"client-id": str(i), "home": str(home)} for i, home in enumerate(homes)]
+    homes = homes_with_digits(tmp_path, data_home, 3)
+    nodes = nodes_of(homes)
     away, path = federate(*settings, nodes=nodes)
     assert away["model_sha256"] == here["model_sha256"]
     assert sorted(asked) == homes
@@ -194,16 +138,14 @@ def test_a_client_without_the_base_gets_it_once_and_one_with_another_is_refused(
 
 @pytest.mark.slow
 def test_a_run_is_not_resumed_over_another_base(federate: Federate, tmp_path: Path) -> None:
-    _, first = federate(*LORA, "num_rounds=1")
-    _, other = federate(*LORA, "num_rounds=1", "seed=5")
     start = tmp_path / "start.safetensors"
-    start.write_bytes((first / "model.safetensors").read_bytes())
+    write_vit(start, size=16)
     settings = (*LORA, f"model.pretrained={start}", "run_name=rebased")
     break_off(federate, 2, "aggregate_train", *settings)
-    start.write_bytes((other / "model.safetensors").read_bytes())
+    write_vit(start, size=16, seed=1)
     with pytest.raises(FederationError, match="the run began over base .*, the base is now"):
         federate(*settings, "resume=true")
-    start.write_bytes((first / "model.safetensors").read_bytes())
+    write_vit(start, size=16)
     assert federate(*settings, "resume=true")[0]["status"] == "finished"
 
 
@@ -228,11 +170,8 @@ def test_a_base_that_was_damaged_on_the_way_is_refused_and_sent_again(
 
     monkeypatch.setattr(client_app, "receive_base", damage)
     federate(*LORA, "num_rounds=1")  # prepares the data
-    homes = [tmp_path / "site_0", tmp_path / "site_1"]
-    for home in homes:
-        shutil.copytree(data_home / "data" / "digits", home / "data" / "digits")
-    nodes = [{"client-id": str(i), "home": str(home)} for i, home in enumerate(homes)]
-    summary, path = federate(*LORA, "clients=2", nodes=nodes)
+    homes = homes_with_digits(tmp_path, data_home, 2)
+    summary, path = federate(*LORA, "clients=2", nodes=nodes_of(homes))
     assert summary["status"] == "finished"
     assert asked == [asked[0], *({home / "models" for home in homes} - {asked[0]}), asked[0]]
     assert re.search("did not take the base: the base that arrived has digest .*: it is sent again", caplog.text)
@@ -269,8 +208,7 @@ def test_the_final_model_is_plain_and_the_adapter_exported_where_it_is_all_that_
     assert not (folded / "adapter").exists()
 
 
-@pytest.mark.slow
-def test_weightings_compose_with_adapters(federate: Federate) -> None:
-    settings, weightings = (*LORA, "num_rounds=1"), ("num-examples", "uniform", "alignment")
-    digests = {federate(*settings, f"strategy.weighting={name}")[0]["model_sha256"] for name in weightings}
-    assert len(digests) == 3
+def test_weights_by_alignment_compose_with_adapters(federate: Federate) -> None:
+    settings, weightings = (*LORA, "num_rounds=1"), ("num-examples", "alignment")
+    plain, aligned = (federate(*settings, f"strategy.weighting={name}")[0]["model_sha256"] for name in weightings)
+    assert plain != aligned

@@ -31,6 +31,7 @@ HETLORA = (
     *("train.lr=0.02", "evaluate.personal_epochs=0", "model.image_size=16"),
 )
 PRUNING = (*HETLORA, "lora.prune_gamma=0.5", "lora.prune_penalty=30")
+DEALT = (*PRUNING, "lora.rank_by_client=[4,2,4]")
 LAYER = "encoder.layers.encoder_layer_0.self_attention.qkv"
 
 
@@ -135,10 +136,14 @@ def test_pruning_rounds_down_and_stops_at_the_least_rank(gamma: object, least: i
     assert architecture.pruned_rank(lora, rank) == pruned
 
 
-@pytest.mark.slow
-def test_clients_that_prune_themselves_get_the_smaller_rank_from_then_on(federate: Federate) -> None:
-    summary, path = federate(*PRUNING, "lora.rank_by_client=[4,2,4]", "num_rounds=4")
-    assert summary["status"] == "finished"
+@pytest.fixture(scope="module")
+def pruned(federate: Federate) -> tuple[dict[str, Any], Path]:
+    """Return the summary and the folder of a run whose clients prune themselves."""
+    return federate(*DEALT)
+
+
+def test_clients_that_prune_themselves_get_the_smaller_rank_from_then_on(pruned: tuple[dict[str, Any], Path]) -> None:
+    path = pruned[1]
     found = ranks_sent(path)
     assert found[0] == {"0": 4, "1": 2, "2": 4}  # B was zero: nothing can weigh less
     assert found[-1]["1"] == 1
@@ -151,28 +156,17 @@ def test_clients_that_prune_themselves_get_the_smaller_rank_from_then_on(federat
     assert len(state_after(path)[f"{LAYER}.lora_A"]) == 4  # the global rank stays
 
 
-@pytest.fixture(scope="module")
-def pruned(federate: Federate) -> tuple[dict[str, Any], Path]:
-    """Return the summary and the folder of a run whose clients prune themselves."""
-    return federate(*PRUNING, "num_rounds=4")
-
-
 @pytest.mark.slow
 def test_clients_prune_by_a_heavy_penalty_in_any_order(federate: Federate, pruned: tuple[dict[str, Any], Path]) -> None:
-    _, light = federate(*HETLORA, "lora.prune_gamma=0.5")
+    _, light = federate(*HETLORA, "lora.prune_gamma=0.5", "num_rounds=2")
     assert ranks_sent(light)[-1]["0"] == 4
-    assert ranks_sent(pruned[1])[-1]["0"] < 4
-    assert federate(*PRUNING, "num_rounds=4", order=1)[0]["model_sha256"] == pruned[0]["model_sha256"]
+    assert ranks_sent(pruned[1])[1]["0"] < 4
+    assert federate(*DEALT, order=1)[0]["model_sha256"] == pruned[0]["model_sha256"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("place", ["aggregate_train", "aggregate_evaluate"])
-def test_a_run_with_pruned_clients_is_resumed(
-    federate: Federate, pruned: tuple[dict[str, Any], Path], place: str
-) -> None:
-    settings = (*PRUNING, "num_rounds=4", f"run_name=pruned-{place}")
+def test_a_run_with_pruned_clients_is_resumed(federate: Federate, pruned: tuple[dict[str, Any], Path]) -> None:
     assert any(rank < 4 for rank in ranks_sent(pruned[1])[1].values())
-    resumed, again = break_and_resume(federate, 3, place, *settings)
+    resumed, again = break_and_resume(federate, 3, "aggregate_evaluate", *DEALT, "run_name=pruned")
     assert resumed["model_sha256"] == pruned[0]["model_sha256"]
     assert ranks_sent(again)[-1] == ranks_sent(pruned[1])[-1]
 

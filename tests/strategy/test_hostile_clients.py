@@ -23,7 +23,7 @@ DIGITS = (
     *("evaluate.every=1", "evaluate.personal_epochs=0"),
 )
 ONE_ROUND = (*DIGITS, "num_rounds=1")
-TEN = ("model=linear", "num_rounds=4", "train.epochs=1", "evaluate.every=4", "evaluate.personal_epochs=0")
+TEN = ("model=linear", "num_rounds=2", "train.epochs=1", "evaluate.every=2", "evaluate.personal_epochs=0")
 
 
 def fill(value: float) -> Change:
@@ -89,22 +89,13 @@ def test_three_hostile_clients_of_ten_are_named_and_change_nothing(
     absent = changing("2", "8", change=drop)
     without, _ = federate(*TEN, tamper=lambda name, reply: absent(name, lie(name, reply)))
     attacked, path = federate(*TEN, tamper=lambda name, reply: huge(name, flipped(name, lie(name, reply))))
-    assert [failures(path, number).keys() for number in range(1, 5)] == [{"2", "8"}] * 4
+    for number in (1, 2):
+        assert failures(path, number).keys() == {"2", "8"}
+        assert "whose squares overflow float32" in failures(path, number)["2"]
     (roster,) = read_lines(path, "roster")
     assert roster["refused"].keys() == {"5"}
     assert "claims 1000000000000 training samples, the partition gives it" in roster["refused"]["5"]
     assert attacked["model_sha256"] == without["model_sha256"]
-    everyone, _ = federate(*TEN)
-    assert abs(attacked["accuracy"] - everyone["accuracy"]) < 0.05
-
-
-def test_one_huge_but_finite_model_in_round_one_is_left_out(federate: Federate) -> None:
-    without, _ = federate(*DIGITS, tamper=changing("1", change=drop))
-    attacked, path = federate(*DIGITS, tamper=changing("1", change=fill(3e38)))
-    assert attacked["model_sha256"] == without["model_sha256"]
-    for number in (1, 2):
-        assert failures(path, number).keys() == {"1"}
-        assert "whose squares overflow float32" in failures(path, number)["1"]
 
 
 @pytest.mark.parametrize("first", [1, 2])
@@ -118,8 +109,9 @@ def test_an_update_far_longer_than_the_others_is_left_out_in_any_round(
         {"3"} if number >= first else set() for number in (1, 2)
     ]
     assert "raise strategy.norm_limit" in failures(path, 2)["3"]
-    _, path = federate(*DIGITS, "strategy.norm_limit=null", tamper=loud)
-    assert not failures(path, 1) | failures(path, 2)
+    if first == 1:
+        _, path = federate(*DIGITS, "strategy.norm_limit=null", tamper=loud)
+        assert not failures(path, 1) | failures(path, 2)
 
 
 @pytest.mark.slow
@@ -132,14 +124,14 @@ def test_a_resumed_run_bounds_updates_as_before(federate: Federate, monkeypatch:
             limits.append(list(bound.medians))
         return real(bound, norms)
 
-    settings = (*DIGITS, "num_rounds=4")
+    settings = (*DIGITS, "num_rounds=3", "evaluate.every=3")
     monkeypatch.setattr(NormBound, "limit", limit)
     whole, _ = federate(*settings)
-    assert len(limits) == 4
+    assert len(limits) == 3
     expected = limits[2]
     assert len(expected) == 2
     resumed, _ = break_and_resume(federate, 3, "aggregate_train", *settings, "run_name=bounded")
-    assert limits[-2] == expected
+    assert limits[-1] == expected
     assert resumed["model_sha256"] == whole["model_sha256"]
 
 
@@ -207,82 +199,71 @@ def drop_metric(name: str) -> Change:
     return lambda reply: reply.content.metric_records[METRICS].pop(name)
 
 
-TRAIN_FAULTS: dict[str, tuple[Change, str]] = {  # of clients 1 to 14: the change, and how the reason begins
-    "1": (set_tensor(np.full(10, np.nan, np.float32)), "sent fc.bias with 10 NaN or infinite values of 10"),
-    "2": (set_tensor(np.full(10, np.inf, np.float32)), "sent fc.bias with 10 NaN or infinite values of 10"),
-    "3": (set_tensor(np.zeros(11, np.float32)), "sent fc.bias as float32 [11], the model has float32 [10]"),
-    "4": (set_tensor(np.zeros(10, np.float64)), "sent fc.bias as float64 [10], the model has float32 [10]"),
-    "5": (
-        lambda reply: reply.content.array_records[ARRAYS].pop("fc.bias"),
-        "has other tensors than the model (1 differ, the first is fc.bias)",
-    ),
-    "6": (set_metric("num-examples", 10**9), "sent num-examples=1000000000, attested"),
-    "7": (set_metric("train-loss", float("nan")), "sent train-loss=nan"),
-    "8": (lambda reply: reply.content.config_records[CLAIM].update({"shard-digest": "0" * 64}), "its data changed"),
-    "9": (set_metric("train-loss", -0.5), "sent train-loss=-0.5, which is never below 0"),
-    "10": (set_metric("train-loss", 1e300), "sent train-loss=1e+300, which is beyond the largest"),
-    "11": (set_metric("seconds", -1.0), "sent seconds=-1.0, which is never below 0"),
-    "12": (set_metric("seconds", float("inf")), "sent seconds=inf"),
-    "13": (
-        lambda reply: reply.content.update({"\x1b[31mextra": MetricRecord({"a": 1})}),
-        "sent 1 records that nobody asked for, such as \\x1b[31mextra",
-    ),
-    "14": (
-        lambda reply: reply.content.metric_records[METRICS].update({f"m{i}": 1.0 for i in range(MOST_METRICS)}),
-        "sent ",
-    ),
-}
-EVALUATE_FAULTS: dict[str, tuple[Change, str]] = {
-    "1": (set_metric("loss-sum", -1.0), "sent loss-sum=-1.0, which is never below 0"),
-    "2": (set_metric("loss-sum", 1e300), "sent loss-sum=1e+300, which is beyond the largest"),
-    "3": (set_metric("personal-loss-sum", -1.0), "sent personal-loss-sum=-1.0"),
-    "4": (set_metric("correct", 10**6), "sent correct=1000000, which must be from 0 to its"),
-    "5": (set_metric("personal-correct", -1), "sent personal-correct=-1, which must be from 0 to its"),
-    "6": (drop_metric("personal-correct"), "sent no personal-correct"),
-    "7": (lambda reply: reply.content.update({ARRAYS: ArrayRecord({"w": Array(np.zeros(3))})}), "sent 1 records that"),
-    "8": (set_metric("val-correct", 10**6), "sent val-correct=1000000, which must be from 0 to its"),
-    "9": (set_metric("val-correct", -1), "sent val-correct=-1, which must be from 0 to its"),
-    "10": (set_metric("val-loss-sum", -1.0), "sent val-loss-sum=-1.0, which is never below 0"),
-    "11": (set_metric("val-loss-sum", 1e300), "sent val-loss-sum=1e+300, which is beyond the largest"),
-    "12": (set_metric("val-loss-sum", float("nan")), "sent val-loss-sum=nan"),
-    "13": (set_metric("val-personal-correct", 10**6), "sent val-personal-correct=1000000, which must be from 0 to its"),
-    "14": (drop_metric("val-loss-sum"), "sent no val-loss-sum"),
-    "15": (drop_metric("val-correct"), "sent no val-correct"),
-    "16": (drop_metric("val-personal-loss-sum"), "sent no val-personal-loss-sum"),
+MANY = [f"m{i}" for i in range(MOST_METRICS)]
+FAULTS: dict[str, list[tuple[Change, str]]] = {  # of client 0, 1, ...: the change, and how the reason begins
+    "train": [
+        (set_tensor(np.full(10, np.nan, np.float32)), "sent fc.bias with 10 NaN or infinite values of 10"),
+        (set_tensor(np.zeros(11, np.float32)), "sent fc.bias as float32 [11], the model has float32 [10]"),
+        (set_tensor(np.zeros(10, np.float64)), "sent fc.bias as float64 [10], the model has float32 [10]"),
+        (lambda reply: reply.content.array_records[ARRAYS].pop("fc.bias"), "has other tensors than the model (1 diff"),
+        (set_metric("num-examples", 10**9), "sent num-examples=1000000000, attested"),
+        (set_metric("train-loss", float("nan")), "sent train-loss=nan"),
+        (lambda reply: reply.content.config_records[CLAIM].update({"shard-digest": "0" * 64}), "its data changed"),
+        (set_metric("train-loss", -0.5), "sent train-loss=-0.5, which is never below 0"),
+        (set_metric("train-loss", 1e300), "sent train-loss=1e+300, which is beyond the largest"),
+        (set_metric("seconds", -1.0), "sent seconds=-1.0, which is never below 0"),
+        (
+            lambda reply: reply.content.update({"\x1b[31mextra": MetricRecord({"a": 1})}),
+            "sent 1 records that nobody asked for, such as \\x1b[31mextra",
+        ),
+        (lambda reply: reply.content.metric_records[METRICS].update(dict.fromkeys(MANY, 1.0)), "sent "),
+    ],
+    "evaluate": [
+        (set_metric("val-correct", 10**6), "sent val-correct=1000000, which must be from 0 to its"),
+        (set_metric("loss-sum", -1.0), "sent loss-sum=-1.0, which is never below 0"),
+        (set_metric("loss-sum", 1e300), "sent loss-sum=1e+300, which is beyond the largest"),
+        (set_metric("personal-loss-sum", -1.0), "sent personal-loss-sum=-1.0"),
+        (set_metric("correct", 10**6), "sent correct=1000000, which must be from 0 to its"),
+        (set_metric("personal-correct", -1), "sent personal-correct=-1, which must be from 0 to its"),
+        (drop_metric("personal-correct"), "sent no personal-correct"),
+        (lambda reply: reply.content.update({ARRAYS: ArrayRecord({"w": Array(np.zeros(3))})}), "sent 1 records that"),
+        (set_metric("val-loss-sum", -1.0), "sent val-loss-sum=-1.0, which is never below 0"),
+        (set_metric("val-loss-sum", 1e300), "sent val-loss-sum=1e+300, which is beyond the largest"),
+        (set_metric("val-personal-correct", 10**6), "sent val-personal-correct=1000000, which must be from 0 to its"),
+        (drop_metric("val-loss-sum"), "sent no val-loss-sum"),
+        (drop_metric("val-correct"), "sent no val-correct"),
+        (drop_metric("val-personal-loss-sum"), "sent no val-personal-loss-sum"),
+    ],
 }
 
 
 @pytest.mark.slow
 def test_impossible_replies_are_left_out_by_name_and_change_nothing(federate: Federate) -> None:
+    train, evaluate = ({str(i): fault for i, fault in enumerate(faults)} for faults in FAULTS.values())
+
     def tamper(name: str, reply: Message) -> Message:
-        if trained_in(reply) is not None and name in TRAIN_FAULTS:
-            TRAIN_FAULTS[name][0](reply)
-        elif name in EVALUATE_FAULTS and "loss-sum" in reply.content.metric_records.get(METRICS, {}):
-            EVALUATE_FAULTS[name][0](reply)
+        if trained_in(reply) is not None and name in train:
+            train[name][0](reply)
+        elif name in evaluate and "loss-sum" in reply.content.metric_records.get(METRICS, {}):
+            evaluate[name][0](reply)
         return reply
 
-    settings = (
-        *DIGITS,
-        "clients=17",
-        "train.steps=2",
-        "evaluate.personal_epochs=1",
-        "evaluate.validation_fraction=0.5",
-    )
-    without, _ = federate(*settings, tamper=changing(*TRAIN_FAULTS, change=drop))
+    settings = (*DIGITS, "clients=15", "train.steps=2")
+    settings = (*settings, "evaluate.personal_epochs=1", "evaluate.validation_fraction=0.5")
+    without, _ = federate(*settings, tamper=changing(*train, change=drop))
     bad, path = federate(*settings, tamper=tamper)
     assert bad["model_sha256"] == without["model_sha256"]
-    for kind, faults in (("train", TRAIN_FAULTS), ("evaluate", EVALUATE_FAULTS)):
-        lines = read_lines(path, kind)
-        assert lines
-        for number, line in enumerate(lines, 1):
+    for kind, faults in (("train", train), ("evaluate", evaluate)):
+        for number, line in enumerate(read_lines(path, kind), 1):
             reasons = failures(path, number, kind)
             assert reasons.keys() == faults.keys()
             assert [reasons[name] for name, (_, reason) in faults.items() if not reasons[name].startswith(reason)] == []
-            assert line["replies"] == 17 - len(faults)
-    assert f"at most {MOST_METRICS} are read" in failures(path)["14"]
-    held = read_clients(path)["8"]
+            assert line["replies"] == 15 - len(faults)
+        assert number == 2
+    assert f"at most {MOST_METRICS} are read" in failures(path)["11"]
+    held = read_clients(path)["0"]
     assert held["val"] != held["test"]
-    assert f"to its {held['val']} samples" in failures(path, kind="evaluate")["8"]
+    assert f"to its {held['val']} samples" in failures(path, kind="evaluate")["0"]
 
 
 def test_reasons_are_cut_to_one_printable_line(federate: Federate) -> None:

@@ -17,7 +17,7 @@ from tests.tools.conftest import Refusal
 from tools import predict
 from tools.running.finished import open_run
 
-SHORT = ("clients=2", "num_rounds=1", "train.steps=20", "evaluate.personal_epochs=0")
+SHORT = ("clients=2", "num_rounds=1", "train.steps=2", "evaluate.personal_epochs=0")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from flapp.model.lora import adapted_layers, mark_only_lora_as_trainable
 from flapp.model.lora_layers import LoRALayer
 from flapp.model.names import modules_in_transformers, to_transformers
 from flapp.untrusted import read_json
-from tools.exporting.vits import refuse_pooling, write_transformers_folder
+from tools.exporting.vits import write_transformers_folder
 from tools.running.finished import FinishedRun
 
 
@@ -30,34 +30,25 @@ def write_peft(run: FinishedRun, folder: Path) -> str:
             f"{adapter} is missing: PEFT's format cannot hold the adapter of this model with "
             f"strategy.aggregation={rule}; export the whole model, with --to transformers, timm, torchvision or onnx"
         )
-    base = {**run.model().state_dict(), **_read_base(run)}
-    if run.config.model.name not in SIZES:
-        for name in (CONFIG, WEIGHTS):
-            shutil.copyfile(adapter / name, folder / name)
-        (folder / "base").mkdir()
-        save_tensors(base, folder / "base" / "model.safetensors")
-        return (
-            "import peft\nimport safetensors.torch\nbase = ...  # your own network\n"
-            "base.load_state_dict(safetensors.torch.load_file('{out}/base/model.safetensors'))\n"
-            "model = peft.PeftModel.from_pretrained(base, '{out}')"
-        )
-    refuse_pooling(run.config.model)
-    (folder / "base").mkdir()
-    write_transformers_folder(run, to_transformers(base), folder / "base")
-    _write_for_transformers(run, folder)
-    return (
-        "import peft\nimport transformers\n"
-        "base = transformers.ViTForImageClassification.from_pretrained('{out}/base')\n"
-        "model = peft.PeftModel.from_pretrained(base, '{out}')"
-    )
-
-
-def _read_base(run: FinishedRun) -> dict[str, Tensor]:
-    digest = str(read_json(run.path / "adapter" / CONFIG).get("base_model_name_or_path"))
+    digest = str(read_json(adapter / CONFIG).get("base_model_name_or_path"))
     try:
-        return load_base(run.config.models_dir, digest)
+        base = run.model().state_dict() | load_base(run.config.models_dir, digest)
     except BaseError as error:
         raise ValueError(f"{run.config.models_dir} no longer has the frozen weights of {run.path} ({error})") from error
+    (folder / "base").mkdir()
+    if run.config.model.name in SIZES:
+        write_transformers_folder(run, to_transformers(base), folder / "base")
+        _write_for_transformers(run, folder)
+        made = "import transformers\nbase = transformers.ViTForImageClassification.from_pretrained('{out}/base')"
+    else:
+        for name in (CONFIG, WEIGHTS):
+            shutil.copyfile(adapter / name, folder / name)
+        save_tensors(base, folder / "base" / "model.safetensors")
+        made = (
+            "import safetensors.torch\nbase = ...  # your own network\n"
+            "base.load_state_dict(safetensors.torch.load_file('{out}/base/model.safetensors'))"
+        )
+    return f"import peft\n{made}\nmodel = peft.PeftModel.from_pretrained(base, '{{out}}')"
 
 
 def _write_for_transformers(run: FinishedRun, folder: Path) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flapp.config.schema import ModelConfig
 from flapp.data.images import NORMALIZATIONS
 from flapp.files import write_json
 from flapp.model.files import save_tensors
@@ -56,24 +55,21 @@ def write_torchvision(run: FinishedRun, folder: Path) -> str:
 
 def write_transformers(run: FinishedRun, folder: Path) -> str:
     """Write what ViTForImageClassification.from_pretrained and AutoImageProcessor load; raises ValueError."""
-    refuse_pooling(run.config.model)
-    state = to_transformers(run.model().state_dict())
-    write_transformers_folder(run, state, folder)
+    write_transformers_folder(run, to_transformers(run.model().state_dict()), folder)
     return "import transformers\nmodel = transformers.ViTForImageClassification.from_pretrained('{out}')"
 
 
-def refuse_pooling(model: ModelConfig) -> None:
-    """Raise ValueError for a model that transformers lacks: one whose head sees the mean of the tokens."""
+def write_transformers_folder(run: FinishedRun, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write config.json, preprocessor_config.json and the tensors of a ViTForImageClassification.
+
+    Raises ValueError for a model that transformers lacks: one whose head sees the mean of the tokens.
+    """
+    (size, channels), model = input_size(run), run.config.model
     if model.pooling == "mean":
         raise ValueError(
             "transformers' ViTForImageClassification has pooling=token only, the model has pooling=mean: use --to timm "
             "or onnx"
         )
-
-
-def write_transformers_folder(run: FinishedRun, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Write config.json, preprocessor_config.json and the tensors of a ViTForImageClassification."""
-    (size, channels), model = input_size(run), run.config.model
     patch, layers, heads, width, mlp = SIZES[model.name]
     variant = model.variant.filled()
     names = dict(enumerate(run.classes))

@@ -17,7 +17,7 @@ from flapp.model.files import shapes_of
 from flapp.model.layout import PLAIN, SIZES, Variant
 from flapp.model.names import from_any
 from flapp.model.split.component import ModelType, SplitModel, Whole
-from flapp.model.vit import EncoderBlock, SelfAttention, embed, pool, vary_block, vary_norm
+from flapp.model.vit import EncoderBlock, SelfAttention, embed, pool, vary
 from flapp.model.vit_weights import describe_shapes
 from flapp.model.weight_files import find_weights, read_state
 
@@ -27,9 +27,13 @@ class ViTTrunk(SplitModel):
 
     def __init__(self, config: Mapping[str, Any], start: int, end: int) -> None:
         super().__init__()
+        self.variant = Variant(**{key: config[key] for key in vars(Variant()) if key in config})
         blocks = nn.Sequential()
         for i in range(start, end):
-            blocks.add_module(f"encoder_layer_{i}", _block(config))
+            block = EncoderBlock(config["width"], config["heads"], config["mlp"], config["dropout"])
+            block.self_attention = SelfAttention(config["width"], config["heads"])
+            blocks.add_module(f"encoder_layer_{i}", block)
+        vary(blocks, self.variant)
         self.encoder = nn.Module()
         self.encoder.layers = blocks
 
@@ -59,25 +63,12 @@ class ViTTop(ViTTrunk):
 
     def __init__(self, config: Mapping[str, Any], start: int, end: int) -> None:
         super().__init__(config, start, end)
-        self.variant = _variant(config)
-        norm = nn.LayerNorm(config["width"])
-        vary_norm(norm, self.variant)
-        self.encoder.ln = norm
+        self.encoder.ln = nn.LayerNorm(config["width"])
+        vary(self.encoder.ln, self.variant)
         self.heads = nn.Sequential(OrderedDict(head=nn.Linear(config["width"], config["classes"])))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.heads(pool(super().forward(tokens), self.encoder.get_submodule("ln"), self.variant))
-
-
-def _block(config: Mapping[str, Any]) -> EncoderBlock:
-    block = EncoderBlock(config["width"], config["heads"], config["mlp"], config["dropout"])
-    block.self_attention = SelfAttention(config["width"], config["heads"])
-    vary_block(block, _variant(config))
-    return block
-
-
-def _variant(config: Mapping[str, Any]) -> Variant:
-    return Variant(**{key: config[key] for key in vars(Variant()) if key in config})
 
 
 def read_vit(source: str | Path, dropout: float = 0.0) -> Whole:
