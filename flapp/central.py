@@ -53,7 +53,10 @@ class Plan:
 
 
 def plan_of(config: Config, z: float | None = None) -> Plan:
-    """Return the noise that the settings ask for; z: the multiplier that the run began with. Raises ConfigError."""
+    """Return the noise that the settings ask for; z: the multiplier that the run has begun with, if it has.
+
+    Raises ConfigError if they cannot be met, or if dp-accounting is not installed.
+    """
     privacy, sampling = config.privacy, config.strategy.fraction_train
     expected = sampling * config.clients
     z = z or privacy.noise_multiplier

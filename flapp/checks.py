@@ -184,7 +184,10 @@ def _squared_distance(after: np.ndarray, before: np.ndarray) -> float:
 
 
 def find_norm_fault(norm: float, limit: float, multiple: float | None, fix: str = RAISE_LIMIT) -> str | None:
-    """Return why an update of this length is left out, or None; multiple (of the median) and fix are for the text."""
+    """Return why an update of this length is left out, or None.
+
+    multiple (of the median) and fix only appear in the text.
+    """
     if norm <= limit:
         return None
     most = f"the limit is {limit:.3g} ({multiple:g} times the median)" if multiple else f"the limit is {limit:.3g}"

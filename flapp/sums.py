@@ -40,7 +40,10 @@ class WeightedSum:
         return {key: HeldArray(total) for key, total in self._totals.items()}
 
     def add(self, *groups: Sequence[Weighted]) -> None:
-        """Add the weighted sum of each group of models, in the order given; a node's sum is one model of weight 1."""
+        """Add the weighted sum of each group, in the order given. A group is its clients' models with their weights.
+
+        A sum that a node has computed is a group of one with weight 1.
+        """
         if is_new := not self._totals:
             self._totals = {key: np.empty(array.shape) for key, array in groups[0][0][0].items()}
         flat = {key: [_flat(key, group) for group in groups] for key in self._totals}
@@ -90,7 +93,10 @@ def weighted_average(records: Sequence[ArrayRecord], weights: Sequence[float]) -
 
 
 def clip_update(trained: Mapping[str, Array], sent: Mapping[str, Array], factor: float) -> ArrayRecord:
-    """Return `sent` plus `factor` times the update to each floating tensor, rounded once from float64; others stay."""
+    """Return the tensors of `sent` plus `factor` times the update to `trained`, in the dtypes of `trained`.
+
+    Only floating tensors are clipped. The sums are taken in float64 and rounded once.
+    """
     found = {}
     for key, array in trained.items():
         after, before = view(array), view(sent[key])
@@ -130,7 +136,10 @@ def clip(sent: Tensors, trained: Tensors, norm: float) -> Tensors | None:
 
 
 def update_length(sent: Tensors, trained: Tensors) -> float:
-    """Return the Euclidean length of an update, within MARGIN; raises FloatingPointError when it is not finite."""
+    """Return the Euclidean length of an update over all tensors, with a relative error below MARGIN.
+
+    Raises FloatingPointError when it is not finite.
+    """
     sizes = {key: after.size for key, after in trained.items()}
     for most in (np.float32, np.float64):  # squares beyond float32 are rare
 

@@ -99,7 +99,8 @@ class Layout:
         A target is the last part or parts of a dotted name (`proj`, `mlp.0`), a shell pattern for them (`layer.?.q`,
         `attention.*_lin`; `*` matches dots, too), or all-linear: every linear layer but the head. all-linear and
         patterns pass over modules that are not of a class in ADAPTED, and all-linear over layers that are unfit. Raises
-        ValueError when a target matches nothing or what cannot take an adapter, or when the rank is too large.
+        ValueError when a target matches nothing or what cannot take an adapter, or when a layer is too small for the
+        rank.
         """
         wanted = {name for target in targets for name in self._named_by(target)}
         names = [name for name in self.modules if name in wanted]

@@ -37,7 +37,8 @@ def add_lora(
     """Put a fresh adapter on every layer that `targets` name, in place, and return the layers' dotted names.
 
     Layout.matching says what a target is. A is drawn from torch's global generator, in the order of the model's layers.
-    Raises ValueError as Layout.matching does, and for rank, alpha or dropout out of range, with the model unchanged.
+    Raises ValueError as Layout.matching does, and for rank, alpha or dropout out of range; the model then stays as it
+    is.
     """
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         found = f"lora.rank={rank}, lora.alpha={alpha:g}, lora.dropout={dropout:g}"

@@ -79,7 +79,8 @@ def library_of(names: Container[str]) -> str | None:
 def from_any(state: Mapping[str, T]) -> tuple[str | None, dict[str, T]]:
     """Return the library in whose names a ViT's state is, and the state under our names.
 
-    Names that we do not know stay as they are. If it is not the state of a ViT, it is unchanged, and the library None.
+    Names that we do not know stay as they are. The library is None, and the state is unchanged, if it is not one of a
+    ViT.
     """
     library = library_of(state)
     if library in (FLAPP, TORCHVISION):

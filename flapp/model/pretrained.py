@@ -40,7 +40,8 @@ def load_pretrained(model: "nn.Module", path: Path) -> Pretrained:
     """Load every weight of `model`, which has no adapters yet, from the file or folder at `path`.
 
     A head for another number of classes, or one that the file lacks, stays as the model has it; position embeddings for
-    another image size are interpolated as in torchvision (bicubic). Raises ValueError for unsafe or unfit weights.
+    another image size are interpolated as in torchvision (bicubic). Raises ValueError for weights that are unsafe or
+    do not fit.
     """
     from flapp.model.lora import head_of, layout_of
 
@@ -79,7 +80,10 @@ def check_pretrained(layout: Layout, path: Path) -> ViTWeights | None:
 
 
 def _fit(layout: Layout, found: Mapping[str, Shape], file: Path) -> tuple[bool, bool, ViTWeights | None]:
-    """Return whether the head fits, whether to resize positions, and what a ViT's weights say; raises ValueError."""
+    """Return whether the head is taken from the file, whether positions must be resized, and what a ViT's weights say.
+
+    Raises ValueError when they do not fit.
+    """
     own, weights = layout.tensors, describe_shapes(file, found) if is_vit(layout.tensors) else None
     state = from_torchvision(found, own) if weights is None else from_any(found)[1]
     left_out = weights.left_out if weights else ()

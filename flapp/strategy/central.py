@@ -103,7 +103,10 @@ class ClipBound(NormBound):
 
 
 class PrivateRounds(FedAvg):
-    """Train rounds with random clients, clipped updates and noisy averages; `private` combines it with a strategy."""
+    """Train rounds with central privacy: random clients, clipped updates, and a noisy average of fixed divisor.
+
+    It is combined with FedAvg or FedLoRA by `private`.
+    """
 
     def __init__(self, *args: Any, central: Central, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

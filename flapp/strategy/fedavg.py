@@ -341,7 +341,8 @@ class FedAvg(FlowerFedAvg):
         """Leave out updates beyond the limit of a run's first round, and set the length to which norm_bound clips.
 
         Nodes cannot know these lengths, because they depend on all updates of the round. If a node's sum contains such
-        an update, the sum is dropped. Its other clients are asked again: they answer from their stores, or train again.
+        an update, the sum is dropped, and the remaining clients of its group are asked again. These answer from their
+        stores, or train again.
         """
         phase = self.phase
         phase.norm_limit = self.bound.limit(phase.norms)

@@ -145,7 +145,8 @@ class FedLoRA(FedAvg):
 
         aggregation_error is ||applied - ideal||_F / ||ideal||_F over all layers, None where it cannot be known. Applied
         is what the next global model really adds, before any server optimizer steps: its B A, and the change of its
-        base weights as they are stored. client_ranks, where they may differ, are those that clients now have.
+        base weights as they are stored. client_ranks are those that clients have from now on, where they may differ
+        from the global rank.
         """
         records = list(trained.values())
         adapters = {f"{layer}.{part}" for layer in self.layers for part in (A, B)}
@@ -166,7 +167,10 @@ class FedLoRA(FedAvg):
         return as_record(new), _relative_error(norms) | self._note_ranks(trained)
 
     def _factors(self, record: Mapping[str, Array], layer: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return A and B of a layer: a record's own, else the global model's or the base's; a private B is None."""
+        """Return A and B of a layer: a record's own or, where it lacks one, that of the global model or the base.
+
+        B is None where it is private.
+        """
         assert self.roster.base is not None
         fixed, found = self.roster.base.tensors, dict[str, np.ndarray]()
         for part in (A, B):

@@ -248,7 +248,10 @@ def _norm(left: np.ndarray, right: np.ndarray) -> float:
 
 
 def _reduce(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return factors, smaller if that saves work, whose left[:, S] @ right[S] has the same norm for any ranks S."""
+    """Return factors for which left[:, S] @ right[S] has the same Frobenius norm, S being any set of ranks.
+
+    They are smaller factors where that saves work.
+    """
     if left.shape[1] >= min(len(left), right.shape[1]):  # the product itself is smaller than its factors
         return left, right
     return np.asarray(np.linalg.qr(left, "r")), np.asarray(np.linalg.qr(right.T, "r")).T

@@ -167,7 +167,10 @@ def _fill(model: SplitModel, part: Part, tensors: Mapping[str, Tensor]) -> Split
 
 
 def _join(models: Sequence[SplitModel]) -> None:
-    """Let components share their tied parameters; raises ValueError if these differ, or if the models do."""
+    """Let components of one model share their tied parameters.
+
+    Raises ValueError if these differ, or if the components are of different models.
+    """
     by_component = {model.part.component: model for model in models}
     for model in models:
         first, other = models[0].part, model.part

@@ -61,7 +61,10 @@ class StorageManager:
 
     @staticmethod
     def get_split_model_path(base: str | Path, name: str, p1: int, p2: int, component: str) -> Path:
-        """Return the path of a component's weights; raises ValueError for a component or a name that cannot be."""
+        """Return the path of a component's weights.
+
+        Raises ValueError for an unknown component, or a name that cannot be a file's.
+        """
         check_component(component)
         if not name or "/" in name or name.startswith("."):
             raise ValueError(f"model name {name!r} cannot be part of a file's name: give one without / or a dot first")
