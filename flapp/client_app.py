@@ -59,11 +59,7 @@ def attest(message: Message, context: Context) -> Message:
         raise
     names = clients_at(config, node_config)
     try:
-        instructions = unpack_instructions(message)
-    except MessageError as error:
-        return pack_claims(message, [Claim(name, fault=str(error)) for name in names])
-    task = Task.of(instructions, config, node_config)
-    try:
+        task = Task.of(unpack_instructions(message), config, node_config)
         check_code(task)
     except ValueError as error:
         return pack_claims(message, [Claim(name, fault=describe(error)) for name in names])
