@@ -2,8 +2,8 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
 from logging import DEBUG, INFO, WARNING
@@ -41,7 +41,7 @@ from flapp.model.files import to_numpy
 from flapp.model.lora import adapted_layers, tail_norm, truncate_state
 from flapp.privacy import find_sigma
 from flapp.probe import optimizer_of, probe
-from flapp.training import StepRules, evaluate, keep_freed_memory, scheduled_lr, train
+from flapp.training import StepRules, evaluate, keep_freed_memory, scheduled_lr, seeded, train
 
 # name_errors_mod is there twice: for a group's message as a whole, and for each client of the group.
 app = ClientApp(mods=[name_errors_mod, group_mod, name_errors_mod, checkpoint_mod, privacy_mod, own_mods_mod])
@@ -59,11 +59,7 @@ def attest(message: Message, context: Context) -> Message:
         raise
     names = clients_at(config, node_config)
     try:
-        instructions = unpack_instructions(message)
-    except MessageError as error:
-        return pack_claims(message, [Claim(name, fault=str(error)) for name in names])
-    task = Task.of(instructions, config, node_config)
-    try:
+        task = Task.of(unpack_instructions(message), config, node_config)
         check_code(task)
     except ValueError as error:
         return pack_claims(message, [Claim(name, fault=describe(error)) for name in names])
@@ -277,15 +273,9 @@ def cached_adapted_model(
     return place(model, config.train.device, config.train.compile), frozenset(base)
 
 
-@contextmanager
-def drawn_as_by_server(seed: int, built_by: object) -> Iterator[None]:
+def drawn_as_by_server(seed: int, built_by: object) -> AbstractContextManager[None]:
     """Draw a model of the user's own as the server does: it may hold random numbers that are not in its state."""
-    if built_by is None:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(seed, "model"))
-        yield
+    return seeded(derive_seed(seed, "model")) if built_by else nullcontext()
 
 
 def place(model: torch.nn.Module, device: str, compiled: bool) -> torch.nn.Module:

@@ -11,7 +11,6 @@ from flwr.common.logger import update_console_handler
 from flwr.serverapp import Grid, ServerApp
 
 from flapp.config.load import load
-from flapp.config.schema import Config
 from flapp.server.grid import is_simulated
 from flapp.server.inline import InlineGrid
 from flapp.server.preflight import check_run
@@ -28,10 +27,16 @@ def main(grid: Grid, context: Context) -> None:
 
     An error is first written to metrics.json, if the run's folder is open, and then raised.
     """
-    config = load_config(grid, context)
+    config, _ = load(context.run_config, {})
+    if isinstance(grid, InlineGrid):
+        clients_here = grid.clients_here
+    else:
+        clients_here = is_simulated(grid) and config.deployment.ray_address is None
+        if config.deployment.kind == "inline":  # the default, but Flower runs the app
+            config = replace(config, deployment=replace(config.deployment, kind="simulation", workers=None))
     warn_of_open_ray(grid)
     try:
-        check_run(config, clients_here=are_clients_here(grid, config))
+        check_run(config, clients_here)
         strategy_class(config)
         open_directory = RunDirectory.reopen if config.resume else RunDirectory.create
         directory = open_directory(config, context.run_id)
@@ -47,21 +52,6 @@ def main(grid: Grid, context: Context) -> None:
         directory.close()  # the run can be resumed
         raise
     log(INFO, "%s%s", SUMMARY, json.dumps(summary))
-
-
-def load_config(grid: Grid, context: Context) -> Config:
-    """Return the config of a run; deployment=inline, the default, becomes simulation where Flower runs the app."""
-    config, _ = load(context.run_config, {})
-    if config.deployment.kind == "inline" and not isinstance(grid, InlineGrid):
-        return replace(config, deployment=replace(config.deployment, kind="simulation", workers=None))
-    return config
-
-
-def are_clients_here(grid: Grid, config: Config) -> bool:
-    """Say whether the clients run on this machine and read their data from the run's home."""
-    if isinstance(grid, InlineGrid):
-        return grid.clients_here
-    return is_simulated(grid) and config.deployment.ray_address is None
 
 
 def warn_of_open_ray(grid: Grid) -> None:

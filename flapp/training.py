@@ -194,9 +194,9 @@ def evaluate(model: nn.Module, batches: Batches, loss: Loss | None = None, count
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators for a while; on the CPU only the CPU's, which is much cheaper."""
-    on_cpu = device.type == "cpu"
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed torch's global generators for a while; for a CPU only the CPU's, which is much cheaper."""
+    on_cpu = device is not None and device.type == "cpu"
     with torch.random.fork_rng(devices=[] if on_cpu else None):
         (torch.default_generator if on_cpu else torch).manual_seed(seed)
         yield

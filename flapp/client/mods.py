@@ -97,24 +97,22 @@ def examine(reply: Message, kind: str, group: Group, asked: Asked, expected: Map
 
 
 def name_errors_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Answer with the fault in one line when handling a message raises."""
+    """When handling a message raises, answer with the fault in one line, and log its traceback here.
+
+    Flower would send the whole traceback.
+    """
     try:
         return call_next(message, context)
     except Exception as error:  # noqa: BLE001 - the boundary of a client or node: no message may end its process
-        return answer_with_error(message, error)
-
-
-def answer_with_error(message: Message, error: Exception) -> Message:
-    """Answer with an error in one line, and log its traceback here; Flower would send the whole traceback."""
-    task: Task | None = message.__dict__.get(TASK)
-    whole = "".join(traceback.format_exception(error))
-    if task is None:  # the message could not be read
-        log(ERROR, whole)
-    else:
-        # The errors' texts are left out, because they may contain values from the client's data.
-        places = "".join(traceback.format_tb(error.__traceback__)).rstrip()
-        task.log(ERROR, "%s", whole, instead=f"a client failed:\n{places}\n{type(error).__name__}")
-    return Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=describe(error)), reply_to=message)
+        task: Task | None = message.__dict__.get(TASK)
+        whole = "".join(traceback.format_exception(error))
+        if task is None:  # the message could not be read
+            log(ERROR, whole)
+        else:
+            # The errors' texts are left out, because they may contain values from the client's data.
+            places = "".join(traceback.format_tb(error.__traceback__)).rstrip()
+            task.log(ERROR, "%s", whole, instead=f"a client failed:\n{places}\n{type(error).__name__}")
+        return Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=describe(error)), reply_to=message)
 
 
 def checkpoint_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:

@@ -24,7 +24,7 @@ pytest.importorskip("dp_accounting", reason='needs pip install -e ".[privacy]"')
 
 Tensors = dict[str, np.ndarray]
 DIGITS = ("model=linear", "clients=2", "num_rounds=1", "evaluate.personal_epochs=0", "privacy=local")
-TOY = ("experiment=toy_regression", "num_rounds=4", "privacy=local", "privacy.clipping_norm=0.01")
+TOY = ("experiment=toy_regression", "num_rounds=3", "privacy=local", "privacy.clipping_norm=0.01")
 GRID = [(e, d, t) for e in (0.1, 1.0, 10.0) for d in (1e-9, 1e-5, 1e-2) for t in (1, 20, 300)]
 
 
@@ -153,10 +153,9 @@ def test_the_client_that_was_asked_most_often_counts(federate: Federate) -> None
 
 @pytest.mark.slow
 def test_a_resumed_run_whose_clients_replay_has_the_epsilon_of_an_undisturbed_one(federate: Federate) -> None:
-    words = (*TOY, "num_rounds=3")
-    whole, whole_path = federate(*words)
+    whole, whole_path = federate(*TOY)
     for place in ("_receive", "aggregate_train", "facts"):
-        resumed, path = break_and_resume(federate, 2, place, *words, f"run_name=private{place}")
+        resumed, path = break_and_resume(federate, 2, place, *TOY, f"run_name=private{place}")
         assert resumed["epsilon"] == whole["epsilon"]
         told = [[line["epsilon"] for line in read_lines(each, "train")] for each in (path, whole_path)]
         assert told[0] == told[1]
@@ -170,7 +169,7 @@ def test_a_round_that_is_trained_again_counts_twice(federate: Federate, data_hom
     if setting == "checkpoint=recent":
         (data_home / "checkpoints" / name / "client_1" / "client_1_chunks.db").unlink()
     resumed, _ = federate(*TOY, setting, f"run_name={name}", "resume=true")
-    assert resumed["epsilon"] == spent(5)
+    assert resumed["epsilon"] == spent(4)
 
 
 @pytest.mark.slow
@@ -178,9 +177,9 @@ def test_rounds_dropped_by_resume_from_still_count_as_released(federate: Federat
     federate(*TOY, "checkpoint=all", "run_name=back", "checkpoint.replay=false")
     words = ("checkpoint=all", "run_name=back", "resume=true", "resume_from=1")
     replayed, _ = federate(*TOY, *words)
-    assert replayed["epsilon"] == spent(4)
+    assert replayed["epsilon"] == spent(3)
     anew, path = federate(*TOY, *words, "checkpoint.replay=false")
-    assert anew["epsilon"] == spent(7)
+    assert anew["epsilon"] == spent(5)
     again, _ = federate(*TOY, "checkpoint=all", "run_name=back", "resume=true")
     assert again["epsilon"] == anew["epsilon"]
     (path / "releases.jsonl").unlink()
@@ -222,9 +221,9 @@ def test_the_server_says_before_round_one_what_is_protected_and_then_the_epsilon
     monkeypatch.setattr("flapp.server.run.log", lambda level, text, *values: said.append(text % values))
     lie = changing(change=lambda reply: reply.content.metric_records[messages.METRICS].update({messages.REPLAYED: 1}))
     done, path = federate(*TOY, tamper=lie)  # clients that say that they only replay count all the same
-    expected = [spent(releases) for releases in range(1, 5)]
+    expected = [spent(releases) for releases in range(1, 4)]
     assert [line["epsilon"] for line in read_lines(path, "train")] == expected
     assert (done["epsilon"], done["delta"]) == (expected[-1], 1e-5)
-    assert f"epsilon is 10 for one round and {expected[-1]:.4g} for a client that trains in all 4 rounds" in said[0]
+    assert f"epsilon is 10 for one round and {expected[-1]:.4g} for a client that trains in all 3 rounds" in said[0]
     for what in ("numbers of samples", "label histograms", "training losses", "evaluation results", "errors"):
         assert what in said[1]

@@ -78,10 +78,8 @@ def test_shape_and_classes_are_not_read_while_preparing(home: Path) -> None:
         compose(["dataset=regression"], preparing=True)
 
 
-def test_each_node_reads_shape_and_classes_from_its_own_home(
-    home: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    elsewhere = tmp_path_factory.mktemp("elsewhere")
+def test_each_node_reads_shape_and_classes_from_its_own_home(home: Path) -> None:
+    elsewhere = home / "elsewhere"
     run_config = {"overrides": f"home={elsewhere} {' '.join(WORDS)}"}
     config, _ = load(run_config, {"home": str(home)})
     assert (config.dataset.shape, config.home) == ((8, 6, 3), str(home))
