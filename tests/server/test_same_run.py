@@ -224,12 +224,14 @@ def test_a_new_run_inside_the_folder_of_another_is_refused_and_so_is_one_around_
     """A run named a/adapter would be deleted when run a leaves its own adapter there."""
 
     def attempt(name: str) -> Path:
-        return federate(*TOY, "num_rounds=1", f"home={home}", f"run_name={name}")[1]
+        run = run_dir.RunDirectory.create(compose([*TOY, f"home={home}", f"run_name={name}"]))
+        run.close()
+        return run.path
 
     for setting in ("resume_anyway=true", "resume_from=2"):
         with pytest.raises(ConfigError, match=f"{setting} has no effect without resume=true: add it"):
             compose([*TOY, setting])
-    outer = attempt("a")
+    _, outer = federate(*TOY, "num_rounds=1", f"home={home}", "run_name=a")
     with pytest.raises(ConfigError, match=r"run_name=a/adapter lies inside the folder of run a, .*another name"):
         attempt("a/adapter")
     assert not (outer / "adapter").exists()
