@@ -40,7 +40,6 @@ class ClientKeys:
             raise ConfigError(
                 f"deployment.client_keys={folder} has no client_<id>.pub file: copy each site's site.pub into it"
             )
-
         self._clients = set(self._owners.values())
 
     def __contains__(self, client_id: str) -> bool:

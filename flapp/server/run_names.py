@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -118,12 +118,8 @@ def lock_run(path: Path, run_name: str) -> TextIO:
 @contextmanager
 def held_lock(path: Path) -> Iterator[bool]:
     """Lock a run directory inside the block, if it is free; yield whether the lock was acquired."""
-    file = _open_locked(path)
-    try:
+    with _open_locked(path) or nullcontext() as file:
         yield file is not None
-    finally:
-        if file:
-            file.close()
 
 
 def name_holder(path: Path, run_id: int | None) -> None:

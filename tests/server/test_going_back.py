@@ -18,7 +18,7 @@ from tests.conftest import Federate, break_off, read_lines
 from tools.deployment import submit
 from tools.running import inline
 
-TOY = ("experiment=toy_regression", "num_rounds=5", "checkpoint.keep_rounds=3")
+TOY = ("experiment=toy_regression", "clients=2", "num_rounds=5", "checkpoint.keep_rounds=3")
 FEDSA = (
     *("dataset=digits", "strategy=fedlora", "strategy.aggregation=fedsa", "evaluate.objective=personal_accuracy"),
     *("model=linear", "lora=default", "lora.targets=[fc]", "lora.rank=2", "clients=2"),
@@ -52,11 +52,10 @@ def test_a_run_that_saved_a_poisoned_round_goes_on_from_the_round_before_to_the_
 
     with monkeypatch.context() as patch:
         patch.setattr(FedAvg, "combine_sum", poisoned)
-        with pytest.raises(FederationError, match="round 4: .*0 of 3 clients gave a valid train reply"):
+        with pytest.raises(FederationError, match="round 4: .*0 of 2 clients gave a valid train reply"):
             federate(*settings, "run_name=poisoned")
-    for _ in range(2):  # for ever
-        with pytest.raises(FederationError, match=r"round 4: .*0 of 3 clients"):
-            federate(*settings, "run_name=poisoned", "resume=true")
+    with pytest.raises(FederationError, match=r"round 4: .*0 of 2 clients"):
+        federate(*settings, "run_name=poisoned", "resume=true")
     summary, path = federate(*settings, "run_name=poisoned", "resume=true", "resume_from=2")
     same = ("model_sha256", "loss", "objective", "rounds", "bytes_up", "bytes_down", "best_round")
     assert {key: summary[key] for key in same} == {key: whole[key] for key in same}

@@ -281,20 +281,25 @@ def start_run(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         yield start
 
 
-@pytest.mark.slow  # test_runtimes.py kills
-def test_a_run_that_is_stopped_leaves_nothing_and_is_resumed_to_the_same_bytes(
-    start_run: Callable[..., Any], tmp_path: Path, federate: Federate
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "workers"), [("Ctrl-C", 2), ("runs stop", 0)])  # test_runtimes.py kills
+def test_a_run_that_is_ended_leaves_nothing_and_is_resumed_to_the_same_bytes(
+    start_run: Callable[..., Any], tmp_path: Path, federate: Federate, how: str, workers: int
 ) -> None:
     path = tmp_path / "runs" / "ended"
-    process = start_run(*LONG, "run_name=ended", "deployment.workers=2")
+    process = start_run(*LONG, "run_name=ended", f"deployment.workers={workers}", start_new_session=True)
     metrics = path / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and '"round": 3' in metrics.read_text(), SECONDS)
     processes = left_running(tmp_path)
-    assert len(processes) >= 4  # the command, the fork server and two workers
+    assert len(processes) >= (4 if workers else 1)  # the command, the fork server and two workers
     assert not [each for process in processes for each in process.net_connections("inet")]
     shared = in_shared_memory(processes)
-    assert process.pid in (stop_run(path) or ())
+    if how == "runs stop":
+        assert process.pid in (stop_run(path) or ())
+    else:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, said = process.communicate(timeout=SECONDS)
+    assert how == "runs stop" or process.returncode == 130  # stop_run has read it, as only a parent can
     error, hint = said.splitlines()[-2:]
     assert error == "interrupted: everything that was started has been stopped"
     assert "run_name=ended resume=true" in hint

@@ -42,7 +42,7 @@ def test_the_server_logs_the_warning_and_tools_run_prints_it(
         images = draw.integers(0, 256, (40, 36, 36, 3), dtype=np.uint8)
         write_artifact(data_home / "data" / "pets" / split, images, np.arange(40) % 2, classes=["cat", "dog"])
     words = [*PETS, "dataset.shape=[36,36,3]", "num_rounds=1", "train.steps=1", "train.batch_size=2", "partition=iid"]
-    words += ["checkpoint=off", "evaluate.personal_epochs=0"]
+    words += ["clients=1", "checkpoint=off", "evaluate.personal_epochs=0"]
     with caplog.at_level(logging.WARNING):
         federate(*words)
     said = "model=cnn on images of 36 pixels has 10.7 million parameters, 99.5% of them in its dense layer, for 40"

@@ -35,7 +35,7 @@ ODD = (
     *("strategy.min_clients=4", "strategy.wait_for_clients=0.1", "evaluate.validation_fraction=0.2"),
     "results.tensorboard=true",
 )
-TOY = ("experiment=toy_regression", "num_rounds=3")
+TOY = ("experiment=toy_regression", "clients=2", "num_rounds=3")
 PRIVATE = {  # what no file may have
     *("client_seconds", "client_bytes_up", "client_bytes_down", "client_ranks", "update_norm", "absent", "failures"),
     *("capped", "val_capped", "clipped", "left_out", "refused", "warnings", "label_hist", "samples", "labels"),
@@ -289,18 +289,18 @@ def test_a_run_that_fails_says_how_many_failed_and_not_who(federate: Federate, c
             reply.content.metric_records[METRICS]["train-loss"] = -77.125
         return reply
 
-    odd = "round 1: 3 clients sent a reply that does not count (privacy.publish=totals hides who and why"
+    odd = "round 1: 2 clients sent a reply that does not count (privacy.publish=totals hides who and why"
     with pytest.raises(FederationError, match=re.escape(odd)) as caught:
         federate(*TOY, TOTALS, "run_name=totals-failed", tamper=tamper)
-    assert "(0 of 3 clients gave a valid train reply, strategy.min_replies=1)" in str(caught.value)
+    assert "(0 of 2 clients gave a valid train reply, strategy.min_replies=1)" in str(caught.value)
     assert "77.125" not in caplog.text + str(caught.value)
 
 
 def test_a_run_that_cannot_start_names_clients_but_not_their_numbers(federate: Federate, data_home: Path) -> None:
-    tamper = lying({"1": {"train": 98765, "label_hist": ()}, "2": {"source_digest": "e" * 64}})
-    with pytest.raises(FederationError, match="client 1: privacy.publish=totals hides why: a trial") as caught:
+    tamper = lying({"0": {"train": 98765, "label_hist": ()}, "1": {"source_digest": "e" * 64}})
+    with pytest.raises(FederationError, match="client 0: privacy.publish=totals hides why: a trial") as caught:
         federate(*TOY, TOTALS, "run_name=totals-refused", "strategy.min_clients=2", tamper=tamper)
-    assert "client 2: runs other source (eeeeeeeeeeee)" in str(caught.value)
+    assert "client 1: runs other source (eeeeeeeeeeee)" in str(caught.value)
     for _, text in texts(data_home / "runs" / "totals-refused", str(caught.value)):
         assert "98765" not in text
 

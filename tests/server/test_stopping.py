@@ -12,7 +12,7 @@ from flapp.server.run import Run
 from flapp.server.summary import Best
 from tests.conftest import Broken, Federate, break_off, read_lines
 
-TOY = ("experiment=toy_regression", "num_rounds=6", "checkpoint=recent", "checkpoint.keep_rounds=1")
+TOY = ("experiment=toy_regression", "clients=2", "num_rounds=6", "checkpoint=recent", "checkpoint.keep_rounds=1")
 STOP = ("stopping.metric=loss", "stopping.patience=2")
 BEST = ("evaluate.select=best",)
 LOSSES = (5.0, 3.0, 4.0, 3.0, 2.0, 1.0)  # the best of the first four is round 2, which round 4 only equals

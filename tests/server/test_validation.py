@@ -84,6 +84,8 @@ def test_the_end_has_the_test_figures_of_the_round_that_validation_chose(
         assert summary["personal_accuracy"] == chosen["personal_accuracy"]
     else:
         assert max(line["accuracy"] for line in lines) > chosen["accuracy"]
+        clients = read_clients(path)
+        assert [[clients[name][split] for split in ("train", "val", "test")] for name in "01"] == [[16, 4, 10]] * 2
 
 
 def test_the_servers_own_test_chooses_nothing(data_home: Path) -> None:
@@ -112,13 +114,13 @@ def test_samples_are_held_out_where_something_chooses_or_it_is_asked_for(
     assert compose([*MADE, "dataset.name=made", *settings]).held_out == held
 
 
-def test_held_out_samples_are_measured_and_give_the_objective(federate: Federate, made: str) -> None:
-    assert "val_loss" not in federate(*MADE, made, "num_rounds=1")[0]
-    summary, path = federate(*MADE, made, BEST)
-    clients = read_clients(path)
-    assert [[clients[name][split] for split in ("train", "val", "test")] for name in "01"] == [[16, 4, 10]] * 2
-    assert "val_loss" in summary.keys() & read_lines(path, "evaluate")[0].keys()
-    assert summary["objective"] == summary["val_accuracy"]
+def test_a_run_that_chooses_nothing_ends_in_the_bytes_of_one_without_validation(federate: Federate, made: str) -> None:
+    settings = (*MADE, made, "num_rounds=1")
+    plain, _ = federate(*settings)
+    assert "val_loss" not in plain
+    without, _ = federate(*settings, "evaluate.validation_fraction=0")
+    with_some, _ = federate(*settings, "evaluate.validation_fraction=0.2")
+    assert plain["model_sha256"] == without["model_sha256"] != with_some["model_sha256"]
 
 
 def test_no_sample_is_held_out_and_trained_on(data_home: Path, made: str) -> None:
@@ -223,7 +225,8 @@ def test_settings_that_leave_nothing_to_choose_by_are_refused(words: str, messag
 def test_a_claim_of_other_validation_samples_than_the_partition_gives_is_refused(
     federate: Federate, made: str, val: int
 ) -> None:
-    _, path = federate(*MADE, made, BEST, tamper=lying({"1": {"val": val}}))
+    settings = (*MADE, made, "evaluate.validation_fraction=0.2", "num_rounds=1")
+    _, path = federate(*settings, tamper=lying({"1": {"val": val}}))
     refused = read_lines(path, "roster")[0]["refused"]
     assert refused == {"1": f"claims {val} validation samples, the partition gives it 4"}
 
