@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import pytest
 
 from flapp.config.load import ConfigError, compose
 from flapp.config.plain import setting_types
+from tests.support.commands import run_here
 from tests.support.doc_commands import (
     CHECKS,
     PAGES,
@@ -208,16 +208,14 @@ def test_the_page_of_your_own_data_works_from_top_to_bottom(user: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_a_sweep_and_its_report_run_as_pasted_into_a_shell(tmp_path: Path) -> None:
-    """Only the training is shorter than in the page."""
-    lines = [command for command in pasted() if re.search(r"run_name=lrs|runs/lrs", command)]
-    assert len(lines) == 2
-    env = {key: value for key, value in os.environ.items() if key != "FLAPP_HOME"}
-    env |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    shorter = f'case "$*" in *tools.run*) set -- "$@" num_rounds=2 deployment.workers=0 {" ".join(SMALL)};; esac'
-    script = "\n".join(["set -e", f'python() {{ {shorter}; {shlex.quote(sys.executable)} "$@"; }}', *lines])
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1100)
-    assert done.returncode == 0, done.stderr
+def test_a_sweep_and_its_report_run_as_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the rounds and the processes are fewer than in the page."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("FLAPP_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    sweep, shown = [words_of(command) for command in pasted() if re.search(r"run_name=lrs|runs/lrs", command)]
+    assert sweep[:3] == ["python", "-m", "tools.run"]
+    assert run_here(*sweep[3:], "num_rounds=2", "deployment.workers=0", *SMALL) == 0
+    assert importlib.import_module(shown[2]).main(shown[3:]) == 0
     assert "lr=0.003" in (tmp_path / "sweep.html").read_text()
     assert list((tmp_path / "figures").glob("*.png"))

@@ -2,6 +2,7 @@
 
 import getpass
 import io
+import logging
 import os
 import shutil
 import subprocess
@@ -13,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
+from tools import run as tools_run
 from tools.deployment.submit import APP
+from tools.running.progress import FORMAT
 
 SECONDS = 400  # generous, for a busy machine
 PYTORCHS = {f"torchinductor_{getpass.getuser()}"}  # PyTorch's cache folder, which it makes in every temporary folder
@@ -70,6 +74,21 @@ def run(home: Path, *words: str) -> "subprocess.CompletedProcess[str]":
     """Run tools.run to its end."""
     process = start_tool(home, "run", *words)
     return subprocess.CompletedProcess(process.args, *finish(process))
+
+
+def run_here(*words: str, argv0: str = "/checkout/tools/run.py") -> int:
+    """Run tools.run in this process, without its effects on signals and logs, and return its exit status."""
+    level = logging.root.level
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tools_run.signal, "signal", lambda *_: None)
+        patch.setenv(FORMAT, "text")
+        patch.setattr(sys, "argv", [argv0, *words])
+        try:
+            return tools_run.main()
+        finally:
+            logging.root.setLevel(level)
+            for name in logging.root.manager.loggerDict:
+                logging.getLogger(name).disabled = False
 
 
 def left_running(home: Path) -> list[psutil.Process]:

@@ -23,6 +23,7 @@ from flapp.config.schema import Config
 from flapp.custom import read_source
 from flapp.data.sources import ensure_artifacts
 from flapp.server.run_names import METRICS
+from tests.support.commands import run_here
 from tests.support.run_files import add_store, write_run
 from tools import cli, run
 from tools.cli import as_called
@@ -43,13 +44,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch, home: Path) -> Any:
-    """Return run.main for words and a stand-in for run_once, without its effects on this process."""
-    level = logging.root.level
-    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    """Return a function that runs tools.run with words and a stand-in for run_once."""
 
-    def call(
-        end: Exception | KeyboardInterrupt | dict[str, Any], *words: str, argv0: str = "/checkout/tools/run.py"
-    ) -> int:
+    def call(end: Exception | KeyboardInterrupt | dict[str, Any], *words: str, **called: str) -> int:
         def run_once(config: Config, on_start: Any) -> dict[str, Any]:
             on_start()
             if isinstance(end, dict):
@@ -57,13 +54,9 @@ def main(monkeypatch: pytest.MonkeyPatch, home: Path) -> Any:
             raise end
 
         monkeypatch.setattr(run, "run_once", run_once)
-        monkeypatch.setattr(sys, "argv", [argv0, *words])
-        return run.main()
+        return run_here(*words, **called)
 
-    yield call
-    logging.root.setLevel(level)
-    for name in logging.root.manager.loggerDict:
-        logging.getLogger(name).disabled = False
+    return call
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from flapp.config.load import compose, to_yaml
 from flapp.config.schema import ConfigError
 from tests.conftest import Federate
 from tests.federation.test_run import TOY
-from tests.support.commands import finish, left_running, run, start_tool
+from tests.support.commands import finish, left_running, run, run_here, start_tool
 from tests.support.waiting import wait_for
 from tools.deployment.processes import SWEEP, TOKEN, listens, reserve_port
 from tools.deployment.submit import APP
@@ -220,25 +220,6 @@ def test_a_reserved_port_is_nobody_elses_until_a_server_listens_there() -> None:
             assert not listens(os.getpid(), port)
 
 
-@pytest.mark.slow
-@needs_joblib
-def test_of_four_jobs_two_at_a_time_one_fails_and_three_count(tmp_path: Path) -> None:
-    folder = tmp_path / "runs" / "four"
-    for number in range(4):
-        finished_run(folder / str(number), number / 10, TOY, f"seed={99 if number == 2 else number}")
-    done = run(tmp_path, *TWO_AT_A_TIME, TOY, "seed=range(4)", "run_name=four", "resume=true")
-    assert done.returncode == 1
-    assert [line.split()[:3] for line in table(done)[1:3]] == [[str(n), f"seed={n}", f"{n / 10:.4f}"] for n in range(2)]
-    assert "failed: run_name=four/2 was run with other settings (partition.seed was 99, is 2;" in table(done)[3]
-    assert len(table(done)) == 5
-    outcomes = json.loads((folder / "sweep.json").read_text())
-    assert [outcome.get("objective") for outcome in outcomes] == [0.0, 0.1, None, 0.3]
-    assert [outcome["status"] for outcome in outcomes].count("failed") == 1
-    assert outcomes[3]["overrides"] == f"{TOY} seed=3 run_name=four resume=True"
-    assert outcomes[3]["run_dir"] == str(folder / "3")
-    assert done.stderr.startswith("[job 2] error: run_name=four/2 was run")
-
-
 def test_a_sweeper_that_searches_has_its_jobs_hold_out_validation_samples(tmp_path: Path) -> None:
     searched = of_job(0, tmp_path / "runs" / "s")
     searched.sweeper["_target_"] = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
@@ -288,18 +269,28 @@ def test_optuna_searches_on_after_failed_trials(tmp_path: Path, limit: float, fa
 
 @pytest.mark.slow
 @needs_joblib
-def test_two_runs_at_once_prepare_one_dataset_and_end_in_the_bytes_of_runs_alone(
+def test_of_four_jobs_two_at_a_time_one_fails_and_two_share_a_dataset_and_end_in_the_bytes_of_runs_alone(
     tmp_path: Path, federate: Federate
 ) -> None:
-    settings = (TOY, "num_rounds=1", "deployment.workers=0")
-    done = run(tmp_path, *TWO_AT_A_TIME, *settings, "seed=0,1", "run_name=two")
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "runs" / "two"
-    for outcome in json.loads((folder / "sweep.json").read_text()):
-        expected, _ = federate(*settings, f"seed={outcome['job']}")
-        summary = json.loads((folder / str(outcome["job"]) / "metrics.json").read_text())
+    settings = ("model=linear", "num_rounds=1", "clients=4", "deployment.workers=0")
+    folder = tmp_path / "runs" / "four"
+    finished_run(folder / "2", 0.2, *settings, "seed=99")
+    finished_run(folder / "3", 0.3, *settings, "seed=3")
+    done = run(tmp_path, *TWO_AT_A_TIME, *settings, "seed=range(4)", "run_name=four", "resume=true")
+    assert done.returncode == 1
+    assert "[job 2] error: run_name=four/2 was run" in done.stderr
+    assert "failed: run_name=four/2 was run with other settings (partition.seed was 99, is 2;" in table(done)[3]
+    assert len(table(done)) == 6
+    outcomes = json.loads((folder / "sweep.json").read_text())
+    assert [outcome["status"] for outcome in outcomes] == ["finished", "finished", "failed", "finished"]
+    assert outcomes[3]["overrides"] == f"{' '.join(settings)} seed=3 run_name=four resume=True"
+    assert (outcomes[3]["objective"], outcomes[3]["run_dir"]) == (0.3, str(folder / "3"))
+    for job in range(2):
+        expected, _ = federate(*settings, f"seed={job}")
+        summary = json.loads((folder / str(job) / "metrics.json").read_text())
         assert summary["model_sha256"] == expected["model_sha256"]
-        assert outcome["objective"] == summary["objective"] == expected["objective"]
+        assert outcomes[job]["objective"] == summary["objective"] == expected["objective"]
+        assert table(done)[job + 1].split()[:3] == [str(job), f"seed={job}", f"{expected['objective']:.4f}"]
     assert not list((tmp_path / "data").rglob("*.tmp"))
     assert left_running(tmp_path) == []
 
@@ -307,7 +298,7 @@ def test_two_runs_at_once_prepare_one_dataset_and_end_in_the_bytes_of_runs_alone
 @pytest.mark.slow
 @needs_joblib
 def test_an_interrupted_sweep_leaves_no_process_behind_and_goes_on(tmp_path: Path) -> None:
-    words = [TOY, "num_rounds=20", "evaluate.every=20", "seed=0,1,2", "run_name=stopped"]
+    words = [TOY, "num_rounds=20", "evaluate.every=20", "seed=0,1", "run_name=stopped"]
     process = start_tool(tmp_path, "run", *TWO_AT_A_TIME, *words, "deployment.workers=1")
     for number in range(2):
         progress = tmp_path / "runs" / "stopped" / str(number) / "progress.json"
@@ -317,7 +308,6 @@ def test_an_interrupted_sweep_leaves_no_process_behind_and_goes_on(tmp_path: Pat
     assert status == 130, said
     assert "interrupted: everything that was started has been stopped" in said.splitlines()
     assert left_running(tmp_path) == []
-    done = run(tmp_path, "-m", *words, "resume=true", "deployment.workers=0")
-    assert done.returncode == 0, done.stderr
+    assert run_here("-m", *words, f"home={tmp_path}", "resume=true", "deployment.workers=0") == 0
     outcomes = json.loads((tmp_path / "runs" / "stopped" / "sweep.json").read_text())
-    assert [outcome["status"] for outcome in outcomes] == ["finished"] * 3
+    assert [outcome["status"] for outcome in outcomes] == ["finished"] * 2

@@ -42,10 +42,9 @@ class Clients:
         self.absent.update(line.pop("absent", None) or ())
         for failure in line.pop("failures", None) or ():
             self.failures.setdefault((line["kind"], failure["reason"]), []).append((line["round"], failure["client"]))
-        for name, share in (line.pop("capped", None) or {}).items():
-            self.capped.setdefault(name, []).append((share, line["round"]))
-        for name, factor in (line.pop("clipped", None) or {}).items():
-            self.clipped.setdefault(name, []).append((factor, line["round"]))
+        for key, found in (("capped", self.capped), ("clipped", self.clipped)):
+            for name, value in (line.pop(key, None) or {}).items():
+                found.setdefault(name, []).append((value, line["round"]))
         for name in line.pop("left_out", None) or ():
             self.not_taken.setdefault(name, []).append(line["round"])
         return line

@@ -189,20 +189,15 @@ def times(run: Run, drawn: Sequence[Picture]) -> Html:
         shown = [brief(value) for value in (*np.percentile(seconds, [50, 90]), seconds.sum())]
         rows.append([name, *shown, f"{seconds.sum() / whole:.1%}"])
     found = table(["phase", "median s", "p90 s", "sum s", "share"], rows, range(1, 5))
-    if run.lines.get("round"):
-        said = _coverage(run)
-    else:
-        known = "the times of training and evaluation are known, from the first message to the last"
-        said = f"{NO_ROUND_LINES} Only {known}."
+    known = "Only the times of training and evaluation are known, from the first message to the last."
+    said = _coverage(run) if run.lines.get("round") else f"{NO_ROUND_LINES} {known}"
     return join([figures(drawn, found), note(said)])
 
 
 def _coverage(run: Run) -> str:
     """Say how much of the rounds' wall time the phases account for."""
-    ratios = []
-    for line in run.lines["round"]:
-        if line.get("seconds"):
-            ratios.append(sum((line.get("phases") or {}).values()) / line["seconds"])
+    timed = [line for line in run.lines["round"] if line.get("seconds")]
+    ratios = [sum((line.get("phases") or {}).values()) / line["seconds"] for line in timed]
     if not ratios:
         return "The wall time of the rounds is not recorded."
     low, middle, high = np.percentile(ratios, [0, 50, 100])
