@@ -180,7 +180,6 @@ def test_the_variable_of_the_checkpoint_examples_is_the_store_of_a_client(user: 
     assert Path(os.environ["DB"]).is_file()
 
 
-@pytest.mark.slow  # some blocks read what the commands above have written
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_every_python_block_runs_by_itself(user: Path, number: int) -> None:
     block = blocks("python")[number]

@@ -116,7 +116,6 @@ def test_faults_are_cut_to_one_printable_line() -> None:
     assert len(claim.fault) <= LONGEST_TEXT
 
 
-@pytest.mark.slow
 def test_the_time_to_read_claims_grows_with_their_number_and_not_with_its_square() -> None:
     def seconds(count: int) -> float:
         claims = [Claim(str(i), 10, 0, 2, (1,) * 10, "a" * 64, "", "c" * 64, "Python 3") for i in range(count)]

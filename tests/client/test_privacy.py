@@ -161,7 +161,6 @@ def test_a_resumed_run_whose_clients_replay_has_the_epsilon_of_an_undisturbed_on
         assert told[0] == told[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["checkpoint=off", "checkpoint=recent"])
 def test_a_round_that_is_trained_again_counts_twice(federate: Federate, data_home: Path, setting: str) -> None:
     name = f"again-{setting.replace('=', '-')}"

@@ -172,7 +172,6 @@ def test_batchnorm_buffers_are_averaged_and_counts_stay_whole_numbers(
     assert final["norm.num_batches_tracked"].item() == round(float(mean("norm.num_batches_tracked")))
 
 
-@pytest.mark.slow
 def test_a_personal_test_that_diverges_leaves_the_global_one_standing(federate: Federate) -> None:
     summary, path = federate(*DIGITS, "train.optimizer=sgd", "evaluate.personal_lr=1e30", "evaluate.personal_epochs=2")
     assert summary["accuracy"] is not None

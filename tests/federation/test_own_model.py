@@ -159,7 +159,6 @@ def test_augmentation_depends_on_seed_and_client_only(folder: Path, tmp_path: Pa
     assert digests[0] == digests[1] != plain["model_sha256"]
 
 
-@pytest.mark.slow
 def test_mods_wrap_training_and_evaluation_of_each_client_in_order(folder: Path, tmp_path: Path) -> None:
     mods = """
         CALLS = []

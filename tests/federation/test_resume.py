@@ -20,7 +20,6 @@ def whole(federate: Federate) -> tuple[dict[str, Any], Path]:
     return federate(*TOY, "run_name=whole")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("place", ["aggregate_train", "aggregate_evaluate", "configure_evaluate", "facts"])
 def test_a_run_that_broke_off_in_any_phase_is_resumed_to_the_same_bytes_and_figures(
     federate: Federate,

@@ -134,7 +134,6 @@ def test_robust_averages_of_adapters_are_the_same_in_groups(
     assert {"0", "1"} <= set(line["clipped"] if name == "norm_bound" else line.get("left_out", "01"))
 
 
-@pytest.mark.slow
 def test_a_server_optimizer_steps_along_the_robust_average(federate: Federate, bad: tuple[str, ...]) -> None:
     words = (*FAST, *bad, "strategy.server_optimizer=fedavgm", "num_rounds=1")
     _, robust = federate(*words, "strategy.robust=median")

@@ -28,7 +28,6 @@ def create(kind: str, source: Path, p1: int = 1, p2: int = 2, **options: Any) ->
     return ModelFactory.create_split_models(kind, source, p1, p2, **options)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vit", "gpt2"])
 def test_a_model_is_its_components_at_every_legal_pair(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -60,7 +59,6 @@ def growth_of_memory(call: Callable[[], object]) -> int:
     return resident("VmHWM") - before
 
 
-@pytest.mark.slow
 def test_a_vit_of_twelve_layers_is_its_components_and_each_takes_little_memory(tmp_path: Path) -> None:
     whole = write_vit(tmp_path / "vit_ti_16.safetensors", "vit_ti_16")
     expected = whole(draw_images())

@@ -59,7 +59,6 @@ def loaded(path: Path, variant: Variant) -> nn.Module:
     return model
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", WRITTEN)
 def test_a_vit_of_another_library_gives_its_logits(kind: str, tmp_path: Path) -> None:
     write, part, library, variant, normalization = WRITTEN[kind]

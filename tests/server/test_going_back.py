@@ -35,7 +35,6 @@ def held(path: Path) -> list[int]:
         return [kept.round for kept in store.rounds()]
 
 
-@pytest.mark.slow
 def test_a_run_that_saved_a_poisoned_round_goes_on_from_the_round_before_to_the_undisturbed_bytes(
     federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -265,7 +265,6 @@ def test_a_failed_start_does_not_keep_its_name(federate: Federate, data_home: Pa
         federate(*TOY, "run_name=fails_first")
 
 
-@pytest.mark.slow
 def test_a_failed_start_is_resumed_from_the_beginning_with_any_settings_unless_its_store_is_damaged(
     federate: Federate, data_home: Path
 ) -> None:

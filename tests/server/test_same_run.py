@@ -67,7 +67,6 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(text) for text in path.read_text().splitlines()]
 
 
-@pytest.mark.slow
 def test_a_run_is_not_resumed_over_data_that_was_prepared_anew_unless_it_is_to_go_on_anyway(
     federate: Federate, home: Path, trained: list[tuple[str, int]]
 ) -> None:
@@ -108,7 +107,6 @@ def test_a_run_that_went_on_anyway_says_so_for_ever_and_goes_on_with_its_new_dat
     ]
 
 
-@pytest.mark.slow
 def test_an_array_that_was_edited_is_refused_by_name_in_a_first_run_and_a_resumed_one(
     federate: Federate, home: Path
 ) -> None:

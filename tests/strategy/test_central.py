@@ -153,7 +153,6 @@ def test_adaptive_clipping_follows_the_quantile_and_its_noise_is_paid_for() -> N
     assert noisy("privacy.clipping=adaptive", "privacy.noise_multiplier=3").plan.count_noise == 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["fedavg", "fedit", "ffa", "rolora"])
 def test_what_clients_send_is_clipped_over_all_tensors_by_every_rule(federate: Federate, rule: str) -> None:
     words = LORA_TOY if rule != "fedavg" else (*TOY, "evaluate.every=3")

@@ -58,7 +58,6 @@ def whole(federate: Federate) -> tuple[dict[str, Any], Path]:
     return federate(*TOY, "privacy.clipping=adaptive", "privacy.noise=seeded")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: "-".join(map(str, place[1:])))
 @pytest.mark.parametrize("source", ["seeded", "secure"])
 def test_a_resumed_run_releases_every_round_once_wherever_it_was_broken_off(
@@ -113,7 +112,6 @@ def test_rounds_dropped_by_resume_from_still_count_as_released_and_against_the_b
         federate(*words, "resume=true")
 
 
-@pytest.mark.slow
 def test_a_resumed_run_keeps_its_noise_even_if_the_accountant_would_now_compute_another(
     federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,7 +82,6 @@ def product_by_rule(rule: str, clients: list[tuple[float, Arrays]], layer: str) 
     return mean_b @ mean_a
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_adds_its_product_to_each_weight_in_the_weights_own_shape(federate: Federate, rule: str) -> None:
     seen: Sent = []

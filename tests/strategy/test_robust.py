@@ -70,7 +70,6 @@ def settings(name: str, *more: str) -> Any:
     return compose(["clients=10", f"strategy.robust={name}", "strategy.malicious=2", *more]).strategy
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("name", robust.PER_CLIENT)
 def test_two_bad_clients_of_ten_hardly_move_the_average(

@@ -70,7 +70,6 @@ def test_a_client_of_the_stock_app_trains_as_the_bare_loop_does(
     assert reply.content["metrics"]["num-examples"] == 10
 
 
-@pytest.mark.slow
 def test_the_cpu_time_of_children_and_of_processes_that_have_ended_counts(tmp_path: Path) -> None:
     script = f"import subprocess, sys, time; subprocess.run([sys.executable, '-c', {BURN!r} + 'time.sleep(1)'])"
     command = f"{script}; open({str(tmp_path / 'done')!r}, 'w'); time.sleep(60)"
@@ -102,7 +101,6 @@ def test_a_watched_command_is_measured_between_its_first_round_and_the_last_but_
     assert used.pss > 1 << 20
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "error"),
     [

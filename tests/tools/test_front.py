@@ -183,7 +183,6 @@ def test_a_run_that_did_not_finish_says_the_command_that_continues_it(
     assert last_lines(lost, *words, argv0="/venv/bin/flapp run") == [*failed, kept]
 
 
-@pytest.mark.slow
 def test_a_sweep_that_did_not_finish_says_the_command_that_continues_it_unless_nothing_was_reached(
     main: Any, capsys: pytest.CaptureFixture[str], home: Path
 ) -> None:

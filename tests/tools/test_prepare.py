@@ -65,7 +65,6 @@ def test_kill_9_and_the_same_command_again_end_in_the_same_bytes(
     assert content_of(home) == disturbed
 
 
-@pytest.mark.slow
 def test_prepared_data_is_left_alone_until_its_source_changes_and_overwrite_replaces_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], refusal: Refusal
 ) -> None:

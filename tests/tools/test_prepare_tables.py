@@ -98,7 +98,6 @@ def test_femnist_with_a_character_that_it_does_not_have_is_refused(tmp_path: Pat
         assert said in refused(tmp_path / "home", *words)
 
 
-@pytest.mark.slow
 def test_a_client_column_gives_shards_and_a_shared_artifact_that_end_in_the_same_model(
     table: Path, tmp_path: Path
 ) -> None:
