@@ -185,6 +185,11 @@ def test_every_python_block_runs_by_itself(user: Path, number: int) -> None:
     block = blocks("python")[number]
     if "transformers" in block:
         pytest.importorskip("transformers")
+    for command in pasted():  # those that write what the block reads, unless a test above has run them
+        out = command.partition(" --out ")[2]
+        if out and re.search(rf'[":]{re.escape(out)}["/]', block) and not Path(out).exists():
+            _, _, module, *words = words_of(command)
+            assert importlib.import_module(module).main(words) == 0
     exec(compile(block, f"Python block {number + 1}", "exec"), {"__name__": "__main__"})
 
 

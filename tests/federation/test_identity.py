@@ -100,6 +100,7 @@ def test_who_claims_to_be_another_client_is_refused_and_the_holder_of_the_key_ta
     assert (intruder in asked) == (kind == "another client")  # the others are sent nothing at all
 
 
+@pytest.mark.slow
 def test_without_its_holder_a_client_is_missing_and_not_the_intruder(
     federate: Federate, pins: Path, own: list[bytes], stolen: bytes
 ) -> None:

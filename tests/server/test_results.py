@@ -31,6 +31,7 @@ def slow(patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
     patch.setattr(owner, name, method)
 
 
+@pytest.mark.slow
 def test_time_is_counted_in_the_phase_that_takes_it_and_adds_up(
     federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
