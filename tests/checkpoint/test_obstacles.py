@@ -12,7 +12,7 @@ from flapp.checkpoint import database
 from flapp.checkpoint.manager import ChunkManager
 from flapp.checkpoint.store import Store
 from tests.support.checkpoint_rounds import digests_of, expected, is_sound, refused, save_rounds
-from tests.support.full_disk import largest_file
+from tests.support.faults import largest_file
 
 
 @pytest.fixture

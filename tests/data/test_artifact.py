@@ -14,7 +14,7 @@ import pytest
 from flapp.data import artifact as artifacts
 from flapp.data.artifact import DataError, open_artifact, open_verified, write_artifact, write_rows
 from flapp.data.offline import OfflineDataset
-from tests.support.killed import die, killed
+from tests.support.faults import die, killed
 from tests.support.refusals import refused
 
 CLASSES = ["a", "b", "c"]

@@ -21,7 +21,7 @@ from flapp.data.shards.build import export_artifacts, write_shards
 from flapp.data.shards.client import DistributedShardLoader
 from flapp.data.shards.manifest import Manifest
 from flapp.data.shards.source import FEMNIST
-from tests.support.killed import die, killed
+from tests.support.faults import die, killed
 from tests.support.leaf_files import (
     SPLITS,
     Samples,

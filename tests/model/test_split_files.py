@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from flapp.files import sha256_of_file
 from flapp.model.split.factory import ModelFactory
 from flapp.model.split.files import COMPONENTS, StorageManager, read_metadata
-from tests.support.full_disk import largest_file
+from tests.support.faults import largest_file
 from tests.support.leaf_files import content_of, flip
 from tests.support.refusals import refused
 from tests.support.split_models import write_vit

@@ -15,8 +15,8 @@ from flapp.data import images as pixels
 from flapp.data.artifact import open_artifact, write_artifact
 from flapp.data.sources import cifar_files, cifar_sha256, ensure_artifacts, read_cifar
 from tests.support.cifar_files import write_cifar
+from tests.support.faults import die, killed
 from tests.support.images import pil_resize
-from tests.support.killed import die, killed
 from tests.support.leaf_files import content_of
 from tests.tools.conftest import Refusal
 from tools import prepare_data

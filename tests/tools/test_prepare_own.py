@@ -17,7 +17,7 @@ from flapp.config.schema import ConfigError
 from flapp.data.artifact import DataError, open_artifact, read_meta
 from flapp.data.folder import open_folder
 from flapp.partitions import check_splits
-from tests.support.killed import die, killed
+from tests.support.faults import die, killed
 from tests.support.leaf_files import content_of
 from tests.support.own_runs import run
 from tests.support.pictures import draw, encode, write_pictures
