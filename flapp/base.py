@@ -78,7 +78,7 @@ def receive_base(models: Path, digest: str, tensors: Mapping[str, "Tensor"]) -> 
     base_path(models, digest)  # before anything is read or written, the name must be a digest
     if (found := digest_of(tensors)) != digest:
         what = f"the base that arrived has digest {found[:12]}, the server's is {digest[:12]}"
-        raise BaseError(f"{what}: it is sent again in the next round")
+        raise BaseError(f"{what}: the server sends it again")
     keep_base(models, tensors)
 
 

@@ -99,7 +99,7 @@ def examine(reply: Message, kind: str, group: Group, asked: Asked, expected: Map
 def name_errors_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """When handling a message raises, answer with the fault in one line, and log its traceback here.
 
-    Flower would send the whole traceback.
+    Flower itself would send an error of many lines, in a simulation with its traceback.
     """
     try:
         return call_next(message, context)
@@ -151,7 +151,7 @@ def privacy_mod(message: Message, context: Context, call_next: ClientAppCallable
 
     This mod is inside checkpoint_mod. So a client's store holds only what leaves the client. If the client is asked
     again, it sends exactly the same bytes. Flower's LocalDpMod is not used. Its sigma is right only for an epsilon
-    below 1. It fails for an update of zero. It does not change tensors without dimensions, nor an update with a NaN.
+    below 1. It fails for an update of zero. It does not change tensors without dimensions, nor clip an update with a NaN.
     """
     if message.metadata.message_type != TRAIN or (task := read_task(message, context)).config.privacy.kind == "none":
         return call_next(message, context)

@@ -209,7 +209,10 @@ class ReleaseLedger:
             self._add({"round": server_round, "replayed": sorted(names)})
 
     def most(self) -> int:
-        """Return the releases of the client that has the most; the first of a round is never a replay."""
+        """Return how often the client with the most releases has released.
+
+        Each round in which a client was asked counts once or more, because its first answer is never a replay.
+        """
         releases: Counter[str] = Counter()
         for (name, server_round), asked in self.asked.items():
             releases[name] += max(1, asked - self.replayed[name, server_round])

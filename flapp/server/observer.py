@@ -145,10 +145,10 @@ class Observer:
 
 
 class Events:
-    """Write TensorBoard events: every number of metrics.jsonl as a scalar <kind>/<key> over rounds.
+    """Write TensorBoard events: the numbers of metrics.jsonl, as `scalars` names them, over rounds.
 
-    The lines that are already there are written first; TensorBoard drops its older events. began: when the run began,
-    in seconds since the epoch. Raises ConfigError without the package tensorboard.
+    lines: what metrics.jsonl holds already. It is written again, and TensorBoard ignores what an earlier start wrote.
+    began: when the run began, in seconds since the epoch. Raises ConfigError without the package tensorboard.
     """
 
     def __init__(self, folder: Path, began: float, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -182,7 +182,10 @@ def check_tensorboard() -> None:
 
 
 def scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of a line as <kind>/<key>; a list counts as its length, and values by client are left out."""
+    """Return the numbers of a line as <kind>/<key>; a list counts as its length.
+
+    Of the objects, only `phases`, `store` and those named `*_spread` count; values by client are left out, for example.
+    """
     found: dict[str, Any] = {}
     for key, value in line.items():
         if key in ("phases", "store") or key.endswith("_spread"):

@@ -1,7 +1,7 @@
 """The releases of a run with central privacy: what each round makes known, kept before anybody sees it, and counted.
 
-A round's release is the noisy average of its updates. It becomes known when clients are sent the new model, first to
-evaluate it. Before that, `keep` does two things, in this order:
+A round's release is the noisy average of its updates. It becomes known when clients are sent the new model, to evaluate
+it or to train it. Before that, `keep` does two things, in this order:
 
 1. release.safetensors gets the noisy average, the round's line and the next clipping norm, in one step.
 2. releases.jsonl gets a line: the round, the digest of the average, the noise multiplier, and the source of the noise.

@@ -62,8 +62,8 @@ class Roster:
     """Attest nodes as they come and keep the clients that may take part.
 
     expected: the ids of all clients of this run; classes: of the dataset, 0 for regression; check_claim: returns what
-    is wrong with a claim, or None; strict: refuse a client that it faults instead of warning; timeout: seconds for an
-    answer to attest; base: the frozen tensors, sent to clients that lack them; keys: the pinned key of each client.
+    is wrong with a claim, or None; strict: refuse a client with such a fault, instead of only warning; timeout: seconds
+    for an answer to attest; base: the frozen tensors, sent to clients that lack them; keys: each client's pinned key.
     With keys, a node is the client whose key it has; a node with any other key is refused, and is sent nothing.
     ledger: compares and records the data of clients that join; any_node: whether any node can serve any client;
     code: the digest of the user's own code; tell: returns what may be told of a reason.
@@ -123,7 +123,7 @@ class Roster:
             self._send_base(lacking)
             again = self._attest(lacking)
             found = [member for member in found if member.node_id not in lacking] + again
-            self._asked -= {m.node_id for m in again if _lacks_base(m.claim)}  # it is sent again in the next round
+            self._asked -= {m.node_id for m in again if _lacks_base(m.claim)}  # the next refresh sends it again
         self._admit(found)
 
     def wait(self, seconds: float, min_clients: int | None) -> None:
@@ -280,7 +280,7 @@ class Roster:
         if claim.base_digest != self.base_digest:
             own, found = self.base_digest, claim.base_digest[:12]
             if not found:
-                return f"did not receive base {own[:12]}: see its own log; it is sent again in the next round"
+                return f"did not receive base {own[:12]}: see its own log; the server soon sends it again"
             fix = f"remove models/{own} from its home and restart the client, which then receives it again"
             if claim.base_digest == DAMAGED:
                 return f"holds base {own[:12]} in a damaged file: {fix}"

@@ -231,7 +231,7 @@ class Run:
         return self.directory.finish(digest)
 
     def load_global(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Load the tensors that travel into the server's model; the frozen base stays as it is."""
+        """Update the server's model with tensors that clients are sent; the frozen base stays as it is."""
         odd = self.model.load_state_dict(tensors, strict=False).unexpected_keys
         assert not odd, odd
 
@@ -258,7 +258,10 @@ def initial_model(config: Config) -> nn.Module:
 
 
 def keys_of(config: Config, model: nn.Module) -> tuple[list[str], list[str]]:
-    """Return the keys of the tensors that travel (all, without adapters), and of those that each client keeps."""
+    """Return the keys of the tensors that clients are sent, and of those that each client keeps to itself.
+
+    If the model has no adapters, clients are sent all tensors.
+    """
     layout = layout_of(model)
     return global_keys(layout.tensors, layout.trained, config.strategy.aggregation)
 

@@ -1,7 +1,8 @@
 """The run directory: everything that a run leaves behind, under home/runs/<run_name>; docs/formats.md describes it.
 
 A round is complete when server_chunks.db holds it. A resumed run drops the lines of later rounds and continues. With
-resume_from it also drops the rounds after that one, from every file but releases.jsonl: what is released stays counted.
+resume_from it also drops the rounds after that one, except from log.txt and from the files of releases: what was
+released stays counted.
 """
 
 import difflib
@@ -172,14 +173,17 @@ class RunDirectory:
 
         Raises ConfigError, and changes nothing, if that is not possible.
         """
+        journals = (self.origin.environment, self.origin.clients)
         try:
             if self.config.resume_from:
                 self.load_round(server_round)  # it must be whole before others are dropped
+            for journal in journals:
+                journal.read(self.config.resume_from)  # a damaged one must be found before anything is cut
             self._drop_lines_after(server_round)
         except ValueError:
             self.close()
             raise
-        for journal in (self.origin.environment, self.origin.clients):
+        for journal in journals:
             journal.cut(self.config.resume_from)
         self.store.drop_rounds_after(server_round)
 
@@ -204,8 +208,8 @@ class RunDirectory:
         if (newest > server_round + 1 and not resume_from) or last < server_round:
             found = last if last < server_round else newest
             fix = "bring the right ones back from a copy, use resume_from with a round that both have, or start anew"
-            ends = f"{self.path / STORE} ends with round {server_round}, metrics.jsonl with round {found}"
-            raise ConfigError(f"{ends}: {fix}")
+            holds = f"{'holds' if resume_from else 'ends with'} round {server_round}"
+            raise ConfigError(f"{self.path / STORE} {holds}, metrics.jsonl ends with round {found}: {fix}")
         for _, line in kept:
             summary.add(line)
         if resume_from and not self.store.find_round(selected := summary.selected_round()):

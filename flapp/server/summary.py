@@ -128,7 +128,7 @@ class StoppedEarly(Exception):
 
 @dataclass
 class Best:
-    """The best value of a metric so far, its round, and the evaluations since one was better by more than min_delta."""
+    """The best value of a metric so far, its round, and how many evaluations ago it last improved by over min_delta."""
 
     metric: str
     min_delta: float = 0.0

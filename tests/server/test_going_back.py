@@ -111,6 +111,17 @@ def test_a_round_without_its_lines_is_refused_and_nothing_is_dropped(federate: F
     assert federate(*TOY, "run_name=lineless", "resume=true", "resume_from=3")[0]["status"] == "finished"
 
 
+def test_a_damaged_journal_of_clients_is_refused_and_nothing_is_dropped(federate: Federate) -> None:
+    _, path = federate(*TOY, "run_name=torn")
+    clients = (path / "clients.jsonl").read_text()
+    (path / "clients.jsonl").write_text("damaged\n" + clients)
+    before = (path / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match=r"clients\.jsonl is damaged .*: restore a copy, or remove it"):
+        federate(*TOY, "run_name=torn", "resume=true", "resume_from=4")
+    assert (path / "metrics.jsonl").read_text() == before
+    assert held(path) == [3, 4, 5]
+
+
 def test_going_back_is_refused_if_the_best_round_is_gone_and_select_is_best(
     federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
