@@ -151,7 +151,8 @@ def privacy_mod(message: Message, context: Context, call_next: ClientAppCallable
 
     This mod is inside checkpoint_mod. So a client's store holds only what leaves the client. If the client is asked
     again, it sends exactly the same bytes. Flower's LocalDpMod is not used. Its sigma is right only for an epsilon
-    below 1. It fails for an update of zero. It does not change tensors without dimensions, nor clip an update with a NaN.
+    below 1. It fails for an update of zero. It does not change tensors without dimensions, and does not clip an update
+    with a NaN.
     """
     if message.metadata.message_type != TRAIN or (task := read_task(message, context)).config.privacy.kind == "none":
         return call_next(message, context)
