@@ -4,11 +4,11 @@
     python -m tools.benchmark all --json OUT         every topic, also as JSON, which tools.report --benchmark shows
     python -m tools.benchmark simulation --short     the short form of a long topic, in under 3 minutes
 
-Ratios compare medians of interleaved measurements, in one process but for `deployment` and `simulation`, which start
-other processes. Each topic runs in a new process. A row is `met` if it reaches its target, `within limit` if it misses
-its target but not its limit, and `MISSED` otherwise. It is `not measured` if its topic failed or a package is missing
-(pip install -e '.[benchmark]' installs all packages). The JSON is {"machine": {...}, "seconds": total, "rows": [...]}.
-Exits 1 only when a row misses its limit or was not measured.
+Ratios of times compare medians of interleaved measurements. Each topic runs in a new process; `deployment`,
+`simulation` and the memory row of `data` start further ones. A row is `met` if it reaches its target, `within limit` if
+it misses its target but not its limit, and `MISSED` otherwise. It is `not measured` if its topic failed or a package is
+missing (pip install -e '.[benchmark]' installs all packages). The JSON is {"machine": {...}, "seconds": total,
+"rows": [...]}. Exits 1 only when a row misses its limit or was not measured.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """Write the final model of a finished run as another library loads it.
 
     python -m tools.export RUN_DIR --to torchvision --out DIR      a ViT: model.pth, a state dict of torchvision's
-    python -m tools.export RUN_DIR --to transformers --out DIR     a ViT: a folder of save_pretrained's
+    python -m tools.export RUN_DIR --to transformers --out DIR     a ViT: a folder as save_pretrained writes it
     python -m tools.export RUN_DIR --to timm --out DIR             a ViT: a folder that timm loads as local-dir:DIR
     python -m tools.export RUN_DIR --to peft --out DIR             the adapter, and in base/ the model for it
     python -m tools.export RUN_DIR --to onnx --out DIR             any model: model.onnx, checked with onnxruntime

@@ -15,7 +15,7 @@
     python -m tools.prepare_data experiment=femnist_fedavg dataset.source=DIR              shards only
 
 Settings are written as for a run; overwrite=true replaces what is there. After an interruption, run the same command
-again. Exits 0 when everything is prepared, 1 with one line that says what is wrong.
+again. Exits 0 when everything is prepared; otherwise 1, and the last line says what is wrong.
 """
 
 import hashlib

@@ -35,7 +35,7 @@ def write_proxy_files(folder: Path, listen: str, superlink: int) -> Path:
     """Write nginx.conf and the folder for temporary files into `folder`; return the path of nginx.conf.
 
     listen: the address:port that sites reach; superlink: the SuperLink's port on 127.0.0.1. Raises ValueError when
-    nginx could not use them or the certificates.
+    nginx could not use `listen`, the path of `folder` or the certificates in it.
     """
     fix = f"python -m tools.certificates server {folder} --host NAME"
     for name in NEEDED:

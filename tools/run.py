@@ -51,7 +51,8 @@ Settings are written key=value, in Hydra's grammar. These choose a whole group o
   --hydra-help         Hydra's own options
 
 Results go to ~/.flapp/runs/<run_name>; home=DIR or FLAPP_HOME replaces ~/.flapp. Without run_name, the name is made of
-the experiment (or the dataset, if you choose one), a model or strategy that you choose, and the time.
+the experiment, the dataset, model and strategy that you choose, and the time. If you choose a dataset but no
+experiment, the default experiment is left out.
 Clients run in worker processes of this command (deployment=inline); deployment.workers=0 runs them in this process
 itself, for breakpoint(). deployment=simulation runs them in Ray. deployment=local runs them on SuperNodes, Flower's
 client processes: on this machine (`python -m tools.federation up`), or at deployment.address.

@@ -8,7 +8,7 @@ then grow to Flower's own. Each client process is forked from a process that has
 nothing else. All messages and results stay byte-identical. If its SuperExec dies, this SuperNode ends too; Flower's own
 would stay online without answering.
 
-Flower has no settings for this, so this program replaces names in three of Flower's modules. It refuses versions of
+Flower has no settings for this, so this program replaces names in four of Flower's modules. It refuses versions of
 Flower without these names; `tools.federation up --plain` runs Flower's own SuperNode. There are three processes: this
 one, then `superexec`, which it starts, and `clients`, which `superexec` starts and whose forks are the clients'
 processes.
@@ -108,7 +108,7 @@ def run_supernode() -> Any:
         return process
 
     replace_names(NODE, time=Pauses(), subprocess=SimpleNamespace(Popen=popen))
-    runpy.run_path(str(OWNER_ONLY))["protect"](COMMAND)  # -P keeps it out of the path
+    runpy.run_path(str(OWNER_ONLY))["protect"](COMMAND)  # by its path: -P keeps tools/ from being imported
     from flwr.supernode.cli import flower_supernode
 
     return flower_supernode()

@@ -243,7 +243,7 @@ def spread(number: int, some: int | None) -> list[int]:
 
 
 class Pixels:
-    """What some blocks of a split's images hold, each read once; zeros, not_finite: the samples."""
+    """What some blocks of a split's images hold; zeros, not_finite: the samples that are all zero, or not finite."""
 
     def __init__(self, split: Split) -> None:
         images, expected, blocks = split.images, split.meta["images"]["blocks"], blocks_of(split.images)

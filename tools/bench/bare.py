@@ -97,7 +97,7 @@ def run(work: Work, ends: Path) -> dict[str, Tensor]:
     """
     from safetensors.torch import load_file
 
-    from flapp.model.build import build_model  # not here when stock.py has copied this file
+    from flapp.model.build import build_model  # late: the app that stock.py makes has no flapp
 
     torch.set_num_threads(1)
     model, data, state = build_model(**work.model), load_data(work), load_file(work.start)

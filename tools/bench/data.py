@@ -27,7 +27,7 @@ from flapp.data.offline import OfflineCIFAR10
 from tools.bench import Row, measure
 
 IMAGES, SIZE, BATCH = 4096, 224, 32
-MEASURED = 640  # images per epoch for slow baselines; our loader reads all IMAGES
+MEASURED = 640  # images per epoch for slow baselines and for `waiting`; otherwise our loader reads all IMAGES
 STEP = 0.020  # seconds
 CLIENTS = 6
 CLASSES = [f"class {i}" for i in range(10)]
@@ -44,7 +44,7 @@ class LocalCIFAR10(CIFAR10):
 
 
 class Float32Memmap(Dataset[tuple[Tensor, int]]):
-    """Raw memmaps: normalized float32 (N, 3, 224, 224) without a header, 36 GB for the whole of CIFAR-10."""
+    """A raw memmap: float32 (N, 3, 224, 224) without a header. The whole of CIFAR-10 would take 36 GB."""
 
     def __init__(self, path: Path) -> None:
         self.images = np.memmap(path, np.float32, "r", shape=(MEASURED, 3, SIZE, SIZE))
@@ -157,7 +157,7 @@ def memory(folder: Path) -> list[Row]:
 
 
 def memory_of_clients(folder: Path, clients: int) -> list[int]:
-    """Run processes that each read a whole epoch and return the bytes that it cost each while all of them live."""
+    """Run processes that each read a whole epoch; return the bytes that each gains by it, while all of them live."""
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(clients, timeout=120), context.Queue()
     started = [context.Process(target=read_epoch, args=(folder, barrier, answers), daemon=True) for _ in range(clients)]

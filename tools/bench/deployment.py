@@ -1,7 +1,7 @@
 """An idle round over a SuperLink and three SuperNodes: flapp on its own SuperNodes, against a stock app on stock ones.
 
-Both are asked to train and to evaluate by all clients in every round, with next to no work in either. The stock app
-is what Flower's documentation starts with: its FedAvg, and a client in NumPy, which does not import PyTorch.
+In both apps, all clients train and evaluate in every round, with next to no work to do. The stock app is what Flower's
+documentation starts with: its FedAvg, and a client in NumPy, which does not import PyTorch.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ def steps(ends: Sequence[float]) -> list[float]:
 
 
 def rows() -> list[Row]:
-    """Run both apps in turn, each over a deployment of its own that idles meanwhile, and compare their medians."""
+    """Run both apps in turn and compare their medians. Each has its own deployment, idle while the other app runs."""
     stock, ours = list[float](), list[float]()
     with tempfile.TemporaryDirectory(prefix="flapp-") as root, contextlib.ExitStack() as stack:
         theirs, home = Path(root) / "stock", Path(root) / "flapp"

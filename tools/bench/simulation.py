@@ -79,7 +79,7 @@ class Workload:
         return self.counted + 2
 
     def run_flapp(self, *runtime: str) -> Usage:
-        """Run flapp by its own command, in its own simulation with one worker unless another runtime is given."""
+        """Run flapp by its own command: inline with one worker, unless another runtime is given."""
         path = self.home / "runs" / f"{self.name}-{next(NUMBERS)}"
         words = [*self.words, *NO_EVALUATION, *(runtime or INLINE), f"num_rounds={self.rounds}"]
         words += [f"home={self.home}", f"run_name={path.name}", "--format", "json"]

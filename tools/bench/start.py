@@ -1,8 +1,9 @@
 """From a client's start to its first batch, against flwr-datasets.
 
-Each client is one of FEMNIST's writers with 200 images. Ours opens its own shard, checks it against its meta.json, and
-makes a batch of the loader that it trains from. flwr-datasets opens the whole dataset from disk and deals it by
-writer, as each of its clients does, and loads through a DataLoader with a transform, as its documentation shows.
+Each client is a made-up writer with 200 random images of FEMNIST's shape. Ours opens its own shard, checks it against
+its meta.json, and makes a batch of the loader that it trains from. flwr-datasets opens the whole dataset from disk and
+deals it by writer, as each of its clients does, and loads through a DataLoader with a transform, as its documentation
+shows.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from flapp.custom import source_digest, versions
 from flapp.data.shards.build import write_shards
 from tools.bench import Row, measure
 
-WRITERS = (500, 3500)  # FEMNIST has 3,597; what flwr-datasets does grows with their number, what flapp does not
+WRITERS = (500, 3500)  # FEMNIST has 3,597; only the work of flwr-datasets grows with their number
 IMAGES, BATCH = 200, 32
 SHARDS = 8  # each client opens only its own, so the others need not exist
 

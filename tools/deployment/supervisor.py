@@ -51,7 +51,7 @@ Pid = Annotated[int, Field(gt=0, lt=1 << 31)]
 class Federation(BaseModel, frozen=True, strict=True, extra="forbid"):
     """The parts of a federation on this machine, as written to federation.json.
 
-    address: of the SuperLink, host:port; clients: ids; shards: a folder per client, or None when they share `home`;
+    address: of the SuperLink, host:port; clients: ids; shards: the folder that holds every client's shard, or None;
     homes: whether each site has a home of its own; threads: of a client's process; plain: whether the SuperNodes are
     Flower's own instead of tools.supernode; allow_code: packages and folders whose code runs may name.
     """

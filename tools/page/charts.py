@@ -24,7 +24,7 @@ from tools.page.run import Points, Run, differing
 MB = 1e6
 MOST_SETTINGS = 12
 ACCURACY = "share of samples"
-LOSS = "mean of a sample"
+LOSS = "mean over samples"
 SENT = "MB up and down so far"
 SPREADS = {
     "accuracy": "Accuracy over clients",

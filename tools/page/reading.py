@@ -187,7 +187,7 @@ def _read_lines(
                     torn = not raw.endswith(b"\n")
                     odd += not torn
     except OSError as error:
-        notes.append(f"{path.name} cannot be read ({error.strerror}), so there are no rounds")
+        notes.append(f"{path.name} cannot be read ({error.strerror}), so its lines are missing here")
     if torn:
         notes.append(f"the last line of {path.name} was cut off and is left out")
     if odd:

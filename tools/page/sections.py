@@ -284,7 +284,7 @@ def counts_of_left_out(run: Run) -> Html:
             for reason, times in (line.get("failure_kinds", {}) | counts).items():
                 found.setdefault(reason.replace("_", " "), []).append((line["round"], times))
         for reason, at in found.items():
-            is_state = kind in ("roster", "refused")  # whose lines say who is refused at that moment
+            is_state = kind in ("roster", "refused")  # whose lines count who is refused at that moment
             if times := at[-1][1] if is_state else sum(count for _, count in at):
                 rows.append([kind, reason, f"{times:,}", rounds(number for number, count in at if count)])
     return table(["step of the round", "what", "times", "rounds"], rows, (2,)) or note("No client was left out.")
@@ -348,7 +348,7 @@ TOLD: dict[str, Callable[[Run], Html]] = {"Left out": left_out, "Digests and set
 
 
 def badge(text: str, status: str = "") -> Html:
-    """Return text in the colour of a status of runs, by default the text itself."""
+    """Return text in the colour of a run's status; without `status`, the text is the status."""
     return tag("span", text, class_=f"status {status or text}")
 
 

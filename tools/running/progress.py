@@ -147,7 +147,7 @@ def latest(found: dict[str, Any]) -> dict[str, str]:
 class Progress:
     """Show the progress of a run at each `look`: bars of rounds and replies on a terminal, otherwise lines.
 
-    Up to 20 rounds have a line each. A longer run prints about 20 lines. plain: print lines on a terminal too, because
+    Up to 20 rounds have a line each. A longer run prints 11 to 20 lines. plain: print lines on a terminal too, because
     a debugger may ask for input there.
     """
 

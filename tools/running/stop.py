@@ -45,7 +45,7 @@ def stop_command(path: Path, kind: str, holder: dict[str, Any]) -> list[int]:
         processes, started = None, owner.children(recursive=True)
     else:
         token = env.get(TOKEN, "")
-        if not Path(token).is_absolute():  # a folder is the token of a private SuperLink
+        if not Path(token).is_absolute():  # a private SuperLink's token is the path of its folder
             raise RunsError(f"the run was not started by flapp: stop it with `flwr stop {holder['run_id']}`")
         processes = Processes(token)
         started = processes.running()

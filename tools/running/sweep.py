@@ -1,8 +1,8 @@
 """Sweeps: collect the outcomes of all jobs of one command, and write them as a table and as sweep.json.
 
 A launcher may run jobs in its own processes, several at a time, and kill them. FLAPP_SWEEP names a folder that all of
-them know: a job writes <number>.json there when it ends. The name of the SuperLink that a job starts begins with the
-name of that folder, so that it can be stopped even if the job was killed.
+them know: a job writes <number>.json there when it ends. If a job starts a SuperLink, the name of the SuperLink's
+folder begins with the name of that folder, so that the SuperLink can be stopped even if the job was killed.
 
 sweep.json in the sweep's folder is a list with one object per job, in their order: job (number), overrides, status
 (finished or failed), and either objective, objective_metric (the name of that figure), accuracy, personal_accuracy,
