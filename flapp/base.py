@@ -32,7 +32,7 @@ class BaseError(ValueError):
 
 
 def digest_of(tensors: "Mapping[str, Tensor | np.ndarray]") -> str:
-    """Return the digest of tensors; imports PyTorch, which the modules that import this one may not need."""
+    """Return the digest of tensors; PyTorch is imported here because some users of this module never need it."""
     from flapp.checkpoint import tensors as tensor_bytes
 
     return tensor_bytes.digest_of(tensors)

@@ -31,7 +31,7 @@ LOSS_SUMS = {f"{start}{kind}loss-sum" for start in ("", VAL) for kind in ("", "p
 METRIC = re.compile(f"({VAL})?(personal-)?{SUMS}{NAME.pattern}")  # of evaluate.metrics
 NEVER_NEGATIVE = {"train-loss", "seconds", *LOSS_SUMS}
 RAISE_LIMIT = "if its data explain this, raise strategy.norm_limit"
-TOO_LONG = "run unchanged flapp on its node, which then clips to privacy.clipping_norm"
+TOO_LONG = "run unchanged flapp on its node, which then clips to the length that the server names"
 LARGEST_LOSS = float(np.finfo(np.float32).max)  # of one sample
 
 

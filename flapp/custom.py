@@ -98,7 +98,7 @@ def enable(config: Config, node: NodeConfig | None = None) -> str:
 
 
 def read_code(config: Config) -> dict[str, str]:
-    """Return the SHA-256 of each file of the run's own code by its name; of a large package, its version."""
+    """Return the SHA-256 of each file of the run's own code by its name; a large package has one, of its version."""
     folders = _folders_of_command(config)
     found = {_top(target): _find(setting, target, folders) for setting, target in config.targets}
     return {name: _sha256(name, path) for name, path in _read(found.values(), folders).items()}
@@ -170,12 +170,12 @@ def place_of_code(function: object) -> str:
     return f" ({code.co_filename}, line {code.co_firstlineno})" if code else ""
 
 
-def source_of(function: Callable[..., Any]) -> str:
-    """Return the text of a function, or its name where it has none."""
+def source_of(function: Callable[..., Any], name: str) -> str:
+    """Return the text of a function, or `name` where it has none, such as a functools.partial."""
     try:
         return inspect.getsource(function)
     except (OSError, TypeError):
-        return repr(function)
+        return name
 
 
 @contextmanager
@@ -254,7 +254,7 @@ def _home_of(spec: ModuleSpec) -> Path:
 def _read(specs: Iterable[ModuleSpec], folders: list[str]) -> dict[str, Path | None]:
     """Return the files of modules and of what these import from their own folder or `folders`, by their names.
 
-    A large package that is installed, and a module without a file, are known by their version: None.
+    A large package that is installed, and a module without a file, have their version in the name, and no file: None.
     """
     found: dict[str, Path | None] = {}
     waiting = list(specs)

@@ -76,7 +76,7 @@ class Instructions:
 class Claim:
     """What a client holds: samples per split, training labels per class, and digests to check them by.
 
-    A client that cannot take part says why in `fault`; then all other fields are ignored.
+    A client that cannot take part says why in `fault`; then only its client_id is also read.
     """
 
     client_id: str

@@ -40,7 +40,8 @@ def prepared(config: Config) -> Path:
         with blaming(f"dataset.target={config.dataset.target} fails", function):
             return function() if function else None
 
-    source = f"{MADE_BY}{hashlib.sha256(source_of(function).encode()).hexdigest()}" if function else ""
+    text = source_of(function, str(config.dataset.target)) if function else ""
+    source = f"{MADE_BY}{hashlib.sha256(text.encode()).hexdigest()}" if function else ""
     return ensure_artifacts(config.data_dir, name, make if function else None, source)
 
 
@@ -72,7 +73,7 @@ def _shared_files(config: Config) -> tuple[list[str], str]:
 
 @lru_cache(maxsize=8)
 def cached_partition(config: Config, files: Stamp) -> Partition:
-    """Read the partition, which the first process that asks makes; its val is what is held out for validation."""
+    """Read the partition, or make it if no process has done so yet; its val is held out for validation."""
     dataset = config.data_dir / config.dataset.name
     artifacts = [open_verified(dataset / split) for split in ("train", "test")]
     check_splits(config, *artifacts)

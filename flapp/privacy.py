@@ -57,8 +57,8 @@ def perturb(
     """Return the tensors of `sent` plus the update to `trained`, clipped, plus noise N(0, sigma^2) on every number.
 
     The update is clipped as one vector over all tensors, computed in float64 and rounded once at the end. The noise is
-    drawn from the operating system's entropy, not from the seed. Raises ValueError when the tensors do not match or one
-    is not of floating point, and FloatingPointError when the update is not finite.
+    drawn from numpy's generator, seeded by the operating system and not by the run. Raises ValueError when the tensors
+    do not match or one is not of floating point, and FloatingPointError when the update is not finite.
     """
     if sent.keys() != trained.keys():
         raise ValueError(f"only one of the sent and the trained model has {min(sent.keys() ^ trained.keys())}")

@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord
 
 from flapp.messages import HeldArray, as_record, pack, view, views
 
-BLOCK = 1 << 17  # elements: two float64 blocks are about as large as the level-2 cache, and threads pay
+BLOCK = 1 << 17  # elements: two float64 blocks about fill the level-2 cache, and are large enough for threads to pay
 THREADS = 2  # numpy frees the GIL in its loops; memory bandwidth is used up by two
 WORTH_THREADS = 1 << 20  # elements: fewer are added faster in one thread
 UNMOVED = 2.0**-44  # relative: the float64 mean of equal integers is this close to them, however large they are
@@ -189,7 +189,7 @@ def _blocks(size: int) -> Iterator[slice]:
 
 
 def _divided(block: np.ndarray, weight: float, before: np.ndarray) -> np.ndarray:
-    """Divide a block of a sum in place, and return it rounded as WeightedSum.mean says, to the dtype of `before`."""
+    """Divide a block of a sum in place; return it, rounded as WeightedSum.mean says if `before` is not of floats."""
     np.divide(block, weight, out=block)
     if before.dtype == np.bool_:
         return block > 0.5

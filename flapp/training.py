@@ -133,8 +133,9 @@ def train(
 ) -> float:
     """Train in place for `epochs` passes over `batches`, or for exactly `steps` batches if given.
 
-    Returns the mean loss per sample seen, once in each pass. seed fixes dropout: torch's global generators, which are
-    restored afterwards. Raises ValueError when there is no batch, and FloatingPointError when the loss is not finite.
+    Returns the mean loss per sample; each pass over a sample counts. seed: for torch's global generators, from which
+    dropout draws; they are restored afterwards. Raises ValueError when there is no batch, and FloatingPointError when
+    the loss is not finite.
     """
     device = next(model.parameters()).device
     total, samples, done = torch.zeros((), dtype=torch.float64, device=device), 0, 0
@@ -171,7 +172,7 @@ def train(
 def evaluate(model: nn.Module, batches: Batches, loss: Loss | None = None, count: Count | None = None) -> Evaluation:
     """Evaluate in eval mode and return sums, so that clients can be added up exactly.
 
-    loss replaces loss_of; count gives more sums. Answers are counted for class labels, one a sample.
+    loss replaces loss_of; count gives more sums. Correct answers are counted if each sample has one class label.
     """
     device = next(model.parameters()).device
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)

@@ -81,7 +81,8 @@ def read_node_config(node_config: Mapping[str, Any]) -> NodeConfig:
     known["allow-code"] = lambda text: tuple(str(text).split())
     for key, value in node_config.items():
         if key not in known:
-            raise ConfigError(f"node-config has {key}, which is not a setting{hint(key, known)}")
+            otherwise = f"choose one of {', '.join(known)}"
+            raise ConfigError(f"node-config has {key}, which is not a setting{hint(key, known, otherwise)}")
         if key in paths and not Path(str(value)).is_absolute():
             raise ConfigError(f"{key}={value} is relative: give an absolute path")
     return NodeConfig(**{key.replace("-", "_"): known[key](value) for key, value in node_config.items()})
@@ -157,7 +158,7 @@ def app_folders() -> list[str]:
 def expand_words(words: Sequence[str]) -> list[str]:
     """Replace ~ at the start of a value by the home folder, and let model.kwargs take keys that conf/ does not list.
 
-    Shells leave key=~/file as it is. Hydra wants ++ before a key that its files do not have.
+    Many shells leave key=~/file as it is. Hydra wants ++ before a key that its files do not have.
     """
     expanded = []
     for word in words:
@@ -240,7 +241,8 @@ def to_yaml(config: Config) -> str:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the plain values of a file of to_yaml, unchecked: another version of flapp may have written it.
 
-    Raises ConfigError for what to_yaml never writes, such as anchors, aliases and deep nesting, and OSError.
+    Raises OSError for a file that cannot be read, and ConfigError for what to_yaml never writes, such as anchors,
+    aliases and deep nesting.
     """
     import yaml
     from omegaconf import OmegaConf

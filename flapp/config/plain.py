@@ -84,8 +84,8 @@ def setting_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def hint(key: str, names: Iterable[str]) -> str:
-    """Return the end of a message about an unknown name: what was probably meant."""
+def hint(key: str, names: Iterable[str], otherwise: str = "see conf/config.yaml for the settings") -> str:
+    """Return the end of a message about an unknown name: what was probably meant, or `otherwise`."""
     known = list(names)
     close = [name for name in known if name.endswith(f".{key}")] or difflib.get_close_matches(key, known, 1, 0.5)
-    return f": did you mean {close[0]}?" if close else ": see conf/config.yaml for the settings"
+    return f": did you mean {close[0]}?" if close else f": {otherwise}"

@@ -187,8 +187,8 @@ def _strategy_faults(config: Config) -> Iterator[str]:
     if train.optimizer == "adamw" and train.momentum > 0:
         yield f"train.momentum={train.momentum} has no meaning for adamw: set train.optimizer=sgd or train.momentum=0"
     if strategy.server_optimizer is not None and rule not in (None, "fedit"):
-        found = f"strategy.server_optimizer={strategy.server_optimizer} steps along an average"
-        yield f"{found}, which strategy.aggregation={rule} is not: use fedit or fedavg"
+        given = f"strategy.server_optimizer={strategy.server_optimizer}"
+        yield f"{given} goes only with fedit and fedavg, got strategy.aggregation={rule}: use one of them"
     if strategy.server_lr is not None and strategy.server_optimizer is None:
         yield f"strategy.server_lr={strategy.server_lr} has no effect without strategy.server_optimizer: set one"
     if strategy.min_replies > sampled:

@@ -61,7 +61,7 @@ def _leave_fast_paths(model: nn.Module) -> None:
     for module in model.modules():
         if any(isinstance(inner, LoRALayer) for inner in module.modules()):
             if isinstance(module, nn.TransformerEncoderLayer):
-                module.activation_relu_or_gelu = 0  # "neither", the one condition of the fast path without other use
+                module.activation_relu_or_gelu = 0  # neither of them; only the fast path asks
             elif isinstance(module, nn.TransformerEncoder):
                 module.use_nested_tensor = False  # only the fast path takes nested tensors
 

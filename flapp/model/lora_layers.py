@@ -8,7 +8,7 @@ An adapted layer keeps the names of the layer that it replaces, and adds two mat
 
     layer                  its weight                      in              what B A adds to the weight
     nn.Linear              (out, in)                       in              B A
-    nn.Conv2d              (out, channels, height, width)  all but out     B A in the weight's shape
+    nn.Conv2d              (out, channels, height, width)  the rest        B A in the weight's shape
     transformers' Conv1D   (in, out)                       in              B A transposed
 
 A and B have at least float32, even where the weight is float16 or bfloat16.

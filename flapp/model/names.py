@@ -130,7 +130,7 @@ def to_transformers(state: Mapping[str, T]) -> dict[str, T]:
 
 
 def modules_in_transformers(layer: str) -> list[str]:
-    """Return the modules of transformers 5 that one of our layers is: three for queries, keys and values."""
+    """Return the names that transformers 5 has for one of our layers; qkv has three, for queries, keys and values."""
     names = {written: here for here, written in IN_MEMORY.items()}
     written = to_transformers({f"{layer}.weight": (3, 1)})
     return [_renamed(name, TRANSFORMERS_BLOCK, "vit.layers.", names).removesuffix(".weight") for name in written]

@@ -39,9 +39,9 @@ class Pretrained:
 def load_pretrained(model: "nn.Module", path: Path) -> Pretrained:
     """Load every weight of `model`, which has no adapters yet, from the file or folder at `path`.
 
-    A head for another number of classes, or one that the file lacks, stays as the model has it; position embeddings for
-    another image size are interpolated as in torchvision (bicubic). Raises ValueError for weights that are unsafe or
-    do not fit.
+    The model keeps its own head if the file's is for another number of classes, or if it is timm's or transformers' and
+    has none. Position embeddings for another image size are interpolated as in torchvision (bicubic). Raises ValueError
+    for weights that are unsafe or do not fit.
     """
     from flapp.model.lora import head_of, layout_of
 
@@ -103,7 +103,10 @@ def _fit(layout: Layout, found: Mapping[str, Shape], file: Path) -> tuple[bool, 
     if fault := mismatch(own, state):
         hint = "give weights of this very model"
         if "first conv_proj.weight (" in fault:
-            hint = "set model.channels=3, so that the ViT takes grey images as RGB"
+            takes, wants = own["conv_proj.weight"][1], state["conv_proj.weight"][1]
+            hint = f"give weights for images of {takes} channels"
+            if (takes, wants) == (1, 3):
+                hint = "set model.channels=3, so that the ViT takes grey images as RGB"
         raise ValueError(f"{file} does not fit this {layout.kind}: {fault}; {hint}")
     if weights is not None:
         check_variant_of(layout, weights, head_loaded)
@@ -115,7 +118,7 @@ def _differs_in_rows(found: Shape, own: Shape) -> bool:
 
 
 def _can_be_resized(own: Shape | None, found: Shape | None) -> bool:
-    """Say whether position embeddings are for another grid of patches: a class token and a square of patches."""
+    """Say whether `found` can be resized to `own`: it must be a class token and another square number of patches."""
     if own is None or found is None or own[2:] != found[2:] or own == found:
         return False
     side = round((found[1] - 1) ** 0.5) if found[1] > 1 else 0

@@ -87,7 +87,8 @@ class ViT(nn.Module):
     """One of SIZES for square images (N, channels, H, W), whose side must be a multiple of the patch.
 
     A ViT of three channels also takes grey images, as images of equal channels. Weights are drawn as in torchvision,
-    except those of the head. torchvision's are zero; ours are small, so that the first step trains every layer.
+    except those of the head, which are zero there. Ours are small, so that the first step trains every layer. With
+    other than three channels, conv_proj is drawn as PyTorch draws a Conv2d.
     """
 
     variant = Variant()

@@ -183,7 +183,8 @@ def check_variant_of(layout: Layout, weights: ViTWeights, head_loaded: bool) -> 
 def check_normalization_of(weights: ViTWeights, given: str, channels: int) -> None:
     """Raise ValueError for images scaled in a different way from those that the weights were made with.
 
-    channels: those of the images. Grey images cannot be scaled by ImageNet's three means, so any value passes for them.
+    channels: those of the images. ImageNet's means are three, so weights that ask for them pass with any value if the
+    images are grey.
     """
     said = weights.normalization
     if said in (None, given) or (said == "imagenet" and channels != 3):
@@ -222,7 +223,7 @@ def _said(value: object) -> str:
 
 
 def _config_beside(file: Path, library: str | None) -> Mapping[str, Any]:
-    """Return config.json beside the weights, where it belongs to them; nothing if there is none."""
+    """Return config.json if it belongs to the weights beside it, else nothing; raises ValueError if it is needed."""
     path = file.with_name("config.json")
     belongs = library == TRANSFORMERS or (library in (TIMM, None) and file.name in WEIGHTS)
     if not belongs or not path.exists():
@@ -275,7 +276,7 @@ def _from_timm(
 ) -> tuple[Variant, str | None]:
     """Return the variant and the normalization that timm's tensors and config.json say; raises ValueError.
 
-    is_mean: whether the last norm is fc_norm, which timm has where the head sees the mean, and no norm.
+    is_mean: whether the last norm is named fc_norm, not norm: then the head sees the mean of the tokens.
     """
     path, pooling = file.with_name("config.json"), "mean" if is_mean else "token" if has_head else None
     if not config:

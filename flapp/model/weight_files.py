@@ -91,7 +91,7 @@ def read_state(path: Path, is_checked: bool = True) -> dict[str, "Tensor"]:
     if not _is_state(found):
         raise ValueError(f"{path} holds no state dict, which maps names to tensors and nothing else{_inner(found)}")
     if odd := [name for name in found if not isinstance(name, str)]:
-        raise ValueError(f"{path} has {printable(repr(odd[0]), 80)} as the name of a tensor: save it with texts")
+        raise ValueError(f"{path} has {printable(repr(odd[0]), 80)} as a tensor's name: name all tensors by strings")
     if odd := [name for name, tensor in found.items() if _repeats_memory(tensor)]:
         fault = f"{path}: tensor {printable(odd[0], 80)} is not a dense tensor with bytes of its own"
         raise ValueError(f"{fault}: save it with .contiguous()")

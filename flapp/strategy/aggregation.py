@@ -68,8 +68,8 @@ def cap_shares(weights: Sequence[float], most: float | None) -> list[float]:
 def alignment_weights(updates: Sequence[Iterable[np.ndarray]], norms: Sequence[float]) -> list[float]:
     """Return weights, summing to 1, proportional to max(0, cos(update_k, mean update)).
 
-    An update is a client's finite tensors, trained minus received, in one order for all clients; norms are the lengths
-    of the updates. The cosine is of all numbers as one vector, in float64. Updates longer than the median length count
+    An update is a client's floating tensors, trained minus received, in one order for all clients; norms: the updates'
+    lengths. The cosine is of all numbers as one vector, in float64. Updates longer than the median length count
     in the mean as if they had that length, so that one long update cannot set the direction. Updates of zero get no
     weight. When the mean itself is zero (nobody moved, or all moves cancel), all clients weigh the same.
     """

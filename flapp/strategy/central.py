@@ -36,7 +36,7 @@ class Central:
         self.pending: Release | None = None  # the same, of the first round of this start
 
     def begin(self, done: int, current: Mapping[str, Array]) -> None:
-        """Plan the rounds after the first `done`; `current` is the model after them."""
+        """Plan the rounds that are left; `current` is the model after the first `done` rounds."""
         self.pending = self.ledger.kept(done + 1, views(current))
         first = done + self.ledger.has_counted(done + 1, self.pending)
         self.last_round = first + self.ledger.rounds_left(self.config.num_rounds - first)

@@ -176,7 +176,7 @@ class FedAvg(FlowerFedAvg):
         return self.roster.sample(fraction, self.config.seed, server_round, kind)
 
     def replies_needed(self, phase: Phase) -> int:
-        """Return how many replies must count. An evaluation that asks fewer clients needs all of their replies."""
+        """Return how many replies must count: min_replies, or all if an evaluation asks fewer clients than that."""
         if phase.kind == TRAIN:
             return fewest_replies(self.settings)
         return min(self.settings.min_replies, max(1, len(phase.names)))

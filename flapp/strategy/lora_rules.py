@@ -170,7 +170,7 @@ def refill(A: np.ndarray, B: np.ndarray, fresh: np.ndarray) -> np.ndarray:
     """Return A with its dead rows replaced by those of `fresh`.
 
     A row is dead, and never gets a gradient, if it and its column in B are zero. The product B A stays the same.
-    flexlora and hetlora leave such rows when no client of the largest rank took part.
+    flexlora and hetlora may leave such rows when no client of the largest rank took part.
     """
     alive = A.any(axis=1) | B.any(axis=0)
     return np.where(np.expand_dims(alive, 1), A, fresh)

@@ -73,7 +73,7 @@ ADAPTERS = [
     (f"{FEDSA} stopping.metric=loss", "lacks every client's B"),
     ("strategy.server_lr=0.1", "has no effect without strategy.server_optimizer"),
     (f"{FEDSA} lora.adapter=/adapter", "lora.adapter gives all clients one B"),
-    (f"{LORA} strategy.aggregation=flora strategy.server_optimizer=fedadam", "=flora is not: use"),
+    (f"{LORA} strategy.aggregation=flora strategy.server_optimizer=fedadam", "aggregation=flora: use"),
     (f"{LORA} strategy.aggregation=flexlora lora.prune_gamma=0.5", f"lets clients prune their ranks, {NO_RULE}"),
     (f"{HETLORA} lora.prune_penalty=1", "lora.prune_penalty=1.0 has no effect without lora.prune_gamma: set one"),
     (f"{HETLORA} lora.rank_min=2", "lora.rank_min=2 has no effect without lora.prune_gamma: set one"),

@@ -13,6 +13,8 @@ import pytest
 from flapp.config.load import compose
 from flapp.config.schema import ConfigError, NodeConfig
 from flapp.custom import enable, read_code, resolve
+from flapp.data.artifact import DataError
+from flapp.partitions import prepared
 from flapp.server.roster import FederationError
 from tests.conftest import read_lines
 from tests.support.own_runs import DIGITS, TASK, refusal, run
@@ -182,6 +184,37 @@ def test_what_is_imported_is_what_was_compared(tmp_path: Path) -> None:
     assert len(digests) == 3
     for name in ("parts", "parts.net"):
         sys.modules.pop(name, None)
+
+
+def test_a_dataset_is_refused_if_its_function_was_edited_but_not_if_a_partial_was_made_anew(tmp_path: Path) -> None:
+    code = """
+        import functools
+        import numpy as np
+
+        def make_data(number=1):
+            rows = np.full((4, 2), number, "float32")
+            return {"train": (rows, rows[:, 0]), "test": (rows, rows[:, 0])}, []
+
+        make = functools.partial(make_data, 3)
+    """
+    words = "model=linear dataset=custom dataset.shape=[2] dataset.classes=0 partition=iid evaluate.objective=loss"
+    configs = {
+        target: settings_in(
+            tmp_path, tmp_path, *words.split(), f"dataset.name={target}", f"dataset.target=task:{target}"
+        )
+        for target in ("make_data", "make")
+    }
+    made = {}
+    for number in (1, 2):
+        write_task(tmp_path, code.replace("number=1", f"number={number}"))
+        enable(configs["make"])
+        made[number] = resolve("dataset.target", "task:make")
+        prepared(configs["make"])
+        if number == 1:
+            prepared(configs["make_data"])
+    assert made[1] is not made[2]
+    with pytest.raises(DataError, match=r"make_data was made by another function, .*: remove that folder"):
+        prepared(configs["make_data"])
 
 
 def test_sums_of_hostile_clients_are_left_out_by_name_or_dropped(tmp_path: Path, folder: Path) -> None:

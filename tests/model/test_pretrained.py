@@ -121,6 +121,9 @@ def test_a_pretrained_model_sees_grey_images_as_equal_channels(tmp_path: Path) -
         torch.testing.assert_close(model(grey), torchvisions()(grey.repeat(1, 3, 1, 1)), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="first conv_proj.weight .* where the model has .*; set model.channels=3"):
         load_pretrained(ours(channels=1), tmp_path / "vit.pth")
+    save_tensors(ours(channels=1).state_dict(), tmp_path / "grey.safetensors", model="vit_tiny")
+    with pytest.raises(ValueError, match="first conv_proj.weight .*; give weights for images of 3 channels"):
+        load_pretrained(ours(), tmp_path / "grey.safetensors")
     for name, shape, channels in (("cnn", (8, 8, 1), 3), ("vit_tiny", (8, 8, 3), 1)):
         with pytest.raises(ValueError, match=f"model={name} cannot take {shape[2]} channels as {channels}"):
             build_model(name, shape, 5, channels=channels)
@@ -153,7 +156,7 @@ BAD_STATES: dict[str, tuple[Any, str]] = {
     "positions": (SAME | {"encoder.pos_embedding": torch.zeros(1, 4, 64)}, "first encoder.pos_embedding"),
     "a checkpoint": ({"model": SAME, "epoch": 3}, r"but the entries model, epoch: save only file\['model'\]$"),
     "another wrapper": ({"ema": SAME}, r"holds no state dict, .* but the entries ema: save only file\['ema'\]$"),
-    "numbers": ({3: torch.zeros(1), **SAME}, "has 3 as the name of a tensor"),
+    "numbers": ({3: torch.zeros(1), **SAME}, "has 3 as a tensor's name: name all tensors by strings"),
     "data parallel": ({f"module.{name}": t for name, t in SAME.items()}, "has module. in front of its names"),
     "compiled": ({f"_orig_mod.{name}": t for name, t in SAME.items()}, "has _orig_mod. in front of its names"),
     "backbone": ({f"backbone.{name}": t for name, t in SAME.items()}, "has backbone. in front of its names"),

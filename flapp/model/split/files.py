@@ -67,7 +67,7 @@ class StorageManager:
         """
         check_component(component)
         if not name or "/" in name or name.startswith("."):
-            raise ValueError(f"model name {name!r} cannot be part of a file's name: give one without / or a dot first")
+            raise ValueError(f"model name {name!r} cannot name a file: give one without / that begins with no dot")
         return Path(base) / component / f"{name}_{p1}-{p2}_{component}{WEIGHTS}"
 
     @staticmethod
@@ -111,9 +111,10 @@ def check_component(component: str) -> None:
 def write_components(
     contents: Mapping[Path, tuple[Mapping[str, "Tensor"], Mapping[str, Any]]], overwrite: bool = False
 ) -> list[Metadata]:
-    """Write components, given as path of the weights: (tensors, Metadata.facts()), and their metadata.
+    """Write components and their metadata.
 
-    Raises ValueError, with all old files intact, where one cannot be written.
+    contents: for the path of each component's weights, its tensors and SplitModel.facts(). Raises ValueError, with all
+    old files intact, where one cannot be written.
     """
     from safetensors import SafetensorError
 
