@@ -143,7 +143,7 @@ class Database:
         for name in ("chunk_bytes", "chunk_num"):
             if type(size := meta.get(name, 1)) is not int or size < 1:
                 raise CheckpointError(f"{self.path} is damaged ({name} is {printable(repr(size))}): {RESTORE}")
-        # The default was computed for the old page size: with pages of 64 KiB it would be 30 MB.
+        # SQLite chooses how many pages to cache before it knows their size: with pages of 64 KiB it would keep 30 MB.
         self.execute("PRAGMA cache_size=-2048")
         self.meta = meta
 

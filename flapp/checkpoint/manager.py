@@ -158,8 +158,8 @@ class ChunkManager(AbstractContextManager["ChunkManager"]):
         """Return a round's tensors by name, or load them into `model`, in place, and return it.
 
         The model must have the same names, shapes and dtypes. Without one, a round that claims far more bytes than the
-        file holds is refused (see chunks.py). Every byte is verified before it is used, so a CheckpointError leaves the
-        model unchanged. If the disk fails after that, or another program writes to the file, the model is partly
+        file holds is refused (see chunks.py). Every byte is verified before it is used, so damage in the file leaves
+        the model unchanged. If the disk fails after that, or another program writes to the file, the model is partly
         overwritten, and the error says so.
         """
         from flapp.checkpoint.tensors import new_tensors, raw, reject_foreign, shares_memory, written

@@ -1,4 +1,4 @@
-"""Turn tensors into raw bytes and back: the only part of the store that needs torch."""
+"""Turn tensors into raw bytes and back. This module imports torch; the rest of the store does so only when needed."""
 
 import hashlib
 import itertools

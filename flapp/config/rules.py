@@ -168,7 +168,7 @@ def _rank_faults(config: Config) -> Iterator[str]:
         fix = f"choose one of {', '.join(RANKS_MAY_DIFFER)}"
         yield f"lora.rank_by_client gives clients different ranks, which {rule} cannot aggregate: {fix}"
     if max(ranks) > lora.rank:
-        yield f"lora.rank_by_client={list(ranks)} has more than lora.rank={lora.rank}, the largest: raise lora.rank"
+        yield f"lora.rank_by_client={list(ranks)} has a rank above lora.rank={lora.rank}: raise lora.rank"
     if lora.prune_gamma is not None and config.strategy.aggregation != "hetlora":
         found = f"lora.prune_gamma={lora.prune_gamma} lets clients prune their ranks, which {rule} does not do"
         yield f"{found}: set strategy.aggregation=hetlora or lora.prune_gamma=null"
@@ -211,7 +211,7 @@ def _robust_faults(config: Config) -> Iterator[str]:
     if strategy.robust in NEEDS_MALICIOUS and strategy.malicious is None:
         yield f"{given} needs strategy.malicious: set it to the number of bad clients that a round may have"
     if rule is not None and rule not in ROBUST_RULES:
-        found = f"replaces an average of A and B, which strategy.aggregation={rule} does not take"
+        found = f"replaces an average of A and B, and strategy.aggregation={rule} is more than that"
         yield f"{given} {found}: use {', '.join(ROBUST_RULES)} or fedavg"
     if strategy.weighting == "alignment":
         yield f"strategy.weighting=alignment is a defence of its own, it does not go with {given}: use num-examples"

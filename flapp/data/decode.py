@@ -66,7 +66,7 @@ class RawSplit:
 class Decoded:
     """A decoded split: memory-mapped pixels uint8 (N, H, W, C), with labels and clients of the same N samples.
 
-    The pixels are in a temporary file, which is gone when the array is.
+    The pixels are in a temporary file, which is gone when the array is, or in the source's own images.npy.
     """
 
     images: np.ndarray

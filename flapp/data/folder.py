@@ -142,7 +142,7 @@ def _scan(folder: Path, root: Path) -> list[os.DirEntry[str]]:
 
 
 def _check_link(path: Path, root: Path) -> None:
-    """Raise DataError for a link that leaves the source, or to a folder, which could hold itself."""
+    """Raise DataError for a link to nothing, to a place outside the source, or to a folder (it could form a loop)."""
     target = Path(os.path.realpath(path))
     if not os.path.exists(path):
         raise DataError(f"{_shown(path)} is a link that leads to nothing: remove it, or put the file in its place")

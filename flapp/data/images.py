@@ -42,7 +42,7 @@ def resize(pixels: Tensor, size: int) -> Tensor:
     if size % 4:
         return _interpolate(pixels, size, size).contiguous()
     # As PIL does: first every row, then every column, rounding to uint8 in between. Channels-last pixels become planes
-    # between the two steps: when images grow, there are fewer bytes to move then than at the end.
+    # between the two steps: when images grow, this moves fewer bytes than doing it at the end.
     rows = _interpolate(pixels, height, size).contiguous()
     # The columns are independent of each other. Four neighbours passed as the channels of one pixel take PyTorch's
     # vectorised channels-last path and stay where they are.
@@ -89,7 +89,7 @@ def materialize(folder: Path, size: int, progress: Callable[[int], object] = lam
     """
     native = open_artifact(folder, verify=True)
     if not native.has_images or native.layout != "NHWC":
-        raise DataError(f"{folder} does not hold images as they were prepared: resize the split itself")
+        raise DataError(f"{folder} does not hold images that can be resized: name a split of images of original size")
 
     def read(start: int, stop: int) -> np.ndarray:
         return resize(torch.from_numpy(native.images[start:stop]).permute(0, 3, 1, 2), size).numpy()
@@ -117,7 +117,7 @@ def compare_with_pil(native: np.ndarray, resized: np.ndarray, size: int) -> None
     is_exact = height == width and height in EXACT_SIDES and size not in INEXACT_SIZES
     allowed = 0 if is_exact else MOST_LEVELS
     compared = np.unique(np.linspace(0, count - 1, COMPARED).astype(int)).tolist()
-    for index, channel in product(compared, range(channels)):  # PIL has no images of two channels
+    for index, channel in product(compared, range(channels)):  # PIL takes a second channel for alpha
         image = Image.fromarray(np.ascontiguousarray(native[index, :, :, channel]))
         wanted = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).astype(np.int16)
         if (difference := int(np.abs(wanted - resized[index, channel]).max())) > allowed:

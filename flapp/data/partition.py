@@ -21,9 +21,10 @@ MOST_HEADER = 64 << 10  # bytes; ours has about 300
 
 @dataclass(frozen=True)
 class Partition:
-    """Sorted sample indices of each client; requested: the table (clients, classes) that the draw asked for.
+    """Sorted sample indices of each client.
 
-    train and val index the train artifact, test the test artifact; val is empty when nothing is held out.
+    train and val index the train artifact, test the test artifact; val is empty when nothing is held out. requested
+    (clients, classes): how many training samples of each class the draw meant for each client.
     """
 
     train: tuple[np.ndarray, ...]

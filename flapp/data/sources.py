@@ -80,7 +80,7 @@ def ensure_artifacts(data: Path, name: str, make: Make | None = None, source: st
 
     make: a function like those in EMBEDDED, used in place of them. It is called only if the dataset is missing, and
     nothing is written unless all that it returns is sound. Raises DataError when it is not, and when the dataset is
-    missing and nothing can make it. source: names what makes it; a dataset that was made by something else is refused.
+    missing and nothing can make it. source: names the user's function that makes it; what another one made is refused.
     """
     folder = data / name
     if is_prepared(folder):

@@ -125,7 +125,7 @@ class FedAvg(FlowerFedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Average the valid replies' models; raises FederationError when there are fewer than min_replies."""
+        """Average the valid replies' models; raises FederationError when there are fewer than replies_needed."""
         self.observer.enter("aggregate")
         phase = self._receive(replies)
         loss = self._mean_loss(phase)
@@ -176,7 +176,11 @@ class FedAvg(FlowerFedAvg):
         return self.roster.sample(fraction, self.config.seed, server_round, kind)
 
     def replies_needed(self, phase: Phase) -> int:
-        """Return how many replies must count: min_replies, or all if an evaluation asks fewer clients than that."""
+        """Return how many replies must count.
+
+        Training needs min_replies, or more with strategy.robust; an evaluation needs min_replies, or all if it asks
+        fewer clients.
+        """
         if phase.kind == TRAIN:
             return fewest_replies(self.settings)
         return min(self.settings.min_replies, max(1, len(phase.names)))
@@ -231,7 +235,7 @@ class FedAvg(FlowerFedAvg):
         """Return what the round's line says of clients whose updates norm_bound has clipped; log it."""
         clipped = {name: float(f"{factor:.4g}") for name, factor in self.phase.clipped().items()}
         limit = f"{self.settings.clip_multiple:g} times the median length"
-        texts = [f"the update of client {n} is clipped to {f:g} of its length, {limit}" for n, f in clipped.items()]
+        texts = [f"the update of client {n} is clipped to {limit}, {f:g} of its own" for n, f in clipped.items()]
         self.observer.warn(self.phase.server_round, texts, f"{len(clipped)} updates are clipped to {limit}")
         return {"clipped": clipped} if clipped else {}
 

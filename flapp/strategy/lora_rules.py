@@ -64,14 +64,14 @@ def fedit(layer: Layer) -> Aggregated:
 
 
 def ffa(layer: Layer) -> Aggregated:
-    """Average B over one A that nobody trains, which is exact (FFA-LoRA, Sun et al. 2024, arXiv:2403.12313)."""
+    """Average B; all have the same A, never trained, so this is exact (FFA-LoRA, Sun et al. 2024, arXiv:2403.12313)."""
     if not _all_equal(layer.A):
         raise ValueError("ffa needs the same A from every client, bit for bit: freeze A and give all one seed")
     return Aggregated(layer.A[0], _mean(layer.B, layer.shares))
 
 
 def rolora(layer: Layer) -> Aggregated:
-    """Average the factor trained this round over the frozen one: exact (RoLoRA, Chen et al. 2024, arXiv:2409.02346)."""
+    """Average the trained factor; all have the same other one: exact (RoLoRA, Chen et al. 2024, arXiv:2409.02346)."""
     if _all_equal(layer.A):
         return Aggregated(layer.A[0], _mean(layer.B, layer.shares))
     if _all_equal(layer.B):
@@ -93,7 +93,7 @@ def flora(layer: Layer) -> Aggregated:
 def fedex(layer: Layer) -> Aggregated:
     """Average A and B separately and fold the residual (FedEx-LoRA, Singhal et al. 2024, arXiv:2410.09432); exact.
 
-    The residual sum_k p_k B_k A_k - B A is taken from B and A as rounded, so the loss by rounding is folded too.
+    The residual sum_k p_k B_k A_k - B A is computed with the rounded B and A, so what rounding loses is folded too.
     """
     A, B = _mean(layer.A, layer.shares), _mean(layer.B, layer.shares)
     left, right = layer.stacked()

@@ -66,7 +66,7 @@ ADAPTERS = [
     (f"{LORA} lora.rank=0", "lora.rank=0 is out of range: it must be at least 1"),
     (f"{LORA} lora.targets=[]", "lora.targets is empty"),
     (f"{LORA} lora.rank_by_client=[4,8]", "strategy.aggregation=fedit cannot aggregate"),
-    (f"{LORA} strategy.aggregation=flora lora.rank_by_client=[4,16]", "has more than lora.rank=8, the largest"),
+    (f"{LORA} strategy.aggregation=flora lora.rank_by_client=[4,16]", "has a rank above lora.rank=8"),
     ("strategy.aggregation=fedit", "strategy.aggregation=fedit is for adapters, strategy=fedavg has none"),
     (f"{FEDSA} checkpoint=off", "keeps each client's B in its chunk store: set checkpoint=recent"),
     (f"{LORA} strategy.aggregation=fedsa evaluate.objective=accuracy", f"objective=accuracy {NO_B}"),

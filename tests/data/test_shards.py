@@ -81,7 +81,7 @@ def test_who_gets_which_writer_follows_from_strategy_seed_and_file(
         (lambda m, names: m["b"].append("f9999"), "client b has writer 'f9999', who is not in the source"),
         (lambda m, names: m.__setitem__("twice", []), "names client a twice"),
         (lambda m, names: m.__setitem__("c", []), "client c must have a list of one writer or more"),
-        (lambda m, names: m.__setitem__("../x", m.pop("b")), r"client id '\.\./x' must be letters"),
+        (lambda m, names: m.__setitem__("../x", m.pop("b")), r"client id '\.\./x' must be 1 to 100 letters"),
     ],
 )
 def test_a_faulty_mapping_is_refused(

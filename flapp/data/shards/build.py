@@ -48,9 +48,9 @@ def write_shards(
     """Write the shards of all clients into `out`, whole or not at all, and return the manifest.
 
     source: opened, or FEMNIST's folder as leaf.py describes it; strategy, clients, mapping: see assign_writers; the
-    fractions are of each writer's samples. Shards that are in `out` already are kept if they are whole and come from
-    the same samples and settings; others are refused, or replaced with overwrite. Raises DataError for a source and
-    settings that do not fit, and for a full disk.
+    fractions are of each writer's samples. Shards in `out` that come from the same samples and settings are kept if all
+    are whole, and otherwise written again; other shards are refused, or replaced with overwrite. Raises DataError for a
+    source and settings that do not fit, and for a full disk.
     """
     if not (0 <= val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
         fault = f"val_fraction={val_fraction} and test_fraction={test_fraction} leave no training samples"
@@ -164,7 +164,7 @@ def _whole_shards(out: Path, facts: dict[str, Any]) -> Manifest | None:
         return None
     manifest = load_manifest(out)
     if {key: manifest.facts.get(key) for key in facts} != facts:
-        found = f"{out} comes from another source, seed, strategy or number of clients"
+        found = f"{out} comes from another source or other settings"
         raise DataError(f"{found}: add overwrite=true to replace all shards there, or choose another home")
     try:
         for client in manifest:
@@ -283,7 +283,8 @@ def _read_mapping(path: Path) -> dict[str, list[str]]:
             if client in mapping:
                 raise DataError(f"{path} names client {client} twice: give each client one list of writers")
             if not _CLIENT_ID.fullmatch(client):
-                raise DataError(f"{path}: client id {client!r} must be letters, digits, dot, dash or underscore")
+                rule = "must be 1 to 100 letters, digits, dots, dashes and underscores, a letter or digit first"
+                raise DataError(f"{path}: client id {client!r} {rule}")
             if not isinstance(writers, list) or not writers or not all(isinstance(writer, str) for writer in writers):
                 raise DataError(f"{path}: client {client} must have a list of one writer or more, as text")
             mapping[client] = writers

@@ -19,7 +19,7 @@ from flapp.data.shards.source import FEMNIST, Kind, block_rows
 class ShardSplit(OfflineDataset):
     """Hold one split as a map-style dataset of (float32 sample (C, H, W), label), like OfflineDataset.
 
-    digest: SHA-256 of the file. Only the path is pickled, not the data.
+    digest: SHA-256 of the file. The path and the settings are pickled, not the data.
     """
 
     exact = False

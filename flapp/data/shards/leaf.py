@@ -30,7 +30,7 @@ SIDE = FEMNIST.shape[0]
 PIXELS = FEMNIST.pixels
 
 AGAIN = "make the file again with LEAF"
-DEEPEST = 20  # lists and objects inside one another; LEAF has four
+DEEPEST = 20  # lists and objects inside one another; LEAF has five
 _MARK = re.compile(rb'\\.?|["\[\]{}]', re.DOTALL)
 _UNMARKED = bytes(set(range(256)) - set(b'"[]{}'))
 

@@ -68,7 +68,7 @@ FEMNIST = Kind("femnist", (28, 28, 1), tuple("0123456789ABCDEFGHIJKLMNOPQRSTUVWX
 
 
 def read_kind(facts: Mapping[str, Any]) -> Kind:
-    """Return the kind that meta.json or manifest.json states; raises ValueError if it states none."""
+    """Return the kind that meta.json or manifest.json states, by default FEMNIST; raises ValueError for a bad one."""
     if facts.get("dataset", FEMNIST.dataset) == FEMNIST.dataset:
         return FEMNIST
     return Kind(**facts)

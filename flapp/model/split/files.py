@@ -67,7 +67,7 @@ class StorageManager:
         """
         check_component(component)
         if not name or "/" in name or name.startswith("."):
-            raise ValueError(f"model name {name!r} cannot name a file: give one without / that does not start with a dot")
+            raise ValueError(f"model name {name!r} cannot name a file: give one that has no / and no dot at the start")
         return Path(base) / component / f"{name}_{p1}-{p2}_{component}{WEIGHTS}"
 
     @staticmethod
