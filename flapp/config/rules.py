@@ -211,7 +211,7 @@ def _robust_faults(config: Config) -> Iterator[str]:
     if strategy.robust in NEEDS_MALICIOUS and strategy.malicious is None:
         yield f"{given} needs strategy.malicious: set it to the number of bad clients that a round may have"
     if rule is not None and rule not in ROBUST_RULES:
-        found = f"replaces an average of A and B, and strategy.aggregation={rule} is more than that"
+        found = f"replaces a plain average of A and B, which strategy.aggregation={rule} is not"
         yield f"{given} {found}: use {', '.join(ROBUST_RULES)} or fedavg"
     if strategy.weighting == "alignment":
         yield f"strategy.weighting=alignment is a defence of its own, it does not go with {given}: use num-examples"
