@@ -11,7 +11,7 @@ HETLORA = f"{LORA} strategy.aggregation=hetlora"
 ROBUST = f"{LORA} evaluate.objective=personal_accuracy strategy.robust=median"
 NO_B = "is of the global model, which lacks every client's B with strategy.aggregation=fedsa: set evaluate.objective=p"
 NOT_AVERAGED = ("fedsa", "flora", "fedex", "flexlora", "hetlora")
-NOT_ROBUST = " is not: use fedit, ffa, rolora or fedavg"
+NOT_ROBUST = "is not: use fedit, ffa, rolora or fedavg"
 MORE = "does more than average: use fedit, ffa, rolora"
 NO_RULE = "which strategy.aggregation=flexlora does not do: set strategy.aggregation=hetlora or lora.prune_gamma=null"
 SWEEP = "is several values: add -m for a sweep, a run with each of them (python -m tools.run -m"
