@@ -199,7 +199,7 @@ def run_jobs(outcomes: list[sweep.Outcome]) -> int:
     except BrokenExecutor as error:
         return fail(f"{str(error).partition('.')[0]}: resume the sweep with resume=true", 1)
     except KeyboardInterrupt:
-        announce("failed", None, error=STOPPED)
+        announce("failed", None, error=STOPPED, summary=None)
         print(STOPPED, file=sys.stderr)
         return 130
     except ValueError:

@@ -229,7 +229,7 @@ def test_a_sweeper_that_searches_has_its_jobs_hold_out_validation_samples(tmp_pa
     assert sweep.as_job(compose([home]), of_job(0, tmp_path / "runs" / "s")).held_out == 0
     shards = sweep.as_job(compose([home, "experiment=femnist_fedavg"]), searched)
     assert shards.evaluate.validation_fraction is None
-    with pytest.raises(ConfigError, match=r"validation_fraction=0 holds none out: leave it out"):
+    with pytest.raises(ConfigError, match=r"validation_fraction=0 gives none: remove this setting"):
         sweep.as_job(compose([home, "evaluate.validation_fraction=0"]), searched)
 
 

@@ -40,7 +40,7 @@ class RunError(RuntimeError):
 def run_once(config: Config, on_start: Callable[[], object] = lambda: None) -> dict[str, Any]:
     """Run a federation to its end and return its metrics.json; raises RunError, SuperLinkError or ConfigError.
 
-    on_start is called when the settings have been checked, before the first process starts.
+    on_start is called when the settings have been checked, before the first SuperLink or worker starts.
     """
     path, here, kind = config.runs_dir / config.run_name, is_here(config), config.deployment.kind
     starts_again = here and restarts(config)

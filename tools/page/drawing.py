@@ -173,7 +173,7 @@ def draw_stack(name: str, title: str, ylabel: str, parts: dict[str, Points]) -> 
 def grouped(table: np.ndarray, most: int) -> tuple[np.ndarray, int]:
     """Add up neighbouring rows until at most `most` are left.
 
-    Return the table and how many rows were added up; the last one may have fewer.
+    Return the new table, and how many old rows make one new row; for the last new row there may be fewer.
     """
     size = -(-len(table) // most)
     return np.add.reduceat(table, np.arange(0, len(table), size)), size

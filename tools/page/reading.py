@@ -1,4 +1,6 @@
-"""Read run directories for the report. Missing or damaged data are left out and listed in `notes`.
+"""Read run directories for the report. Missing or damaged data are left out.
+
+`notes` lists damaged files, and a missing config.yaml or metrics.jsonl; `Stores.problems` lists damaged stores.
 
 What single clients did is gathered as lines are read, so that 500 rounds of 1,000 clients take little memory: sums of
 bytes and seconds, the last accuracies, failures by reason.

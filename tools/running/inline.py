@@ -112,7 +112,7 @@ def count_workers(config: Config) -> int:
 
 
 def find_devices(config: Config, workers: int) -> list[str] | None:
-    """Return the GPUs that each worker sees, dealt out in turn; None if the settings give workers no GPUs."""
+    """Return the GPUs that each worker sees, filling one after another; None if the settings give workers no GPUs."""
     share = config.deployment.client_gpus
     if not share or not workers:
         return None

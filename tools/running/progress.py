@@ -1,6 +1,6 @@
 """Show the progress of a run: bars on a terminal, otherwise plain lines, or JSON lines with --format json.
 
-Every JSON line has `event` and `run_name` (null if the settings were refused), and:
+Every JSON line has `event` and `run_name` (null if the settings were refused, or the command was interrupted), and:
 
     started    rounds, and what the run is about to do: see running/overview.py
     round      round, rounds, train_loss; loss, accuracy, personal_accuracy (null unless evaluated); scores by name;

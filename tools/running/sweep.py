@@ -159,14 +159,14 @@ def validated(config: Config) -> Config:
     if (fraction := config.evaluate.validation_fraction) is not None:
         raise ConfigError(
             "this sweeper chooses by the objective, which needs validation samples, and "
-            f"evaluate.validation_fraction={fraction:g} holds none out: leave it out (then it is "
+            f"evaluate.validation_fraction={fraction:g} gives none: remove this setting (its default here is "
             f"{VALIDATION_FRACTION:g}) or set another fraction"
         )
     return replace(config, evaluate=replace(config.evaluate, validation_fraction=VALIDATION_FRACTION))
 
 
 def jobs_at_once(hydra_config: HydraConf) -> int:
-    """Return how many jobs the launcher may run side by side: n_jobs of joblib's, which counts -1 as all processors."""
+    """Return how many jobs the launcher may run at once: n_jobs of joblib's launcher (-1: all processors), or 1."""
     jobs = int(hydra_config.launcher.get("n_jobs") or 1) if is_sweep(hydra_config) else 1
     return jobs if jobs > 0 else max(1, available_cpus() + 1 + jobs)
 
