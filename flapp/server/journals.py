@@ -1,4 +1,4 @@
-"""The journals of a run, kept across restarts: its source, its clients' data, and how often clients released updates.
+"""The journals of a run, kept across restarts: its source, its clients' data, and what it released with privacy.
 
 Each line has a round: in releases.jsonl the round under way, in the others the last complete one. If lines contradict
 each other, the last one counts. A run that goes back to a round drops later lines, but never those of releases.jsonl.

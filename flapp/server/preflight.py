@@ -1,4 +1,4 @@
-"""Checks before a run starts, so that a mistake costs seconds and leaves nothing behind.
+"""Checks before a run starts, so that a mistake costs seconds and leaves no run folder behind.
 
 tools.run checks before it starts any process, and the ServerApp before it makes the run's folder and waits for clients.
 Each check is one that the server or a client would make later. Almost all work without PyTorch, whose import takes
@@ -179,7 +179,8 @@ def has_gpu_driver() -> bool:
 def check_model(config: Config) -> None:
     """Refuse a model that cannot be built, loaded from its files, adapted, or stored split as the settings say.
 
-    Only names and shapes are compared: those of the files with the layout that the settings describe.
+    The values of tensors are not read. Their names and shapes, what the weights of a ViT say, and the rank and alpha of
+    an adapter are compared with the settings.
     """
     if config.split.auto_save_split_models:
         left = config.resume and (config.runs_dir / config.run_name / "model.safetensors").exists()

@@ -1,7 +1,8 @@
 """What metrics.jsonl has with privacy.publish=totals: sums over clients and counts, and nothing of a single client.
 
 A field that is not named here is withheld, so a new field is private until somebody names it. Texts of reasons are
-written by clients or have their numbers in them. In their place there are a few fixed kinds of reasons.
+withheld too: clients write some of them, and others have numbers of a client's data in them. In their place there are a
+few fixed kinds of reasons.
 """
 
 from collections import Counter

@@ -3,7 +3,8 @@
 A round's release is the noisy average of its updates. It becomes known when clients are sent the new model, to evaluate
 it or to train it. Before that, `keep` does two things, in this order:
 
-1. release.safetensors gets the noisy average, the round's line and the next clipping norm, in one step.
+1. release.safetensors gets the noisy average, the next clipping norm, and what the round's train line in metrics.jsonl
+   will say, in one step.
 2. releases.jsonl gets a line: the round, the digest of the average, the noise multiplier, and the source of the noise.
 
 A run that was broken off before 1 has made nothing known, and does the round again with new noise. After 1 it takes the
@@ -101,7 +102,10 @@ class CentralLedger:
         self._count(server_round, release.average)
 
     def has_counted(self, server_round: int, kept: Release | None) -> bool:
-        """Say whether the first round of this start was counted before: its release was kept, or is made again."""
+        """Say whether the first round of this start is counted already.
+
+        It is if an earlier start kept its release, or if the noise is seeded and releases.jsonl has the round.
+        """
         is_known = any(each == server_round for each, _ in self.known)
         return kept is not None or (self.settings.noise == "seeded" and is_known)
 
