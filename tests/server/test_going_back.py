@@ -112,12 +112,12 @@ def test_a_round_without_its_lines_is_refused_and_nothing_is_dropped(federate: F
 
 
 def test_a_damaged_journal_of_clients_is_refused_and_nothing_is_dropped(federate: Federate) -> None:
-    _, path = federate(*TOY, "run_name=torn")
+    _, path = federate(*TOY, "run_name=damaged-clients")
     clients = (path / "clients.jsonl").read_text()
     (path / "clients.jsonl").write_text("damaged\n" + clients)
     before = (path / "metrics.jsonl").read_text()
     with pytest.raises(ConfigError, match=r"clients\.jsonl is damaged .*: restore a copy, or remove it"):
-        federate(*TOY, "run_name=torn", "resume=true", "resume_from=4")
+        federate(*TOY, "run_name=damaged-clients", "resume=true", "resume_from=4")
     assert (path / "metrics.jsonl").read_text() == before
     assert held(path) == [3, 4, 5]
 

@@ -126,7 +126,7 @@ def test_a_resumed_run_keeps_its_noise_even_if_the_accountant_would_now_compute_
 
 
 def test_leftovers_of_a_start_killed_while_writing_a_release_are_removed(federate: Federate) -> None:
-    words = (*TOY, "privacy.noise=secure", "run_name=torn")
+    words = (*TOY, "privacy.noise=secure", "run_name=half-released")
     _, path = break_and_resume(federate, 2, "aggregate_evaluate", *words)
     left = path / ".release.safetensors.0123abcd.tmp"
     left.write_bytes(b"half")
