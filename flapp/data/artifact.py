@@ -119,7 +119,7 @@ def remove_leftovers(folder: Path) -> None:
 def writing(folder: Path) -> Iterator[Path]:
     """Yield an empty folder, which becomes `folder` when the block ends; see replacing_folder.
 
-    Raises DataError when the disk fails. What killed writers of `folder` left is removed.
+    Raises DataError when the disk fails. Files that killed writers of `folder` have left behind are removed.
     """
     try:
         remove_leftovers(folder)
@@ -149,8 +149,8 @@ def write_artifact(
 
     images: the samples. uint8 (N, H, W, C), or (N, C, H, W) with layout="NCHW", are images. Others, of any shape
     (N, ...) and of DTYPES, are read as they are stored. labels: int64 (N,) below len(classes); without classes,
-    float32 or int64 (N, ...). source_sha256: names the source: its SHA-256 (by default that of the arrays), or MADE_BY
-    and that of a function. Raises DataError for bad arrays.
+    float32 or int64 (N, ...). source_sha256: the SHA-256 of the source (the default: of the arrays); for data that a
+    user's function makes, sources.MADE_BY and the SHA-256 of the function. Raises DataError for bad arrays.
     """
     check_arrays(str(folder), images.dtype, images.shape, labels, len(classes), layout)
     sha256 = source_sha256 or arrays_sha256(images, labels)
@@ -311,7 +311,7 @@ def check_settings(
 def refuse_rows(artifact: Artifact, given: Mapping[str, Any]) -> None:
     """Raise DataError for settings that need images where there are none.
 
-    given: for each fix, whether the setting that it turns off is set.
+    given: for each fix, such as "augment=False", whether the settings need it.
     """
     if not artifact.has_images and (fixes := [fix for fix, is_given in given.items() if is_given]):
         raise DataError(

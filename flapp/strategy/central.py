@@ -141,7 +141,10 @@ class PrivateRounds(FedAvg):
         return True
 
     def replies_needed(self, phase: Phase) -> int:
-        """Return 0 for training: a round without replies is noise only. If it failed, it would tell who is absent."""
+        """Return 0 for training if the run has clients at all: a round without replies is noise only.
+
+        If it failed, it would tell who is absent.
+        """
         return 0 if phase.kind == TRAIN and self.roster.members else super().replies_needed(phase)
 
     def aggregate_train(

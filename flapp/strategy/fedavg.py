@@ -199,7 +199,10 @@ class FedAvg(FlowerFedAvg):
         return {}
 
     def expected(self, name: str, trained: ArrayRecord) -> Mapping[str, Array]:
-        """Return the tensors sent that a client must return: its reply must have the same keys, shapes and dtypes."""
+        """Return the tensors of which a client sends new values back, as it was sent them.
+
+        Its reply must have their keys, shapes and dtypes.
+        """
         sent = self.outgoing(name)
         return {key: sent[key] for key in self.shared.returns or sent}
 

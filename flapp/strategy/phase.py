@@ -197,7 +197,7 @@ class Phase:
             raise MessageError(f"its group's sum has client {odd[0]}, which does not count ({self.failures[odd[0]]})")
         norms = {name: self.metrics[name].get(UPDATE_NORM, math.nan) for name in added}
         if not all(0 <= norm <= self.norm_limit for norm in norms.values()):
-            raise MessageError("its group's sum has an update longer than the limit")
+            raise MessageError("its group's sum has an update whose length is above the limit, negative or missing")
         expected = self.expected(added[0], total)
         weight = sum(self.weights[name] for name in added)
         most = sum(self.weights[name] * min(norm, self.clip) for name, norm in norms.items())
