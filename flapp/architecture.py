@@ -1,4 +1,4 @@
-"""Build the model that the settings describe, on server and clients; its weights come from elsewhere."""
+"""Build the model that the settings describe, on server and clients. Clients load the server's weights into it."""
 
 import copy
 import math

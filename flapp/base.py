@@ -50,9 +50,9 @@ def keep_base(models: Path, tensors: Mapping[str, "Tensor"]) -> Base:
 
 
 def find_base(models: Path, digest: str) -> str:
-    """Return the digest of the base stored under this name, which is the name if the file is intact.
+    """Return the digest of the file in which the base `digest` is kept: `digest` itself if the file is intact.
 
-    It is DAMAGED if the file cannot be read, and "" if there is none.
+    Returns DAMAGED if the file cannot be read, and "" if there is none.
     """
     path = base_path(models, digest)
     try:

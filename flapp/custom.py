@@ -207,7 +207,7 @@ def numbers_of(setting: str, function: object, found: Any) -> dict[str, float]:
     if not isinstance(found, Mapping):
         raise ConfigError(f"{setting} returned {type(found).__name__}{place}: return a dict of numbers")
     if odd := [name for name in found if not isinstance(name, str) or not NAME.fullmatch(name)]:
-        raise ConfigError(f"{setting} returned the name {odd[0]!r}{place}: use letters, digits and _")
+        raise ConfigError(f"{setting} returned the name {odd[0]!r}{place}: use at most 60 letters, digits and _")
     numbers = {}
     for name, value in found.items():
         try:

@@ -6,7 +6,7 @@ WITHHELD = "privacy.publish=totals hides {}: a trial run with privacy.publish=al
 
 
 def by_reason(reasons: Mapping[str, str], most: int | None = None) -> str:
-    """List reasons in one line with their clients (or nodes); at most the `most` most frequent reasons."""
+    """List reasons in one line with their clients (or nodes). If `most` is given, only so many, the most frequent."""
     groups: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         groups.setdefault(reason, []).append(name)

@@ -1,4 +1,4 @@
-"""The records in our messages: packed and unpacked here and nowhere else.
+"""Pack and unpack the records of our messages. Groups of clients have messages of their own: see groups.py.
 
     type          server to client                       client to server
     query.attest  order                                  claims: columns, an entry for each client at the node
@@ -8,7 +8,7 @@
 
 `order` holds the Instructions: the client, the round, the run and the digest of the server's source code. `claim` says
 who answers, and with which data. Both are ConfigRecords. `metrics` is a MetricRecord, and `arrays` an ArrayRecord of
-the state dict. Groups of clients have messages of their own: see groups.py.
+the state dict.
 """
 
 import io
@@ -54,11 +54,11 @@ class MessageError(ValueError):
 class Instructions:
     """What the server asks of a client in a round.
 
-    accepted_round is the last round in which the server accepted this client's trained model, 0 for none; the client
-    continues from the private state that it had then. With adapters, base is the digest of the frozen tensors that the
-    client must hold, returns names the tensors that it trains and sends back, and private those that it trains and
-    keeps. Without adapters the whole model travels. code is the digest of the user's own code. clipping_norm is the
-    length to which updates are clipped in this round; only messages of runs with central privacy have it.
+    accepted_round: the last round in which the server accepted this client's trained model, 0 for none; the client
+    continues from the private state that it had then. base, with adapters: the digest of the frozen tensors that the
+    client must hold; returns: the tensors that it trains and sends back; private: those that it trains and keeps.
+    Without adapters the whole model travels. code: the digest of the user's own code. clipping_norm: the length to
+    which updates are clipped in this round; only messages of runs with central privacy have it.
     """
 
     client_id: str

@@ -2,9 +2,9 @@
 
 A client releases w + clip(u) + noise, where w is the model that it was sent and u is its update. Two neighbours are any
 two updates of one client, whatever its data and however many samples they differ in. Both lie in a ball of radius
-clipping_norm, so they are at most 2 * clipping_norm apart: that is the l2 sensitivity. (Where a neighbour is a client
-that sends no update at all, or zeros, the sensitivity would be clipping_norm. The server sees who takes part, so that
-would protect less.)
+clipping_norm, so they are at most 2 * clipping_norm apart: that is the l2 sensitivity. (If a neighbour were a client
+that sends no update at all, or zeros, the sensitivity would be clipping_norm. That would protect less, because the
+server sees who takes part.)
 
 The noise is the least that gives (epsilon, delta), by the analytic Gaussian mechanism (Balle and Wang 2018,
 arXiv:1805.06530) of the package dp-accounting. T releases with a noise multiplier z are as private as one with

@@ -158,7 +158,7 @@ def app_folders() -> list[str]:
 def expand_words(words: Sequence[str]) -> list[str]:
     """Replace ~ at the start of a value by the home folder, and let model.kwargs take keys that conf/ does not list.
 
-    Many shells leave key=~/file as it is. Hydra wants ++ before a key that its files do not have.
+    Many shells leave key=~/file as it is. Hydra takes a key that its files do not have only with + or ++ before it.
     """
     expanded = []
     for word in words:

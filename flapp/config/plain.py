@@ -37,7 +37,7 @@ PROBLEMS = {  # what to say for pydantic's types of errors, with their context f
 def from_plain(cls: type[T], values: Any, prefix: str = "") -> T:
     """Return the settings `cls` of plain nested values, or raise ConfigError; prefix: of the names in the error."""
     try:
-        # Strict JSON has lists for tuples, as YAML has.
+        # YAML has lists where settings are tuples. In strict mode, pydantic takes a list for a tuple only from JSON.
         return typing.cast(T, adapter_of(typing.cast(type, cls)).validate_json(json.dumps(values)))
     except ValidationError as error:
         errors = error.errors(include_url=False)

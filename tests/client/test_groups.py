@@ -163,9 +163,9 @@ BAD_ANSWERS: list[tuple[Callable[[Message], object], str]] = [  # of the groups 
     (lambda reply: reply.content.pop(SUM), "too many or too few"),
     (lambda reply: reply.content.pop(METRICS), "lacks"),
     (lambda reply: reply.content.update({"more": ArrayRecord()}), "too many or too few"),
-    (in_metrics("train-loss", -1.0), "never below 0"),
+    (in_metrics("seconds", -1.0), "never below 0"),
     (in_metrics("num-examples", 9.0), "attested"),
-    (in_metrics("update-norm", -1.0), "longer"),
+    (in_metrics("update-norm", -1.0), "negative"),
     (lambda reply: Message(Error(code=1, reason="left on purpose"), reply_to=reply), "failed: left on purpose"),
 ]
 

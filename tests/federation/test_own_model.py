@@ -73,6 +73,16 @@ def test_a_copy_of_a_built_in_function_gives_the_same_bytes(
     assert first["loss"] == pytest.approx(second["loss"], rel=1e-6)
 
 
+@pytest.mark.usefixtures("in_pairs")
+def test_a_loss_may_be_negative(folder: Path, tmp_path: Path) -> None:
+    words = (*DIGITS, "num_rounds=1", "train.steps=2")
+    usual, _ = run(settings_in(folder, tmp_path, *words, "train.loss=task:loss", "run_name=usual"))
+    lowered, path = run(settings_in(folder, tmp_path, *words, "train.loss=task:lowered_loss", "run_name=lowered"))
+    assert lowered["refused"] == {}
+    assert lowered["loss"] == pytest.approx(usual["loss"] - 10)
+    assert read_lines(path, "train")[0]["loss"] < 0
+
+
 ADAPTED = {  # the module of each model, and the settings that adapt it
     "cnn": "model.target=task:build_other model.kwargs={} train.loss=task:focal lora.targets=[all-linear]",
     "gru": "model.target=texts:build_model dataset=custom dataset.name=texts dataset.shape=[16] dataset.classes=2 "

@@ -132,6 +132,14 @@ def test_the_length_of_an_update_is_numpys(size: float) -> None:
     assert check_update(whole, whole, 0.0) == 0.0
 
 
+def test_the_length_of_an_update_of_equal_values_is_numpys() -> None:
+    # Rounding errors of equal squares all have the same sign.
+    for value in (0.3, 0.7, 1.1):
+        after = np.full(1 << 16, value, np.float32)
+        found = check_update({"w": pack(after)}, {"w": pack(np.zeros_like(after))}, math.inf)
+        assert found == pytest.approx(np.linalg.norm(after.astype(np.float64)), rel=1e-5)
+
+
 def test_an_update_from_values_that_nobody_can_square_is_too_long() -> None:
     sent, trained = ({"x": pack(np.array([value, 1.0]))} for value in (1e300, 0.0))
     with pytest.raises(MessageError, match=r"sent an update of length inf, the limit is 1e\+09"):

@@ -23,6 +23,9 @@ TASK = """
     def loss(outputs, targets):
         return F.cross_entropy(outputs, targets)
 
+    def lowered_loss(outputs, targets):
+        return loss(outputs, targets) - 10
+
     def sgd(parameters, lr):
         return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
 
