@@ -59,9 +59,10 @@ class ModelFactory:
     ) -> tuple[SplitModel, SplitModel, SplitModel]:
         """Return bottom, trunk and top of a model, in eval mode; with auto_save, also store them in storage_path.
 
-        model_type `vit`: a file of weights that load_pretrained takes, or a run's folder; its setting is `dropout`.
-        `gpt2`: a folder or a name on the hub; its setting is `attn_implementation`. name: of the files, by default the
-        model's. Raises ValueError unless 0 < split_point_1 < split_point_2 < layers, and if reading or storing fails.
+        model_name_or_path: of a `vit`, a file of weights that load_pretrained takes, or a run's folder; of a `gpt2`, a
+        folder or a name on the hub. settings: `dropout` for `vit`, `attn_implementation` for `gpt2`. name: what the
+        files are called, by default the model's name. Raises ValueError unless 0 < split_point_1 < split_point_2 <
+        layers, and if reading or storing fails.
         """
         if auto_save and storage_path is None:
             raise ValueError("auto_save=True needs storage_path: say where the components are to be stored")
@@ -201,5 +202,6 @@ def _choose(base: str | Path, name: str | None, p1: int | None, p2: int | None) 
     if not splits:
         raise ValueError(f"{base} has no split model: name the folder that split models were stored in")
     if not found:
-        raise ValueError(f"{base} has {there}, but not name={name} with points {p1} and {p2}: give those of one")
+        wanted_split = f"name={name} with points {p1} and {p2}"
+        raise ValueError(f"{base} has {there}, but not {wanted_split}: give the name and the points of a stored split")
     return found[0]

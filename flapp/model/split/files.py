@@ -174,7 +174,7 @@ def read_component(path: str | Path) -> tuple[Metadata, dict[str, "Tensor"]]:
 
 
 def read_metadata(path: str | Path) -> Metadata:
-    """Read the metadata of the weights at `path`, whose SHA-256 must be the one it names; raises ValueError."""
+    """Read the metadata of the weights at `path`; raises ValueError if the file does not have the SHA-256 in it."""
     path = Path(path)
     where = StorageManager.get_model_metadata_path(path)
     try:
