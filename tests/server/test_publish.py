@@ -47,13 +47,12 @@ Found = tuple[dict[str, Any], Path, str]  # metrics.json, the run directory, the
 
 
 def odd_clients(name: str, reply: Message) -> Message:
-    """Let client 6 claim too much, client 5 send a bad loss, and all take a time of their own."""
+    """Let client 6 claim too much, client 5 send a negative time, and the others each a time of their own."""
     if reply.has_content():
         set_claim(reply.content, "6", train=98765)
         if trained_in(reply) is not None:
             found = reply.content.metric_records[METRICS]
-            found["seconds"] = 1000.0 + 1.001 * int(name)
-            found["train-loss"] = -5151.25 if name == "5" else found["train-loss"]
+            found["seconds"] = -5151.25 if name == "5" else 1000.0 + 1.001 * int(name)
     return reply
 
 
@@ -286,7 +285,7 @@ def test_a_resumed_run_keeps_what_it_publishes_and_runs_of_an_older_flapp_publis
 def test_a_run_that_fails_says_how_many_failed_and_not_who(federate: Federate, caplog: Any) -> None:
     def tamper(name: str, reply: Message) -> Message:
         if trained_in(reply) is not None:
-            reply.content.metric_records[METRICS]["train-loss"] = -77.125
+            reply.content.metric_records[METRICS]["seconds"] = -77.125
         return reply
 
     odd = "round 1: 2 clients sent a reply that does not count (privacy.publish=totals hides who and why"
