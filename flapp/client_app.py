@@ -76,7 +76,7 @@ def make_claim(task: Task) -> Claim:
         if config.targets and task.node_config.client_id is not None:  # otherwise the server has tried it
             probe(config, next(iter(make_batches(config, data, "train", torch.device("cpu"), None))))
         held = find_base(config.models_dir, base) if base else ""
-    except Exception as error:  # noqa: BLE001 - one client's fault must not keep its node's others out
+    except Exception as error:  # noqa: BLE001 - one client's fault must not keep out other clients of its node
         return Claim(task.client_id, fault=describe(error))
     counts = f"{data.claim.train} train, {data.claim.val} val, {data.claim.test} test"
     level = DEBUG if task.node_config.num_partitions else INFO
@@ -131,7 +131,7 @@ def prune(model: torch.nn.Module, config: Config, learn: Callable[..., float]) -
 def evaluate_round(message: Message, context: Context) -> Message:
     """Evaluate the received model as it is, and personalised, by private tensors or fine-tuning, if the run does so.
 
-    Both are measured on its test samples and, where the run validates, on its validation samples.
+    Both are measured on the client's test samples and, where the run validates, on its validation samples.
     """
     task = read_task(message, context)
     claim = task.data.claim

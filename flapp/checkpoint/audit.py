@@ -45,7 +45,7 @@ class TensorChange:
 
 
 def verify(store: Store) -> Verification:
-    """Check the file's structure, every round's metadata and every chunk's hash, each chunk once."""
+    """Check the file's structure, every round's metadata and the hash of each chunk of a round, each chunk once."""
     problems: list[str] = []
     sizes: dict[int, int] = {}
     with store.transaction():

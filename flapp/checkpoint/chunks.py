@@ -30,7 +30,7 @@ Parts = dict[str, list[tuple[int, int, tuple[int, ...]]]]
 
 
 class CheckpointError(ValueError):
-    """A store, or a model for it, cannot be used; the message is one line with the fix."""
+    """A store, or a model for it, cannot be used; the message is one line, with the fix if one is known."""
 
 
 class Cut(TypedDict):
@@ -180,7 +180,7 @@ def encode_parts(parts: Iterable[Part]) -> str:
 
 
 def decode_parts(text: object) -> list[Part]:
-    """Read the JSON of encode_parts; raises ValueError for anything else, whatever sizes it claims."""
+    """Read the JSON of encode_parts; raises ValueError for anything else, and for sizes beyond any memory."""
     try:
         ranges = parse_json(text, surrogates=True) if isinstance(text, str) else None
         return [_part(key, *row) for key, rows in ranges.items() for row in rows]  # type: ignore[union-attr]
@@ -207,13 +207,14 @@ def join(chunks: Iterable[list[Part]]) -> dict[str, Spec]:
         if specs.setdefault(part.key, part.spec) != part.spec:
             raise ValueError(f"tensor {part.key} is {specs[part.key]} in one chunk and {part.spec} in another")
         if part.start != filled.get(part.key, 0):
-            raise ValueError(f"tensor {part.key} lacks elements before element {part.start:,}")
+            raise ValueError(f"tensor {part.key} continues at element {part.start:,}, not at {filled.get(part.key, 0):,}")
         filled[part.key] = part.end
     for key, spec in specs.items():
         if filled[key] != spec.numel:
             raise ValueError(f"tensor {key} ends at element {filled[key]:,} of {spec.numel:,}")
         if spec.tied is not None and specs.get(spec.tied) != Spec(spec.dtype, spec.shape):
-            raise ValueError(f"tensor {key} is tied to {spec.tied}, which is missing or has another dtype or shape")
+            fault = "is missing, is tied itself, or has another dtype or shape"
+            raise ValueError(f"tensor {key} is tied to {spec.tied}, which {fault}")
     return specs
 
 

@@ -9,9 +9,9 @@ A store may come from somebody else. It is refused unless its schema is exactly 
 index, virtual table or constraint. The parts of a round must cover each tensor exactly once, and its size must be
 believable (chunks.py) unless it is loaded into a model.
 
-journal_mode=TRUNCATE with synchronous=FULL survives power cuts and writes everything only once. WAL with NORMAL, and
-DELETE with FULL, do not survive them. Chunks are inserted before old rounds expire: SQLite writes pages without
-journaling them only if they were free when the transaction began.
+With journal_mode=TRUNCATE and synchronous=FULL, a finished save survives a power cut, and everything is written only
+once. With WAL and NORMAL, or with DELETE and FULL, a power cut may undo the last save. Chunks are inserted before old
+rounds expire: SQLite writes pages without journaling them only if they were free when the transaction began.
 """
 
 import hashlib

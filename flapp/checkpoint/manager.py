@@ -145,7 +145,7 @@ class ChunkManager(AbstractContextManager["ChunkManager"]):
         return Chunk(entry.chunk_id, entry.hash.hex(), ranges_of(entry.parts), entry.size, data)
 
     def _checked(self, round_num: int, bounded: bool = True) -> tuple[list[Entry], dict[str, Any]]:
-        """Return the chunks and tensors of a round whose metadata is as it was saved; bounded: see Store.check."""
+        """Check a round's metadata; return the entries of its chunks and the specs of its tensors. bounded: see Store.check."""
         records = self._store.records()
         if round_num not in records:
             stored = ", ".join(map(str, records)) or "none"
@@ -210,7 +210,7 @@ class ChunkManager(AbstractContextManager["ChunkManager"]):
         }
 
     def verify(self) -> Verification:
-        """Check the whole store, every byte once, and return the problems found."""
+        """Check the file's structure and every round, each chunk once, and return the problems found."""
         return audit.verify(self._store)
 
     def diff(self, first: int, second: int) -> list[TensorChange]:

@@ -30,7 +30,7 @@ from flapp.checkpoint.database import Database
 from flapp.untrusted import parse_json
 
 HASH_THREADS = 2  # hashing frees the GIL; two threads use up the memory bandwidth
-HASH_AHEAD = 6  # chunks that are hashed before they are written, while they are in the processor's cache
+HASH_AHEAD = 6  # chunks that are hashed ahead of the writing, few enough to stay in the processor's cache
 VERIFY_AHEAD = 4  # buffers, few enough to stay in the processor's cache
 VERIFY_BYTES = 4 << 20  # the largest chunk that is verified in such a buffer
 WRITEBACK_BYTES = 16 << 20
@@ -192,7 +192,7 @@ class Store(Database):
         claimed = sum(part.nbytes for part in parts)
         if kind != "blob" or type(digest) is not bytes or type(size) is not int or not size == claimed == length:
             found = f"{length} bytes stored, {size} noted, {claimed} in its parts"
-            raise CheckpointError(f"{where}: its sizes differ ({found}): {RESTORE}")
+            raise CheckpointError(f"{where}: its sizes or types are wrong ({found}): {RESTORE}")
         return Entry(chunk_id, digest, parts, size, rowid)
 
     def check(self, round_num: int, digest: str, entries: list[Entry], bounded: bool = True) -> dict[str, Spec]:

@@ -20,7 +20,7 @@ def model_to_params(model: nn.Module | Mapping[str, Any]) -> dict[str, Tensor]:
     """Return every parameter and buffer of a model or state dict by name, as contiguous tensors on the CPU.
 
     Such tensors are not copied. Tensors that share all their memory (tied weights) come back as one object.
-    Raises CheckpointError for anything but dense tensors.
+    Numpy arrays count as tensors. Raises CheckpointError for anything that is not dense.
     """
     state = model.state_dict() if isinstance(model, nn.Module) else model
     seen: dict[Any, Tensor] = {}
@@ -122,7 +122,7 @@ def reject_foreign(where: str, specs: Mapping[str, Spec], params: Mapping[str, T
     found = specs_of(params)
     if odd := sorted(found.keys() ^ specs.keys()):
         side = "is missing in the model" if odd[0] in specs else "is missing in the round"
-        raise CheckpointError(f"{where} is of another model: tensor {odd[0]} {side} ({len(odd)} such tensors)")
+        raise CheckpointError(f"{where} is of another model: tensor {odd[0]} {side} ({len(odd)} names differ)")
     for key, spec in specs.items():
         if str(spec) != str(found[key]):
             raise CheckpointError(f"{where} is of another model: tensor {key} is {spec}, the model has {found[key]}")

@@ -120,8 +120,8 @@ def checkpoint_mod(message: Message, context: Context, call_next: ClientAppCalla
 
     First, the private state is restored from the round that the server names. A client that is asked again for a round
     which it has trained from the same model, data and settings answers from its store. With privacy=local it says so,
-    because sending the same bytes again releases nothing. A store that cannot be used is a warning, or with
-    checkpoint.on_error=fail the client's failure.
+    because sending the same bytes again releases nothing. If the store cannot be used, a warning is logged. With
+    checkpoint.on_error=fail, or with private tensors, the client fails instead.
     """
     kind = message.metadata.message_type
     if kind not in (TRAIN, EVALUATE):

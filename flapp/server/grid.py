@@ -21,8 +21,9 @@ class PolledGrid:
     A grid with a method `wait(seconds)` is not polled, because `wait` returns when a reply arrives. A grid with a
     method `forget(message_ids)` is told which replies are no longer wanted.
 
-    on_reply is called with (new replies, replies so far, messages sent) whenever replies have come in, on_sent when all
-    messages have been handed over. any_node: whether any node can serve any client.
+    on_reply is called when replies have come in, with the list of new replies, the number of replies so far and the
+    number of messages sent. on_sent is called when all messages have been handed over. any_node says whether any node
+    can serve any client.
     """
 
     def __init__(self, grid: Grid) -> None:

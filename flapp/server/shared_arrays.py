@@ -114,7 +114,7 @@ def receive(connection: Connection) -> tuple[Message, Any]:
 
 
 def _new_memory() -> int:
-    """Return the descriptor of empty memory without a name; where the system has none, of a file without a name."""
+    """Return the descriptor of new memory without a name, or of a file without a name on a system without memfd."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("flapp", os.MFD_CLOEXEC)
     with tempfile.TemporaryFile() as file:

@@ -106,7 +106,7 @@ def test_parts_that_flapp_does_not_write_are_refused(text: object) -> None:
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ([Part("a", 1, 4, Spec("float32", (4,)))], "tensor a lacks elements before element 1"),
+        ([Part("a", 1, 4, Spec("float32", (4,)))], "tensor a continues at element 1, not at 0"),
         ([Part("a", 0, 3, Spec("float32", (4,)))], "tensor a ends at element 3 of 4"),
         ([Part("a", 0, 5, Spec("float32", (4,)))], "tensor a ends at element 5 of 4"),
         ([Part("a", 0, 2, Spec("float32", (4,))), Part("a", 2, 4, Spec("int32", (4,)))], "tensor a is float32"),

@@ -104,8 +104,8 @@ def test_a_watched_command_is_measured_between_its_first_round_and_the_last_but_
 @pytest.mark.parametrize(
     ("command", "error"),
     [
-        ("raise SystemExit('error: no disk')", "it ended with status 1 before 4 rounds: error: no disk"),
-        ("print('only this')", "it ended with status 0 before 4 rounds: only this"),
+        ("raise SystemExit('error: no disk')", "it was to finish 4 rounds, but ended with status 1: error: no disk"),
+        ("print('only this')", "it was to finish 4 rounds, but ended with status 0: only this"),
         ("import time; time.sleep(60)", "the command had finished 0 of 4 rounds after 2 s: raise LIMIT_SECONDS"),
     ],
 )
@@ -178,13 +178,13 @@ def test_the_short_form_measures_fewer_rows_and_a_run_that_fails_leaves_only_its
     def fail(work: Workload, *runtime: str) -> Usage:
         if runtime == simulation.RAY:
             return Usage(1, 1, 1, 1)
-        raise CommandError("it ended with status 1 before 3 rounds: no such runtime")
+        raise CommandError("it was to finish 3 rounds, but ended with status 1: no such runtime")
 
     monkeypatch.setattr(Workload, "run_flapp", fail)
     ratios = {row.what: row.ratio for row in simulation.rows(short=True)}
     assert [what for what, ratio in ratios.items() if ratio is not None] == ["W2, Ray, 50 of 100 clients"]
     notes = {row.note for row in simulation.rows(short=True) if row.ratio is None}
-    assert notes == {"it ended with status 1 before 3 rounds: no such runtime"}
+    assert notes == {"it was to finish 3 rounds, but ended with status 1: no such runtime"}
 
 
 def test_the_growth_of_metrics_jsonl_leaves_out_the_first_and_the_last_round(tmp_path: Path) -> None:

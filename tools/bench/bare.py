@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained: the arguments of build_model, the files of samples, parts and start, and how to train.
+    """What is trained: the arguments of build_model, the files of samples, parts and first model, and how to train.
 
     data: a folder of images.npy and labels.npy; parts: an .npz of the rows of all clients and their offsets; drawn:
     the clients of each round; lrs: the learning rate of each round; train: the settings of that name.
@@ -69,7 +69,7 @@ def train_client(model: nn.Module, work: Work, data: Data, client: int, server_r
     for rows in draw_batches(work, data.rows[client], client, server_round):
         inputs, targets = data.images[rows], data.labels[rows]
         if inputs.dtype == torch.uint8:
-            inputs = inputs.float().mul_(2 / 255).sub_(1)  # normalization: half
+            inputs = inputs.float().mul_(2 / 255).sub_(1)  # flapp's normalization "half": mean and deviation are 0.5
         outputs = model(inputs)
         is_class = targets.dtype == torch.int64
         loss = F.cross_entropy(outputs, targets) if is_class else F.mse_loss(outputs.squeeze(-1), targets)

@@ -52,7 +52,7 @@ def bytes_up(config: Config) -> list[int]:
     model = initial_model(config)
     state = model.state_dict()
     sent, private = keys_of(config, model)
-    nobody: Any = None  # it neither asks clients nor keeps results here
+    nobody: Any = None  # as roster and observer: the strategy asks no client and keeps no result here
     strategy = build_strategy(config, nobody, nobody, model, private)
     strategy.current = ArrayRecord({key: pack(state[key].numpy()) for key in sent})
     return [reply_bytes(strategy.current, strategy.instructions(TRAIN, number)) for number in (1, 2)]

@@ -124,7 +124,7 @@ def speed(folder: Path) -> list[Row]:
         Row("uint8 batch from resized-ahead images", against, ratio["uint8"], 50),
         Row(what, against, ratio["float32"], 10, note=exact),
         Row("the same", memmap, seconds["seed"] / seconds["float32"], 1, note="both in the page cache"),
-        Row("native 32 -> 224, float32", against, ratio["native"], 4, note="PIL's bytes"),
+        Row("native 32 -> 224, float32", against, ratio["native"], 4, note="the same bytes as PIL"),
         Row("CPU saved per sample, float32", against, saved, 90, unit="%"),
     ]
 

@@ -53,8 +53,8 @@ class Scale:
 
     clients: int  # of W1 and W2
     drawn: int  # clients that train in a round of W1
-    rounds: tuple[int, int, int]  # that count, of W1, W2 and W3
-    ray_rounds: tuple[int, int]  # that count, of W1 and W2 in Ray; 0 leaves the row of W1 out
+    rounds: tuple[int, int, int]  # measured rounds of W1, W2 and W3
+    ray_rounds: tuple[int, int]  # measured rounds of W1 and W2 in Ray; 0 leaves the row of W1 out
     turns: int  # how often each comparison is measured
     many: int  # clients of the row about the cost of a round
     most: int  # clients of the row about the time to start; 0 leaves it out

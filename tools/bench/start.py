@@ -1,9 +1,8 @@
 """From a client's start to its first batch, against flwr-datasets.
 
 Each client is a made-up writer with 200 random images of FEMNIST's shape. Ours opens its own shard, checks it against
-its meta.json, and makes a batch of the loader that it trains from. flwr-datasets opens the whole dataset from disk and
-deals it by writer, as each of its clients does, and loads through a DataLoader with a transform, as its documentation
-shows.
+its meta.json, and takes a batch from its training loader. flwr-datasets opens the whole dataset from disk and deals it
+by writer, as each of its clients does, and loads through a DataLoader with a transform, as its documentation shows.
 """
 
 import contextlib
@@ -108,7 +107,7 @@ def start_theirs(folder: Path, client: int) -> Any:
     from flwr_datasets.partitioner import NaturalIdPartitioner
 
     partitioner = NaturalIdPartitioner(partition_by="writer_id")
-    with contextlib.redirect_stderr(io.StringIO()):  # its bar
+    with contextlib.redirect_stderr(io.StringIO()):  # hides the progress bar of flwr-datasets
         partitioner.dataset = load_from_disk(folder)
         partition = partitioner.load_partition(client)
     loader = DataLoader(partition.with_transform(to_tensors), batch_size=BATCH, shuffle=True)

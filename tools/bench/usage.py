@@ -1,4 +1,4 @@
-"""CPU time, wall time and memory of a command and of all processes that it starts, round by round."""
+"""CPU and wall time per round, and peak memory, of a command and of all processes that it starts."""
 
 import contextlib
 import os
@@ -89,7 +89,7 @@ def watch(command: Sequence[str], path: Path, mark: bytes, rounds: int, limit: f
     """
     with tempfile.TemporaryFile() as log:
         started = time.monotonic()
-        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # of another checkout
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # which may name another checkout
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         tree = ProcessTree(process.pid)
         try:
@@ -99,10 +99,10 @@ def watch(command: Sequence[str], path: Path, mark: bytes, rounds: int, limit: f
         if process.returncode or len(moments) < 2:
             log.seek(0)
             said = last_line(log.read().decode(errors="replace"))
-            raise CommandError(f"it ended with status {process.returncode} before {rounds} rounds: {said}")
+            raise CommandError(f"it was to finish {rounds} rounds, but ended with status {process.returncode}: {said}")
     (first, before), (last, after) = moments
     if first == last:
-        raise CommandError(f"{rounds} rounds ended within {LOOK_SECONDS} s: ask for more rounds")
+        raise CommandError(f"rounds 1 to {rounds - 1} ended between two looks: ask for more rounds")
     counted = rounds - 2
     return Usage(first - started, (after - before) / counted, (last - first) / counted, pss)
 
