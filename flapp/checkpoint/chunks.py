@@ -206,8 +206,9 @@ def join(chunks: Iterable[list[Part]]) -> dict[str, Spec]:
     for part in (part for parts in chunks for part in parts):
         if specs.setdefault(part.key, part.spec) != part.spec:
             raise ValueError(f"tensor {part.key} is {specs[part.key]} in one chunk and {part.spec} in another")
-        if part.start != filled.get(part.key, 0):
-            raise ValueError(f"tensor {part.key} continues at element {part.start:,}, not at {filled.get(part.key, 0):,}")
+        end = filled.get(part.key, 0)
+        if part.start != end:
+            raise ValueError(f"tensor {part.key} continues at element {part.start:,}, not at {end:,}")
         filled[part.key] = part.end
     for key, spec in specs.items():
         if filled[key] != spec.numel:

@@ -145,7 +145,7 @@ class ChunkManager(AbstractContextManager["ChunkManager"]):
         return Chunk(entry.chunk_id, entry.hash.hex(), ranges_of(entry.parts), entry.size, data)
 
     def _checked(self, round_num: int, bounded: bool = True) -> tuple[list[Entry], dict[str, Any]]:
-        """Check a round's metadata; return the entries of its chunks and the specs of its tensors. bounded: see Store.check."""
+        """Check a round's metadata; return its chunks' entries and its tensors' specs. bounded: see Store.check."""
         records = self._store.records()
         if round_num not in records:
             stored = ", ".join(map(str, records)) or "none"

@@ -89,7 +89,7 @@ def watch(command: Sequence[str], path: Path, mark: bytes, rounds: int, limit: f
     """
     with tempfile.TemporaryFile() as log:
         started = time.monotonic()
-        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # which may name another checkout
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # may be another checkout
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         tree = ProcessTree(process.pid)
         try:
