@@ -169,7 +169,7 @@ DAMAGES = {  # of round 1, whose second chunk is the tensor body.weight
     "DELETE FROM chunk_metadata WHERE chunk_id = 1": "its metadata is not what was saved",
     "DELETE FROM chunk_metadata WHERE chunk_id = 3": "its metadata is not what was saved",
     "UPDATE chunk_metadata SET parts = '{' WHERE chunk_id = 1": "chunk 1: its parts are not what flapp writes",
-    "UPDATE chunk_metadata SET parts = replace(parts, '0,9000,', '0,9000000000000000,') WHERE chunk_id = 1": "sizes di",
+    "UPDATE chunk_metadata SET parts = replace(parts, '0,9000,', '0,9000000000000000,') WHERE chunk_id = 1": "sizes or",
     "UPDATE chunk_metadata SET parts = replace(parts, '[90,100]', '[100,90]') WHERE chunk_id = 1": "another model dig",
     "UPDATE chunk_metadata SET parts = replace(parts, '[90,100]', '[91,100]') WHERE chunk_id = 1": "ends at element 9,",
     "UPDATE chunk_metadata SET parts = replace(parts, 'float32', 'int32') WHERE chunk_id = 1": "another model digest",
