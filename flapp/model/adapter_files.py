@@ -33,13 +33,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-# Settings of a LoraConfig that do not change what its tensors mean; any other must be off.
+# Settings of a LoraConfig that are checked one by one, or do not change what its tensors mean. Any other must be off,
+# except init_lora_weights (see PLAIN_STARTS).
 HARMLESS = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "task_type"} | {
     *("base_model_name_or_path", "revision", "inference_mode", "peft_version", "exclude_modules", "fan_in_fan_out"),
     *("layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "auto_mapping", "runtime_config"),
 }
 OFF: tuple[object, ...] = (None, False, "none", [], {})
-PLAIN_STARTS = (True, False, "gaussian", None)  # other values of init_lora_weights change the base as well
+PLAIN_STARTS = (True, False, "gaussian", None)  # other values of init_lora_weights may change the base as well
 
 
 def find_export_fault(model: "nn.Module") -> str | None:
@@ -57,8 +58,8 @@ def find_export_fault(model: "nn.Module") -> str | None:
             return "the format has no place for parameters or buffers of the model itself"
         if any(other.startswith(f"{name}.") for other in layout.modules):
             return f"the format has no place for parameters or buffers of a module that holds modules, such as {name}"
-        for layer in layers:
-            if any(part.endswith(name) for part in accumulate(layer.split("."), "{}.{}".format)):  # it, or one it is in
+        for layer in layers:  # of each layer, the modules around it also count
+            if any(part.endswith(name) for part in accumulate(layer.split("."), "{}.{}".format)):
                 return f"PEFT takes {layer} for {name}, because it compares the ends of names"
     return None
 
@@ -164,7 +165,7 @@ def export_merged(model: "nn.Module", path: Path, /, **facts: Any) -> str:
     """Write `model` with its adapters merged in, under torchvision's names, and return the file's SHA-256.
 
     torchvision's VisionTransformer of the same size, and with the same epsilon, loads a ViT of three channels and gives
-    the same logits. Raises ValueError for an activation and a pooling that it does not have.
+    the same logits. Raises ValueError for an activation or a pooling that torchvision's class does not have.
     """
     from flapp.model.lora import layout_of, merged_state_dict
 

@@ -97,10 +97,10 @@ class Layout:
         """Return the layers that `targets` name, in the model's order.
 
         A target is the last part or parts of a dotted name (`proj`, `mlp.0`), a shell pattern for them (`layer.?.q`,
-        `attention.*_lin`; `*` matches dots, too), or all-linear: every linear layer but the head that can take
-        an adapter. A pattern is compared only with layers of ADAPTED, layers that have an adapter, and those in unfit.
-        Raises ValueError when a target matches nothing or what cannot take an adapter, or when a layer is too small for
-        the rank.
+        `attention.*_lin`; `*` matches dots, too), or all-linear: every linear layer that can take an adapter,
+        except the head. A pattern is compared only with layers of ADAPTED, layers that have an adapter, and those in
+        unfit. Raises ValueError when a target matches nothing or what cannot take an adapter, or when a layer is too
+        small for the rank.
         """
         wanted = {name for target in targets for name in self._named_by(target)}
         names = [name for name in self.modules if name in wanted]

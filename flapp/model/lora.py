@@ -108,8 +108,10 @@ def _unfit_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[st
             unfit[name] = f"{kind} with groups={groups}"
         elif others:
             unfit[name] = f"{kind} that shares its weight with {others[0]}"
-        elif weight is None or not weight.is_floating_point() or _has_more(module):
-            unfit[name] = f"{kind} with hooks or tensors that an adapter would lose"
+        elif _has_more(module):
+            unfit[name] = f"{kind} with hooks, tensors or a forward that an adapter would lose"
+        elif weight is None or not weight.is_floating_point():
+            unfit[name] = f"{kind} without a weight of floats"
     return unfit
 
 

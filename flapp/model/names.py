@@ -153,7 +153,7 @@ def _from_transformers(state: Mapping[str, T]) -> dict[str, T]:
 
 
 def _renamed(name: str, block: re.Pattern[str], to_block: str, names: Mapping[str, str]) -> str:
-    """Return a tensor's other name; block: what the names in a layer look like; to_block: what they begin with then."""
+    """Return a tensor's other name; block: the pattern of names in a layer; to_block: how their new names begin."""
     if match := block.fullmatch(name):
         stem, _, leaf = match[2].rpartition(".")
         return f"{to_block}{match[1]}.{names.get(stem, stem)}.{leaf}"
@@ -186,7 +186,7 @@ def _can_be_joined(parts: Iterable[Any]) -> bool:
 
 
 def _join(parts: list[Any]) -> Any:
-    """Return q, k and v, of one shape, as one tensor or the shape of one."""
+    """Join q, k and v, which have the same shape. Given three shapes, return the shape of the joined tensor."""
     if isinstance(parts[0], tuple):
         return (3 * parts[0][0], *parts[0][1:])
     import torch
@@ -195,5 +195,5 @@ def _join(parts: list[Any]) -> Any:
 
 
 def _cut(value: Any) -> tuple[Any, ...]:
-    """Return q, k and v of one tensor or of the shape of one."""
+    """Cut a joined tensor into q, k and v. Given its shape, return the three shapes."""
     return ((value[0] // 3, *value[1:]),) * 3 if isinstance(value, tuple) else value.chunk(3)

@@ -39,9 +39,9 @@ class Pretrained:
 def load_pretrained(model: "nn.Module", path: Path) -> Pretrained:
     """Load every weight of `model`, which has no adapters yet, from the file or folder at `path`.
 
-    The model keeps its own head if the file's is for another number of classes, or if it is timm's or transformers' and
-    has none. Position embeddings for another image size are interpolated as in torchvision (bicubic). Raises ValueError
-    for weights that are unsafe or do not fit.
+    The model keeps its own head if the file's head is for another number of classes, or if a file of timm or
+    transformers has no head. Position embeddings for another image size are interpolated as in torchvision (bicubic).
+    Raises ValueError for weights that are unsafe or do not fit.
     """
     from flapp.model.lora import head_of, layout_of
 

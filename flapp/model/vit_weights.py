@@ -39,7 +39,7 @@ NETWORKS = {  # the network that has names like these; the first match is report
     r"^timm_model\.": "timm's model inside transformers",
 }
 PREFIXES = ("module.", "_orig_mod.", "backbone.")  # of DistributedDataParallel, torch.compile and Lightning
-PARTS = {  # of ViTs, and what has names like these
+PARTS = {  # what flapp's ViTs do not have, by a pattern of its tensors' names
     r"^head_dist\.|(^|\.)(dist_token|distillation_token)$": "a distillation token",
     r"(^|\.)(reg_token|register_tokens)$": "register tokens",
     r"\.[qk]_norm\.": "norms of queries and keys (qk_norm)",
@@ -59,7 +59,8 @@ NORMALIZATIONS = {  # of dataset.normalization, by mean and deviation of each ch
     ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)): "imagenet",
 }
 TIMMS_VITS = re.compile(r"(vit|deit)_(tiny|small|base)_patch16_\d+(_in21k|_dino|_sam)?(\.\w+)?")
-HARMLESS = {  # arguments of timm's that shapes show, or that do not change what a trained model computes
+# Arguments of timm's that shapes show, are checked one by one, or do not change what a trained model computes.
+HARMLESS = {
     *("img_size", "num_classes", "in_chans", "global_pool"),
     *("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"),
     *("weight_init", "fix_init", "dynamic_img_size", "dynamic_img_pad", "strict_img_size", "fc_norm"),
@@ -73,8 +74,9 @@ class ViTWeights:
     """What a file of weights says of its ViT.
 
     path: the file; library: whose names it has; left_out: its tensors that flapp has no use for; size: one of SIZES;
-    image_size: None where the position embeddings are not those of a square grid of patches; variant and normalization:
-    None where not said; is_alone: there is no config.json and no header, so heads, activation and pooling are assumed.
+    image_size: None where the position embeddings are not those of a square grid of patches; variant: its values are
+    None where not said; normalization: None where not said; is_alone: there is no config.json and no header, so heads,
+    activation and pooling are assumed.
     """
 
     path: Path
@@ -170,7 +172,7 @@ def in_words(size: Size) -> str:
 def check_variant_of(layout: Layout, weights: ViTWeights, head_loaded: bool) -> None:
     """Raise ValueError where a model differs from what its weights say, with the setting that fixes it.
 
-    Another pooling is let through where it is given and the head is new.
+    The model may have another pooling if model.pooling is set and the head does not come from the file.
     """
     has = vars(layout.variant.filled())
     for key, value in weights.variant.given().items():
@@ -183,8 +185,8 @@ def check_variant_of(layout: Layout, weights: ViTWeights, head_loaded: bool) -> 
 def check_normalization_of(weights: ViTWeights, given: str, channels: int) -> None:
     """Raise ValueError for images scaled in a different way from those that the weights were made with.
 
-    channels: those of the images. ImageNet's means are three, so weights that ask for them pass with any value if the
-    images are grey.
+    given: dataset.normalization; channels: those of the images. "imagenet" is made for three channels, so weights that
+    ask for it pass with any value if the images are grey.
     """
     said = weights.normalization
     if said in (None, given) or (said == "imagenet" and channels != 3):
@@ -223,14 +225,17 @@ def _said(value: object) -> str:
 
 
 def _config_beside(file: Path, library: str | None) -> Mapping[str, Any]:
-    """Return config.json if it belongs to the weights beside it, else nothing; raises ValueError if it is needed."""
+    """Return config.json if it belongs to the weights beside it, else nothing.
+
+    Raises ValueError if it is needed but missing, or is not JSON.
+    """
     path = file.with_name("config.json")
     belongs = library == TRANSFORMERS or (library in (TIMM, None) and file.name in WEIGHTS)
     if not belongs or not path.exists():
         if library == TRANSFORMERS:
             raise ValueError(
-                f"{file} has transformers' names, and config.json is missing beside it, which says how many heads the "
-                "ViT has and the epsilon of its norms: give the whole folder of save_pretrained"
+                f"{file} has transformers' names, but no config.json beside it to say how many heads the ViT has and "
+                "which epsilon its norms have: give the whole folder of save_pretrained"
             )
         return {}
     return _read_object(path)

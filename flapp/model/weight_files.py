@@ -57,7 +57,10 @@ def read_header(path: Path) -> Mapping[str, Any]:
 
 
 def read_shapes(path: Path) -> dict[str, Shape]:
-    """Return the shapes of a file's tensors by name; raises ValueError for a file that read_state refuses."""
+    """Return the shapes of a file's tensors by name; raises ValueError as read_state does.
+
+    The checksums of a .pth of more than CHECKED_BYTES are not compared.
+    """
     if path.suffix != ".safetensors":
         with _reading(path):
             size = check_regular(path)

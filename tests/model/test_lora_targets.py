@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
@@ -20,6 +21,12 @@ def hooked() -> nn.Module:
     model = before_linear(nn.Linear(4, 4))
     model[0].register_forward_hook(lambda _module, _inputs, output: 2 * output)
     return model
+
+
+def of_integers() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    return before_linear(layer)
 
 
 def before_linear(layer: nn.Module) -> nn.Module:
@@ -41,11 +48,12 @@ class Linear(nn.Linear):
         (shared, "two.0", "two.0, which is Linear that shares its weight with one.0.weight"),
         (lambda: before_linear(nn.Conv2d(4, 4, 1, groups=2)), "0", "Conv2d with groups=2: choose among 1"),
         (lambda: nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)), "0", "choose among other models, this one has no layer"),
-        (hooked, "0", "0, which is Linear with hooks or tensors that an adapter would lose: choose among 1$"),
-        (lambda: before_linear(weight_norm(nn.Linear(4, 4))), "0", "0, which is Linear with hooks or tensors"),
+        (hooked, "0", "0, which is Linear with hooks, tensors or a forward .*: choose among 1$"),
+        (lambda: before_linear(weight_norm(nn.Linear(4, 4))), "0", "0, which is Linear with hooks, tensors"),
         (lambda: before_linear(parametrizations.weight_norm(nn.Linear(4, 4))), "0", "ParametrizedLinear, a class of "),
         (lambda: before_linear(Linear(4, 4)), "0", "0, which is Linear, a class of tests.model."),
         (lambda: before_linear(Linear(4, 4)), "*", "0, which is Linear, a class of tests.model."),
+        (of_integers, "0", "0, which is Linear without a weight of floats"),
         (lambda: before_linear(nn.Conv1d(4, 4, 1)), "0", "0, which is Conv1d: choose among 1$"),
         (lambda: before_linear(nn.ReLU()), "?.fc", r"=\?.fc matches no layer of the model"),
         (lambda: before_linear(nn.ReLU()), "all-linear", "all-linear matches no layer of the model"),

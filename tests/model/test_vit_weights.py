@@ -221,7 +221,7 @@ def test_transformers_other_networks_are_refused_by_name(name: str, tmp_path: Pa
     with pytest.raises(ValueError, match=f"config.json beside it says model_type {kind}, .*{name}"):
         describe(tmp_path)
     (tmp_path / "config.json").unlink()
-    said = f"looks like {network}" if network else "config.json is missing beside it"
+    said = f"looks like {network}" if network else "no config.json beside it"
     with pytest.raises(ValueError, match=said):
         describe(tmp_path)
     assert not network or network in NETWORKS.values()

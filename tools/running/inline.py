@@ -45,7 +45,7 @@ def prepare(config: Config) -> None:
             f"to a path of at most {LONGEST_TMPDIR} bytes, or set deployment.workers=0"
         )
     folder = os.environ.pop(SWEEP, None)
-    resource_tracker.ensure_running()  # without SWEEP, so that no guard ends it before this process
+    resource_tracker.ensure_running()  # without SWEEP, so that no guard kills it before this process ends
     if folder is not None:
         os.environ[SWEEP] = folder
     settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]

@@ -1,11 +1,12 @@
 """Show the progress of a run: bars on a terminal, otherwise plain lines, or JSON lines with --format json.
 
-Every JSON line has `event` and `run_name` (null if the settings were refused, or the command was interrupted), and:
+Every JSON line has `event` and `run_name` (null if an error ended the whole command, or came before the run had a
+name), and:
 
     started    rounds, and what the run is about to do: see running/overview.py
     round      round, rounds, train_loss; loss, accuracy, personal_accuracy (null unless evaluated); scores by name;
                bytes_up, bytes_down and seconds of this round; failures, the reason for each client that was left out;
-               with strategy.robust, clipped (factors by client) and left_out (clients that Krum did not take);
+               with strategy.robust, if any: clipped (factors by client), left_out (clients that Krum did not take);
                with privacy, epsilon so far; with privacy.publish=totals, in place of what names clients,
                failure_kinds (how many clients for each kind of reason), clipped_count and left_out_count
     finished   summary: what metrics.json says
@@ -109,7 +110,7 @@ class RoundReader:
 
 
 def figures(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the figures in the lines of a round; None for those that are missing."""
+    """Return the figures in the lines of a round. A missing loss, accuracy or time is None; missing bytes are 0."""
     number = lines[-1]["round"]
     kinds = {line["kind"]: line for line in lines if line["round"] == number}
     train, evaluated = kinds.get("train", {}), kinds.get("evaluate", {})
@@ -127,7 +128,7 @@ def figures(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _left_out(phases: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return which clients a round left out and why; or only how many for each kind of reason, where that is told."""
+    """Return which clients a round left out and why; with privacy.publish=totals, only how many for each kind."""
     kinds = Counter[str]()
     for phase in phases:
         kinds.update(phase.get("failure_kinds", {}))

@@ -31,7 +31,7 @@ class RunsError(ValueError):
 
 
 def find_runs(runs: Path) -> list[str]:
-    """Return the names of all runs below the folder `runs`, the jobs of a sweep by their numbers."""
+    """Return the names of all runs below the folder `runs`, sorted; the jobs of a sweep are sorted by number."""
     found = []
     for folder, below, files in os.walk(runs):
         is_run = "config.yaml" in files

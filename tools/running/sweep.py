@@ -1,8 +1,9 @@
 """Sweeps: collect the outcomes of all jobs of one command, and write them as a table and as sweep.json.
 
 A launcher may run jobs in its own processes, several at a time, and kill them. FLAPP_SWEEP names a folder that all of
-them know: a job writes <number>.json there when it ends. If a job starts a SuperLink, the name of the SuperLink's
-folder begins with the name of that folder, so that the SuperLink can be stopped even if the job was killed.
+them know. A job writes <number>.json there when it begins, and replaces it when it ends. If a job starts a SuperLink,
+the name of the SuperLink's folder begins with the name of that folder, so that the SuperLink can be stopped even if the
+job was killed.
 
 sweep.json in the sweep's folder is a list with one object per job, in their order: job (number), overrides, status
 (finished or failed), and either objective, objective_metric (the name of that figure), accuracy, personal_accuracy,
@@ -80,7 +81,7 @@ def reported(hydra_config: HydraConf) -> Iterator[Outcome]:
     outcome: Outcome = {"job": number, "overrides": list(hydra_config.overrides.task), "status": "failed"}
     outcome["folder"] = hydra_config.sweep.dir if is_sweep(hydra_config) else None
     outcome["resumable"] = None  # run name and folder, once the job has started
-    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # another process: only `interrupt_jobs` interrupts it
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # in a launcher's process: see interrupt_jobs
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         for each in (signal.SIGINT, signal.SIGHUP):
             signal.signal(each, signal.SIG_IGN)
@@ -131,8 +132,9 @@ def job_number(hydra_config: HydraConf) -> int:
 def as_job(config: Config, hydra_config: HydraConf) -> Config:
     """Give a job its own run directory below the sweep's, and its share of the processors if several run at once.
 
-    A resumed sweep starts the jobs that have not begun. Jobs of a sweeper that searches hold out validation samples,
-    because it chooses by the objective. Raises ConfigError when the sweep is over and not resumed.
+    A resumed sweep starts the jobs that have not begun. A sweeper such as Optuna chooses
+    settings by the objective, so its jobs hold out validation samples. Raises ConfigError when the sweep is over and
+    not resumed.
     """
     if not is_here(config):
         raise ConfigError(
@@ -221,7 +223,7 @@ def conclude(outcomes: list[Outcome]) -> str:
     rows = [outcome | {"overrides": " ".join(outcome["overrides"])} for outcome in outcomes]
     for folder in folders:  # one, unless the jobs differ in experiment or home
         if (folder / "config.yaml").exists():
-            continue  # the folder of a run, in which every job was refused
+            continue  # this folder belongs to a single run, so every job was refused
         if is_finished or (list(folder.glob("*/config.yaml")) and not (folder / SUMMARY).exists()):
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / SUMMARY, rows)
@@ -233,7 +235,7 @@ def conclude(outcomes: list[Outcome]) -> str:
 def sweep_table(outcomes: list[Outcome]) -> str:
     """Return the table of a sweep: one line per job with its settings, its figures, and its folder or error.
 
-    With one metric, a last line names the job with the best objective.
+    If two or more jobs have an objective, all of the same metric, a last line names the best job.
     """
     common = set.intersection(*(set(outcome["overrides"]) for outcome in outcomes)) if len(outcomes) > 1 else set()
     metrics = {metric for outcome in outcomes if (metric := outcome.get("objective_metric"))}
