@@ -73,7 +73,7 @@ class Observer:
     def append(self, kind: str, server_round: int, **values: Any) -> None:
         """Add a line to metrics.jsonl; later lines of a kind do not replace earlier ones.
 
-        All that files and commands say of a round comes from these lines.
+        metrics.json, TensorBoard's events and the commands take what they say of finished rounds from these lines.
         """
         whole = {"kind": kind, "round": server_round, "time": self.seconds(), **values}
         line = finite(published(self.config.privacy, whole))
@@ -84,7 +84,7 @@ class Observer:
             self._events.add(line)
 
     def warn(self, server_round: int, texts: Sequence[str], instead: str) -> None:
-        """Log warnings about single clients; with privacy.publish=totals only `instead`, if there are any."""
+        """Log warnings about single clients; with privacy.publish=totals, log `instead` once in place of them all."""
         if not is_whole(self.config.privacy):
             texts = [instead] if texts else []
         for text in texts:
@@ -119,7 +119,7 @@ class Observer:
             self._events = Events(self.folder / "tensorboard", time.time() - self.seconds(), lines)
 
     def seconds(self) -> float:
-        """Return the seconds since the run began."""
+        """Return the seconds since the run began, without the pauses between starts."""
         return round(time.monotonic() - self._started, 3)
 
     def texts(self) -> list[str]:
@@ -128,7 +128,7 @@ class Observer:
         return self._metrics.read().splitlines(keepends=True)
 
     def keep(self, texts: Iterable[str], seconds: float) -> None:
-        """Cut metrics.jsonl down to its first lines, the last of which was written `seconds` after the run began."""
+        """Cut metrics.jsonl down to these first lines; seconds: the `time` of the last of them."""
         self._started -= seconds
         self._metrics.truncate(sum(len(text.encode()) for text in texts))
         self._metrics.seek(0, os.SEEK_END)
@@ -147,8 +147,9 @@ class Observer:
 class Events:
     """Write TensorBoard events: the numbers of metrics.jsonl, as `scalars` names them, over rounds.
 
-    lines: what metrics.jsonl holds already. It is written again, and TensorBoard ignores what an earlier start wrote.
-    began: when the run began, in seconds since the epoch. Raises ConfigError without the package tensorboard.
+    lines: the lines that metrics.jsonl already has. Their numbers are written as events again, and TensorBoard ignores
+    the events of earlier starts. began: now, less the seconds that the run has taken, in seconds since the epoch.
+    Raises ConfigError without the package tensorboard.
     """
 
     def __init__(self, folder: Path, began: float, lines: Iterable[Mapping[str, Any]]) -> None:

@@ -42,7 +42,7 @@ from flapp.server.client_keys import ClientKeys
 from flapp.server.journals import ClientLedger
 
 POLL_SECONDS = 0.5
-BYTES_PER_TIMEOUT = 16 << 20  # of a base: sending may take the timeout once more for each of these
+BYTES_PER_TIMEOUT = 16 << 20  # for each 16 MiB of a base, sending it may take the timeout once more
 
 
 class FederationError(RuntimeError):

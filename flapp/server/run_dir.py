@@ -171,7 +171,7 @@ class RunDirectory:
     def _drop_rounds_after(self, server_round: int) -> None:
         """Drop later rounds from the store, metrics.jsonl and the journals of source and clients.
 
-        Raises ConfigError, and changes nothing, if that is not possible.
+        Raises ConfigError, or CheckpointError for a damaged store, and changes nothing, if that is not possible.
         """
         journals = (self.origin.environment, self.origin.clients)
         try:
@@ -207,7 +207,7 @@ class RunDirectory:
         last = max((line["round"] for _, line in kept), default=0)
         if (newest > server_round + 1 and not resume_from) or last < server_round:
             found = last if last < server_round else newest
-            fix = "bring the right ones back from a copy, use resume_from with a round that both have, or start anew"
+            fix = "restore both from one copy, use resume_from with a round that both have, or start a new run"
             holds = f"{'holds' if resume_from else 'ends with'} round {server_round}"
             raise ConfigError(f"{self.path / STORE} {holds}, metrics.jsonl ends with round {found}: {fix}")
         for _, line in kept:
@@ -254,8 +254,8 @@ def check_resumable(config: Config) -> Path:
 
 
 def check_source(config: Config) -> None:
-    """Raise ConfigError when the run to be resumed began with other source, unless resume_anyway is set."""
+    """Raise ConfigError when the run to be resumed last ran with other source, unless resume_anyway is set."""
     change = Origin(config.runs_dir / config.run_name, config).source_change(config.resume_from)
     if change and not config.resume_anyway:
         fix = "bring that source back, set resume_anyway=true to use this one, or start a new run"
-        raise ConfigError(f"run_name={config.run_name} began with other source ({change}): {fix}")
+        raise ConfigError(f"run_name={config.run_name} last ran with other source ({change}): {fix}")

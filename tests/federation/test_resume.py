@@ -93,7 +93,7 @@ def test_a_run_that_lost_its_store_is_refused_and_left_as_it_was(federate: Feder
     _, path = federate(*TOY, "run_name=robbed")
     before = {name: (path / name).read_bytes() for name in ("metrics.json", "metrics.jsonl", "config.yaml")}
     (path / "server_chunks.db").unlink()
-    with pytest.raises(ConfigError, match=r"ends with round 0, metrics.jsonl ends with round \d: bring the right"):
+    with pytest.raises(ConfigError, match=r"ends with round 0, metrics.jsonl ends with round \d: restore both"):
         federate(*TOY, "run_name=robbed", "resume=true")
     assert {name: (path / name).read_bytes() for name in before} == before
     (path / "config.yaml").unlink()

@@ -163,9 +163,9 @@ def test_going_back_to_before_a_source_change_compares_with_the_old_source(
         patch.setattr(journals, "whole_digest", lambda config: "f" * 64)
         mixed, _ = federate(*settings, "resume_anyway=true")
         assert [note["round"] for note in mixed["resumed_anyway"]] == [3]
-        with pytest.raises(ConfigError, match="began with other source"):
+        with pytest.raises(ConfigError, match="last ran with other source"):
             federate(*settings, "resume_from=3")
-    with pytest.raises(ConfigError, match="began with other source"):
+    with pytest.raises(ConfigError, match="last ran with other source"):
         federate(*settings, "resume_from=4")
     again, _ = federate(*settings, "resume_from=3")
     assert "resumed_anyway" not in again

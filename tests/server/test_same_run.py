@@ -180,7 +180,7 @@ def test_edited_source_is_refused_by_both_digests_and_the_names_of_the_files(
         with pytest.raises(ConfigError) as caught:
             federate(*TOY, "run_name=edited-source", "resume=true")
     said = f"source digest was {before}, is {'f' * 12}: new.py, training.py changed"
-    assert f"run_name=edited-source began with other source ({said}): " in str(caught.value)
+    assert f"run_name=edited-source last ran with other source ({said}): " in str(caught.value)
     assert "resume_anyway=true" in str(caught.value)
     summary, _ = federate(*TOY, "run_name=edited-source", "resume=true", "resume_anyway=true")
     assert summary["resumed_anyway"] == [{"round": 2, "changed": [said]}]
