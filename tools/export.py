@@ -50,7 +50,7 @@ def export(run: FinishedRun, library: str, out: Path) -> str:
             reason = error.strerror or error
             raise ValueError(f"--out {out} cannot be written ({reason}): name a new folder with --out") from error
         raise
-    # The double quote makes repr use single quotes, as the lines of `usage` do.
+    # `usage` writes the path between single quotes. The double quote in front makes repr escape the path for these.
     return usage.format(out=repr(f'"{out}')[2:-1])
 
 

@@ -94,7 +94,8 @@ def up(given: argparse.Namespace) -> int:
     env = environment(folder, federation.token) | {"PYTHONPATH": str(APP)}
     command = [sys.executable, "-m", "tools.deployment.supervisor", str(folder)]
     if given.foreground:
-        os.execve(command[0], command, env)  # /proc shows only the environment with which a program was started
+        # Processes are found by the token in /proc, which shows the environment that a program was started with.
+        os.execve(command[0], command, env)
     with (folder / SUPERVISOR_LOG).open("wb") as log:
         process = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -146,7 +147,7 @@ def as_allowed(word: str) -> str:
 
 
 def wait_until_ready(folder: Path, federation: Federation, process: subprocess.Popen[bytes]) -> None:
-    """Wait until every SuperNode is online; raises SuperLinkError with those that are missing and the ends of logs."""
+    """Wait until every SuperNode is online; raises SuperLinkError with what is missing and the ends of the logs."""
     end = time.monotonic() + READY_SECONDS
     missing = ""
     while time.monotonic() < end:

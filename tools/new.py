@@ -19,7 +19,8 @@ from tools.cli import as_called, errors_in_one_line, new_parser
 
 TEMPLATES = Path(__file__).with_name("templates")
 CHOICES = ("vision", "text", "tabular")
-# What all templates share, and its name in a project: a README.md here would go into flapp's own bundle.
+# The files that all templates share, with their names in a project. project.md is not named README.md here, because
+# flapp's own app would then contain it (fab-include in pyproject.toml).
 SHARED = {"project.md": "README.md", "pyproject.toml": "pyproject.toml"}
 PLACEHOLDER = "NAME"
 FITTING = re.compile(r"[a-z][a-z0-9_]{0,60}")  # a name of a package, of an experiment and of a dataset

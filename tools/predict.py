@@ -1,7 +1,8 @@
 """Classify images with the final model of a finished run.
 
     python -m tools.predict RUN_DIR IMAGE...            the classes of each image, the most probable first
-    python -m tools.predict RUN_DIR IMAGE... --top 3 --json
+    python -m tools.predict RUN_DIR IMAGE... --top 3    the three most probable classes
+    python -m tools.predict RUN_DIR IMAGE... --json     all classes, one JSON object per image
 
 Images are read, resized and normalized as the run's own. For an image that cannot be read, the reason is printed on
 standard error; the others are classified. Exits 0, or 1 if there was such an image or the run cannot be used.

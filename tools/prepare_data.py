@@ -141,7 +141,7 @@ def decode_all(settings: Config, raw: dict[str, RawSplit]) -> tuple[dict[str, De
 def open_raw(settings: Config, source: Path) -> tuple[dict[str, RawSplit], list[str]]:
     """Return the encoded images of each split of a dataset in files, and the names of its classes.
 
-    The samples of clients are not divided into splits: shards do this for each client.
+    With a client column, samples are not divided into splits here: the shards divide each client's samples.
     """
     dataset, is_femnist = settings.dataset, settings.dataset.name == FEMNIST.dataset
     if columns := read_columns(settings, source):

@@ -7,9 +7,10 @@ A SuperLink serves all its APIs at one port, and only the Fleet API, which Super
 Anyone who can reach the Control API can submit apps, stop runs, and register and unregister SuperNodes. So the
 SuperLink listens only on the loopback address of its machine, and nginx forwards only the calls of the Fleet API.
 
-The folder must contain the files that `tools.certificates server` makes. nginx presents server.crt to the sites. It
-checks that the SuperLink's certificate is for localhost and signed by ca.crt. nginx.conf and a folder nginx/ for
-temporary files are created in the same folder. nginx does not need root: let the user who owns the keys run it.
+The folder must contain ca.crt, server.crt and server.key, which `tools.certificates server` makes. nginx presents
+server.crt to the sites. It checks that the SuperLink's certificate is for localhost and signed by ca.crt. nginx.conf
+and a folder nginx/ for temporary files are created in the same folder. nginx does not need root: let the user who owns
+the keys run it.
 """
 
 import re

@@ -168,7 +168,7 @@ def confirm(is_sure: bool, names: list[str], size: int) -> None:
 
 
 def stop(given: argparse.Namespace) -> Found:
-    """Stop a run, even if another process waits for it; pids is null if it was not running."""
+    """Stop a run, whether or not the command that started it still waits; pids is null if it was not running."""
     from tools.running.stop import stop_run  # imports Flower
 
     name = only_run(given)

@@ -284,15 +284,15 @@ def fits_train(path: Path, train: Path) -> str:
 
 
 def resized(path: Path) -> str:
-    """Compare a materialized split with the split that it was made from, and 64 of its images with PIL's resize."""
+    """Compare a materialized split with the split that it was made from, and some of its images with PIL's resize."""
     from flapp.data.images import compare_with_pil  # imports PyTorch
 
     native = path.with_name(path.name.partition("@")[0])
     small, large = open_artifact(native), open_artifact(path)
     if large.source_sha256 != small.digest or not np.array_equal(small.labels, large.labels):
         raise DataError(f"it was not made from {native} as it is now: prepare it again with overwrite=true")
-    compare_with_pil(small.images, large.images, large.images.shape[2])
-    return f"64 images, and made from {native.name}"
+    count = compare_with_pil(small.images, large.images, large.images.shape[2])
+    return f"{count} images, and made from {native.name}"
 
 
 def verify_shards(folder: Path, sample: int | None) -> Iterator[Check]:
@@ -325,7 +325,7 @@ def first_of(names: list[str]) -> str:
 
 
 def shard_of_client(manifest: Manifest, client_id: str, writers: dict[str, str]) -> str:
-    """Check a client's shard, that it is the one in the manifest, and that no other client has its writers."""
+    """Check a client's shard, that it is the one in the manifest, and that no client checked before has its writers."""
     shard = open_shard(manifest, client_id)
     if tuple(shard.label_hist) != manifest[client_id].label_hist:
         raise DataError(f"{shard.path} is not the shard that the manifest lists: make the shards again")
