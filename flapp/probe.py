@@ -110,7 +110,7 @@ def _is_sum(function: Callable[..., Any], outputs: Any, targets: Tensor) -> bool
     """Return whether the loss doubles if every sample is given twice."""
     if not isinstance(outputs, Tensor):
         return False
-    once, twice = (float(function(torch.cat([outputs] * n), torch.cat([targets] * n))) for n in (1, 2))
+    once, twice = (float(function(torch.cat([outputs] * n), torch.cat([targets] * n)).detach()) for n in (1, 2))
     return abs(once) > 1e-6 and math.isclose(twice, 2 * once, rel_tol=1e-3)
 
 
