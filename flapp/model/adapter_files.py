@@ -58,7 +58,7 @@ def find_export_fault(model: "nn.Module") -> str | None:
             return "the format has no place for parameters or buffers of the model itself"
         if any(other.startswith(f"{name}.") for other in layout.modules):
             return f"the format has no place for parameters or buffers of a module that holds modules, such as {name}"
-        for layer in layers:  # of each layer, the modules around it also count
+        for layer in layers:  # PEFT also looks at the names of the modules that contain a layer
             if any(part.endswith(name) for part in accumulate(layer.split("."), "{}.{}".format)):
                 return f"PEFT takes {layer} for {name}, because it compares the ends of names"
     return None

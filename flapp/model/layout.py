@@ -180,7 +180,7 @@ def lay_out(
 
 
 def variant_fault(name: str, variant: Variant) -> str | None:
-    """Say what is wrong with a variant of a model that is not a ViT of SIZES."""
+    """Return why a model cannot take a variant, or None; only the ViTs of SIZES take one."""
     if name in SIZES or not (given := variant.given()):
         return None
     key, value = next(iter(given.items()))
@@ -205,7 +205,8 @@ def input_of(
     if image_size is None and shape[0] != shape[1]:
         raise ValueError(f"model={name} takes square images, got {shape[0]}x{shape[1]}: set model.image_size")
     if channels not in (None, shape[2]) and (shape[2] != 1 or name not in SIZES):
-        raise ValueError(f"model={name} cannot take {shape[2]} channels as {channels}: only ViTs can, for grey images")
+        found = f"model={name} cannot take {shape[2]} channels as {channels}"
+        raise ValueError(f"{found}: only a ViT can, and only if the images are grey")
     size = image_size or shape[0]
     patch = SIZES[name][0] if name in SIZES else 1
     if size % patch:

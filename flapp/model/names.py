@@ -12,8 +12,9 @@ vit.encoder.layer.0.attention.attention.query; since its version 5 this is vit.l
 Both are read, and the first is written. A ViTModel's names lack the `vit.`. timm has fc_norm in place of norm where the
 head sees the mean of the tokens.
 
-A state maps names to tensors or, so that a file can be checked without PyTorch, to their shapes. Where a file has one
-tensor under two spellings, one of them keeps its name, and a comparison of names finds one too many.
+A state maps names to tensors or, so that a file can be checked without PyTorch, to their shapes. If a file has one
+tensor under two spellings, only one of them is renamed. The other keeps its spelling, and a later comparison with the
+model's names reports it as an extra tensor.
 """
 
 import re
