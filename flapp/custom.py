@@ -98,7 +98,10 @@ def enable(config: Config, node: NodeConfig | None = None) -> str:
 
 
 def read_code(config: Config) -> dict[str, str]:
-    """Return the SHA-256 of each file of the run's own code by its name; a large package has one, of its version."""
+    """Return the SHA-256 of each file of the run's own code by its name.
+
+    A large package has a single entry, the SHA-256 of its name and version.
+    """
     folders = _folders_of_command(config)
     found = {_top(target): _find(setting, target, folders) for setting, target in config.targets}
     return {name: _sha256(name, path) for name, path in _read(found.values(), folders).items()}
@@ -239,7 +242,7 @@ def _find(setting: str, target: str, folders: list[str], at_site: bool = False) 
         fix = f"give the command in the folder of {name}.py, set code=DIR to that folder, or install the package"
         if at_site:
             where = "no package of that name is installed at this site"
-            fix = f'add allow-code="DIR" to its node-config, the folder of {name}.py, or install it and allow {name}'
+            fix = f"set allow-code to the folder of {name}.py in its node-config, or install {name} and allow it"
         raise ConfigError(f"{setting}={target}: there is no module {name} ({where}): {fix}")
     return spec
 
@@ -254,7 +257,7 @@ def _home_of(spec: ModuleSpec) -> Path:
 def _read(specs: Iterable[ModuleSpec], folders: list[str]) -> dict[str, Path | None]:
     """Return the files of modules and of what these import from their own folder or `folders`, by their names.
 
-    A large package that is installed, and a module without a file, have their version in the name, and no file: None.
+    A large installed package, or a module without a file, is listed as `name==version`, with None as its path.
     """
     found: dict[str, Path | None] = {}
     waiting = list(specs)

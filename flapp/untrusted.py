@@ -159,7 +159,7 @@ def printable(value: object, most: int = 300) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """Return what an error says; of pydantic's, the first place with a fault, what must be there, and what is."""
+    """Return what an error says; for one of pydantic, the first faulty place, what must be there and what is there."""
     if not isinstance(error, ValidationError):
         return printable(repr(error) if isinstance(error, LookupError) else error)
     fault = error.errors(include_url=False)[0]

@@ -93,7 +93,7 @@ def compose(overrides: Sequence[str], base: Path | None = None, home: str = "", 
 
     Relative paths are taken from `base`, or refused without it. The folder base/conf, or without base the conf/ of an
     app that Flower has put on the import path, adds to the choices of each group. home: the folder whose data fill in
-    settings that are null, if not the home in the settings. preparing: the dataset is yet to be prepared, see
+    settings that are null; by default the home in the settings. preparing: the dataset is yet to be prepared, see
     leave_open.
     """
     from hydra import compose as hydra_compose
@@ -204,7 +204,7 @@ def from_tree(tree: Any, base: Path | None = None, home: str = "", preparing: bo
             node[key] = str(given if base is None else base / given)
     is_open = preparing and leave_open(values)
     if not preparing:
-        # It fills in the groups of settings, which both dicts share.
+        # derive changes the groups of settings in place, and both dicts share them.
         derive(values | {"home": home or values.get("home")}, reads_weights=base is not None)
     config = from_plain(Config, values) if is_open else from_dict(values)
     return replace(config, code=str(base)) if config.targets and config.code is None and base is not None else config
